@@ -1,0 +1,187 @@
+"""One decoder for the Llama family: Llama, Mistral, Qwen2, Qwen3.
+
+Shapes: T tokens of a step, S of them sampled, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchinfer.batch import Batch
+from batchinfer.kernels.activation import silu_mul, silu_mul_quantize
+from batchinfer.kernels.attention import attention
+from batchinfer.kernels.kv_cache import KVCache, cache_rows, rotate
+from batchinfer.kernels.linear import Linear
+from batchinfer.kernels.linear_w8a8 import LinearW8A8
+from batchinfer.kernels.norm import rms_norm, rms_norm_quantize
+from batchinfer.kernels.rows import Rows, add_rows, quantize_rows
+from batchinfer.model_config import ModelConfig
+from batchinfer.quantize.rtn import quantize_channels
+from batchinfer.quantize.scheme import QuantScheme
+from batchinfer.weights import WeightSource
+
+Product = Linear | LinearW8A8
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one layer; q, k and v are one product, gate and up another."""
+
+    window: int | None
+    input_norm: Tensor  # [D]
+    qkv: Product
+    query_norm: Tensor | None  # [head_dim]
+    key_norm: Tensor | None
+    output: Product
+    mlp_norm: Tensor
+    gate_up: Product
+    down: Product
+
+    @property
+    def products(self) -> tuple[Product, ...]:
+        """Its four matrix products."""
+        return (self.qkv, self.output, self.gate_up, self.down)
+
+
+class Decoder:
+    """`forward(batch, caches) -> logits [S, V]`, float32.
+
+    With a quantized scheme the residual stream is float32 and matrix products are of 8-bit rows; otherwise both are
+    in `dtype`. Embeddings and head are in `dtype` (the head in 8 bits if the scheme says so).
+    """
+
+    def __init__(self, config: ModelConfig, scheme: QuantScheme, dtype: torch.dtype, weights: WeightSource) -> None:
+        self.config = config
+        self.scheme = scheme
+        self.stream = torch.float32 if scheme.quantized else dtype
+        load = _Loader(config, scheme, dtype, weights)
+        self.embedding = load.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)).to(dtype)
+        self.layers = [load.layer(i) for i in range(config.layers)]
+        self.norm = load.tensor("model.norm.weight", (config.hidden_size,)).to(self.stream)
+        self.head = load.head(self.embedding)
+        weights.finish()
+        self.cos, self.sin = config.rope.tables(config.max_positions)
+
+    def caches(self, blocks: int, block_size: int, dtype: torch.dtype) -> list[KVCache]:
+        """An empty cache for each layer."""
+        c = self.config
+        return [KVCache(blocks, c.kv_heads, block_size, c.head_dim, dtype) for _ in self.layers]
+
+    @property
+    def operations_per_token(self) -> int:
+        """Of the layers' matrix products; the head runs for sampled tokens only."""
+        return sum(p.operations_per_row for layer in self.layers for p in layer.products)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all matrices as they are held."""
+        held = sum(p.nbytes for layer in self.layers for p in layer.products) + self.embedding.nbytes
+        shared = isinstance(self.head, Linear) and self.head.weight is self.embedding
+        return held if shared else held + self.head.nbytes
+
+    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
+        """One step: stores the tokens' keys and values, returns float32 logits of the sampled tokens."""
+        c = self.config
+        x = F.embedding(batch.tokens, self.embedding).to(self.stream)
+        cos, sin = self.cos[batch.positions], self.sin[batch.positions]
+        rows = cache_rows(batch.slots, c.kv_heads, caches[0].block_size)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            qkv = layer.qkv(self._norm(x, layer.input_norm)).dense()
+            query, key, value = self._heads(layer, qkv)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+            cache.store(key, value, rows)
+            mixed = attention(
+                query, cache, batch.tiles, batch.decode.get(layer.window), c.head_dim**-0.5, layer.window
+            ).flatten(1)
+            if layer is self.layers[-1]:  # nothing reads the other tokens any more
+                x, mixed = x[batch.sampled], mixed[batch.sampled]
+            x = add_rows(x, layer.output(self._quantized(mixed)))
+            x = add_rows(x, layer.down(self._activate(layer.gate_up(self._norm(x, layer.mlp_norm)))))
+        return self._logits(x)
+
+    def _logits(self, x_SD: Tensor) -> Tensor:
+        x = rms_norm(x_SD, self.norm, self.config.norm_eps)
+        return self.head(quantize_rows(x) if isinstance(self.head, LinearW8A8) else Rows(x)).dense().float()
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Rows:
+        if self.scheme.quantized:
+            return rms_norm_quantize(x, weight, self.config.norm_eps)
+        return Rows(rms_norm(x, weight, self.config.norm_eps))
+
+    def _quantized(self, x: Tensor) -> Rows:
+        return quantize_rows(x) if self.scheme.quantized else Rows(x)
+
+    def _activate(self, gate_up: Rows) -> Rows:
+        return silu_mul_quantize(gate_up) if self.scheme.quantized else Rows(silu_mul(gate_up.values))
+
+    def _heads(self, layer: Layer, qkv_TX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [T, heads, head_dim], normed by head where the family does."""
+        c = self.config
+        heads = qkv_TX.view(len(qkv_TX), -1, c.head_dim)
+        query, kv = heads[:, : c.heads], heads[:, c.heads :]
+        key, value = kv.chunk(2, 1)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query = rms_norm(query, layer.query_norm, c.norm_eps)
+            key = rms_norm(key, layer.key_norm, c.norm_eps)
+        return query, key, value
+
+
+class _Loader:
+    """Tensors by name into layers: each is brought to its final type before the next is read."""
+
+    def __init__(self, config: ModelConfig, scheme: QuantScheme, dtype: torch.dtype, weights: WeightSource) -> None:
+        self.c, self.scheme, self.dtype, self.weights = config, scheme, dtype, weights
+        self.stream = torch.float32 if scheme.quantized else dtype
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.weights.take(name, shape)
+
+    def layer(self, i: int) -> Layer:
+        c, at = self.c, f"model.layers.{i}."
+        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        d, f = c.hidden_size, c.intermediate_size
+
+        def norm(name: str, size: int) -> Tensor:
+            return self.tensor(f"{at}{name}.weight", (size,)).to(self.stream)
+
+        def product(bias: bool, columns: int, **parts: int) -> Product:
+            block = "self_attn" if "q_proj" in parts or "o_proj" in parts else "mlp"
+            return self._product({f"{at}{block}.{name}": rows for name, rows in parts.items()}, columns, bias)
+
+        return Layer(
+            window=c.windows[i],
+            input_norm=norm("input_layernorm", d),
+            qkv=product(c.qkv_bias, d, q_proj=q, k_proj=kv, v_proj=kv),
+            query_norm=norm("self_attn.q_norm", c.head_dim) if c.head_norm else None,
+            key_norm=norm("self_attn.k_norm", c.head_dim) if c.head_norm else None,
+            output=product(c.output_bias, q, o_proj=d),
+            mlp_norm=norm("post_attention_layernorm", d),
+            gate_up=product(c.mlp_bias, d, gate_proj=f, up_proj=f),
+            down=product(c.mlp_bias, f, down_proj=d),
+        )
+
+    def head(self, embedding_VD: Tensor) -> Product:
+        """The embedding again where the two are tied; a copy of it in the file need not be read then."""
+        weight = embedding_VD
+        if self.c.tied:
+            self.weights.drop("lm_head.weight")
+        else:
+            weight = self.tensor("lm_head.weight", (self.c.vocab_size, self.c.hidden_size))
+        if self.scheme.head:
+            return LinearW8A8(*quantize_channels(weight))
+        return Linear(weight.to(self.dtype))
+
+    def _product(self, parts: dict[str, int], columns: int, bias: bool) -> Product:
+        """Matrices [rows, columns] that read the same input, stacked into one."""
+        biases = [self.tensor(f"{name}.bias", (rows,)) for name, rows in parts.items()] if bias else []
+        if not self.scheme.quantized:
+            stacked = torch.cat([self._weight(name, rows, columns).to(self.dtype) for name, rows in parts.items()])
+            return Linear(stacked, torch.cat(biases).to(self.dtype) if bias else None)
+        pieces = [quantize_channels(self._weight(name, rows, columns)) for name, rows in parts.items()]
+        weight, scale = (torch.cat(column) for column in zip(*pieces, strict=True))
+        return LinearW8A8(weight, scale, torch.cat(biases).float() if bias else None)
+
+    def _weight(self, name: str, rows: int, columns: int) -> Tensor:
+        return self.tensor(f"{name}.weight", (rows, columns))

@@ -1,0 +1,208 @@
+"""`ModelConfig`: the shape of a decoder, read from a checkpoint's `config.json`; what is not understood is refused."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchinfer.rope import Rope, yarn_attention_factor
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+# Fields that do not change what the model computes here.
+_IGNORED = {
+    "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
+    "id2label", "initializer_range", "is_decoder", "label2id", "max_window_layers", "name_or_path", "pad_token_id",
+    "torch_dtype", "transformers_version", "use_cache", "use_sliding_window", "return_dict", "task_specific_params",
+    "tokenizer_class", "model_type", "problem_type", "finetuning_task", "prefix",
+}  # fmt: skip
+# Fields that change the result, and the one value that is supported.
+_FIXED: dict[str, Any] = {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0, "use_mrope": False}
+_USED = {
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "rope_parameters", "sliding_window", "layer_types", "tie_word_embeddings", "attention_bias", "mlp_bias",
+}  # fmt: skip
+_LARGEST = 1 << 24
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The numbers that shape the decoder; all positive, checked when read."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    norm_eps: float
+    rope: Rope
+    windows: tuple[int | None, ...]  # by layer: how many positions a token sees, itself included; None is all
+    tied: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    head_norm: bool  # RMSNorm on each head of queries and keys
+    dtype: str
+
+
+def read_model_config(model: Path) -> ModelConfig:
+    """The config of a checkpoint folder. A `ValueError` names the field, its value and what is supported."""
+    path = model / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{model} has no config.json; a model is a folder in the Hugging Face layout") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, not an object")
+    return parse_model_config(raw)
+
+
+def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
+    """As `read_model_config`, from the parsed JSON."""
+    family = raw.get("model_type")
+    if family not in ARCHITECTURES:
+        raise ValueError(f"config.json: model_type is {family!r}; supported are {', '.join(ARCHITECTURES)}")
+    named = raw.get("architectures") or [ARCHITECTURES[family]]
+    if named != [ARCHITECTURES[family]]:
+        raise ValueError(f"config.json: architectures is {named}; for {family} it must be {[ARCHITECTURES[family]]}")
+    _refuse_unknown(raw)
+    heads, hidden = _size(raw, "num_attention_heads"), _size(raw, "hidden_size")
+    kv_heads = _size(raw, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ValueError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    if raw.get("head_dim") is None and hidden % heads and family != "qwen3":
+        raise ValueError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+    head_dim = _size(raw, "head_dim", 128 if family == "qwen3" else hidden // heads)
+    positions, layers = _size(raw, "max_position_embeddings"), _size(raw, "num_hidden_layers")
+    bias = bool(raw.get("attention_bias", False))
+    return ModelConfig(
+        family=family,
+        vocab_size=_size(raw, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=_size(raw, "intermediate_size"),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_positions=positions,
+        norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+        rope=_rope(raw, head_dim, positions),
+        windows=_windows(raw, family, layers),
+        tied=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=family == "qwen2" or bias,
+        output_bias=bias,
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+        head_norm=family == "qwen3",
+        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+    )
+
+
+def _refuse_unknown(raw: dict[str, Any]) -> None:
+    if "auto_map" in raw:
+        raise ValueError("config.json: auto_map asks to run code from the checkpoint, which is never done")
+    if raw.get("quantization_config"):
+        raise ValueError(
+            "config.json: quantization_config: checkpoints that are already quantized are not supported yet; "
+            "take the floating-point checkpoint and --quantization w8a8-int8"
+        )
+    for key, value in raw.items():
+        if key in _FIXED:
+            if value is not None and value != _FIXED[key]:
+                raise ValueError(f"config.json: {key} is {value!r}; supported is {_FIXED[key]!r}")
+        elif key not in _USED | _IGNORED and not key.startswith("_") and value not in (None, False, {}, []):
+            raise ValueError(
+                f"config.json: {key} is {value!r}, a field that is not known and may change the result; "
+                "remove it if it does not matter"
+            )
+
+
+def _number(raw: dict[str, Any], key: str, default: float) -> float:
+    value = raw.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"config.json: {key} is {value!r}; it must be a positive number")
+    return float(value)
+
+
+def _size(raw: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST:
+        raise ValueError(f"config.json: {key} is {value!r}; it must be a whole number from 1 to {_LARGEST}")
+    return value
+
+
+def _rope(raw: dict[str, Any], head_dim: int, positions: int) -> Rope:
+    """`rope_parameters` as newer checkpoints write it, or `rope_scaling` beside `rope_theta` as older ones do."""
+    scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(scaling, dict):
+        raise ValueError(f"config.json: rope scaling is {scaling!r}; it must be an object")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    known = {
+        "default": set(),
+        "linear": {"factor"},
+        "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+        "yarn": {
+            "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+            "mscale_all_dim", "truncate",
+        },
+    }  # fmt: skip
+    if kind not in known:
+        raise ValueError(f"config.json: RoPE scaling {kind!r} is not supported; supported are {', '.join(known)}")
+    for key in scaling.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"} - known[kind]:
+        raise ValueError(f"config.json: RoPE scaling {kind!r} has a field {key!r} that is not known")
+    if scaling.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
+    theta = _number(scaling if "rope_theta" in scaling else raw, "rope_theta", 10000.0)
+    if kind == "default":
+        return Rope("default", theta, head_dim)
+    factor = _number(scaling, "factor", 0.0)
+    original = _size(scaling, "original_max_position_embeddings", positions)
+    if kind == "linear":
+        return Rope("linear", theta, head_dim, factor)
+    if kind == "llama3":
+        low, high = _number(scaling, "low_freq_factor", 1.0), _number(scaling, "high_freq_factor", 4.0)
+        return Rope("llama3", theta, head_dim, factor, original, low, high)
+    attention = scaling.get("attention_factor")
+    if attention is None:
+        attention = yarn_attention_factor(factor, scaling.get("mscale"), scaling.get("mscale_all_dim"))
+    return Rope(
+        "yarn",
+        theta,
+        head_dim,
+        factor,
+        original,
+        beta_fast=_number(scaling, "beta_fast", 32.0),
+        beta_slow=_number(scaling, "beta_slow", 1.0),
+        truncate=bool(scaling.get("truncate", True)),
+        attention_factor=float(attention),
+    )
+
+
+def _windows(raw: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+    """Sliding windows by layer. Qwen has the field but uses it only if `use_sliding_window` says so."""
+    window = raw.get("sliding_window")
+    if family in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
+        window = None
+    window = None if family == "llama" or window is None else _size(raw, "sliding_window")
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        first = int(raw.get("max_window_layers", 28)) if family in ("qwen2", "qwen3") else 0
+        kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
+    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"config.json: layer_types must name full_attention or sliding_attention for {layers} layers")
+    if "sliding_attention" in kinds and window is None:
+        raise ValueError("config.json: layer_types has sliding_attention, but there is no sliding_window")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -1,0 +1,120 @@
+"""What goes into the engine and what comes out, as columns: no Python object per row on the way.
+
+Free of torch: the parent process of a job imports this module.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_STOP_STRINGS = 64
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when a row ends.
+
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. A `ValueError` names field, value and bound.
+    """
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        _check("max_tokens", self.max_tokens, 1 <= self.max_tokens < 2**31, "from 1 to 2147483647")
+        _check("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "from 0 to 100")
+        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (off) or more")
+        _check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1 (off)")
+        _check("min_p", self.min_p, 0.0 <= self.min_p < 1.0, "from 0 (off) to below 1")
+        _check("stop", f"{len(self.stop)} strings", len(self.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS}")
+        _check("stop", "an empty string", all(self.stop), "strings of one character or more")
+
+
+def _check(name: str, value: object, ok: bool, bound: str) -> None:
+    # NaN fails every comparison above, so it ends here too.
+    if not ok:
+        raise ValueError(f"{name} is {value}; it must be {bound}")
+
+
+class FinishReason(IntEnum):
+    """Why a row ended; the names in lower case are what `finish_reason` holds in the output."""
+
+    STOP = 0
+    LENGTH = 1
+    ERROR = 2
+
+
+@dataclass(frozen=True)
+class RowError:
+    """Why a row has no result: a stable code in snake_case, and a short message."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Requests:
+    """n tokenized rows. Row i's prompt is `token_ids[offsets[i]:offsets[i + 1]]`, never empty."""
+
+    rows: NDArray[np.int64]  # [n] ordinals in the input, each once
+    token_ids: NDArray[np.int32]  # [offsets[-1]]
+    offsets: NDArray[np.int64]  # [n + 1]
+    seeds: NDArray[np.uint64]  # [n] row seeds; they matter only when temperature > 0
+    params: tuple[SamplingParams, ...]  # the distinct ones
+    param_index: NDArray[np.int32]  # [n] into params
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @staticmethod
+    def of(prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None = None) -> "Requests":
+        """Requests from lists of token ids, numbered from 0, all with the same params."""
+        n = len(prompts)
+        offsets = np.zeros(n + 1, np.int64)
+        np.cumsum([len(p) for p in prompts], out=offsets[1:])
+        flat = np.fromiter((t for p in prompts for t in p), np.int32, int(offsets[-1]))
+        row_seeds = np.zeros(n, np.uint64) if seeds is None else np.array(seeds, np.uint64)
+        return Requests(np.arange(n), flat, offsets, row_seeds, (params,), np.zeros(n, np.int32))
+
+    def take(self, index: NDArray[np.int64]) -> "Requests":
+        """The requests at these places, in this order."""
+        token_ids, offsets = take_ragged(self.token_ids, self.offsets, index)
+        return Requests(self.rows[index], token_ids, offsets, self.seeds[index], self.params, self.param_index[index])
+
+
+@dataclass(frozen=True)
+class Completions:
+    """n finished rows. Row i's new tokens are `token_ids[offsets[i]:offsets[i + 1]]`, the end-of-text id included."""
+
+    rows: NDArray[np.int64]  # [n]
+    token_ids: NDArray[np.int32]  # [offsets[-1]]
+    offsets: NDArray[np.int64]  # [n + 1]
+    finish_reasons: NDArray[np.int8]  # [n] FinishReason
+    errors: dict[int, RowError] = field(default_factory=dict)  # by row, where finish_reasons is ERROR
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def tokens_of(self, i: int) -> list[int]:
+        """The new tokens of the i-th completion here."""
+        tokens: list[int] = self.token_ids[self.offsets[i] : self.offsets[i + 1]].tolist()
+        return tokens
+
+
+def take_ragged(
+    values: NDArray[np.int32], offsets: NDArray[np.int64], index: NDArray[np.int64]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """Pick ragged rows by index: (values, offsets) of `[values[offsets[i]:offsets[i + 1]] for i in index]`."""
+    lengths = (offsets[1:] - offsets[:-1])[index]
+    out = np.zeros(len(index) + 1, np.int64)
+    np.cumsum(lengths, out=out[1:])
+    gather = np.arange(int(out[-1])) + np.repeat(offsets[:-1][index] - out[:-1], lengths)
+    return values[gather], out

@@ -1,0 +1,74 @@
+"""`SequenceTable`: the requests under way, as arrays; a place in the table is a sequence."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchinfer.request import Requests, SamplingParams
+
+
+class SequenceTable:
+    """Up to `capacity` sequences of up to `max_tokens` tokens, in blocks of `block_size`."""
+
+    def __init__(self, capacity: int, max_tokens: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.max_tokens = max_tokens
+        self.active = np.zeros(capacity, np.bool_)
+        self.row = np.zeros(capacity, np.int64)
+        self.tokens = np.zeros((capacity, max_tokens), np.int32)  # prompt, then what was generated
+        self.prompt_length = np.zeros(capacity, np.int64)
+        self.length = np.zeros(capacity, np.int64)  # tokens known
+        self.computed = np.zeros(capacity, np.int64)  # tokens whose keys and values are in the cache
+        self.end = np.zeros(capacity, np.int64)  # the length at which it stops at the latest
+        self.blocks = np.zeros((capacity, -(-max_tokens // block_size)), np.int64)  # 0 where none is taken
+        self.block_count = np.zeros(capacity, np.int64)
+        self.promised = np.zeros(capacity, np.int64)
+        self.seed = np.zeros(capacity, np.int64)
+        self.temperature = np.zeros(capacity, np.float32)
+        self.top_k = np.zeros(capacity, np.int64)
+        self.top_p = np.ones(capacity, np.float32)
+        self.min_p = np.zeros(capacity, np.float32)
+        self.ignore_eos = np.zeros(capacity, np.bool_)
+        self.stop: dict[int, tuple[str, ...]] = {}  # of sequences that have stop strings
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-tokens // self.block_size)
+
+    def add(self, place: int, requests: Requests, i: int, promised: int) -> None:
+        """Put the i-th request into a free place; its blocks have been promised."""
+        prompt = requests.token_ids[requests.offsets[i] : requests.offsets[i + 1]]
+        params: SamplingParams = requests.params[requests.param_index[i]]
+        self.active[place] = True
+        self.row[place] = requests.rows[i]
+        self.tokens[place, : len(prompt)] = prompt
+        self.prompt_length[place] = self.length[place] = len(prompt)
+        self.computed[place] = 0
+        self.end[place] = len(prompt) + params.max_tokens
+        self.promised[place] = promised
+        self.seed[place] = requests.seeds[i].astype(np.int64)
+        self.temperature[place] = params.temperature
+        self.top_k[place] = params.top_k
+        self.top_p[place] = params.top_p
+        self.min_p[place] = params.min_p
+        self.ignore_eos[place] = params.ignore_eos
+        if params.stop:
+            self.stop[place] = params.stop
+
+    def remove(self, place: int) -> NDArray[np.int64]:
+        """Free a place; returns the blocks that it had."""
+        self.active[place] = False
+        self.stop.pop(place, None)
+        taken: NDArray[np.int64] = self.blocks[place, : self.block_count[place]].copy()
+        self.blocks[place] = 0
+        self.block_count[place] = 0
+        return taken
+
+    def slots(self, places: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in the pool the tokens at these positions of these sequences lie."""
+        block = self.blocks[places, positions // self.block_size]
+        return block * self.block_size + positions % self.block_size
+
+    def generated(self, place: int) -> NDArray[np.int32]:
+        """The new tokens so far."""
+        new: NDArray[np.int32] = self.tokens[place, self.prompt_length[place] : self.length[place]]
+        return new

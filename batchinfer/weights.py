@@ -1,0 +1,126 @@
+"""Weights by name from safetensors files, one tensor at a time, each file's pages let go at once."""
+
+import json
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+class WeightSource(Protocol):
+    """Where a model's tensors come from."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor of this name; a `ValueError` if it is missing or has another shape."""
+        ...
+
+    def drop(self, name: str) -> None:
+        """Count a tensor as used that need not be read."""
+        ...
+
+    def finish(self) -> None:
+        """A `ValueError` names tensors that nobody took."""
+        ...
+
+
+class SafetensorsWeights:
+    """The `*.safetensors` of a checkpoint folder, sharded or not."""
+
+    def __init__(self, model: Path) -> None:
+        self.files = _locate(model)
+        self.taken: set[str] = set()
+
+    def drop(self, name: str) -> None:
+        """Count it as used, if it is there at all."""
+        self.taken.add(name)
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A copy of the tensor. The file is mapped for this one call, so that its pages do not stay resident."""
+        if name not in self.files:
+            raise ValueError(f"the checkpoint has no tensor {name}")
+        self.taken.add(name)
+        path = self.files[name]
+        try:
+            with safe_open(path, "pt") as file:
+                tensor: Tensor = file.get_tensor(name).clone()
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path}: tensor {name} cannot be read: {error}") from None
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{path}: tensor {name} has shape {list(tensor.shape)}; config.json asks for {list(shape)}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: tensor {name} is {tensor.dtype}; floating point is expected")
+        return tensor
+
+    def finish(self) -> None:
+        """Every tensor must have been used: one left over means that the model was understood wrongly."""
+        # Older exports carry the rotary table, which follows from config.json.
+        left = {n for n in self.files.keys() - self.taken if not n.endswith("rotary_emb.inv_freq")}
+        if left:
+            names = ", ".join(sorted(left)[:5])
+            raise ValueError(f"the checkpoint has {len(left)} tensors that the model does not use: {names}")
+
+
+class RandomWeights:
+    """Noise in the shape of a model, N(0, 0.02), the same at every run: for measuring speed without a checkpoint."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.generator = torch.Generator().manual_seed(0)
+
+    def drop(self, name: str) -> None:
+        """Nothing to do."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Ones for norms, noise for the rest."""
+        if len(shape) == 1 and "norm" in name:
+            return torch.ones(shape, dtype=self.dtype)
+        return torch.empty(shape, dtype=torch.float32).normal_(0, 0.02, generator=self.generator).to(self.dtype)
+
+    def finish(self) -> None:
+        """Nothing can be left over."""
+
+
+def _locate(model: Path) -> dict[str, Path]:
+    """Tensor name to file. A `ValueError` names what is missing, doubled or not what it seems."""
+    index = model / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{index} is not an index of weights: {error}") from None
+        for file in set(names.values()):
+            if Path(file).name != file:
+                raise ValueError(f"{index} names {file!r}, which is not a file beside it")
+        claimed = {name: model / file for name, file in names.items()}
+        paths = sorted(set(claimed.values()))
+    else:
+        claimed, paths = None, sorted(model.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"{model} has no *.safetensors; other weight files (pickles) are never read")
+    found: dict[str, Path] = {}
+    for path in paths:
+        for name in _names(path):
+            if name in found:
+                raise ValueError(f"tensor {name} is in {found[name].name} and in {path.name}")
+            found[name] = path
+    if claimed is not None and claimed != found:
+        wrong = sorted(set(claimed.items()) ^ set(found.items()))[0]
+        raise ValueError(f"{index} and the files beside it disagree about tensor {wrong[0]}")
+    return found
+
+
+def _names(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in that folder")
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None

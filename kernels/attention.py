@@ -1,0 +1,132 @@
+"""Paged attention over a ragged batch: prompt tokens in tiles, generated tokens one query at a time.
+
+A row's bits must not depend on the batch, so every product here has a shape that follows from the token's own
+position: prompt tiles lie on a fixed grid of `TILE` positions from the sequence's start, generated tokens walk the
+cache block by block and the blocks' sums are added in order.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchinfer.kernels.kv_cache import KVCache
+
+TILE = 64
+
+
+@dataclass(frozen=True)
+class PromptTiles:
+    """n tiles of queries that stand at the same place of their sequences: positions [index * TILE, + TILE)."""
+
+    index: int
+    rows: Tensor  # [n, TILE] int64, where the queries are in the step's tokens; past a prompt's end any row
+    blocks: Tensor  # [n, (index + 1) * TILE / block_size] int64, the sequences' blocks up to the tile's end
+    kept: Tensor  # [k] int64, the places of real queries in rows.flatten()
+
+
+@dataclass(frozen=True)
+class DecodeBlocks:
+    """n queries, one each of n sequences, and the b blocks that they walk."""
+
+    rows: Tensor  # [n] int64, where the queries are in the step's tokens
+    blocks: slice | Tensor  # b blocks of the pool: a range of it, or int64 [b]
+    owner: Tensor  # [b] int64, the query of each block; blocks that belong to none name query 0
+    masked: Tensor  # [b, 1, block_size] bool, positions that the owner does not see
+    table: Tensor  # [n, most] int64, the places in `blocks` of each query's blocks, its first repeated as padding
+    order: Tensor  # [total] int64, the same places, flat, each sequence's in order
+    offsets: Tensor  # [n + 1] int64 into order
+
+
+def attention(
+    query_THd: Tensor,
+    cache: KVCache,
+    tiles: tuple[PromptTiles, ...],
+    decode: DecodeBlocks | None,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """Attention outputs [T, heads, head_dim] in the query's dtype; rows of no query are zero.
+
+    The step's own keys and values are already in the cache. `window`: a token sees that many positions, itself
+    included (None: all before it). The caller leaves positions before the window masked in `decode`.
+    """
+    out = torch.zeros_like(query_THd)
+    for group in tiles:
+        _prompt_tiles(out, query_THd, cache, group, scale, window)
+    if decode is not None:
+        out[decode.rows] = decode_blocks(query_THd[decode.rows].float(), cache, decode, scale).to(out.dtype)
+    return out
+
+
+def _prompt_tiles(
+    out_THd: Tensor, query_THd: Tensor, cache: KVCache, group: PromptTiles, scale: float, window: int | None
+) -> None:
+    n, heads, head_dim = len(group.rows), query_THd.shape[1], query_THd.shape[2]
+    kv_heads = cache.key.shape[1]
+    first = 0 if window is None else max(0, (group.index * TILE - window + 1) // TILE)
+    blocks = group.blocks[:, first * TILE // cache.block_size :]
+    key, value = (read_blocks(cache, blocks, part, query_THd.dtype) for part in ("key", "value"))
+    # A group of query heads shares a head of keys: they stand below each other in one tile of group * TILE queries.
+    query = query_THd[group.rows.flatten()].view(n, TILE, kv_heads, heads // kv_heads, head_dim)
+    query = query.permute(0, 2, 3, 1, 4).reshape(n, kv_heads, -1, head_dim)
+    mask = _tile_mask(group.index, first, heads // kv_heads, window, query.dtype)
+    result = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    result = result.view(n, kv_heads, heads // kv_heads, TILE, head_dim).permute(0, 3, 1, 2, 4)
+    result = result.reshape(n * TILE, heads, head_dim)
+    out_THd[group.rows.flatten()[group.kept]] = result[group.kept]
+
+
+@lru_cache(maxsize=256)
+def _tile_mask(index: int, first: int, group: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[1, 1, group * TILE, keys] of 0 and -inf: what the queries of a tile see of the tiles `first` to `index`."""
+    q = torch.arange(index * TILE, (index + 1) * TILE)[:, None]
+    k = torch.arange(first * TILE, (index + 1) * TILE)
+    seen = k <= q if window is None else (k <= q) & (k > q - window)
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+    return mask.repeat(group, 1)[None, None]
+
+
+def read_blocks(cache: KVCache, blocks_nb: Tensor, part: str, dtype: torch.dtype) -> Tensor:
+    """Keys or values (`part`) of whole blocks, [n, kv_heads, b * block_size, head_dim] in `dtype`."""
+    pool: Tensor = getattr(cache, part)
+    scales: Tensor | None = getattr(cache, f"{part}_scale")
+    n, b = blocks_nb.shape
+    flat = blocks_nb.flatten()
+    values = pool[flat].to(dtype)
+    if scales is not None:
+        values.mul_(scales[flat][..., None])
+    kv_heads, size, head_dim = pool.shape[1:]
+    return values.view(n, b, kv_heads, size, head_dim).transpose(1, 2).reshape(n, kv_heads, b * size, head_dim)
+
+
+def decode_blocks(query_nHd: Tensor, cache: KVCache, batch: DecodeBlocks, scale: float) -> Tensor:
+    """One query a sequence, float32 [n, heads, head_dim]: the query goes to the blocks, not the blocks to the query.
+
+    Each block is one product of fixed shape, read where it lies; softmax is taken with the maximum over all of a
+    sequence's blocks, and the blocks' partial sums are added in the sequence's order.
+    """
+    n, heads, head_dim = query_nHd.shape
+    b = len(batch.owner)
+    kv_heads, size = cache.key.shape[1:3]
+    group = heads // kv_heads
+    key, value = (pool[batch.blocks].float().view(b * kv_heads, size, head_dim) for pool in (cache.key, cache.value))
+    query = (query_nHd * scale)[batch.owner].view(b * kv_heads, group, head_dim)
+    scores = torch.bmm(query, key.transpose(1, 2)).view(b, heads, size)
+    if cache.key_scale is not None:
+        scores.view(b, kv_heads, group, size).mul_(cache.key_scale[batch.blocks][:, :, None])
+    scores.masked_fill_(batch.masked, float("-inf"))
+    most = scores.amax(-1)[batch.table].amax(1)
+    weights = scores.sub_(most[batch.owner][..., None]).exp_()
+    norm = _sum_in_order(weights.sum(-1), batch)
+    if cache.value_scale is not None:
+        weights.view(b, kv_heads, group, size).mul_(cache.value_scale[batch.blocks][:, :, None])
+    partial = torch.bmm(weights.view(b * kv_heads, group, size), value).view(b, heads * head_dim)
+    return _sum_in_order(partial, batch).view(n, heads, head_dim).div_(norm[..., None])
+
+
+def _sum_in_order(partial_bX: Tensor, batch: DecodeBlocks) -> Tensor:
+    """Sums [n, X] of each sequence's blocks, one after the other: an embedding bag adds in the order of its indices."""
+    return F.embedding_bag(batch.order, partial_bX, batch.offsets, mode="sum", include_last_offset=True)

@@ -1,0 +1,77 @@
+"""The paged cache of keys and values of one layer: rotate, store, and read back."""
+
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+
+
+class KVCache:
+    """Keys and values of one layer, [blocks, kv_heads, block_size, head_dim]; int8 with a scale per token and head.
+
+    A slot is a position in the pool: block * block_size + offset. Block 0 belongs to nobody: padding is written there.
+    """
+
+    def __init__(self, blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+        shape = (blocks, kv_heads, block_size, head_dim)
+        # Zeros, not noise: a masked position still takes part, with weight zero, and must be finite.
+        self.key, self.value = _lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype)
+        self.block_size = block_size
+        quantized = dtype == torch.int8
+        self.key_scale = _lazy_zeros(shape[:3], torch.float32) if quantized else None
+        self.value_scale = _lazy_zeros(shape[:3], torch.float32) if quantized else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pool."""
+        scales = [s.nbytes for s in (self.key_scale, self.value_scale) if s is not None]
+        return self.key.nbytes + self.value.nbytes + sum(scales)
+
+    def store(self, key_THd: Tensor, value_THd: Tensor, rows_TH: Tensor) -> None:
+        """Write tokens' keys and values [T, kv_heads, head_dim] to `rows_TH` (see `cache_rows`)."""
+        rows = rows_TH.flatten()
+        for pool, scales, new in (
+            (self.key, self.key_scale, key_THd),
+            (self.value, self.value_scale, value_THd),
+        ):
+            if scales is not None:
+                step = new.float().abs().amax(-1, keepdim=True).div_(127.0)
+                scales.view(-1).index_copy_(0, rows, step.flatten())
+                new = new.float().div(step.clamp(min=1e-30)).round_()
+            pool.view(-1, pool.shape[-1]).index_copy_(0, rows, new.to(pool.dtype).flatten(0, 1))
+
+    def clear(self, blocks: Tensor) -> None:
+        """Set blocks to zero: what a row that was not finite has left behind must not reach the next owner."""
+        for pool in (self.key, self.value, self.key_scale, self.value_scale):
+            if pool is not None:
+                pool[blocks] = 0
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages the system hands out when they are first written: a pool costs what is used of it."""
+    pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def cache_rows(slots_T: Tensor, kv_heads: int, block_size: int) -> Tensor:
+    """Rows [T, kv_heads] of a pool seen as [blocks * kv_heads * block_size, head_dim], for slots [T]."""
+    block, offset = slots_T // block_size, slots_T % block_size
+    heads = torch.arange(kv_heads)
+    return (block[:, None] * kv_heads + heads) * block_size + offset[:, None]
+
+
+def rotate(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) in the half-split layout of Hugging Face.
+
+    x [T, heads, head_dim]; cos and sin [T, head_dim / 2], float32. Computed in float32, returned in x's dtype.
+    """
+    a, b = x_THd.float().chunk(2, -1)
+    cos, sin = cos_Td[:, None], sin_Td[:, None]
+    out = torch.empty(x_THd.shape, dtype=torch.float32)
+    first, second = out.chunk(2, -1)
+    torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1.0)
+    torch.mul(b, cos, out=second).addcmul_(a, sin)
+    return out.to(x_THd.dtype)

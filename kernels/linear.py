@@ -1,0 +1,34 @@
+"""`Linear`: a matrix product in floating point whose rows do not depend on each other's number."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchinfer.kernels.rows import Rows
+
+MIN_ROWS = 8
+"""Below this many rows oneDNN and MKL take other kernels (other sums); from here up a row's bits stay the same."""
+
+
+class Linear:
+    """`x @ weight.T + bias` in the weight's dtype. Rows come in multiples of `MIN_ROWS`; fewer is a `ValueError`."""
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
+        self.weight = weight_NK
+        self.bias = bias_N
+
+    @property
+    def operations_per_row(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.weight.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight takes."""
+        return self.weight.nbytes
+
+    def __call__(self, x: Rows) -> Rows:
+        """[M, K] to [M, N], in the weight's dtype, dense."""
+        x_MK = x.dense()
+        if x_MK.shape[0] % MIN_ROWS:
+            raise ValueError(f"linear got {x_MK.shape[0]} rows; pad them to a multiple of {MIN_ROWS}")
+        return Rows(F.linear(x_MK.to(self.weight.dtype), self.weight, self.bias))

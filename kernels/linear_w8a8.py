@@ -1,0 +1,58 @@
+"""`LinearW8A8`: integer matrix product of 8-bit rows and 8-bit weights.
+
+Integer sums are exact, so a row's result is the same whatever rows are beside it, on every path.
+"""
+
+import torch
+from torch import Tensor
+
+from batchinfer.kernels import dispatch
+from batchinfer.kernels.rows import Rows
+
+
+class LinearW8A8:
+    """`(x - 128) @ weight.T`, weights int8 [N, K] with a scale per output channel float32 [N].
+
+    Paths: "cpu" is oneDNN's u8 x s8 product on weights packed beforehand (its s8 x s8 twin runs a scalar reference);
+    "reference" is `torch._int_mm`.
+    """
+
+    def __init__(self, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None) -> None:
+        self.shape = (weight_NK.shape[0], weight_NK.shape[1])
+        self.scale = scale_N
+        self.bias = bias_N
+        available = ("reference", "cpu") if "x86" in torch.backends.quantized.supported_engines else ("reference",)
+        self.path = dispatch.choose("linear_w8a8", weight_NK.device.type, available)
+        if self.path == "cpu":
+            self.weight = torch.ops.onednn.qlinear_prepack(weight_NK, None)
+            self.zero_points = torch.zeros(self.shape[0], dtype=torch.int64)
+        else:
+            self.weight = weight_NK.t().contiguous()
+
+    @property
+    def operations_per_row(self) -> int:
+        """Multiplications and additions."""
+        return 2 * self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weight and its scales take."""
+        return self.shape[0] * self.shape[1] + self.scale.nbytes
+
+    def __call__(self, x: Rows) -> Rows:
+        """uint8 rows [M, K] to float32 [M, N]; the rows' scales stay apart unless there is a bias."""
+        product = self._packed(x.values) if self.path == "cpu" else self._reference(x.values)
+        if self.bias is None:
+            return Rows(product, x.scale)
+        return Rows(Rows(product, x.scale).dense().add_(self.bias))
+
+    def _packed(self, x_MK: Tensor) -> Tensor:
+        # It takes one activation scale, not one a row: 1.0 here, and the rows' scales ride along in `Rows`.
+        out: Tensor = torch.ops.onednn.qlinear_pointwise(
+            x_MK, 1.0, 128, self.weight, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return out
+
+    def _reference(self, x_MK: Tensor) -> Tensor:
+        centered = (x_MK.to(torch.int16) - 128).to(torch.int8)
+        return torch._int_mm(centered, self.weight).float().mul_(self.scale)

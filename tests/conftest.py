@@ -1,0 +1,46 @@
+"""Tiny models of each family, made by transformers, and the plumbing to run them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHAPE = {
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_model(family, dtype="float32", **config) -> folder`: random weights, saved by transformers."""
+    import torch
+    import transformers
+
+    made: dict[str, Path] = {}
+
+    def make(family: str, dtype: str = "float32", **overrides: Any) -> Path:
+        key = repr((family, dtype, sorted(overrides.items())))
+        if key not in made:
+            config = transformers.AutoConfig.for_model(family, **{**SHAPE, **overrides})
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+            for name, parameter in model.named_parameters():
+                # Biases and norms start as constants; give every tensor something to be wrong about. Larger weights
+                # than usual, so that logits differ by more than rounding.
+                torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
+            folder = tmp_path_factory.mktemp(family)
+            model.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make

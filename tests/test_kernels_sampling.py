@@ -1,0 +1,119 @@
+"""Sampling: the right distribution, the right filters, and noise that depends on its key alone."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from batchinfer.kernels.sampling import SamplingBatch, greedy, gumbel, philox, sample
+
+
+def batch(
+    rows: int, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0, seed: int = 0
+) -> SamplingBatch:
+    def column(value: float, dtype: torch.dtype) -> Tensor:
+        return torch.full((rows,), value, dtype=dtype)
+
+    return SamplingBatch(
+        column(temperature, torch.float32),
+        column(top_k, torch.int64),
+        column(top_p, torch.float32),
+        column(min_p, torch.float32),
+        torch.arange(rows) + seed * 1_000_003,
+        torch.arange(rows) % 17,
+    )
+
+
+def counts(logits: Sequence[float], draws: int = 100_000, **params: float) -> Tensor:
+    tokens, finite = sample(torch.tensor(logits).expand(draws, -1), batch(draws, **params))  # type: ignore[arg-type]
+    assert finite.all()
+    return torch.bincount(tokens, minlength=len(logits))
+
+
+def chi_squared(observed: Tensor, expected: Tensor) -> float:
+    inside = expected > 0
+    assert observed[~inside].sum() == 0
+    e = expected[inside] * observed.sum()
+    return float(((observed[inside] - e) ** 2 / e).sum())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_softmax(temperature: float) -> None:
+    logits = [0.0, 1.0, -2.0, 0.5, 3.0, -1.0, 2.0, 0.1]
+    expected = (torch.tensor(logits).double() / temperature).softmax(-1)
+    # 24.3 is the 99.9 % point of chi-squared with 7 degrees of freedom.
+    assert chi_squared(counts(logits, temperature=temperature), expected) < 24.3
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({"top_k": 1}, [3]),
+        ({"top_k": 2}, [1, 3]),
+        ({"top_k": 100}, [0, 1, 2, 3]),
+        ({"top_p": 0.01}, [3]),
+        ({"top_p": 0.6}, [1, 3]),  # 0.4 is not enough, 0.4 + 0.3 is
+        ({"top_p": 0.95}, [0, 1, 2, 3]),
+        ({"min_p": 0.7}, [1, 3]),
+        ({"min_p": 0.4}, [1, 2, 3]),
+        ({"top_k": 3, "top_p": 0.7}, [1, 3]),  # of three, 0.444 + 0.333 are enough
+        ({"top_p": 0.95, "min_p": 0.7}, [1, 3]),
+    ],
+)
+def test_filters_keep_what_they_should(params: dict[str, float], kept: list[int]) -> None:
+    p = torch.tensor([0.1, 0.3, 0.2, 0.4], dtype=torch.float64)
+    expected = torch.zeros(4, dtype=torch.float64)
+    expected[kept] = p[kept] / p[kept].sum()
+    observed = counts(p.log().float().tolist(), **params)
+    assert chi_squared(observed, expected) < 16.3  # the 99.9 % point with 3 degrees of freedom
+
+
+def test_rows_with_different_parameters_do_not_mix() -> None:
+    logits = torch.randn(6, 50)
+    mixed = SamplingBatch(
+        torch.tensor([0.0, 1.0, 1.0, 1.0, 0.7, 1.0]),
+        torch.tensor([0, 0, 5, 0, 0, 3]),
+        torch.tensor([1.0, 1.0, 1.0, 0.5, 1.0, 0.9]),
+        torch.tensor([0.0, 0.0, 0.0, 0.0, 0.2, 0.1]),
+        torch.arange(6),
+        torch.arange(6),
+    )
+    together, _ = sample(logits, mixed)
+    assert together[0] == logits[0].argmax()
+    for i in range(6):
+        alone = SamplingBatch(*(getattr(mixed, f)[i : i + 1] for f in SamplingBatch.__dataclass_fields__))
+        assert sample(logits[i : i + 1], alone)[0] == together[i]
+
+
+def test_noise_is_the_same_bits_wherever_its_row_stands() -> None:
+    seeds, positions = torch.arange(40) * 7919, torch.arange(40) * 3
+    whole = gumbel(seeds, positions, 1003)
+    for i in (0, 1, 13, 39):
+        assert gumbel(seeds[i : i + 1], positions[i : i + 1], 1003).equal(whole[i : i + 1])
+    assert gumbel(seeds, positions, 500).equal(whole[:, :500])
+    assert not gumbel(seeds, positions + 1, 1003).equal(whole)
+    assert not gumbel(seeds + 1, positions, 1003).equal(whole)
+    assert not gumbel(seeds + (1 << 40), positions, 1003).equal(whole)
+
+
+def test_philox_is_philox() -> None:
+    """The known answers of the paper's own library (Random123, kat_vectors), philox4x32 with 10 rounds."""
+    zero = torch.zeros(1, dtype=torch.int64)
+    assert [f"{int(w):08x}" for w in philox(zero, zero, zero)] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
+
+
+def test_noise_has_the_moments_of_gumbel() -> None:
+    noise = gumbel(torch.arange(100), torch.zeros(100, dtype=torch.int64), 10_000)
+    assert noise.isfinite().all()
+    assert noise.mean() == pytest.approx(np.euler_gamma, abs=0.01)
+    assert noise.var() == pytest.approx(np.pi**2 / 6, abs=0.02)
+
+
+def test_rows_that_are_not_finite_are_flagged() -> None:
+    logits = torch.zeros(5, 9)
+    logits[1, 3], logits[2, 3], logits[3, 3] = float("nan"), float("inf"), float("-inf")
+    logits[4] = float("-inf")
+    assert greedy(logits)[1].tolist() == [True, False, False, True, False]
+    assert sample(logits, batch(5))[1].tolist() == [True, False, False, True, False]
