@@ -1,0 +1,147 @@
+"""Synthetic prompts through the path of a job: how fast this machine runs a model, or a model's shape."""
+
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tokenizers
+from tokenizers.models import WordLevel
+
+from batchinfer.jobs.hub import read_config, resolve_model
+from batchinfer.jobs.report import Report
+from batchinfer.jobs.runner import run
+from batchinfer.jobs.spec import EngineFailed, JobSpec, Refused, UsageError
+from batchinfer.jobs.worker import TORCH_ENGINE
+from batchinfer.request import Requests, RowError, SamplingParams
+from batchinfer.tokenizer import Tokenizer
+
+STUB_ENGINE = "batchinfer.jobs.stub:StubEngine"
+STUB_VOCABULARY = 32_000
+GROUP_TOKENS = 1 << 20
+TOKEN_IDS = "prompt_token_ids"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`num_prompts` rows of `input_len` random token ids, each answered with just `output_len` tokens."""
+
+    num_prompts: int = 256
+    input_len: int = 256
+    output_len: int = 64
+    seed: int = 0
+    engine: dict[str, Any] = field(default_factory=dict)  # fields of `JobSpec`, as in a job
+
+    def __post_init__(self) -> None:
+        for name in ("num_prompts", "input_len", "output_len"):
+            if getattr(self, name) < 1:
+                flag = "--" + name.replace("_", "-")
+                raise UsageError(f"{flag} is {getattr(self, name)}; it must be 1 or more")
+
+
+class TokenIdPrompts:
+    """Takes prompts that are token ids already."""
+
+    def __init__(self, spec: JobSpec, tokenizer: Tokenizer, max_model_len: int, schema: pa.Schema) -> None:
+        self.columns = [TOKEN_IDS]
+        self._params = (spec.sampling,)
+
+    def tokenize(self, first_row: int, batch: pa.RecordBatch) -> tuple[Requests, dict[int, RowError]]:
+        """Requests of all rows."""
+        column, n = batch.column(TOKEN_IDS), batch.num_rows
+        offsets = np.zeros(n + 1, np.int64)
+        np.cumsum(column.value_lengths().to_numpy(), out=offsets[1:])
+        rows = np.arange(first_row, first_row + n)
+        token_ids = column.flatten().to_numpy()
+        return Requests(rows, token_ids, offsets, np.zeros(n, np.uint64), self._params, np.zeros(n, np.int32)), {}
+
+
+def bench(model: str | None, revision: str | None, workload: Workload, stub: bool) -> Report:
+    """Run the workload and return its report. Raises as `run` does.
+
+    With `stub` no engine computes, and `model` is needed only for its vocabulary.
+    """
+    if model is None and not stub:
+        raise UsageError("give --model, or --stub to measure the job layer alone")
+    shape = None if model is None else resolve_model(model, revision)
+    vocabulary = STUB_VOCABULARY if shape is None else _vocabulary(shape)
+    folder = Path(tempfile.mkdtemp(prefix="batchinfer-bench-"))
+    try:
+        spec = _spec(folder, shape, vocabulary, workload)
+        report = run(spec, STUB_ENGINE if stub else TORCH_ENGINE, TokenIdPrompts)
+    except EngineFailed:
+        raise  # its log is in the folder
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+    return replace(report, model=model or "none", output="none")
+
+
+def figures(workload: Workload, report: Report) -> dict[str, Any]:
+    """The figures that benchmarks of other engines give, and the whole report."""
+    rates = report.tokens_per_second
+    return {
+        "num_prompts": workload.num_prompts,
+        "input_len": workload.input_len,
+        "output_len": workload.output_len,
+        "elapsed_time": report.generate_seconds,
+        "requests_per_second": report.rows_per_second,
+        "input_tokens_per_second": rates["input"],
+        "output_tokens_per_second": rates["output"],
+        "total_tokens_per_second": rates["total"],
+        "input_tokens": report.prompt_tokens,
+        "output_tokens": report.completion_tokens,
+        "report": asdict(report),
+    }
+
+
+def _vocabulary(shape: Path) -> int:
+    size = read_config(shape).get("vocab_size")
+    if not isinstance(size, int) or size < 1:
+        raise Refused(f"model {shape}: config.json has no vocab_size")
+    return size
+
+
+def _spec(folder: Path, shape: Path | None, vocabulary: int, workload: Workload) -> JobSpec:
+    """A job over prompts that are written to `folder`, as is a tokenizer for a shape without one."""
+    prompts = folder / "prompts.parquet"
+    _write_prompts(prompts, workload, vocabulary)
+    numbers = None if shape is not None and (shape / "tokenizer.json").exists() else folder / "tokenizer"
+    if numbers is not None:
+        _write_tokenizer(numbers, vocabulary)
+    return JobSpec(
+        inputs=(prompts,),
+        output=folder / "answers.parquet",
+        model=str(shape or numbers),
+        tokenizer=None if numbers is None else str(numbers),
+        prompt_column=TOKEN_IDS,
+        columns=("id",),
+        sampling=SamplingParams(max_tokens=workload.output_len, ignore_eos=True),
+        max_model_len=workload.input_len + workload.output_len,
+        **workload.engine,
+    )
+
+
+def _write_tokenizer(folder: Path, vocabulary: int) -> None:
+    """Each token is a number."""
+    folder.mkdir()
+    numbers = WordLevel({f" {i}": i for i in range(vocabulary)}, " 0")
+    tokenizers.Tokenizer(numbers).save(str(folder / "tokenizer.json"))
+
+
+def _write_prompts(path: Path, workload: Workload, vocabulary: int) -> None:
+    rng = np.random.default_rng(workload.seed)
+    schema = pa.schema([("id", pa.int64()), (TOKEN_IDS, pa.list_(pa.int32()))])
+    group_rows = max(1, GROUP_TOKENS // workload.input_len)
+    with pq.ParquetWriter(path, schema) as writer:
+        for first in range(0, workload.num_prompts, group_rows):
+            n = min(group_rows, workload.num_prompts - first)
+            token_ids = pa.array(rng.integers(0, vocabulary, n * workload.input_len, np.int32))
+            offsets = pa.array(np.arange(n + 1, dtype=np.int32) * workload.input_len)
+            lists = pa.ListArray.from_arrays(offsets, token_ids)
+            writer.write_table(pa.Table.from_arrays([pa.array(range(first, first + n)), lists], schema=schema))

@@ -1,0 +1,59 @@
+"""What a result depends on, as digests: parts that carry other ones belong to another job."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from batchinfer import __version__
+from batchinfer.jobs.spec import JobSpec
+
+SAMPLES, SAMPLE_BYTES = 64, 1 << 16
+
+
+def fingerprints(spec: JobSpec, model: Path, tokenizer: str, max_model_len: int) -> dict[str, str]:
+    """One sha256 each for input, model, tokenizer, template, sampling, quantization and engine.
+
+    Inputs are read wholly. Of weights, which are large and change everywhere if at all, 64 samples a file are.
+    """
+    weights = sorted(model.glob("*.safetensors"))
+    configs = sorted(model.glob("*config.json"))
+    template = {
+        "prompt_column": spec.prompt_column,
+        "prompt_template": spec.prompt_template,
+        "messages_column": spec.messages_column,
+        "system_prompt": spec.system_prompt,
+        "chat": spec.chat,
+        "allow_special_tokens": spec.allow_special_tokens,
+        "id_column": spec.id_column,
+    }
+    return {
+        "input": _digest([_whole(path) for path in spec.inputs]),
+        "model": _digest([[path.name, _whole(path)] for path in configs] + [[p.name, _sampled(p)] for p in weights]),
+        "tokenizer": tokenizer,
+        "template": _digest(template),
+        "sampling": _digest({**asdict(spec.sampling), "seed": spec.seed, "max_model_len": max_model_len}),
+        "quantization": _digest([spec.quantization, spec.kv_cache_dtype, spec.dtype, spec.random_weights]),
+        "engine": _digest([__version__, spec.device]),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _whole(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sampled(path: Path) -> str:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        for i in range(SAMPLES):
+            file.seek(max(0, size - SAMPLE_BYTES) * i // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

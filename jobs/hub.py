@@ -1,0 +1,84 @@
+"""Where a model lies: a directory as it is, or a Hub id in the local cache."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from batchinfer.jobs.spec import Refused
+
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]  # never a pickle
+
+
+def resolve_model(model: str, revision: str | None, files: list[str] = MODEL_FILES) -> Path:
+    """The directory of `model`, a directory or a Hub id, which is downloaded unless the cache has it.
+
+    Raises `Refused` where neither is.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise Refused(f"--revision {revision} is for Hub ids; {model} is a directory")
+        return path
+    if path.exists():
+        raise Refused(f"model {model} is a file; expected a directory with config.json, or a Hub id")
+    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
+        raise Refused(f"model {model}: no such directory")
+    return _download(model, revision, files, None)
+
+
+def fetch_model(model: str, revision: str | None, folder: Path | None) -> Path:
+    """Download a Hub model into the cache, or into `folder`, for a machine without internet. Raises `Refused`."""
+    return _download(model, revision, MODEL_FILES, folder)
+
+
+def _download(model: str, revision: str | None, files: list[str], folder: Path | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=files, local_dir=folder))
+    except HFValidationError as error:
+        raise Refused(f"model {model}: neither a directory nor the name of a Hub model") from error
+    except GatedRepoError as error:
+        raise Refused(f"model {model} has a licence to accept: do that on its Hub page, then hf auth login") from error
+    except RepositoryNotFoundError as error:
+        raise Refused(f"model {model}: no such directory, nor a public model on the Hub (try hf auth login)") from error
+    except RevisionNotFoundError as error:
+        raise Refused(f"model {model} has no revision {revision}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        raise Refused(
+            f"model {model}: no such directory, not in the cache, and the Hub cannot be reached; run "
+            f"'batchinfer fetch {model}' on a machine with internet, with --to DIR to carry it over"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model. Raises `Refused` where it is missing or no JSON object."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise Refused(f"model {folder}: cannot read config.json ({error.strerror})") from error
+    except ValueError as error:
+        raise Refused(f"model {folder}: config.json is no valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise Refused(f"model {folder}: config.json holds a {type(config).__name__}; expected an object")
+    return config
+
+
+def context_length(folder: Path, asked: int | None) -> int:
+    """The most tokens of a row, prompt and answer together: as asked, else what the checkpoint was made for."""
+    if asked is not None:
+        return asked
+    length = read_config(folder).get("max_position_embeddings")
+    if not isinstance(length, int) or length < 2:
+        raise Refused(f"model {folder}: config.json has no max_position_embeddings; give --max-model-len")
+    return length

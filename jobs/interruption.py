@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM as a question that the job asks, instead of an exception anywhere."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interruption:
+    """Inside, the first signal sets `requested`; from then on signals act as they did before, so a second one ends all.
+
+    Outside the main thread nothing is caught: Python delivers signals only there.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._catches = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> "Interruption":
+        if self._catches:
+            self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._catches:
+            self._restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def ignoring_signals() -> Iterator[None]:
+    """Children started inside ignore these signals from their first instruction on: the parent decides for them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

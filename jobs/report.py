@@ -1,0 +1,161 @@
+"""What a job did, in numbers: `report.json`, and the same as a table on the terminal."""
+
+import importlib.metadata
+import json
+import platform
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from batchinfer import __version__
+from batchinfer.jobs.parts import RunFolder
+from batchinfer.jobs.spec import Refused
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """The fields of `report.json`.
+
+    The parent tokenizes and commits while the engine computes, so phases overlap and do not add up to `wall_seconds`.
+    `generate_seconds` is from the engine's readiness to its last row; `tokens_per_second` holds `prefill` and `decode`
+    over their own phases, `input`, `output` and `total` over `generate_seconds`.
+    """
+
+    schema_version: int
+    output: str
+    model: str
+    rows: int
+    rows_ok: int
+    rows_failed: int
+    rows_resumed: int
+    rows_computed: int
+    rows_duplicate: int
+    rows_by_finish_reason: dict[str, int]
+    rows_by_error: dict[str, int]
+    prompt_tokens: int
+    prompt_tokens_computed: int
+    completion_tokens: int
+    drafted: int
+    accepted: int
+    steps: int
+    preemptions: int
+    padded_tokens: int
+    step_sizes: dict[str, int]  # tokens of a step, padded -> steps
+    buckets: dict[str, int]  # longest prompt of a bucket -> rows
+    phases: dict[str, float]  # load, tokenize, prefill, decode, commit, merge: seconds
+    generate_seconds: float
+    wall_seconds: float
+    tokens_per_second: dict[str, float]
+    rows_per_second: float
+    operations: int
+    peak_operations_per_second: float
+    percent_of_peak: float | None  # None where the peak was not measured
+    peak_memory_bytes: dict[str, int]  # parent, engine
+    weight_bytes: int
+    kv_cache_bytes: int
+    device: str
+    kernels: dict[str, str]
+    notes: list[str]
+    versions: dict[str, str]
+    command: str
+
+    def table(self) -> str:
+        """The report as aligned lines, without colour."""
+        rate, memory = self.tokens_per_second, self.peak_memory_bytes
+        computed = self.prompt_tokens_computed + self.completion_tokens
+        lines = [
+            ("output", self.output),
+            ("model", self.model),
+            ("device", self.device),
+            ("rows", f"{self.rows:,} ({self.rows_ok:,} ok, {self.rows_failed:,} failed)"),
+            *[(f"  {code}", f"{count:,} rows") for code, count in self.rows_by_error.items()],
+            ("prompt tokens", f"{self.prompt_tokens:,} ({self.prompt_tokens_computed:,} computed)"),
+            ("completion tokens", f"{self.completion_tokens:,}"),
+            ("wall time", f"{_seconds(self.wall_seconds)}, of which generating {_seconds(self.generate_seconds)}"),
+            *[(f"  {name}", _seconds(seconds)) for name, seconds in self.phases.items()],
+            ("rows/s", f"{self.rows_per_second:,.2f}"),
+            ("tokens/s", f"input {rate['input']:,.1f}, output {rate['output']:,.1f}, total {rate['total']:,.1f}"),
+            ("  by phase", f"prefill {rate['prefill']:,.1f}, decode {rate['decode']:,.1f}"),
+        ]
+        if self.percent_of_peak is not None:
+            peak = f"{self.percent_of_peak:.1f} % of {self.peak_operations_per_second / 1e9:,.0f} GOP/s as measured"
+            lines.append(("arithmetic", peak))
+        lines += [
+            ("peak memory", ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())),
+            ("  of the engine's", f"weights {_bytes(self.weight_bytes)}, KV cache {_bytes(self.kv_cache_bytes)}"),
+            ("steps", f"{self.steps:,}, preemptions {self.preemptions:,}"),
+            ("  tokens: steps", _histogram(self.step_sizes)),
+            ("prompt lengths", _histogram(self.buckets)),
+            ("padding", f"{_percent(self.padded_tokens, computed + self.padded_tokens)} of the tokens computed"),
+            *[("kernel " + op, path) for op, path in self.kernels.items()],
+            *[("note", note) for note in self.notes],
+        ]
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
+
+
+def read_report(output: Path) -> Report:
+    """The report of the job that wrote `output`. Raises `Refused` where there is none, or of another version."""
+    path = RunFolder(output).report
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        version = values["schema_version"]
+        if version != SCHEMA_VERSION:
+            raise Refused(f"report {path} has schema_version {version}; this batchinfer reads {SCHEMA_VERSION}")
+        return Report(**values)
+    except OSError as error:
+        raise Refused(f"report {path}: {error.strerror}; it is written when a job is complete") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise Refused(f"report {path} is no report of batchinfer: {error}") from error
+
+
+def rates(tokens: dict[str, int], seconds: dict[str, float]) -> dict[str, float]:
+    """Tokens a second by kind; 0 where no time passed."""
+    return {kind: tokens[kind] / seconds[kind] if seconds[kind] > 0 else 0.0 for kind in tokens}
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process had resident; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def versions() -> dict[str, str]:
+    """What ran: names to versions, read without importing them."""
+    packages = ("torch", "triton", "tokenizers", "pyarrow", "numpy")
+    installed = {dist.name: dist.version for dist in map(_distribution, packages) if dist is not None}
+    return {"batchinfer": __version__, "python": platform.python_version(), **installed}
+
+
+def _distribution(name: str) -> importlib.metadata.Distribution | None:
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole if whole else 0:.1f} %"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.2f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def _histogram(counts: dict[str, int], most: int = 6) -> str:
+    """The most frequent sizes, by size."""
+    frequent = sorted(Counter(counts).most_common(most), key=lambda item: int(item[0]))
+    shown = ", ".join(f"{size}: {count:,}" for size, count in frequent)
+    return (shown or "-") + (f", {len(counts) - most} more sizes" if len(counts) > most else "")

@@ -1,0 +1,174 @@
+"""A job from its spec to its report: open, check, run, merge; nothing is written before all is known to fit."""
+
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+
+from batchinfer.config import EngineConfig, EngineStats
+from batchinfer.jobs.fingerprints import fingerprints
+from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, resolve_model
+from batchinfer.jobs.interruption import Interruption
+from batchinfer.jobs.loop import Loop
+from batchinfer.jobs.parts import RESULT_FIELDS, RunFolder, write_json
+from batchinfer.jobs.planner import JobPlan
+from batchinfer.jobs.prompts import PromptSource
+from batchinfer.jobs.reader import Table
+from batchinfer.jobs.report import SCHEMA_VERSION, Report, peak_memory_bytes, rates, versions
+from batchinfer.jobs.results import Results
+from batchinfer.jobs.spec import EngineFailed, JobSpec, Refused
+from batchinfer.jobs.windows import Prompts, Windows
+from batchinfer.jobs.worker import TORCH_ENGINE, Load, Worker
+from batchinfer.tokenizer import Tokenizer
+
+MERGE_ROWS = 8192
+
+PromptsFactory = Callable[[JobSpec, Tokenizer, int, pa.Schema], Prompts]
+
+
+def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = PromptSource) -> Report:
+    """Run a job to its end: when this returns, `spec.output` is there, whole.
+
+    Raises `Refused` (the data, the model or the output), `EngineFailed`, `Interrupted`, `OSError` (the disk). Then the
+    output is absent, and the parts that were committed stay.
+    """
+    started = time.monotonic()
+    folder = RunFolder(spec.output)
+    folder.refuse_existing(spec.overwrite)
+    table = Table.open(spec.inputs)
+    kept = _kept_columns(spec, table)
+    model = resolve_model(spec.model, spec.revision)
+    tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
+    config = _engine_config(spec, model)
+    tokenizer = _load_tokenizer(model, tokenizer_folder)
+    source = prompts(spec, tokenizer, config.max_model_len, table.schema)
+    digests = fingerprints(spec, model, tokenizer.fingerprint, config.max_model_len)
+    resolved = {"command": shlex.join(sys.argv), "spec": asdict(spec), "engine": asdict(config), "versions": versions()}
+
+    folder.create(resolved, digests)
+    try:
+        windows, results = Windows(table, source, spec.block_size), Results(spec, tokenizer, folder)
+        print(f"batchinfer: loading {spec.model}", file=sys.stderr, flush=True)
+        with Interruption() as interruption, closing(Worker(engine, folder.log)) as worker:
+            loop = Loop(spec, windows, results, worker, table.num_rows)
+            stats = loop.run(Load(config, tokenizer_folder), interruption)
+        folder.write_manifest()
+        merging = time.monotonic()
+        merged = folder.merge(pa.schema([table.schema.field(c) for c in kept]), table.batches(kept, MERGE_ROWS))
+    except EngineFailed:
+        raise  # its log is in the folder
+    except BaseException:
+        folder.remove_if_empty()
+        raise
+    finished = time.monotonic()
+    phases = {
+        "load": stats.load_seconds,
+        "tokenize": windows.seconds,
+        "prefill": stats.prefill_seconds,
+        "decode": stats.decode_seconds,
+        "commit": results.commit_seconds,
+        "merge": finished - merging,
+    }
+    report = _report(spec, results, windows.plan, stats, phases, loop.generate_seconds, finished - started)
+    write_json(folder.report, asdict(report))
+    folder.publish(merged)
+    return report
+
+
+def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
+    kept = table.schema.names if spec.columns is None else list(spec.columns)
+    table.check(kept)
+    clash = [field.name for field in RESULT_FIELDS if field.name in kept]
+    if clash:
+        raise Refused(
+            f"{spec.inputs[0]} has a column {clash[0]!r}, which the output needs for itself; rename it, or name the "
+            "columns to keep with --columns"
+        )
+    return kept
+
+
+def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
+    try:
+        return Tokenizer.load(model, folder)
+    except ValueError as error:
+        raise Refused(f"tokenizer: {error}") from error
+
+
+def _engine_config(spec: JobSpec, model: Path) -> EngineConfig:
+    return EngineConfig(
+        model=model,
+        device="cpu" if spec.device == "auto" else spec.device,
+        dtype=spec.dtype,
+        quantization=spec.quantization,
+        kv_cache_dtype=spec.kv_cache_dtype,
+        max_model_len=context_length(model, spec.max_model_len),
+        max_num_seqs=spec.max_num_seqs,
+        max_num_batched_tokens=spec.max_num_batched_tokens,
+        block_size=spec.block_size,
+        random_weights=spec.random_weights,
+    )
+
+
+def _report(
+    spec: JobSpec,
+    results: Results,
+    plan: JobPlan,
+    stats: EngineStats,
+    phases: dict[str, float],
+    generating: float,
+    wall: float,
+) -> Report:
+    tokens = {
+        "prefill": stats.prompt_tokens,
+        "decode": stats.completion_tokens,
+        "input": results.prompt_tokens,
+        "output": results.completion_tokens,
+        "total": results.prompt_tokens + results.completion_tokens,
+    }
+    seconds = {kind: phases.get(kind, generating) for kind in tokens}
+    busy = stats.prefill_seconds + stats.decode_seconds
+    ideal = busy * stats.peak_operations_per_second
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        output=str(spec.output),
+        model=spec.model,
+        rows=results.rows,
+        rows_ok=results.rows - results.failed,
+        rows_failed=results.failed,
+        rows_resumed=0,
+        rows_computed=results.rows,
+        rows_duplicate=0,
+        rows_by_finish_reason=dict(results.by_reason),
+        rows_by_error=dict(results.by_error),
+        prompt_tokens=results.prompt_tokens,
+        prompt_tokens_computed=stats.prompt_tokens,
+        completion_tokens=results.completion_tokens,
+        drafted=0,
+        accepted=0,
+        steps=stats.steps,
+        preemptions=stats.preemptions,
+        padded_tokens=stats.padded_tokens,
+        step_sizes={str(size): count for size, count in sorted(stats.step_sizes.items())},
+        buckets={str(edge): rows for edge, rows in plan.buckets.items() if rows},
+        phases=phases,
+        generate_seconds=generating,
+        wall_seconds=wall,
+        tokens_per_second=rates(tokens, seconds),
+        rows_per_second=results.rows / generating if generating > 0 else 0.0,
+        operations=stats.operations,
+        peak_operations_per_second=stats.peak_operations_per_second,
+        percent_of_peak=100 * stats.operations / ideal if ideal > 0 else None,
+        peak_memory_bytes={"parent": peak_memory_bytes(), "engine": stats.peak_memory_bytes},
+        weight_bytes=stats.weight_bytes,
+        kv_cache_bytes=stats.kv_cache_bytes,
+        device=stats.device,
+        kernels=stats.kernels,
+        notes=stats.notes,
+        versions=versions(),
+        command=shlex.join(sys.argv),
+    )

@@ -1,0 +1,153 @@
+"""What a job is: every choice of `batchinfer run`, resolved once, frozen; and how a job ends early."""
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from batchinfer.request import SamplingParams
+
+
+class UsageError(Exception):
+    """A flag or a key of the job file is wrong: exit 2."""
+
+
+class Refused(Exception):
+    """The data, the model or the output cannot be used as asked: exit 65."""
+
+
+class EngineFailed(Exception):
+    """The engine's process raised or died: exit 70."""
+
+
+class Interrupted(Exception):
+    """The job was told to stop; what was finished is committed: exit 75."""
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One job. Just one of `prompt_column`, `prompt_template` and `messages_column` is set.
+
+    A `UsageError` names flag, value and bound. Paths are as the user gave them; `model` is a directory or a Hub id.
+    """
+
+    inputs: tuple[Path, ...]
+    output: Path
+    model: str
+    revision: str | None = None
+    tokenizer: str | None = None  # a directory or a Hub id, where it is not the model's own
+    prompt_column: str | None = None
+    prompt_template: str | None = None  # "... {column} ..."
+    messages_column: str | None = None
+    system_prompt: str | None = None  # only with `chat` or `messages_column`
+    chat: bool = False  # wrap the plain prompt in the checkpoint's chat template
+    allow_special_tokens: bool = False  # plain prompts that were rendered before
+    id_column: str | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: str = "auto"
+    kv_cache_dtype: str = "auto"
+    max_model_len: int | None = None  # None: what the checkpoint says
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 32
+    columns: tuple[str, ...] | None = None  # input columns to keep; None: all
+    commit_rows: int = 10_000
+    commit_seconds: float = 30.0
+    max_error_rate: float = 1.0
+    overwrite: bool = False
+    random_weights: bool = False
+
+    def __post_init__(self) -> None:
+        sources = {
+            "--prompt-column": self.prompt_column,
+            "--prompt-template": self.prompt_template,
+            "--messages-column": self.messages_column,
+        }
+        given = [flag for flag, value in sources.items() if value is not None]
+        if len(given) != 1:
+            raise UsageError(f"give one of {', '.join(sources)}; got {' and '.join(given) or 'none'}")
+        if not self.inputs:
+            raise UsageError("no input; give one file or more")
+        if self.output.suffix != ".parquet":
+            raise UsageError(f"--output is {self.output}; its name must end in .parquet")
+        if any(path.resolve() == self.output.resolve() for path in self.inputs):
+            raise UsageError(f"--output {self.output} is an input too; choose another name")
+        if self.columns is not None and not self.columns:
+            raise UsageError("--columns is empty; name one input column or more, or leave it out to keep all")
+        if self.chat and self.messages_column is not None:
+            raise UsageError("--chat wraps a plain prompt; --messages-column has its own roles: leave one out")
+        templated = self.chat or self.messages_column is not None
+        if self.system_prompt is not None and not templated:
+            raise UsageError("--system-prompt needs --chat or --messages-column")
+        if self.allow_special_tokens and templated:
+            raise UsageError("--allow-special-tokens is for plain prompts: leave out --chat and --messages-column")
+        for flag, value, known in (
+            ("--device", self.device, ("auto", "cpu", "cuda")),
+            ("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16")),
+            ("--quantization", self.quantization, ("auto", "none", "w8a8-int8", "w8a8-int8+head")),
+            ("--kv-cache-dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8")),
+        ):
+            if value not in known:
+                raise UsageError(f"{flag} is {value!r}; it must be one of {', '.join(known)}")
+        _at_least("--seed", self.seed, 0)
+        _at_least("--max-num-seqs", self.max_num_seqs, 1)
+        _at_least("--max-num-batched-tokens", self.max_num_batched_tokens, 1)
+        _at_least("--block-size", self.block_size, 1)
+        _at_least("--commit-rows", self.commit_rows, 1)
+        if self.max_model_len is not None:
+            _at_least("--max-model-len", self.max_model_len, 2)
+        if not self.commit_seconds > 0:
+            raise UsageError(f"--commit-seconds is {self.commit_seconds}; it must be above 0")
+        if not 0 <= self.max_error_rate <= 1:
+            raise UsageError(f"--max-error-rate is {self.max_error_rate}; it must be from 0 to 1")
+
+
+def _at_least(flag: str, value: int, bound: int) -> None:
+    if value < bound:
+        raise UsageError(f"{flag} is {value}; it must be {bound} or more")
+
+
+def read_job_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
+    """The keys of a TOML job file, with '_' for '-'; paths in it are taken relative to it.
+
+    Raises `UsageError` for a file that cannot be read, a key that is not among `known` and a value of a wrong kind.
+    """
+    try:
+        with path.open("rb") as file:
+            table = tomllib.load(file)
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} is no valid TOML: {error}") from error
+    names = sorted(known)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        name = key.replace("-", "_")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            raise UsageError(f"--config {path} has an unknown key {key!r}; the nearest known key is {near[0]!r}")
+        if name in values:
+            raise UsageError(f"--config {path} has {name!r} twice, with '-' and with '_'")
+        try:
+            values[name] = _job_value(path.parent, name, value)
+        except ValueError as error:
+            raise UsageError(f"--config {path}: {name} is {error}") from error
+    return values
+
+
+def _job_value(folder: Path, name: str, value: Any) -> Any:
+    if name in ("input", "stop", "columns"):
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"{value!r}; expected a text or a list of texts")
+        return [str(folder / text) for text in texts] if name == "input" else texts
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"a {type(value).__name__}; expected one value")
+    # A model's name may be a Hub id: it is a path only where such a folder is.
+    is_path = name == "output" or (name in ("model", "tokenizer") and (folder / str(value)).is_dir())
+    return str(folder / str(value)) if is_path else value

@@ -1,0 +1,229 @@
+"""The engine in a child process, and the words that it and the job exchange.
+
+The parent never imports torch. The child leaves signals to the parent, writes whatever it prints to the run's log, and
+ends when the parent is gone. A thread of the parent always reads, so the two never wait for each other with full pipes.
+"""
+
+import multiprocessing
+import os
+import pkgutil
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+from batchinfer.config import EngineConfig, EngineStats
+from batchinfer.jobs.interruption import ignoring_signals
+from batchinfer.jobs.spec import EngineFailed, Refused
+from batchinfer.request import Completions, Requests
+from batchinfer.tokenizer import Tokenizer
+
+HEARTBEAT_SECONDS = 1.0
+
+
+class Engine(Protocol):
+    """What a job needs of an engine."""
+
+    @property
+    def unfinished(self) -> int: ...
+    def add(self, requests: Requests) -> None: ...
+    def step(self) -> Completions: ...
+    def take_admitted(self) -> list[int]: ...
+    def stats(self) -> EngineStats: ...
+
+
+# "module:name" of what makes an `Engine` of an `EngineConfig` and a `Tokenizer`. Only the child imports it.
+TORCH_ENGINE = "batchinfer.engine:Engine"
+
+
+@dataclass(frozen=True)
+class Load:
+    """Parent to child, first: load this engine."""
+
+    config: EngineConfig
+    tokenizer: Path | None  # a folder, where it is not the model's own
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Parent to child: more rows, in the order to run them."""
+
+    requests: Requests
+
+
+@dataclass(frozen=True)
+class Drain:
+    """Parent to child: no more rows will come; finish those that came."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Parent to child: finish nothing more."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Child to parent: the engine is loaded."""
+
+    stats: EngineStats
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """Child to parent: rows that began. Those begun and not completed are what a fault may be owed to."""
+
+    rows: list[int]
+
+
+@dataclass(frozen=True)
+class Completed:
+    """Child to parent: rows that ended in one step."""
+
+    completions: Completions
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Child to parent, about once a second while it works."""
+
+    stats: EngineStats
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Child to parent, last: the engine failed; `refused` where the model or a flag is to blame."""
+
+    text: str
+    refused: bool
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Child to parent, last: after `Drain` or `Stop`."""
+
+    stats: EngineStats
+
+
+Command = Load | Rows | Drain | Stop
+Message = Ready | Admitted | Completed | Heartbeat | Fault | Finished
+
+
+class Worker:
+    """The child process, seen from the parent."""
+
+    def __init__(self, engine: str, log: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._log = log
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, engine, log), daemon=True)
+        with ignoring_signals():
+            self._process.start()
+        theirs.close()
+        self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._messages.put(self._pipe.recv())
+        except (EOFError, OSError):
+            self._messages.put(None)
+
+    def send(self, command: Command) -> None:
+        """Raises `EngineFailed` where the child is dead, unless it left a message that says why."""
+        try:
+            self._pipe.send(command)
+        except OSError:
+            self._reader.join()
+
+    def receive(self, timeout: float) -> Message | None:
+        """The next message, or None after `timeout` seconds.
+
+        Raises `Refused` or `EngineFailed` for a `Fault`, and `EngineFailed` once the child is dead.
+        """
+        try:
+            message = self._messages.get(timeout=timeout) if timeout > 0 else self._messages.get_nowait()
+        except queue.Empty:
+            return None
+        if message is None:
+            self._process.join()
+            raise EngineFailed(f"the engine's process {self._death()}; its log is {self._log}")
+        if isinstance(message, Fault):
+            if message.refused:
+                raise Refused(message.text)
+            raise EngineFailed(f"the engine failed: {message.text}; the traceback is in {self._log}")
+        return message
+
+    def _death(self) -> str:
+        code = self._process.exitcode
+        if code is None or code >= 0:
+            return f"ended with exit code {code}"
+        name = signal.Signals(-code).name
+        return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+    def close(self) -> None:
+        """End the child, at once if it still runs."""
+        self._process.kill()
+        self._process.join()
+        self._reader.join()
+        self._pipe.close()
+
+
+def serve(pipe: "Connection[Message, Command]", engine: str, log: Path) -> None:
+    """The child's life: load, take rows, step, report; until told to stop or the parent is gone."""
+    _print_to(log)
+    try:
+        _serve(pipe, engine)
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return
+    except Exception as error:
+        traceback.print_exc()
+        pipe.send(Fault(f"{type(error).__name__}: {error}", refused=False))
+
+
+def _print_to(log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+
+
+def _serve(pipe: Any, engine_name: str) -> None:
+    make_engine = pkgutil.resolve_name(engine_name)  # imported while the parent still tokenizes
+    order: Load = pipe.recv()
+    try:
+        engine: Engine = make_engine(order.config, Tokenizer.load(order.config.model, order.tokenizer))
+    except (ValueError, OSError) as error:
+        traceback.print_exc()
+        pipe.send(Fault(str(error), refused=True))
+        return
+    pipe.send(Ready(engine.stats()))
+    draining = False
+    last_beat = time.monotonic()
+    while engine.unfinished or not draining:
+        if not engine.unfinished or pipe.poll():
+            match pipe.recv():
+                case Rows(requests):
+                    engine.add(requests)
+                case Drain():
+                    draining = True
+                case Stop():
+                    break
+            continue
+        completions = engine.step()
+        if admitted := engine.take_admitted():
+            pipe.send(Admitted(admitted))
+        if len(completions):
+            pipe.send(Completed(completions))
+        if time.monotonic() - last_beat >= HEARTBEAT_SECONDS:
+            pipe.send(Heartbeat(engine.stats()))
+            last_beat = time.monotonic()
+    pipe.send(Finished(engine.stats()))

@@ -1,0 +1,420 @@
+"""Whole jobs with an engine that computes nothing: what comes out, what is refused, what a fault leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from batchinfer.jobs import windows
+from batchinfer.jobs.report import Report, read_report
+from batchinfer.jobs.runner import run
+from batchinfer.jobs.spec import EngineFailed, JobSpec, Refused
+from batchinfer.request import SamplingParams
+
+STUB = "batchinfer.jobs.stub:StubEngine"
+CONTEXT = 64
+
+# Engines that misbehave, as a module that the child imports by name. `Slow` ends a few rows a step.
+ENGINES = """
+import os, signal, time
+import numpy as np
+from batchinfer.jobs.stub import StubEngine
+from batchinfer.request import Completions, FinishReason, RowError
+
+class Slow(StubEngine):
+    SECONDS = 0.02
+
+    def add(self, requests):
+        for first in range(0, len(requests), 4):
+            super().add(requests.take(np.arange(first, min(first + 4, len(requests)))))
+
+    def step(self):
+        time.sleep(self.SECONDS)
+        return super().step()
+
+    def take_admitted(self):
+        return self._waiting[0].rows.tolist() if self._waiting else []
+
+class Dies(Slow):
+    def step(self):
+        if self._stats.steps == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step()
+
+class Raises(Slow):
+    def step(self):
+        if self._stats.steps == 3:
+            raise RuntimeError("a bug\\nin two lines")
+        return super().step()
+
+class Forgets(Slow):
+    unfinished = 0
+
+class Fails(StubEngine):
+    def step(self):
+        done = super().step()
+        done.finish_reasons[done.rows % 2 == 1] = FinishReason.ERROR
+        errors = {int(row): RowError("not_finite", f"row {row}") for row in done.rows if row % 2 == 1}
+        return Completions(done.rows, done.token_ids, done.offsets, done.finish_reasons, errors)
+
+def refuse(config, tokenizer):
+    raise ValueError(f"model {config.model}: tensor x is missing")
+
+def break_down(config, tokenizer):
+    raise KeyError("x")
+
+class Remembers(StubEngine):
+    def __init__(self, config, tokenizer):
+        super().__init__(config, tokenizer)
+        self._stats.notes = [f"{config.kv_cache_tokens} tokens of KV"]
+"""
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the job layer needs of a model: a tokenizer and config.json, no weights."""
+    folder = tmp_path_factory.mktemp("model")
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator(["def count(words):"], trainer)
+    made.save(str(folder / "tokenizer.json"))
+    config = {"max_position_embeddings": CONTEXT, "eos_token_id": 0, "vocab_size": made.get_vocab_size()}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """The name of an engine of `ENGINES`."""
+    (tmp_path / "engines_of_the_test.py").write_text(ENGINES)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "engines_of_the_test:{}".format
+
+
+def write(path: Path, **columns: Any) -> Path:
+    pq.write_table(pa.table(columns), path, row_group_size=100)
+    return path
+
+
+def prompts(n: int) -> list[str]:
+    return [f"prompt {i} " + "x" * (i % 7) for i in range(n)]
+
+
+def spec(model: Path, *inputs: Path, **fields: Any) -> JobSpec:
+    defaults = {
+        "output": inputs[0].parent / "out.parquet",
+        "prompt_column": "prompt",
+        "sampling": SamplingParams(max_tokens=8),
+    }
+    return JobSpec(inputs=inputs, model=str(model), **{**defaults, **fields})
+
+
+def expected(model: Path, texts: list[str], limit: int = 8) -> list[str]:
+    plain = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    return [plain.decode(plain.encode(text).ids[:limit]) for text in texts]
+
+
+def recount(output: Path) -> dict[str, Any]:
+    table = pq.read_table(output)
+    failed = pc.sum(pc.equal(table["finish_reason"], "error")).as_py() or 0
+    codes = table["error_code"].drop_null().value_counts().to_pylist()
+    return {
+        "rows": table.num_rows,
+        "rows_ok": table.num_rows - failed,
+        "rows_failed": failed,
+        "rows_by_error": {entry["values"]: entry["counts"] for entry in codes},
+        "prompt_tokens": pc.sum(table["prompt_tokens"]).as_py() or 0,
+        "completion_tokens": pc.sum(table["completion_tokens"]).as_py() or 0,
+    }
+
+
+def counts(report: Report) -> dict[str, Any]:
+    names = ("rows", "rows_ok", "rows_failed", "rows_by_error", "prompt_tokens", "completion_tokens")
+    return {name: getattr(report, name) for name in names}
+
+
+@pytest.mark.parametrize("window_rows", [1, 64, 100_000])
+def test_every_row_is_answered_in_input_order(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, window_rows: int
+) -> None:
+    n = 40 if window_rows == 1 else 1000
+    monkeypatch.setattr(windows, "WINDOW_ROWS", window_rows)
+    monkeypatch.setattr(windows, "SLICE_ROWS", min(window_rows, 32))
+    texts = prompts(n)
+    path = write(tmp_path / "in.parquet", id=list(range(n)), prompt=texts, extra=np.arange(n) / 3)
+    report = run(spec(model, path, commit_rows=100), STUB)
+    table = pq.read_table(tmp_path / "out.parquet", page_checksum_verification=True)
+    assert table.select(["id", "prompt", "extra"]).equals(pq.read_table(path))
+    assert table["generated_text"].to_pylist() == expected(model, texts)
+    assert table["completion_tokens"].to_pylist() == [8] * n
+    assert set(table["finish_reason"].to_pylist()) == {"length"}
+    assert counts(report) == recount(tmp_path / "out.parquet")
+    assert read_report(tmp_path / "out.parquet") == report
+
+
+def test_bad_rows_get_an_error_of_their_own(tmp_path: Path, model: Path) -> None:
+    texts = ["good", None, "", "y " * CONTEXT, "fine"]
+    path = write(tmp_path / "in.parquet", prompt=texts)
+    report = run(spec(model, path), STUB)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["finish_reason"].to_pylist() == ["stop", "error", "error", "error", "stop"]
+    assert table["error_code"].to_pylist() == [None, "null_prompt", "empty_prompt", "too_long", None]
+    assert table["generated_text"].to_pylist() == ["good", None, None, None, "fine"]
+    assert table["prompt_tokens"].null_count == table["completion_tokens"].null_count == 3
+    assert all(table["error_message"].to_pylist()[1:4])
+    assert counts(report) == recount(tmp_path / "out.parquet")
+
+
+def test_rows_that_the_engine_failed(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(10))
+    report = run(spec(model, path), engine("Fails"))
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["error_code"].to_pylist() == [None, "not_finite"] * 5
+    assert table["error_message"].to_pylist()[1] == "row 1"
+    assert table["generated_text"].null_count == 5
+    assert counts(report) == recount(tmp_path / "out.parquet")
+
+
+def test_text_ends_before_the_first_stop_string(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path / "in.parquet", prompt=["one END two", "one STOP two END", "plain"])
+    run(spec(model, path, sampling=SamplingParams(max_tokens=40, stop=("END", "STOP"))), STUB)
+    assert pq.read_table(tmp_path / "out.parquet")["generated_text"].to_pylist() == ["one ", "one ", "plain"]
+
+
+def test_rows_near_the_context_get_as_many_tokens_as_fit(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "SLICE_ROWS", 3)
+    lengths = [60, 5, 63, 57, 2, 60, 62, 61]
+    path = write(tmp_path / "in.parquet", prompt=["x" * length for length in lengths])
+    run(spec(model, path), STUB)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["prompt_tokens"].to_pylist() == lengths
+    assert table["completion_tokens"].to_pylist() == [min(n, 8, CONTEXT - n) for n in lengths]
+
+
+def test_columns_chooses_and_orders(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path / "in.parquet", a=[1], prompt=["p"], b=[2])
+    run(spec(model, path, columns=("b", "a")), STUB)
+    assert pq.read_schema(tmp_path / "out.parquet").names[:3] == ["b", "a", "generated_text"]
+
+
+def test_several_inputs_are_one_table(tmp_path: Path, model: Path) -> None:
+    first = write(tmp_path / "a.parquet", prompt=prompts(5))
+    second = write(tmp_path / "b.parquet", prompt=["last"])
+    run(spec(model, first, second), STUB)
+    assert pq.read_table(tmp_path / "out.parquet")["prompt"].to_pylist() == [*prompts(5), "last"]
+
+
+def test_json_lines_in(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "a", "n": {"x": 1}}\n{"prompt": 5}\n')
+    run(spec(model, path), STUB)
+    table = pq.read_table(tmp_path / "out.parquet")
+    assert table["n"].to_pylist() == [{"x": 1}, None]
+    assert table["error_code"].to_pylist() == [None, "wrong_type"]
+
+
+def test_no_rows_give_a_whole_empty_output(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path / "in.parquet", prompt=pa.array([], pa.string()))
+    assert run(spec(model, path), STUB).rows == 0
+    assert pq.read_table(tmp_path / "out.parquet").num_rows == 0
+
+
+def test_parts_are_committed_by_rows(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(40))
+    run(spec(model, path, commit_rows=16), engine("Slow"))
+    manifest = json.loads((tmp_path / "out.run" / "manifest.json").read_text())
+    assert sum(part["rows"] for part in manifest["parts"]) == 40
+    assert len(manifest["parts"]) >= 2
+
+
+def test_parts_are_committed_by_seconds(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(60))
+    run(spec(model, path, commit_seconds=0.05), engine("Slow"))
+    assert len(json.loads((tmp_path / "out.run" / "manifest.json").read_text())["parts"]) >= 2
+
+
+def test_the_cache_is_as_large_as_the_plan_says(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
+    # 3 rows side by side at most; 9 tokens and 8 new ones round up to 2 blocks of 16.
+    path = write(tmp_path / "in.parquet", prompt=["123456789"] * 5)
+    report = run(spec(model, path, max_num_seqs=3, block_size=16), engine("Remembers"))
+    assert report.notes == ["96 tokens of KV"]
+
+
+def test_later_rows_may_be_longer_than_the_first_window(
+    tmp_path: Path, model: Path, engine: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "WINDOW_ROWS", 5)
+    monkeypatch.setattr(windows, "SLICE_ROWS", 5)
+    path = write(tmp_path / "in.parquet", prompt=["123456789"] * 10)
+    report = run(spec(model, path, max_num_seqs=3, block_size=16), engine("Remembers"))
+    assert report.notes == ["192 tokens of KV"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt_column": "text"}, "no column 'text'"),
+        ({"columns": ("id", "nope")}, "no column 'nope'"),
+        ({"columns": ("id", "finish_reason")}, "column 'finish_reason', which the output needs"),
+        ({"prompt_column": "id"}, "expected text"),
+        ({"tokenizer": "/nowhere"}, "/nowhere"),
+        ({"chat": True}, "no chat template"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(tmp_path: Path, model: Path, fields: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "in.parquet", id=[1], prompt=["p"], finish_reason=["x"])
+    with pytest.raises(Refused, match=message):
+        run(spec(model, path, **{"columns": ("id",)} | fields), STUB)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.parquet"]
+
+
+def test_a_clash_of_columns_names_the_remedy(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path / "in.parquet", prompt=["p"], generated_text=["old"])
+    with pytest.raises(Refused, match=r"'generated_text'.*--columns"):
+        run(spec(model, path), STUB)
+    run(spec(model, path, columns=("prompt",)), STUB)
+
+
+def test_an_unreadable_file_is_refused(tmp_path: Path, model: Path) -> None:
+    path = tmp_path / "in.parquet"
+    path.write_bytes(b"PAR1 rubbish PAR1")
+    with pytest.raises(Refused, match=r"in\.parquet cannot be read"):
+        run(spec(model, path), STUB)
+
+
+def test_a_model_that_does_not_load_is_refused(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
+    path = write(tmp_path / "in.parquet", prompt=["p"])
+    with pytest.raises(Refused, match=r"tensor x is missing"):
+        run(spec(model, path), engine("refuse"))
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_an_earlier_output_is_replaced_only_if_asked(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path / "in.parquet", prompt=["p"])
+    run(spec(model, path), STUB)
+    with pytest.raises(Refused, match="--overwrite"):
+        run(spec(model, path), STUB)
+    write(path, prompt=["another"])
+    run(spec(model, path, overwrite=True), STUB)
+    assert pq.read_table(tmp_path / "out.parquet")["prompt"].to_pylist() == ["another"]
+
+
+def test_too_many_errors_end_the_job(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path / "in.parquet", prompt=["a", "", None, "d"])
+    with pytest.raises(Refused, match=r"2 of 4 rows failed \(.*empty_prompt 1.*more than --max-error-rate 0.4"):
+        run(spec(model, path, max_error_rate=0.4), STUB)
+    assert not (tmp_path / "out.parquet").exists()
+    run(spec(model, path, max_error_rate=0.5, overwrite=True), STUB)
+
+
+def test_all_rows_may_fail(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path / "in.parquet", prompt=["", ""])
+    assert run(spec(model, path), STUB).rows_failed == 2
+
+
+def committed_rows(tmp_path: Path) -> list[int]:
+    files = (tmp_path / "out.run" / "parts").glob("*.parquet")
+    return sorted(row for file in files for row in pq.read_table(file)["row"].to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Dies", r"was killed by SIGKILL \(out of memory\?\).* rows were under way, the first of them row"),
+        ("Raises", r"the engine failed: RuntimeError: a bug\nin two lines; the traceback is in .*worker\.log"),
+        ("Forgets", "the engine ended with 40 rows unfinished"),
+        ("break_down", "the engine failed: KeyError: 'x'"),
+        ("NotThere", "the engine failed: AttributeError"),
+    ],
+)
+def test_a_fault_of_the_engine_keeps_what_is_done(
+    tmp_path: Path, model: Path, engine: Callable[[str], str], name: str, message: str
+) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(40))
+    with pytest.raises(EngineFailed, match=message):
+        run(spec(model, path), engine(name))
+    assert not (tmp_path / "out.parquet").exists()
+    rows = committed_rows(tmp_path)
+    assert len(rows) == len(set(rows)) == (12 if name in ("Dies", "Raises") else 0)
+    log = (tmp_path / "out.run" / "worker.log").read_text()
+    assert ("Traceback" in log) == (name not in ("Dies", "Forgets"))
+
+
+SCRIPT = """
+import sys
+from functools import partial
+from batchinfer.jobs import cli, runner
+from batchinfer.jobs.runner import run
+
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv.pop(1))
+    runner.run = partial(run, engine="engines_of_the_test:Slow")
+    cli.main()
+"""
+
+
+@pytest.fixture
+def slow_job(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> subprocess.Popen[str]:
+    """A job of the real command line that runs for some seconds; it has committed rows when this returns."""
+    path = write(tmp_path / "in.parquet", prompt=prompts(2000))
+    (tmp_path / "main.py").write_text(textwrap.dedent(SCRIPT))
+    command = [sys.executable, tmp_path / "main.py", tmp_path, "run", path, "-o", tmp_path / "out.parquet"]
+    flags = ["--model", model, "--commit-rows", "40"]
+    process = subprocess.Popen(
+        list(map(str, command + flags)), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out.run" / "parts").glob("*")) and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+def ended(processes: list[psutil.Process]) -> bool:
+    return not psutil.wait_procs(processes, timeout=20)[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_commits_and_exits_75(tmp_path: Path, slow_job: subprocess.Popen[str], number: signal.Signals) -> None:
+    children = psutil.Process(slow_job.pid).children(recursive=True)
+    os.killpg(slow_job.pid, number)
+    errors = slow_job.communicate(timeout=60)[1]
+    assert slow_job.returncode == 75
+    assert ended(children)
+    rows = committed_rows(tmp_path)
+    last = errors.splitlines()[-1]
+    assert last.startswith(f"batchinfer: error: stopped after {len(rows):,} of 2,000 rows; they are committed in ")
+    assert 40 <= len(rows) < 2000
+    assert len(set(rows)) == len(rows)
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_a_killed_parent_leaves_whole_parts_and_no_child(tmp_path: Path, slow_job: subprocess.Popen[str]) -> None:
+    children = psutil.Process(slow_job.pid).children(recursive=True)
+    slow_job.kill()
+    slow_job.communicate()
+    assert ended(children)
+    rows = committed_rows(tmp_path)
+    assert rows
+    assert len(set(rows)) == len(rows)
+    assert not (tmp_path / "out.parquet").exists()
