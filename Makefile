@@ -1,0 +1,42 @@
+# make demo | test | check | bench | test-long: each makes $(VENV) where it is missing and installs what it needs.
+# PIP_FLAGS goes to pip as it stands; pip's own PIP_* environment variables work too.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
+
+.PHONY: demo test test-long check bench
+
+demo: demo/prompts.parquet
+	$(BIN)/batchinfer run --config examples/stdlib/job.toml --overwrite
+	$(BIN)/python examples/stdlib/show.py demo/answers.parquet
+
+demo/prompts.parquet: examples/stdlib/prompts.py examples/stdlib/corpus.py | $(VENV)/product.stamp
+	$(BIN)/python examples/stdlib/prompts.py -o $@
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m 'not long'
+
+test-long: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m long
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_imports.py
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/peers/run.py
+
+$(VENV)/product.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/dev.stamp: pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable '.[dev]'
+	touch $@ $(VENV)/product.stamp
