@@ -1,0 +1,83 @@
+"""The job layer alone: a million short text rows through an engine that computes nothing.
+
+    python benchmarks/job_layer.py [--rows N] [--repeats N]
+
+Everything but the model runs: reading, tokenizing, planning, the child process, text of the answers, commits, merge.
+Prints one line a run; writes `benchmarks/results/job_layer.json`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+HERE = Path(__file__).parent
+MODEL = HERE.parent / "examples" / "stdlib" / "target"
+WORDS = ("label", "this", "row", "as", "good", "or", "bad", "if", "it", "is", "one")
+
+
+def write_rows(path: Path, count: int) -> None:
+    """Short prompts, no two alike, in row groups of 100,000."""
+    with pq.ParquetWriter(path, pa.schema([("id", pa.int64()), ("prompt", pa.string())])) as writer:
+        for first in range(0, count, 100_000):
+            rows = range(first, min(first + 100_000, count))
+            prompts = [f"{WORDS[i % 11]} {i} {WORDS[i % 7]}" for i in rows]
+            writer.write_table(pa.table({"id": list(rows), "prompt": prompts}))
+
+
+def run_once(folder: Path) -> dict[str, Any]:
+    """One job, in a process of its own, so that its peak memory is its own."""
+    code = (
+        "import json, sys; from dataclasses import asdict; from pathlib import Path;"
+        "from batchinfer.jobs.bench import STUB_ENGINE; from batchinfer.jobs.runner import run;"
+        "from batchinfer.jobs.spec import JobSpec; from batchinfer.request import SamplingParams;"
+        "spec = JobSpec(inputs=(Path(sys.argv[1]),), output=Path(sys.argv[2]), model=sys.argv[3],"
+        "               prompt_column='prompt', sampling=SamplingParams(max_tokens=4), overwrite=True);"
+        "print(json.dumps(asdict(run(spec, STUB_ENGINE))))"
+    )
+    command = [sys.executable, "-c", code, folder / "in.parquet", folder / "out.parquet", MODEL]
+    out = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True).stdout
+    report: dict[str, Any] = json.loads(out)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="batchinfer-bench-") as name:
+        folder = Path(name)
+        write_rows(folder / "in.parquet", args.rows)
+        for _ in range(args.repeats):
+            report = run_once(folder)
+            rate = report["rows"] / report["wall_seconds"]
+            megabytes = {process: round(size / 1e6) for process, size in report["peak_memory_bytes"].items()}
+            print(f"{rate:,.0f} rows/s, {report['wall_seconds']:.1f} s, peak memory in MB {megabytes}", flush=True)
+            kept = (
+                "rows",
+                "wall_seconds",
+                "generate_seconds",
+                "phases",
+                "peak_memory_bytes",
+                "prompt_tokens",
+                "versions",
+            )
+            runs.append({"rows_per_second": rate} | {key: report[key] for key in kept})
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True).stdout
+    machine = {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()}
+    result = {"rows": args.rows, "commit": commit.strip(), "machine": machine, "runs": runs}
+    (HERE / "results" / "job_layer.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
