@@ -172,7 +172,8 @@ class Scheduler:
         index = np.arange(offsets[-1]) - offsets[query] + (start // size)[query]  # of the block in its sequence
         pool = self.table.blocks[places[query], index]
         key_positions = index[:, None] * size + np.arange(size)
-        masked = (key_positions > positions[query, None]) | (key_positions < start[query, None])
+        hidden = (key_positions > positions[query, None]) | (key_positions < start[query, None])
+        edges = np.flatnonzero(hidden.any(1))
 
         low, high = int(pool.min()), int(pool.max()) + 1
         if 2 * len(pool) >= high - low:  # crowded enough to read the pool where it lies
@@ -182,15 +183,14 @@ class Scheduler:
             blocks, order, total = _tensor(pool), np.arange(len(pool)), len(pool)
         owner = np.zeros(total, np.int64)
         owner[order] = query
-        all_masked = np.ones((total, 1, size), np.bool_)
-        all_masked[order, 0] = masked
         most = np.arange(int(counts.max()))
         padded = np.where(most < counts[:, None], most, 0) + offsets[:-1, None]
         return DecodeBlocks(
             rows=torch.arange(first_row, first_row + len(places)),
             blocks=blocks,
             owner=_tensor(owner),
-            masked=_tensor(all_masked),
+            edges=_tensor(order[edges]),
+            hidden=_tensor(hidden[edges, None]),
             table=_tensor(order[padded]),
             order=_tensor(order),
             offsets=_tensor(offsets),

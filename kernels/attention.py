@@ -33,8 +33,9 @@ class DecodeBlocks:
 
     rows: Tensor  # [n] int64, where the queries are in the step's tokens
     blocks: slice | Tensor  # b blocks of the pool: a range of it, or int64 [b]
-    owner: Tensor  # [b] int64, the query of each block; blocks that belong to none name query 0
-    masked: Tensor  # [b, 1, block_size] bool, positions that the owner does not see
+    owner: Tensor  # [b] int64, the query of each block; 0 for blocks of nobody, whose results nobody reads
+    edges: Tensor  # [m] int64, the places in `blocks` of those that their owner sees only a part of
+    hidden: Tensor  # [m, 1, block_size] bool, the positions of those that the owner does not see
     table: Tensor  # [n, most] int64, the places in `blocks` of each query's blocks, its first repeated as padding
     order: Tensor  # [total] int64, the same places, flat, each sequence's in order
     offsets: Tensor  # [n + 1] int64 into order
@@ -51,7 +52,7 @@ def attention(
     """Attention outputs [T, heads, head_dim] in the query's dtype; rows of no query are zero.
 
     The step's own keys and values are already in the cache. `window`: a token sees that many positions, itself
-    included (None: all before it). The caller leaves positions before the window masked in `decode`.
+    included (None: all before it); `decode` has been cut to it.
     """
     out = torch.zeros_like(query_THd)
     for group in tiles:
@@ -117,7 +118,7 @@ def decode_blocks(query_nHd: Tensor, cache: KVCache, batch: DecodeBlocks, scale:
     scores = torch.bmm(query, key.transpose(1, 2)).view(b, heads, size)
     if cache.key_scale is not None:
         scores.view(b, kv_heads, group, size).mul_(cache.key_scale[batch.blocks][:, :, None])
-    scores.masked_fill_(batch.masked, float("-inf"))
+    scores[batch.edges] = scores[batch.edges].masked_fill_(batch.hidden, float("-inf"))
     most = scores.amax(-1)[batch.table].amax(1)
     weights = scores.sub_(most[batch.owner][..., None]).exp_()
     norm = _sum_in_order(weights.sum(-1), batch)
