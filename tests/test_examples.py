@@ -9,6 +9,7 @@ import sys
 import sysconfig
 import tomllib
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from batchinfer.config import EngineConfig
+from batchinfer.engine import Engine
+from batchinfer.request import Requests, SamplingParams
+from batchinfer.tokenizer import Tokenizer
 
 STDLIB = Path(__file__).parent.parent / "examples" / "stdlib"
 JOB = STDLIB / "job.toml"
@@ -117,6 +123,24 @@ def test_both_models_read_the_same_tokens() -> None:
     target, draft = (json.loads((STDLIB / name / "tokenizer.json").read_text()) for name in ("target", "draft"))
     assert target == draft
     assert len(target["model"]["vocab"]) == 4096
+
+
+def test_greedy_text_is_that_of_transformers(table: pa.Table) -> None:
+    tokenizer = Tokenizer.load(STDLIB / "target")
+    ids, offsets = tokenizer.encode_batch(table["prompt"].to_pylist()[::10])
+    prompts = [ids[a:b].tolist() for a, b in pairwise(offsets)]
+    assert len(prompts) >= 52
+    engine = Engine(EngineConfig(STDLIB / "target", dtype="float32", max_model_len=1152), tokenizer)
+    oracle = AutoModelForCausalLM.from_pretrained(STDLIB / "target", dtype=torch.float32).eval()
+    rows = 0
+    for done in engine.generate(Requests.of(prompts, SamplingParams(max_tokens=24))):
+        for i, row in enumerate(done.rows.tolist()):
+            new = done.tokens_of(i)
+            with torch.no_grad():
+                logits = oracle(torch.tensor([prompts[row] + new])).logits[0, len(prompts[row]) - 1 : -1]
+            assert logits.argmax(-1).tolist() == new, f"row {row}"
+            rows += 1
+    assert rows == len(prompts)
 
 
 def answer(prompts: Path, output: Path) -> list[dict[str, Any]]:

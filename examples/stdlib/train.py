@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     parser.add_argument("--only", choices=list(CONFIGS))
     parser.add_argument("--target-steps", type=int, default=1700)
-    parser.add_argument("--draft-steps", type=int, default=2200)
+    parser.add_argument("--draft-steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--compile", action="store_true", help="fuse: a fifth faster, needs a C++ compiler")
     parser.add_argument("--seed", type=int, default=0)
