@@ -1,0 +1,45 @@
+"""Print the most int8 operations per second that torch's own matrix products reach: the ceiling of int8 engines."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+ROWS, COLUMNS, DEPTH = 512, 4096, 2048
+REPEATS = 100
+
+
+def main() -> None:
+    left = torch.randint(-127, 128, (ROWS, DEPTH), dtype=torch.int8)
+    right = torch.randint(-127, 128, (COLUMNS, DEPTH), dtype=torch.int8)
+    unsigned_left = (left.to(torch.int16) + 128).to(torch.uint8)
+    packed_right = torch.ops.onednn.qlinear_prepack(right, None)
+    scales, zero_points = torch.ones(COLUMNS), torch.zeros(COLUMNS, dtype=torch.int64)
+
+    def signed() -> torch.Tensor:
+        return torch._int_mm(left, right.t())
+
+    def prepacked() -> torch.Tensor:
+        weights = (packed_right, scales, zero_points, None)
+        product: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
+            unsigned_left, 1.0, 128, *weights, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return product
+
+    if not torch.equal(signed().to(torch.float32), prepacked()):
+        raise SystemExit("torch's two int8 products differ on this machine, so neither is a ceiling")
+    print(2 * ROWS * COLUMNS * DEPTH / min(_fastest(signed), _fastest(prepacked)))
+
+
+def _fastest(product: Callable[[], torch.Tensor]) -> float:
+    """Seconds of the fastest of many calls."""
+    seconds = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        product()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    main()

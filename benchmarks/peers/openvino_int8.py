@@ -1,0 +1,51 @@
+"""OpenVINO GenAI: continuous batching over int8 weights, exported by optimum-intel as its documentation says."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+from contender import Contender
+from environment import Environment, run
+from workload import Rates
+
+ENVIRONMENT = Environment(
+    "openvino",
+    ("openvino-genai==2026.4.1.0", "openvino==2026.4.1", "nncf==3.4.0", "torch==2.13.0", "transformers==5.5.4"),
+    # optimum-intel asks for torchvision, which text models do not need and whose build has to match that of torch.
+    without_dependencies=("optimum==2.3.0", "optimum-intel==2.2.0"),
+)
+MODEL = ENVIRONMENT.folder / "models" / "int8"
+
+SETTINGS = {
+    f"{batched_tokens} tokens a step, {group}": (str(batched_tokens), *properties)
+    for batched_tokens in (256, 4096)
+    for group, properties in {
+        "group size 2048": ("DYNAMIC_QUANTIZATION_GROUP_SIZE=2048",),
+        "group size 64": ("DYNAMIC_QUANTIZATION_GROUP_SIZE=64",),
+        "default group size": (),
+    }.items()
+}
+
+
+def prepare() -> str:
+    """Install and export what is missing; return the versions used."""
+    ENVIRONMENT.install()
+    if not (MODEL / "openvino_model.xml").exists():
+        run([str(ENVIRONMENT.python), str(_script("openvino_export.py")), str(MODEL)])
+    return ", ".join(ENVIRONMENT.requirements[:2])
+
+
+def contenders() -> list[Contender]:
+    return [
+        Contender("OpenVINO GenAI int8", setting, partial(_measure, arguments))
+        for setting, arguments in SETTINGS.items()
+    ]
+
+
+def _script(name: str) -> Path:
+    return Path(__file__).with_name(name)
+
+
+def _measure(arguments: tuple[str, ...]) -> Rates:
+    output = run([str(ENVIRONMENT.python), str(_script("openvino_generate.py")), str(MODEL), *arguments])
+    return Rates(**json.loads(output.splitlines()[-1]))
