@@ -153,7 +153,7 @@ def answer(prompts: Path, output: Path) -> list[dict[str, Any]]:
 
 
 def test_job_answers_in_python(table: pa.Table, tmp_path: Path) -> None:
-    asked = table.slice(0, 48)
+    asked = table.take(list(range(0, table.num_rows, 10)))
     pq.write_table(asked, tmp_path / "prompts.parquet")
     rows = answer(tmp_path / "prompts.parquet", tmp_path / "answers.parquet")
     assert [row["id"] for row in rows] == asked["id"].to_pylist()
@@ -163,7 +163,7 @@ def test_job_answers_in_python(table: pa.Table, tmp_path: Path) -> None:
     assert sum(map(parses, finished)) >= 0.8 * len(finished)
 
     report = json.loads((tmp_path / "answers.run" / "report.json").read_text())
-    assert (report["rows"], report["rows_ok"], report["rows_failed"]) == (48, 48, 0)
+    assert (report["rows"], report["rows_ok"], report["rows_failed"]) == (len(asked), len(asked), 0)
     show = [sys.executable, str(STDLIB / "show.py"), str(tmp_path / "answers.parquet")]
     shown = subprocess.run(show, check=True, text=True, capture_output=True).stdout
     assert str(tmp_path / "answers.run" / "report.json") in shown
