@@ -10,7 +10,15 @@ from workload import Rates
 
 ENVIRONMENT = Environment(
     "openvino",
-    ("openvino-genai==2026.4.1.0", "openvino==2026.4.1", "nncf==3.4.0", "torch==2.13.0", "transformers==5.5.4"),
+    (
+        "openvino-genai==2026.4.1.0",
+        "openvino==2026.4.1",
+        "nncf==3.4.0",
+        "torch==2.13.0",
+        "transformers==5.5.4",
+        "huggingface-hub<1.22",
+        "requests>=2.33",
+    ),
     # optimum-intel asks for torchvision, which text models do not need and whose build has to match that of torch.
     without_dependencies=("optimum==2.3.0", "optimum-intel==2.2.0"),
 )
@@ -31,6 +39,7 @@ def prepare() -> str:
     """Install and export what is missing; return the versions used."""
     ENVIRONMENT.install()
     if not (MODEL / "openvino_model.xml").exists():
+        MODEL.parent.mkdir(exist_ok=True)
         run([str(ENVIRONMENT.python), str(_script("openvino_export.py")), str(MODEL)])
     return ", ".join(ENVIRONMENT.requirements[:2])
 
