@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,28 +42,28 @@ def main(
     versions = [ENGINES[name].prepare() for name in chosen]
     conditions = _conditions(versions)
     conditions["ceiling_operations_per_second"] = float(run([sys.executable, str(HERE / "ceiling.py")]))
-    rows = _measure_in_turns([contender for name in chosen for contender in ENGINES[name].contenders()], repeats)
-
-    report = page(rows, next((row for row in rows if row.engine == ours.NAME), None), conditions)
-    results = conditions | {"rows": [asdict(row) for row in rows]}
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
-    output.with_suffix(".md").write_text(report)
+    report = ""
+    for rows in _measure_in_turns([contender for name in chosen for contender in ENGINES[name].contenders()], repeats):
+        report = page(rows, next((row for row in rows if row.engine == ours.NAME), None), conditions)
+        results = conditions | {"rows": [asdict(row) for row in rows]}
+        output.with_suffix(".json").write_text(json.dumps(results, indent=2) + "\n")
+        output.with_suffix(".md").write_text(report)
     typer.echo(report)
 
 
-def _measure_in_turns(contenders: list[Contender], repeats: int) -> list[Row]:
-    """A B C A B C, so that a slow minute of the machine falls on all alike."""
+def _measure_in_turns(contenders: list[Contender], repeats: int) -> Iterator[list[Row]]:
+    """A B C A B C, so that a slow minute of the machine falls on all alike; all rows so far after each turn."""
     runs: list[list[Rates]] = [[] for _ in contenders]
     for repeat in range(repeats):
         for contender, rates in zip(contenders, runs, strict=True):
             rates.append(contender.measure())
             what = f"{contender.engine}, {contender.setting}"
             typer.echo(f"run {repeat + 1} of {repeats}: {what}: {rates[-1].total:.0f} tokens/s", err=True)
-    return [
-        Row(contender.engine, contender.setting, tuple(rates))
-        for contender, rates in zip(contenders, runs, strict=True)
-    ]
+        yield [
+            Row(contender.engine, contender.setting, tuple(rates))
+            for contender, rates in zip(contenders, runs, strict=True)
+        ]
 
 
 def _conditions(versions: list[str]) -> dict[str, Any]:
