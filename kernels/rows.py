@@ -21,6 +21,10 @@ class Rows(NamedTuple):
         return self.values if self.scale is None else self.values.mul_(self.scale)
 
 
+_TO_LOW_BYTE = 1.5 * 2.0**23 + 128.0
+"""Added to a small float32, it leaves the number, rounded half to even, plus 128 in the lowest byte of the bits."""
+
+
 def quantize_rows(x_MN: Tensor, scale_M1: Tensor | None = None) -> Rows:
     """Round each row to 8 bits with a scale of its own, absmax / 127 (symmetric, dynamic, per token).
 
@@ -29,7 +33,8 @@ def quantize_rows(x_MN: Tensor, scale_M1: Tensor | None = None) -> Rows:
     """
     absmax = x_MN.abs().amax(-1, keepdim=True)
     step = absmax.clamp(min=1e-30).div_(127.0)
-    values = x_MN.mul_(step.reciprocal()).round_().add_(128.0).to(torch.uint8)
+    # The plain conversion of float32 to uint8 has no vector code in torch: it takes longer than all the rest together.
+    values = x_MN.mul_(step.reciprocal()).add_(_TO_LOW_BYTE).view(torch.int32).to(torch.uint8)
     return Rows(values, step if scale_M1 is None else step.mul_(scale_M1))
 
 
