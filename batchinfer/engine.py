@@ -129,19 +129,21 @@ class Engine:
         table = self.table
         ended = np.isin(tokens, self.eos_ids) & ~table.ignore_eos[places]
         done = {int(p): FinishReason.LENGTH for p in places[table.length[places] >= table.end[places]]}
-        done |= {p: FinishReason.STOP for p in places.tolist() if p in table.stop and self._stops(p)}
+        done |= dict.fromkeys(self._stopped([p for p in places.tolist() if p in table.stop]), FinishReason.STOP)
         done |= {int(p): FinishReason.STOP for p in places[ended]}
         done |= {int(p): FinishReason.ERROR for p in places[~finite]}
         return done
 
-    def _stops(self, place: int) -> bool:
-        """True if the newest token completes a stop string."""
-        stops = self.table.stop[place]
+    def _stopped(self, places: list[int]) -> list[int]:
+        """Of sequences with stop strings, those whose newest token completes one."""
+        table = self.table
         # A token is a byte or more, so a stop string ends within as many tokens; some before them for context.
-        most = max(len(stop.encode()) for stop in stops) + 8
-        tail = self.table.generated(place)[-most:]
-        text = self.tokenizer.decode_batch(tail, np.array([0, len(tail)], np.int64))[0]
-        return any(stop in text for stop in stops)
+        longest = [max(len(stop.encode()) for stop in table.stop[p]) + 8 for p in places]
+        tails = [table.generated(p)[-most:] for p, most in zip(places, longest, strict=True)]
+        if not tails:
+            return []
+        texts = self.tokenizer.decode_batch(np.concatenate(tails), np.cumsum([0, *map(len, tails)]))
+        return [p for p, text in zip(places, texts, strict=True) if any(stop in text for stop in table.stop[p])]
 
     def _completions(self, places: list[int], done: dict[int, FinishReason]) -> Completions:
         failed = [p for p in places if done[p] is FinishReason.ERROR]

@@ -13,6 +13,10 @@ _PHILOX_M0, _PHILOX_M1 = 0xD2511F53, 0xCD9E8D57
 _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
+CANDIDATES = 256
+"""Filters leave few tokens as a rule: they are looked for among so many, and the whole vocabulary is sorted only for
+rows where they are not found there. Which way a row takes follows from the row alone."""
+
 
 @dataclass(frozen=True)
 class SamplingBatch:
@@ -24,6 +28,11 @@ class SamplingBatch:
     min_p: Tensor  # [r] float32, 0 is off
     seeds: Tensor  # [r] int64, the bits of the row seeds
     positions: Tensor  # [r] int64, of the token to be chosen
+
+    def of(self, rows: Tensor) -> "SamplingBatch":
+        """The parameters of some rows, int64 [n]."""
+        columns = (self.temperature, self.top_k, self.top_p, self.min_p, self.seeds, self.positions)
+        return SamplingBatch(*(column[rows] for column in columns))
 
 
 def greedy(logits_rV: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,39 +48,58 @@ def sample(logits_rV: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
     min-p relative to the most likely token. Ties at a filter's border all stay.
     """
     tokens, finite = greedy(logits_rV)
-    drawn = (batch.temperature > 0).nonzero().flatten()
-    if len(drawn):
-        tempered = logits_rV[drawn] / batch.temperature[drawn, None]
-        kept = _filter(tempered, batch.top_k[drawn], batch.top_p[drawn], batch.min_p[drawn])
-        noise = gumbel(batch.seeds[drawn], batch.positions[drawn], logits_rV.shape[1])
-        tokens[drawn] = (kept.double() + noise).argmax(-1)
+    filtered = (batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)
+    drawn = batch.temperature > 0
+    if len(rows := (drawn & ~filtered).nonzero().flatten()):
+        noise = gumbel(batch.seeds[rows], batch.positions[rows], logits_rV.shape[1])
+        tokens[rows] = (_tempered(logits_rV, batch, rows).double() + noise).argmax(-1)
+    rows = (drawn & filtered).nonzero().flatten()
+    for count in (min(CANDIDATES, logits_rV.shape[1]), logits_rV.shape[1]):
+        if len(rows):
+            tokens[rows], settled = _draw(_tempered(logits_rV, batch, rows), batch.of(rows), count)
+            rows = rows[~settled]
     return tokens, finite
 
 
-def _filter(logits_rV: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Logits with -inf where a filter excludes the token."""
-    floor = torch.full_like(logits_rV[:, :1], float("-inf"))
-    if bool((min_p > 0).any()):
-        # p >= min_p * p_max, in logits; log(0) is -inf, which excludes nothing.
-        floor = torch.maximum(floor, logits_rV.amax(-1, keepdim=True) + min_p.log()[:, None])
-    if bool((top_k > 0).any() or (top_p < 1).any()):
-        ordered = logits_rV.sort(-1, descending=True).values
-        rank = torch.arange(ordered.shape[1])
-        ordered.masked_fill_((rank >= top_k[:, None]) & (top_k > 0)[:, None], float("-inf"))
-        probabilities = ordered.double().softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities
-        inside = (before < top_p.double()[:, None]) & ordered.isfinite()
-        smallest = ordered.masked_fill(~inside, float("inf")).amin(-1, keepdim=True)
-        floor = torch.maximum(floor, smallest)
-    return logits_rV.masked_fill(logits_rV < floor, float("-inf"))
+def _tempered(logits_rV: Tensor, batch: SamplingBatch, rows: Tensor) -> Tensor:
+    return logits_rV[rows] / batch.temperature[rows, None]
+
+
+def _draw(logits_rV: Tensor, batch: SamplingBatch, count: int) -> tuple[Tensor, Tensor]:
+    """(token ids [r], settled [r]) by the `count` most likely tokens; settled where no other passes the filters."""
+    ordered, ids = logits_rV.topk(count, dim=-1)
+    probabilities = logits_rV.softmax(-1).gather(-1, ids).double()
+    beyond = (torch.arange(count) >= batch.top_k[:, None]) & (batch.top_k > 0)[:, None]
+    probabilities.masked_fill_(beyond, 0.0)
+    whole = torch.where(batch.top_k > 0, probabilities.sum(-1), 1.0)[:, None]
+    before = probabilities.cumsum(-1) - probabilities
+    inside = ((before < batch.top_p.double()[:, None] * whole) | (batch.top_p >= 1)[:, None]) & ~beyond
+    # p >= min_p * p_max, in logits; log(0) is -inf, which excludes nothing.
+    floor = torch.maximum(
+        ordered.masked_fill(~inside, float("inf")).amin(-1, keepdim=True), ordered[:, :1] + batch.min_p.log()[:, None]
+    )
+    kept = ordered >= floor
+    settled = ~kept[:, -1] if count < logits_rV.shape[1] else torch.ones_like(kept[:, -1])
+    most = int((kept & settled[:, None]).sum(-1).amax().clamp(min=1))
+    noise = gumbel_of(batch.seeds, batch.positions, ids[:, :most])
+    scores = (ordered[:, :most].double() + noise).masked_fill_(~kept[:, :most], float("-inf"))
+    return ids.gather(-1, scores.argmax(-1, keepdim=True)).squeeze(-1), settled
 
 
 def gumbel(seeds_r: Tensor, positions_r: Tensor, vocab: int) -> Tensor:
     """Standard Gumbel noise float64 [r, vocab], a pure function of (seed, position, token id)."""
-    counters = torch.arange((vocab + 3) // 4)
-    words = philox(counters, positions_r[:, None], seeds_r[:, None])
-    word = torch.stack(words, -1).flatten(1)[:, :vocab]  # token id = 4 * counter + word
-    uniform = (word.double() + 0.5) / 2.0**32
+    words = philox(torch.arange((vocab + 3) // 4), positions_r[:, None], seeds_r[:, None])
+    return _gumbel(torch.stack(words, -1).flatten(1)[:, :vocab])  # token id = 4 * counter + word
+
+
+def gumbel_of(seeds_r: Tensor, positions_r: Tensor, ids_rn: Tensor) -> Tensor:
+    """The same noise for some token ids of each row: float64 [r, n]."""
+    words = torch.stack(philox(ids_rn // 4, positions_r[:, None], seeds_r[:, None]), -1)
+    return _gumbel(words.gather(-1, (ids_rn % 4)[..., None]).squeeze(-1))
+
+
+def _gumbel(words: Tensor) -> Tensor:
+    uniform = (words.double() + 0.5) / 2.0**32
     return -torch.log(-torch.log(uniform))
 
 

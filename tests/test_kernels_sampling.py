@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchinfer.kernels.sampling import SamplingBatch, greedy, gumbel, philox, sample
+from batchinfer.kernels.sampling import CANDIDATES, SamplingBatch, greedy, gumbel, gumbel_of, philox, sample
 
 
 def batch(
@@ -83,8 +83,41 @@ def test_rows_with_different_parameters_do_not_mix() -> None:
     together, _ = sample(logits, mixed)
     assert together[0] == logits[0].argmax()
     for i in range(6):
-        alone = SamplingBatch(*(getattr(mixed, f)[i : i + 1] for f in SamplingBatch.__dataclass_fields__))
-        assert sample(logits[i : i + 1], alone)[0] == together[i]
+        assert sample(logits[i : i + 1], mixed.of(torch.tensor([i])))[0] == together[i]
+
+
+def test_among_many_tokens_the_kept_ones_are_those_of_numpy_whatever_way_a_row_takes() -> None:
+    """Half of the rows are settled among the likeliest tokens, half only by all of them; alone and together."""
+    rng = np.random.default_rng(0)
+    rows, vocab = 120, 3000
+    logits = rng.normal(size=(rows, vocab)) * np.where(np.arange(rows) % 2, 6.0, 0.3)[:, None]
+    logits[:, 100:110] = logits[:, 100:101]  # ties
+    parameters = batch(rows, temperature=0.8)
+    parameters.top_k[rng.random(rows) < 0.3] = 20
+    parameters.top_k[rng.random(rows) < 0.2] = CANDIDATES + 50
+    parameters.top_p[rng.random(rows) < 0.5] = 0.9
+    parameters.min_p[rng.random(rows) < 0.3] = 0.05
+    tensor = torch.from_numpy(logits).float()
+    together, finite = sample(tensor, parameters)
+    assert finite.all()
+    noise = gumbel(parameters.seeds, parameters.positions, vocab).numpy()
+    for i in range(rows):
+        top_k, top_p, min_p = (float(c[i]) for c in (parameters.top_k, parameters.top_p, parameters.min_p))
+        x = tensor[i].numpy().astype(np.float64) / np.float32(0.8)
+        ordered = np.sort(x)[::-1]
+        ordered = ordered[: int(top_k)] if top_k else ordered
+        p = np.exp(ordered - ordered[0]) / np.exp(ordered - ordered[0]).sum()
+        inside = ordered[np.cumsum(p) - p < top_p]
+        floor = max(inside[-1], ordered[0] + np.log(min_p) if min_p else -np.inf)
+        expected = np.where(x >= floor - 1e-9, x + noise[i], -np.inf).argmax()
+        assert together[i] == expected, (i, top_k, top_p, min_p)
+        assert sample(tensor[i : i + 1], parameters.of(torch.tensor([i])))[0] == together[i]
+
+
+def test_noise_of_some_tokens_is_that_of_all() -> None:
+    seeds, positions = torch.arange(7) * 7919, torch.arange(7) * 3
+    ids = torch.randint(0, 1003, (7, 40))
+    assert gumbel_of(seeds, positions, ids).equal(gumbel(seeds, positions, 1003).gather(1, ids))
 
 
 def test_noise_is_the_same_bits_wherever_its_row_stands() -> None:

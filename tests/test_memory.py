@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 CHILD = """
 import json, sys
 from pathlib import Path
@@ -35,3 +37,19 @@ def test_the_peak_while_loading_is_little_above_the_quantized_weights(make_model
     room = 2 * 4096 * 1024 * 4
     assert peak - before < 1.3 * weights + room
     assert 1.3 * weights + room < size + weights, "or a loader that keeps the whole file would pass"
+
+
+@pytest.mark.long
+def test_the_852m_run_stays_within_its_memory(tmp_path: Path) -> None:
+    """The workload that is measured beside other engines: what its report says of both processes."""
+    report_path = tmp_path / "report.json"
+    command = ["bench", "--model", "benchmarks/shapes/llama-852m", "--random-weights", "--quantization", "w8a8-int8"]
+    lengths = ["--num-prompts", "64", "--input-len", "64", "--output-len", "24"]
+    program = Path(sys.executable).with_name("batchinfer")
+    repository = Path(__file__).resolve().parents[1]
+    subprocess.run([program, *command, *lengths, "--output-json", report_path], cwd=repository, check=True)
+    report = json.loads(report_path.read_text())["report"]
+    # Embeddings and head are not quantized: two bytes each of 32,000 x 2,048, twice.
+    assert report["weight_bytes"] == pytest.approx(785e6 + 2 * 32_000 * 2_048 * 2, rel=0.01)
+    assert report["peak_memory_bytes"]["engine"] < 1.3 * report["weight_bytes"] + report["kv_cache_bytes"] + 500e6
+    assert report["peak_memory_bytes"]["parent"] < 400e6
