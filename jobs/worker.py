@@ -25,9 +25,6 @@ from batchinfer.request import Completions, Requests
 from batchinfer.tokenizer import Tokenizer
 
 HEARTBEAT_SECONDS = 1.0
-# How long libgomp's threads spin at a barrier before they sleep. Its default is 300,000 turns: on a machine that has
-# other work, the thread that all wait for may be the one that the spinning keeps from running.
-SPIN_TURNS = "10000"
 
 
 class Engine(Protocol):
