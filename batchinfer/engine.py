@@ -39,6 +39,7 @@ class Engine:
         self.runner = ModelRunner(config, model)
         allocator.keep_freed_memory()
         self._stats = EngineStats(device=f"cpu, {torch.get_num_threads()} threads")
+        self._stats.notes += self.runner.notes
         blocks = self._pool_blocks(config, model)
         self.runner.allocate(blocks, config.block_size)
         self.table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)

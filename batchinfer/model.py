@@ -18,6 +18,7 @@ from batchinfer.kernels.linear_w8a8 import LinearW8A8
 from batchinfer.kernels.norm import rms_norm, rms_norm_quantize
 from batchinfer.kernels.rows import Rows, add_rows, quantize_rows
 from batchinfer.model_config import ModelConfig
+from batchinfer.quantize.matrix import QuantizedMatrix
 from batchinfer.quantize.rtn import quantize_channels
 from batchinfer.quantize.scheme import QuantScheme
 from batchinfer.weights import WeightSource
@@ -49,7 +50,8 @@ class Decoder:
     """`forward(batch, caches) -> logits [S, V]`, float32.
 
     With a quantized scheme the residual stream is float32 and matrix products are of 8-bit rows; otherwise both are
-    in `dtype`. Embeddings and head are in `dtype` (the head in 8 bits if the scheme says so).
+    in `dtype`, and matrices that the checkpoint holds in few bits are expanded to it. Embeddings and head are in
+    `dtype` (the head in 8 bits if the scheme or the checkpoint says so).
     """
 
     def __init__(self, config: ModelConfig, scheme: QuantScheme, dtype: torch.dtype, weights: WeightSource) -> None:
@@ -88,7 +90,7 @@ class Decoder:
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]
         rows = cache_rows(batch.slots, c.kv_heads, caches[0].block_size)
         for layer, cache in zip(self.layers, caches, strict=True):
-            qkv = layer.qkv(self._norm(x, layer.input_norm)).dense()
+            qkv = layer.qkv(self._norm(x, layer.input_norm, layer.qkv)).dense()
             query, key, value = self._heads(layer, qkv)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
             cache.store(key, value, rows)
@@ -97,24 +99,19 @@ class Decoder:
             ).flatten(1)
             if layer is self.layers[-1]:  # nothing reads the other tokens any more
                 x, mixed = x[batch.sampled], mixed[batch.sampled]
-            x = add_rows(x, layer.output(self._quantized(mixed)))
-            x = add_rows(x, layer.down(self._activate(layer.gate_up(self._norm(x, layer.mlp_norm)))))
+            x = add_rows(x, layer.output(_input(mixed, layer.output)))
+            gate_up = layer.gate_up(self._norm(x, layer.mlp_norm, layer.gate_up))
+            x = add_rows(x, layer.down(_activated(gate_up, layer.down)))
         return self._logits(x)
 
     def _logits(self, x_SD: Tensor) -> Tensor:
         x = rms_norm(x_SD, self.norm, self.config.norm_eps)
-        return self.head(quantize_rows(x) if isinstance(self.head, LinearW8A8) else Rows(x)).dense().float()
+        return self.head(_input(x, self.head)).dense().float()
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Rows:
-        if self.scheme.quantized:
+    def _norm(self, x: Tensor, weight: Tensor, product: Product) -> Rows:
+        if isinstance(product, LinearW8A8):
             return rms_norm_quantize(x, weight, self.config.norm_eps)
         return Rows(rms_norm(x, weight, self.config.norm_eps))
-
-    def _quantized(self, x: Tensor) -> Rows:
-        return quantize_rows(x) if self.scheme.quantized else Rows(x)
-
-    def _activate(self, gate_up: Rows) -> Rows:
-        return silu_mul_quantize(gate_up) if self.scheme.quantized else Rows(silu_mul(gate_up.values))
 
     def _heads(self, layer: Layer, qkv_TX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value [T, heads, head_dim], normed by head where the family does."""
@@ -126,6 +123,16 @@ class Decoder:
             query = rms_norm(query, layer.query_norm, c.norm_eps)
             key = rms_norm(key, layer.key_norm, c.norm_eps)
         return query, key, value
+
+
+def _input(x: Tensor, product: Product) -> Rows:
+    return quantize_rows(x.float()) if isinstance(product, LinearW8A8) else Rows(x)
+
+
+def _activated(gate_up: Rows, product: Product) -> Rows:
+    if isinstance(product, LinearW8A8):
+        return silu_mul_quantize(Rows(gate_up.values.float(), gate_up.scale))
+    return Rows(silu_mul(gate_up.dense()))
 
 
 class _Loader:
@@ -164,24 +171,46 @@ class _Loader:
 
     def head(self, embedding_VD: Tensor) -> Product:
         """The embedding again where the two are tied; a copy of it in the file need not be read then."""
-        weight = embedding_VD
+        weight: Tensor | QuantizedMatrix = embedding_VD
         if self.c.tied:
             self.weights.drop("lm_head.weight")
         else:
-            weight = self.tensor("lm_head.weight", (self.c.vocab_size, self.c.hidden_size))
-        if self.scheme.head:
-            return LinearW8A8(*quantize_channels(weight))
-        return Linear(weight.to(self.dtype))
+            weight = self.weights.matrix("lm_head", (self.c.vocab_size, self.c.hidden_size))
+        if self.scheme.head or (self.scheme.as_stored and self._in_bytes(weight)):
+            return LinearW8A8(*_bytes(weight))
+        return Linear(_expanded(weight).to(self.dtype))
 
     def _product(self, parts: dict[str, int], columns: int, bias: bool) -> Product:
         """Matrices [rows, columns] that read the same input, stacked into one."""
         biases = [self.tensor(f"{name}.bias", (rows,)) for name, rows in parts.items()] if bias else []
-        if not self.scheme.quantized:
-            stacked = torch.cat([self._weight(name, rows, columns).to(self.dtype) for name, rows in parts.items()])
-            return Linear(stacked, torch.cat(biases).to(self.dtype) if bias else None)
-        pieces = [quantize_channels(self._weight(name, rows, columns)) for name, rows in parts.items()]
-        weight, scale = (torch.cat(column) for column in zip(*pieces, strict=True))
-        return LinearW8A8(weight, scale, torch.cat(biases).float() if bias else None)
+        floats, integers = [], []
+        for name, rows in parts.items():
+            weight = self.weights.matrix(name, (rows, columns))
+            if self._in_bytes(weight):
+                integers.append(_bytes(weight))
+            else:
+                floats.append(_expanded(weight).to(self.dtype))
+        if floats and integers:
+            raise ValueError(
+                f"{', '.join(parts)}: some are quantized for 8-bit inputs and some are not; they share an input"
+            )
+        if floats:
+            return Linear(torch.cat(floats), torch.cat(biases).to(self.dtype) if bias else None)
+        values, scale = (torch.cat(column) for column in zip(*integers, strict=True))
+        return LinearW8A8(values, scale, torch.cat(biases).float() if bias else None)
 
-    def _weight(self, name: str, rows: int, columns: int) -> Tensor:
-        return self.tensor(f"{name}.weight", (rows, columns))
+    def _in_bytes(self, weight: Tensor | QuantizedMatrix) -> bool:
+        """True if the product is to be one of 8-bit rows and 8-bit weights."""
+        if self.scheme.as_stored:
+            return isinstance(weight, QuantizedMatrix) and weight.activations == "int8"
+        return self.scheme.quantized
+
+
+def _bytes(weight: Tensor | QuantizedMatrix) -> tuple[Tensor, Tensor]:
+    """(int8 [N, K], scale [N]): as they are stored where they are just that, else rounded to it."""
+    stored = weight.by_channel() if isinstance(weight, QuantizedMatrix) else None
+    return quantize_channels(_expanded(weight)) if stored is None else stored
+
+
+def _expanded(weight: Tensor | QuantizedMatrix) -> Tensor:
+    return weight.dequantize() if isinstance(weight, QuantizedMatrix) else weight

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from batchinfer.quantize.checkpoint import Format, checkpoint_format
 from batchinfer.rope import Rope, yarn_attention_factor
 
 ARCHITECTURES = {
@@ -27,6 +28,7 @@ _USED = {
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
     "rope_parameters", "sliding_window", "layer_types", "tie_word_embeddings", "attention_bias", "mlp_bias",
+    "quantization_config",
 }  # fmt: skip
 _LARGEST = 1 << 24
 
@@ -53,6 +55,7 @@ class ModelConfig:
     mlp_bias: bool
     head_norm: bool  # RMSNorm on each head of queries and keys
     dtype: str
+    form: Format | None  # of weights that are stored quantized
 
 
 def read_model_config(model: Path) -> ModelConfig:
@@ -106,17 +109,13 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
         mlp_bias=bool(raw.get("mlp_bias", False)),
         head_norm=family == "qwen3",
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+        form=checkpoint_format(raw["quantization_config"]) if raw.get("quantization_config") else None,
     )
 
 
 def _refuse_unknown(raw: dict[str, Any]) -> None:
     if "auto_map" in raw:
         raise ValueError("config.json: auto_map asks to run code from the checkpoint, which is never done")
-    if raw.get("quantization_config"):
-        raise ValueError(
-            "config.json: quantization_config: checkpoints that are already quantized are not supported yet; "
-            "take the floating-point checkpoint and --quantization w8a8-int8"
-        )
     for key, value in raw.items():
         if key in _FIXED:
             if value is not None and value != _FIXED[key]:
@@ -158,6 +157,7 @@ def _rope(raw: dict[str, Any], head_dim: int, positions: int) -> Rope:
             "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
             "mscale_all_dim", "truncate",
         },
+        "divided": {"divisors"},
     }  # fmt: skip
     if kind not in known:
         raise ValueError(f"config.json: RoPE scaling {kind!r} is not supported; supported are {', '.join(known)}")
@@ -168,6 +168,11 @@ def _rope(raw: dict[str, Any], head_dim: int, positions: int) -> Rope:
     theta = _number(scaling if "rope_theta" in scaling else raw, "rope_theta", 10000.0)
     if kind == "default":
         return Rope("default", theta, head_dim)
+    if kind == "divided":
+        divisors = scaling["divisors"]
+        if len(divisors) != head_dim // 2 or not all(isinstance(d, float) and 0 < d < float("inf") for d in divisors):
+            raise ValueError(f"config.json: RoPE needs {head_dim // 2} positive divisors; there are {len(divisors)}")
+        return Rope("divided", theta, head_dim, divisors=tuple(divisors))
     factor = _number(scaling, "factor", 0.0)
     original = _size(scaling, "original_max_position_embeddings", positions)
     if kind == "linear":

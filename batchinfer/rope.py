@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rope:
-    """`kind` is default, linear, llama3 or yarn; fields that a kind does not use keep their defaults."""
+    """`kind` is default, linear, llama3, yarn or divided; fields that a kind does not use keep their defaults."""
 
     kind: str
     theta: float
@@ -22,6 +22,7 @@ class Rope:
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn
     attention_factor: float = 1.0  # yarn: cos and sin are multiplied by it
+    divisors: tuple[float, ...] = ()  # divided: of each frequency, as GGUF files hold them
 
     def tables(self, positions: int) -> tuple[Tensor, Tensor]:
         """(cos, sin) float32 [positions, head_dim / 2]."""
@@ -39,6 +40,8 @@ class Rope:
         if self.kind == "yarn":
             keep = 1.0 - self._yarn_ramp()
             return inverse / self.factor * (1.0 - keep) + inverse * keep
+        if self.kind == "divided":
+            return inverse / torch.tensor(self.divisors)
         return inverse
 
     def _llama3(self, inverse: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchinfer import gguf
 from batchinfer.batch import Batch
 from batchinfer.config import EngineConfig
+from batchinfer.gguf_weights import GGUFWeights
 from batchinfer.kernels.kv_cache import KV_DTYPES
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
 from batchinfer.kernels.rows import Rows
@@ -17,7 +19,7 @@ from batchinfer.model import Decoder
 from batchinfer.model_config import ModelConfig
 from batchinfer.quantize.rtn import quantize_channels
 from batchinfer.quantize.scheme import QuantScheme, scheme
-from batchinfer.weights import RandomWeights, SafetensorsWeights
+from batchinfer.weights import RandomWeights, SafetensorsWeights, WeightSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,11 +33,13 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, model: ModelConfig) -> None:
         if config.device != "cpu":
             raise ValueError(f"device is {config.device!r}; this version runs on: cpu")
-        self.scheme: QuantScheme = scheme(config.quantization)
+        form = None if config.random_weights else model.form
+        self.scheme: QuantScheme = scheme(config.quantization, form is not None and form.integer_inputs)
         self.dtype = _dtype(config.dtype, model.dtype)
-        weights = RandomWeights(self.dtype) if config.random_weights else SafetensorsWeights(config.model)
+        weights = _weights(config, model, self.dtype)
         self.decoder = Decoder(model, self.scheme, self.dtype, weights)
         self.kv_dtype = _kv_dtype(config.kv_cache_dtype, self.decoder.stream)
+        self.notes = [] if weights.stored_as is None else [_expansion(weights.stored_as, self.scheme, self.dtype)]
 
     def allocate(self, blocks: int, block_size: int) -> None:
         """Make the pool, of `blocks` blocks for all layers."""
@@ -57,6 +61,22 @@ class ModelRunner:
     def kv_cache_bytes(self) -> int:
         """Bytes of the pool; pages that were never written take no memory."""
         return sum(cache.nbytes for cache in self.caches)
+
+
+def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> WeightSource:
+    if config.random_weights:
+        return RandomWeights(dtype)
+    if (config.model / gguf.WEIGHTS).exists():
+        return GGUFWeights(config.model / gguf.WEIGHTS, model)
+    return SafetensorsWeights(config.model, model.form)
+
+
+def _expansion(stored_as: str, scheme: QuantScheme, dtype: torch.dtype) -> str:
+    """What becomes of weights in a checkpoint's format."""
+    if scheme.as_stored:
+        return f"the checkpoint is {stored_as}: 8-bit products"
+    held = "rounded to 8 bits by channel" if scheme.quantized else f"expanded to {str(dtype).removeprefix('torch.')}"
+    return f"the checkpoint is {stored_as}: its matrices are {held} at load"
 
 
 def bytes_per_token(model: ModelConfig, kv_dtype: torch.dtype) -> int:

@@ -8,12 +8,23 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from batchinfer.quantize.checkpoint import Format
+from batchinfer.quantize.matrix import QuantizedMatrix
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class WeightSource(Protocol):
     """Where a model's tensors come from."""
 
+    stored_as: str | None  # a format of few bits, for the report
+
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor of this name; a `ValueError` if it is missing or has another shape."""
+        """The floating-point tensor of this name; a `ValueError` if it is missing or has another shape."""
+        ...
+
+    def matrix(self, module: str, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
+        """A module's weight [N, K], as it is stored."""
         ...
 
     def drop(self, name: str) -> None:
@@ -26,9 +37,11 @@ class WeightSource(Protocol):
 
 
 class SafetensorsWeights:
-    """The `*.safetensors` of a checkpoint folder, sharded or not."""
+    """The `*.safetensors` of a checkpoint folder, sharded or not; `form` is how its matrices are quantized, if so."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, form: Format | None = None) -> None:
+        self.form = form
+        self.stored_as = None if form is None else form.name
         self.files = _locate(model)
         self.taken: set[str] = set()
 
@@ -36,12 +49,29 @@ class SafetensorsWeights:
         """Count it as used, if it is there at all."""
         self.taken.add(name)
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A copy of the tensor. The file is mapped for this one call, so that its pages do not stay resident."""
+    def has(self, name: str) -> bool:
+        """True if there is a tensor of this name."""
+        return name in self.files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape, from the file's header."""
+        with safe_open(self._file(name), "pt") as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def matrix(self, module: str, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
+        """A module's weight [N, K], in the checkpoint's format or in floating point."""
+        stored = None if self.form is None else self.form.matrix(module, shape, self)
+        return self.take(f"{module}.weight", shape) if stored is None else stored
+
+    def _file(self, name: str) -> Path:
         if name not in self.files:
             raise ValueError(f"the checkpoint has no tensor {name}")
+        return self.files[name]
+
+    def take(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+        """A copy of the tensor. The file is mapped for this one call, so that its pages do not stay resident."""
+        path = self._file(name)
         self.taken.add(name)
-        path = self.files[name]
         try:
             with safe_open(path, "pt") as file:
                 tensor: Tensor = file.get_tensor(name).clone()
@@ -51,8 +81,11 @@ class SafetensorsWeights:
             raise ValueError(
                 f"{path}: tensor {name} has shape {list(tensor.shape)}; config.json asks for {list(shape)}"
             )
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: tensor {name} is {tensor.dtype}; floating point is expected")
+        if tensor.dtype not in (dtypes or FLOATS):
+            expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes) or "floating point"
+            raise ValueError(
+                f"{path}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}; expected {expected}"
+            )
         return tensor
 
     def finish(self) -> None:
@@ -67,6 +100,8 @@ class SafetensorsWeights:
 class RandomWeights:
     """Noise in the shape of a model, N(0, 0.02), the same at every run: for measuring speed without a checkpoint."""
 
+    stored_as: str | None = None
+
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.generator = torch.Generator().manual_seed(0)
@@ -79,6 +114,10 @@ class RandomWeights:
         if len(shape) == 1 and "norm" in name:
             return torch.ones(shape, dtype=self.dtype)
         return torch.empty(shape, dtype=torch.float32).normal_(0, 0.02, generator=self.generator).to(self.dtype)
+
+    def matrix(self, module: str, shape: tuple[int, int]) -> Tensor:
+        """Noise."""
+        return self.take(f"{module}.weight", shape)
 
     def finish(self) -> None:
         """Nothing can be left over."""

@@ -18,7 +18,7 @@ def fingerprints(spec: JobSpec, model: Path, tokenizer: str, max_model_len: int)
 
     Inputs are read wholly. Of weights, which are large and change everywhere if at all, 64 samples a file are.
     """
-    weights = sorted(model.glob("*.safetensors"))
+    weights = sorted([*model.glob("*.safetensors"), *model.glob("*.gguf")])
     configs = sorted(model.glob("*config.json"))
     template = {
         "prompt_column": spec.prompt_column,

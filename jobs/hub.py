@@ -1,6 +1,8 @@
 """Where a model lies: a directory as it is, or a Hub id in the local cache."""
 
+import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,37 @@ TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]  # never a pickle
 
 
-def resolve_model(model: str, revision: str | None, files: list[str] = MODEL_FILES) -> Path:
-    """The directory of `model`, a directory or a Hub id, which is downloaded unless the cache has it.
+def resolve_model(model: str, revision: str | None, files: list[str] = MODEL_FILES, tokenizer: bool = True) -> Path:
+    """The directory of `model`: a directory, a GGUF file, or a Hub id, which is downloaded unless the cache has it.
 
-    Raises `Refused` where neither is.
+    Without `tokenizer` the one in a GGUF file is not looked at. Raises `Refused` where there is no such model.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         if revision is not None:
             raise Refused(f"--revision {revision} is for Hub ids; {model} is a directory")
         return path
+    if path.suffix == ".gguf" and path.is_file():
+        return _unpacked(path, tokenizer)
     if path.exists():
-        raise Refused(f"model {model} is a file; expected a directory with config.json, or a Hub id")
+        raise Refused(f"model {model} is a file; expected a directory with config.json, a .gguf file, or a Hub id")
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         raise Refused(f"model {model}: no such directory")
     return _download(model, revision, files, None)
+
+
+def _unpacked(path: Path, tokenizer: bool) -> Path:
+    """A folder in the cache with the file's config and tokenizer, made anew each time: reading them takes a second."""
+    from batchinfer.gguf import unpack_gguf
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    folder = cache / "batchinfer" / "gguf" / f"{path.stem}-{digest}"
+    try:
+        unpack_gguf(path, folder, tokenizer)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    return folder
 
 
 def fetch_model(model: str, revision: str | None, folder: Path | None) -> Path:

@@ -42,7 +42,7 @@ def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = Pro
     folder.refuse_existing(spec.overwrite)
     table = Table.open(spec.inputs)
     kept = _kept_columns(spec, table)
-    model = resolve_model(spec.model, spec.revision)
+    model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
     config = _engine_config(spec, model)
     tokenizer = _load_tokenizer(model, tokenizer_folder)

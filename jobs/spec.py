@@ -149,5 +149,5 @@ def _job_value(folder: Path, name: str, value: Any) -> Any:
     if not isinstance(value, str | int | float):
         raise ValueError(f"a {type(value).__name__}; expected one value")
     # A model's name may be a Hub id: it is a path only where such a folder is.
-    is_path = name == "output" or (name in ("model", "tokenizer") and (folder / str(value)).is_dir())
+    is_path = name == "output" or (name in ("model", "tokenizer") and (folder / str(value)).exists())
     return str(folder / str(value)) if is_path else value

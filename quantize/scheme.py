@@ -11,6 +11,7 @@ class QuantScheme:
     weight_bits: int = 16
     activation_bits: int = 16
     head: bool = False  # the output head too
+    as_stored: bool = False  # each matrix as the checkpoint has it, those that it leaves in floating point so too
 
     @property
     def quantized(self) -> bool:
@@ -21,13 +22,16 @@ class QuantScheme:
 _SCHEMES = {"none": QuantScheme("none"), "w8a8-int8": QuantScheme("w8a8-int8", 8, 8)}
 
 
-def scheme(name: str) -> QuantScheme:
-    """The scheme of a `--quantization` name, `+head` at its end included; `auto` is the checkpoint's floating point.
+def scheme(name: str, integer_checkpoint: bool = False) -> QuantScheme:
+    """The scheme of a `--quantization` name, `+head` at its end included.
 
-    A `ValueError` lists the names there are.
+    `auto` is what the checkpoint says: 8-bit products if it was made for them (`integer_checkpoint`), else floating
+    point. A `ValueError` lists the names there are.
     """
+    if name == "auto":
+        return QuantScheme("auto", 8, 8, as_stored=True) if integer_checkpoint else _SCHEMES["none"]
     base, plus, rest = name.partition("+")
-    found = _SCHEMES.get("none" if base == "auto" else base)
+    found = _SCHEMES.get(base)
     if found is None or (plus and (rest != "head" or not found.quantized)):
         raise ValueError(f"quantization is {name!r}; it must be one of auto, none, w8a8-int8, w8a8-int8+head")
     return QuantScheme(name, found.weight_bits, found.activation_bits, head=bool(plus)) if plus else found

@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ["batchinfer.kernels", "batchinfer.quantize", "batchinfer", "batchinfer.jobs"]  # from the bottom up
-WITHOUT_TORCH = [f"batchinfer.{name}" for name in ("chat", "config", "request", "tokenizer")]
-TEST_ONLY = {"transformers"}
+WITHOUT_TORCH = [f"batchinfer.{name}" for name in ("chat", "config", "gguf", "request", "tokenizer")]
+TEST_ONLY = {"compressed_tensors", "gguf", "transformers"}
 
 
 def product() -> dict[str, str]:

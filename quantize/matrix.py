@@ -1,0 +1,90 @@
+"""`QuantizedMatrix`: a weight in few bits, in the one form that every checkpoint format is read into."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Tensors(Protocol):
+    """Where a format finds a checkpoint's tensors."""
+
+    def has(self, name: str) -> bool:
+        """True if there is a tensor of this name."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Its shape; a `ValueError` names it if it is missing."""
+        ...
+
+    def take(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+        """The tensor; a `ValueError` names it if it is missing, has another shape or none of these types.
+
+        No type given stands for any floating point of 16 bits or more.
+        """
+        ...
+
+    def drop(self, name: str) -> None:
+        """Count a tensor as used that need not be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """`(values - zero_point) * scale` [N, K]: a scale for each rectangle of `block` rows and columns.
+
+    Where `group_of` is given, column k belongs to the k-th entry's column of scales, not to the k // block[1]-th.
+    """
+
+    values: Tensor  # [N, K] int8 or float8_e4m3fn
+    scale: Tensor  # [ceil(N / rows), ceil(K / columns)] float32
+    block: tuple[int, int]  # rows and columns that share a scale
+    bits: int
+    activations: str = "float"  # float | int8 | fp8: what the checkpoint wants its inputs to be
+    zero_point: Tensor | None = None  # int16, in the shape of scale
+    group_of: Tensor | None = None  # [K] int64
+
+    def by_channel(self) -> tuple[Tensor, Tensor] | None:
+        """(int8 [N, K], scale float32 [N]) where that is all it is; None where it has groups or zero points."""
+        if self.values.dtype != torch.int8 or self.zero_point is not None or self.scale.shape[1] != 1:
+            return None
+        return self.values, self._spread(self.scale)[:, 0].expand(len(self.values)).contiguous()
+
+    def dequantize(self) -> Tensor:
+        """float32 [N, K]."""
+        weight = self.values.float()
+        if self.zero_point is not None:
+            weight.sub_(self._spread(self.zero_point))
+        return weight.mul_(self._spread(self.scale))
+
+    def _spread(self, small: Tensor) -> Tensor:
+        """Each entry repeated over its rectangle; an expanded view where one row or column is the whole."""
+        n, k = self.values.shape
+        if small.shape[0] > 1 and self.block[0] > 1:
+            small = small.repeat_interleave(self.block[0], 0)[:n]
+        if self.group_of is not None:
+            return small[:, self.group_of]
+        return small if small.shape[1] == 1 else small.repeat_interleave(self.block[1], 1)[:, :k]
+
+
+def checked_scale(scale: Tensor, name: str) -> Tensor:
+    """The scales in float32. A `ValueError` names the tensor if one of them is zero, negative or not finite."""
+    scale = scale.float()
+    if not bool(((scale > 0) & scale.isfinite()).all()):
+        raise ValueError(f"tensor {name} has a scale that is not a positive number: the checkpoint is damaged")
+    return scale
+
+
+def checked_groups(group_of: Tensor, groups: int, name: str) -> Tensor:
+    """The column's groups as int64. A `ValueError` names the tensor if one lies outside 0 to groups - 1."""
+    if not bool(((group_of >= 0) & (group_of < groups)).all()):
+        raise ValueError(f"tensor {name} names groups outside 0 to {groups - 1}: the checkpoint is damaged")
+    return group_of.long()
+
+
+def groups_of(columns: int, group_size: int, module: str) -> int:
+    """How many groups a row has. A `ValueError` names the module if the size does not divide the columns."""
+    if group_size < 1 or columns % group_size:
+        raise ValueError(f"{module}: group_size {group_size} does not divide its {columns} columns")
+    return columns // group_size

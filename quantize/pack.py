@@ -1,0 +1,26 @@
+"""Whole numbers of few bits in 32-bit words, the first number in the lowest bits."""
+
+import torch
+from torch import Tensor
+
+WORD = 32
+
+
+def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
+    """uint8 numbers from int32 words: `dim` grows 32 / bits times. `bits` divides 8."""
+    # A word is four bytes, the lowest first, as the machine keeps it: so the bytes' order is the numbers' order.
+    octets = words.movedim(dim, -1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    numbers = octets[..., None].bitwise_right_shift(shifts).bitwise_and_((1 << bits) - 1)
+    return numbers.flatten(-2).movedim(-1, dim)
+
+
+def pack(numbers: Tensor, bits: int, dim: int) -> Tensor:
+    """int32 words from numbers 0 to 2^bits - 1, padded with zeros to whole words: the inverse of `unpack`."""
+    rows = numbers.movedim(dim, -1).to(torch.uint8)
+    a_word = WORD // bits
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % a_word))
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    in_octets = rows.view(*rows.shape[:-1], -1, 8 // bits)
+    octets: Tensor = in_octets.bitwise_left_shift(shifts).sum(-1, dtype=torch.uint8)
+    return octets.clone(memory_format=torch.contiguous_format).view(torch.int32).movedim(-1, dim)

@@ -1,0 +1,161 @@
+"""Whole models from quantized checkpoints: the same text as from the weights that the numbers stand for."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from engines import compare_logits, engine_of, prompts_of, tokens
+from packers import awq_tensors, gptq_tensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from batchinfer.request import Requests, SamplingParams
+
+GROUP = 32
+Writer = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]  # a weight to (stored tensors, what they stand for)
+
+
+def grouped(weight: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
+    """(q, z, scales, what they stand for) of 4 bits in groups, by the extremes of each."""
+    w = weight.float().numpy().reshape(len(weight), -1, GROUP)
+    low, high = w.min(-1).clip(max=0), w.max(-1).clip(min=0)
+    scales = ((high - low) / 15).astype(np.float16)
+    z = np.round(-low / scales).clip(1, 15).astype(np.int64)
+    q = (np.round(w / scales[..., None]) + z[..., None]).clip(0, 15).astype(np.int64)
+    back = ((q - z[..., None]) * scales[..., None].astype(np.float32)).reshape(weight.shape)
+    return q.reshape(weight.shape), z, scales, torch.from_numpy(back.astype(np.float32))
+
+
+def gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    q, z, scales, back = grouped(weight)
+    return gptq_tensors(q, z, scales, [k // GROUP for k in range(weight.shape[1])], 4, "gptq"), back
+
+
+def awq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    q, z, scales, back = grouped(weight)
+    return awq_tensors(q, z, scales), back
+
+
+def library(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> Writer:
+    """By the compressed-tensors library, scales from the largest value."""
+    most = 448.0 if form == "float-quantized" else 127.0 if weights["num_bits"] == 8 else 7.0
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+    compressor = BaseCompressor.get_value_from_registry(form)
+
+    def write(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        weight = weight.float()
+        rows = weight.view(len(weight), -1, GROUP) if weights["strategy"] == "group" else weight[:, None]
+        stored = compressor.compress({"weight": weight, "weight_scale": rows.abs().amax(-1) / most}, scheme)
+        return stored, compressor.decompress(stored, scheme)["weight"].float()
+
+    return write
+
+
+def compressed(
+    form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None
+) -> tuple[dict[str, Any], Writer]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    config = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+    return {**config, "ignore": ["lm_head"], "quantization_status": "compressed"}, library(form, weights, inputs)
+
+
+DYNAMIC = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
+FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "desc_act": False}, gptq),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}, awq),
+    "pack": compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}),
+    "int": compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, {**DYNAMIC, "type": "int"}),
+    "fp8": compressed(
+        "float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, {**DYNAMIC, "type": "float"}
+    ),
+}
+
+
+def checkpoints(model: Path, folder: Path, config: dict[str, Any], write: Writer) -> tuple[Path, Path]:
+    """(quantized, the same weights in float32) beside each other in `folder`."""
+    quantized, plain = folder / "quantized", folder / "plain"
+    stored: dict[str, Tensor] = {}
+    stands_for: dict[str, Tensor] = {}
+    for name, tensor in load_file(model / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            parts, back = write(tensor)
+            stored |= {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in parts.items()}
+        else:
+            stored[name] = back = tensor
+        stands_for[name] = back
+    for target, tensors in ((quantized, stored), (plain, stands_for)):
+        shutil.copytree(model, target, ignore=shutil.ignore_patterns("*.safetensors"))
+        save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    raw = json.loads((model / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps({**raw, "quantization_config": config}))
+    return quantized, plain
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_greedy_text_is_that_of_the_weights_it_stands_for(
+    make_model: Callable[..., Path], tmp_path: Path, form: str, family: str
+) -> None:
+    quantized, plain = checkpoints(make_model(family), tmp_path, *FORMATS[form])
+    requests = Requests.of(prompts_of(16, 100), SamplingParams(max_tokens=16, ignore_eos=True))
+    engine = engine_of(quantized)
+    scheme = "w8a8-int8" if form == "int" else "none"
+    assert tokens(engine, requests) == tokens(engine_of(plain, quantization=scheme), requests)
+    note = "8-bit products" if form == "int" else "its matrices are expanded to float32 at load"
+    assert [note in text for text in engine.stats().notes] == [True]
+
+
+@pytest.mark.parametrize("form", ["pack", "fp8"])
+def test_logits_are_those_that_transformers_computes(
+    make_model: Callable[..., Path], tmp_path: Path, form: str
+) -> None:
+    """transformers with the compressed-tensors library, which expands the weights on a CPU."""
+    config, write = copy.deepcopy(FORMATS[form][0]), FORMATS[form][1]
+    config["config_groups"]["group_0"]["input_activations"] = None
+    quantized, _ = checkpoints(make_model("llama"), tmp_path, config, write)
+    settings = transformers.CompressedTensorsConfig(run_compressed=False)
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(
+        quantized, dtype=torch.float32, quantization_config=settings
+    ).eval()
+    for ours, expected in compare_logits(engine_of(quantized), oracle, prompts_of(8, 100)):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_4_bit_checkpoint_in_8_bit_products_is_asked_for_by_name(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    quantized, plain = checkpoints(make_model("llama"), tmp_path, *FORMATS["awq"])
+    requests = Requests.of(prompts_of(16, 100), SamplingParams(max_tokens=16, ignore_eos=True))
+    engine = engine_of(quantized, quantization="w8a8-int8")
+    assert tokens(engine, requests) == tokens(engine_of(plain, quantization="w8a8-int8"), requests)
+    assert "rounded to 8 bits by channel" in engine.stats().notes[0]
+
+
+def test_parts_of_one_product_that_do_not_go_together_are_refused(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    config, write = FORMATS["int"]
+    quantized, _ = checkpoints(make_model("llama"), tmp_path, {**config, "ignore": ["lm_head"]}, write)
+    raw = json.loads((quantized / "config.json").read_text())
+    raw["quantization_config"]["ignore"].append("re:.*k_proj")
+    tensors = load_file(quantized / "model.safetensors")
+    for name in [name for name in tensors if "k_proj" in name]:
+        if name.endswith("weight_scale"):
+            del tensors[name]
+        else:
+            tensors[name] = tensors[name].float()
+    save_file(tensors, quantized / "model.safetensors")
+    (quantized / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(
+        ValueError, match=r"q_proj.*k_proj.*v_proj: some are quantized for 8-bit inputs and some are not"
+    ):
+        engine_of(quantized)
