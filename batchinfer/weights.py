@@ -142,7 +142,7 @@ def _locate(model: Path) -> dict[str, Path]:
         raise ValueError(f"{model} has no *.safetensors; other weight files (pickles) are never read")
     found: dict[str, Path] = {}
     for path in paths:
-        for name in _names(path):
+        for name in tensor_names(path):
             if name in found:
                 raise ValueError(f"tensor {name} is in {found[name].name} and in {path.name}")
             found[name] = path
@@ -152,7 +152,8 @@ def _locate(model: Path) -> dict[str, Path]:
     return found
 
 
-def _names(path: Path) -> list[str]:
+def tensor_names(path: Path) -> list[str]:
+    """What is in a file. A `ValueError` names the file if it is not one of safetensors."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     with path.open("rb") as file:

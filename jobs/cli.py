@@ -248,3 +248,22 @@ def bench(
     print(result.table())
     if output_json is not None:
         output_json.write_text(json.dumps(benchmark.figures(workload, result), indent=2) + "\n")
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A checkpoint in floating point: a folder, or the name of a Hub model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the quantized checkpoint.")],
+    scheme: Annotated[str, typer.Option(help="w4a16, w8a16, w8a8-int8 or w8a8-fp8.")] = "w4a16",
+    method: Annotated[
+        str, typer.Option(help="rtn: the largest value fits. rtn-mse: cut where that errs less.")
+    ] = "rtn-mse",
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns that share a scale; 0 for whole channels. w4a16 has 128.")
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Make a quantized checkpoint, in the compressed-tensors format. The same command goes on where it stopped."""
+    from batchinfer.jobs import quantize as job
+
+    print(job.quantize(model, revision, output, scheme, method, group_size).table())

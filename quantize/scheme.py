@@ -1,6 +1,6 @@
 """`QuantScheme`: how weights and activations are held in fewer bits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -35,3 +35,38 @@ def scheme(name: str, integer_checkpoint: bool = False) -> QuantScheme:
     if found is None or (plus and (rest != "head" or not found.quantized)):
         raise ValueError(f"quantization is {name!r}; it must be one of auto, none, w8a8-int8, w8a8-int8+head")
     return QuantScheme(name, found.weight_bits, found.activation_bits, head=bool(plus)) if plus else found
+
+
+@dataclass(frozen=True)
+class WeightScheme:
+    """How a checkpoint's matrices are stored: symmetric, with a scale for each channel or group of columns."""
+
+    name: str
+    bits: int
+    group_size: int = 0  # 0: the whole channel
+    floating: bool = False  # float8_e4m3fn instead of whole numbers
+    activations: str = "float"  # float | int8 | fp8: what inputs are rounded to when it runs
+
+
+_WEIGHT_SCHEMES = {
+    "w4a16": WeightScheme("w4a16", 4, 128),
+    "w8a16": WeightScheme("w8a16", 8),
+    "w8a8-int8": WeightScheme("w8a8-int8", 8, activations="int8"),
+    "w8a8-fp8": WeightScheme("w8a8-fp8", 8, floating=True, activations="fp8"),
+}
+
+
+def weight_scheme(name: str, group_size: int | None) -> WeightScheme:
+    """The scheme of a name; `group_size` replaces its own. A `ValueError` names what is possible."""
+    if name not in _WEIGHT_SCHEMES:
+        raise ValueError(f"scheme is {name!r}; it must be one of {', '.join(_WEIGHT_SCHEMES)}")
+    found = _WEIGHT_SCHEMES[name]
+    if group_size is None:
+        return found
+    if found.activations != "float" and group_size:
+        raise ValueError(
+            f"group_size is {group_size}; {name} has a scale a channel, for its products are of whole rows"
+        )
+    if group_size < 0 or group_size % 8:
+        raise ValueError(f"group_size is {group_size}; it must be a multiple of 8, or 0 for whole channels")
+    return replace(found, group_size=group_size)

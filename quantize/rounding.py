@@ -1,0 +1,51 @@
+"""Scales for groups of numbers, and rounding to them: what every method of quantization ends in."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SHRINK = torch.linspace(1.0, 0.5, 26)
+"""Parts of the largest value that a clip search tries as the largest that is kept."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Whole numbers of `bits` bits around zero."""
+
+    bits: int
+
+    @property
+    def low(self) -> int:
+        """The smallest number."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def high(self) -> int:
+        """The largest number."""
+        return (1 << (self.bits - 1)) - 1
+
+    def scales(self, groups: Tensor, clip: bool) -> Tensor:
+        """A scale [..., 1] for each group [..., g], float32.
+
+        Without `clip` the largest value just fits. With it, the part of it that gives the least squared error: the
+        largest values are cut where that helps the others.
+        """
+        most = groups.abs().amax(-1, keepdim=True)
+        # 4 bits have one number more below zero: half a step is cut off above, and the steps are finer.
+        fits = most.div_(self.high if self.bits == 8 else self.high + 0.5).clamp_(min=1e-10)
+        if not clip:
+            return fits
+        best, least = fits, self._error(groups, fits)
+        for part in SHRINK[1:].tolist():
+            error = self._error(groups, fits * part)
+            best = torch.where(error < least, fits * part, best)
+            least = torch.minimum(error, least)
+        return best
+
+    def round(self, values: Tensor, scale: Tensor) -> Tensor:
+        """The nearest whole numbers, float32."""
+        return (values / scale).round_().clamp_(self.low, self.high)
+
+    def _error(self, groups: Tensor, scale: Tensor) -> Tensor:
+        return self.round(groups, scale).mul_(scale).sub_(groups).square_().sum(-1, keepdim=True)
