@@ -1,4 +1,4 @@
-# make demo | test | check | bench | test-long: each makes $(VENV) where it is missing and installs what it needs.
+# make demo | test | check | bench | test-long | quantize-demo: each makes $(VENV) where it is missing and installs what it needs.
 # PIP_FLAGS goes to pip as it stands; pip's own PIP_* environment variables work too.
 
 PYTHON ?= python3
@@ -7,7 +7,7 @@ PIP_FLAGS ?=
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test test-long check bench
+.PHONY: demo test test-long check bench quantize quantize-demo recipes
 
 demo: demo/prompts.parquet
 	$(BIN)/batchinfer run --config examples/stdlib/job.toml --overwrite
@@ -30,6 +30,22 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/peers/run.py
+
+# make quantize MODEL=... OUT=... [RECIPE=...]
+RECIPE ?= w4a16-rtn
+
+quantize: $(VENV)/product.stamp
+	$(BIN)/batchinfer quantize '$(MODEL)' -o '$(OUT)' --recipe '$(RECIPE)'
+
+quantize-demo: demo/prompts.parquet
+	rm -rf demo/target-$(RECIPE)
+	$(BIN)/batchinfer quantize examples/stdlib/target -o demo/target-$(RECIPE) --recipe $(RECIPE)
+	$(BIN)/batchinfer run --config examples/stdlib/job.toml --overwrite --model demo/target-$(RECIPE) \
+		--quantization auto -o demo/answers-$(RECIPE).parquet
+	$(BIN)/python examples/stdlib/show.py demo/answers-$(RECIPE).parquet
+
+recipes: $(VENV)/product.stamp
+	$(BIN)/batchinfer recipes
 
 $(VENV)/product.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)

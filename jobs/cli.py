@@ -250,10 +250,24 @@ def bench(
         output_json.write_text(json.dumps(benchmark.figures(workload, result), indent=2) + "\n")
 
 
+def _use_recipe(context: typer.Context, name: str | None) -> str | None:
+    if name is not None:
+        from batchinfer.jobs.quantize import read_recipe
+
+        context.default_map = read_recipe(name)
+    return name
+
+
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help="A checkpoint in floating point: a folder, or the name of a Hub model.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the quantized checkpoint.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            callback=_use_recipe, is_eager=True, help="A name that `batchinfer recipes` lists, or a TOML file."
+        ),
+    ] = None,
     scheme: Annotated[str, typer.Option(help="w4a16, w8a16, w8a8-int8 or w8a8-fp8.")] = "w4a16",
     method: Annotated[
         str, typer.Option(help="rtn: the largest value fits. rtn-mse: cut where that errs less.")
@@ -267,3 +281,12 @@ def quantize(
     from batchinfer.jobs import quantize as job
 
     print(job.quantize(model, revision, output, scheme, method, group_size).table())
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes for `batchinfer quantize`, a line each."""
+    from batchinfer.jobs.quantize import RECIPES, read_recipe
+
+    for path in sorted(RECIPES.glob("*.toml")):
+        print(f"{path.stem:<16}{read_recipe(path.stem)['description']}")

@@ -6,13 +6,25 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from batchinfer import __version__
+import batchinfer
 from batchinfer.jobs.hub import resolve_model
 from batchinfer.jobs.report import peak_memory_bytes
-from batchinfer.jobs.spec import Refused, UsageError
+from batchinfer.jobs.spec import Refused, UsageError, read_job_file
+
+RECIPES = Path(batchinfer.__file__).parent / "quantize" / "recipes"
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """The flags of a recipe that comes with batchinfer, or of a TOML file. Raises `UsageError`."""
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not name.endswith(".toml") and not path.is_file():
+        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
+        raise UsageError(f"--recipe is {name!r}; it must be one of {known}, or a TOML file")
+    return read_job_file(path, {"description", "scheme", "method", "group_size"}, "--recipe")
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ def _size(folder: Path) -> int:
 def _card(model: str, done: Quantized) -> str:
     return f"""# {Path(model).name}, {done.scheme}
 
-Made from `{model}` by batchinfer {__version__}:
+Made from `{model}` by batchinfer {batchinfer.__version__}:
 
 ```
 {shlex.join(sys.argv)}

@@ -112,8 +112,8 @@ def _at_least(flag: str, value: int, bound: int) -> None:
         raise UsageError(f"{flag} is {value}; it must be {bound} or more")
 
 
-def read_job_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
-    """The keys of a TOML job file, with '_' for '-'; paths in it are taken relative to it.
+def read_job_file(path: Path, known: Iterable[str], flag: str = "--config") -> dict[str, Any]:
+    """The keys of a TOML file of flags, with '_' for '-'; paths in it are taken relative to it.
 
     Raises `UsageError` for a file that cannot be read, a key that is not among `known` and a value of a wrong kind.
     """
@@ -121,22 +121,22 @@ def read_job_file(path: Path, known: Iterable[str]) -> dict[str, Any]:
         with path.open("rb") as file:
             table = tomllib.load(file)
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}") from error
+        raise UsageError(f"{flag} {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} is no valid TOML: {error}") from error
+        raise UsageError(f"{flag} {path} is no valid TOML: {error}") from error
     names = sorted(known)
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-            raise UsageError(f"--config {path} has an unknown key {key!r}; the nearest known key is {near[0]!r}")
+            raise UsageError(f"{flag} {path} has an unknown key {key!r}; the nearest known key is {near[0]!r}")
         if name in values:
-            raise UsageError(f"--config {path} has {name!r} twice, with '-' and with '_'")
+            raise UsageError(f"{flag} {path} has {name!r} twice, with '-' and with '_'")
         try:
             values[name] = _job_value(path.parent, name, value)
         except ValueError as error:
-            raise UsageError(f"--config {path}: {name} is {error}") from error
+            raise UsageError(f"{flag} {path}: {name} is {error}") from error
     return values
 
 

@@ -132,6 +132,32 @@ def test_the_command_prints_what_it_made(make_model: Callable[..., Path], tmp_pa
     assert again.returncode == 65 and "is not empty" in again.stderr and "Traceback" not in again.stderr
 
 
+@pytest.mark.parametrize("path", sorted(job.RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_is_one_of_ours(path: Path) -> None:
+    recipe = job.read_recipe(path.stem)
+    assert recipe["description"]
+    weight_scheme(recipe["scheme"], recipe.get("group_size"))
+    assert recipe["method"] in ("rtn", "rtn-mse")
+
+
+def test_a_recipe_sets_what_the_flags_leave_open(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("batchinfer")
+    listed = subprocess.run([program, "recipes"], capture_output=True, text=True, check=True).stdout
+    assert len(listed.splitlines()) == len(list(job.RECIPES.glob("*.toml"))) and "w4a16-rtn " in listed
+
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [program, "quantize", make_model("llama"), "-o", tmp_path / flags[1].replace("/", "-"), *flags]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert "w4a16, groups of 32, by rtn-mse" in run("--recipe", "w4a16-g32-rtn").stdout
+    assert "w8a8-int8, whole channels, by rtn\n" in run("--method", "rtn", "--recipe", "w8a8-int8-rtn").stdout
+    wrong = run("--recipe", "w4a99")
+    assert wrong.returncode == 2 and "--recipe is 'w4a99'; it must be one of w4a16-g32-rtn" in wrong.stderr
+    (tmp_path / "own.toml").write_text('schema = "w4a16"')
+    wrong = run("--recipe", str(tmp_path / "own.toml"))
+    assert wrong.returncode == 2 and "unknown key 'schema'; the nearest known key is 'scheme'" in wrong.stderr
+
+
 @pytest.mark.long
 def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
     """The 852M shape, in one file: the peak stays under 40 % of its size and a gigabyte."""
