@@ -290,3 +290,23 @@ def recipes() -> None:
 
     for path in sorted(RECIPES.glob("*.toml")):
         print(f"{path.stem:<16}{read_recipe(path.stem)['description']}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A directory, a GGUF file, or the name of a model on the Hub.")],
+    data: Annotated[Path, typer.Option(help="Parquet, JSON Lines or CSV.")],
+    column: Annotated[str, typer.Option(help="The column with the text.")],
+    reference: Annotated[str | None, typer.Option(help="Another model: how far is this one from it?")] = None,
+    quantization: Quantization = "auto",
+    context: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
+    rows: Annotated[int | None, typer.Option(help="Only so many rows, from the first.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+) -> None:
+    """Measure a model on text: perplexity, bits per byte, and its distance from a reference."""
+    from batchinfer.jobs import evaluate as job
+
+    done = job.evaluate(model, reference, data, column, quantization, context, rows)
+    print(done.table())
+    if json_file is not None:
+        job.write_json(done, json_file)

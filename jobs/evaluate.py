@@ -1,0 +1,147 @@
+"""`batchinfer evaluate`: a model's perplexity on a column of text, and its distance from a reference."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from batchinfer.jobs.hub import resolve_model
+from batchinfer.jobs.reader import Table
+from batchinfer.jobs.spec import Refused, UsageError
+from batchinfer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured. The protocol: each row is tokenized as a prompt is and cut into windows of `context` tokens
+    without overlap; a window's first token is not predicted, and windows of one token are left out."""
+
+    model: str
+    reference: str | None
+    quantization: str
+    data: str
+    column: str
+    context: int
+    rows: int
+    windows: int
+    tokens: int
+    perplexity: float
+    bits_per_byte: float
+    divergence: float | None  # nats a token, mean Kullback-Leibler divergence from the reference
+    top1_agreement: float | None  # share of tokens for which both models' likeliest next token is the same
+    seconds: float
+    notes: list[str]
+
+    def table(self) -> str:
+        """For people."""
+        lines = {
+            "model": self.model,
+            "quantization": self.quantization,
+            "data": f"{self.data}, column {self.column}: {self.rows:,} rows, {self.tokens:,} tokens predicted",
+            "protocol": f"{self.windows:,} windows of {self.context} tokens without overlap",
+            "perplexity": f"{self.perplexity:.4f} a token",
+            "bits per byte": f"{self.bits_per_byte:.4f}",
+        }
+        if self.divergence is not None and self.top1_agreement is not None:
+            lines["reference"] = str(self.reference)
+            lines["KL divergence"] = f"{self.divergence:.6f} nats a token"
+            lines["top-1 agreement"] = f"{100 * self.top1_agreement:.2f} %"
+        lines["time"] = f"{self.seconds:.1f} s"
+        shown = [f"{name:<17}{value}" for name, value in lines.items()]
+        return "\n".join(shown + [f"{'note':<17}{note}" for note in self.notes])
+
+
+def evaluate(
+    model: str, reference: str | None, data: Path, column: str, quantization: str, context: int, rows: int | None
+) -> Evaluation:
+    """Measure `model`, and its distance from `reference`. Raises `UsageError` and `Refused`."""
+    if context < 2:
+        raise UsageError(f"--context is {context}; it must be 2 or more")
+    if rows is not None and rows < 1:
+        raise UsageError(f"--rows is {rows}; it must be 1 or more")
+    table = Table.open([data])
+    table.check([column])
+    folder = resolve_model(model, None)
+    reference_folder = None if reference is None else resolve_model(reference, None)
+    from batchinfer.config import EngineConfig
+    from batchinfer.engine import Engine
+    from batchinfer.evaluator import Evaluator
+
+    started = time.monotonic()
+
+    def engine(model: Path, quantization: str) -> Engine:
+        return Engine(
+            EngineConfig(
+                model,
+                quantization=quantization,
+                max_model_len=context + 1,
+                max_num_seqs=1,
+                max_num_batched_tokens=max(context, 64),
+                kv_cache_tokens=context + 1,
+            ),
+            tokenizer,
+        )
+
+    try:
+        tokenizer = Tokenizer.load(folder)
+        evaluated = engine(folder, quantization)
+        other = None if reference_folder is None else engine(reference_folder, "auto")
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    count = min(table.num_rows, rows or table.num_rows)
+    left_out: list[int] = []
+    windows = _windows(table, column, tokenizer, context, count, left_out)
+    scores = Evaluator(evaluated, other).scores(tqdm(windows, unit=" windows", disable=None, file=sys.stderr))
+    if not scores.tokens:
+        raise Refused(f"{data}: column {column!r} has no text of two tokens or more in {count} rows")
+    return Evaluation(
+        model=model,
+        reference=reference,
+        quantization=quantization,
+        data=str(data),
+        column=column,
+        context=context,
+        rows=count,
+        windows=scores.windows,
+        tokens=scores.tokens,
+        perplexity=scores.perplexity,
+        bits_per_byte=scores.bits_per_byte,
+        divergence=None if other is None else scores.divergence / scores.tokens,
+        top1_agreement=None if other is None else scores.agreed / scores.tokens,
+        seconds=time.monotonic() - started,
+        notes=evaluated.stats().notes + _left_out(left_out),
+    )
+
+
+def write_json(evaluation: Evaluation, path: Path) -> None:
+    """All fields, as they are named."""
+    path.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
+
+
+def _windows(
+    table: Table, column: str, tokenizer: Tokenizer, context: int, rows: int, left_out: list[int]
+) -> Iterator[NDArray[np.int32]]:
+    """Windows of two tokens or more; rows that give none are added to `left_out`."""
+    for first, batch in table.batches([column], 256):
+        values: list[Any] = batch.column(column).slice(0, max(0, rows - first)).to_pylist()
+        ids, offsets = tokenizer.encode_batch([value if isinstance(value, str) else "" for value in values])
+        for row, (start, stop) in enumerate(pairwise(offsets.tolist()), first):
+            cuts = [*range(start, stop, context), stop]
+            whole = [(a, b) for a, b in pairwise(cuts) if b - a > 1]
+            if not whole:
+                left_out.append(row)
+            yield from (ids[a:b] for a, b in whole)
+        if first + batch.num_rows >= rows:
+            return
+
+
+def _left_out(rows: list[int]) -> list[str]:
+    return [f"{len(rows)} rows have no text of two tokens, the first of them row {rows[0]}"] if rows else []
