@@ -1,0 +1,99 @@
+"""What quantization costs the demo model in quality: every method by every scheme, on modules it never saw.
+
+    python benchmarks/quantization.py
+
+Held-out modules of the running Python's standard library, windows of 512 tokens; perplexity, bits per byte and the
+distance from the checkpoint in bfloat16. Writes `benchmarks/results/quantization.json` and `.md`.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchinfer.jobs.evaluate import Evaluation, evaluate
+from batchinfer.jobs.quantize import quantize
+
+HERE = Path(__file__).resolve().parent
+MODEL = HERE.parent / "examples" / "stdlib" / "target"
+RESULTS = HERE / "results" / "quantization"
+CHECKPOINTS = [
+    ("w4a16", 128, "rtn"),
+    ("w4a16", 128, "rtn-mse"),
+    ("w4a16", 32, "rtn-mse"),
+    ("w8a16", 0, "rtn-mse"),
+    ("w8a8-int8", None, "rtn-mse"),
+]
+
+
+def main() -> None:
+    """Quantize, evaluate, write."""
+    sys.path.insert(0, str(MODEL.parent))
+    from corpus import modules
+
+    rows: list[tuple[str, Evaluation]] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        held_out = folder / "held-out.parquet"
+        pq.write_table(pa.table({"text": [module.text for module in modules() if module.held_out]}), held_out)
+
+        def measure(label: str, model: Path, quantization: str = "auto") -> None:
+            rows.append((label, evaluate(str(model), str(MODEL), held_out, "text", quantization, 512, None)))
+            print(f"{label}: perplexity {rows[-1][1].perplexity:.4f}", file=sys.stderr, flush=True)
+
+        measure("bfloat16, the reference", MODEL)
+        measure("w8a8-int8 while loading", MODEL, "w8a8-int8")
+        for scheme, group_size, method in CHECKPOINTS:
+            output = folder / f"{scheme}-{group_size}-{method}"
+            quantize(str(MODEL), None, output, scheme, method, group_size)
+            size = "" if group_size is None else f", groups of {group_size}" if group_size else ", whole channels"
+            measure(f"{scheme}{size}, {method}", output)
+    figures = [{"label": label, **asdict(row), "model": MODEL.name, "data": "held-out modules"} for label, row in rows]
+    conditions = _conditions()
+    RESULTS.with_suffix(".json").write_text(json.dumps({**conditions, "rows": figures}, indent=2) + "\n")
+    RESULTS.with_suffix(".md").write_text(_page(rows, conditions))
+    print(RESULTS.with_suffix(".md").read_text())
+
+
+def _conditions() -> dict[str, str]:
+    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout.strip()
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit or "not committed",
+        "versions": f"batchinfer {version('batchinfer')}, torch {version('torch')}, Python {platform.python_version()}",
+    }
+
+
+def _page(rows: list[tuple[str, Evaluation]], conditions: dict[str, str]) -> str:
+    first = rows[0][1]
+    lines = [
+        "# What quantization costs the demo model",
+        "",
+        f"{first.rows} held-out modules of the standard library, {first.tokens:,} tokens predicted, {first.windows:,} "
+        f"windows of {first.context} tokens without overlap. {conditions['versions']}; commit {conditions['commit']}, "
+        f"{conditions['date']}.",
+        "",
+        "| | perplexity | above the reference | bits per byte | KL divergence, nats | top-1 agreement |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for label, row in rows:
+        above = 100 * (row.perplexity / first.perplexity - 1)
+        agreement = 100 * (row.top1_agreement or 0.0)
+        lines.append(
+            f"| {label} | {row.perplexity:.4f} | {above:+.2f} % | {row.bits_per_byte:.4f} | {row.divergence:.6f} | "
+            f"{agreement:.2f} % |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
