@@ -8,6 +8,7 @@ import json
 import sys
 import tempfile
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -270,7 +271,7 @@ def quantize(
     ] = None,
     scheme: Annotated[str, typer.Option(help="w4a16, w8a16, w8a8-int8 or w8a8-fp8.")] = "w4a16",
     method: Annotated[
-        str, typer.Option(help="rtn: the largest value fits. rtn-mse: cut where that errs less.")
+        str, typer.Option(help="rtn: the largest value fits. rtn-mse: cut where the weights err less.")
     ] = "rtn-mse",
     group_size: Annotated[
         int | None, typer.Option(help="Columns that share a scale; 0 for whole channels. w4a16 has 128.")
@@ -305,8 +306,9 @@ def evaluate(
 ) -> None:
     """Measure a model on text: perplexity, bits per byte, and its distance from a reference."""
     from batchinfer.jobs import evaluate as job
+    from batchinfer.jobs.parts import write_json
 
     done = job.evaluate(model, reference, data, column, quantization, context, rows)
     print(done.table())
     if json_file is not None:
-        job.write_json(done, json_file)
+        write_json(json_file, asdict(done))

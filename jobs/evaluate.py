@@ -1,10 +1,9 @@
 """`batchinfer evaluate`: a model's perplexity on a column of text, and its distance from a reference."""
 
-import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -119,11 +118,6 @@ def evaluate(
         seconds=time.monotonic() - started,
         notes=evaluated.stats().notes + _left_out(left_out),
     )
-
-
-def write_json(evaluation: Evaluation, path: Path) -> None:
-    """All fields, as they are named."""
-    path.write_text(json.dumps(asdict(evaluation), indent=2) + "\n")
 
 
 def _windows(

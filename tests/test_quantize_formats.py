@@ -183,6 +183,14 @@ def test_what_the_compressed_tensors_library_writes_is_read_as_it_reads_it(form:
         assert (stored[0] * stored[1][:, None]).equal(matrix.dequantize())
 
 
+def test_static_input_scales_are_left_aside_and_named() -> None:
+    weight = torch.randint(-127, 128, (N, K), dtype=torch.int8)
+    tensors = {"weight": weight, "weight_scale": torch.ones(N, 1), "input_scale": torch.ones(1)}
+    config = compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, {**INT8, "dynamic": False})
+    assert read(config, tensors).dequantize().equal(weight.float())
+    assert checkpoint_format(config).name.endswith("its static input scales left aside for a scale a token")
+
+
 def test_compressed_tensors_with_reordered_columns() -> None:
     q, z, scales = drawn(4, K // GROUP, symmetric=True)
     group_of = (np.random.default_rng(1).permutation(K) // GROUP).tolist()

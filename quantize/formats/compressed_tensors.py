@@ -65,6 +65,8 @@ class CompressedTensors:
         self.ignore = _names(config.get("ignore") or [], "ignore")
         self.integer_inputs = any(g.activations == "int8" for g in self.groups)
         self.name = "compressed-tensors, " + ", ".join(sorted({f"{g.format} {g.bits} bits" for g in self.groups}))
+        if any(group.static_input for group in self.groups):
+            self.name += ", its static input scales left aside for a scale a token"
 
     def group(self, module: str) -> Group | None:
         """The settings of a module, by its name before a pattern before its class; None where it is not quantized."""
