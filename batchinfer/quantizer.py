@@ -80,9 +80,8 @@ class Quantizer:
 
     def _layer(self, layer: int, names: list[str]) -> LayerReport:
         path = self.output / self._file(layer)
-        notes = path.with_suffix(".json")
         if path.exists():
-            return LayerReport(layer, json.loads(notes.read_text()), resumed=True)
+            return LayerReport(layer, self.state["errors"][str(layer)], resumed=True)
         tensors: dict[str, Tensor] = {}
         errors: dict[str, float] = {}
         for name in names:
@@ -97,7 +96,8 @@ class Quantizer:
                 raise ValueError(f"tensor {name}: {error}") from None
             errors[module] = _relative_error(tensor, matrix)
             tensors |= {f"{module}.{part}": value for part, value in stored_tensors(matrix, tensor.dtype).items()}
-        notes.write_text(json.dumps(errors))
+        self.state["errors"][str(layer)] = errors
+        self._write_state()
         unfinished = path.with_suffix(".unfinished")
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
         unfinished.replace(path)
@@ -107,14 +107,22 @@ class Quantizer:
         return f"model-{layer + 2:05}-of-{self.steps:05}.safetensors"
 
     def _begin(self, stamp: dict[str, Any]) -> None:
-        state = self.output / STATE
-        if state.exists():
-            if json.loads(state.read_text()) != stamp:
+        self.state: dict[str, Any] = {"stamp": stamp, "errors": {}}
+        path = self.output / STATE
+        if path.exists():
+            self.state = json.loads(path.read_text())
+            if self.state["stamp"] != stamp:
                 raise ValueError(f"{self.output} was begun with another model, scheme or method; take another folder")
         elif self.output.exists() and any(self.output.iterdir()):
             raise ValueError(f"{self.output} is not empty; take another folder")
         self.output.mkdir(parents=True, exist_ok=True)
-        state.write_text(json.dumps(stamp))
+        self._write_state()
+
+    def _write_state(self) -> None:
+        """Whole or not at all; a layer's errors are in it before the layer's file is there."""
+        unfinished = self.output / f"{STATE}.unfinished"
+        unfinished.write_text(json.dumps(self.state))
+        unfinished.replace(self.output / STATE)
 
     def _finish(self) -> None:
         """The files beside the weights; config.json last, for with it the folder is a checkpoint."""
@@ -124,7 +132,6 @@ class Quantizer:
             path = self.output / self._file(layer)
             weight_map |= dict.fromkeys(tensor_names(path), path.name)
             size += path.stat().st_size
-            path.with_suffix(".json").unlink()
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (self.output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         for pattern in _COPIED:

@@ -56,7 +56,10 @@ def main() -> None:
             quantize(str(MODEL), None, output, scheme, method, group_size)
             size = "" if group_size is None else f", groups of {group_size}" if group_size else ", whole channels"
             measure(f"{scheme}{size}, {method}", output)
-    figures = [{"label": label, **asdict(row), "model": MODEL.name, "data": "held-out modules"} for label, row in rows]
+    figures = [
+        {"label": label, **asdict(row), "model": MODEL.name, "reference": MODEL.name, "data": "held-out modules"}
+        for label, row in rows
+    ]
     conditions = _conditions()
     RESULTS.with_suffix(".json").write_text(json.dumps({**conditions, "rows": figures}, indent=2) + "\n")
     RESULTS.with_suffix(".md").write_text(_page(rows, conditions))

@@ -72,6 +72,23 @@ def test_an_interrupted_run_goes_on_where_it_stopped(make_model: Callable[..., P
     assert files(tmp_path / "twice") == files(tmp_path / "whole")
 
 
+def test_a_run_that_stopped_in_its_last_lines_goes_on(
+    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, scheme = make_model("llama"), weight_scheme("w4a16", 32)
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr("batchinfer.quantizer.shutil.copyfile", full)
+        with pytest.raises(OSError, match="No space left"):
+            list(Quantizer(model, tmp_path / "out", scheme, "rtn", round_to_nearest).run())
+    again = list(Quantizer(model, tmp_path / "out", scheme, "rtn", round_to_nearest).run())
+    assert all(report.resumed for report in again) and again[1].errors
+    assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "quantize.json").exists()
+
+
 def test_a_searched_clip_errs_less_and_more_bits_less_still() -> None:
     weight = torch.randn(64, 256) * torch.rand(64, 1)
     weight[:, ::37] *= 4
