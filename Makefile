@@ -31,15 +31,19 @@ check: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/peers/run.py
 
-# make quantize MODEL=... OUT=... [RECIPE=...]
-RECIPE ?= w4a16-rtn
+# make quantize MODEL=... OUT=... [RECIPE=...] [CALIBRATION=FILE] [COLUMN=...]
+RECIPE ?= w4a16-gptq
+CALIBRATION ?=
+COLUMN ?= text
 
 quantize: $(VENV)/product.stamp
-	$(BIN)/batchinfer quantize '$(MODEL)' -o '$(OUT)' --recipe '$(RECIPE)'
+	$(BIN)/batchinfer quantize '$(MODEL)' -o '$(OUT)' --recipe '$(RECIPE)' \
+		$(if $(CALIBRATION),--calibration '$(CALIBRATION)' --calibration-column '$(COLUMN)')
 
 quantize-demo: demo/prompts.parquet
 	rm -rf demo/target-$(RECIPE)
-	$(BIN)/batchinfer quantize examples/stdlib/target -o demo/target-$(RECIPE) --recipe $(RECIPE)
+	$(BIN)/batchinfer quantize examples/stdlib/target -o demo/target-$(RECIPE) --recipe $(RECIPE) \
+		--calibration demo/prompts.parquet --calibration-column prompt
 	$(BIN)/batchinfer run --config examples/stdlib/job.toml --overwrite --model demo/target-$(RECIPE) \
 		--quantization auto -o demo/answers-$(RECIPE).parquet
 	$(BIN)/python examples/stdlib/show.py demo/answers-$(RECIPE).parquet

@@ -8,31 +8,39 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
-from batchinfer.model_config import read_model_config
+from batchinfer.calibration import PRODUCTS, Calibration
+from batchinfer.channel_scales import scale_channels
+from batchinfer.model_config import ModelConfig, read_model_config
+from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.matrix import QuantizedMatrix
+from batchinfer.quantize.methods import Method
 from batchinfer.quantize.scheme import WeightScheme
 from batchinfer.quantize.writer import quantization_config, stored_tensors
+from batchinfer.rotated_weights import EMBEDDING, RotatedWeights
 from batchinfer.weights import SafetensorsWeights, tensor_names
-
-Method = Callable[[Tensor, WeightScheme], QuantizedMatrix]
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja", "vocab*", "merges.txt")
+_CALIBRATION = "calibration"
 STATE = "quantize.json"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float32, "float32": torch.float32}
+"""What calibration computes in, by the checkpoint's type: CPUs have no float16 arithmetic."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What a layer lost: the relative error of its matrices' weights, by module."""
+    """What a layer lost, by module: the relative error of its products on calibration rows, else of its weights."""
 
     layer: int
     errors: dict[str, float]
@@ -42,66 +50,137 @@ class LayerReport:
 class Quantizer:
     """`run()` walks a checkpoint's layers and leaves a quantized one in `output`.
 
-    A `ValueError` says what is wrong with the checkpoint, or that `output` holds something else.
+    `sequences` of token ids are for a method that is calibrated. With `rotation`, a seed, hidden states and values are
+    rotated first. A `ValueError` says what is wrong with the checkpoint, or that `output` holds something else.
     """
 
-    def __init__(self, model: Path, output: Path, scheme: WeightScheme, method: str, quantize: Method) -> None:
-        self.config = read_model_config(model)
-        if self.config.form is not None:
-            raise ValueError(f"{model} is quantized already ({self.config.form.name}); take its floating-point one")
-        c = self.config
-        for field, columns in (("hidden_size", c.hidden_size), ("intermediate_size", c.intermediate_size)):
+    def __init__(
+        self,
+        model: Path,
+        output: Path,
+        scheme: WeightScheme,
+        method: Method,
+        sequences: list[NDArray[np.int32]] | None = None,
+        rotation: int | None = None,
+    ) -> None:
+        self.config = c = read_model_config(model)
+        if c.form is not None:
+            raise ValueError(f"{model} is quantized already ({c.form.name}); take its floating-point one")
+        for field, columns in (
+            ("hidden_size", c.hidden_size),
+            ("intermediate_size", c.intermediate_size),
+            ("num_attention_heads * head_dim", c.heads * c.head_dim),
+        ):
             if scheme.group_size and columns % scheme.group_size:
                 raise ValueError(
                     f"--group-size {scheme.group_size} does not divide {field} {columns}; take a smaller one, or 0"
                 )
-        self.model, self.output, self.scheme, self.quantize = model, output, scheme, quantize
-        self.weights = SafetensorsWeights(model)
-        stamp = {"scheme": asdict(scheme), "method": method, "model": _fingerprint(model)}
+        if c.dtype not in DTYPES:
+            raise ValueError(f"{model}: dtype is {c.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        self.model, self.output, self.method = model, output, method
+        self.scheme = replace(scheme, scale_type=c.dtype)
+        weights = SafetensorsWeights(model)
+        self.weights = weights if rotation is None else RotatedWeights(weights, c, rotation)
+        self.untied = c.tied and rotation is not None
+        stamp = {
+            "model": _fingerprint(model),
+            "scheme": asdict(self.scheme),
+            "method": method.name,
+            "rotation": rotation,
+            "calibration": sequences and _digest(sequences),
+        }
         self._begin(json.loads(json.dumps(stamp)))
+        self.calibration: Calibration | None = None
+        if method.calibrated:
+            assert sequences, "a calibrated method needs sequences"
+            (output / _CALIBRATION).mkdir(exist_ok=True)
+            self.calibration = Calibration(c, sequences, DTYPES[c.dtype], output / _CALIBRATION)
 
     @property
     def steps(self) -> int:
         """Files to write: one a layer, and one for what lies outside the layers."""
         return self.config.layers + 1
 
+    @torch.inference_mode()
     def run(self) -> Iterator[LayerReport]:
         """Quantize layer by layer; what is there already is only counted."""
-        names: dict[int, list[str]] = {i: [] for i in range(-1, self.config.layers)}
-        for name in sorted(self.weights.files):
+        c = self.config
+        names: dict[int, list[str]] = {i: [] for i in range(-1, c.layers)}
+        for name in self.weights.names():
             found = _LAYER.match(name)
             layer = int(found[1]) if found else -1
             if layer not in names:
-                raise ValueError(f"tensor {name} belongs to a layer beyond num_hidden_layers {self.config.layers}")
+                raise ValueError(f"tensor {name} belongs to a layer beyond num_hidden_layers {c.layers}")
             names[layer].append(name)
         for layer, group in names.items():
-            yield self._layer(layer, group)
+            path = self.output / self._file(layer)
+            if path.exists():
+                yield LayerReport(layer, self.state["errors"][str(layer)], resumed=True)
+                continue
+            prefix = "" if layer < 0 else f"model.layers.{layer}."
+            tensors = {name.removeprefix(prefix): self.weights.read(name) for name in group}
+            _check_shapes(
+                _layer_shapes(c) if layer >= 0 else {EMBEDDING: (c.vocab_size, c.hidden_size)}, tensors, prefix
+            )
+            errors = self._outside(tensors) if layer < 0 else self._layer(layer, tensors)
+            self.state["errors"][str(layer)] = errors
+            self._write_state()
+            self._write(path, {f"{prefix}{name}": tensor for name, tensor in tensors.items()})
+            if self.calibration is not None:
+                self.calibration.leave(layer)
+            yield LayerReport(layer, errors, resumed=False)
         self._finish()
 
-    def _layer(self, layer: int, names: list[str]) -> LayerReport:
-        path = self.output / self._file(layer)
-        if path.exists():
-            return LayerReport(layer, self.state["errors"][str(layer)], resumed=True)
-        tensors: dict[str, Tensor] = {}
+    def _outside(self, tensors: dict[str, Tensor]) -> dict[str, float]:
+        if self.calibration is not None:
+            self.calibration.begin(tensors[EMBEDDING])
+        return {}
+
+    def _layer(self, layer: int, tensors: dict[str, Tensor]) -> dict[str, float]:
+        """Quantize the layer's matrices within `tensors`; their errors."""
+        kinds = {name: tensor.dtype for name, tensor in tensors.items()}
+        matrices: dict[str, QuantizedMatrix] = {}
         errors: dict[str, float] = {}
-        for name in names:
-            tensor = self.weights.take(name, self.weights.shape(name))
-            module = name.removesuffix(".weight")
-            if layer < 0 or tensor.ndim != 2:
-                tensors[name] = tensor
-                continue
-            try:
-                matrix = self.quantize(tensor, self.scheme)
-            except ValueError as error:
-                raise ValueError(f"tensor {name}: {error}") from None
-            errors[module] = _relative_error(tensor, matrix)
-            tensors |= {f"{module}.{part}": value for part, value in stored_tensors(matrix, tensor.dtype).items()}
-        self.state["errors"][str(layer)] = errors
-        self._write_state()
+        if self.calibration is None:
+            for part in [part for parts in PRODUCTS.values() for part in parts]:
+                weight = tensors[f"{part}.weight"]
+                matrices[part] = self._quantize(layer, part, weight, None)
+                errors[part] = _relative_error(weight.float(), matrices[part].dequantize())
+        else:
+            if self.method.scaled:
+                scale_channels(self.config, self.calibration, layer, tensors, self.scheme)
+            for product, pieces in self.calibration.stages(layer, tensors):
+                inputs = Inputs(
+                    pieces, self.calibration.tokens, self.calibration.columns(product), self.method.compensating
+                )
+                for part in PRODUCTS[product]:
+                    weight = tensors[f"{part}.weight"].float()
+                    matrices[part] = self._quantize(layer, part, weight, inputs)
+                    back = matrices[part].dequantize()
+                    errors[part] = _relative_error(inputs.sample @ weight.t(), inputs.sample @ back.t())
+                    tensors[f"{part}.weight"] = back.to(self.calibration.dtype)
+        for name, tensor in list(tensors.items()):
+            tensors[name] = tensor.to(kinds[name])
+        for part, matrix in matrices.items():
+            del tensors[f"{part}.weight"]
+            stored = stored_tensors(matrix, getattr(torch, self.scheme.scale_type))
+            tensors |= {f"{part}.{name}": tensor for name, tensor in stored.items()}
+        return {f"model.layers.{layer}.{part}": error for part, error in errors.items()}
+
+    def _quantize(self, layer: int, part: str, weight: Tensor, inputs: Inputs | None) -> QuantizedMatrix:
+        try:
+            return self.method.quantize(weight, self.scheme, inputs)
+        except ValueError as error:
+            raise ValueError(f"tensor model.layers.{layer}.{part}.weight: {error}") from None
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         unfinished = path.with_suffix(".unfinished")
+        # safetensors makes files that nobody else may read; a new file has the mode that the user wants.
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
+        unfinished.chmod(mode)
         unfinished.replace(path)
-        return LayerReport(layer, errors, resumed=False)
 
     def _file(self, layer: int) -> str:
         return f"model-{layer + 2:05}-of-{self.steps:05}.safetensors"
@@ -112,7 +191,9 @@ class Quantizer:
         if path.exists():
             self.state = json.loads(path.read_text())
             if self.state["stamp"] != stamp:
-                raise ValueError(f"{self.output} was begun with another model, scheme or method; take another folder")
+                raise ValueError(
+                    f"{self.output} was begun with another model, scheme, method or calibration; take another folder"
+                )
         elif self.output.exists() and any(self.output.iterdir()):
             raise ValueError(f"{self.output} is not empty; take another folder")
         self.output.mkdir(parents=True, exist_ok=True)
@@ -139,13 +220,38 @@ class Quantizer:
                 shutil.copyfile(source, self.output / source.name)
         config = json.loads((self.model / "config.json").read_text())
         config["quantization_config"] = quantization_config(self.scheme, ["lm_head"])
+        if self.untied:
+            config["tie_word_embeddings"] = False
         (self.output / "config.json").write_text(json.dumps(config, indent=2))
+        shutil.rmtree(self.output / _CALIBRATION, ignore_errors=True)
         (self.output / STATE).unlink()
 
 
-def _relative_error(weight: Tensor, matrix: QuantizedMatrix) -> float:
-    difference = matrix.dequantize().sub_(weight.float())
-    return float(torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(weight.float()).clamp(min=1e-30))
+def _layer_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    q, kv, d, f = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
+    attention = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
+    mlp = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+    shapes: dict[str, tuple[int, ...]] = {f"self_attn.{name}.weight": shape for name, shape in attention.items()}
+    shapes |= {f"mlp.{name}.weight": shape for name, shape in mlp.items()}
+    shapes |= {f"{norm}.weight": (d,) for norm in ("input_layernorm", "post_attention_layernorm")}
+    if c.head_norm:
+        shapes |= {f"self_attn.{norm}.weight": (c.head_dim,) for norm in ("q_norm", "k_norm")}
+    return shapes
+
+
+def _check_shapes(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], prefix: str) -> None:
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ValueError(f"the checkpoint has no tensor {prefix}{name}")
+        if tensors[name].shape != shape:
+            raise ValueError(
+                f"tensor {prefix}{name} has shape {list(tensors[name].shape)}; config.json asks for {list(shape)}"
+            )
+
+
+def _relative_error(expected: Tensor, found: Tensor) -> float:
+    norm = torch.linalg.vector_norm(expected).clamp(min=1e-30)
+    return float(torch.linalg.vector_norm(found.sub_(expected)) / norm)
 
 
 def _fingerprint(model: Path) -> str:
@@ -153,4 +259,11 @@ def _fingerprint(model: Path) -> str:
     files = [(path.name, path.stat().st_size) for path in sorted(model.glob("*.safetensors"))]
     digest = hashlib.sha256(json.dumps(files).encode())
     digest.update((model / "config.json").read_bytes())
+    return digest.hexdigest()
+
+
+def _digest(sequences: list[NDArray[np.int32]]) -> str:
+    digest = hashlib.sha256(repr([len(sequence) for sequence in sequences]).encode())
+    for sequence in sequences:
+        digest.update(np.asarray(sequence, np.int32).tobytes())
     return digest.hexdigest()

@@ -49,6 +49,14 @@ class SafetensorsWeights:
         """Count it as used, if it is there at all."""
         self.taken.add(name)
 
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return sorted(self.files)
+
+    def read(self, name: str) -> Tensor:
+        """A floating-point tensor of whatever shape."""
+        return self.take(name, self.shape(name))
+
     def has(self, name: str) -> bool:
         """True if there is a tensor of this name."""
         return name in self.files

@@ -269,19 +269,29 @@ def quantize(
             callback=_use_recipe, is_eager=True, help="A name that `batchinfer recipes` lists, or a TOML file."
         ),
     ] = None,
-    scheme: Annotated[str, typer.Option(help="w4a16, w8a16, w8a8-int8 or w8a8-fp8.")] = "w4a16",
+    scheme: Annotated[str, typer.Option(help="w4a16, w4a8, w8a16, w8a8-int8 or w8a8-fp8.")] = "w4a16",
     method: Annotated[
-        str, typer.Option(help="rtn: the largest value fits. rtn-mse: cut where the weights err less.")
+        str, typer.Option(help="rtn, rtn-mse; calibrated: rtn-importance, gptq, awq, smoothquant.")
     ] = "rtn-mse",
     group_size: Annotated[
-        int | None, typer.Option(help="Columns that share a scale; 0 for whole channels. w4a16 has 128.")
+        int | None, typer.Option(help="Columns that share a scale; 0 for whole channels. w4a16 and w4a8 have 128.")
     ] = None,
+    rotate: Annotated[bool, typer.Option("--rotate", help="Spread outliers over all channels first.")] = False,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Parquet, JSON Lines or CSV with rows like those to come; else the standard library's text."),
+    ] = None,
+    calibration_column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
+    calibration_rows: Annotated[int, typer.Option(help="Rows to draw.")] = 128,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens of a row, at most.")] = 512,
+    seed: Annotated[int, typer.Option(help="Draws the rows and the rotation.")] = 0,
     revision: Revision = None,
 ) -> None:
     """Make a quantized checkpoint, in the compressed-tensors format. The same command goes on where it stopped."""
     from batchinfer.jobs import quantize as job
 
-    print(job.quantize(model, revision, output, scheme, method, group_size).table())
+    rows = job.CalibrationRows(calibration, calibration_column, calibration_rows, calibration_tokens, seed)
+    print(job.quantize(model, revision, output, scheme, method, group_size, rows, rotate).table())
 
 
 @app.command()
@@ -290,7 +300,7 @@ def recipes() -> None:
     from batchinfer.jobs.quantize import RECIPES, read_recipe
 
     for path in sorted(RECIPES.glob("*.toml")):
-        print(f"{path.stem:<16}{read_recipe(path.stem)['description']}")
+        print(f"{path.stem:<23}{read_recipe(path.stem)['description']}")
 
 
 @app.command()

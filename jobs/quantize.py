@@ -4,16 +4,17 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 import batchinfer
-from batchinfer.jobs.hub import resolve_model
+from batchinfer.jobs.calibration import TokenIds, calibration_sequences
+from batchinfer.jobs.hub import context_length, resolve_model
 from batchinfer.jobs.report import peak_memory_bytes
 from batchinfer.jobs.spec import Refused, UsageError, read_job_file
+from batchinfer.tokenizer import Tokenizer
 
 RECIPES = Path(batchinfer.__file__).parent / "quantize" / "recipes"
 
@@ -24,7 +25,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     if not name.endswith(".toml") and not path.is_file():
         known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
         raise UsageError(f"--recipe is {name!r}; it must be one of {known}, or a TOML file")
-    return read_job_file(path, {"description", "scheme", "method", "group_size"}, "--recipe")
+    return read_job_file(path, {"description", "scheme", "method", "group_size", "rotate"}, "--recipe")
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,20 @@ class Quantized:
 
     output: Path
     scheme: str
-    method: str
+    method: str  # and what was done before it
     group_size: int
+    calibration: str | None
     layers_resumed: int
     seconds: float
     peak_memory_bytes: int
     bytes_before: int
     bytes_after: int
-    errors: dict[str, float]  # the mean relative error of the weights, by the modules' last name
+    errors: dict[str, float]  # the mean relative error, by the modules' last name
+
+    @property
+    def measured(self) -> str:
+        """What the errors are of."""
+        return "weights" if self.calibration is None else "products on the calibration's rows"
 
     def table(self) -> str:
         """For people."""
@@ -48,35 +55,55 @@ class Quantized:
         lines = {
             "output": str(self.output),
             "scheme": f"{self.scheme}, {group}, by {self.method}",
+            "calibration": self.calibration or "none",
             "size": f"{self.bytes_before / 1e6:,.0f} MB to {self.bytes_after / 1e6:,.0f} MB",
             "time": f"{self.seconds:.1f} s" + (f", {self.layers_resumed} files kept" if self.layers_resumed else ""),
             "peak memory": f"{self.peak_memory_bytes / 1e6:,.0f} MB",
         }
-        lines |= {f"error of {name}": f"{100 * error:.2f} %" for name, error in self.errors.items()}
+        lines["error of"] = self.measured
+        lines |= {f"  {name}": f"{100 * error:.2f} %" for name, error in self.errors.items()}
         width = max(map(len, lines)) + 2
         return "\n".join(f"{name:<{width}}{value}" for name, value in lines.items())
 
 
+@dataclass(frozen=True)
+class CalibrationRows:
+    """Which rows a calibrated method looks at; without `data`, the source of the standard library."""
+
+    data: Path | None = None
+    column: str = "text"
+    rows: int = 128
+    tokens: int = 512
+    seed: int = 0
+
+
 def quantize(
-    model: str, revision: str | None, output: Path, scheme: str, method: str, group_size: int | None
+    model: str,
+    revision: str | None,
+    output: Path,
+    scheme: str,
+    method: str,
+    group_size: int | None,
+    rows: CalibrationRows,
+    rotate: bool = False,
 ) -> Quantized:
     """Quantize `model` into the folder `output`. Raises `UsageError`, `Refused` and `OSError`."""
-    from batchinfer.quantize.rtn import round_to_nearest
+    from batchinfer.quantize import methods
     from batchinfer.quantize.scheme import weight_scheme
-    from batchinfer.quantizer import Method, Quantizer
+    from batchinfer.quantizer import Quantizer
 
-    methods: dict[str, Method] = {"rtn": round_to_nearest, "rtn-mse": partial(round_to_nearest, clip=True)}
-    if method not in methods:
-        raise UsageError(f"--method is {method!r}; it must be one of {', '.join(methods)}")
     try:
         chosen = weight_scheme(scheme, group_size)
+        way = methods.method(method)
+        way.check(chosen)
     except ValueError as refusal:
         field, _, rest = str(refusal).partition(" ")
         raise UsageError(f"--{field.replace('_', '-')} {rest}") from refusal
     source = resolve_model(model, revision)
     started = time.monotonic()
     try:
-        quantizer = Quantizer(source, output, chosen, method, methods[method])
+        sequences = _sequences(source, rows) if way.calibrated else None
+        quantizer = Quantizer(source, output, chosen, way, sequences, rows.seed if rotate else None)
         bar = tqdm(quantizer.run(), total=quantizer.steps, unit=" files", disable=None, file=sys.stderr)
         reports = list(bar)
     except ValueError as refusal:
@@ -88,8 +115,9 @@ def quantize(
     done = Quantized(
         output,
         chosen.name,
-        method,
+        f"{method} after rotation" if rotate else method,
         chosen.group_size,
+        None if sequences is None else _described(rows, sequences),
         sum(report.resumed for report in reports),
         time.monotonic() - started,
         peak_memory_bytes(),
@@ -99,6 +127,18 @@ def quantize(
     )
     (output / "README.md").write_text(_card(model, done))
     return done
+
+
+def _sequences(model: Path, rows: CalibrationRows) -> list[TokenIds]:
+    longest = context_length(model, None)
+    if rows.tokens > longest:
+        raise UsageError(f"--calibration-tokens is {rows.tokens}; this model has a context of {longest}: lower it")
+    return calibration_sequences(rows.data, rows.column, rows.rows, rows.tokens, rows.seed, Tokenizer.load(model))
+
+
+def _described(rows: CalibrationRows, sequences: list[TokenIds]) -> str:
+    source = "the standard library's source" if rows.data is None else f"column {rows.column!r} of {rows.data.name}"
+    return f"{len(sequences):,} sequences, {sum(map(len, sequences)):,} tokens of {source}, seed {rows.seed}"
 
 
 def _size(folder: Path) -> int:
@@ -114,8 +154,9 @@ Made from `{model}` by batchinfer {batchinfer.__version__}:
 {shlex.join(sys.argv)}
 ```
 
-The matrices of the layers are quantized ({done.scheme}, {done.method}); embeddings, norms and the output head are as
-they were. Format: compressed-tensors. Relative error of the weights, the mean over layers:
+The matrices of the layers are quantized ({done.scheme}, {done.method}); the output head is in floating point.
+Calibration: {done.calibration or "none"}. Format: compressed-tensors. Relative error of the {done.measured}, the mean
+over layers:
 
 | matrix | error |
 |---|---:|

@@ -25,20 +25,20 @@ class Grid:
         """The largest number."""
         return (1 << (self.bits - 1)) - 1
 
-    def scales(self, groups: Tensor, clip: bool) -> Tensor:
+    def scales(self, groups: Tensor, importance: Tensor | None = None) -> Tensor:
         """A scale [..., 1] for each group [..., g], float32.
 
-        Without `clip` the largest value just fits. With it, the part of it that gives the least squared error: the
-        largest values are cut where that helps the others.
+        Without `importance` the largest value just fits. With it, of a shape that broadcasts to the groups', the part
+        of that scale with the least sum of importance * error^2: the largest values are cut where it helps the others.
         """
         most = groups.abs().amax(-1, keepdim=True)
         # 4 bits have one number more below zero: half a step is cut off above, and the steps are finer.
         fits = most.div_(self.high if self.bits == 8 else self.high + 0.5).clamp_(min=1e-10)
-        if not clip:
+        if importance is None:
             return fits
-        best, least = fits, self._error(groups, fits)
+        best, least = fits, self._error(groups, fits, importance)
         for part in SHRINK[1:].tolist():
-            error = self._error(groups, fits * part)
+            error = self._error(groups, fits * part, importance)
             best = torch.where(error < least, fits * part, best)
             least = torch.minimum(error, least)
         return best
@@ -47,5 +47,5 @@ class Grid:
         """The nearest whole numbers, float32."""
         return (values / scale).round_().clamp_(self.low, self.high)
 
-    def _error(self, groups: Tensor, scale: Tensor) -> Tensor:
-        return self.round(groups, scale).mul_(scale).sub_(groups).square_().sum(-1, keepdim=True)
+    def _error(self, groups: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
+        return self.round(groups, scale).mul_(scale).sub_(groups).square_().mul_(importance).sum(-1, keepdim=True)

@@ -17,26 +17,34 @@ def quantize_channels(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     return weight.div_(scale[:, None]).round_().to(torch.int8), scale
 
 
-def round_to_nearest(weight_NK: Tensor, scheme: WeightScheme, clip: bool = False) -> QuantizedMatrix:
-    """The weight in the scheme's bits, each group (or channel) with a scale of its own.
+def round_to_nearest(weight_NK: Tensor, scheme: WeightScheme, importance_K: Tensor | None = None) -> QuantizedMatrix:
+    """The weight in the scheme's bits, each group (or channel) with a scale of its own, of the scheme's scale type.
 
-    With `clip`, a group's scale is searched for the least squared error; else its largest value just fits. Scales are
-    rounded to the weight's type first, in which they will be stored. A `ValueError` if the groups do not divide K or
-    the weight is not finite.
+    Without `importance` the largest value of a group just fits. With it, scales are searched for the least error
+    weighted by column: ones for the error of the weights, the inputs' mean squares for that of the products. FP8 has
+    nothing to search, for its steps grow with the values. A `ValueError` if the groups do not divide K or the weight is
+    not finite.
     """
+    groups = grouped(weight_NK, scheme)
+    if scheme.floating:
+        scale = groups.abs().amax(-1, keepdim=True).div_(FP8_MOST).clamp_(min=1e-10)
+        scale = scheme.stored(scale)
+        values = (groups / scale).clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
+    else:
+        grid = Grid(scheme.bits)
+        weights = None if importance_K is None else importance_K.view(groups.shape[1:])
+        scale = scheme.stored(grid.scales(groups, weights))
+        values = grid.round(groups, scale).to(torch.int8)
+    n, k = weight_NK.shape
+    return QuantizedMatrix(values.view(n, k), scale.view(n, -1), (1, groups.shape[-1]), scheme.bits, scheme.activations)
+
+
+def grouped(weight_NK: Tensor, scheme: WeightScheme) -> Tensor:
+    """float32 [N, groups, group size]. A `ValueError` if the groups do not divide K or the weight is not finite."""
     n, k = weight_NK.shape
     size = scheme.group_size or k
     if k % size:
         raise ValueError(f"group size {size} does not divide {k} columns; take a smaller one, or 0 for whole channels")
     if not bool(weight_NK.isfinite().all()):
         raise ValueError("the weight has values that are not finite")
-    groups = weight_NK.float().view(n, k // size, size)
-    if scheme.floating:
-        scale = groups.abs().amax(-1, keepdim=True).div_(FP8_MOST).clamp_(min=1e-10)
-        scale = scale.to(weight_NK.dtype).float()
-        values = (groups / scale).clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
-    else:
-        grid = Grid(scheme.bits)
-        scale = grid.scales(groups, clip).to(weight_NK.dtype).float()
-        values = grid.round(groups, scale).to(torch.int8)
-    return QuantizedMatrix(values.view(n, k), scale.view(n, -1), (1, size), scheme.bits, scheme.activations)
+    return weight_NK.float().view(n, k // size, size)

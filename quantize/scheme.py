@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class QuantScheme:
@@ -46,10 +49,18 @@ class WeightScheme:
     group_size: int = 0  # 0: the whole channel
     floating: bool = False  # float8_e4m3fn instead of whole numbers
     activations: str = "float"  # float | int8 | fp8: what inputs are rounded to when it runs
+    scale_type: str = "float32"  # in which scales are stored
+
+    def stored(self, scale: Tensor) -> Tensor:
+        """The scales as they will be read, float32: rounded to their type, and above zero there too."""
+        dtype: torch.dtype = getattr(torch, self.scale_type)
+        least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+        return scale.clamp(min=least).to(dtype).float()
 
 
 _WEIGHT_SCHEMES = {
     "w4a16": WeightScheme("w4a16", 4, 128),
+    "w4a8": WeightScheme("w4a8", 4, 128, activations="int8"),
     "w8a16": WeightScheme("w8a16", 8),
     "w8a8-int8": WeightScheme("w8a8-int8", 8, activations="int8"),
     "w8a8-fp8": WeightScheme("w8a8-fp8", 8, floating=True, activations="fp8"),
@@ -63,7 +74,7 @@ def weight_scheme(name: str, group_size: int | None) -> WeightScheme:
     found = _WEIGHT_SCHEMES[name]
     if group_size is None:
         return found
-    if found.activations != "float" and group_size:
+    if found.activations != "float" and found.bits == 8 and group_size:
         raise ValueError(
             f"group_size is {group_size}; {name} has a scale a channel, for its products are of whole rows"
         )

@@ -13,7 +13,7 @@ from batchinfer.quantize.scheme import WeightScheme
 def stored_tensors(matrix: QuantizedMatrix, scale_dtype: torch.dtype) -> dict[str, Tensor]:
     """What lies in the checkpoint for a module, by the names after the module's."""
     scale = matrix.scale.to(scale_dtype)
-    if matrix.activations != "float":
+    if matrix.activations != "float" and matrix.bits == 8:
         return {"weight": matrix.values, "weight_scale": scale}
     numbers = matrix.values.to(torch.int16).add_(1 << (matrix.bits - 1))
     return {
@@ -26,7 +26,7 @@ def stored_tensors(matrix: QuantizedMatrix, scale_dtype: torch.dtype) -> dict[st
 def quantization_config(scheme: WeightScheme, ignore: list[str]) -> dict[str, Any]:
     """The entry of config.json."""
     kind = "float" if scheme.floating else "int"
-    form = "pack-quantized" if scheme.activations == "float" else f"{kind}-quantized"
+    form = "pack-quantized" if scheme.activations == "float" or scheme.bits < 8 else f"{kind}-quantized"
     weights: dict[str, Any] = {"num_bits": scheme.bits, "type": kind, "symmetric": True, "dynamic": False}
     weights |= {"strategy": "group", "group_size": scheme.group_size} if scheme.group_size else {"strategy": "channel"}
     inputs = None

@@ -46,7 +46,7 @@ def test_fewer_bits_are_further_from_the_reference(make_model: Callable[..., Pat
     scores = []
     for scheme, group_size in (("w8a16", None), ("w4a16", 32), ("w4a16", 0)):
         output = tmp_path / f"{scheme}-{group_size}"
-        quantize.quantize(str(model), None, output, scheme, "rtn", group_size)
+        quantize.quantize(str(model), None, output, scheme, "rtn", group_size, quantize.CalibrationRows())
         scores.append(Evaluator(engine_of(output), reference).scores(WINDOWS))
     assert scores[0].divergence < 0.05 * scores[1].divergence < 0.05 * scores[2].divergence
     assert scores[0].agreed > scores[1].agreed > 0

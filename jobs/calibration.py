@@ -1,0 +1,70 @@
+"""Calibration sequences: token ids of rows from a table, or of what every machine has, the standard library's text."""
+
+import sysconfig
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchinfer.jobs.reader import Table
+from batchinfer.jobs.spec import Refused, UsageError
+from batchinfer.tokenizer import Tokenizer
+
+TokenIds = NDArray[np.int32]
+
+SPARE = 4
+"""Times as many rows are looked at as are asked for: some are empty."""
+
+
+def calibration_sequences(
+    data: Path | None, column: str, rows: int, tokens: int, seed: int, tokenizer: Tokenizer
+) -> list[TokenIds]:
+    """`rows` sequences of at most `tokens` tokens, drawn from the table's rows: a piece of each, of long ones any.
+
+    Where there are fewer rows, several pieces of a row, and at the end fewer sequences. Without `data` they are drawn
+    from the source of the running Python's standard library. Raises `UsageError` and `Refused`.
+    """
+    if rows < 1:
+        raise UsageError(f"--calibration-rows is {rows}; it must be 1 or more")
+    if tokens < 2:
+        raise UsageError(f"--calibration-tokens is {tokens}; it must be 2 or more")
+    random = np.random.default_rng(seed)
+    texts = _library(rows * SPARE, random) if data is None else _drawn(data, column, rows * SPARE, random)
+    pieces: list[list[TokenIds]] = []
+    for text in texts:
+        ids, _ = tokenizer.encode_batch([text])
+        cuts = [*range(0, len(ids), tokens), len(ids)]
+        whole = [ids[a:b] for a, b in pairwise(cuts) if b - a > 1]
+        pieces.append([whole[i] for i in random.permutation(len(whole))])
+        if sum(map(bool, pieces)) == rows:
+            break
+    found = [row[turn] for turn in range(max(map(len, pieces), default=0)) for row in pieces if turn < len(row)]
+    if not found:
+        raise Refused(f"{data}: column {column!r} has no text of two tokens or more to calibrate with")
+    return found[:rows]
+
+
+def _drawn(data: Path, column: str, rows: int, random: np.random.Generator) -> Iterator[str]:
+    """The text of random rows, in random order."""
+    table = Table.open([data])
+    table.check([column])
+    wanted = random.choice(table.num_rows, min(rows, table.num_rows), replace=False)
+    places = np.sort(wanted)
+    texts: dict[int, str] = {}
+    for first, batch in table.batches([column], 1024):
+        here = places[(places >= first) & (places < first + batch.num_rows)]
+        for place, value in zip(here.tolist(), batch.column(column).take(here - first).to_pylist(), strict=True):
+            texts[place] = value if isinstance(value, str) else ""
+        if len(texts) == len(places):
+            break
+    return (texts[place] for place in wanted.tolist())
+
+
+def _library(rows: int, random: np.random.Generator) -> Iterator[str]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skipped = {"site-packages", "dist-packages", "test", "encodings"}
+    paths = sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
+    for i in random.permutation(len(paths))[:rows]:
+        yield paths[i].read_text("utf-8", errors="replace")

@@ -1,0 +1,73 @@
+"""GPTQ (Frantar et al. 2022): columns are rounded one after the other, and those not yet rounded make up for it.
+
+The order is by importance, groups first and columns within their group: the groups stay where they are, so nothing is
+gathered when the model runs. The scales of a group are searched when its turn comes, each column's error weighted by
+what it will cost.
+"""
+
+import torch
+from torch import Tensor
+
+from batchinfer.quantize.inputs import Inputs
+from batchinfer.quantize.matrix import QuantizedMatrix
+from batchinfer.quantize.rounding import Grid
+from batchinfer.quantize.rtn import grouped
+from batchinfer.quantize.scheme import WeightScheme
+
+DAMPING = 0.01
+"""Added to the Hessian's diagonal, as a part of its mean."""
+_BLOCK = 128
+
+
+def gptq(weight_NK: Tensor, scheme: WeightScheme, inputs: Inputs) -> QuantizedMatrix:
+    """The weight in the scheme's whole numbers, so that its products with the inputs change least.
+
+    A `ValueError` if the groups do not divide K, or weight or inputs are not finite.
+    """
+    groups_NGg = grouped(weight_NK, scheme)
+    n, groups, size = groups_NGg.shape
+    grid = Grid(scheme.bits)
+    order, group_order = _order(inputs.mean_square, size)
+    factor = _inverse_factor(inputs.hessian[order][:, order])
+    # What rounding a column costs, once the columns after it have made up for what they can.
+    cost = factor.diagonal().square().reciprocal()
+    # The weight lies transposed, for whole columns are what is worked on.
+    left_KN = weight_NK.float().t()[order].contiguous()
+    numbers_KN = torch.empty(left_KN.shape, dtype=torch.int8)
+    scales = torch.empty(n, groups)
+    for start, group in zip(range(0, len(order), size), group_order.tolist(), strict=True):
+        end = start + size
+        scale = scheme.stored(grid.scales(left_KN[start:end].t(), cost[start:end]))[:, 0]
+        scales[:, group] = scale
+        for first in range(start, end, _BLOCK):
+            last = min(first + _BLOCK, end)
+            errors = torch.empty(last - first, n)
+            for i in range(first, last):
+                number = grid.round(left_KN[i], scale)
+                numbers_KN[i] = number
+                errors[i - first] = (left_KN[i] - number * scale) / factor[i, i]
+                left_KN[i + 1 : last].addr_(factor[i, i + 1 : last], errors[i - first], alpha=-1)
+            left_KN[last:].addmm_(factor[first:last, last:].t(), errors, alpha=-1)
+    values_KN = torch.empty_like(numbers_KN)
+    values_KN[order] = numbers_KN
+    return QuantizedMatrix(values_KN.t().contiguous(), scales, (1, size), scheme.bits, scheme.activations)
+
+
+def _order(mean_square_K: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(columns in the order of rounding [K], groups in that order [K / size])."""
+    by_group = mean_square_K.view(-1, size)
+    group_order = by_group.sum(1).argsort(descending=True, stable=True)
+    within = by_group.argsort(dim=1, descending=True, stable=True)
+    return (group_order[:, None] * size + within[group_order]).flatten(), group_order
+
+
+def _inverse_factor(hessian_KK: Tensor) -> Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse, float32 [K, K]."""
+    damped = hessian_KK.double()
+    diagonal = damped.diagonal()
+    diagonal += DAMPING * diagonal.mean()
+    # An input that was never anything but zero has nothing to say; any weight does.
+    diagonal[diagonal == 0] = 1.0
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    return upper.float()

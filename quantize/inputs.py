@@ -1,0 +1,59 @@
+"""`Inputs`: what a matrix is multiplied with, summed up over the calibration's tokens."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+SAMPLE = 512
+"""Tokens that are kept as they are, for measuring the error of a product."""
+_STRIPE = 512
+
+
+class Inputs:
+    """Sums over inputs x [K] in float32; `hessian`, the sum of x x^T, only if it was asked for.
+
+    A `ValueError` if one of them is not finite.
+    """
+
+    def __init__(self, pieces_TK: Iterable[Tensor], tokens: int, columns: int, hessian: bool) -> None:
+        """Read `pieces`, [T, K] each and `tokens` in all, of K `columns`."""
+        stride = max(1, tokens // SAMPLE)
+        first = 0
+        sample: list[Tensor] = []
+        squares, most = torch.zeros(columns), torch.zeros(columns)
+        self._upper = torch.zeros(columns, columns) if hessian else None
+        for piece in pieces_TK:
+            x = piece.float()
+            squares += x.square().sum(0)
+            most = torch.maximum(most, x.abs().amax(0))
+            sample.append(x[-first % stride :: stride].clone())
+            if self._upper is not None:
+                _add_upper(self._upper, x)
+            first += len(x)
+        if not bool(squares.isfinite().all()):
+            raise ValueError("its inputs are not finite on the calibration's rows")
+        self.mean_square = squares / first  # [K]
+        self.most = most  # [K], the largest absolute values
+        self.sample = torch.cat(sample)  # [about SAMPLE, K]
+
+    @property
+    def hessian(self) -> Tensor:
+        """The sum of x x^T, symmetric float32 [K, K]."""
+        assert self._upper is not None, "it was not asked for"
+        return self._upper.triu().add_(self._upper.triu(1).t())
+
+    def divide(self, scale_K: Tensor) -> None:
+        """As if each input had been divided by `scale`."""
+        self.mean_square /= scale_K.square()
+        self.most /= scale_K
+        self.sample /= scale_K
+        if self._upper is not None:
+            self._upper /= scale_K.outer(scale_K)
+
+
+def _add_upper(products_KK: Tensor, x_TK: Tensor) -> None:
+    """Add x^T x, of whose two halves only the upper one is needed: stripes of rows, each from the diagonal on."""
+    for start in range(0, len(products_KK), _STRIPE):
+        stop = start + _STRIPE
+        products_KK[start:stop, start:].addmm_(x_TK[:, start:stop].t(), x_TK[:, start:])

@@ -1,0 +1,56 @@
+"""Scales by input channel, found by trial: weights times s, inputs by s, so that rounding hurts less.
+
+For weights alone that is AWQ (Lin et al. 2023): channels with large inputs get finer steps. Where inputs are rounded
+too it is SmoothQuant (Xiao et al. 2022): outliers move from the inputs into the weights. Whoever calls folds s into the
+operation that makes the inputs, so that nothing is added when the model runs.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from batchinfer.quantize.inputs import Inputs
+
+STRENGTHS = torch.linspace(0.1, 1.0, 10)
+"""Exponents tried for the inputs' size."""
+
+
+def search_scale(
+    weight_NK: Tensor, inputs: Inputs, rounded: Callable[[Tensor], Tensor], integer_inputs: bool, tied_K: Tensor
+) -> Tensor:
+    """The scale s [K], float32, with the least error of `x / s` times `rounded(weight * s)` on the inputs' sample.
+
+    Ones if no other does better. With `integer_inputs` the divided inputs are rounded to 8 bits too. Channels with the
+    same number in `tied_K` (int64, 0 to the largest, none left out) get the same scale.
+    """
+    weight = weight_NK.float()
+    expected = inputs.sample @ weight.t()
+    channels = int(tied_K.max()) + 1
+
+    def tied(values_K: Tensor) -> Tensor:
+        return torch.zeros(channels).scatter_reduce(0, tied_K, values_K, "amax").clamp(min=1e-5)
+
+    size = tied(inputs.most if integer_inputs else inputs.mean_square.sqrt())
+    weights = tied(weight.abs().amax(0))
+
+    def error(scale_K: Tensor) -> float:
+        x = inputs.sample / scale_K
+        product = (_integers(x) if integer_inputs else x) @ rounded(weight * scale_K).t()
+        return float(product.sub_(expected).square_().sum(dtype=torch.float64))
+
+    best = torch.ones(len(tied_K))
+    least = error(best)
+    for strength in STRENGTHS.tolist():
+        for scale in (size**strength, size**strength / weights ** (1 - strength)):
+            tried = (scale / (scale.amax() * scale.amin()).sqrt())[tied_K]
+            found = error(tried)
+            if found < least:
+                best, least = tried, found
+    return best
+
+
+def _integers(x_TK: Tensor) -> Tensor:
+    """Each row rounded to 8 bits, as it will be when the model runs."""
+    step = x_TK.abs().amax(-1, keepdim=True).div_(127.0).clamp_(min=1e-30)
+    return (x_TK / step).round_().mul_(step)
