@@ -6,7 +6,6 @@ from torch import Tensor
 from batchinfer.calibration import PRODUCTS, Calibration
 from batchinfer.model_config import ModelConfig
 from batchinfer.quantize.inputs import Inputs
-from batchinfer.quantize.rtn import round_to_nearest
 from batchinfer.quantize.scaling import search_scale
 from batchinfer.quantize.scheme import WeightScheme
 
@@ -31,9 +30,7 @@ def scale_channels(
         inputs = Inputs(pieces, calibration.tokens, calibration.columns(product), hessian=False)
         weight = torch.cat([tensors[f"{part}.weight"] for part in PRODUCTS[product]])
         tied = _tied(config) if product == "output" else torch.arange(weight.shape[1])
-        scales[product] = search_scale(
-            weight, inputs, lambda w: round_to_nearest(w, scheme).dequantize(), scheme.activations == "int8", tied
-        )
+        scales[product] = search_scale(weight, inputs, scheme, tied)
         if product == "down":
             break  # the layer's own end is of no use yet
     for product, scale in scales.items():

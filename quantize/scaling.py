@@ -5,40 +5,42 @@ too it is SmoothQuant (Xiao et al. 2022): outliers move from the inputs into the
 operation that makes the inputs, so that nothing is added when the model runs.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from batchinfer.quantize.inputs import Inputs
+from batchinfer.quantize.rtn import round_to_nearest
+from batchinfer.quantize.scheme import WeightScheme
 
 STRENGTHS = torch.linspace(0.1, 1.0, 10)
 """Exponents tried for the inputs' size."""
+ROWS = 512
+"""Rows of a weight that trials look at, about: of thousands, enough to tell scales apart."""
 
 
-def search_scale(
-    weight_NK: Tensor, inputs: Inputs, rounded: Callable[[Tensor], Tensor], integer_inputs: bool, tied_K: Tensor
-) -> Tensor:
-    """The scale s [K], float32, with the least error of `x / s` times `rounded(weight * s)` on the inputs' sample.
+def search_scale(weight_NK: Tensor, inputs: Inputs, scheme: WeightScheme, tied_K: Tensor) -> Tensor:
+    """The scale s [K], float32, with the least error of `x / s` times the rounded `weight * s` on the inputs' sample.
 
-    Ones if no other does better. With `integer_inputs` the divided inputs are rounded to 8 bits too. Channels with the
-    same number in `tied_K` (int64, 0 to the largest, none left out) get the same scale.
+    Ones if no other does better; weights are rounded with searched clips, or scales would win what clips win alone.
+    Where the scheme rounds inputs, so does the trial. Channels with the same number in `tied_K` (int64, 0 to the
+    largest, none left out) get the same scale. Trials see `ROWS` of the weight's rows.
     """
-    weight = weight_NK.float()
+    weight = weight_NK[:: max(1, len(weight_NK) // ROWS)].float()
     expected = inputs.sample @ weight.t()
+    integers = scheme.activations == "int8"
     channels = int(tied_K.max()) + 1
 
     def tied(values_K: Tensor) -> Tensor:
         return torch.zeros(channels).scatter_reduce(0, tied_K, values_K, "amax").clamp(min=1e-5)
 
-    size = tied(inputs.most if integer_inputs else inputs.mean_square.sqrt())
-    weights = tied(weight.abs().amax(0))
-
     def error(scale_K: Tensor) -> float:
         x = inputs.sample / scale_K
-        product = (_integers(x) if integer_inputs else x) @ rounded(weight * scale_K).t()
+        rounded = round_to_nearest(weight * scale_K, scheme, inputs.mean_square / scale_K.square()).dequantize()
+        product = (_rounded(x) if integers else x) @ rounded.t()
         return float(product.sub_(expected).square_().sum(dtype=torch.float64))
 
+    size = tied(inputs.most if integers else inputs.mean_square.sqrt())
+    weights = tied(weight_NK.float().abs().amax(0))
     best = torch.ones(len(tied_K))
     least = error(best)
     for strength in STRENGTHS.tolist():
@@ -50,7 +52,7 @@ def search_scale(
     return best
 
 
-def _integers(x_TK: Tensor) -> Tensor:
+def _rounded(x_TK: Tensor) -> Tensor:
     """Each row rounded to 8 bits, as it will be when the model runs."""
     step = x_TK.abs().amax(-1, keepdim=True).div_(127.0).clamp_(min=1e-30)
     return (x_TK / step).round_().mul_(step)

@@ -101,28 +101,30 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
 @pytest.mark.parametrize("integer_inputs", [False, True])
 def test_searched_scales_err_less_where_inputs_are_uneven(integer_inputs: bool) -> None:
     weight, x = torch.randn(32, 64), torch.randn(600, 64)
-    x[:, 5] *= 40
+    # Loud inputs with small weights: a finer step for those alone, which no clip can give.
+    x[:, 5::8] *= 20
+    weight[:, 5::8] /= 10
     scheme, alone = weight_scheme("w8a8-int8" if integer_inputs else "w4a16", None), torch.arange(64)
     if not integer_inputs:
         scheme = weight_scheme("w4a16", 64)
 
-    def rounded(w: Tensor) -> Tensor:
-        return round_to_nearest(w, scheme).dequantize()
+    inputs = inputs_of(x)
 
     def error(scale: Tensor) -> float:
         y = x / scale
         if integer_inputs:
             step = y.abs().amax(1, keepdim=True) / 127
             y = (y / step).round() * step
-        return float((y @ rounded(weight * scale).t() - x @ weight.t()).square().sum())
+        back = round_to_nearest(weight * scale, scheme, inputs.mean_square / scale.square()).dequantize()
+        return float((y @ back.t() - x @ weight.t()).square().sum())
 
-    scale = search_scale(weight, inputs_of(x), rounded, integer_inputs, alone)
-    assert error(scale) < 0.7 * error(torch.ones(64)), (error(scale), error(torch.ones(64)))
-    assert scale[5] > 1.5 * scale.median()
-    tied = search_scale(weight, inputs_of(x), rounded, integer_inputs, alone // 2)
-    assert tied[4] == tied[5] and tied[0] == tied[1] and tied[4] > 1.5 * tied.median()
-    even = search_scale(torch.ones(32, 64), inputs_of(torch.ones(20, 64)), rounded, integer_inputs, alone)
-    assert (even == even[0]).all()
+    scale = search_scale(weight, inputs, scheme, alone)
+    assert error(scale) < 0.8 * error(torch.ones(64)), (error(scale), error(torch.ones(64)))
+    assert scale[5::8].min() > 1.5 * scale.median()
+    tied = search_scale(weight, inputs, scheme, alone // 2)
+    assert tied[4::8].equal(tied[5::8]) and tied[0] == tied[1] and tied[4] > 1.3 * tied.median()
+    even = search_scale(torch.ones(32, 64), inputs_of(torch.ones(20, 64)), scheme, alone)
+    assert (even == 1).all()
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "float16"])
