@@ -12,8 +12,9 @@ from tqdm import tqdm
 import batchinfer
 from batchinfer.jobs.calibration import TokenIds, calibration_sequences
 from batchinfer.jobs.hub import context_length, resolve_model
+from batchinfer.jobs.interruption import Interruption
 from batchinfer.jobs.report import peak_memory_bytes
-from batchinfer.jobs.spec import Refused, UsageError, read_job_file
+from batchinfer.jobs.spec import Interrupted, Refused, UsageError, read_job_file
 from batchinfer.tokenizer import Tokenizer
 
 RECIPES = Path(batchinfer.__file__).parent / "quantize" / "recipes"
@@ -55,7 +56,7 @@ class Quantized:
         lines = {
             "output": str(self.output),
             "scheme": f"{self.scheme}, {group}, by {self.method}",
-            "calibration": self.calibration or "none",
+            "calibration": self.calibration or "none: this method looks at weights alone",
             "size": f"{self.bytes_before / 1e6:,.0f} MB to {self.bytes_after / 1e6:,.0f} MB",
             "time": f"{self.seconds:.1f} s" + (f", {self.layers_resumed} files kept" if self.layers_resumed else ""),
             "peak memory": f"{self.peak_memory_bytes / 1e6:,.0f} MB",
@@ -87,7 +88,10 @@ def quantize(
     rows: CalibrationRows,
     rotate: bool = False,
 ) -> Quantized:
-    """Quantize `model` into the folder `output`. Raises `UsageError`, `Refused` and `OSError`."""
+    """Quantize `model` into the folder `output`. Raises `UsageError`, `Refused` and `OSError`.
+
+    Ctrl-C and SIGTERM end it by `Interrupted` when the layer under way is written.
+    """
     from batchinfer.quantize import methods
     from batchinfer.quantize.scheme import weight_scheme
     from batchinfer.quantizer import Quantizer
@@ -104,8 +108,15 @@ def quantize(
     try:
         sequences = _sequences(source, rows) if way.calibrated else None
         quantizer = Quantizer(source, output, chosen, way, sequences, rows.seed if rotate else None)
+        reports = []
         bar = tqdm(quantizer.run(), total=quantizer.steps, unit=" files", disable=None, file=sys.stderr)
-        reports = list(bar)
+        with Interruption() as interruption, bar:
+            for report in bar:
+                reports.append(report)
+                if interruption.requested:
+                    raise Interrupted(
+                        f"stopped after {len(reports)} of {quantizer.steps} files; the same command goes on from there"
+                    )
     except ValueError as refusal:
         raise Refused(str(refusal)) from refusal
     by_module: dict[str, list[float]] = {}

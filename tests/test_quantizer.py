@@ -4,8 +4,10 @@ import copy
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -203,6 +205,24 @@ def test_the_command_prints_what_it_made(make_model: Callable[..., Path], tmp_pa
     assert modes == {(tmp_path / "plain").stat().st_mode}, "others may read it as they may read other files"
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 65 and "is not empty" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_a_signal_stops_it_behind_a_layer(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name("batchinfer")
+    output = tmp_path / "out"
+    command = [program, "quantize", make_model("llama", num_hidden_layers=40), "-o", output, "--group-size", "32"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(output.glob("model-00003-*.safetensors")):
+        assert running.poll() is None
+        time.sleep(0.001)
+    running.send_signal(signal.SIGTERM)
+    _, said = running.communicate()
+    assert running.returncode == 75 and re.search(r"stopped after \d+ of 41 files; the same command goes on", said), (
+        said
+    )
+    assert "Traceback" not in said and not (output / "config.json").exists()
+    again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.search(r"time +[\d.]+ s, \d+ files kept", again) and (output / "config.json").exists()
 
 
 @pytest.mark.parametrize("path", sorted(job.RECIPES.glob("*.toml")), ids=lambda path: path.stem)
