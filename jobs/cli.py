@@ -303,12 +303,24 @@ def evaluate(
     context: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
     rows: Annotated[int | None, typer.Option(help="Only so many rows, from the first.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the errors by layer; with --reference.")
+    ] = None,
 ) -> None:
     """Measure a model on text: perplexity, bits per byte, and its distance from a reference."""
+    if plot is not None and reference is None:
+        raise UsageError(f"--plot {plot} shows each layer's distance from a reference: name one with --reference")
+    if plot is not None and plot.suffix != ".svg":
+        raise UsageError(f"--plot is {plot}; its name must end in .svg")
     from batchinfer.jobs import evaluate as job
     from batchinfer.jobs.parts import write_json
+    from batchinfer.jobs.plot import layer_plot
 
     done = job.evaluate(model, reference, data, column, quantization, context, rows)
     print(done.table())
     if json_file is not None:
         write_json(json_file, asdict(done))
+    if plot is not None:
+        if done.layers is None:
+            raise Refused(f"--plot {plot}: there is nothing to draw; the notes above say why")
+        plot.write_text(layer_plot(done, done.layers), "utf-8")

@@ -6,16 +6,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from batchinfer.gguf import WEIGHTS
 from batchinfer.jobs.hub import resolve_model
 from batchinfer.jobs.reader import Table
 from batchinfer.jobs.spec import Refused, UsageError
 from batchinfer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from batchinfer.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Evaluation:
     model: str
     reference: str | None
     quantization: str
+    scheme: str  # that, and how the checkpoint is stored
     data: str
     column: str
     context: int
@@ -58,7 +63,7 @@ class Evaluation:
         """For people."""
         lines = {
             "model": self.model,
-            "quantization": self.quantization,
+            "quantization": self.scheme,
             "data": f"{self.data}, column {self.column}: {self.rows:,} rows, {self.tokens:,} tokens predicted",
             "protocol": f"{self.windows:,} windows of {self.context} tokens without overlap",
             "perplexity": f"{self.perplexity:.4f} a token",
@@ -127,6 +132,7 @@ def evaluate(
         model=model,
         reference=reference,
         quantization=quantization,
+        scheme=_scheme(quantization, evaluated.runner.decoder.config, folder),
         data=str(data),
         column=column,
         context=context,
@@ -141,6 +147,11 @@ def evaluate(
         seconds=time.monotonic() - started,
         notes=evaluated.stats().notes + evaluator.notes + _left_out(left_out),
     )
+
+
+def _scheme(quantization: str, config: "ModelConfig", folder: Path) -> str:
+    stored = "GGUF" if (folder / WEIGHTS).exists() else config.dtype if config.form is None else config.form.name
+    return stored if quantization == "auto" else f"{quantization} from {stored}"
 
 
 def _windows(

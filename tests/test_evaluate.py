@@ -175,18 +175,26 @@ def test_the_command(tmp_path: Path) -> None:
         return subprocess.run(command, capture_output=True, text=True)
 
     flags = ("--column", "text", "--context", "64", "--quantization", "w8a8-int8", "--reference", str(model))
-    done = run(*flags, "--json", str(tmp_path / "out.json"))
+    done = run(*flags, "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.svg"))
     assert "perplexity" in done.stdout and "top-1 agreement" in done.stdout, done.stderr
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures["notes"] == ["2 rows have no text of two tokens, the first of them row 1"]
     assert [layer["layer"] for layer in figures["layers"]] == [*range(6)]
     worst = max(figures["layers"], key=lambda layer: layer["own"])
     assert f"loses most       layer {worst['layer']}" in done.stdout
+    assert f"layer {worst['layer']}: loses most" in (tmp_path / "out.svg").read_text("utf-8")
+    assert figures["scheme"] == "w8a8-int8 from bfloat16" and figures["quantization"] == "w8a8-int8"
     assert figures["perplexity"] < 10 and 0 < figures["divergence"] < 0.1 and figures["top1_agreement"] > 0.9
     for wrong, code, message in (
         (("--column", "n"), 65, "column 'n' has no text of two tokens or more"),
         (("--column", "txt"), 65, "has no column 'txt'; its columns are 'text', 'n'"),
         (("--column", "text", "--context", "1"), 2, "--context is 1; it must be 2 or more"),
+        (
+            ("--column", "text", "--plot", "p.svg"),
+            2,
+            "each layer's distance from a reference: name one with --reference",
+        ),
+        (("--column", "text", "--plot", "p.png", "--reference", "m"), 2, "--plot is p.png; its name must end in .svg"),
         (("--column", "text", "--context", "9999"), 65, "max_model_len is 10000"),
     ):
         failed = run(*wrong)
