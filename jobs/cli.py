@@ -129,6 +129,12 @@ def run(
     commit_rows: Annotated[int, typer.Option(help="Commit finished rows when there are so many,")] = 10_000,
     commit_seconds: Annotated[float, typer.Option(help="or after so long.")] = 30.0,
     max_error_rate: Annotated[float, typer.Option(help="Give up when a larger share of the rows failed.")] = 1.0,
+    canary: Annotated[
+        int, typer.Option(metavar="N", help="First compare N of the rows with the model without quantization.")
+    ] = 0,
+    canary_reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare with this one: for a checkpoint that is quantized.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier output and its run folder.")] = False,
     config: Annotated[
         Path | None,
@@ -170,6 +176,8 @@ def run(
         commit_seconds=commit_seconds,
         max_error_rate=max_error_rate,
         overwrite=overwrite,
+        canary=canary,
+        canary_reference=canary_reference,
     )
     done = runner.run(spec)
     print(done.table())

@@ -42,9 +42,9 @@ def _head(done: Evaluation, worst: LayerError) -> Iterator[str]:
     yield _text(43, 110, "error of what the layer adds", INK)
     yield f'<rect x="240" y="99" width="13" height="13" fill="{WORST}"/>'
     yield _text(259, 110, f"layer {worst.layer}: loses most", INK)
-    yield f'<path d="M392 105.5h26" stroke="{LINE}" stroke-width="2.5"/>'
-    yield f'<circle cx="405" cy="105.5" r="4" fill="{LINE}"/>'
-    yield _text(426, 110, "error of the stream behind it, accumulated", INK)
+    yield f'<path d="M406 105.5h26" stroke="{LINE}" stroke-width="2.5"/>'
+    yield f'<circle cx="419" cy="105.5" r="4" fill="{LINE}"/>'
+    yield _text(440, 110, "error of the stream behind it, accumulated", INK)
 
 
 def _axes(layers: int, step: float, top: float) -> Iterator[str]:
