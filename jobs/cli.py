@@ -71,7 +71,10 @@ def _use_job_file(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-Model = Annotated[str | None, typer.Option(help="A directory, or the name of a model on the Hub.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A directory, a GGUF file, or a model on the Hub: ORG/NAME, or ORG/NAME/FILE.gguf."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 Seed = Annotated[int, typer.Option(help="Every row's own seed comes from this one.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -210,7 +213,7 @@ def report(output: Annotated[Path, typer.Argument(metavar="OUT.parquet")]) -> No
 
 @app.command()
 def fetch(
-    model: Annotated[str, typer.Argument(help="The name of a model on the Hub.")],
+    model: Annotated[str, typer.Argument(help="A model on the Hub: ORG/NAME, or ORG/NAME/FILE.gguf.")],
     revision: Revision = None,
     to: Annotated[Path | None, typer.Option(help="A folder, instead of the Hub's cache.")] = None,
 ) -> None:
@@ -303,7 +306,7 @@ def recipes() -> None:
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A directory, a GGUF file, or the name of a model on the Hub.")],
+    model: Annotated[str, typer.Argument(help="A directory, a GGUF file, or a model on the Hub.")],
     data: Annotated[Path, typer.Option(help="Parquet, JSON Lines or CSV.")],
     column: Annotated[str, typer.Option(help="The column with the text.")],
     reference: Annotated[str | None, typer.Option(help="Another model: how far is this one from it?")] = None,
