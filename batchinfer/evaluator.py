@@ -1,7 +1,7 @@
 """A model measured on text: how likely it holds what comes next, and how far it is from a reference."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,9 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchinfer.batch import Batch
 from batchinfer.engine import Engine
+from batchinfer.kernels.linear import MIN_ROWS
+from batchinfer.layer_errors import SAME_BASIS, LayerErrors, embedding_difference
 from batchinfer.quantize.metrics import divergences, log_likelihoods
 from batchinfer.request import Requests, SamplingParams
+from batchinfer.runner import ModelRunner
 
 
 @dataclass
@@ -37,38 +41,110 @@ class Scores:
 
 
 class Evaluator:
-    """Runs windows of token ids, of at least two tokens each, through an engine, and a reference engine if given."""
+    """Runs windows of token ids, of at least two tokens each, through an engine, and a reference engine if given.
+
+    With a reference, `layers` gathers the errors by layer, unless it is None: then `notes` says why.
+    """
 
     def __init__(self, engine: Engine, reference: Engine | None = None) -> None:
+        """A `ValueError` says why the two cannot be compared."""
         self.engine, self.reference = engine, reference
+        self.layers: LayerErrors | None = None
+        self.notes: list[str] = []
+        if reference is not None:
+            self._compare(engine.runner, reference.runner)
 
+    def _compare(self, runner: ModelRunner, reference: ModelRunner) -> None:
+        check_vocabularies(runner, reference)
+        self.layers = LayerErrors(runner, reference)
+        difference = embedding_difference(runner.decoder, reference.decoder)
+        if difference > SAME_BASIS:
+            self.layers = None
+            self.notes.append(
+                f"no errors by layer: the embedding differs from the reference's by {100 * difference:.0f} %, as after "
+                "a rotation of the residual stream (Hadamard): the reference's states mean nothing to this model"
+            )
+
+    @torch.inference_mode()
     def scores(self, windows: Iterable[NDArray[np.int32]]) -> Scores:
-        """The sums over all windows."""
+        """The sums over all windows, each of which must fit into a step."""
         total = Scores()
         for window in windows:
+            if len(window) > self.engine.scheduler.budget:
+                raise ValueError(f"a window of {len(window)} tokens is above a step of {self.engine.scheduler.budget}")
             targets = torch.from_numpy(window[1:].astype(np.int64))
-            logits = all_logits(self.engine, window)[:-1]
+            logits, expected = self._logits(window)
+            logits = logits[:-1]
             total.windows += 1
             total.tokens += len(targets)
             text = self.engine.tokenizer.decode_batch(window[1:], np.array([0, len(targets)]))[0]
             total.text_bytes += len(text.encode())
             total.negative_log_likelihood -= float(log_likelihoods(logits, targets).double().sum())
-            if self.reference is not None:
-                expected = all_logits(self.reference, window)[:-1]
+            if expected is not None:
+                expected = expected[:-1]
                 total.divergence += float(divergences(expected, logits).double().sum())
                 total.agreed += int((expected.argmax(-1) == logits.argmax(-1)).sum())
         return total
 
+    def _logits(self, window: NDArray[np.int32]) -> tuple[Tensor, Tensor | None]:
+        """Logits [len(window), V] after each token, and the reference's."""
+        if self.reference is None:
+            return all_logits(self.engine, window), None
+        if self.layers is None:
+            return all_logits(self.engine, window), all_logits(self.reference, window)
+        both = zip(steps(self.engine, window), steps(self.reference, window), strict=True)
+        ((logits, expected),) = [
+            self.layers.step(batch, expected_batch, tokens) for (batch, tokens), (expected_batch, _) in both
+        ]
+        return logits[: len(window)], expected[: len(window)]
+
+
+def check_vocabularies(runner: ModelRunner, reference: ModelRunner) -> None:
+    """A `ValueError` if logits of the two do not belong to the same tokens."""
+    sizes = [r.decoder.config.vocab_size for r in (runner, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"vocab_size is {sizes[0]} in the model and {sizes[1]} in the reference; they must have one vocabulary"
+        )
+
+
+def answers(engine: Engine, requests: Requests) -> dict[int, list[int]]:
+    """The new tokens of each row."""
+    done = engine.generate(requests)
+    return {row: found.tokens_of(i) for found in done for i, row in enumerate(found.rows.tolist())}
+
+
+@torch.inference_mode()
+def distance_along(engine: Engine, reference: Engine, prompt: list[int], answer: list[int]) -> tuple[float, int]:
+    """(nats of divergence, tokens of which both hold the same likeliest), summed over the tokens of an answer that
+    both are given as it is, whatever they would have said. The engines are alike but for their models."""
+    window, first = np.array(prompt + answer[:-1], np.int32), len(prompt) - 1
+    nats, agreed = 0.0, 0
+    for ours, theirs in zip(steps(engine, window, first), steps(reference, window, first), strict=True):
+        found, expected = _logits(engine, *ours), _logits(reference, *theirs)
+        nats += float(divergences(expected, found).double().sum())
+        agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
+    return nats, agreed
+
 
 @torch.inference_mode()
 def all_logits(engine: Engine, window: NDArray[np.int32]) -> Tensor:
-    """Logits [len(window), V] after each token, in one step: a window must fit into one."""
+    """Logits [len(window), V] after each token."""
+    return torch.cat([_logits(engine, batch, tokens) for batch, tokens in steps(engine, window)])
+
+
+def _logits(engine: Engine, batch: Batch, tokens: int) -> Tensor:
+    return engine.runner.decoder.forward(batch, engine.runner.caches)[:tokens]
+
+
+def steps(engine: Engine, window: NDArray[np.int32], first: int = 0) -> Iterator[tuple[Batch, int]]:
+    """The steps of an idle engine that compute a window, and how many tokens each samples: all from `first` on."""
     engine.add(Requests.of([window.tolist()], SamplingParams(max_tokens=1)))
-    batch = engine.scheduler.schedule()
-    if batch is None or batch.prompt_tokens != len(window):
-        raise ValueError(f"a window of {len(window)} tokens does not fit into a step of {engine.scheduler.budget}")
-    everything = replace(batch, sampled=torch.arange(len(batch.tokens)))
-    logits = engine.runner.decoder.forward(everything, engine.runner.caches)[: len(window)]
-    engine.scheduler.update(batch, logits[-1:].argmax(-1).numpy())
-    engine.scheduler.finish(int(batch.sequences[0]))
-    return logits
+    start = 0
+    while (batch := engine.scheduler.schedule()) is not None:
+        rows = np.arange(min(max(first - start, 0), batch.prompt_tokens), batch.prompt_tokens)
+        start += batch.prompt_tokens
+        yield replace(batch, sampled=torch.from_numpy(np.pad(rows, (0, -len(rows) % MIN_ROWS)))), len(rows)
+        engine.scheduler.update(batch, np.zeros(len(batch.sequences), np.int64))
+        if len(batch.sequences):
+            engine.scheduler.finish(int(batch.sequences[0]))

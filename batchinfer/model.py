@@ -4,6 +4,7 @@ Shapes: T tokens of a step, S of them sampled, D hidden, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ from batchinfer.quantize.scheme import QuantScheme
 from batchinfer.weights import WeightSource
 
 Product = Linear | LinearW8A8
+
+
+class Places(NamedTuple):
+    """Where a step's tokens stand: the angles of their positions [T, head_dim / 2], and their rows in the caches."""
+
+    cos: Tensor
+    sin: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -85,26 +94,39 @@ class Decoder:
 
     def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
         """One step: stores the tokens' keys and values, returns float32 logits of the sampled tokens."""
-        c = self.config
-        x = F.embedding(batch.tokens, self.embedding).to(self.stream)
-        cos, sin = self.cos[batch.positions], self.sin[batch.positions]
-        rows = cache_rows(batch.slots, c.kv_heads, caches[0].block_size)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            qkv = layer.qkv(self._norm(x, layer.input_norm, layer.qkv)).dense()
-            query, key, value = self._heads(layer, qkv)
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-            cache.store(key, value, rows)
-            mixed = attention(
-                query, cache, batch.tiles, batch.decode.get(layer.window), c.head_dim**-0.5, layer.window
-            ).flatten(1)
-            if layer is self.layers[-1]:  # nothing reads the other tokens any more
-                x, mixed = x[batch.sampled], mixed[batch.sampled]
-            x = add_rows(x, layer.output(_input(mixed, layer.output)))
-            gate_up = layer.gate_up(self._norm(x, layer.mlp_norm, layer.gate_up))
-            x = add_rows(x, layer.down(_activated(gate_up, layer.down)))
-        return self._logits(x)
+        places = self.places(batch, caches[0])
+        x = self.embed(batch)
+        for i, cache in enumerate(caches):
+            x = self.layer(i, cache, x, batch, places)
+        return self.logits(x)
 
-    def _logits(self, x_SD: Tensor) -> Tensor:
+    def embed(self, batch: Batch) -> Tensor:
+        """The residual stream [T, D] before the first layer."""
+        return F.embedding(batch.tokens, self.embedding).to(self.stream)
+
+    def places(self, batch: Batch, cache: KVCache) -> Places:
+        """What all layers need to know of the step; their caches are of one shape."""
+        cos, sin = self.cos[batch.positions], self.sin[batch.positions]
+        return Places(cos, sin, cache_rows(batch.slots, self.config.kv_heads, cache.block_size))
+
+    def layer(self, i: int, cache: KVCache, x_TD: Tensor, batch: Batch, places: Places) -> Tensor:
+        """The residual stream [T, D] after layer i, and after the last one [S, D]; x is spent."""
+        layer, c, x = self.layers[i], self.config, x_TD
+        qkv = layer.qkv(self._norm(x, layer.input_norm, layer.qkv)).dense()
+        query, key, value = self._heads(layer, qkv)
+        query, key = rotate(query, places.cos, places.sin), rotate(key, places.cos, places.sin)
+        cache.store(key, value, places.rows)
+        mixed = attention(
+            query, cache, batch.tiles, batch.decode.get(layer.window), c.head_dim**-0.5, layer.window
+        ).flatten(1)
+        if i + 1 == len(self.layers):  # nothing reads the other tokens any more
+            x, mixed = x[batch.sampled], mixed[batch.sampled]
+        x = add_rows(x, layer.output(_input(mixed, layer.output)))
+        gate_up = layer.gate_up(self._norm(x, layer.mlp_norm, layer.gate_up))
+        return add_rows(x, layer.down(_activated(gate_up, layer.down)))
+
+    def logits(self, x_SD: Tensor) -> Tensor:
+        """Of the residual stream after the last layer, float32 [S, V]."""
         x = rms_norm(x_SD, self.norm, self.config.norm_eps)
         return self.head(_input(x, self.head)).dense().float()
 

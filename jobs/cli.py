@@ -71,7 +71,10 @@ def _use_job_file(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-Model = Annotated[str | None, typer.Option(help="A directory, or the name of a model on the Hub.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="A directory, a GGUF file, or a model on the Hub: ORG/NAME, or ORG/NAME/FILE.gguf."),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
 Seed = Annotated[int, typer.Option(help="Every row's own seed comes from this one.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -129,6 +132,12 @@ def run(
     commit_rows: Annotated[int, typer.Option(help="Commit finished rows when there are so many,")] = 10_000,
     commit_seconds: Annotated[float, typer.Option(help="or after so long.")] = 30.0,
     max_error_rate: Annotated[float, typer.Option(help="Give up when a larger share of the rows failed.")] = 1.0,
+    canary: Annotated[
+        int, typer.Option(metavar="N", help="First compare N of the rows with the model without quantization.")
+    ] = 0,
+    canary_reference: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Compare with this one: for a checkpoint that is quantized.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier output and its run folder.")] = False,
     config: Annotated[
         Path | None,
@@ -170,6 +179,8 @@ def run(
         commit_seconds=commit_seconds,
         max_error_rate=max_error_rate,
         overwrite=overwrite,
+        canary=canary,
+        canary_reference=canary_reference,
     )
     done = runner.run(spec)
     print(done.table())
@@ -202,7 +213,7 @@ def report(output: Annotated[Path, typer.Argument(metavar="OUT.parquet")]) -> No
 
 @app.command()
 def fetch(
-    model: Annotated[str, typer.Argument(help="The name of a model on the Hub.")],
+    model: Annotated[str, typer.Argument(help="A model on the Hub: ORG/NAME, or ORG/NAME/FILE.gguf.")],
     revision: Revision = None,
     to: Annotated[Path | None, typer.Option(help="A folder, instead of the Hub's cache.")] = None,
 ) -> None:
@@ -305,7 +316,7 @@ def recipes() -> None:
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A directory, a GGUF file, or the name of a model on the Hub.")],
+    model: Annotated[str, typer.Argument(help="A directory, a GGUF file, or a model on the Hub.")],
     data: Annotated[Path, typer.Option(help="Parquet, JSON Lines or CSV.")],
     column: Annotated[str, typer.Option(help="The column with the text.")],
     reference: Annotated[str | None, typer.Option(help="Another model: how far is this one from it?")] = None,
@@ -313,12 +324,24 @@ def evaluate(
     context: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
     rows: Annotated[int | None, typer.Option(help="Only so many rows, from the first.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the errors by layer; with --reference.")
+    ] = None,
 ) -> None:
     """Measure a model on text: perplexity, bits per byte, and its distance from a reference."""
+    if plot is not None and reference is None:
+        raise UsageError(f"--plot {plot} shows each layer's distance from a reference: name one with --reference")
+    if plot is not None and plot.suffix != ".svg":
+        raise UsageError(f"--plot is {plot}; its name must end in .svg")
     from batchinfer.jobs import evaluate as job
     from batchinfer.jobs.parts import write_json
+    from batchinfer.jobs.plot import layer_plot
 
     done = job.evaluate(model, reference, data, column, quantization, context, rows)
     print(done.table())
     if json_file is not None:
         write_json(json_file, asdict(done))
+    if plot is not None:
+        if done.layers is None:
+            raise Refused(f"--plot {plot}: there is nothing to draw; the notes above say why")
+        plot.write_text(layer_plot(done, done.layers), "utf-8")

@@ -1,4 +1,4 @@
-"""`batchinfer evaluate`: a model's perplexity on a column of text, and its distance from a reference."""
+"""`batchinfer evaluate`: a model's perplexity on a column of text, its distance from a reference, by layer too."""
 
 import sys
 import time
@@ -6,16 +6,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from batchinfer.gguf import WEIGHTS
 from batchinfer.jobs.hub import resolve_model
 from batchinfer.jobs.reader import Table
 from batchinfer.jobs.spec import Refused, UsageError
 from batchinfer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from batchinfer.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """What a layer loses to quantization: relative errors, 0.01 is 1 %."""
+
+    layer: int  # from 0
+    own: float  # of what it adds to the residual stream, fed with the reference's input
+    stream: float  # of the residual stream behind it, when the model runs on its own
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,7 @@ class Evaluation:
     model: str
     reference: str | None
     quantization: str
+    scheme: str  # that, and how the checkpoint is stored
     data: str
     column: str
     context: int
@@ -36,14 +50,20 @@ class Evaluation:
     bits_per_byte: float
     divergence: float | None  # nats a token, mean Kullback-Leibler divergence from the reference
     top1_agreement: float | None  # share of tokens for which both models' likeliest next token is the same
+    layers: list[LayerError] | None
     seconds: float
     notes: list[str]
+
+    @property
+    def worst_layer(self) -> LayerError | None:
+        """The layer that loses most by itself."""
+        return max(self.layers, key=lambda layer: layer.own) if self.layers else None
 
     def table(self) -> str:
         """For people."""
         lines = {
             "model": self.model,
-            "quantization": self.quantization,
+            "quantization": self.scheme,
             "data": f"{self.data}, column {self.column}: {self.rows:,} rows, {self.tokens:,} tokens predicted",
             "protocol": f"{self.windows:,} windows of {self.context} tokens without overlap",
             "perplexity": f"{self.perplexity:.4f} a token",
@@ -53,6 +73,11 @@ class Evaluation:
             lines["reference"] = str(self.reference)
             lines["KL divergence"] = f"{self.divergence:.6f} nats a token"
             lines["top-1 agreement"] = f"{100 * self.top1_agreement:.2f} %"
+        if self.layers is not None and self.worst_layer is not None:
+            lines["errors by layer"] = "of what the layer adds    of the stream behind it"
+            for layer in self.layers:
+                lines[f"  layer {layer.layer}"] = f"{100 * layer.own:20.3f} % {100 * layer.stream:24.3f} %"
+            lines["loses most"] = f"layer {self.worst_layer.layer}"
         lines["time"] = f"{self.seconds:.1f} s"
         shown = [f"{name:<17}{value}" for name, value in lines.items()]
         return "\n".join(shown + [f"{'note':<17}{note}" for note in self.notes])
@@ -93,18 +118,21 @@ def evaluate(
         tokenizer = Tokenizer.load(folder)
         evaluated = engine(folder, quantization)
         other = None if reference_folder is None else engine(reference_folder, "auto")
+        evaluator = Evaluator(evaluated, other)
     except ValueError as error:
         raise Refused(str(error)) from error
     count = min(table.num_rows, rows or table.num_rows)
     left_out: list[int] = []
     windows = _windows(table, column, tokenizer, context, count, left_out)
-    scores = Evaluator(evaluated, other).scores(tqdm(windows, unit=" windows", disable=None, file=sys.stderr))
+    scores = evaluator.scores(tqdm(windows, unit=" windows", disable=None, file=sys.stderr))
     if not scores.tokens:
         raise Refused(f"{data}: column {column!r} has no text of two tokens or more in {count} rows")
+    layers = None if evaluator.layers is None else enumerate(evaluator.layers.figures())
     return Evaluation(
         model=model,
         reference=reference,
         quantization=quantization,
+        scheme=_scheme(quantization, evaluated.runner.decoder.config, folder),
         data=str(data),
         column=column,
         context=context,
@@ -115,9 +143,15 @@ def evaluate(
         bits_per_byte=scores.bits_per_byte,
         divergence=None if other is None else scores.divergence / scores.tokens,
         top1_agreement=None if other is None else scores.agreed / scores.tokens,
+        layers=None if layers is None else [LayerError(i, own, stream) for i, (own, stream) in layers],
         seconds=time.monotonic() - started,
-        notes=evaluated.stats().notes + _left_out(left_out),
+        notes=evaluated.stats().notes + evaluator.notes + _left_out(left_out),
     )
+
+
+def _scheme(quantization: str, config: "ModelConfig", folder: Path) -> str:
+    stored = "GGUF" if (folder / WEIGHTS).exists() else config.dtype if config.form is None else config.form.name
+    return stored if quantization == "auto" else f"{quantization} from {stored}"
 
 
 def _windows(

@@ -13,7 +13,8 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]  # never a pi
 
 
 def resolve_model(model: str, revision: str | None, files: list[str] = MODEL_FILES, tokenizer: bool = True) -> Path:
-    """The directory of `model`: a directory, a GGUF file, or a Hub id, which is downloaded unless the cache has it.
+    """The directory of `model`: a directory, a GGUF file, or one of the two on the Hub (`ORG/NAME`,
+    `ORG/NAME/FILE.gguf`), which is downloaded unless the cache has it.
 
     Without `tokenizer` the one in a GGUF file is not looked at. Raises `Refused` where there is no such model.
     """
@@ -23,12 +24,23 @@ def resolve_model(model: str, revision: str | None, files: list[str] = MODEL_FIL
             raise Refused(f"--revision {revision} is for Hub ids; {model} is a directory")
         return path
     if path.suffix == ".gguf" and path.is_file():
+        if revision is not None:
+            raise Refused(f"--revision {revision} is for Hub ids; {model} is a file")
         return _unpacked(path, tokenizer)
     if path.exists():
         raise Refused(f"model {model} is a file; expected a directory with config.json, a .gguf file, or a Hub id")
-    if model.startswith(("/", ".", "~")) or model.count("/") > 1:
-        raise Refused(f"model {model}: no such directory")
-    return _download(model, revision, files, None)
+    file = _file_in_repository(model)
+    if model.startswith(("/", ".", "~")) or (model.count("/") > 1 and file is None):
+        raise Refused(f"model {model}: no such directory" + (" or file" if path.suffix == ".gguf" else ""))
+    found = _download(model, revision, files, None)
+    return found if file is None else _unpacked(found, tokenizer)
+
+
+def _file_in_repository(model: str) -> tuple[str, str] | None:
+    """("ORG/NAME", "FILE.gguf") of a GGUF file on the Hub; in the repository it may lie in a folder."""
+    organization, _, rest = model.partition("/")
+    name, _, file = rest.partition("/")
+    return (f"{organization}/{name}", file) if file.endswith(".gguf") else None
 
 
 def _unpacked(path: Path, tokenizer: bool) -> Path:
@@ -46,13 +58,17 @@ def _unpacked(path: Path, tokenizer: bool) -> Path:
 
 
 def fetch_model(model: str, revision: str | None, folder: Path | None) -> Path:
-    """Download a Hub model into the cache, or into `folder`, for a machine without internet. Raises `Refused`."""
+    """Download a Hub model, or a GGUF file, into the cache, or into `folder`, for a machine without internet.
+
+    Returns the folder with the model, or the file. Raises `Refused`.
+    """
     return _download(model, revision, MODEL_FILES, folder)
 
 
 def _download(model: str, revision: str | None, files: list[str], folder: Path | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
@@ -61,7 +77,10 @@ def _download(model: str, revision: str | None, files: list[str], folder: Path |
         RevisionNotFoundError,
     )
 
+    file = _file_in_repository(model)
     try:
+        if file is not None:
+            return Path(hf_hub_download(*file, revision=revision, local_dir=folder))
         return Path(snapshot_download(model, revision=revision, allow_patterns=files, local_dir=folder))
     except HFValidationError as error:
         raise Refused(f"model {model}: neither a directory nor the name of a Hub model") from error
@@ -71,7 +90,13 @@ def _download(model: str, revision: str | None, files: list[str], folder: Path |
         raise Refused(f"model {model}: no such directory, nor a public model on the Hub (try hf auth login)") from error
     except RevisionNotFoundError as error:
         raise Refused(f"model {model} has no revision {revision}") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+    except (EntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        if (
+            file is not None
+            and isinstance(error, EntryNotFoundError)
+            and not isinstance(error, LocalEntryNotFoundError)
+        ):
+            raise Refused(f"model {model}: the Hub's {file[0]} has no file {file[1]}") from error
         raise Refused(
             f"model {model}: no such directory, not in the cache, and the Hub cannot be reached; run "
             f"'batchinfer fetch {model}' on a machine with internet, with --to DIR to carry it over"

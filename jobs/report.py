@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchinfer import __version__
+from batchinfer.jobs.canary import Canary
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.spec import Refused
 
@@ -60,6 +61,7 @@ class Report:
     notes: list[str]
     versions: dict[str, str]
     command: str
+    canary: Canary | None = None
 
     def table(self) -> str:
         """The report as aligned lines, without colour."""
@@ -89,6 +91,7 @@ class Report:
             ("  tokens: steps", _histogram(self.step_sizes)),
             ("prompt lengths", _histogram(self.buckets)),
             ("padding", f"{_percent(self.padded_tokens, computed + self.padded_tokens)} of the tokens computed"),
+            *([] if self.canary is None else self.canary.lines()),
             *[("kernel " + op, path) for op, path in self.kernels.items()],
             *[("note", note) for note in self.notes],
         ]
@@ -104,7 +107,8 @@ def read_report(output: Path) -> Report:
         version = values["schema_version"]
         if version != SCHEMA_VERSION:
             raise Refused(f"report {path} has schema_version {version}; this batchinfer reads {SCHEMA_VERSION}")
-        return Report(**values)
+        canary = values.get("canary")
+        return Report(**{**values, "canary": None if canary is None else Canary(**canary)})
     except OSError as error:
         raise Refused(f"report {path}: {error.strerror}; it is written when a job is complete") from error
     except (ValueError, TypeError, KeyError) as error:

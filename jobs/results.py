@@ -43,7 +43,7 @@ class Results:
         """Take rows from the engine; `prompt_tokens` [n] are the lengths of their prompts."""
         decoded = self._tokenizer.decode_batch(completions.token_ids, completions.offsets)
         stop = self._spec.sampling.stop
-        texts: list[str | None] = [_before(text, stop) for text in decoded] if stop else list(decoded)
+        texts: list[str | None] = [before_stop(text, stop) for text in decoded] if stop else list(decoded)
         errors: list[RowError | None] = [None] * len(completions)
         for i in np.flatnonzero(completions.finish_reasons == FinishReason.ERROR).tolist():
             errors[i] = completions.errors[int(completions.rows[i])]
@@ -100,6 +100,6 @@ class Results:
         self.commit_seconds += self._last_commit - started
 
 
-def _before(text: str, stop: tuple[str, ...]) -> str:
+def before_stop(text: str, stop: tuple[str, ...]) -> str:
     """The text before the first stop string in it."""
     return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]

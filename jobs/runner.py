@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from batchinfer.config import EngineConfig, EngineStats
+from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, resolve_model
 from batchinfer.jobs.interruption import Interruption
@@ -23,7 +24,7 @@ from batchinfer.jobs.report import SCHEMA_VERSION, Report, peak_memory_bytes, ra
 from batchinfer.jobs.results import Results
 from batchinfer.jobs.spec import EngineFailed, JobSpec, Refused
 from batchinfer.jobs.windows import Prompts, Windows
-from batchinfer.jobs.worker import TORCH_ENGINE, Load, Worker
+from batchinfer.jobs.worker import TORCH_ENGINE, Load, Worker, run_engine
 from batchinfer.tokenizer import Tokenizer
 
 MERGE_ROWS = 8192
@@ -48,15 +49,28 @@ def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = Pro
     tokenizer = _load_tokenizer(model, tokenizer_folder)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
     digests = fingerprints(spec, model, tokenizer.fingerprint, config.max_model_len)
-    resolved = {"command": shlex.join(sys.argv), "spec": asdict(spec), "engine": asdict(config), "versions": versions()}
+    reference = reference_config(spec, config) if spec.canary else None
+    resolved = {
+        "command": shlex.join(sys.argv),
+        "spec": asdict(spec),
+        "engine": asdict(config),
+        "canary_engine": None if reference is None else asdict(reference),
+        "versions": versions(),
+    }
 
     folder.create(resolved, digests)
     try:
         windows, results = Windows(table, source, spec.block_size), Results(spec, tokenizer, folder)
-        print(f"batchinfer: loading {spec.model}", file=sys.stderr, flush=True)
-        with Interruption() as interruption, closing(Worker(engine, folder.log)) as worker:
-            loop = Loop(spec, windows, results, worker, table.num_rows)
-            stats = loop.run(Load(config, tokenizer_folder), interruption)
+        with Interruption() as interruption:
+            canary = None
+            if reference is not None:
+                requests = canary_rows(table, source, spec.canary)
+                comparison = Comparison(spec, config, reference, tokenizer_folder, requests)
+                canary = run_canary(comparison, folder.log, interruption)
+            print(f"batchinfer: loading {spec.model}", file=sys.stderr, flush=True)
+            with closing(Worker(folder.log, run_engine, engine)) as worker:
+                loop = Loop(spec, windows, results, worker, table.num_rows)
+                stats = loop.run(Load(config, tokenizer_folder), interruption)
         folder.write_manifest()
         merging = time.monotonic()
         merged = folder.merge(pa.schema([table.schema.field(c) for c in kept]), table.batches(kept, MERGE_ROWS))
@@ -74,7 +88,7 @@ def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = Pro
         "commit": results.commit_seconds,
         "merge": finished - merging,
     }
-    report = _report(spec, results, windows.plan, stats, phases, loop.generate_seconds, finished - started)
+    report = _report(spec, results, windows.plan, stats, phases, loop.generate_seconds, finished - started, canary)
     write_json(folder.report, asdict(report))
     folder.publish(merged)
     return report
@@ -122,6 +136,7 @@ def _report(
     phases: dict[str, float],
     generating: float,
     wall: float,
+    canary: Canary | None,
 ) -> Report:
     tokens = {
         "prefill": stats.prompt_tokens,
@@ -171,4 +186,5 @@ def _report(
         notes=stats.notes,
         versions=versions(),
         command=shlex.join(sys.argv),
+        canary=canary,
     )

@@ -61,6 +61,8 @@ class JobSpec:
     max_error_rate: float = 1.0
     overwrite: bool = False
     random_weights: bool = False
+    canary: int = 0  # rows to compare with a reference before the job begins
+    canary_reference: str | None = None  # a directory or a Hub id; None: the same model without quantization
 
     def __post_init__(self) -> None:
         sources = {
@@ -99,6 +101,9 @@ class JobSpec:
         _at_least("--max-num-batched-tokens", self.max_num_batched_tokens, 1)
         _at_least("--block-size", self.block_size, 1)
         _at_least("--commit-rows", self.commit_rows, 1)
+        _at_least("--canary", self.canary, 0)
+        if self.canary_reference is not None and not self.canary:
+            raise UsageError("--canary-reference needs --canary N, with the number of rows to compare")
         if self.max_model_len is not None:
             _at_least("--max-model-len", self.max_model_len, 2)
         if not self.commit_seconds > 0:
@@ -149,5 +154,7 @@ def _job_value(folder: Path, name: str, value: Any) -> Any:
     if not isinstance(value, str | int | float):
         raise ValueError(f"a {type(value).__name__}; expected one value")
     # A model's name may be a Hub id: it is a path only where such a folder is.
-    is_path = name == "output" or (name in ("model", "tokenizer") and (folder / str(value)).exists())
+    is_path = name == "output" or (
+        name in ("model", "tokenizer", "canary_reference") and (folder / str(value)).exists()
+    )
     return str(folder / str(value)) if is_path else value

@@ -1,6 +1,6 @@
-"""The engine in a child process, and the words that it and the job exchange.
+"""A child process that holds an engine, and the words that it and the job exchange.
 
-The parent never imports torch. The child leaves signals to the parent, writes whatever it prints to the run's log, and
+The parent never imports torch. A child leaves signals to the parent, writes whatever it prints to the run's log, and
 ends when the parent is gone. A thread of the parent always reads, so the two never wait for each other with full pipes.
 """
 
@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -110,18 +111,25 @@ class Finished:
     stats: EngineStats
 
 
+@dataclass(frozen=True)
+class Found:
+    """Child to parent, last: what a child was to find out that does not run the job's rows."""
+
+    value: Any
+
+
 Command = Load | Rows | Drain | Stop
-Message = Ready | Admitted | Completed | Heartbeat | Fault | Finished
+Message = Ready | Admitted | Completed | Heartbeat | Fault | Finished | Found
 
 
 class Worker:
-    """The child process, seen from the parent."""
+    """A child process, seen from the parent: it runs `life(pipe, *arguments)`, which importing must not load torch."""
 
-    def __init__(self, engine: str, log: Path) -> None:
+    def __init__(self, log: Path, life: Callable[..., None], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._log = log
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, engine, log), daemon=True)
+        self._process = context.Process(target=serve, args=(theirs, log, life, arguments), daemon=True)
         with ignoring_signals():
             self._process.start()
         theirs.close()
@@ -176,11 +184,11 @@ class Worker:
         self._pipe.close()
 
 
-def serve(pipe: "Connection[Message, Command]", engine: str, log: Path) -> None:
-    """The child's life: load, take rows, step, report; until told to stop or the parent is gone."""
+def serve(pipe: Any, log: Path, life: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """The child: its life, and what becomes of an error in it."""
     _print_to(log)
     try:
-        _serve(pipe, engine)
+        life(pipe, *arguments)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except Exception as error:
@@ -196,9 +204,10 @@ def _print_to(log: Path) -> None:
     os.close(descriptor)
 
 
-def _serve(pipe: Any, engine_name: str) -> None:
+def run_engine(pipe: "Connection[Message, Command]", engine_name: str) -> None:
+    """The life of a job's engine: load, take rows, step, report; until told to stop or the parent is gone."""
     make_engine = pkgutil.resolve_name(engine_name)  # imported while the parent still tokenizes
-    order: Load = pipe.recv()
+    order: Any = pipe.recv()
     try:
         engine: Engine = make_engine(order.config, Tokenizer.load(order.config.model, order.tokenizer))
     except (ValueError, OSError) as error:

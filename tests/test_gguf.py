@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from batchinfer.gguf import unpack_gguf
+from batchinfer.jobs.hub import resolve_model
 from batchinfer.quantize.formats.gguf import dequantize
 from batchinfer.quantize.formats.gguf_file import GGUFFile
 from batchinfer.tokenizer import Tokenizer
@@ -156,6 +157,25 @@ def test_logits_are_those_of_transformers(
     assert engine.stats().notes == (
         [] if kind == "F32" else [f"the checkpoint is GGUF, {kind}: its matrices are expanded to float32 at load"]
     )
+
+
+def test_a_file_on_the_hub_is_as_one_that_lies_here(
+    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cached, commit = tmp_path / "models--org--name", "0123456789" * 4
+    file = cached / "snapshots" / commit / "q8" / "m.gguf"
+    file.parent.mkdir(parents=True)
+    write_model(file, make_model("llama"), "Q8_0")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    folder = resolve_model("org/name/q8/m.gguf", None)
+    assert (folder / "model.gguf").resolve() == file and folder == resolve_model(str(file), None)
+    assert engine_of(folder, Tokenizer.load(folder)).runner.decoder.config.layers == 3
 
 
 def test_divisors_of_rope_are_llama_3_scaling(make_model: Callable[..., Path], tmp_path: Path) -> None:

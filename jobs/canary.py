@@ -1,0 +1,194 @@
+"""A canary: a few rows of a job, through its engine and through a reference, before the hours are spent."""
+
+import sys
+import time
+import traceback
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from batchinfer.config import EngineConfig
+from batchinfer.gguf import WEIGHTS
+from batchinfer.jobs.hub import read_config, resolve_model
+from batchinfer.jobs.interruption import Interruption
+from batchinfer.jobs.planner import JobPlan
+from batchinfer.jobs.reader import Table
+from batchinfer.jobs.results import before_stop
+from batchinfer.jobs.spec import Interrupted, JobSpec, Refused, UsageError
+from batchinfer.jobs.windows import Prompts, join
+from batchinfer.jobs.worker import Fault, Found, Worker
+from batchinfer.quantize.formats.gguf_file import GGUFFile
+from batchinfer.request import Requests
+from batchinfer.tokenizer import Tokenizer
+
+POLL_SECONDS = 0.2
+BATCH_ROWS = 64  # tokenized for the sake of one
+UNQUANTIZED = {"F32", "F16", "BF16"}
+
+
+@dataclass(frozen=True)
+class Canary:
+    """How near the job's answers are to the reference's."""
+
+    rows: int
+    reference: str
+    identical: int  # rows with the same text
+    prefix: float  # share of the reference's answer that comes before the first other token, the mean over rows
+    tokens: int  # of the reference's answers, end of text included; along these, given to both:
+    top1_agreement: float  # share of them for which both models' likeliest token is the same
+    divergence: float  # nats a token, mean Kullback-Leibler divergence from the reference
+    seconds: float
+
+    def lines(self) -> list[tuple[str, str]]:
+        """For the report's table."""
+        return [
+            ("canary", f"{self.rows:,} rows beside {self.reference}, in {self.seconds:.1f} s"),
+            ("  same text", f"{self.identical:,} of {self.rows:,} rows"),
+            ("  same beginning", f"{100 * self.prefix:.1f} % of the reference's answer"),
+            ("  along the answer", f"top-1 agreement {100 * self.top1_agreement:.2f} %"),
+            ("  KL divergence", f"{self.divergence:.6f} nats a token"),
+        ]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the child is to do."""
+
+    spec: JobSpec
+    config: EngineConfig
+    reference: EngineConfig
+    tokenizer: Path | None  # a folder, where it is not the model's own
+    requests: Requests
+
+
+def reference_config(spec: JobSpec, config: EngineConfig) -> EngineConfig:
+    """The engine that the job is compared with: floating point, of the same model or of `--canary-reference`.
+
+    Raises `UsageError` where that would be the job's own engine, or the same quantized checkpoint.
+    """
+    quantized = _is_quantized(config.model)
+    if spec.canary_reference is None and quantized:
+        raise UsageError(
+            f"--canary {spec.canary}: {spec.model} is quantized already; name the checkpoint that it was made from "
+            "with --canary-reference"
+        )
+    named = spec.canary_reference
+    model = config.model if named is None else resolve_model(named, None, tokenizer=False)
+    plain = not quantized and config.quantization in ("auto", "none") and config.kv_cache_dtype == "auto"
+    if plain and model == config.model:
+        raise UsageError(
+            f"--canary {spec.canary} shows what quantization costs, but --quantization is {spec.quantization} and "
+            f"{spec.model} is in floating point: leave --canary out, or quantize"
+        )
+    return replace(config, model=model, quantization="none", kv_cache_dtype="auto")
+
+
+def _is_quantized(model: Path) -> bool:
+    if (model / WEIGHTS).exists():
+        return bool({tensor.type for tensor in GGUFFile(model / WEIGHTS).tensors.values()} - UNQUANTIZED)
+    return bool(read_config(model).get("quantization_config"))
+
+
+def canary_rows(table: Table, prompts: Prompts, count: int) -> Requests:
+    """`count` rows that have a prompt, spread evenly over the table; fewer where there are not as many.
+
+    From `count` places at even distances on, each time the next row that has one. Raises `Refused` where none has.
+    """
+    places = np.arange(count) * table.num_rows // count
+    chosen: list[Requests] = []
+    found = 0
+    for first, batch in table.batches(prompts.columns, BATCH_ROWS):
+        if found == count:
+            break
+        if places[found] >= first + batch.num_rows:
+            continue
+        requests, _ = prompts.tokenize(first, batch)
+        taken = []
+        for i, row in enumerate(requests.rows.tolist()):
+            if found < count and row >= places[found]:
+                taken.append(i)
+                found += 1
+        chosen.append(requests.take(np.array(taken, np.int64)))
+    if not found:
+        raise Refused(f"--canary {count}: there is no row with a prompt to compare")
+    return join(chosen)
+
+
+def run_canary(comparison: Comparison, log: Path, interruption: Interruption) -> Canary:
+    """Compare, in a child process, and print what was found.
+
+    Raises `Refused` and `EngineFailed` as the job does, and `Interrupted`.
+    """
+    rows = len(comparison.requests)
+    print(f"batchinfer: canary: {rows} rows, beside {_reference_name(comparison.spec)}", file=sys.stderr, flush=True)
+    with closing(Worker(log, compare, comparison)) as worker:
+        while (message := worker.receive(POLL_SECONDS)) is None:
+            if interruption.requested:
+                raise Interrupted("stopped while the canary ran, before the first row")
+    assert isinstance(message, Found)
+    canary: Canary = message.value
+    print("\n".join(f"{name:<20}{value}" for name, value in canary.lines()), file=sys.stderr, flush=True)
+    return canary
+
+
+def _reference_name(spec: JobSpec) -> str:
+    return spec.canary_reference or f"{spec.model} without quantization"
+
+
+def same_beginning(ours: list[int], theirs: list[int]) -> float:
+    """The share of their answer, which is not empty, that comes before the first token in which ours differs."""
+    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False)))
+    return same / len(theirs)
+
+
+def compare(pipe: Any, comparison: Comparison) -> None:
+    """The child's life: both engines at once, row by row."""
+    from batchinfer.engine import Engine
+    from batchinfer.evaluator import answers, check_vocabularies, distance_along
+
+    started = time.monotonic()
+    spec, requests = comparison.spec, comparison.requests
+    tokens = JobPlan.of(requests, spec.block_size).kv_cache_tokens(spec.max_num_seqs)
+    try:
+        tokenizer = Tokenizer.load(comparison.config.model, comparison.tokenizer)
+        engine, reference = (
+            Engine(replace(config, kv_cache_tokens=tokens), tokenizer)
+            for config in (comparison.config, comparison.reference)
+        )
+        check_vocabularies(engine.runner, reference.runner)
+    except (ValueError, OSError) as error:
+        traceback.print_exc()
+        pipe.send(Fault(str(error), refused=True))
+        return
+    found, expected = answers(engine, requests), answers(reference, requests)
+    identical, prefixes, length, divergence, agreed = 0, 0.0, 0, 0.0, 0
+    for i, row in enumerate(requests.rows.tolist()):
+        ours, theirs = found[row], expected[row]
+        offsets = np.cumsum([0, len(ours), len(theirs)])
+        texts = tokenizer.decode_batch(np.array(ours + theirs, np.int32), offsets)
+        identical += len({before_stop(text, spec.sampling.stop) for text in texts}) == 1
+        if not theirs:  # the model computed values that are not finite
+            continue
+        prefixes += same_beginning(ours, theirs)
+        prompt = requests.token_ids[requests.offsets[i] : requests.offsets[i + 1]].tolist()
+        nats, likeliest = distance_along(engine, reference, prompt, theirs)
+        divergence, agreed, length = divergence + nats, agreed + likeliest, length + len(theirs)
+    rows = len(requests)
+    pipe.send(
+        Found(
+            Canary(
+                rows=rows,
+                reference=_reference_name(spec),
+                identical=identical,
+                prefix=prefixes / rows,
+                tokens=length,
+                top1_agreement=agreed / max(length, 1),
+                divergence=divergence / max(length, 1),
+                seconds=time.monotonic() - started,
+            )
+        )
+    )
