@@ -16,6 +16,7 @@ from batchinfer.layer_errors import SAME_BASIS, LayerErrors, embedding_differenc
 from batchinfer.quantize.metrics import divergences, log_likelihoods
 from batchinfer.request import Requests, SamplingParams
 from batchinfer.runner import ModelRunner
+from batchinfer.tokenizer import Tokenizer
 
 
 @dataclass
@@ -28,6 +29,22 @@ class Scores:
     negative_log_likelihood: float = 0.0  # nats
     divergence: float = 0.0  # nats, from the reference
     agreed: int = 0  # tokens for which both models' likeliest token is the same
+
+    def add(
+        self, tokenizer: Tokenizer, window: NDArray[np.int32], logits_TV: Tensor, expected_TV: Tensor | None
+    ) -> None:
+        """Count a window [T], with the logits after each of its tokens and those of the reference."""
+        targets = torch.from_numpy(window[1:].astype(np.int64))
+        logits = logits_TV[:-1]
+        self.windows += 1
+        self.tokens += len(targets)
+        text = tokenizer.decode_batch(window[1:], np.array([0, len(targets)]))[0]
+        self.text_bytes += len(text.encode())
+        self.negative_log_likelihood -= float(log_likelihoods(logits, targets).double().sum())
+        if expected_TV is not None:
+            expected = expected_TV[:-1]
+            self.divergence += float(divergences(expected, logits).double().sum())
+            self.agreed += int((expected.argmax(-1) == logits.argmax(-1)).sum())
 
     @property
     def perplexity(self) -> float:
@@ -72,18 +89,7 @@ class Evaluator:
         for window in windows:
             if len(window) > self.engine.scheduler.budget:
                 raise ValueError(f"a window of {len(window)} tokens is above a step of {self.engine.scheduler.budget}")
-            targets = torch.from_numpy(window[1:].astype(np.int64))
-            logits, expected = self._logits(window)
-            logits = logits[:-1]
-            total.windows += 1
-            total.tokens += len(targets)
-            text = self.engine.tokenizer.decode_batch(window[1:], np.array([0, len(targets)]))[0]
-            total.text_bytes += len(text.encode())
-            total.negative_log_likelihood -= float(log_likelihoods(logits, targets).double().sum())
-            if expected is not None:
-                expected = expected[:-1]
-                total.divergence += float(divergences(expected, logits).double().sum())
-                total.agreed += int((expected.argmax(-1) == logits.argmax(-1)).sum())
+            total.add(self.engine.tokenizer, window, *self._logits(window))
         return total
 
     def _logits(self, window: NDArray[np.int32]) -> tuple[Tensor, Tensor | None]:

@@ -17,15 +17,25 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
 
-from batchinfer.jobs.evaluate import Evaluation, evaluate
+from batchinfer.engine import Engine
+from batchinfer.evaluator import Scores, all_logits
+from batchinfer.jobs.evaluate import engine_for_windows, windows_of
 from batchinfer.jobs.quantize import CalibrationRows, quantize
+from batchinfer.jobs.reader import Table
+from batchinfer.tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "examples" / "stdlib" / "target"
 RESULTS = HERE / "results" / "quantization"
+CONTEXT = 512
 Checkpoint = tuple[str, int | None, str, bool]
 """Scheme, group size, method, whether it is rotated first."""
 
@@ -52,32 +62,51 @@ def main() -> None:
     from corpus import modules
 
     conditions = _conditions()
-    rows: list[tuple[str, Evaluation]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         held_out, trained_on = folder / "held-out.parquet", folder / "trained-on.parquet"
         for path, which in ((held_out, True), (trained_on, False)):
             pq.write_table(pa.table({"text": [m.text for m in modules() if m.held_out == which]}), path)
-        calibration = CalibrationRows(trained_on)
-
-        def measure(label: str, model: Path, quantization: str = "auto") -> None:
-            rows.append((label, evaluate(str(model), str(MODEL), held_out, "text", quantization, 512, None)))
-            print(f"{label}: perplexity {rows[-1][1].perplexity:.4f}", file=sys.stderr, flush=True)
-
-        measure("bfloat16, the reference", MODEL)
-        measure("w8a8-int8 while loading", MODEL, "w8a8-int8")
-        for scheme, group_size, method, rotate in checkpoints():
+        tokenizer = Tokenizer.load(MODEL)
+        engines = {
+            "bfloat16, the reference": engine_for_windows(MODEL, "none", CONTEXT, tokenizer),
+            "w8a8-int8 while loading": engine_for_windows(MODEL, "w8a8-int8", CONTEXT, tokenizer),
+        }
+        for scheme, group_size, method, rotate in tqdm(checkpoints(), unit=" checkpoints"):
             output = folder / f"{scheme}-{group_size}-{method}-{rotate}"
-            made = quantize(str(MODEL), None, output, scheme, method, group_size, calibration, rotate)
+            made = quantize(str(MODEL), None, output, scheme, method, group_size, CalibrationRows(trained_on), rotate)
             size = f"groups of {made.group_size}" if made.group_size else "whole channels"
-            measure(f"{scheme}, {size}, {made.method}", output)
-    figures = [
-        {"label": label, **asdict(row), "model": MODEL.name, "reference": MODEL.name, "data": "held-out modules"}
-        for label, row in rows
-    ]
-    RESULTS.with_suffix(".json").write_text(json.dumps({**conditions, "rows": figures}, indent=2) + "\n")
-    RESULTS.with_suffix(".md").write_text(_page(rows, conditions))
+            engines[f"{scheme}, {size}, {made.method}"] = engine_for_windows(output, "auto", CONTEXT, tokenizer)
+        table = Table.open([held_out])
+        windows = list(windows_of(table, "text", tokenizer, CONTEXT, table.num_rows, []))
+        scores = _scores(engines, windows)
+    rows = [{"label": label, **asdict(score), **_figures(score)} for label, score in scores.items()]
+    figures = {**conditions, "context": CONTEXT, "modules": table.num_rows, "rows": rows}
+    RESULTS.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+    RESULTS.with_suffix(".md").write_text(_page(scores, conditions, table.num_rows))
     print(RESULTS.with_suffix(".md").read_text())
+
+
+@torch.inference_mode()
+def _scores(engines: dict[str, Engine], windows: list[NDArray[np.int32]]) -> dict[str, Scores]:
+    """Of each engine beside the first, which computes each window but once."""
+    scores = {label: Scores() for label in engines}
+    for window in tqdm(windows, unit=" windows"):
+        expected: Tensor | None = None
+        for label, engine in engines.items():
+            logits = all_logits(engine, window)
+            expected = logits if expected is None else expected
+            scores[label].add(engine.tokenizer, window, logits, expected)
+    return scores
+
+
+def _figures(score: Scores) -> dict[str, float]:
+    return {
+        "perplexity": score.perplexity,
+        "bits_per_byte": score.bits_per_byte,
+        "nats_a_token": score.divergence / score.tokens,
+        "top1_agreement": score.agreed / score.tokens,
+    }
 
 
 def _conditions() -> dict[str, str]:
@@ -90,24 +119,23 @@ def _conditions() -> dict[str, str]:
     }
 
 
-def _page(rows: list[tuple[str, Evaluation]], conditions: dict[str, str]) -> str:
-    first = rows[0][1]
+def _page(scores: dict[str, Scores], conditions: dict[str, str], rows: int) -> str:
+    first = next(iter(scores.values()))
     lines = [
         "# What quantization costs the demo model",
         "",
-        f"{first.rows} held-out modules of the standard library, {first.tokens:,} tokens predicted, {first.windows:,} "
-        f"windows of {first.context} tokens without overlap. {conditions['versions']}; commit {conditions['commit']}, "
+        f"{rows} held-out modules of the standard library, {first.tokens:,} tokens predicted, {first.windows:,} "
+        f"windows of {CONTEXT} tokens without overlap. {conditions['versions']}; commit {conditions['commit']}, "
         f"{conditions['date']}.",
         "",
         "| | perplexity | above the reference | bits per byte | KL divergence, nats | top-1 agreement |",
         "|---|---:|---:|---:|---:|---:|",
     ]
-    for label, row in rows:
-        above = 100 * (row.perplexity / first.perplexity - 1)
-        agreement = 100 * (row.top1_agreement or 0.0)
+    for label, score in scores.items():
+        above = 100 * (score.perplexity / first.perplexity - 1)
         lines.append(
-            f"| {label} | {row.perplexity:.4f} | {above:+.2f} % | {row.bits_per_byte:.4f} | {row.divergence:.6f} | "
-            f"{agreement:.2f} % |"
+            f"| {label} | {score.perplexity:.4f} | {above:+.2f} % | {score.bits_per_byte:.4f} | "
+            f"{score.divergence / score.tokens:.6f} | {100 * score.agreed / score.tokens:.2f} % |"
         )
     return "\n".join(lines) + "\n"
 

@@ -19,6 +19,7 @@ from batchinfer.jobs.spec import Refused, UsageError
 from batchinfer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from batchinfer.engine import Engine
     from batchinfer.model_config import ModelConfig
 
 
@@ -95,35 +96,21 @@ def evaluate(
     table.check([column])
     folder = resolve_model(model, None)
     reference_folder = None if reference is None else resolve_model(reference, None)
-    from batchinfer.config import EngineConfig
-    from batchinfer.engine import Engine
     from batchinfer.evaluator import Evaluator
 
     started = time.monotonic()
-
-    def engine(model: Path, quantization: str) -> Engine:
-        return Engine(
-            EngineConfig(
-                model,
-                quantization=quantization,
-                max_model_len=context + 1,
-                max_num_seqs=1,
-                max_num_batched_tokens=max(context, 64),
-                kv_cache_tokens=context + 1,
-            ),
-            tokenizer,
-        )
-
     try:
         tokenizer = Tokenizer.load(folder)
-        evaluated = engine(folder, quantization)
-        other = None if reference_folder is None else engine(reference_folder, "auto")
+        evaluated = engine_for_windows(folder, quantization, context, tokenizer)
+        other = None
+        if reference_folder is not None:
+            other = engine_for_windows(reference_folder, "auto", context, tokenizer)
         evaluator = Evaluator(evaluated, other)
     except ValueError as error:
         raise Refused(str(error)) from error
     count = min(table.num_rows, rows or table.num_rows)
     left_out: list[int] = []
-    windows = _windows(table, column, tokenizer, context, count, left_out)
+    windows = windows_of(table, column, tokenizer, context, count, left_out)
     scores = evaluator.scores(tqdm(windows, unit=" windows", disable=None, file=sys.stderr))
     if not scores.tokens:
         raise Refused(f"{data}: column {column!r} has no text of two tokens or more in {count} rows")
@@ -154,7 +141,23 @@ def _scheme(quantization: str, config: "ModelConfig", folder: Path) -> str:
     return stored if quantization == "auto" else f"{quantization} from {stored}"
 
 
-def _windows(
+def engine_for_windows(model: Path, quantization: str, context: int, tokenizer: Tokenizer) -> "Engine":
+    """An engine that takes a window of `context` tokens in one step. A `ValueError` names what does not fit."""
+    from batchinfer.config import EngineConfig
+    from batchinfer.engine import Engine
+
+    config = EngineConfig(
+        model,
+        quantization=quantization,
+        max_model_len=context + 1,
+        max_num_seqs=1,
+        max_num_batched_tokens=max(context, 64),
+        kv_cache_tokens=context + 1,
+    )
+    return Engine(config, tokenizer)
+
+
+def windows_of(
     table: Table, column: str, tokenizer: Tokenizer, context: int, rows: int, left_out: list[int]
 ) -> Iterator[NDArray[np.int32]]:
     """Windows of two tokens or more; rows that give none are added to `left_out`."""
