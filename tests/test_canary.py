@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from batchinfer.config import EngineConfig
 from batchinfer.evaluator import answers, distance_along
 from batchinfer.jobs.canary import canary_rows, reference_config, same_beginning
-from batchinfer.jobs.quantize import CalibrationRows, quantize
 from batchinfer.jobs.reader import Table
 from batchinfer.jobs.report import read_report
 from batchinfer.jobs.runner import run
@@ -142,7 +141,9 @@ def test_what_the_reference_is(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"--canary 2 shows what quantization costs, but .* in floating point"):
             reference_config(spec, same)
     made = tmp_path / "w4"
-    quantize(str(TARGET), None, made, "w4a16", "rtn", None, CalibrationRows())
+    made.mkdir()
+    stored = {**json.loads((TARGET / "config.json").read_text()), "quantization_config": {"quant_method": "gptq"}}
+    (made / "config.json").write_text(json.dumps(stored))
     quantized = replace(config, model=made, quantization="auto")
     spec = job(tmp_path, made, canary=2)
     with pytest.raises(UsageError, match=r"w4 is quantized already; name .* with --canary-reference"):
