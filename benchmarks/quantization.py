@@ -8,19 +8,16 @@ Takes most of an hour. Writes `benchmarks/results/quantization.json` and `.md`.
 """
 
 import json
-import platform
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from conditions import conditions
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
@@ -61,7 +58,7 @@ def main() -> None:
     sys.path.insert(0, str(MODEL.parent))
     from corpus import modules
 
-    conditions = _conditions()
+    ran = conditions()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         held_out, trained_on = folder / "held-out.parquet", folder / "trained-on.parquet"
@@ -81,9 +78,9 @@ def main() -> None:
         windows = list(windows_of(table, "text", tokenizer, CONTEXT, table.num_rows, []))
         scores = _scores(engines, windows)
     rows = [{"label": label, **asdict(score), **_figures(score)} for label, score in scores.items()]
-    figures = {**conditions, "context": CONTEXT, "modules": table.num_rows, "rows": rows}
+    figures = {**ran, "context": CONTEXT, "modules": table.num_rows, "rows": rows}
     RESULTS.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
-    RESULTS.with_suffix(".md").write_text(_page(scores, conditions, table.num_rows))
+    RESULTS.with_suffix(".md").write_text(_page(scores, ran, table.num_rows))
     print(RESULTS.with_suffix(".md").read_text())
 
 
@@ -109,24 +106,13 @@ def _figures(score: Scores) -> dict[str, float]:
     }
 
 
-def _conditions() -> dict[str, str]:
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit or "not committed",
-        "versions": f"batchinfer {version('batchinfer')}, torch {version('torch')}, Python {platform.python_version()}",
-    }
-
-
-def _page(scores: dict[str, Scores], conditions: dict[str, str], rows: int) -> str:
+def _page(scores: dict[str, Scores], ran: dict[str, str], rows: int) -> str:
     first = next(iter(scores.values()))
     lines = [
         "# What quantization costs the demo model",
         "",
         f"{rows} held-out modules of the standard library, {first.tokens:,} tokens predicted, {first.windows:,} "
-        f"windows of {CONTEXT} tokens without overlap. {conditions['versions']}; commit {conditions['commit']}, "
-        f"{conditions['date']}.",
+        f"windows of {CONTEXT} tokens without overlap. {ran['versions']}; {ran['commit']}, {ran['date']}.",
         "",
         "| | perplexity | above the reference | bits per byte | KL divergence, nats | top-1 agreement |",
         "|---|---:|---:|---:|---:|---:|",

@@ -3,7 +3,6 @@
 import copy
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 import torch
 import transformers
 from engines import compare_logits, engine_of, prompts_of
-from safetensors.torch import save_file
+from random_checkpoint import write_random_checkpoint
 
 from batchinfer.evaluator import Evaluator
 from batchinfer.jobs import quantize as job
@@ -257,27 +256,9 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path, method: str) -> None:
 
     Activations pass in pieces through files, so that a few pieces of calibration show what a thousand take.
     """
-    shape = json.loads((Path(__file__).parents[1] / "benchmarks/shapes/llama-852m/config.json").read_text())
-    hidden, inner, vocab = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
-    narrow = shape["num_key_value_heads"] * shape["head_dim"]
-    sizes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (narrow, hidden)}
-    sizes |= {"self_attn.v_proj": (narrow, hidden), "self_attn.o_proj": (hidden, hidden)}
-    sizes |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
-    tensors = {"model.embed_tokens.weight": torch.randn(vocab, hidden).bfloat16()}
-    tensors |= {"lm_head.weight": torch.randn(vocab, hidden).bfloat16(), "model.norm.weight": torch.ones(hidden)}
-    for i in range(shape["num_hidden_layers"]):
-        for name, size in sizes.items():
-            tensors[f"model.layers.{i}.{name}.weight"] = torch.randn(size).bfloat16()
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"model.layers.{i}.{name}.weight"] = torch.ones(hidden)
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(shape))
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    del tensors
+    shape = Path(__file__).parents[1] / "benchmarks/shapes/llama-852m/config.json"
+    model = write_random_checkpoint(shape, tmp_path / "model")
     program = Path(sys.executable).with_name("batchinfer")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(Path(__file__).parents[1] / "examples/stdlib/target" / file, model)
     command = [program, "quantize", model, "-o", tmp_path / "out", "--method", method, "--calibration-rows", "12"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     print(printed)
