@@ -85,6 +85,7 @@ def evaluate(
                 max_num_seqs=1,
                 max_num_batched_tokens=max(context, 64),
                 kv_cache_tokens=context + 1,
+                expected_batch=context,
             ),
             tokenizer,
         )

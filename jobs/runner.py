@@ -44,10 +44,10 @@ def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = Pro
     kept = _kept_columns(spec, table)
     model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
-    config = _engine_config(spec, model)
+    config = _engine_config(spec, model, table.num_rows)
     tokenizer = _load_tokenizer(model, tokenizer_folder)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
-    digests = fingerprints(spec, model, tokenizer.fingerprint, config.max_model_len)
+    digests = fingerprints(spec, model, tokenizer.fingerprint, config)
     resolved = {"command": shlex.join(sys.argv), "spec": asdict(spec), "engine": asdict(config), "versions": versions()}
 
     folder.create(resolved, digests)
@@ -99,7 +99,7 @@ def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
         raise Refused(f"tokenizer: {error}") from error
 
 
-def _engine_config(spec: JobSpec, model: Path) -> EngineConfig:
+def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
     return EngineConfig(
         model=model,
         device="cpu" if spec.device == "auto" else spec.device,
@@ -110,6 +110,7 @@ def _engine_config(spec: JobSpec, model: Path) -> EngineConfig:
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=spec.max_num_batched_tokens,
         block_size=spec.block_size,
+        expected_batch=min(spec.max_num_seqs, rows),
         random_weights=spec.random_weights,
     )
 

@@ -80,6 +80,7 @@ class LinearW4A16:
     def _reference(self, x_MK: Tensor) -> Tensor:
         scale, zero_point = self.scales.unsqueeze(2).unbind(-1)
         groups = self.weight.float().unflatten(1, (-1, self.group))
-        weight = groups.sub_(zero_point).mul_(scale).flatten(1).to(torch.bfloat16)
+        weight = groups.sub_(zero_point).mul_(scale).flatten(1)
         rows = len(x_MK)
-        return F.linear(F.pad(x_MK, (0, 0, 0, -rows % MIN_ROWS)), weight)[:rows]
+        padded = F.pad(x_MK.float(), (0, 0, 0, -rows % MIN_ROWS))
+        return F.linear(padded, weight)[:rows].to(torch.bfloat16)
