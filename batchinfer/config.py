@@ -3,6 +3,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+FEW_ROWS = 4
+"""Up to so many rows side by side, weights of 4 bits are best left in 4 bits (benchmarks/four_bit.py).
+
+At 8 rows int4pack still makes new tokens a little faster than expanded weights do; but it computes prompts at less than
+half their speed, and from 6 rows on that is more than the gain where a row has as many new tokens as prompt tokens.
+"""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -15,14 +22,25 @@ class EngineConfig:
     model: Path  # a local directory
     device: str = "cpu"
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
-    quantization: str = "auto"  # auto | none | w8a8-int8 | w8a8-int8+head
+    quantization: str = "auto"  # auto | none | w8a8-int8 | w4a8; the last two also with +head
     kv_cache_dtype: str = "auto"  # auto | float32 | bfloat16 | int8
     max_model_len: int = 2048
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     block_size: int = 32
     kv_cache_tokens: int = 65536
+    expected_batch: int | None = None  # rows side by side; None: max_num_seqs
     random_weights: bool = False
+
+    @property
+    def few_rows(self) -> bool:
+        """True if a usual step is small; results depend on it where it chooses the product of 4-bit weights."""
+        return self.usual_batch <= FEW_ROWS
+
+    @property
+    def usual_batch(self) -> int:
+        """Tokens of a usual step."""
+        return self.max_num_seqs if self.expected_batch is None else self.expected_batch
 
 
 @dataclass

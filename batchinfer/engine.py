@@ -43,7 +43,13 @@ class Engine:
         blocks = self._pool_blocks(config, model)
         self.runner.allocate(blocks, config.block_size)
         self.table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
-        self.scheduler = Scheduler(self.table, BlockManager(blocks), set(model.windows), config.max_num_batched_tokens)
+        self.scheduler = Scheduler(
+            self.table,
+            BlockManager(blocks),
+            set(model.windows),
+            config.max_num_batched_tokens,
+            self.runner.decoder.row_grain,
+        )
         self.eos_ids = np.array(tokenizer.eos_ids, np.int64)
         self._stats.load_seconds = time.perf_counter() - started
 

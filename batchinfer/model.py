@@ -14,7 +14,8 @@ from batchinfer.batch import Batch
 from batchinfer.kernels.activation import silu_mul, silu_mul_quantize
 from batchinfer.kernels.attention import attention
 from batchinfer.kernels.kv_cache import KVCache, cache_rows, rotate
-from batchinfer.kernels.linear import Linear
+from batchinfer.kernels.linear import MIN_ROWS, Linear
+from batchinfer.kernels.linear_w4a16 import GRAIN, GROUPS, LinearW4A16
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
 from batchinfer.kernels.norm import rms_norm, rms_norm_quantize
 from batchinfer.kernels.rows import Rows, add_rows, quantize_rows
@@ -24,7 +25,7 @@ from batchinfer.quantize.rtn import quantize_channels
 from batchinfer.quantize.scheme import QuantScheme
 from batchinfer.weights import WeightSource
 
-Product = Linear | LinearW8A8
+Product = Linear | LinearW8A8 | LinearW4A16
 
 
 class Places(NamedTuple):
@@ -59,19 +60,24 @@ class Decoder:
     """`forward(batch, caches) -> logits [S, V]`, float32.
 
     With a quantized scheme the residual stream is float32 and matrix products are of 8-bit rows; otherwise both are
-    in `dtype`, and matrices that the checkpoint holds in few bits are expanded to it. Embeddings and head are in
-    `dtype` (the head in 8 bits if the scheme or the checkpoint says so).
+    in `dtype`, and matrices that the checkpoint holds in few bits are expanded to it, unless they are `packed`: of 4
+    bits and left so. Embeddings and head are in `dtype` (the head in fewer bits if the scheme or the checkpoint says
+    so). `four_bits` tells whether the checkpoint has such matrices, `unpacked` names the products that had to be
+    expanded all the same.
     """
 
-    def __init__(self, config: ModelConfig, scheme: QuantScheme, dtype: torch.dtype, weights: WeightSource) -> None:
+    def __init__(
+        self, config: ModelConfig, scheme: QuantScheme, dtype: torch.dtype, weights: WeightSource, packed: bool = False
+    ) -> None:
         self.config = config
         self.scheme = scheme
         self.stream = torch.float32 if scheme.quantized else dtype
-        load = _Loader(config, scheme, dtype, weights)
+        load = _Loader(config, scheme, dtype, weights, packed)
         self.embedding = load.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)).to(dtype)
         self.layers = [load.layer(i) for i in range(config.layers)]
         self.norm = load.tensor("model.norm.weight", (config.hidden_size,)).to(self.stream)
         self.head = load.head(self.embedding)
+        self.four_bits, self.unpacked = load.four_bits, load.unpacked
         weights.finish()
         self.cos, self.sin = config.rope.tables(config.max_positions)
 
@@ -84,6 +90,12 @@ class Decoder:
     def operations_per_token(self) -> int:
         """Of the layers' matrix products; the head runs for sampled tokens only."""
         return sum(p.operations_per_row for layer in self.layers for p in layer.products)
+
+    @property
+    def row_grain(self) -> int:
+        """The tokens of a step must be a multiple of this."""
+        packed = all(isinstance(p, LinearW4A16) for layer in self.layers for p in layer.products)
+        return 1 if packed else MIN_ROWS
 
     @property
     def weight_bytes(self) -> int:
@@ -160,9 +172,13 @@ def _activated(gate_up: Rows, product: Product) -> Rows:
 class _Loader:
     """Tensors by name into layers: each is brought to its final type before the next is read."""
 
-    def __init__(self, config: ModelConfig, scheme: QuantScheme, dtype: torch.dtype, weights: WeightSource) -> None:
-        self.c, self.scheme, self.dtype, self.weights = config, scheme, dtype, weights
+    def __init__(
+        self, config: ModelConfig, scheme: QuantScheme, dtype: torch.dtype, weights: WeightSource, packed: bool
+    ) -> None:
+        self.c, self.scheme, self.dtype, self.weights, self.packed = config, scheme, dtype, weights, packed
         self.stream = torch.float32 if scheme.quantized else dtype
+        self.four_bits = False
+        self.unpacked: list[str] = []
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.weights.take(name, shape)
@@ -200,26 +216,51 @@ class _Loader:
             weight = self.weights.matrix("lm_head", (self.c.vocab_size, self.c.hidden_size))
         if self.scheme.head or (self.scheme.as_stored and self._in_bytes(weight)):
             return LinearW8A8(*_bytes(weight))
-        return Linear(_expanded(weight).to(self.dtype))
+        return self._floating({"lm_head": self._kept(weight)}, None)
 
     def _product(self, parts: dict[str, int], columns: int, bias: bool) -> Product:
         """Matrices [rows, columns] that read the same input, stacked into one."""
         biases = [self.tensor(f"{name}.bias", (rows,)) for name, rows in parts.items()] if bias else []
-        floats, integers = [], []
+        floats: dict[str, Tensor | QuantizedMatrix] = {}
+        integers = []
         for name, rows in parts.items():
-            weight = self.weights.matrix(name, (rows, columns))
+            weight = self._matrix(name, (rows, columns))
             if self._in_bytes(weight):
                 integers.append(_bytes(weight))
             else:
-                floats.append(_expanded(weight).to(self.dtype))
+                floats[name] = self._kept(weight)
         if floats and integers:
             raise ValueError(
                 f"{', '.join(parts)}: some are quantized for 8-bit inputs and some are not; they share an input"
             )
         if floats:
-            return Linear(torch.cat(floats), torch.cat(biases).to(self.dtype) if bias else None)
+            return self._floating(floats, torch.cat(biases).to(self.dtype) if bias else None)
         values, scale = (torch.cat(column) for column in zip(*integers, strict=True))
         return LinearW8A8(values, scale, torch.cat(biases).float() if bias else None)
+
+    def _matrix(self, name: str, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
+        weight = self.weights.matrix(name, shape)
+        if _four_bits(weight):
+            self.four_bits = True
+        elif self.scheme.weight_bits == 4:
+            raise ValueError(
+                f"{self.scheme.name} needs a checkpoint with 4-bit weights, and {name} is not in 4 bits; make one with "
+                "`batchinfer quantize`, or take --quantization w8a8-int8"
+            )
+        return weight
+
+    def _kept(self, weight: Tensor | QuantizedMatrix) -> Tensor | QuantizedMatrix:
+        """As it is stored if it may stay in 4 bits, else expanded at once."""
+        return weight if self.packed and _four_bits(weight) else _expanded(weight).to(self.dtype)
+
+    def _floating(self, parts: dict[str, Tensor | QuantizedMatrix], bias: Tensor | None) -> Product:
+        """The product of floating-point rows: all parts in 4 bits, or all expanded."""
+        if (stacked := _stacked(list(parts.values()))) is not None:
+            return LinearW4A16(*stacked, bias)
+        if any(isinstance(weight, QuantizedMatrix) for weight in parts.values()):
+            self.unpacked.append(", ".join(parts))
+        expanded = [_expanded(weight).to(self.dtype) for weight in parts.values()]
+        return Linear(expanded[0] if len(expanded) == 1 else torch.cat(expanded), bias)
 
     def _in_bytes(self, weight: Tensor | QuantizedMatrix) -> bool:
         """True if the product is to be one of 8-bit rows and 8-bit weights."""
@@ -232,6 +273,23 @@ def _bytes(weight: Tensor | QuantizedMatrix) -> tuple[Tensor, Tensor]:
     """(int8 [N, K], scale [N]): as they are stored where they are just that, else rounded to it."""
     stored = weight.by_channel() if isinstance(weight, QuantizedMatrix) else None
     return quantize_channels(_expanded(weight)) if stored is None else stored
+
+
+def _four_bits(weight: Tensor | QuantizedMatrix) -> bool:
+    return isinstance(weight, QuantizedMatrix) and weight.bits == 4 and weight.activations == "float"
+
+
+def _stacked(weights: list[Tensor | QuantizedMatrix]) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Values, scale and zero point for `LinearW4A16`; None where it does not take all of these as one."""
+    matrices = [weight for weight in weights if isinstance(weight, QuantizedMatrix)]
+    groups = [found for matrix in matrices if (found := matrix.by_group(GROUPS)) is not None]
+    if len(groups) < len(weights) or len({scale.shape[1] for scale, _ in groups}) > 1:
+        return None
+    values = torch.cat([matrix.values for matrix in matrices])
+    if len(values) % GRAIN:
+        return None
+    scale, zero_point = (torch.cat(column) for column in zip(*groups, strict=True))
+    return values, scale, zero_point
 
 
 def _expanded(weight: Tensor | QuantizedMatrix) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from batchinfer import gguf
 from batchinfer.batch import Batch
 from batchinfer.config import EngineConfig
+from batchinfer.four_bits import FourBitPath
 from batchinfer.gguf_weights import GGUFWeights
 from batchinfer.kernels.kv_cache import KV_DTYPES
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
@@ -37,9 +38,18 @@ class ModelRunner:
         self.scheme: QuantScheme = scheme(config.quantization, form is not None and form.integer_inputs)
         self.dtype = _dtype(config.dtype, model.dtype)
         weights = _weights(config, model, self.dtype)
-        self.decoder = Decoder(model, self.scheme, self.dtype, weights)
+        path = FourBitPath.choose(config, self.scheme, self.dtype)
+        self.decoder = Decoder(model, self.scheme, self.dtype, weights, path.packed)
         self.kv_dtype = _kv_dtype(config.kv_cache_dtype, self.decoder.stream)
-        self.notes = [] if weights.stored_as is None else [_expansion(weights.stored_as, self.scheme, self.dtype)]
+        self.notes: list[str] = []
+        if weights.stored_as is not None:
+            held = _held(self.scheme, self.dtype, path if self.decoder.four_bits else None)
+            self.notes.append(f"the checkpoint is {weights.stored_as}: {held}")
+        if self.decoder.unpacked:
+            count, first = len(self.decoder.unpacked), self.decoder.unpacked[0]
+            self.notes.append(
+                f"int4pack does not take {count} of the products, which are expanded: the first is {first}"
+            )
 
     def allocate(self, blocks: int, block_size: int) -> None:
         """Make the pool, of `blocks` blocks for all layers."""
@@ -71,12 +81,16 @@ def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> We
     return SafetensorsWeights(config.model, model.form)
 
 
-def _expansion(stored_as: str, scheme: QuantScheme, dtype: torch.dtype) -> str:
-    """What becomes of weights in a checkpoint's format."""
+def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None) -> str:
+    """What becomes of weights in a checkpoint's format; `path` is that of weight-only 4-bit matrices, if there are."""
     if scheme.as_stored:
-        return f"the checkpoint is {stored_as}: 8-bit products"
-    held = "rounded to 8 bits by channel" if scheme.quantized else f"expanded to {str(dtype).removeprefix('torch.')}"
-    return f"the checkpoint is {stored_as}: its matrices are {held} at load"
+        return "8-bit products"
+    if scheme.quantized:
+        return "its matrices are rounded to 8 bits by channel at load"
+    if path is not None and path.packed:
+        return f"its matrices stay in 4 bits, for int4pack: {path.reason}"
+    expanded = f"its matrices are expanded to {str(dtype).removeprefix('torch.')} at load"
+    return expanded if path is None else f"{expanded}: {path.reason}"
 
 
 def bytes_per_token(model: ModelConfig, kv_dtype: torch.dtype) -> int:

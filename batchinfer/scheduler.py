@@ -37,8 +37,14 @@ class Scheduler:
     """`schedule()` gives the next `Batch`, `update()` takes what it sampled."""
 
     def __init__(
-        self, table: SequenceTable, manager: BlockManager, windows: set[int | None], max_num_batched_tokens: int
+        self,
+        table: SequenceTable,
+        manager: BlockManager,
+        windows: set[int | None],
+        max_num_batched_tokens: int,
+        row_grain: int = MIN_ROWS,
     ) -> None:
+        self.row_grain = row_grain  # of the tokens of a step
         self.table = table
         self.manager = manager
         self.windows = windows
@@ -123,7 +129,7 @@ class Scheduler:
         all_places = np.concatenate([places, decoding])
         all_positions = np.concatenate([*spans, positions])
         count = len(all_places)
-        padding = padded_size(count) - count
+        padding = padded_size(count, self.row_grain) - count
         last = [p for p in pieces if p.end == table.prompt_length[p.place]]
         sampled = np.concatenate(
             [np.array([p.row + p.end - p.start - 1 for p in last], np.int64), np.arange(prompt_tokens, count)]
@@ -221,9 +227,12 @@ class Scheduler:
         return blocks
 
 
-def padded_size(tokens: int) -> int:
-    """Tokens of a step with padding: few different sizes, for each costs the library a new kernel."""
-    grain = MIN_ROWS if tokens <= 128 else 32
+def padded_size(tokens: int, row_grain: int) -> int:
+    """Tokens of a step with padding: few different sizes, for each costs oneDNN a new kernel.
+
+    Products that take any number of rows do not come from there.
+    """
+    grain = row_grain if tokens <= 128 or row_grain == 1 else 32
     return -(-tokens // grain) * grain
 
 

@@ -80,7 +80,10 @@ Seed = Annotated[int, typer.Option(help="Every row's own seed comes from this on
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="Of all that is not quantized: auto, float32, bfloat16 or float16.")]
 Quantization = Annotated[
-    str, typer.Option(help="auto (as the checkpoint says), none, w8a8-int8; with '+head' the head too.")
+    str,
+    typer.Option(
+        help="auto (as the checkpoint says), none, w8a8-int8, w4a8 (4-bit checkpoints); with '+head' the head too."
+    ),
 ]
 KvCacheDtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or int8.")]
 MaxNumSeqs = Annotated[int, typer.Option(help="Rows that run side by side, at most.")]

@@ -153,6 +153,7 @@ def engine_for_windows(model: Path, quantization: str, context: int, tokenizer: 
         max_num_seqs=1,
         max_num_batched_tokens=max(context, 64),
         kv_cache_tokens=context + 1,
+        expected_batch=context,
     )
     return Engine(config, tokenizer)
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer import __version__
+from batchinfer.config import EngineConfig
 from batchinfer.jobs.spec import JobSpec
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
-def fingerprints(spec: JobSpec, model: Path, tokenizer: str, max_model_len: int) -> dict[str, str]:
+def fingerprints(spec: JobSpec, model: Path, tokenizer: str, config: EngineConfig) -> dict[str, str]:
     """One sha256 each for input, model, tokenizer, template, sampling, quantization and engine.
 
     Inputs are read wholly. Of weights, which are large and change everywhere if at all, 64 samples a file are.
@@ -34,8 +35,10 @@ def fingerprints(spec: JobSpec, model: Path, tokenizer: str, max_model_len: int)
         "model": _digest([[path.name, _whole(path)] for path in configs] + [[p.name, _sampled(p)] for p in weights]),
         "tokenizer": tokenizer,
         "template": _digest(template),
-        "sampling": _digest({**asdict(spec.sampling), "seed": spec.seed, "max_model_len": max_model_len}),
-        "quantization": _digest([spec.quantization, spec.kv_cache_dtype, spec.dtype, spec.random_weights]),
+        "sampling": _digest({**asdict(spec.sampling), "seed": spec.seed, "max_model_len": config.max_model_len}),
+        "quantization": _digest(
+            [spec.quantization, spec.kv_cache_dtype, spec.dtype, spec.random_weights, config.few_rows]
+        ),
         "engine": _digest([__version__, spec.device]),
     }
 

@@ -45,10 +45,10 @@ def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = Pro
     kept = _kept_columns(spec, table)
     model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
-    config = _engine_config(spec, model)
+    config = _engine_config(spec, model, table.num_rows)
     tokenizer = _load_tokenizer(model, tokenizer_folder)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
-    digests = fingerprints(spec, model, tokenizer.fingerprint, config.max_model_len)
+    digests = fingerprints(spec, model, tokenizer.fingerprint, config)
     reference = reference_config(spec, config) if spec.canary else None
     resolved = {
         "command": shlex.join(sys.argv),
@@ -113,7 +113,7 @@ def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
         raise Refused(f"tokenizer: {error}") from error
 
 
-def _engine_config(spec: JobSpec, model: Path) -> EngineConfig:
+def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
     return EngineConfig(
         model=model,
         device="cpu" if spec.device == "auto" else spec.device,
@@ -124,6 +124,7 @@ def _engine_config(spec: JobSpec, model: Path) -> EngineConfig:
         max_num_seqs=spec.max_num_seqs,
         max_num_batched_tokens=spec.max_num_batched_tokens,
         block_size=spec.block_size,
+        expected_batch=min(spec.max_num_seqs, rows),
         random_weights=spec.random_weights,
     )
 

@@ -51,6 +51,19 @@ class QuantizedMatrix:
             return None
         return self.values, self._spread(self.scale)[:, 0].expand(len(self.values)).contiguous()
 
+    def by_group(self, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+        """(scale, zero point) [N, K / size], for the first of `sizes` that divides its groups of columns.
+
+        None where there is none, or columns of a group do not lie together.
+        """
+        size = next((size for size in sizes if self.block[1] % size == 0), None)
+        if size is None or self.group_of is not None or self.values.shape[1] % size:
+            return None
+        first = slice(None, None, size)
+        zero_point = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point.float()
+        scale, zero_point = (self._spread(small).expand(self.values.shape) for small in (self.scale, zero_point))
+        return scale[:, first].contiguous(), zero_point[:, first].contiguous()
+
     def dequantize(self) -> Tensor:
         """float32 [N, K]."""
         weight = self.values.float()

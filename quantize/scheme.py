@@ -8,7 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """Bits of weights and activations; 16 stands for the floating-point type of the job."""
+    """Bits of weights and activations; 16 stands for the floating-point type of the job.
+
+    Weights of 4 bits beside activations of 8 are those of a 4-bit checkpoint, held in 8 bits.
+    """
 
     name: str
     weight_bits: int = 16
@@ -22,22 +25,28 @@ class QuantScheme:
         return self.weight_bits < 16
 
 
-_SCHEMES = {"none": QuantScheme("none"), "w8a8-int8": QuantScheme("w8a8-int8", 8, 8)}
+_SCHEMES = {
+    "none": QuantScheme("none"),
+    "w8a8-int8": QuantScheme("w8a8-int8", 8, 8),
+    "w4a8": QuantScheme("w4a8", 4, 8),
+}
 
 
 def scheme(name: str, integer_checkpoint: bool = False) -> QuantScheme:
     """The scheme of a `--quantization` name, `+head` at its end included.
 
-    `auto` is what the checkpoint says: 8-bit products if it was made for them (`integer_checkpoint`), else floating
-    point. A `ValueError` lists the names there are.
+    `auto` is what the checkpoint says: 8-bit products if it was made for them (`integer_checkpoint`), else products in
+    floating point. A `ValueError` lists the names there are.
     """
     if name == "auto":
-        return QuantScheme("auto", 8, 8, as_stored=True) if integer_checkpoint else _SCHEMES["none"]
+        return QuantScheme("auto", 8, 8, as_stored=True) if integer_checkpoint else QuantScheme("auto")
     base, plus, rest = name.partition("+")
     found = _SCHEMES.get(base)
     if found is None or (plus and (rest != "head" or not found.quantized)):
-        raise ValueError(f"quantization is {name!r}; it must be one of auto, none, w8a8-int8, w8a8-int8+head")
-    return QuantScheme(name, found.weight_bits, found.activation_bits, head=bool(plus)) if plus else found
+        raise ValueError(
+            f"quantization is {name!r}; it must be one of auto, none, w8a8-int8, w8a8-int8+head, w4a8, w4a8+head"
+        )
+    return replace(found, name=name, head=bool(plus))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from batchinfer.config import EngineConfig
 from batchinfer.jobs import windows
+from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.report import Report, read_report
 from batchinfer.jobs.runner import run
 from batchinfer.jobs.spec import EngineFailed, JobSpec, Refused
@@ -307,6 +309,13 @@ def test_a_model_that_does_not_load_is_refused(tmp_path: Path, model: Path, engi
     with pytest.raises(Refused, match=r"tensor x is missing"):
         run(spec(model, path), engine("refuse"))
     assert not (tmp_path / "out.run").exists()
+
+
+def test_jobs_that_may_take_different_products_carry_different_fingerprints(tmp_path: Path, model: Path) -> None:
+    job = spec(model, write(tmp_path / "in.parquet", prompt=["1"]))
+    few, some, many = (fingerprints(job, model, "", EngineConfig(model, expected_batch=n)) for n in (1, 4, 5))
+    assert few == some
+    assert {name for name in few if few[name] != many[name]} == {"quantization"}
 
 
 def test_an_earlier_output_is_replaced_only_if_asked(tmp_path: Path, model: Path) -> None:
