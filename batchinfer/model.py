@@ -242,7 +242,7 @@ class _Loader:
         weight = self.weights.matrix(name, shape)
         if _four_bits(weight):
             self.four_bits = True
-        elif self.scheme.weight_bits == 4:
+        elif self.scheme.weight_bits == 4 and not (isinstance(weight, QuantizedMatrix) and weight.bits == 4):
             raise ValueError(
                 f"{self.scheme.name} needs a checkpoint with 4-bit weights, and {name} is not in 4 bits; make one with "
                 "`batchinfer quantize`, or take --quantization w8a8-int8"

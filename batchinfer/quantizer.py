@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
 
+from batchinfer import allocator
 from batchinfer.calibration import PRODUCTS, Calibration
 from batchinfer.channel_scales import scale_channels
 from batchinfer.model_config import ModelConfig, read_model_config
@@ -104,6 +105,7 @@ class Quantizer:
     @torch.inference_mode()
     def run(self) -> Iterator[LayerReport]:
         """Quantize layer by layer; what is there already is only counted."""
+        allocator.return_freed_memory()
         c = self.config
         names: dict[int, list[str]] = {i: [] for i in range(-1, c.layers)}
         for name in self.weights.names():

@@ -9,18 +9,16 @@ in a process of its own and in turns with the others, and answers 1, 4, 8, 16 an
 
 import argparse
 import json
-import os
-import platform
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from conditions import conditions
+from random_checkpoint import write_random_checkpoint
 
 HERE = Path(__file__).resolve().parent
 SHAPE = HERE / "shapes" / "llama-852m" / "config.json"
@@ -45,10 +43,11 @@ def main() -> None:
     if args.run:
         print(json.dumps(run_engine(Path(args.run[0]), json.loads(args.run[1]))))
         return
+    ran = conditions()
     runs: dict[str, list[dict[str, Any]]] = {path: [] for path in PATHS}
     with tempfile.TemporaryDirectory(prefix="batchinfer-bench-") as name:
         folder = Path(name)
-        write_checkpoint(folder / "plain")
+        write_random_checkpoint(SHAPE, folder / "plain")
         program = Path(sys.executable).with_name("batchinfer")
         command = [program, "quantize", folder / "plain", "-o", folder / "four-bit", "--scheme", "w4a16"]
         subprocess.run([*command, "--method", "rtn"], check=True, stdout=subprocess.DEVNULL)
@@ -58,44 +57,11 @@ def main() -> None:
                 out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
                 runs[path].append(json.loads(out))
                 print(f"turn {turn + 1}, {path}: {runs[path][-1]['decode']}", file=sys.stderr, flush=True)
-    conditions = _conditions(args.repeats)
-    RESULTS.with_suffix(".json").write_text(json.dumps({**conditions, "paths": runs}, indent=2) + "\n")
-    RESULTS.with_suffix(".md").write_text(_page(runs, conditions))
+    RESULTS.with_suffix(".json").write_text(
+        json.dumps({**ran, "repeats": args.repeats, "paths": runs}, indent=2) + "\n"
+    )
+    RESULTS.with_suffix(".md").write_text(_page(runs, ran, args.repeats))
     print(RESULTS.with_suffix(".md").read_text())
-
-
-def write_checkpoint(folder: Path) -> None:
-    """The shape with weights from N(0, 0.02) in bfloat16."""
-    import torch
-    from safetensors.torch import save_file
-
-    config = json.loads(SHAPE.read_text())
-    d, f, v = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    q, kv = (config[heads] * config["head_dim"] for heads in ("num_attention_heads", "num_key_value_heads"))
-    block = {
-        "self_attn.q_proj": (q, d),
-        "self_attn.k_proj": (kv, d),
-        "self_attn.v_proj": (kv, d),
-        "self_attn.o_proj": (d, q),
-        "mlp.gate_proj": (f, d),
-        "mlp.up_proj": (f, d),
-        "mlp.down_proj": (d, f),
-        "input_layernorm": (d,),
-        "post_attention_layernorm": (d,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (v, d), "lm_head": (v, d), "model.norm": (d,)}
-    for layer in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        f"{name}.weight": torch.ones(shape, dtype=torch.bfloat16)
-        if len(shape) == 1
-        else torch.empty(shape).normal_(0, 0.02, generator=generator).bfloat16()
-        for name, shape in shapes.items()
-    }
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    shutil.copy(SHAPE, folder)
 
 
 def run_engine(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -142,27 +108,12 @@ def run_engine(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _conditions(repeats: int) -> dict[str, Any]:
-    describe = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(describe, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit or "not committed",
-        "processor": f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.processor()}",
-        "versions": f"batchinfer {version('batchinfer')}, torch {version('torch')}, Python {platform.python_version()}",
-        "repeats": repeats,
-    }
-
-
-def _page(runs: dict[str, list[dict[str, Any]]], conditions: dict[str, Any]) -> str:
+def _page(runs: dict[str, list[dict[str, Any]]], ran: dict[str, str], repeats: int) -> str:
     lines = [
         "# Paths of a checkpoint with 4-bit weights",
         "",
         f"The 852M shape, random weights, w4a16 in groups of 128; {PROMPT} prompt tokens and {NEW} new ones a row; the "
-        f"head in bfloat16. Medians of {conditions['repeats']} turns, (least to most). {conditions['processor']}; "
-        f"{conditions['versions']}; commit {conditions['commit']}, {conditions['date']}.",
+        f"head in bfloat16. Medians of {repeats} turns, (least to most). {', '.join(ran.values())}.",
         "",
     ]
     titles = {"decode": "New tokens a second", "prompts": "Prompt tokens a second"}

@@ -28,7 +28,7 @@ def gptq(weight_NK: Tensor, scheme: WeightScheme, inputs: Inputs) -> QuantizedMa
     n, groups, size = groups_NGg.shape
     grid = Grid(scheme.bits)
     order, group_order = _order(inputs.mean_square, size)
-    factor = _inverse_factor(inputs.hessian[order][:, order])
+    factor = _inverse_factor(inputs.hessian(order))
     # What rounding a column costs, once the columns after it have made up for what they can.
     cost = factor.diagonal().square().reciprocal()
     # The weight lies transposed, for whole columns are what is worked on.
@@ -62,12 +62,12 @@ def _order(mean_square_K: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_factor(hessian_KK: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse, float32 [K, K]."""
-    damped = hessian_KK.double()
-    diagonal = damped.diagonal()
+    """The upper Cholesky factor of the damped Hessian's inverse, float32 [K, K]. The Hessian, float64, is spent."""
+    diagonal = hessian_KK.diagonal()
     diagonal += DAMPING * diagonal.mean()
     # An input that was never anything but zero has nothing to say; any weight does.
     diagonal[diagonal == 0] = 1.0
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return upper.float()
+    torch.linalg.cholesky(hessian_KK, out=hessian_KK)
+    torch.cholesky_inverse(hessian_KK, out=hessian_KK)
+    torch.linalg.cholesky(hessian_KK, upper=True, out=hessian_KK)
+    return hessian_KK.float()

@@ -11,7 +11,7 @@ _STRIPE = 512
 
 
 class Inputs:
-    """Sums over inputs x [K] in float32; `hessian`, the sum of x x^T, only if it was asked for.
+    """Sums over inputs x [K] in float32; `hessian` only if it was asked for.
 
     A `ValueError` if one of them is not finite.
     """
@@ -22,34 +22,27 @@ class Inputs:
         first = 0
         sample: list[Tensor] = []
         squares, most = torch.zeros(columns), torch.zeros(columns)
-        self._upper = torch.zeros(columns, columns) if hessian else None
+        self._products = torch.zeros(columns, columns) if hessian else None
         for piece in pieces_TK:
             x = piece.float()
             squares += x.square().sum(0)
             most = torch.maximum(most, x.abs().amax(0))
             sample.append(x[-first % stride :: stride].clone())
-            if self._upper is not None:
-                _add_upper(self._upper, x)
+            if self._products is not None:
+                _add_upper(self._products, x)
             first += len(x)
         if not bool(squares.isfinite().all()):
             raise ValueError("its inputs are not finite on the calibration's rows")
         self.mean_square = squares / first  # [K]
         self.most = most  # [K], the largest absolute values
         self.sample = torch.cat(sample)  # [about SAMPLE, K]
+        if self._products is not None:
+            self._products.triu_().add_(self._products.triu(1).t())
 
-    @property
-    def hessian(self) -> Tensor:
-        """The sum of x x^T, symmetric float32 [K, K]."""
-        assert self._upper is not None, "it was not asked for"
-        return self._upper.triu().add_(self._upper.triu(1).t())
-
-    def divide(self, scale_K: Tensor) -> None:
-        """As if each input had been divided by `scale`."""
-        self.mean_square /= scale_K.square()
-        self.most /= scale_K
-        self.sample /= scale_K
-        if self._upper is not None:
-            self._upper /= scale_K.outer(scale_K)
+    def hessian(self, order_K: Tensor) -> Tensor:
+        """The sum of x x^T, symmetric float64 [K, K], rows and columns in this order."""
+        assert self._products is not None, "it was not asked for"
+        return self._products.index_select(0, order_K).index_select(1, order_K).double()
 
 
 def _add_upper(products_KK: Tensor, x_TK: Tensor) -> None:
