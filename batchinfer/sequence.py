@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from batchinfer.kernels.attention import TILE
 from batchinfer.request import Requests, SamplingParams
 
 
@@ -19,7 +20,8 @@ class SequenceTable:
         self.length = np.zeros(capacity, np.int64)  # tokens known
         self.computed = np.zeros(capacity, np.int64)  # tokens whose keys and values are in the cache
         self.end = np.zeros(capacity, np.int64)  # the length at which it stops at the latest
-        self.blocks = np.zeros((capacity, -(-max_tokens // block_size)), np.int64)  # 0 where none is taken
+        # Whole tiles, for a prompt's last one reads past its end; 0 where none is taken.
+        self.blocks = np.zeros((capacity, -(-max_tokens // TILE) * (TILE // block_size)), np.int64)
         self.block_count = np.zeros(capacity, np.int64)
         self.promised = np.zeros(capacity, np.int64)
         self.seed = np.zeros(capacity, np.int64)

@@ -155,6 +155,17 @@ def test_ends_at_a_stop_string_across_tokens(make_model: Callable[..., Path]) ->
     assert sum(reason is FinishReason.STOP for _, reason in ended.values()) < 6
 
 
+@pytest.mark.parametrize(("longest", "block_size"), [(12, 8), (70, 64), (88, 32), (100, 16)])
+def test_a_context_need_not_be_a_multiple_of_anything(
+    make_model: Callable[..., Path], longest: int, block_size: int
+) -> None:
+    prompts = [list(range(2, longest - 2)), [5]]
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    model = make_model("llama")
+    found = tokens(engine_of(model, max_model_len=longest, block_size=block_size), Requests.of(prompts, params))
+    assert found == tokens(engine_of(model), Requests.of(prompts, params))
+
+
 def test_a_pool_that_is_too_small_for_all_admits_fewer_and_loses_none(make_model: Callable[..., Path]) -> None:
     model = make_model("llama")
     requests = Requests.of(prompts_of(40, 250), SamplingParams(max_tokens=12, ignore_eos=True))
