@@ -8,13 +8,25 @@ import json
 import sys
 import tempfile
 import traceback
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from batchinfer import __version__
+from batchinfer.jobs import cli_models
+from batchinfer.jobs.options import (
+    BlockSize,
+    Device,
+    Dtype,
+    KvCacheDtype,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
+    Model,
+    Quantization,
+    Revision,
+    Seed,
+)
 from batchinfer.jobs.spec import EngineFailed, Interrupted, JobSpec, Refused, UsageError, read_job_file
 from batchinfer.request import SamplingParams
 
@@ -22,6 +34,7 @@ USAGE, INTERNAL, IO_ERROR = 2, 70, 74
 EXIT_CODES: dict[type[Exception], int] = {UsageError: USAGE, Refused: 65, EngineFailed: INTERNAL, Interrupted: 75}
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app.add_typer(cli_models.app)
 
 
 def main() -> NoReturn:
@@ -69,26 +82,6 @@ def _use_job_file(context: typer.Context, path: Path | None) -> Path | None:
         values = read_job_file(path, names | {"input"})
         context.default_map = {"inputs" if key == "input" else key: value for key, value in values.items()}
     return path
-
-
-Model = Annotated[
-    str | None,
-    typer.Option(help="A directory, a GGUF file, or a model on the Hub: ORG/NAME, or ORG/NAME/FILE.gguf."),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub model.")]
-Seed = Annotated[int, typer.Option(help="Every row's own seed comes from this one.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="Of all that is not quantized: auto, float32, bfloat16 or float16.")]
-Quantization = Annotated[
-    str,
-    typer.Option(
-        help="auto (as the checkpoint says), none, w8a8-int8, w4a8 (4-bit checkpoints); with '+head' the head too."
-    ),
-]
-KvCacheDtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or int8.")]
-MaxNumSeqs = Annotated[int, typer.Option(help="Rows that run side by side, at most.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(help="Tokens of one step, at most.")]
-BlockSize = Annotated[int, typer.Option(help="Tokens of a block of the KV cache.")]
 
 
 @app.command()
@@ -215,18 +208,6 @@ def report(output: Annotated[Path, typer.Argument(metavar="OUT.parquet")]) -> No
 
 
 @app.command()
-def fetch(
-    model: Annotated[str, typer.Argument(help="A model on the Hub: ORG/NAME, or ORG/NAME/FILE.gguf.")],
-    revision: Revision = None,
-    to: Annotated[Path | None, typer.Option(help="A folder, instead of the Hub's cache.")] = None,
-) -> None:
-    """Download a model, for a machine that goes offline afterwards."""
-    from batchinfer.jobs.hub import fetch_model
-
-    print(fetch_model(model, revision, to))
-
-
-@app.command()
 def bench(
     model: Model = None,
     revision: Revision = None,
@@ -263,88 +244,3 @@ def bench(
     print(result.table())
     if output_json is not None:
         output_json.write_text(json.dumps(benchmark.figures(workload, result), indent=2) + "\n")
-
-
-def _use_recipe(context: typer.Context, name: str | None) -> str | None:
-    if name is not None:
-        from batchinfer.jobs.quantize import read_recipe
-
-        context.default_map = read_recipe(name)
-    return name
-
-
-@app.command()
-def quantize(
-    model: Annotated[str, typer.Argument(help="A checkpoint in floating point: a folder, or the name of a Hub model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the quantized checkpoint.")],
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            callback=_use_recipe, is_eager=True, help="A name that `batchinfer recipes` lists, or a TOML file."
-        ),
-    ] = None,
-    scheme: Annotated[str, typer.Option(help="w4a16, w4a8, w8a16, w8a8-int8 or w8a8-fp8.")] = "w4a16",
-    method: Annotated[
-        str, typer.Option(help="rtn, rtn-mse; calibrated: rtn-importance, gptq, awq, smoothquant.")
-    ] = "rtn-mse",
-    group_size: Annotated[
-        int | None, typer.Option(help="Columns that share a scale; 0 for whole channels. w4a16 and w4a8 have 128.")
-    ] = None,
-    rotate: Annotated[bool, typer.Option("--rotate", help="Spread outliers over all channels first.")] = False,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help="Parquet, JSON Lines or CSV with rows like those to come; else the standard library's text."),
-    ] = None,
-    calibration_column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
-    calibration_rows: Annotated[int, typer.Option(help="Rows to draw.")] = 128,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens of a row, at most.")] = 512,
-    seed: Annotated[int, typer.Option(help="Draws the rows and the rotation.")] = 0,
-    revision: Revision = None,
-) -> None:
-    """Make a quantized checkpoint, in the compressed-tensors format. The same command goes on where it stopped."""
-    from batchinfer.jobs import quantize as job
-
-    rows = job.CalibrationRows(calibration, calibration_column, calibration_rows, calibration_tokens, seed)
-    print(job.quantize(model, revision, output, scheme, method, group_size, rows, rotate).table())
-
-
-@app.command()
-def recipes() -> None:
-    """List the recipes for `batchinfer quantize`, a line each."""
-    from batchinfer.jobs.quantize import RECIPES, read_recipe
-
-    for path in sorted(RECIPES.glob("*.toml")):
-        print(f"{path.stem:<23}{read_recipe(path.stem)['description']}")
-
-
-@app.command()
-def evaluate(
-    model: Annotated[str, typer.Argument(help="A directory, a GGUF file, or a model on the Hub.")],
-    data: Annotated[Path, typer.Option(help="Parquet, JSON Lines or CSV.")],
-    column: Annotated[str, typer.Option(help="The column with the text.")],
-    reference: Annotated[str | None, typer.Option(help="Another model: how far is this one from it?")] = None,
-    quantization: Quantization = "auto",
-    context: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
-    rows: Annotated[int | None, typer.Option(help="Only so many rows, from the first.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg", help="Draw the errors by layer; with --reference.")
-    ] = None,
-) -> None:
-    """Measure a model on text: perplexity, bits per byte, and its distance from a reference."""
-    if plot is not None and reference is None:
-        raise UsageError(f"--plot {plot} shows each layer's distance from a reference: name one with --reference")
-    if plot is not None and plot.suffix != ".svg":
-        raise UsageError(f"--plot is {plot}; its name must end in .svg")
-    from batchinfer.jobs import evaluate as job
-    from batchinfer.jobs.parts import write_json
-    from batchinfer.jobs.plot import layer_plot
-
-    done = job.evaluate(model, reference, data, column, quantization, context, rows)
-    print(done.table())
-    if json_file is not None:
-        write_json(json_file, asdict(done))
-    if plot is not None:
-        if done.layers is None:
-            raise Refused(f"--plot {plot}: there is nothing to draw; the notes above say why")
-        plot.write_text(layer_plot(done, done.layers), "utf-8")
