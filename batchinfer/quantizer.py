@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,12 @@ class LayerReport:
 
     layer: int
     errors: dict[str, float]
+    notes: list[str]
     resumed: bool
+
+
+_Quantized = tuple[str, QuantizedMatrix, float, list[str]]
+"""A module's name within its layer, its matrix, its error, and what is worth saying."""
 
 
 class Quantizer:
@@ -117,63 +123,72 @@ class Quantizer:
         for layer, group in names.items():
             path = self.output / self._file(layer)
             if path.exists():
-                yield LayerReport(layer, self.state["errors"][str(layer)], resumed=True)
+                yield LayerReport(layer, **self.state["layers"][str(layer)], resumed=True)
                 continue
             prefix = "" if layer < 0 else f"model.layers.{layer}."
             tensors = {name.removeprefix(prefix): self.weights.read(name) for name in group}
             _check_shapes(
                 _layer_shapes(c) if layer >= 0 else {EMBEDDING: (c.vocab_size, c.hidden_size)}, tensors, prefix
             )
-            errors = self._outside(tensors) if layer < 0 else self._layer(layer, tensors)
-            self.state["errors"][str(layer)] = errors
+            report = LayerReport(layer, {}, [], resumed=False)
+            if layer >= 0:
+                report = self._layer(layer, tensors)
+            elif self.calibration is not None:
+                self.calibration.begin(tensors[EMBEDDING])
+            self.state["layers"][str(layer)] = {"errors": report.errors, "notes": report.notes}
             self._write_state()
             self._write(path, {f"{prefix}{name}": tensor for name, tensor in tensors.items()})
             if self.calibration is not None:
                 self.calibration.leave(layer)
-            yield LayerReport(layer, errors, resumed=False)
+            yield report
         self._finish()
 
-    def _outside(self, tensors: dict[str, Tensor]) -> dict[str, float]:
-        if self.calibration is not None:
-            self.calibration.begin(tensors[EMBEDDING])
-        return {}
-
-    def _layer(self, layer: int, tensors: dict[str, Tensor]) -> dict[str, float]:
-        """Quantize the layer's matrices within `tensors`; their errors."""
+    def _layer(self, layer: int, tensors: dict[str, Tensor]) -> LayerReport:
+        """Put the quantized matrices in the place of the weights in `tensors`."""
         kinds = {name: tensor.dtype for name, tensor in tensors.items()}
+        where = f"model.layers.{layer}."
+        walk = self._alone(where, tensors) if self.calibration is None else self._calibrated(layer, where, tensors)
         matrices: dict[str, QuantizedMatrix] = {}
-        errors: dict[str, float] = {}
-        if self.calibration is None:
-            for part in [part for parts in PRODUCTS.values() for part in parts]:
-                weight = tensors[f"{part}.weight"]
-                matrices[part] = self._quantize(layer, part, weight, None)
-                errors[part] = _relative_error(weight.float(), matrices[part].dequantize())
-        else:
-            if self.method.scaled:
-                scale_channels(self.config, self.calibration, layer, tensors, self.scheme)
-            for product, pieces in self.calibration.stages(layer, tensors):
-                inputs = Inputs(
-                    pieces, self.calibration.tokens, self.calibration.columns(product), self.method.compensating
-                )
-                for part in PRODUCTS[product]:
-                    weight = tensors[f"{part}.weight"].float()
-                    matrices[part] = self._quantize(layer, part, weight, inputs)
-                    back = matrices[part].dequantize()
-                    errors[part] = _relative_error(inputs.sample @ weight.t(), inputs.sample @ back.t())
-                    tensors[f"{part}.weight"] = back.to(self.calibration.dtype)
+        report = LayerReport(layer, {}, [], resumed=False)
+        for part, matrix, error, notes in walk:
+            matrices[part] = matrix
+            report.errors[f"{where}{part}"] = error
+            report.notes.extend(f"{where}{part}: {note}" for note in notes)
         for name, tensor in list(tensors.items()):
             tensors[name] = tensor.to(kinds[name])
         for part, matrix in matrices.items():
             del tensors[f"{part}.weight"]
             stored = stored_tensors(matrix, getattr(torch, self.scheme.scale_type))
             tensors |= {f"{part}.{name}": tensor for name, tensor in stored.items()}
-        return {f"model.layers.{layer}.{part}": error for part, error in errors.items()}
+        return report
 
-    def _quantize(self, layer: int, part: str, weight: Tensor, inputs: Inputs | None) -> QuantizedMatrix:
-        try:
-            return self.method.quantize(weight, self.scheme, inputs)
-        except ValueError as error:
-            raise ValueError(f"tensor model.layers.{layer}.{part}.weight: {error}") from None
+    def _alone(self, where: str, tensors: dict[str, Tensor]) -> Iterator[_Quantized]:
+        """Each matrix by itself; its error is that of the weights."""
+        for part in [part for parts in PRODUCTS.values() for part in parts]:
+            weight = tensors[f"{part}.weight"]
+            with _naming(f"tensor {where}{part}.weight"):
+                matrix = self.method.quantize(weight, self.scheme, None)
+            yield part, matrix, _relative_error(weight.float(), matrix.dequantize()), []
+
+    def _calibrated(self, layer: int, where: str, tensors: dict[str, Tensor]) -> Iterator[_Quantized]:
+        """Each matrix for the inputs that those before it leave; its error is that of its products."""
+        calibration = self.calibration
+        assert calibration is not None
+        if self.method.scaled:
+            scale_channels(self.config, calibration, layer, tensors, self.scheme)
+        for product, pieces in calibration.stages(layer, tensors):
+            with _naming(f"{where}{product}"):
+                columns = calibration.columns(product)
+                inputs = Inputs(pieces, calibration.tokens, columns, self.method.compensating)
+            for part in PRODUCTS[product]:
+                weight = tensors[f"{part}.weight"].float()
+                with _naming(f"tensor {where}{part}.weight"):
+                    matrix = self.method.quantize(weight, self.scheme, inputs)
+                back = matrix.dequantize()
+                tensors[f"{part}.weight"] = back.to(calibration.dtype)
+                error = _relative_error(inputs.sample @ weight.t(), inputs.sample @ back.t())
+                yield part, matrix, error, inputs.notes
+                inputs.notes = []
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         unfinished = path.with_suffix(".unfinished")
@@ -188,7 +203,7 @@ class Quantizer:
         return f"model-{layer + 2:05}-of-{self.steps:05}.safetensors"
 
     def _begin(self, stamp: dict[str, Any]) -> None:
-        self.state: dict[str, Any] = {"stamp": stamp, "errors": {}}
+        self.state: dict[str, Any] = {"stamp": stamp, "layers": {}}
         path = self.output / STATE
         if path.exists():
             self.state = json.loads(path.read_text())
@@ -251,14 +266,23 @@ def _check_shapes(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tenso
             )
 
 
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """A `ValueError` inside says of what it speaks."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
 def _relative_error(expected: Tensor, found: Tensor) -> float:
     norm = torch.linalg.vector_norm(expected).clamp(min=1e-30)
     return float(torch.linalg.vector_norm(found.sub_(expected)) / norm)
 
 
 def _fingerprint(model: Path) -> str:
-    """Of the files' names and sizes and the config: another checkpoint would differ in one of them."""
-    files = [(path.name, path.stat().st_size) for path in sorted(model.glob("*.safetensors"))]
+    """Of the files' names, sizes and times and the config: another checkpoint differs in one of them."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model.glob("*.safetensors"))]
     digest = hashlib.sha256(json.dumps(files).encode())
     digest.update((model / "config.json").read_bytes())
     return digest.hexdigest()

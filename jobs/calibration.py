@@ -2,7 +2,6 @@
 
 import sysconfig
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +34,11 @@ def calibration_sequences(
     pieces: list[list[TokenIds]] = []
     for text in texts:
         ids, _ = tokenizer.encode_batch([text])
-        cuts = [*range(0, len(ids), tokens), len(ids)]
-        whole = [ids[a:b] for a, b in pairwise(cuts) if b - a > 1]
-        pieces.append([whole[i] for i in random.permutation(len(whole))])
+        first = random.integers(len(ids) % tokens + 1) if len(ids) > tokens else 0
+        whole = [ids[a : a + tokens] for a in range(first, len(ids), tokens)]
+        # Of a long row whole pieces alone, from anywhere in it.
+        kept = [piece for piece in whole if len(piece) == min(tokens, max(len(ids), 2))]
+        pieces.append([kept[i] for i in random.permutation(len(kept))])
         if sum(map(bool, pieces)) == rows:
             break
     found = [row[turn] for turn in range(max(map(len, pieces), default=0)) for row in pieces if turn < len(row)]

@@ -43,6 +43,7 @@ class Quantized:
     peak_memory_bytes: int
     bytes_before: int
     bytes_after: int
+    notes: list[str]
     errors: dict[str, float]  # the mean relative error, by the modules' last name
 
     @property
@@ -64,7 +65,8 @@ class Quantized:
         lines["error of"] = self.measured
         lines |= {f"  {name}": f"{100 * error:.2f} %" for name, error in self.errors.items()}
         width = max(map(len, lines)) + 2
-        return "\n".join(f"{name:<{width}}{value}" for name, value in lines.items())
+        shown = [f"{name:<{width}}{value}" for name, value in lines.items()]
+        return "\n".join(shown + [f"{'note':<{width}}{note}" for note in self.notes])
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def quantize(
         peak_memory_bytes(),
         _size(source),
         _size(output),
+        [note for report in reports for note in report.notes],
         {name: sum(errors) / len(errors) for name, errors in by_module.items()},
     )
     (output / "README.md").write_text(_card(model, done))
@@ -157,7 +160,8 @@ def _size(folder: Path) -> int:
 
 
 def _card(model: str, done: Quantized) -> str:
-    return f"""# {Path(model).name}, {done.scheme}
+    return (
+        f"""# {Path(model).name}, {done.scheme}
 
 Made from `{model}` by batchinfer {batchinfer.__version__}:
 
@@ -171,4 +175,7 @@ over layers:
 
 | matrix | error |
 |---|---:|
-""" + "".join(f"| {name} | {100 * error:.2f} % |\n" for name, error in done.errors.items())
+"""
+        + "".join(f"| {name} | {100 * error:.2f} % |\n" for name, error in done.errors.items())
+        + "".join(f"\n{note}\n" for note in done.notes)
+    )

@@ -14,8 +14,8 @@ from batchinfer.quantize.rounding import Grid
 from batchinfer.quantize.rtn import grouped
 from batchinfer.quantize.scheme import WeightScheme
 
-DAMPING = 0.01
-"""Added to the Hessian's diagonal, as a part of its mean."""
+DAMPING = (0.01, 0.1, 1.0)
+"""Added to the Hessian's diagonal, as a part of its mean: the first that leaves it positive in spite of rounding."""
 _BLOCK = 128
 
 
@@ -28,7 +28,7 @@ def gptq(weight_NK: Tensor, scheme: WeightScheme, inputs: Inputs) -> QuantizedMa
     n, groups, size = groups_NGg.shape
     grid = Grid(scheme.bits)
     order, group_order = _order(inputs.mean_square, size)
-    factor = _inverse_factor(inputs.hessian(order))
+    factor = _inverse_factor(inputs, order)
     # What rounding a column costs, once the columns after it have made up for what they can.
     cost = factor.diagonal().square().reciprocal()
     # The weight lies transposed, for whole columns are what is worked on.
@@ -61,13 +61,18 @@ def _order(mean_square_K: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return (group_order[:, None] * size + within[group_order]).flatten(), group_order
 
 
-def _inverse_factor(hessian_KK: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse, float32 [K, K]. The Hessian, float64, is spent."""
-    diagonal = hessian_KK.diagonal()
-    diagonal += DAMPING * diagonal.mean()
-    # An input that was never anything but zero has nothing to say; any weight does.
-    diagonal[diagonal == 0] = 1.0
-    torch.linalg.cholesky(hessian_KK, out=hessian_KK)
-    torch.cholesky_inverse(hessian_KK, out=hessian_KK)
-    torch.linalg.cholesky(hessian_KK, upper=True, out=hessian_KK)
-    return hessian_KK.float()
+def _inverse_factor(inputs: Inputs, order: Tensor) -> Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse, float32 [K, K]."""
+    for damping in DAMPING:
+        matrix = inputs.hessian(order)
+        diagonal = matrix.diagonal()
+        diagonal += damping * diagonal.mean()
+        # An input that was never anything but zero has nothing to say; any weight does.
+        diagonal[diagonal == 0] = 1.0
+        # In place throughout: there is hardly anything larger.
+        if not torch.linalg.cholesky_ex(matrix, out=(matrix, torch.empty((), dtype=torch.int32))).info:
+            torch.cholesky_inverse(matrix, out=matrix)
+            torch.linalg.cholesky(matrix, upper=True, out=matrix)
+            return matrix.float()
+        inputs.notes.append(f"the products of its inputs are not positive with a damping of {damping}; more was added")
+    raise ValueError("the products of its inputs are not positive: calibrate with more or other rows")

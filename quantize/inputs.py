@@ -18,6 +18,7 @@ class Inputs:
 
     def __init__(self, pieces_TK: Iterable[Tensor], tokens: int, columns: int, hessian: bool) -> None:
         """Read `pieces`, [T, K] each and `tokens` in all, of K `columns`."""
+        self.notes: list[str] = []  # what quantizing with them had to do, for the report
         stride = max(1, tokens // SAMPLE)
         first = 0
         sample: list[Tensor] = []
@@ -25,19 +26,21 @@ class Inputs:
         self._products = torch.zeros(columns, columns) if hessian else None
         for piece in pieces_TK:
             x = piece.float()
-            squares += x.square().sum(0)
-            most = torch.maximum(most, x.abs().amax(0))
+            most = torch.maximum(most, piece.abs().amax(0).float())
             sample.append(x[-first % stride :: stride].clone())
-            if self._products is not None:
+            if self._products is None:
+                squares += x.square().sum(0)
+            else:
                 _add_upper(self._products, x)
             first += len(x)
+        if self._products is not None:
+            self._products.triu_().add_(self._products.triu(1).t())
+            squares = self._products.diagonal()
         if not bool(squares.isfinite().all()):
             raise ValueError("its inputs are not finite on the calibration's rows")
         self.mean_square = squares / first  # [K]
         self.most = most  # [K], the largest absolute values
         self.sample = torch.cat(sample)  # [about SAMPLE, K]
-        if self._products is not None:
-            self._products.triu_().add_(self._products.triu(1).t())
 
     def hessian(self, order_K: Tensor) -> Tensor:
         """The sum of x x^T, symmetric float64 [K, K], rows and columns in this order."""

@@ -43,10 +43,11 @@ def test_of_long_rows_a_piece_and_of_few_rows_several(tmp_path: Path) -> None:
     data = table(tmp_path, [long, None, "", "x = 1\n"])
     rows = drawn(data, rows=9)
     ids = TOKENIZER.encode_batch([long])[0].tolist()
-    assert len(rows) == 9 and max(map(len, rows)) == 16
-    starts = [i for row in rows for i in range(0, len(ids), 16) if row.tolist() == ids[i : i + 16]]
-    assert len(starts) == 8 and len(set(starts)) == 8, "each piece once, from the row's grid"
-    assert len(drawn(data, rows=10_000)) == -(-len(ids) // 16) + 1, "and no more than there are"
+    assert len(rows) == 9 and sorted(map(len, rows))[1:] == [16] * 8, "whole pieces, and the short row"
+    starts = [i for row in rows for i in range(len(ids)) if row.tolist() == ids[i : i + 16] and len(row) == 16]
+    assert len({start % 16 for start in starts}) == 1 and len(set(starts)) == len(starts) == 8, "and no overlap"
+    assert len(drawn(data, rows=10_000)) == len(ids) // 16 + 1, "and no more than there are"
+    assert len({tuple(map(tuple, drawn(data, rows=1, seed=seed))) for seed in range(9)}) > 2
 
 
 def test_without_a_table_the_standard_library_is_read() -> None:

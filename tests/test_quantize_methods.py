@@ -47,7 +47,7 @@ def test_gptq_is_optimal_brain_quantization_column_by_column(group_size: int) ->
     scheme = weight_scheme("w4a16", group_size)
     inputs, size = inputs_of(x), group_size or 48
     hessian = inputs.hessian(torch.arange(48))
-    hessian += DAMPING * hessian.diagonal().mean() * torch.eye(48)
+    hessian += DAMPING[0] * hessian.diagonal().mean() * torch.eye(48)
     energy = inputs.mean_square.view(-1, size)
     order = [
         g * size + c
@@ -98,6 +98,20 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     assert bool(matrix.scale.isfinite().all()) and error(matrix) < error(plain)
     silent = gptq(weight, weight_scheme("w4a16", 16), inputs_of(torch.zeros(50, 64)))
     assert bool(silent.scale.isfinite().all())
+
+
+def test_a_hessian_that_rounding_spoiled_is_damped_more_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = torch.randn(16, 64), inputs_of(correlated(200, 64))
+    spoiled = inputs.hessian(torch.arange(64))
+    least = float(torch.linalg.eigvalsh(spoiled)[0])
+    spoiled -= (least + 0.05 * spoiled.diagonal().mean()) * torch.eye(64)
+    monkeypatch.setattr(inputs, "hessian", lambda order: spoiled[order][:, order])
+    matrix = gptq(weight, weight_scheme("w4a16", 16), inputs)
+    assert bool(matrix.scale.isfinite().all())
+    assert inputs.notes == ["the products of its inputs are not positive with a damping of 0.01; more was added"]
+    spoiled -= 1e6 * torch.eye(64)
+    with pytest.raises(ValueError, match="not positive: calibrate with more or other rows"):
+        gptq(weight, weight_scheme("w4a16", 16), inputs)
 
 
 @pytest.mark.parametrize("integer_inputs", [False, True])
