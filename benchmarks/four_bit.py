@@ -3,7 +3,7 @@
     python benchmarks/four_bit.py [--repeats N]
 
 Writes a checkpoint of random weights and quantizes it to w4a16, groups of 128. Each path then loads the whole engine,
-in a process of its own and in turns with the others, and answers 1, 4, 8, 16 and 64 prompts side by side. Writes
+in a process of its own and in turns with the others, and answers 1, 4, 6, 8, 16 and 64 prompts side by side. Writes
 `benchmarks/results/four_bit.json` and `.md`.
 """
 
@@ -23,7 +23,7 @@ from random_checkpoint import write_random_checkpoint
 HERE = Path(__file__).resolve().parent
 SHAPE = HERE / "shapes" / "llama-852m" / "config.json"
 RESULTS = HERE / "results" / "four_bit"
-ROWS = (1, 4, 8, 16, 64)
+ROWS = (1, 4, 6, 8, 16, 64)
 PROMPT, NEW = 32, 24
 # Path -> the checkpoint it reads and its settings. `expected_batch` is what chooses between the first two in a job.
 PATHS: dict[str, tuple[str, dict[str, Any]]] = {
