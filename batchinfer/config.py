@@ -56,7 +56,7 @@ class EngineStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     operations: int = 0  # integer and floating-point operations of the matrix products asked for
-    peak_operations_per_second: float = 0.0  # measured on this device with the scheme's own product
+    peak_operations_per_second: float = 0.0  # measured here with the scheme's product, not packed in 4 bits
     weight_bytes: int = 0
     kv_cache_bytes: int = 0
     peak_memory_bytes: int = 0  # of the engine's process

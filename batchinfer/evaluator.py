@@ -73,7 +73,11 @@ class Evaluator:
 
     def _compare(self, runner: ModelRunner, reference: ModelRunner) -> None:
         check_vocabularies(runner, reference)
-        self.layers = LayerErrors(runner, reference)
+        try:
+            self.layers = LayerErrors(runner, reference)
+        except ValueError as error:
+            self.notes.append(f"no errors by layer: {error}")
+            return
         difference = embedding_difference(runner.decoder, reference.decoder)
         if difference > SAME_BASIS:
             self.layers = None

@@ -28,8 +28,7 @@ class LayerErrors:
             ours, theirs = (getattr(r.decoder.config, field) for r in (runner, reference))
             if ours != theirs:
                 raise ValueError(
-                    f"{field} is {ours} in the model and {theirs} in the reference; they are compared layer by layer: "
-                    "take as the reference the checkpoint that the model was made from"
+                    f"{field} is {ours} in the model and {theirs} in the reference, and layers are compared one by one"
                 )
         layers = runner.decoder.config.layers
         self._lost, self._added, self._drift, self._stream = torch.zeros(4, layers, dtype=torch.float64)

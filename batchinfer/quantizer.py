@@ -4,23 +4,28 @@ Each layer goes into a file of its own, put there by rename. So a run that was i
 stopped, and what the output holds is always whole.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from errno import EIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from batchinfer import allocator
+from batchinfer import __version__, allocator
 from batchinfer.calibration import PRODUCTS, Calibration
 from batchinfer.channel_scales import scale_channels
 from batchinfer.model_config import ModelConfig, read_model_config
@@ -29,7 +34,7 @@ from batchinfer.quantize.matrix import QuantizedMatrix
 from batchinfer.quantize.methods import Method
 from batchinfer.quantize.scheme import WeightScheme
 from batchinfer.quantize.writer import quantization_config, stored_tensors
-from batchinfer.rotated_weights import EMBEDDING, RotatedWeights
+from batchinfer.rotated_weights import EMBEDDING, FINAL_NORM, HEAD, RotatedWeights
 from batchinfer.weights import SafetensorsWeights, tensor_names
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -89,14 +94,22 @@ class Quantizer:
         weights = SafetensorsWeights(model)
         self.weights = weights if rotation is None else RotatedWeights(weights, c, rotation)
         self.untied = c.tied and rotation is not None
+        self._check(weights, sequences)
         stamp = {
+            "batchinfer": __version__,
             "model": _fingerprint(model),
             "scheme": asdict(self.scheme),
             "method": method.name,
             "rotation": rotation,
             "calibration": sequences and _digest(sequences),
         }
-        self._begin(json.loads(json.dumps(stamp)))
+        self.output.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        try:
+            self._begin(json.loads(json.dumps(stamp)))
+        except ValueError:
+            self._unlock()
+            raise
         self.calibration: Calibration | None = None
         if method.calibrated:
             assert sequences, "a calibrated method needs sequences"
@@ -104,13 +117,13 @@ class Quantizer:
             self.calibration = Calibration(c, sequences, DTYPES[c.dtype], output / _CALIBRATION)
 
     @property
-    def steps(self) -> int:
+    def files(self) -> int:
         """Files to write: one a layer, and one for what lies outside the layers."""
         return self.config.layers + 1
 
     @torch.inference_mode()
     def run(self) -> Iterator[LayerReport]:
-        """Quantize layer by layer; what is there already is only counted."""
+        """Quantize layer by layer; what is there already is only counted. After the last, `finish()`."""
         allocator.return_freed_memory()
         c = self.config
         names: dict[int, list[str]] = {i: [] for i in range(-1, c.layers)}
@@ -127,9 +140,6 @@ class Quantizer:
                 continue
             prefix = "" if layer < 0 else f"model.layers.{layer}."
             tensors = {name.removeprefix(prefix): self.weights.read(name) for name in group}
-            _check_shapes(
-                _layer_shapes(c) if layer >= 0 else {EMBEDDING: (c.vocab_size, c.hidden_size)}, tensors, prefix
-            )
             report = LayerReport(layer, {}, [], resumed=False)
             if layer >= 0:
                 report = self._layer(layer, tensors)
@@ -141,7 +151,6 @@ class Quantizer:
             if self.calibration is not None:
                 self.calibration.leave(layer)
             yield report
-        self._finish()
 
     def _layer(self, layer: int, tensors: dict[str, Tensor]) -> LayerReport:
         """Put the quantized matrices in the place of the weights in `tensors`."""
@@ -195,12 +204,39 @@ class Quantizer:
         # safetensors makes files that nobody else may read; a new file has the mode that the user wants.
         unfinished.touch()
         mode = unfinished.stat().st_mode
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(EIO, f"cannot be written ({error})", str(unfinished)) from None
         unfinished.chmod(mode)
         unfinished.replace(path)
 
+    def _lock(self) -> None:
+        """Held until this object is gone: two runs in one folder would read each other's activations."""
+        folder = os.open(self.output, os.O_RDONLY)
+        self._unlock = weakref.finalize(self, os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._unlock()
+            raise ValueError(f"another run quantizes into {self.output}; wait for it, or take another folder") from None
+
+    def _check(self, weights: SafetensorsWeights, sequences: list[NDArray[np.int32]] | None) -> None:
+        """By the files' headers, before the hours are spent."""
+        for name, shape in _shapes(self.config).items():
+            if weights.shape(name) != shape:
+                raise ValueError(
+                    f"tensor {name} has shape {list(weights.shape(name))}; config.json asks for {list(shape)}"
+                )
+        most = max((int(sequence.max()) for sequence in sequences or []), default=0)
+        if most >= self.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {most}, but vocab_size is {self.config.vocab_size}: they do not belong "
+                "together"
+            )
+
     def _file(self, layer: int) -> str:
-        return f"model-{layer + 2:05}-of-{self.steps:05}.safetensors"
+        return f"model-{layer + 2:05}-of-{self.files:05}.safetensors"
 
     def _begin(self, stamp: dict[str, Any]) -> None:
         self.state: dict[str, Any] = {"stamp": stamp, "layers": {}}
@@ -209,11 +245,11 @@ class Quantizer:
             self.state = json.loads(path.read_text())
             if self.state["stamp"] != stamp:
                 raise ValueError(
-                    f"{self.output} was begun with another model, scheme, method or calibration; take another folder"
+                    f"{self.output} was begun with another model, scheme, method, calibration or version; take "
+                    "another folder"
                 )
-        elif self.output.exists() and any(self.output.iterdir()):
+        elif any(self.output.iterdir()):
             raise ValueError(f"{self.output} is not empty; take another folder")
-        self.output.mkdir(parents=True, exist_ok=True)
         self._write_state()
 
     def _write_state(self) -> None:
@@ -222,8 +258,9 @@ class Quantizer:
         unfinished.write_text(json.dumps(self.state))
         unfinished.replace(self.output / STATE)
 
-    def _finish(self) -> None:
-        """The files beside the weights; config.json last, for with it the folder is a checkpoint."""
+    def finish(self, card: str) -> None:
+        """The files beside the weights, the model card too; config.json last, for with it it is a checkpoint."""
+        (self.output / "README.md").write_text(card)
         weight_map: dict[str, str] = {}
         size = 0
         for layer in range(-1, self.config.layers):
@@ -244,26 +281,24 @@ class Quantizer:
         (self.output / STATE).unlink()
 
 
-def _layer_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of every tensor that the model has."""
     q, kv, d, f = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
-    attention = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
-    mlp = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
-    shapes: dict[str, tuple[int, ...]] = {f"self_attn.{name}.weight": shape for name, shape in attention.items()}
-    shapes |= {f"mlp.{name}.weight": shape for name, shape in mlp.items()}
-    shapes |= {f"{norm}.weight": (d,) for norm in ("input_layernorm", "post_attention_layernorm")}
+    modules = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
+    modules |= {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+    biases = {"qkv": c.qkv_bias, "output": c.output_bias, "gate_up": c.mlp_bias, "down": c.mlp_bias}
+    norms = {"input_layernorm": d, "post_attention_layernorm": d}
     if c.head_norm:
-        shapes |= {f"self_attn.{norm}.weight": (c.head_dim,) for norm in ("q_norm", "k_norm")}
-    return shapes
-
-
-def _check_shapes(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], prefix: str) -> None:
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise ValueError(f"the checkpoint has no tensor {prefix}{name}")
-        if tensors[name].shape != shape:
-            raise ValueError(
-                f"tensor {prefix}{name} has shape {list(tensors[name].shape)}; config.json asks for {list(shape)}"
-            )
+        norms |= {"self_attn.q_norm": c.head_dim, "self_attn.k_norm": c.head_dim}
+    layer: dict[str, tuple[int, ...]] = {f"{norm}.weight": (size,) for norm, size in norms.items()}
+    for product, parts in PRODUCTS.items():
+        for part in parts:
+            shape = modules[part.partition(".")[2]]
+            layer |= {f"{part}.weight": shape} | ({f"{part}.bias": shape[:1]} if biases[product] else {})
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (c.vocab_size, d), FINAL_NORM: (d,)}
+    if not c.tied:
+        shapes[HEAD] = (c.vocab_size, d)
+    return shapes | {f"model.layers.{i}.{name}": shape for i in range(c.layers) for name, shape in layer.items()}
 
 
 @contextmanager

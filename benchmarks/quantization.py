@@ -112,7 +112,7 @@ def _page(scores: dict[str, Scores], ran: dict[str, str], rows: int) -> str:
         "# What quantization costs the demo model",
         "",
         f"{rows} held-out modules of the standard library, {first.tokens:,} tokens predicted, {first.windows:,} "
-        f"windows of {CONTEXT} tokens without overlap. {ran['versions']}; {ran['commit']}, {ran['date']}.",
+        f"windows of {CONTEXT} tokens without overlap. {', '.join(ran.values())}. One draw of calibration rows.",
         "",
         "| | perplexity | above the reference | bits per byte | KL divergence, nats | top-1 agreement |",
         "|---|---:|---:|---:|---:|---:|",

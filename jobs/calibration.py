@@ -14,7 +14,7 @@ from batchinfer.tokenizer import Tokenizer
 TokenIds = NDArray[np.int32]
 
 SPARE = 4
-"""Times as many rows are looked at as are asked for: some are empty."""
+"""Times as many rows are drawn as are asked for: some are too short."""
 
 
 def calibration_sequences(
@@ -47,20 +47,19 @@ def calibration_sequences(
     return found[:rows]
 
 
-def _drawn(data: Path, column: str, rows: int, random: np.random.Generator) -> Iterator[str]:
-    """The text of random rows, in random order."""
+def _drawn(data: Path, column: str, rows: int, random: np.random.Generator) -> list[str]:
+    """The text of random rows among those that have some, in random order: the rows with the smallest lots."""
     table = Table.open([data])
     table.check([column])
-    wanted = random.choice(table.num_rows, min(rows, table.num_rows), replace=False)
-    places = np.sort(wanted)
-    texts: dict[int, str] = {}
-    for first, batch in table.batches([column], 1024):
-        here = places[(places >= first) & (places < first + batch.num_rows)]
-        for place, value in zip(here.tolist(), batch.column(column).take(here - first).to_pylist(), strict=True):
-            texts[place] = value if isinstance(value, str) else ""
-        if len(texts) == len(places):
-            break
-    return (texts[place] for place in wanted.tolist())
+    drawn: list[tuple[float, str]] = []
+    for _, batch in table.batches([column], 4096):
+        texts = batch.column(column).to_pylist()
+        lots = random.random(len(texts))
+        lots[[not (isinstance(text, str) and text) for text in texts]] = np.inf
+        nearest = np.argsort(lots)[:rows]
+        drawn += [(lots[i], texts[i]) for i in nearest.tolist() if lots[i] < np.inf]
+        drawn = sorted(drawn)[:rows]
+    return [text for _, text in drawn]
 
 
 def _library(rows: int, random: np.random.Generator) -> Iterator[str]:

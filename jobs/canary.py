@@ -1,6 +1,7 @@
 """A canary: a few rows of a job, through its engine and through a reference, before the hours are spent."""
 
 import sys
+import tempfile
 import time
 import traceback
 from contextlib import closing
@@ -34,7 +35,7 @@ UNQUANTIZED = {"F32", "F16", "BF16"}
 class Canary:
     """How near the job's answers are to the reference's."""
 
-    rows: int
+    rows: int  # for which the reference has an answer
     reference: str
     identical: int  # rows with the same text
     prefix: float  # share of the reference's answer that comes before the first other token, the mean over rows
@@ -78,6 +79,11 @@ def reference_config(spec: JobSpec, config: EngineConfig) -> EngineConfig:
         )
     named = spec.canary_reference
     model = config.model if named is None else resolve_model(named, None, tokenizer=False)
+    if named is not None and _is_quantized(model):
+        raise UsageError(
+            f"--canary-reference {named} is quantized itself; name the checkpoint in floating point that it was made "
+            "from"
+        )
     plain = not quantized and config.quantization in ("auto", "none") and config.kv_cache_dtype == "auto"
     if plain and model == config.model:
         raise UsageError(
@@ -118,11 +124,13 @@ def canary_rows(table: Table, prompts: Prompts, count: int) -> Requests:
     return join(chosen)
 
 
-def run_canary(comparison: Comparison, log: Path, interruption: Interruption) -> Canary:
-    """Compare, in a child process, and print what was found.
+def run_canary(comparison: Comparison, interruption: Interruption) -> Canary:
+    """Compare, in a child process, and print what was found. Its log is a temporary file, kept where it fails.
 
     Raises `Refused` and `EngineFailed` as the job does, and `Interrupted`.
     """
+    with tempfile.NamedTemporaryFile(prefix="batchinfer-canary-", suffix=".log", delete=False) as file:
+        log = Path(file.name)
     rows = len(comparison.requests)
     print(f"batchinfer: canary: {rows} rows, beside {_reference_name(comparison.spec)}", file=sys.stderr, flush=True)
     with closing(Worker(log, compare, comparison)) as worker:
@@ -131,6 +139,7 @@ def run_canary(comparison: Comparison, log: Path, interruption: Interruption) ->
                 raise Interrupted("stopped while the canary ran, before the first row")
     assert isinstance(message, Found)
     canary: Canary = message.value
+    log.unlink()
     print("\n".join(f"{name:<20}{value}" for name, value in canary.lines()), file=sys.stderr, flush=True)
     return canary
 
@@ -165,26 +174,26 @@ def compare(pipe: Any, comparison: Comparison) -> None:
         pipe.send(Fault(str(error), refused=True))
         return
     found, expected = answers(engine, requests), answers(reference, requests)
-    identical, prefixes, length, divergence, agreed = 0, 0.0, 0, 0.0, 0
+    rows, identical, prefixes, length, divergence, agreed = 0, 0, 0.0, 0, 0.0, 0
     for i, row in enumerate(requests.rows.tolist()):
         ours, theirs = found[row], expected[row]
         offsets = np.cumsum([0, len(ours), len(theirs)])
         texts = tokenizer.decode_batch(np.array(ours + theirs, np.int32), offsets)
-        identical += len({before_stop(text, spec.sampling.stop) for text in texts}) == 1
-        if not theirs:  # the model computed values that are not finite
+        if not theirs:  # the reference computed values that are not finite
             continue
+        rows += 1
+        identical += len({before_stop(text, spec.sampling.stop) for text in texts}) == 1
         prefixes += same_beginning(ours, theirs)
         prompt = requests.token_ids[requests.offsets[i] : requests.offsets[i + 1]].tolist()
         nats, likeliest = distance_along(engine, reference, prompt, theirs)
         divergence, agreed, length = divergence + nats, agreed + likeliest, length + len(theirs)
-    rows = len(requests)
     pipe.send(
         Found(
             Canary(
                 rows=rows,
                 reference=_reference_name(spec),
                 identical=identical,
-                prefix=prefixes / rows,
+                prefix=prefixes / max(rows, 1),
                 tokens=length,
                 top1_agreement=agreed / max(length, 1),
                 divergence=divergence / max(length, 1),

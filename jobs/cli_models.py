@@ -56,7 +56,9 @@ def quantize(
     ] = None,
     calibration_column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
     calibration_rows: Annotated[int, typer.Option(help="Rows to draw.")] = 128,
-    calibration_tokens: Annotated[int, typer.Option(help="Tokens of a row, at most.")] = 512,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a row, at most; 512, or the model's context if that is shorter.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws the rows and the rotation.")] = 0,
     revision: Revision = None,
 ) -> None:
@@ -83,7 +85,9 @@ def evaluate(
     column: Annotated[str, typer.Option(help="The column with the text.")],
     reference: Annotated[str | None, typer.Option(help="Another model: how far is this one from it?")] = None,
     quantization: Quantization = "auto",
-    context: Annotated[int, typer.Option(help="Tokens of a window; windows do not overlap.")] = 512,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a window; 512, or what the model takes. Windows do not overlap.")
+    ] = None,
     rows: Annotated[int | None, typer.Option(help="Only so many rows, from the first.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
     plot: Annotated[

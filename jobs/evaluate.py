@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from batchinfer.engine import Engine
     from batchinfer.model_config import ModelConfig
 
+CONTEXT = 512
+"""Tokens of a window, if nothing is said."""
+
 
 @dataclass(frozen=True)
 class LayerError:
@@ -85,11 +88,12 @@ class Evaluation:
 
 
 def evaluate(
-    model: str, reference: str | None, data: Path, column: str, quantization: str, context: int, rows: int | None
+    model: str, reference: str | None, data: Path, column: str, quantization: str, asked: int | None, rows: int | None
 ) -> Evaluation:
-    """Measure `model`, and its distance from `reference`. Raises `UsageError` and `Refused`."""
-    if context < 2:
-        raise UsageError(f"--context is {context}; it must be 2 or more")
+    """Measure `model`, and its distance from `reference`, in windows of `asked` tokens, or as many as the model takes.
+
+    Raises `UsageError` and `Refused`.
+    """
     if rows is not None and rows < 1:
         raise UsageError(f"--rows is {rows}; it must be 1 or more")
     table = Table.open([data])
@@ -99,6 +103,7 @@ def evaluate(
     from batchinfer.evaluator import Evaluator
 
     started = time.monotonic()
+    context = _context(folder, asked)
     try:
         tokenizer = Tokenizer.load(folder)
         evaluated = engine_for_windows(folder, quantization, context, tokenizer)
@@ -139,6 +144,20 @@ def evaluate(
 def _scheme(quantization: str, config: "ModelConfig", folder: Path) -> str:
     stored = "GGUF" if (folder / WEIGHTS).exists() else config.dtype if config.form is None else config.form.name
     return stored if quantization == "auto" else f"{quantization} from {stored}"
+
+
+def _context(model: Path, asked: int | None) -> int:
+    from batchinfer.model_config import read_model_config
+
+    try:
+        # A window is followed by a token that is never computed, but has its place.
+        longest = read_model_config(model).max_positions - 1
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    context = min(CONTEXT, longest) if asked is None else asked
+    if not 2 <= context <= longest:
+        raise UsageError(f"--context is {context}; it must be from 2 to {longest} for this model")
+    return context
 
 
 def engine_for_windows(model: Path, quantization: str, context: int, tokenizer: Tokenizer) -> "Engine":

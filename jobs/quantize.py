@@ -11,12 +11,14 @@ from tqdm import tqdm
 
 import batchinfer
 from batchinfer.jobs.calibration import TokenIds, calibration_sequences
-from batchinfer.jobs.hub import context_length, resolve_model
+from batchinfer.jobs.hub import resolve_model
 from batchinfer.jobs.interruption import Interruption
 from batchinfer.jobs.report import peak_memory_bytes
 from batchinfer.jobs.spec import Interrupted, Refused, UsageError, read_job_file
 from batchinfer.tokenizer import Tokenizer
 
+TOKENS = 512
+"""Of a calibration row, if nothing is said."""
 RECIPES = Path(batchinfer.__file__).parent / "quantize" / "recipes"
 
 
@@ -76,7 +78,7 @@ class CalibrationRows:
     data: Path | None = None
     column: str = "text"
     rows: int = 128
-    tokens: int = 512
+    tokens: int | None = None  # of a row, at most; None: 512, or the model's context where that is shorter
     seed: int = 0
 
 
@@ -105,22 +107,25 @@ def quantize(
     except ValueError as refusal:
         field, _, rest = str(refusal).partition(" ")
         raise UsageError(f"--{field.replace('_', '-')} {rest}") from refusal
+    if model.endswith(".gguf"):
+        raise Refused(f"model {model} is a GGUF file, quantized for good; take the checkpoint that it was made from")
     source = resolve_model(model, revision)
     started = time.monotonic()
     try:
         sequences = _sequences(source, rows) if way.calibrated else None
         quantizer = Quantizer(source, output, chosen, way, sequences, rows.seed if rotate else None)
         reports = []
-        bar = tqdm(quantizer.run(), total=quantizer.steps, unit=" files", disable=None, file=sys.stderr)
+        bar = tqdm(quantizer.run(), total=quantizer.files, unit=" files", disable=None, file=sys.stderr)
         with Interruption() as interruption, bar:
             for report in bar:
                 reports.append(report)
                 if interruption.requested:
                     raise Interrupted(
-                        f"stopped after {len(reports)} of {quantizer.steps} files; the same command goes on from there"
+                        f"stopped after {len(reports)} of {quantizer.files} files; the same command goes on from there"
                     )
     except ValueError as refusal:
         raise Refused(str(refusal)) from refusal
+    notes = [note for report in reports for note in report.notes]
     by_module: dict[str, list[float]] = {}
     for report in reports:
         for module, error in report.errors.items():
@@ -136,18 +141,32 @@ def quantize(
         peak_memory_bytes(),
         _size(source),
         _size(output),
-        [note for report in reports for note in report.notes],
+        notes + ([] if sequences is None else _few(rows, sequences, quantizer.config.hidden_size)),
         {name: sum(errors) / len(errors) for name, errors in by_module.items()},
     )
-    (output / "README.md").write_text(_card(model, done))
+    quantizer.finish(_card(model, done))
     return done
 
 
 def _sequences(model: Path, rows: CalibrationRows) -> list[TokenIds]:
-    longest = context_length(model, None)
-    if rows.tokens > longest:
-        raise UsageError(f"--calibration-tokens is {rows.tokens}; this model has a context of {longest}: lower it")
-    return calibration_sequences(rows.data, rows.column, rows.rows, rows.tokens, rows.seed, Tokenizer.load(model))
+    from batchinfer.model_config import read_model_config
+
+    longest = read_model_config(model).max_positions
+    tokens = min(TOKENS, longest) if rows.tokens is None else rows.tokens
+    if tokens > longest:
+        raise UsageError(f"--calibration-tokens is {tokens}; this model has a context of {longest}: lower it")
+    return calibration_sequences(rows.data, rows.column, rows.rows, tokens, rows.seed, Tokenizer.load(model))
+
+
+def _few(rows: CalibrationRows, sequences: list[TokenIds], hidden_size: int) -> list[str]:
+    """What is to be said of too little text."""
+    notes = []
+    tokens = sum(map(len, sequences))
+    if len(sequences) < rows.rows:
+        notes.append(f"there was text for {len(sequences)} sequences where --calibration-rows asks for {rows.rows}")
+    if tokens < hidden_size:
+        notes.append(f"{tokens} tokens of calibration are few for hidden_size {hidden_size}: give more rows")
+    return notes
 
 
 def _described(rows: CalibrationRows, sequences: list[TokenIds]) -> str:

@@ -58,19 +58,19 @@ def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = Pro
         "versions": versions(),
     }
 
+    canary = None
+    if reference is not None:  # before what an earlier run left is removed
+        comparison = Comparison(spec, config, reference, tokenizer_folder, canary_rows(table, source, spec.canary))
+        with Interruption() as interruption:
+            canary = run_canary(comparison, interruption)
+
     folder.create(resolved, digests)
     try:
         windows, results = Windows(table, source, spec.block_size), Results(spec, tokenizer, folder)
-        with Interruption() as interruption:
-            canary = None
-            if reference is not None:
-                requests = canary_rows(table, source, spec.canary)
-                comparison = Comparison(spec, config, reference, tokenizer_folder, requests)
-                canary = run_canary(comparison, folder.log, interruption)
-            print(f"batchinfer: loading {spec.model}", file=sys.stderr, flush=True)
-            with closing(Worker(folder.log, run_engine, engine)) as worker:
-                loop = Loop(spec, windows, results, worker, table.num_rows)
-                stats = loop.run(Load(config, tokenizer_folder), interruption)
+        print(f"batchinfer: loading {spec.model}", file=sys.stderr, flush=True)
+        with Interruption() as interruption, closing(Worker(folder.log, run_engine, engine)) as worker:
+            loop = Loop(spec, windows, results, worker, table.num_rows)
+            stats = loop.run(Load(config, tokenizer_folder), interruption)
         folder.write_manifest()
         merging = time.monotonic()
         merged = folder.merge(pa.schema([table.schema.field(c) for c in kept]), table.batches(kept, MERGE_ROWS))

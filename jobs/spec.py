@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from batchinfer.quantize.scheme import QUANTIZATIONS
 from batchinfer.request import SamplingParams
 
 
@@ -91,7 +92,7 @@ class JobSpec:
         for flag, value, known in (
             ("--device", self.device, ("auto", "cpu", "cuda")),
             ("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16")),
-            ("--quantization", self.quantization, ("auto", "none", "w8a8-int8", "w8a8-int8+head")),
+            ("--quantization", self.quantization, QUANTIZATIONS),
             ("--kv-cache-dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8")),
         ):
             if value not in known:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.matrix import QuantizedMatrix
-from batchinfer.quantize.rounding import Grid
+from batchinfer.quantize.rounding import Grid, stored_scale
 from batchinfer.quantize.rtn import grouped
 from batchinfer.quantize.scheme import WeightScheme
 
@@ -37,7 +37,7 @@ def gptq(weight_NK: Tensor, scheme: WeightScheme, inputs: Inputs) -> QuantizedMa
     scales = torch.empty(n, groups)
     for start, group in zip(range(0, len(order), size), group_order.tolist(), strict=True):
         end = start + size
-        scale = scheme.stored(grid.scales(left_KN[start:end].t(), cost[start:end]))[:, 0]
+        scale = stored_scale(grid.scales(left_KN[start:end].t(), cost[start:end]), scheme)[:, 0]
         scales[:, group] = scale
         for first in range(start, end, _BLOCK):
             last = min(first + _BLOCK, end)

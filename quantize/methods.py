@@ -37,8 +37,9 @@ class Method:
         """
         if self.name == "rtn":
             return round_to_nearest(weight_NK, scheme)
-        if inputs is None:
+        if not self.calibrated:
             return round_to_nearest(weight_NK, scheme, torch.ones(weight_NK.shape[1]))
+        assert inputs is not None, "a calibrated method needs inputs"
         if self.compensating:
             return gptq(weight_NK, scheme, inputs)
         return round_to_nearest(weight_NK, scheme, inputs.mean_square)

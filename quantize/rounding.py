@@ -5,8 +5,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchinfer.quantize.scheme import WeightScheme
+
 SHRINK = torch.linspace(1.0, 0.5, 26)
 """Parts of the largest value that a clip search tries as the largest that is kept."""
+
+
+def stored_scale(scale: Tensor, scheme: WeightScheme) -> Tensor:
+    """The scales as they will be read, float32: rounded to the type that they are stored in, above zero there too."""
+    dtype: torch.dtype = getattr(torch, scheme.scale_type)
+    least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+    return scale.clamp(min=least).to(dtype).float()
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.quantize.matrix import QuantizedMatrix
-from batchinfer.quantize.rounding import Grid
+from batchinfer.quantize.rounding import Grid, stored_scale
 from batchinfer.quantize.scheme import WeightScheme
 
 FP8_MOST = torch.finfo(torch.float8_e4m3fn).max
@@ -28,12 +28,12 @@ def round_to_nearest(weight_NK: Tensor, scheme: WeightScheme, importance_K: Tens
     groups = grouped(weight_NK, scheme)
     if scheme.floating:
         scale = groups.abs().amax(-1, keepdim=True).div_(FP8_MOST).clamp_(min=1e-10)
-        scale = scheme.stored(scale)
+        scale = stored_scale(scale, scheme)
         values = (groups / scale).clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
     else:
         grid = Grid(scheme.bits)
         weights = None if importance_K is None else importance_K.view(groups.shape[1:])
-        scale = scheme.stored(grid.scales(groups, weights))
+        scale = stored_scale(grid.scales(groups, weights), scheme)
         values = grid.round(groups, scale).to(torch.int8)
     n, k = weight_NK.shape
     return QuantizedMatrix(values.view(n, k), scale.view(n, -1), (1, groups.shape[-1]), scheme.bits, scheme.activations)

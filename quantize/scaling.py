@@ -8,6 +8,7 @@ operation that makes the inputs, so that nothing is added when the model runs.
 import torch
 from torch import Tensor
 
+from batchinfer.kernels.rows import quantize_rows
 from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.rtn import round_to_nearest
 from batchinfer.quantize.scheme import WeightScheme
@@ -53,6 +54,7 @@ def search_scale(weight_NK: Tensor, inputs: Inputs, scheme: WeightScheme, tied_K
 
 
 def _rounded(x_TK: Tensor) -> Tensor:
-    """Each row rounded to 8 bits, as it will be when the model runs."""
-    step = x_TK.abs().amax(-1, keepdim=True).div_(127.0).clamp_(min=1e-30)
-    return (x_TK / step).round_().mul_(step)
+    """Each row as it will be when the model runs: in 8 bits, and back."""
+    rows = quantize_rows(x_TK.clone())
+    assert rows.scale is not None
+    return (rows.values.float() - 128).mul_(rows.scale)

@@ -2,9 +2,6 @@
 
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 
 @dataclass(frozen=True)
 class QuantScheme:
@@ -31,6 +28,9 @@ _SCHEMES = {
     "w4a8": QuantScheme("w4a8", 4, 8),
 }
 
+QUANTIZATIONS = ("auto", "none", "w8a8-int8", "w8a8-int8+head", "w4a8", "w4a8+head")
+"""What `--quantization` may be."""
+
 
 def scheme(name: str, integer_checkpoint: bool = False) -> QuantScheme:
     """The scheme of a `--quantization` name, `+head` at its end included.
@@ -40,12 +40,10 @@ def scheme(name: str, integer_checkpoint: bool = False) -> QuantScheme:
     """
     if name == "auto":
         return QuantScheme("auto", 8, 8, as_stored=True) if integer_checkpoint else QuantScheme("auto")
-    base, plus, rest = name.partition("+")
-    found = _SCHEMES.get(base)
-    if found is None or (plus and (rest != "head" or not found.quantized)):
-        raise ValueError(
-            f"quantization is {name!r}; it must be one of auto, none, w8a8-int8, w8a8-int8+head, w4a8, w4a8+head"
-        )
+    base, plus, _ = name.partition("+")
+    if name not in QUANTIZATIONS:
+        raise ValueError(f"quantization is {name!r}; it must be one of {', '.join(QUANTIZATIONS)}")
+    found = _SCHEMES[base]
     return replace(found, name=name, head=bool(plus))
 
 
@@ -59,12 +57,6 @@ class WeightScheme:
     floating: bool = False  # float8_e4m3fn instead of whole numbers
     activations: str = "float"  # float | int8 | fp8: what inputs are rounded to when it runs
     scale_type: str = "float32"  # in which scales are stored
-
-    def stored(self, scale: Tensor) -> Tensor:
-        """The scales as they will be read, float32: rounded to their type, and above zero there too."""
-        dtype: torch.dtype = getattr(torch, self.scale_type)
-        least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
-        return scale.clamp(min=least).to(dtype).float()
 
 
 _WEIGHT_SCHEMES = {

@@ -149,6 +149,8 @@ def test_what_the_reference_is(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"w4 is quantized already; name .* with --canary-reference"):
         reference_config(spec, quantized)
     assert reference_config(replace(spec, canary_reference=str(TARGET)), quantized) == plain
+    with pytest.raises(UsageError, match=r"--canary-reference .*w4 is quantized itself; name the checkpoint"):
+        reference_config(replace(spec, canary_reference=str(made)), quantized)
     with pytest.raises(UsageError, match="--canary-reference needs --canary N"):
         job(tmp_path, TARGET, canary_reference="m")
     with pytest.raises(UsageError, match="--canary is -1; it must be 0 or more"):

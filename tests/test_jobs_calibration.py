@@ -50,6 +50,13 @@ def test_of_long_rows_a_piece_and_of_few_rows_several(tmp_path: Path) -> None:
     assert len({tuple(map(tuple, drawn(data, rows=1, seed=seed))) for seed in range(9)}) > 2
 
 
+def test_rows_with_text_are_found_where_they_are_few(tmp_path: Path) -> None:
+    texts: list[str | None] = [None] * 9000
+    for i in (17, 4100, 8999):
+        texts[i] = f"value = {i} + something_else({i})\n" * 8
+    assert len(drawn(table(tmp_path, texts), rows=3)) == 3
+
+
 def test_without_a_table_the_standard_library_is_read() -> None:
     rows = drawn(None, rows=20, tokens=32)
     assert len(rows) == 20 and same(rows, drawn(None, rows=20, tokens=32))

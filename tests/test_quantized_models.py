@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from batchinfer.config import FEW_ROWS
-from batchinfer.jobs.quantize import quantize
+from batchinfer.jobs.quantize import CalibrationRows, quantize
 from batchinfer.jobs.runner import run
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.kernels import dispatch
@@ -259,13 +259,14 @@ def test_w4a8_without_4_bit_weights_is_refused(make_model: Callable[..., Path], 
     [
         (4, {}, "stay in 4 bits, for int4pack: expected batch 4 <= 4"),
         (5, {}, "are expanded to bfloat16 at load: expected batch 5 > 4"),
+        (2, {"quantization": "w4a8"}, "are rounded to 8 bits by channel at load"),
         (5, {"max_num_seqs": 2}, "stay in 4 bits, for int4pack: expected batch 2 <= 4"),
     ],
 )
 def test_the_report_of_a_job_names_the_path_of_its_4_bit_weights(
     tmp_path: Path, rows: int, settings: dict[str, Any], words: str
 ) -> None:
-    quantize(str(STDLIB / "target"), None, tmp_path / "model", "w4a16", "rtn", 128)
+    quantize(str(STDLIB / "target"), None, tmp_path / "model", "w4a16", "rtn", 128, CalibrationRows())
     pq.write_table(pa.table({"prompt": ["def f(x):"] * rows}), tmp_path / "in.parquet")
     spec = JobSpec(
         inputs=(tmp_path / "in.parquet",),

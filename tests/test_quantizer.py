@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import torch
 import transformers
 from engines import compare_logits, engine_of, prompts_of
 from random_checkpoint import write_random_checkpoint
+from safetensors.torch import load_file, save_file
 
 from batchinfer.evaluator import Evaluator
 from batchinfer.jobs import quantize as job
@@ -25,7 +28,7 @@ from batchinfer.quantize.methods import method
 from batchinfer.quantize.rounding import Grid
 from batchinfer.quantize.rtn import round_to_nearest
 from batchinfer.quantize.scheme import weight_scheme
-from batchinfer.quantizer import Quantizer
+from batchinfer.quantizer import LayerReport, Quantizer
 
 SCHEMES = [
     ("w4a16", 32, "rtn", False),
@@ -46,6 +49,12 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "README.md"}
 
 
+def finished(quantizer: Quantizer) -> list[LayerReport]:
+    reports = list(quantizer.run())
+    quantizer.finish("# A card\n")
+    return reports
+
+
 @pytest.mark.parametrize(("scheme", "group_size", "name", "rotate"), SCHEMES)
 def test_transformers_computes_from_it_what_we_do(
     make_model: Callable[..., Path], tmp_path: Path, scheme: str, group_size: int | None, name: str, rotate: bool
@@ -57,7 +66,7 @@ def test_transformers_computes_from_it_what_we_do(
     quantizer = Quantizer(
         model, output, weight_scheme(scheme, group_size), method(name), sequences, 0 if rotate else None
     )
-    reports = list(quantizer.run())
+    reports = finished(quantizer)
     assert len(reports) == 4 and all(len(r.errors) == 7 and 0 < max(r.errors.values()) < 0.3 for r in reports[1:])
     config = json.loads((output / "config.json").read_text())
     assert config["tie_word_embeddings"] is not rotate
@@ -85,7 +94,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     def quantizer(output: Path) -> Quantizer:
         return Quantizer(model, output, scheme, method(name), sequences, rotation)
 
-    whole = list(quantizer(tmp_path / "whole").run())
+    whole = finished(quantizer(tmp_path / "whole"))
     walk = quantizer(tmp_path / "twice").run()
     assert [next(walk).layer, next(walk).layer] == [-1, 0]
     walk.close()
@@ -93,12 +102,12 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     (tmp_path / "twice" / "model-00003-of-00004.unfinished").write_bytes(b"half")
     if sequences:
         (tmp_path / "twice" / "calibration" / "mixed").write_bytes(b"of a layer that was not finished")
-    with pytest.raises(ValueError, match="begun with another model, scheme, method or calibration"):
+    with pytest.raises(ValueError, match="begun with another model, scheme, method, calibration or version"):
         Quantizer(model, tmp_path / "twice", scheme, method("rtn-mse"))
     if sequences:
-        with pytest.raises(ValueError, match="begun with another model, scheme, method or calibration"):
+        with pytest.raises(ValueError, match="begun with another model, scheme, method, calibration or version"):
             Quantizer(model, tmp_path / "twice", scheme, method(name), SEQUENCES[1:], rotation)
-    again = list(quantizer(tmp_path / "twice").run())
+    again = finished(quantizer(tmp_path / "twice"))
     assert [report.resumed for report in again] == [True, True, False, False]
     assert [report.errors for report in again] == [report.errors for report in whole]
     assert files(tmp_path / "twice") == files(tmp_path / "whole")
@@ -115,7 +124,7 @@ def test_gptq_makes_up_for_what_rounding_alone_loses(
     lost = {}
     for name in ("rtn", "gptq"):
         sequences = [np.random.default_rng(n).integers(2, 320, 200).astype(np.int32) for n in range(20)]
-        list(Quantizer(model, tmp_path / name, weight_scheme("w4a16", 32), method(name), sequences).run())
+        finished(Quantizer(model, tmp_path / name, weight_scheme("w4a16", 32), method(name), sequences))
         lost[name] = Evaluator(engine_of(tmp_path / name), engine_of(model)).scores(held_out).divergence
     assert lost["gptq"] < 0.8 * lost["rtn"], lost
 
@@ -131,10 +140,62 @@ def test_a_run_that_stopped_in_its_last_lines_goes_on(
     with monkeypatch.context() as disk:
         disk.setattr("batchinfer.quantizer.shutil.copyfile", full)
         with pytest.raises(OSError, match="No space left"):
-            list(Quantizer(model, tmp_path / "out", scheme, method("rtn")).run())
-    again = list(Quantizer(model, tmp_path / "out", scheme, method("rtn")).run())
+            finished(Quantizer(model, tmp_path / "out", scheme, method("rtn")))
+    again = finished(Quantizer(model, tmp_path / "out", scheme, method("rtn")))
     assert all(report.resumed for report in again) and again[1].errors
     assert (tmp_path / "out" / "config.json").exists() and not (tmp_path / "out" / "quantize.json").exists()
+
+
+def test_a_full_disk_is_said_as_such(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """By a limit on the size of files, which the writer meets in the middle of a layer."""
+    program = Path(sys.executable).with_name("batchinfer")
+    command = [program, "quantize", make_model("llama"), "-o", tmp_path / "out", "--group-size", "32"]
+    limit = (60_000, 60_000)
+    done = subprocess.run(
+        command, capture_output=True, text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    )
+    assert done.returncode == 74 and "cannot be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert "model-00001-of-00004.unfinished" in done.stderr
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_two_runs_into_one_folder_are_one_too_many(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    model, scheme = make_model("llama"), weight_scheme("w4a16", 32)
+    first = Quantizer(model, tmp_path / "out", scheme, method("gptq"), SEQUENCES)
+    walk = first.run()
+    next(walk)
+    with pytest.raises(ValueError, match=r"another run quantizes into .*out; wait for it, or take another folder"):
+        Quantizer(model, tmp_path / "out", scheme, method("gptq"), SEQUENCES)
+    walk.close()
+    del first, walk
+    assert len(finished(Quantizer(model, tmp_path / "out", scheme, method("gptq"), SEQUENCES))) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.layers.2.mlp.up_proj.weight": None}, "no tensor model.layers.2.mlp.up_proj.weight"),
+        ({"model.layers.1.self_attn.k_proj.bias": None}, "no tensor model.layers.1.self_attn.k_proj.bias"),
+        ({"model.norm.weight": (95,)}, r"tensor model.norm.weight has shape \[95\]; config.json asks for \[96\]"),
+        ({"lm_head.weight": (7, 96)}, r"lm_head.weight has shape \[7, 96\]; config.json asks for \[320, 96\]"),
+    ],
+)
+def test_a_broken_checkpoint_is_found_before_the_first_layer(
+    make_model: Callable[..., Path], tmp_path: Path, change: dict[str, tuple[int, ...] | None], message: str
+) -> None:
+    model = shutil.copytree(make_model("qwen2"), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    for name, shape in change.items():
+        del tensors[name]
+        if shape is not None:
+            tensors[name] = torch.ones(shape)
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        Quantizer(model, tmp_path / "out", weight_scheme("w4a16", 32), method("gptq"), SEQUENCES, 0)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="the tokenizer gives token 320, but vocab_size is 320"):
+        strange = [np.array([2, 320], np.int32)]
+        Quantizer(make_model("qwen2"), tmp_path / "out", weight_scheme("w4a16", 32), method("gptq"), strange)
 
 
 def test_a_searched_clip_errs_less_and_more_bits_less_still() -> None:
@@ -185,6 +246,8 @@ def test_what_cannot_be_is_refused_by_name(make_model: Callable[..., Path], tmp_
     (tmp_path / "full" / "precious.txt").write_text("x")
     with pytest.raises(Refused, match="full is not empty; take another folder"):
         job.quantize(model, None, tmp_path / "full", "w4a16", "rtn", 32, rows)
+    with pytest.raises(Refused, match=r"model x/y/z.gguf is a GGUF file, quantized for good"):
+        job.quantize("x/y/z.gguf", None, tmp_path / "gguf", "w8a16", "rtn", None, rows)
     job.quantize(model, None, tmp_path / "once", "w8a16", "rtn", None, rows)
     with pytest.raises(Refused, match=r"is quantized already \(compressed-tensors, pack-quantized 8 bits\)"):
         job.quantize(str(tmp_path / "once"), None, tmp_path / "again", "w4a16", "rtn", 32, rows)
