@@ -6,8 +6,8 @@ from pathlib import Path
 FEW_ROWS = 4
 """Up to so many rows side by side, weights of 4 bits are best left in 4 bits (benchmarks/four_bit.py).
 
-At 8 rows int4pack still makes new tokens a little faster than expanded weights do; but it computes prompts at less than
-half their speed, and from 6 rows on that is more than the gain where a row has as many new tokens as prompt tokens.
+At 8 rows int4pack still makes new tokens a third faster than expanded weights do; but it computes prompts at less than
+half their speed, and from 8 rows on that is more than the gain where a row has as many new tokens as prompt tokens.
 """
 
 
