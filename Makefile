@@ -1,4 +1,5 @@
-# make demo | test | check | bench | test-long | quantize-demo: each makes $(VENV) where it is missing and installs what it needs.
+# make demo | test | check | bench | test-long | compile-check | quantize-demo: each makes $(VENV) where it is missing and
+# installs what it needs.
 # PIP_FLAGS goes to pip as it stands; pip's own PIP_* environment variables work too.
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ PIP_FLAGS ?=
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test test-long check bench quantize quantize-demo recipes
+.PHONY: demo test test-long check bench compile-check quantize quantize-demo recipes
 
 demo: demo/prompts.parquet
 	$(BIN)/batchinfer run --config examples/stdlib/job.toml --overwrite
@@ -30,6 +31,9 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/peers/run.py
+
+compile-check: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/compile_check.py --write
 
 # make quantize MODEL=... OUT=... [RECIPE=...] [CALIBRATION=FILE] [COLUMN=...]
 RECIPE ?= w4a16-gptq

@@ -1,10 +1,14 @@
 """Tiny models of each family, made by transformers, and the plumbing to run them."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Triton reads it when it is imported, by whichever test is first: its kernels run in the interpreter, on the CPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHAPE = {
     "vocab_size": 320,

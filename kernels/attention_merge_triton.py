@@ -1,0 +1,71 @@
+"""Partial results of attention over different keys, added up: each weighs as much as its keys' scores do."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from batchinfer.kernels.shipped_triton import Shipped
+
+
+@triton.jit
+def _merge_kernel(
+    p_partial, p_lse, p_first, p_merged, p_out,
+    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    # A program is one head of one token.
+    heads, i_head = tl.num_programs(1), tl.program_id(1)
+    i_token = tl.load(p_merged + tl.program_id(0)).to(tl.int64)
+    first, end = tl.load(p_first + i_token), tl.load(p_first + i_token + 1)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD
+    p_lse += first.to(tl.int64) * heads + i_head
+    p_partial += (first.to(tl.int64) * heads + i_head) * HEAD
+
+    o_s = tl.arange(0, BLOCK_S)
+    b_most = tl.full((BLOCK_S,), float("-inf"), tl.float32)
+    for start in range(0, end - first, BLOCK_S):
+        b_lse = tl.load(p_lse + (start + o_s).to(tl.int64) * heads, start + o_s < end - first, float("-inf"))
+        b_most = tl.maximum(b_most, b_lse)
+    most = tl.max(b_most)
+    most = tl.where(most == float("-inf"), 0.0, most)
+
+    # In the order of the partials, one after the other: a partial without keys changes no bit, wherever it stands.
+    b_sum = tl.zeros((BLOCK_D,), tl.float32)
+    total = 0.0
+    for _ in tl.range(0, end - first, loop_unroll_factor=4):
+        weight = tl.exp2(tl.load(p_lse) - most)
+        b_sum += weight * tl.load(p_partial + o_d, m_d, 0.0)
+        total += weight
+        p_lse += heads
+        p_partial += heads * HEAD
+    b_out = b_sum / tl.where(total == 0.0, 1.0, total)
+    tl.store(p_out + (i_token * heads + i_head) * HEAD + o_d, b_out.to(p_out.dtype.element_ty), m_d)
+
+
+def merge_partials(partial_PHd: Tensor, lse_PH: Tensor, first_T: Tensor, merged_m: Tensor, out_THd: Tensor) -> None:
+    """Write the tokens `merged` of `out` from their partials.
+
+    Partials are float32, [P, heads, head_dim], each divided by the sum of its weights, and the base-2 logarithm of that
+    sum [P, heads], -inf where no key was seen. A token's are [first[t], first[t + 1]), int32.
+    """
+    heads, head_dim = out_THd.shape[1:]
+    _merge_kernel[(len(merged_m), heads)](
+        partial_PHd, lse_PH, first_T, merged_m, out_THd,
+        HEAD=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_S=32, num_warps=1,
+    )  # fmt: skip
+
+
+def shipped() -> list[Shipped]:
+    """Every size of heads."""
+    return [
+        Shipped(
+            f"merge_partials, heads of {head_dim}",
+            _merge_kernel,
+            {"p_partial": "*fp32", "p_lse": "*fp32", "p_first": "*i32", "p_merged": "*i32", "p_out": "*bf16"},
+            {"HEAD": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_S": 32},
+            1,
+        )
+        for head_dim in (64, 80, 96, 128, 256)
+    ]

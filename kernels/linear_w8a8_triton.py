@@ -1,0 +1,99 @@
+"""The product of 8-bit rows and 8-bit weights in Triton: int8 in integers, float8_e4m3fn in float32."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from batchinfer.kernels.rows import Rows
+from batchinfer.kernels.shipped_triton import Shipped
+from batchinfer.kernels.tile_triton import Tile, tile_of, tile_product, tiles
+
+TILES = {
+    16: Tile(rows=16, columns=32, depth=256, warps=4, stages=4),
+    64: Tile(rows=64, columns=64, depth=128, warps=4, stages=4),
+    256: Tile(rows=64, columns=128, depth=128, warps=4, stages=3),
+    None: Tile(rows=128, columns=128, depth=128, warps=8, stages=3),
+}
+"""By the most rows that a tile is for, `None` for any number. Chosen by what compiles without spilling: unmeasured."""
+
+
+@triton.jit
+def _linear_w8a8_kernel(
+    p_x, p_w, p_x_scale, p_w_scale, p_bias, p_y, m, n,
+    K: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    i_m, i_n = tile_of(tl.program_id(0), m, n, BLOCK_M, BLOCK_N)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m = o_m < m
+    m_n = o_n < n
+    # Rows beyond the last are others once more: reads need no mask, and what comes of them is not stored.
+    b_y = tile_product(p_x, p_w, o_m % m, o_n % n, K, BLOCK_M, BLOCK_N, BLOCK_K).to(tl.float32)
+    b_y *= tl.load(p_x_scale + o_m, m_m, 0.0)[:, None]
+    b_y *= tl.load(p_w_scale + o_n, m_n, 0.0)[None, :]
+    if BIAS:
+        b_y += tl.load(p_bias + o_n, m_n, 0.0).to(tl.float32)[None, :]
+    p_y += o_m.to(tl.int64)[:, None] * n + o_n[None, :]
+    tl.store(p_y, b_y.to(p_y.dtype.element_ty), m_m[:, None] & m_n[None, :])
+
+
+def linear_w8a8(
+    x: Rows,
+    weight_NK: Tensor,
+    scale_N: Tensor,
+    bias_N: Tensor | None,
+    out: torch.dtype,
+    deterministic: bool = False,
+) -> Tensor:
+    """`(x @ weight.T) * x's scale * scale + bias` [M, N] in floating point of type `out`.
+
+    x's values [M, K] and the weight are contiguous, both int8 or both float8_e4m3fn; scales are float32, x's [M, 1].
+    Sums of int8 are exact up to 131,071 columns, so that every tile gives the same bits. Those of float8 are not, and
+    another number of rows may take another tile, unless the result is to be `deterministic`.
+    """
+    (m, k), n = x.values.shape, len(weight_NK)
+    assert x.values.is_contiguous() and weight_NK.is_contiguous() and x.values.dtype == weight_NK.dtype
+    assert x.scale is not None
+    y = torch.empty(m, n, dtype=out, device=weight_NK.device)
+    tile = tile_for(m, weight_NK.dtype, deterministic)
+    _linear_w8a8_kernel[(tiles(m, n, tile),)](
+        x.values, weight_NK, x.scale, scale_N, y if bias_N is None else bias_N, y, m, n,
+        K=k, BIAS=bias_N is not None, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
+
+
+def tile_for(rows: int, dtype: torch.dtype, deterministic: bool = False) -> Tile:
+    """The tile for this number of rows of that type; always the same one where only that keeps a row's bits.
+
+    Hopper's matrix units take float8 in tiles of 64 rows and more; in lower ones it would be converted to float16.
+    """
+    if deterministic and dtype != torch.int8:
+        return TILES[64]
+    rows = rows if dtype == torch.int8 else max(rows, 64)
+    return next(tile for most, tile in TILES.items() if most is None or rows <= most)
+
+
+def shipped() -> list[Shipped]:
+    """Every tile and both types; columns that are a multiple of the tiles' depth, and some that are not."""
+    return [
+        Shipped(
+            f"linear_w8a8, up to {most or 'any number of'} rows, {columns} columns of {name}",
+            _linear_w8a8_kernel,
+            {"p_x": f"*{kind}", "p_w": f"*{kind}", "p_x_scale": "*fp32", "p_w_scale": "*fp32", "p_bias": "*bf16",
+             "p_y": "*bf16", "m": "i32", "n": "i32"},
+            {"K": columns, "BIAS": True, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth},
+            tile.warps,
+            tile.stages,
+            product=name,
+            product_rows=tile.rows,
+        )
+        for most, tile in TILES.items()
+        for name, kind in (("int8", "i8"), ("fp8", "fp8e4nv"))
+        for columns in (4096, 1000)
+        if name == "int8" or most != 16
+    ]  # fmt: skip

@@ -1,0 +1,74 @@
+"""RMSNorm in Triton: residual sum, norm and quantization by rows in one pass over memory."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from batchinfer.kernels.rounding_triton import quantized_row
+from batchinfer.kernels.rows import Rows
+from batchinfer.kernels.shipped_triton import Shipped
+
+
+@triton.jit
+def _norm_kernel(
+    p_x, p_y, p_weight, p_out, p_scale, eps, columns,
+    ADD: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    o_row = tl.program_id(0).to(tl.int64) * columns
+    o_d = tl.arange(0, BLOCK)
+    m_d = o_d < columns
+    b_x = tl.load(p_x + o_row + o_d, m_d, 0.0).to(tl.float32)
+    if ADD:
+        b_sum = (b_x + tl.load(p_y + o_row + o_d, m_d, 0.0).to(tl.float32)).to(p_x.dtype.element_ty)
+        tl.store(p_x + o_row + o_d, b_sum, m_d)
+        b_x = b_sum.to(tl.float32)
+    b_x *= tl.rsqrt(tl.sum(b_x * b_x) / columns + eps)
+    b_x *= tl.load(p_weight + o_d, m_d, 0.0).to(tl.float32)
+    if QUANTIZE:
+        b_q, scale = quantized_row(b_x, p_out.dtype.element_ty)
+        tl.store(p_out + o_row + o_d, b_q, m_d)
+        tl.store(p_scale + tl.program_id(0), scale)
+    else:
+        tl.store(p_out + o_row + o_d, b_x.to(p_out.dtype.element_ty), m_d)
+
+
+def add_norm(x_MD: Tensor, y_MD: Tensor | None, weight_D: Tensor, eps: float, out: torch.dtype) -> Rows:
+    """`x += y` if there is a y, in place, and RMSNorm of that in the type `out`: x's own, int8 or float8_e4m3fn.
+
+    x and y are contiguous, of one type; the rows' scales are float32 [M, 1].
+    """
+    m, d = x_MD.shape
+    values = torch.empty(m, d, dtype=out, device=x_MD.device)
+    quantize = out != x_MD.dtype
+    scale = torch.empty(m, 1, dtype=torch.float32, device=x_MD.device) if quantize else None
+    block = triton.next_power_of_2(d)
+    _norm_kernel[(m,)](
+        x_MD, x_MD if y_MD is None else y_MD, weight_D, values, x_MD if scale is None else scale, eps, d,
+        ADD=y_MD is not None, QUANTIZE=quantize, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return Rows(values, scale)
+
+
+def _warps(block: int) -> int:
+    return min(max(block // 512, 1), 8)
+
+
+def shipped() -> list[Shipped]:
+    """Hidden sizes from small to large, every kind of output."""
+    found = []
+    for columns in (1024, 4096, 8192):
+        for out in ("bf16", "i8", "fp8e4nv"):
+            found.append(
+                Shipped(
+                    f"norm, {columns} columns to {out}",
+                    _norm_kernel,
+                    {"p_x": "*bf16", "p_y": "*bf16", "p_weight": "*bf16", "p_out": f"*{out}", "p_scale": "*fp32",
+                     "eps": "fp32", "columns": "i32"},
+                    {"ADD": True, "QUANTIZE": out != "bf16", "BLOCK": columns},
+                    _warps(columns),
+                )
+            )  # fmt: skip
+    return found

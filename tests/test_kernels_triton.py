@@ -1,0 +1,128 @@
+"""Triton kernels over rows, in Triton's interpreter, against plain torch in float64.
+
+The interpreter truncates where it rounds to bfloat16, so types here are float32 and float16. Programs run one after the
+other: races are invisible.
+"""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, at import
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchinfer.kernels.activation_triton import silu_mul
+from batchinfer.kernels.kv_cache import KVCache, rotate
+from batchinfer.kernels.kv_cache_triton import rotate_and_store
+from batchinfer.kernels.norm_triton import add_norm
+from batchinfer.kernels.rounding_triton import rounded_to_float8
+from batchinfer.kernels.rows import Rows
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+SHAPES = [(1, 64), (3, 100), (17, 63), (5, 1000)]
+
+
+def check_quantized(found: Rows, expected: Tensor, out: torch.dtype) -> None:
+    """Rounding keeps the order: what is found lies between the roundings of slightly less and slightly more."""
+    assert found.scale is not None and found.values.dtype == out
+    most, tolerance = 127 if out == torch.int8 else 448, TOLERANCE[torch.float32]
+    scale = expected.abs().amax(-1, keepdim=True) / most
+    torch.testing.assert_close(found.scale.double(), scale, rtol=tolerance, atol=0)
+
+    def rounded(quotient: Tensor) -> Tensor:
+        return quotient.round() if out == torch.int8 else quotient.to(out).double()
+
+    less, more = rounded(expected / scale * (1 - tolerance)), rounded(expected / scale * (1 + tolerance))
+    values = found.values.double()
+    assert (values >= torch.minimum(less, more)).all() and (values <= torch.maximum(less, more)).all()
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("out", [torch.float32, torch.float16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_add_norm(rows: int, columns: int, out: torch.dtype, residual: bool) -> None:
+    dtype = out if out in TOLERANCE else torch.float32
+    x, y, weight = torch.randn(rows, columns).to(dtype), torch.randn(rows, columns).to(dtype), torch.rand(columns) + 0.5
+    total = x + y if residual else x.clone()
+    expected = F.rms_norm(total.double(), (columns,), weight.double(), 1e-5)
+    found = add_norm(x, y if residual else None, weight.to(dtype), 1e-5, out)
+    assert x.equal(total), "the residual stream is the sum, to the bit"
+    if out == dtype:
+        assert found.scale is None
+        torch.testing.assert_close(found.values.double(), expected, atol=TOLERANCE[out] * 4, rtol=TOLERANCE[out])
+    else:
+        check_quantized(found, expected, out)
+
+
+@pytest.mark.parametrize("out", [torch.float32, torch.float16, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_silu_mul(rows: int, columns: int, out: torch.dtype) -> None:
+    dtype = out if out in TOLERANCE else torch.float32
+    gate_up = (3 * torch.randn(rows, 2 * columns)).to(dtype)
+    gate, up = gate_up.double().chunk(2, -1)
+    found, expected = silu_mul(gate_up, out), F.silu(gate) * up
+    if out == dtype:
+        torch.testing.assert_close(found.values.double(), expected, atol=TOLERANCE[out] * 4, rtol=TOLERANCE[out])
+    else:
+        check_quantized(found, expected, out)
+
+
+def test_float8_is_rounded_half_to_even() -> None:
+    """Every number of the type, the midpoints between two, and the float32 numbers beside them all."""
+
+    @triton.jit
+    def kernel(p_x, p_out, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+        o = tl.arange(0, COUNT)
+        tl.store(p_out + o, rounded_to_float8(tl.load(p_x + o)).to(tl.float8e4nv))
+
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = torch.cat([numbers, (numbers[1:] + numbers[:-1]) / 2])
+    up, down = numbers.nextafter(torch.tensor(float("inf"))), numbers.nextafter(torch.tensor(float("-inf")))
+    x = F.pad(torch.cat([up, down, numbers, -up, -down, -numbers]), (0, 2048 - 6 * len(numbers)))
+    found = torch.full((2048,), float("nan")).to(torch.float8_e4m3fn)
+    kernel[(1,)](x, found, COUNT=2048)
+    assert found.float().equal(x.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_stays_marked(bad: float) -> None:
+    x = torch.randn(3, 40)
+    x[1, 7] = bad
+    scale = add_norm(x, None, torch.ones(40), 1e-5, torch.int8).scale
+    assert scale is not None and scale.isfinite().flatten().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("kv", [torch.float32, torch.float16, torch.int8])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 64), (5, 5, 80), (3, 1, 96), (2, 1, 16)])
+def test_rotate_and_store(heads: int, kv_heads: int, head_dim: int, kv: torch.dtype, normed: bool) -> None:
+    tokens, block_size = 7, 16
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim)
+    cos, sin = torch.randn(2, tokens, head_dim // 2)
+    norms = (torch.rand(head_dim) + 0.5, torch.rand(head_dim) + 0.5) if normed else None
+    slots = torch.randperm(4 * block_size)[:tokens] + block_size
+    cache = KVCache(6, kv_heads, block_size, head_dim, kv)
+    poison = 99
+    cache.key.fill_(poison)
+    cache.value.fill_(poison)
+    found = rotate_and_store(qkv, cache, heads, cos, sin, slots, norms, 1e-5)
+    query, key, value = qkv.view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], 1)
+    if norms is not None:
+        query, key = (F.rms_norm(x, (head_dim,), w, 1e-5) for x, w in zip((query, key), norms, strict=True))
+    torch.testing.assert_close(found, rotate(query, cos, sin), atol=1e-5, rtol=1e-5)
+    where = (slots // block_size, slice(None), slots % block_size)
+    parts = ((cache.key, cache.key_scale, rotate(key, cos, sin)), (cache.value, cache.value_scale, value))
+    for pool, scales, expected in parts:
+        stored = pool[where].float()
+        if scales is not None:
+            scale = scales[where][..., None]
+            torch.testing.assert_close(scale, expected.abs().amax(-1, keepdim=True) / 127)
+            assert ((stored * scale - expected).abs() <= 0.51 * scale).all()
+        else:
+            torch.testing.assert_close(stored, expected, atol=TOLERANCE[kv] * 4, rtol=TOLERANCE[kv])
+        pool[where] = poison
+        assert (pool == poison).all(), "and nothing else was written"

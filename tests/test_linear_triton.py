@@ -1,0 +1,213 @@
+"""Matrix products in Triton's interpreter, against plain torch in integers or float64.
+
+The interpreter has no arithmetic in bfloat16, so types here are float32 and float16. Programs run one after the other:
+races are invisible.
+"""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, at import
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from batchinfer.kernels import linear_triton, linear_w4a16_triton, linear_w8a8_triton
+from batchinfer.kernels.four_bits_triton import FourBits, repack
+from batchinfer.kernels.linear_triton import linear
+from batchinfer.kernels.linear_w4a16_triton import EXPAND_ROWS, SLAB, expand, linear_w4a16, splits
+from batchinfer.kernels.linear_w8a8_triton import linear_w8a8
+from batchinfer.kernels.rows import Rows
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}  # of the largest number
+PROCESSORS = 132  # of an H100
+
+
+@pytest.fixture(autouse=True)
+def _poisoned() -> Iterator[None]:
+    """What torch allocates and nobody has written is NaN."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check(found: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[found.dtype] * float(expected.abs().max())
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 15, 16, 17, 63, 64, 65, 256, 257])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (63, 300), (130, 256)])
+def test_int8_is_the_exact_integer_product(rows: int, n: int, k: int, bias: bool) -> None:
+    x = torch.randint(-128, 128, (rows, k), dtype=torch.int8)
+    weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    x_scale = 2.0 ** torch.randint(-6, 3, (rows, 1)).float()  # powers of two: every product is exact
+    scale = 2.0 ** torch.randint(-6, 3, (n,)).float()
+    added = torch.randint(-5, 6, (n,)).float() if bias else None
+    found = linear_w8a8(Rows(x, x_scale), weight, scale, added, torch.float32)
+    exact = (x.long() @ weight.t().long()).double() * x_scale * scale + (0 if added is None else added)
+    assert found.double().equal(exact)
+
+
+@pytest.mark.parametrize("out", [torch.float32, torch.float16])
+@pytest.mark.parametrize("rows", [1, 17, 65, 257])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (63, 300), (130, 256)])
+def test_fp8_is_the_product_of_its_numbers(rows: int, n: int, k: int, out: torch.dtype) -> None:
+    x, weight = torch.randn(rows, k).to(torch.float8_e4m3fn), torch.randn(n, k).to(torch.float8_e4m3fn)
+    x_scale, scale, bias = torch.rand(rows, 1) + 0.5, torch.rand(n) + 0.5, torch.randn(n).to(out)
+    found = linear_w8a8(Rows(x, x_scale), weight, scale, bias, out)
+    assert found.dtype == out
+    check(found, x.double() @ weight.double().t() * x_scale * scale + bias)
+
+
+def test_each_number_of_rows_has_its_tile_and_all_are_taken() -> None:
+    rows = (1, 16, 17, 64, 65, 256, 257, 10**6)
+    first, second, third, last = linear_w8a8_triton.TILES.values()
+    taken = [linear_w8a8_triton.tile_for(m, torch.int8) for m in rows]
+    assert taken == [first, first, second, second, third, third, last, last]
+    taken = [linear_w8a8_triton.tile_for(m, torch.float8_e4m3fn) for m in rows]
+    assert taken == [second, second, second, second, third, third, last, last]
+    first, last = linear_w4a16_triton.TILES.values()
+    assert [linear_w4a16_triton.tile_for(m, False) for m in rows] == [first] * 2 + [last] * 6
+    assert {linear_w4a16_triton.tile_for(m, True) for m in rows} == {last}
+
+
+def test_a_row_that_is_not_finite_stays_marked_and_alone() -> None:
+    x = torch.randint(-128, 128, (17, 40), dtype=torch.int8)
+    scale = torch.ones(17, 1)
+    scale[3] = float("nan")
+    found = linear_w8a8(Rows(x, scale), torch.ones(5, 40, dtype=torch.int8), torch.ones(5), None, torch.float32)
+    assert found.isfinite().all(1).tolist() == [row != 3 for row in range(17)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (63, 100), (130, 128), (257, 65)])
+def test_linear_is_the_product_and_a_row_does_not_depend_on_the_rows_beside_it(
+    n: int, k: int, bias: bool, dtype: torch.dtype
+) -> None:
+    x, weight, added = torch.randn(200, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+    whole = linear(x, weight, added if bias else None)
+    assert whole.dtype == dtype
+    check(whole, x.double() @ weight.double().t() + (added.double() if bias else 0))
+    for rows in (1, 15, 16, 17, 63, 64, 65):
+        assert linear(x[:rows], weight, added if bias else None).equal(whole[:rows]), rows
+
+
+def four_bits(n: int, k: int, group: int, zeros: bool, dtype: torch.dtype) -> tuple[FourBits, Tensor]:
+    """Repacked, and what they stand for in float64."""
+    values = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    scale = (0.01 * (torch.rand(n, k // group) + 0.5)).to(dtype)
+    zero_point = torch.randint(-8, 9, scale.shape) if zeros else None
+    exact = values.double() - (0 if zero_point is None else zero_point.repeat_interleave(group, 1))
+    return repack(values, scale.float(), zero_point, dtype), exact * scale.double().repeat_interleave(group, 1)
+
+
+def test_words_hold_the_numbers_where_they_say() -> None:
+    values = torch.randint(-8, 8, (5, 160), dtype=torch.int8)
+    weight = repack(values, torch.ones(5, 5), None, torch.float32)
+    assert weight.words.shape == (2, 5, 16) and weight.scale.shape == (8, 5)
+    assert weight.nbytes == 2 * 5 * 16 * 4 + 8 * 5 * 4
+    assert (weight.rows, weight.columns, weight.group) == (5, 160, 32)
+    for column in range(160):
+        span, sixteen, j = column // 128, column % 128 // 16, column % 16
+        place = sixteen // 2 + (4 if sixteen % 2 else 0)
+        assert ((weight.words[span, :, j] >> 4 * place & 15) - 8).equal(values[:, column].int())
+
+
+SIZES = [(63, 96, 32), (65, 320, 64), (130, 384, 128), (1, 512, 256), (16, 1, 1), (63, 33, 33), (65, 200, 200)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("n", "k", "group"), SIZES)
+def test_w4a16_is_the_product_of_what_the_weights_stand_for(
+    n: int, k: int, group: int, zeros: bool, dtype: torch.dtype
+) -> None:
+    weight, exact = four_bits(n, k, group, zeros, dtype)
+    x, bias = torch.randn(65, k).to(dtype), torch.randn(n).to(dtype)
+    for rows in (1, 15, 16, 17, 63, 64, 65):
+        found = linear_w4a16(x[:rows], weight, bias if rows % 2 else None, PROCESSORS)
+        assert found.dtype == dtype
+        check(found, x[:rows].double() @ exact.t() + (bias.double() if rows % 2 else 0))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("k", "group", "expected"), [(896, 32, 1), (1024, 128, 2), (1664, 64, 3)])
+def test_w4a16_in_splits(k: int, group: int, expected: int, dtype: torch.dtype) -> None:
+    """Spans: too few for two splits; as many in both; 5, 5 and 3."""
+    weight, exact = four_bits(65, k, group, True, dtype)
+    x, bias = torch.randn(17, k).to(dtype), torch.randn(65).to(dtype)
+    for rows in (1, 17):
+        tile = linear_w4a16_triton.tile_for(rows, False)
+        assert splits(rows, weight, tile, PROCESSORS, False) == expected
+        assert splits(rows, weight, tile, 1, False) == 1, "two column tiles are enough for one processor"
+        for processors in (1, PROCESSORS):
+            found = linear_w4a16(x[:rows], weight, bias if rows == 1 else None, processors)
+            check(found, x[:rows].double() @ exact.t() + (bias.double() if rows == 1 else 0))
+
+
+def test_w4a16_by_itself_splits_by_the_number_of_rows_and_for_deterministic_jobs_does_not() -> None:
+    weight = repack(torch.zeros(4096, 4096, dtype=torch.int8), torch.ones(4096, 1), None, torch.float32)
+    tile = linear_w4a16_triton.TILES[None]
+    assert [splits(rows, weight, tile, PROCESSORS, False) for rows in (1, 64, 65, 256, 1024)] == [4, 4, 2, 1, 1]
+    assert [splits(rows, weight, tile, PROCESSORS, True) for rows in (1, 64, 65, 256, 1024)] == [4] * 5
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_w4a16_of_a_deterministic_job_has_rows_that_do_not_depend_on_their_number(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_w4a16_triton, "SLAB", 128)  # instead of 1,024: the interpreter takes its time
+    monkeypatch.setattr(linear_w4a16_triton, "EXPAND_ROWS", 150)
+    weight, exact = four_bits(65, 1152, 128, True, dtype)
+    x = torch.randn(200, 1152).to(dtype)
+    whole = linear_w4a16(x, weight, None, PROCESSORS, deterministic=True)
+    check(whole, x.double() @ exact.t())
+    for rows in (1, 15, 17, 63, 64, 65, 129):
+        assert linear_w4a16(x[:rows], weight, None, PROCESSORS, deterministic=True).equal(whole[:rows]), rows
+
+
+@pytest.mark.parametrize("rows", [EXPAND_ROWS - 1, EXPAND_ROWS])
+def test_w4a16_of_many_rows_expands_the_weights(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(linear_w4a16_triton, "expand", lambda *args: calls.append(args) or expand(*args))
+    weight, exact = four_bits(63, 96, 32, True, torch.float32)
+    x, bias = torch.randn(rows, 96), torch.randn(63)
+    assert rows > SLAB, "the last rows come in a slab of their own"
+    check(linear_w4a16(x, weight, bias, PROCESSORS), x.double() @ exact.t() + bias)
+    assert len(calls) == (rows >= EXPAND_ROWS)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("n", "k", "group"), SIZES)
+def test_expanded_weights_are_the_numbers_times_their_scale(
+    n: int, k: int, group: int, zeros: bool, dtype: torch.dtype
+) -> None:
+    weight, exact = four_bits(n, k, group, zeros, dtype)
+    assert expand(weight, dtype).equal(exact.float().to(dtype))
+
+
+@pytest.mark.parametrize(("k", "groups"), [(64, 4), (96, 2), (100, 3), (384, 2)])
+def test_groups_that_no_span_holds_are_refused(k: int, groups: int) -> None:
+    with pytest.raises(ValueError, match=rf"4-bit weights \[3, {k}\] with {groups} scales a row"):
+        repack(torch.zeros(3, k, dtype=torch.int8), torch.ones(3, groups), None, torch.float32)
+
+
+def test_zero_points_that_16_bits_do_not_hold_are_refused() -> None:
+    with pytest.raises(ValueError, match="zero points beyond -16 to 16"):
+        repack(torch.zeros(3, 64, dtype=torch.int8), torch.ones(3, 1), torch.full((3, 1), 17), torch.float32)
+
+
+@pytest.mark.parametrize("module", [linear_triton, linear_w8a8_triton, linear_w4a16_triton])
+def test_what_is_shipped_names_every_argument(module: object) -> None:
+    kernels = module.shipped()  # type: ignore[attr-defined]
+    assert len({kernel.name for kernel in kernels}) == len(kernels)
+    for kernel in kernels:
+        assert [*kernel.types, *kernel.constants] == kernel.kernel.arg_names
