@@ -22,8 +22,8 @@ class EngineConfig:
     model: Path  # a local directory
     device: str = "cpu"
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
-    quantization: str = "auto"  # auto | none | w8a8-int8 | w4a8; the last two also with +head
-    kv_cache_dtype: str = "auto"  # auto | float32 | bfloat16 | int8
+    quantization: str = "auto"  # auto | none | w8a8-int8 | w8a8-fp8 | w4a8; the last three also with +head
+    kv_cache_dtype: str = "auto"  # auto | float32 | bfloat16 | float16 | int8 | fp8
     max_model_len: int = 2048
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
@@ -31,6 +31,8 @@ class EngineConfig:
     kv_cache_tokens: int = 65536
     expected_batch: int | None = None  # rows side by side; None: max_num_seqs
     random_weights: bool = False
+    deterministic: bool = False  # a row's bits depend on nothing but itself on a GPU too
+    gpu_memory_utilization: float = 0.9  # the share of a GPU's memory that may be taken
 
     @property
     def few_rows(self) -> bool:
@@ -60,6 +62,7 @@ class EngineStats:
     weight_bytes: int = 0
     kv_cache_bytes: int = 0
     peak_memory_bytes: int = 0  # of the engine's process
+    peak_device_bytes: int = 0  # of a GPU's memory, taken by the engine
     step_sizes: dict[int, int] = field(default_factory=dict)  # tokens of a step, padded -> steps
     kernels: dict[str, str] = field(default_factory=dict)  # op -> path taken
     device: str = ""

@@ -1,9 +1,11 @@
-"""`Engine`: requests in, completions out. Schedule, run, update."""
+"""`Engine`: requests in, completions out. Schedule, launch, update."""
 
+import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,18 +17,32 @@ from batchinfer.block_manager import BlockManager
 from batchinfer.config import EngineConfig, EngineStats
 from batchinfer.kernels import dispatch
 from batchinfer.kernels.attention import TILE
+from batchinfer.memory import Room, peak_memory_bytes, pool_blocks
 from batchinfer.model_config import ModelConfig, read_model_config
-from batchinfer.request import Completions, FinishReason, Requests, RowError
-from batchinfer.runner import ModelRunner, bytes_per_token, measure_peak
+from batchinfer.request import Completions, FinishReason, Requests, RowError, SamplingParams
+from batchinfer.runner import ModelRunner, measure_peak
 from batchinfer.scheduler import Scheduler
 from batchinfer.sequence import SequenceTable
 from batchinfer.tokenizer import Tokenizer
+from batchinfer.transfer import Sampled
 
 NOT_FINITE = RowError("not_finite", "the model computed values that are not finite for this row")
 
 
+@dataclass(frozen=True)
+class _Step:
+    """A step under way."""
+
+    batch: Batch
+    sampled: Sampled
+    started: float
+
+
 class Engine:
-    """One model on one device. `add()` requests, then `step()` until nothing is `unfinished`."""
+    """One model on one device. `add()` requests, then `step()` until nothing is `unfinished`.
+
+    On a GPU the host schedules a step while the one before it still runs, and learns what that one sampled afterwards.
+    """
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
         """Load the model. A `ValueError` says which setting, field or tensor does not fit."""
@@ -36,20 +52,23 @@ class Engine:
         _check(config, model, tokenizer)
         self.tokenizer = tokenizer
         allocator.return_freed_memory()
-        self.runner = ModelRunner(config, model)
-        allocator.keep_freed_memory()
-        self._stats = EngineStats(device=f"cpu, {torch.get_num_threads()} threads")
-        self._stats.notes += self.runner.notes
-        blocks = self._pool_blocks(config, model)
+        try:
+            self.runner = ModelRunner(config, model)
+            allocator.keep_freed_memory()
+            room = self._room(config)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"the device's memory does not hold the weights and a step of {config.max_num_batched_tokens} tokens "
+                f"({error}); take weights in fewer bits (--quantization), lower --max-num-batched-tokens or "
+                "--max-num-seqs, or end what else runs on the device"
+            ) from error
+        self._stats = EngineStats(device=self.runner.device_name, notes=self.runner.notes)
+        blocks, note = pool_blocks(config, model, self.runner.kv_dtype, room)
+        self._stats.notes += [note] if note else []
         self.runner.allocate(blocks, config.block_size)
-        self.table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
-        self.scheduler = Scheduler(
-            self.table,
-            BlockManager(blocks),
-            set(model.windows),
-            config.max_num_batched_tokens,
-            self.runner.decoder.row_grain,
-        )
+        self.table, self.scheduler = self._scheduler(config, blocks)
+        self.steps: deque[_Step] = deque()  # under way, the oldest first
+        self._settled = 0.0  # when the last one before them ended
         self.eos_ids = np.array(tokenizer.eos_ids, np.int64)
         self._stats.load_seconds = time.perf_counter() - started
 
@@ -75,20 +94,53 @@ class Engine:
         return admitted
 
     def step(self) -> Completions:
-        """Compute one step; the rows that it finished, often none."""
-        started = time.perf_counter()
-        batch = self.scheduler.schedule()
-        if batch is None:
+        """Begin one step, and end the oldest if as many are under way as may be; the rows that ended, often none."""
+        begun = self._begin()
+        if not self.steps or (begun and len(self.steps) <= self.runner.late):
             return self._completions([], {})
-        tokens, finite = self.runner.run(batch)
-        self.scheduler.update(batch, tokens)
-        done = self._finished(batch.sequences, tokens, finite)
+        return self._end(self.steps.popleft())
+
+    def _begin(self) -> bool:
+        """Launch the next step, smaller if the device's memory does not hold it; False if there is none."""
+        while (batch := self.scheduler.schedule()) is not None:
+            started = time.perf_counter()
+            try:
+                self.steps.append(_Step(batch, self.runner.launch(batch), started))
+                return True
+            except torch.OutOfMemoryError as error:
+                self.scheduler.withdraw(batch)
+                self._shrink(batch, error)
+        return False
+
+    def _shrink(self, batch: Batch, error: Exception) -> None:
+        tokens = batch.prompt_tokens + batch.decode_tokens
+        budget = tokens // 2 // TILE * TILE
+        if not budget:
+            raise MemoryError(
+                f"the device's memory does not hold a step of {tokens} tokens ({error}); lower "
+                "--gpu-memory-utilization, so that keys and values take less of it, or --max-num-seqs"
+            ) from error
+        self.scheduler.budget = budget
+        self._stats.notes.append(
+            f"a step of {tokens} tokens did not fit the device's memory: steps have at most {budget} from then on; a "
+            "lower --gpu-memory-utilization or --max-num-batched-tokens avoids it"
+        )
+        torch.cuda.empty_cache()
+
+    def _end(self, step: _Step) -> Completions:
+        """Wait for a step, and take what it sampled."""
+        batch = step.batch
+        tokens, finite = step.sampled.wait()
+        running = self.scheduler.update(batch, tokens)
+        done = self._finished(batch.sequences[running], tokens[running], finite[running])
         completions = self._completions(list(done), done)
         for place, reason in done.items():
             blocks = self.scheduler.finish(place)
             if reason is FinishReason.ERROR:
                 self.runner.clear_blocks(blocks)
-        self._count(batch, time.perf_counter() - started)
+        now = time.perf_counter()
+        self._count(batch, now - max(step.started, self._settled))
+        self._settled = now
         return completions
 
     def generate(self, requests: Requests) -> Iterator[Completions]:
@@ -103,31 +155,42 @@ class Engine:
         """What was counted so far; the device's peak is measured when all is done, so that no start waits for it."""
         stats = self._stats
         if stats.steps and not self.unfinished and not stats.peak_operations_per_second:
-            stats.peak_operations_per_second = measure_peak(self.runner.scheme, self.runner.dtype)
+            # A device whose memory is taken has no room for it: then the report has no percentage.
+            with contextlib.suppress(torch.OutOfMemoryError):
+                peak = measure_peak(self.runner.scheme, self.runner.dtype, self.runner.backend)
+                stats.peak_operations_per_second = peak
         stats.weight_bytes = self.runner.decoder.weight_bytes
         stats.kv_cache_bytes = self.runner.kv_cache_bytes
         stats.peak_memory_bytes = peak_memory_bytes()
+        stats.peak_device_bytes = self.runner.peak_device_bytes
         stats.kernels = dict(dispatch.chosen)
         return stats
 
-    def _pool_blocks(self, config: EngineConfig, model: ModelConfig) -> int:
-        """Blocks for what the plan asks, or for one longest sequence; both within the memory that is available."""
-        asked = max(config.kv_cache_tokens, config.max_model_len)
-        a_token = bytes_per_token(model, self.runner.kv_dtype)
-        available = _available_memory() * 9 // 10
-        fits = available // a_token
-        if fits < config.max_model_len:
-            raise ValueError(
-                f"max_model_len {config.max_model_len} needs {config.max_model_len * a_token / 1e6:.0f} MB of keys and "
-                f"values ({a_token} bytes a token), but {available / 1e6:.0f} MB are available; lower --max-model-len "
-                "or take --kv-cache-dtype int8"
-            )
-        if fits < asked:
-            self._stats.notes.append(
-                f"memory holds keys and values of {fits} tokens where the plan asks for {asked}: "
-                "fewer rows run side by side"
-            )
-        return min(asked, fits) // config.block_size + 2
+    def _scheduler(self, config: EngineConfig, blocks: int) -> tuple[SequenceTable, Scheduler]:
+        table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
+        grain, inputs = self.runner.decoder.row_grain, self.runner.attention_inputs
+        return table, Scheduler(table, BlockManager(blocks), inputs, config.max_num_batched_tokens, grain)
+
+    def _room(self, config: EngineConfig) -> Room:
+        """For keys and values; on a GPU a step as large as any is computed first, to see what it takes."""
+        if config.device == "cpu":
+            return Room.on_cpu()
+        length = max(1, min(config.max_num_batched_tokens // config.max_num_seqs, config.max_model_len - 1))
+        prompts = [[0] * length] * min(config.max_num_seqs, config.max_num_batched_tokens)
+        blocks = len(prompts) * (length // config.block_size + 2)
+        self.runner.allocate(blocks, config.block_size)
+        _, scheduler = self._scheduler(config, blocks)
+        scheduler.add(Requests.of(prompts, SamplingParams(max_tokens=1, temperature=1.0)))
+        batch = scheduler.schedule()
+        assert batch is not None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.runner.launch(batch).wait()
+        activations = torch.cuda.max_memory_allocated() - before
+        self.runner.caches.clear()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return Room.on_device(total, free, activations, config.gpu_memory_utilization)
 
     def _finished(
         self, places: NDArray[np.int64], tokens: NDArray[np.int64], finite: NDArray[np.bool_]
@@ -183,6 +246,8 @@ def _check(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> No
         raise ValueError(f"block_size is {config.block_size}; it must be 8, 16, 32 or 64")
     if config.max_num_batched_tokens < TILE:
         raise ValueError(f"max_num_batched_tokens is {config.max_num_batched_tokens}; it must be at least {TILE}")
+    if not 0.05 <= config.gpu_memory_utilization <= 1:
+        raise ValueError(f"gpu_memory_utilization is {config.gpu_memory_utilization}; it must be from 0.05 to 1")
     if config.max_num_seqs < 1:
         raise ValueError(f"max_num_seqs is {config.max_num_seqs}; it must be at least 1")
     if not 2 <= config.max_model_len <= model.max_positions:
@@ -194,21 +259,3 @@ def _check(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> No
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}: they do not belong "
             "together"
         )
-
-
-def _status_bytes(path: str, field: str) -> int:
-    """A field of a file in /proc that is given in kB; 0 where the system has none."""
-    try:
-        lines = Path(path).read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), 0)
-
-
-def peak_memory_bytes() -> int:
-    """The most that this process had resident."""
-    return _status_bytes("/proc/self/status", "VmHWM")
-
-
-def _available_memory() -> int:
-    return _status_bytes("/proc/meminfo", "MemAvailable") or 1 << 34

@@ -144,7 +144,7 @@ def all_logits(engine: Engine, window: NDArray[np.int32]) -> Tensor:
 
 
 def _logits(engine: Engine, batch: Batch, tokens: int) -> Tensor:
-    return engine.runner.decoder.forward(batch, engine.runner.caches)[:tokens]
+    return engine.runner.logits(batch)[:tokens]
 
 
 def steps(engine: Engine, window: NDArray[np.int32], first: int = 0) -> Iterator[tuple[Batch, int]]:

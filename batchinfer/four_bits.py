@@ -5,27 +5,32 @@ from dataclasses import dataclass
 import torch
 
 from batchinfer.config import FEW_ROWS, EngineConfig
+from batchinfer.kernels.backend import Backend
+from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.linear_w4a16 import vectorized
 from batchinfer.quantize.scheme import QuantScheme
 
 
 @dataclass(frozen=True)
 class FourBitPath:
-    """Left in 4 bits (int4pack), or expanded; and why, for the report."""
+    """Left in 4 bits, or expanded; and why, for the report."""
 
     packed: bool
     reason: str
 
     @classmethod
-    def choose(cls, config: EngineConfig, scheme: QuantScheme, dtype: torch.dtype) -> "FourBitPath":
+    def choose(cls, config: EngineConfig, scheme: QuantScheme, dtype: torch.dtype, backend: Backend) -> "FourBitPath":
         """By the expected batch where the scheme leaves it open. Both are products of rows in floating point."""
         if scheme.name != "auto":
             return cls(False, f"--quantization {scheme.name}")
         if scheme.quantized:
             return cls(False, "other matrices of the checkpoint ask for 8-bit products")
+        if not isinstance(backend, CpuBackend):
+            return cls(True, "for the GPU's kernel")
         if dtype != torch.bfloat16:
             return cls(False, "int4pack computes in bfloat16 alone")
         if not vectorized():
             return cls(False, "int4pack has no vector code for this processor")
         sign = "<=" if config.few_rows else ">"
-        return cls(config.few_rows, f"expected batch {config.usual_batch} {sign} {FEW_ROWS}")
+        reason = f"expected batch {config.usual_batch} {sign} {FEW_ROWS}"
+        return cls(config.few_rows, f"for int4pack: {reason}" if config.few_rows else reason)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.batch import Batch
+from batchinfer.kernels.rows import Rows, add_rows
 from batchinfer.model import Decoder
 from batchinfer.runner import ModelRunner
 
@@ -43,15 +44,15 @@ class LayerErrors:
         own, x = ours.embed(batch), theirs.embed(reference_batch)
         for i, (cache, reference_cache) in enumerate(zip(caches, reference_caches, strict=True)):
             # A layer spends its input. Keys and values of the first of ours are overwritten by the second's.
-            fed = ours.layer(i, cache, x.to(ours.stream, copy=True), batch, places)
-            own = ours.layer(i, cache, own, batch, places)
-            after = theirs.layer(i, reference_cache, x.clone(), reference_batch, reference_places)
+            fed = _sum(ours.layer(i, cache, x.to(ours.stream, copy=True), None, batch, places))
+            own = _sum(ours.layer(i, cache, own, None, batch, places))
+            after = _sum(theirs.layer(i, reference_cache, x.clone(), None, reference_batch, reference_places))
             self._lost[i] += _squares(fed[:tokens], after[:tokens])
             self._added[i] += _squares(after[:tokens], x[:tokens])
             self._drift[i] += _squares(own[:tokens], after[:tokens])
             self._stream[i] += after[:tokens].double().square().sum()
             x = after
-        return ours.logits(own), theirs.logits(x)
+        return ours.logits(own, None), theirs.logits(x, None)
 
     def figures(self) -> list[tuple[float, float]]:
         """(own error, the stream's error) of each layer."""
@@ -77,6 +78,11 @@ def _relative(error: Tensor, of: Tensor) -> list[float]:
     """The root of one sum of squares over another."""
     quotients: list[float] = (error / of.clamp(min=1e-30)).sqrt().tolist()
     return quotients
+
+
+def _sum(stream: tuple[Tensor, Rows]) -> Tensor:
+    """The residual stream with what a layer adds to it."""
+    return add_rows(*stream)
 
 
 def _squares(a: Tensor, b: Tensor) -> Tensor:

@@ -8,74 +8,129 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchinfer import gguf
+from batchinfer.attention_inputs import AttentionInputs, RaggedInputs, TiledInputs
 from batchinfer.batch import Batch
 from batchinfer.config import EngineConfig
+from batchinfer.device_steps import DeviceSteps
 from batchinfer.four_bits import FourBitPath
 from batchinfer.gguf_weights import GGUFWeights
+from batchinfer.kernels.backend import Backend, Product
+from batchinfer.kernels.backend_cpu import CpuBackend
+from batchinfer.kernels.backends import choose_backend
 from batchinfer.kernels.kv_cache import KV_DTYPES
-from batchinfer.kernels.linear_w8a8 import LinearW8A8
 from batchinfer.kernels.rows import Rows
-from batchinfer.kernels.sampling import greedy, sample
-from batchinfer.model import Decoder
+from batchinfer.loader import load_decoder
 from batchinfer.model_config import ModelConfig
 from batchinfer.quantize.rtn import quantize_channels
 from batchinfer.quantize.scheme import QuantScheme, scheme
+from batchinfer.transfer import Sampled
 from batchinfer.weights import RandomWeights, SafetensorsWeights, WeightSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ModelRunner:
-    """Weights and the pool of keys and values; `run(batch)` is one step.
+    """Weights and the pool of keys and values; `launch(batch)` is one step.
 
-    A `ValueError` names what cannot be: an unknown type or scheme, a checkpoint that does not fit its config.
+    On a GPU a step's tokens reach the host while the next one runs, and stay on the device for it: `late` tells how
+    many steps may be under way when their tokens are needed. A `ValueError` names what cannot be: an unknown type or
+    scheme, a checkpoint that does not fit its config.
     """
 
     def __init__(self, config: EngineConfig, model: ModelConfig) -> None:
-        if config.device != "cpu":
-            raise ValueError(f"device is {config.device!r}; this version runs on: cpu")
-        form = None if config.random_weights else model.form
-        self.scheme: QuantScheme = scheme(config.quantization, form is not None and form.integer_inputs)
-        self.dtype = _dtype(config.dtype, model.dtype)
-        weights = _weights(config, model, self.dtype)
-        path = FourBitPath.choose(config, self.scheme, self.dtype)
-        self.decoder = Decoder(model, self.scheme, self.dtype, weights, path.packed)
-        self.kv_dtype = _kv_dtype(config.kv_cache_dtype, self.decoder.stream)
+        self.backend = choose_backend(config.device, config.deterministic)
+        made_for = frozenset[str]() if model.form is None else model.form.eight_bit_inputs
+        self.scheme: QuantScheme = scheme(config.quantization, bool(made_for & self.backend.eight_bits))
+        _check_scheme(self.scheme, self.backend)
+        self.dtype = _dtype(config.dtype, model.dtype, self.backend)
+        weights = _weights(config, model, self.dtype, self.backend.device)
+        path = FourBitPath.choose(config, self.scheme, self.dtype, self.backend)
+        loaded = load_decoder(model, self.scheme, self.dtype, weights, self.backend, path.packed)
+        self.decoder = loaded.decoder
+        self.kv_dtype = _kv_dtype(config.kv_cache_dtype, self.decoder.stream, self.backend)
         self.notes: list[str] = []
         if weights.stored_as is not None:
-            held = _held(self.scheme, self.dtype, path if self.decoder.four_bits else None)
+            held = _held(self.scheme, self.dtype, path if loaded.four_bits else None)
             self.notes.append(f"the checkpoint is {weights.stored_as}: {held}")
-        if self.decoder.unpacked:
-            count, first = len(self.decoder.unpacked), self.decoder.unpacked[0]
+        if loaded.unpacked:
             self.notes.append(
-                f"int4pack does not take {count} of the products, which are expanded: the first is {first}"
+                f"the 4-bit kernel does not take {len(loaded.unpacked)} of the products, which are expanded: the first "
+                f"is {loaded.unpacked[0]}"
             )
+        self.late = 0
+        if not isinstance(self.backend, CpuBackend):
+            self.late = 1
+            self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.backend.device)
+            self.steps = DeviceSteps(self._compute, self.backend.device, self.notes)
+
+    @property
+    def attention_inputs(self) -> AttentionInputs:
+        """How the scheduler describes a step's attention."""
+        c = self.decoder.config
+        if isinstance(self.backend, CpuBackend):
+            return TiledInputs(set(c.windows))
+        from batchinfer.kernels.attention_triton import tiling
+        from batchinfer.kernels.backend_triton import TritonBackend
+
+        assert isinstance(self.backend, TritonBackend)
+        processors = None if self.backend.deterministic else self.backend.processors
+        return RaggedInputs(set(c.windows), c.heads, c.kv_heads, tiling(c.head_dim, c.heads // c.kv_heads), processors)
+
+    @property
+    def device_name(self) -> str:
+        """For the report."""
+        if self.backend.device.type == "cuda":
+            return torch.cuda.get_device_name(self.backend.device)
+        return f"cpu, {torch.get_num_threads()} threads"
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """The most that was taken of a GPU's memory, weights and pool included; 0 on the CPU."""
+        return torch.cuda.max_memory_reserved() if self.backend.device.type == "cuda" else 0
 
     def allocate(self, blocks: int, block_size: int) -> None:
         """Make the pool, of `blocks` blocks for all layers."""
         self.caches = self.decoder.caches(blocks, block_size, self.kv_dtype)
 
     @torch.inference_mode()
-    def run(self, batch: Batch) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(token ids [r], finite [r]) for the step's sampled sequences."""
-        logits = self.decoder.forward(batch, self.caches)[: len(batch.sequences)]
-        tokens, finite = greedy(logits) if batch.sampling is None else sample(logits, batch.sampling)
-        return tokens.numpy(), finite.numpy()
+    def launch(self, batch: Batch) -> Sampled:
+        """Compute a step, or begin to; the result waits for it."""
+        if not self.late:
+            return Sampled.fetch(*self._sample(batch))
+        return Sampled.fetch(*self.steps.run(batch))
+
+    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A step whose tensors are on the device, where the newest tokens are too."""
+        if n := batch.decode_tokens:
+            batch.tokens[batch.prompt_tokens : batch.prompt_tokens + n] = self.newest[batch.places[-n:]]
+        tokens, finite = self._sample(batch)
+        self.newest[batch.places] = tokens
+        return tokens, finite
+
+    def _sample(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = self.decoder.forward(batch, self.caches)[: len(batch.places)]
+        return self.backend.sample(logits, batch.sampling)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> Tensor:
+        """float32 [S, V], on the device, of a step whose tokens the host knows."""
+        return self.decoder.forward(self.steps.transfer.send(batch) if self.late else batch, self.caches)
 
     def clear_blocks(self, blocks: NDArray[np.int64]) -> None:
         """Wipe blocks that hold values that are not finite."""
+        places = torch.from_numpy(blocks).to(self.backend.device)
         for cache in self.caches:
-            cache.clear(torch.from_numpy(blocks))
+            cache.clear(places)
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Bytes of the pool; pages that were never written take no memory."""
+        """Bytes of the pool; on the CPU pages that were never written take no memory."""
         return sum(cache.nbytes for cache in self.caches)
 
 
-def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> WeightSource:
+def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> WeightSource:
     if config.random_weights:
-        return RandomWeights(dtype)
+        return RandomWeights(dtype, device, model.form)
     if (config.model / gguf.WEIGHTS).exists():
         return GGUFWeights(config.model / gguf.WEIGHTS, model)
     return SafetensorsWeights(config.model, model.form)
@@ -88,33 +143,31 @@ def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None) -> 
     if scheme.quantized:
         return "its matrices are rounded to 8 bits by channel at load"
     if path is not None and path.packed:
-        return f"its matrices stay in 4 bits, for int4pack: {path.reason}"
+        return f"its matrices stay in 4 bits, {path.reason}"
     expanded = f"its matrices are expanded to {str(dtype).removeprefix('torch.')} at load"
     return expanded if path is None else f"{expanded}: {path.reason}"
 
 
-def bytes_per_token(model: ModelConfig, kv_dtype: torch.dtype) -> int:
-    """Of keys and values in all layers."""
-    scale = 4 if kv_dtype == torch.int8 else 0
-    return 2 * model.layers * model.kv_heads * (model.head_dim * kv_dtype.itemsize + scale)
-
-
 @torch.inference_mode()
-def measure_peak(scheme: QuantScheme, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Operations a second of the scheme's own matrix product at 512 x 4096 x 2048, the best of some repeats."""
-    weight = torch.randn(4096, 2048)
-    x = torch.randn(512, 2048)
+def measure_peak(scheme: QuantScheme, dtype: torch.dtype, backend: Backend, seconds: float = 0.3) -> float:
+    """Operations a second of the scheme's own matrix product, the best of some repeats.
+
+    At 512 x 4096 x 2048 on the CPU, and 4096 x 4096 x 4096 on a GPU.
+    """
+    m, n, k = (512, 4096, 2048) if backend.device.type == "cpu" else (4096, 4096, 4096)
+    weight = torch.randn(n, k, device=backend.device)
+    x = torch.randn(m, k, device=backend.device)
     if scheme.quantized:
-        product = LinearW8A8(*quantize_channels(weight))
-        values = Rows(torch.randint(1, 256, x.shape, dtype=torch.uint8), torch.ones(512, 1))
-
-        def once() -> Tensor:
-            return product(values).values
+        kind = torch.float8_e4m3fn if scheme.activations == "fp8" else torch.int8
+        product: Product = backend.linear_w8a8(*quantize_channels(weight, kind), out=dtype)
     else:
-        weight, x = weight.to(dtype), x.to(dtype)
+        product, x = backend.linear(weight.to(dtype)), x.to(dtype)
+    rows = backend.rows(x, product.takes)
 
-        def once() -> Tensor:
-            return torch.nn.functional.linear(x, weight)
+    def once() -> None:
+        product(Rows(rows.values, rows.scale))
+        if backend.device.type == "cuda":
+            torch.cuda.synchronize()
 
     once()
     best, until = float("inf"), time.perf_counter() + seconds
@@ -122,20 +175,35 @@ def measure_peak(scheme: QuantScheme, dtype: torch.dtype, seconds: float = 0.3) 
         started = time.perf_counter()
         once()
         best = min(best, time.perf_counter() - started)
-    return 2 * x.shape[0] * weight.numel() / best
+    return 2 * m * n * k / best
 
 
-def _dtype(asked: str, checkpoint: str) -> torch.dtype:
+def _check_scheme(scheme: QuantScheme, backend: Backend) -> None:
+    if scheme.quantized and not scheme.as_stored and scheme.activations not in backend.eight_bits:
+        raise ValueError(
+            f"quantization is {scheme.name!r}, and {_name(backend)} multiplies no {scheme.activations}: float8 needs a "
+            "GPU of compute capability 8.9 or more; take w8a8-int8"
+        )
+
+
+def _name(backend: Backend) -> str:
+    return torch.cuda.get_device_name(backend.device) if backend.device.type == "cuda" else "the CPU"
+
+
+def _dtype(asked: str, checkpoint: str, backend: Backend) -> torch.dtype:
     name = checkpoint if asked == "auto" else asked
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}; it must be one of auto, {', '.join(DTYPES)}")
     # CPUs have no float16 arithmetic; its checkpoints hold nothing that float32 cannot.
-    return torch.float32 if asked == "auto" and name == "float16" else DTYPES[name]
+    halved = asked == "auto" and name == "float16" and isinstance(backend, CpuBackend)
+    return torch.float32 if halved else DTYPES[name]
 
 
-def _kv_dtype(asked: str, computed: torch.dtype) -> torch.dtype:
+def _kv_dtype(asked: str, computed: torch.dtype, backend: Backend) -> torch.dtype:
     if asked == "auto":
         return computed  # as they are computed: nothing is lost, and nothing converted at each step
     if asked not in KV_DTYPES:
         raise ValueError(f"kv_cache_dtype is {asked!r}; it must be one of auto, {', '.join(KV_DTYPES)}")
+    if asked == "fp8" and backend.device.type == "cuda" and "fp8" not in backend.eight_bits:
+        raise ValueError(f"kv_cache_dtype is 'fp8', and {_name(backend)} has no float8; take int8")
     return KV_DTYPES[asked]

@@ -5,49 +5,41 @@ prompts goes to decoding sequences. Prompt pieces end on the attention's grid of
 """
 
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batchinfer.batch import Batch
+from batchinfer.attention_inputs import AttentionInputs
+from batchinfer.batch import Batch, Ints, Piece
 from batchinfer.block_manager import BlockManager
-from batchinfer.kernels.attention import TILE, DecodeBlocks, PromptTiles
+from batchinfer.kernels.attention import TILE
 from batchinfer.kernels.linear import MIN_ROWS
 from batchinfer.kernels.sampling import SamplingBatch
 from batchinfer.request import Requests
 from batchinfer.sequence import SequenceTable
 
-Ints = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Prompt tokens [start, end) of a sequence, at `row` of the step's tokens."""
-
-    place: int
-    start: int
-    end: int
-    row: int
-
 
 class Scheduler:
-    """`schedule()` gives the next `Batch`, `update()` takes what it sampled."""
+    """`schedule()` gives the next `Batch`, `update()` takes what it sampled.
+
+    Steps may be scheduled before what earlier ones sampled is known: where tokens stand does not depend on what they
+    are. A sequence that turns out to have ended is then computed once or more in vain.
+    """
 
     def __init__(
         self,
         table: SequenceTable,
         manager: BlockManager,
-        windows: set[int | None],
+        attention: AttentionInputs,
         max_num_batched_tokens: int,
         row_grain: int = MIN_ROWS,
     ) -> None:
         self.row_grain = row_grain  # of the tokens of a step
         self.table = table
         self.manager = manager
-        self.windows = windows
+        self.attention = attention
         self.budget = max_num_batched_tokens
         self.waiting: deque[tuple[Requests, int]] = deque()  # requests and how many of them are admitted
         self.waiting_rows = 0
@@ -66,17 +58,32 @@ class Scheduler:
             self.waiting_rows += len(requests)
 
     def schedule(self) -> Batch | None:
-        """The next step; None if nothing is left."""
+        """The next step, counted as computed; None if there is nothing to compute."""
         self._admit()
         pieces = self._prompt_pieces()
         used = sum(p.end - p.start for p in pieces)
         table = self.table
-        decoding = np.flatnonzero(table.active & (table.computed >= table.prompt_length))[: self.budget - used]
+        # The last token of a sequence is sampled and never computed.
+        unended = (table.computed >= table.prompt_length) & (table.computed + 1 < table.end)
+        decoding = np.flatnonzero(table.active & unended)[: self.budget - used]
         if not pieces and not len(decoding):
             return None
         positions = table.computed[decoding]
         self._take_blocks(pieces, decoding, positions)
-        return self._batch(pieces, decoding, positions)
+        batch = self._batch(pieces, decoding, positions)
+        for p in pieces:
+            table.computed[p.place] = p.end
+        table.computed[decoding] += 1
+        self.prefilling = [p for p in self.prefilling if table.computed[p] < table.prompt_length[p]]
+        return batch
+
+    def withdraw(self, batch: Batch) -> None:
+        """The newest step was not computed after all; its sequences keep their blocks."""
+        table = self.table
+        for p in batch.pieces:
+            table.computed[p.place] = p.start
+        self.prefilling = [p.place for p in batch.pieces if p.place not in self.prefilling] + self.prefilling
+        table.computed[batch.decoding] -= 1
 
     def _admit(self) -> None:
         free = deque(np.flatnonzero(~self.table.active).tolist())
@@ -113,7 +120,8 @@ class Scheduler:
     def _take_blocks(self, pieces: list[Piece], decoding: Ints, positions: Ints) -> None:
         table = self.table
         for p in pieces:
-            have, need = int(table.block_count[p.place]), table.blocks_for(p.end)
+            have = int(table.block_count[p.place])
+            need = max(have, table.blocks_for(p.end))  # it has more after a step that was withdrawn
             table.blocks[p.place, have:need] = self.manager.take(need - have)
             table.block_count[p.place] = need
         growing = decoding[positions // table.block_size >= table.block_count[decoding]]
@@ -135,90 +143,39 @@ class Scheduler:
             [np.array([p.row + p.end - p.start - 1 for p in last], np.int64), np.arange(prompt_tokens, count)]
         )
         sequences = np.concatenate([np.array([p.place for p in last], np.int64), decoding])
+        new_positions = np.concatenate([np.array([p.end for p in last], np.int64), positions + 1])
         return Batch(
             tokens=_tensor(np.pad(table.tokens[all_places, all_positions].astype(np.int64), (0, padding))),
             positions=_tensor(np.pad(all_positions, (0, padding))),
             slots=_tensor(np.pad(table.slots(all_places, all_positions), (0, padding))),
-            tiles=self._tiles(pieces),
-            decode={w: self._decode_blocks(decoding, positions, prompt_tokens, w) for w in self.windows}
-            if decode_tokens
-            else {},
+            attention=self.attention(table, pieces, decoding, positions),
             sampled=_tensor(np.pad(sampled, (0, -len(sampled) % MIN_ROWS))),
-            sampling=self._sampling(sequences),
+            sampling=self._sampling(sequences, new_positions),
+            places=_tensor(sequences),
+            pieces=tuple(pieces),
             sequences=sequences,
-            computed=np.array([(p.place, p.end) for p in pieces], np.int64).reshape(-1, 2),
+            rows=table.row[sequences],
             prompt_tokens=prompt_tokens,
             decode_tokens=decode_tokens,
         )
 
-    def _tiles(self, pieces: list[Piece]) -> tuple[PromptTiles, ...]:
-        """The pieces cut into tiles, tiles of the same place in their sequences together."""
-        groups: dict[int, list[tuple[int, int, int]]] = {}
-        for p in pieces:
-            for start in range(p.start, p.end, TILE):
-                tile = (p.place, p.row + start - p.start, min(TILE, p.end - start))
-                groups.setdefault(start // TILE, []).append(tile)
-        return tuple(self._tile_group(index, tiles) for index, tiles in sorted(groups.items()))
-
-    def _tile_group(self, index: int, tiles: list[tuple[int, int, int]]) -> PromptTiles:
-        place, row, size = (np.array(column, np.int64)[:, None] for column in zip(*tiles, strict=True))
-        within = np.arange(TILE)
-        real = within < size
-        blocks = self.table.blocks[place[:, 0], : (index + 1) * TILE // self.table.block_size]
-        return PromptTiles(
-            index, _tensor(np.where(real, row + within, row)), _tensor(blocks), _tensor(np.flatnonzero(real))
-        )
-
-    def _decode_blocks(self, places: Ints, positions: Ints, first_row: int, window: int | None) -> DecodeBlocks:
-        size = self.table.block_size
-        start = np.zeros_like(positions) if window is None else np.maximum(positions + 1 - window, 0)
-        counts = positions // size + 1 - start // size
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        query = np.repeat(np.arange(len(places)), counts)
-        index = np.arange(offsets[-1]) - offsets[query] + (start // size)[query]  # of the block in its sequence
-        pool = self.table.blocks[places[query], index]
-        key_positions = index[:, None] * size + np.arange(size)
-        hidden = (key_positions > positions[query, None]) | (key_positions < start[query, None])
-        edges = np.flatnonzero(hidden.any(1))
-
-        low, high = int(pool.min()), int(pool.max()) + 1
-        if 2 * len(pool) >= high - low:  # crowded enough to read the pool where it lies
-            blocks: slice | Tensor = slice(low, high)
-            order, total = pool - low, high - low
-        else:
-            blocks, order, total = _tensor(pool), np.arange(len(pool)), len(pool)
-        owner = np.zeros(total, np.int64)
-        owner[order] = query
-        most = np.arange(int(counts.max()))
-        padded = np.where(most < counts[:, None], most, 0) + offsets[:-1, None]
-        return DecodeBlocks(
-            rows=torch.arange(first_row, first_row + len(places)),
-            blocks=blocks,
-            owner=_tensor(owner),
-            edges=_tensor(order[edges]),
-            hidden=_tensor(hidden[edges, None]),
-            table=_tensor(order[padded]),
-            order=_tensor(order),
-            offsets=_tensor(offsets),
-        )
-
-    def _sampling(self, places: Ints) -> SamplingBatch | None:
+    def _sampling(self, places: Ints, positions: Ints) -> SamplingBatch | None:
         table = self.table
         if not (table.temperature[places] > 0).any():
             return None
-        columns = (table.temperature, table.top_k, table.top_p, table.min_p, table.seed, table.length)
-        return SamplingBatch(*(_tensor(column[places]) for column in columns))
+        temperature, top_k, top_p, min_p, seeds = (
+            _tensor(column[places]) for column in (table.temperature, table.top_k, table.top_p, table.min_p, table.seed)
+        )
+        return SamplingBatch(temperature, top_k, top_p, min_p, seeds, _tensor(positions))
 
-    def update(self, batch: Batch, tokens: Ints) -> None:
-        """Book what the step computed, and append each sampled sequence's token."""
+    def update(self, batch: Batch, tokens: Ints) -> NDArray[np.bool_]:
+        """Append each sampled sequence's token; which of them [r] still ran, for those of the others are dropped."""
         table = self.table
-        table.computed[batch.computed[:, 0]] = batch.computed[:, 1]
-        decoded = batch.sequences[len(batch.sequences) - batch.decode_tokens :]
-        table.computed[decoded] += 1
-        if len(batch.computed):
-            self.prefilling = [p for p in self.prefilling if table.computed[p] < table.prompt_length[p]]
-        table.tokens[batch.sequences, table.length[batch.sequences]] = tokens
-        table.length[batch.sequences] += 1
+        running: NDArray[np.bool_] = table.active[batch.sequences] & (table.row[batch.sequences] == batch.rows)
+        places = batch.sequences[running]
+        table.tokens[places, table.length[places]] = tokens[running]
+        table.length[places] += 1
+        return running
 
     def finish(self, place: int) -> Ints:
         """Free a sequence's place and blocks; returns the blocks."""

@@ -105,27 +105,53 @@ class SafetensorsWeights:
             raise ValueError(f"the checkpoint has {len(left)} tensors that the model does not use: {names}")
 
 
+NOISE = 0.02
+QUANTIZED_NOISE = 4.6  # of whole numbers from -8 to 7, all alike
+
+
 class RandomWeights:
-    """Noise in the shape of a model, N(0, 0.02), the same at every run: for measuring speed without a checkpoint."""
+    """Noise in the shape of a model, N(0, 0.02), the same at every run: for measuring speed without a checkpoint.
+
+    Matrices are in few bits where `form` says so. They are made on the device.
+    """
 
     stored_as: str | None = None
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.generator = torch.Generator().manual_seed(0)
+    def __init__(self, dtype: torch.dtype, device: torch.device, form: Format | None) -> None:
+        self.dtype, self.device, self.form = dtype, device, form
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def has(self, name: str) -> bool:
+        """Nothing that a format can do without."""
+        return False
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """One number for a tensor."""
+        return ()
 
     def drop(self, name: str) -> None:
         """Nothing to do."""
 
-    def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Ones for norms, noise for the rest."""
+    def take(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+        """Ones for norms, one scale for all, noise for the rest."""
         if len(shape) == 1 and "norm" in name:
-            return torch.ones(shape, dtype=self.dtype)
-        return torch.empty(shape, dtype=torch.float32).normal_(0, 0.02, generator=self.generator).to(self.dtype)
+            return torch.ones(shape, dtype=self.dtype, device=self.device)
+        if name.endswith("weight_shape"):
+            return torch.tensor(self._asked)
+        if name.endswith("scale"):
+            return torch.full(shape, NOISE / QUANTIZED_NOISE, device=self.device)
+        if torch.int32 in dtypes:  # packed: every word is one of numbers in few bits
+            words = torch.empty(shape, dtype=torch.int32, device=self.device)
+            return words.random_(-(1 << 31), 1 << 31, generator=self.generator)
+        noise = torch.empty(shape, device=self.device)
+        noise.normal_(0, QUANTIZED_NOISE if dtypes else NOISE, generator=self.generator)
+        return noise.to(dtypes[0] if dtypes else self.dtype)
 
-    def matrix(self, module: str, shape: tuple[int, int]) -> Tensor:
-        """Noise."""
-        return self.take(f"{module}.weight", shape)
+    def matrix(self, module: str, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
+        """Noise, as the format has it."""
+        self._asked = shape
+        quantized = None if self.form is None else self.form.matrix(module, shape, self)
+        return self.take(f"{module}.weight", shape) if quantized is None else quantized
 
     def finish(self) -> None:
         """Nothing can be left over."""

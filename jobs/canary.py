@@ -161,7 +161,7 @@ def compare(pipe: Any, comparison: Comparison) -> None:
 
     started = time.monotonic()
     spec, requests = comparison.spec, comparison.requests
-    tokens = JobPlan.of(requests, spec.block_size).kv_cache_tokens(spec.max_num_seqs)
+    tokens = JobPlan.of(requests, spec.block_size).kv_cache_tokens(comparison.config.max_num_seqs)
     try:
         tokenizer = Tokenizer.load(comparison.config.model, comparison.tokenizer)
         engine, reference = (

@@ -17,8 +17,10 @@ from batchinfer import __version__
 from batchinfer.jobs import cli_models
 from batchinfer.jobs.options import (
     BlockSize,
+    Deterministic,
     Device,
     Dtype,
+    GpuMemoryUtilization,
     KvCacheDtype,
     MaxNumBatchedTokens,
     MaxNumSeqs,
@@ -122,9 +124,11 @@ def run(
     max_model_len: Annotated[
         str, typer.Option(metavar="N|auto", help="Tokens of prompt and answer together, at most.")
     ] = "auto",
-    max_num_seqs: MaxNumSeqs = 64,
-    max_num_batched_tokens: MaxNumBatchedTokens = 512,
+    max_num_seqs: MaxNumSeqs = "auto",
+    max_num_batched_tokens: MaxNumBatchedTokens = "auto",
     block_size: BlockSize = 32,
+    deterministic: Deterministic = False,
+    gpu_memory_utilization: GpuMemoryUtilization = 0.9,
     commit_rows: Annotated[int, typer.Option(help="Commit finished rows when there are so many,")] = 10_000,
     commit_seconds: Annotated[float, typer.Option(help="or after so long.")] = 30.0,
     max_error_rate: Annotated[float, typer.Option(help="Give up when a larger share of the rows failed.")] = 1.0,
@@ -166,10 +170,12 @@ def run(
         dtype=dtype,
         quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,
-        max_model_len=_tokens_or_auto(max_model_len),
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=_number_or_auto("--max-model-len", max_model_len),
+        max_num_seqs=_number_or_auto("--max-num-seqs", max_num_seqs),
+        max_num_batched_tokens=_number_or_auto("--max-num-batched-tokens", max_num_batched_tokens),
         block_size=block_size,
+        deterministic=deterministic,
+        gpu_memory_utilization=gpu_memory_utilization,
         columns=tuple(name for names in columns for name in names.split(",") if name) if columns else None,
         commit_rows=commit_rows,
         commit_seconds=commit_seconds,
@@ -184,9 +190,9 @@ def run(
         raise Refused(f"every row failed; {output} has each one's error_code and error_message")
 
 
-def _tokens_or_auto(text: str) -> int | None:
+def _number_or_auto(flag: str, text: str) -> int | None:
     if text != "auto" and not text.isdecimal():
-        raise UsageError(f"--max-model-len is {text!r}; it must be a number of tokens, or auto")
+        raise UsageError(f"{flag} is {text!r}; it must be a number, or auto")
     return None if text == "auto" else int(text)
 
 
@@ -222,9 +228,11 @@ def bench(
     kv_cache_dtype: KvCacheDtype = "auto",
     dtype: Dtype = "auto",
     device: Device = "auto",
-    max_num_seqs: MaxNumSeqs = 64,
-    max_num_batched_tokens: MaxNumBatchedTokens = 512,
+    max_num_seqs: MaxNumSeqs = "auto",
+    max_num_batched_tokens: MaxNumBatchedTokens = "auto",
     block_size: BlockSize = 32,
+    deterministic: Deterministic = False,
+    gpu_memory_utilization: GpuMemoryUtilization = 0.9,
 ) -> None:
     """Run prompts of random tokens through the path of a job."""
     from batchinfer.jobs import bench as benchmark
@@ -234,9 +242,11 @@ def bench(
         "kv_cache_dtype": kv_cache_dtype,
         "dtype": dtype,
         "device": device,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_num_seqs": _number_or_auto("--max-num-seqs", max_num_seqs),
+        "max_num_batched_tokens": _number_or_auto("--max-num-batched-tokens", max_num_batched_tokens),
         "block_size": block_size,
+        "deterministic": deterministic,
+        "gpu_memory_utilization": gpu_memory_utilization,
         "random_weights": random_weights,
     }
     workload = benchmark.Workload(num_prompts, input_len, output_len, seed, engine)

@@ -39,7 +39,7 @@ def fingerprints(spec: JobSpec, model: Path, tokenizer: str, config: EngineConfi
         "quantization": _digest(
             [spec.quantization, spec.kv_cache_dtype, spec.dtype, spec.random_weights, config.few_rows]
         ),
-        "engine": _digest([__version__, spec.device]),
+        "engine": _digest([__version__, config.device, config.deterministic]),
     }
 
 

@@ -15,10 +15,21 @@ Dtype = Annotated[str, typer.Option(help="Of all that is not quantized: auto, fl
 Quantization = Annotated[
     str,
     typer.Option(
-        help="auto (as the checkpoint says), none, w8a8-int8, w4a8 (4-bit checkpoints); with '+head' the head too."
+        help="auto (as the checkpoint says), none, w8a8-int8, w8a8-fp8 (GPUs), w4a8 (4-bit checkpoints); with '+head' "
+        "the head too."
     ),
 ]
-KvCacheDtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or int8.")]
-MaxNumSeqs = Annotated[int, typer.Option(help="Rows that run side by side, at most.")]
-MaxNumBatchedTokens = Annotated[int, typer.Option(help="Tokens of one step, at most.")]
+KvCacheDtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, float16, int8 or fp8.")]
+MaxNumSeqs = Annotated[
+    str, typer.Option(metavar="N|auto", help="Rows that run side by side, at most; auto: 64, on a GPU 1024.")
+]
+MaxNumBatchedTokens = Annotated[
+    str, typer.Option(metavar="N|auto", help="Tokens of one step, at most; auto: 512, on a GPU 8192.")
+]
+Deterministic = Annotated[
+    bool, typer.Option(help="A row has the same bits in any batch, on a GPU too; slower. The CPU always does so.")
+]
+GpuMemoryUtilization = Annotated[
+    float, typer.Option(metavar="SHARE", help="Of a GPU's memory, for weights, steps, keys and values together.")
+]
 BlockSize = Annotated[int, typer.Option(help="Tokens of a block of the KV cache.")]

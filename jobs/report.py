@@ -53,7 +53,7 @@ class Report:
     operations: int
     peak_operations_per_second: float
     percent_of_peak: float | None  # None where the peak was not measured
-    peak_memory_bytes: dict[str, int]  # parent, engine
+    peak_memory_bytes: dict[str, int]  # parent, engine; gpu, where there is one
     weight_bytes: int
     kv_cache_bytes: int
     device: str

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from batchinfer.config import EngineConfig, EngineStats
 from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
+from batchinfer.jobs.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, resolve_model
 from batchinfer.jobs.interruption import Interruption
@@ -114,18 +115,23 @@ def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
 
 
 def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
+    device = device_of(spec)
+    max_num_seqs = MAX_NUM_SEQS[device] if spec.max_num_seqs is None else spec.max_num_seqs
+    tokens = MAX_NUM_BATCHED_TOKENS[device] if spec.max_num_batched_tokens is None else spec.max_num_batched_tokens
     return EngineConfig(
         model=model,
-        device="cpu" if spec.device == "auto" else spec.device,
+        device=device,
         dtype=spec.dtype,
         quantization=spec.quantization,
         kv_cache_dtype=spec.kv_cache_dtype,
         max_model_len=context_length(model, spec.max_model_len),
-        max_num_seqs=spec.max_num_seqs,
-        max_num_batched_tokens=spec.max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=tokens,
         block_size=spec.block_size,
-        expected_batch=min(spec.max_num_seqs, rows),
+        expected_batch=min(max_num_seqs, rows),
         random_weights=spec.random_weights,
+        deterministic=spec.deterministic,
+        gpu_memory_utilization=spec.gpu_memory_utilization,
     )
 
 
@@ -179,7 +185,8 @@ def _report(
         operations=stats.operations,
         peak_operations_per_second=stats.peak_operations_per_second,
         percent_of_peak=100 * stats.operations / ideal if ideal > 0 else None,
-        peak_memory_bytes={"parent": peak_memory_bytes(), "engine": stats.peak_memory_bytes},
+        peak_memory_bytes={"parent": peak_memory_bytes(), "engine": stats.peak_memory_bytes}
+        | ({"gpu": stats.peak_device_bytes} if stats.peak_device_bytes else {}),
         weight_bytes=stats.weight_bytes,
         kv_cache_bytes=stats.kv_cache_bytes,
         device=stats.device,

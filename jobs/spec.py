@@ -53,8 +53,8 @@ class JobSpec:
     quantization: str = "auto"
     kv_cache_dtype: str = "auto"
     max_model_len: int | None = None  # None: what the checkpoint says
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_seqs: int | None = None  # None: by the device
+    max_num_batched_tokens: int | None = None
     block_size: int = 32
     columns: tuple[str, ...] | None = None  # input columns to keep; None: all
     commit_rows: int = 10_000
@@ -62,6 +62,8 @@ class JobSpec:
     max_error_rate: float = 1.0
     overwrite: bool = False
     random_weights: bool = False
+    deterministic: bool = False
+    gpu_memory_utilization: float = 0.9
     canary: int = 0  # rows to compare with a reference before the job begins
     canary_reference: str | None = None  # a directory or a Hub id; None: the same model without quantization
 
@@ -93,20 +95,27 @@ class JobSpec:
             ("--device", self.device, ("auto", "cpu", "cuda")),
             ("--dtype", self.dtype, ("auto", "float32", "bfloat16", "float16")),
             ("--quantization", self.quantization, QUANTIZATIONS),
-            ("--kv-cache-dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "int8")),
+            ("--kv-cache-dtype", self.kv_cache_dtype, ("auto", "float32", "bfloat16", "float16", "int8", "fp8")),
         ):
             if value not in known:
                 raise UsageError(f"{flag} is {value!r}; it must be one of {', '.join(known)}")
         _at_least("--seed", self.seed, 0)
-        _at_least("--max-num-seqs", self.max_num_seqs, 1)
-        _at_least("--max-num-batched-tokens", self.max_num_batched_tokens, 1)
         _at_least("--block-size", self.block_size, 1)
         _at_least("--commit-rows", self.commit_rows, 1)
         _at_least("--canary", self.canary, 0)
         if self.canary_reference is not None and not self.canary:
             raise UsageError("--canary-reference needs --canary N, with the number of rows to compare")
-        if self.max_model_len is not None:
-            _at_least("--max-model-len", self.max_model_len, 2)
+        for flag, number, bound in (
+            ("--max-num-seqs", self.max_num_seqs, 1),
+            ("--max-num-batched-tokens", self.max_num_batched_tokens, 1),
+            ("--max-model-len", self.max_model_len, 2),
+        ):
+            if number is not None:
+                _at_least(flag, number, bound)
+        if not 0.05 <= self.gpu_memory_utilization <= 1:
+            raise UsageError(
+                f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be a share from 0.05 to 1"
+            )
         if not self.commit_seconds > 0:
             raise UsageError(f"--commit-seconds is {self.commit_seconds}; it must be above 0")
         if not 0 <= self.max_error_rate <= 1:

@@ -41,23 +41,24 @@ class DecodeBlocks:
     offsets: Tensor  # [n + 1] int64 into order
 
 
-def attention(
-    query_THd: Tensor,
-    cache: KVCache,
-    tiles: tuple[PromptTiles, ...],
-    decode: DecodeBlocks | None,
-    scale: float,
-    window: int | None,
-) -> Tensor:
+@dataclass(frozen=True)
+class TiledBatch:
+    """What a step's attention reads, in the layers that have this window."""
+
+    window: int | None  # a token sees that many positions, itself included; None: all before it
+    tiles: tuple[PromptTiles, ...]
+    decode: DecodeBlocks | None  # cut to the window; None if nothing decodes
+
+
+def attention(query_THd: Tensor, cache: KVCache, batch: TiledBatch, scale: float) -> Tensor:
     """Attention outputs [T, heads, head_dim] in the query's dtype; rows of no query are zero.
 
-    The step's own keys and values are already in the cache. `window`: a token sees that many positions, itself
-    included (None: all before it); `decode` has been cut to it.
+    The step's own keys and values are already in the cache.
     """
     out = torch.zeros_like(query_THd)
-    for group in tiles:
-        _prompt_tiles(out, query_THd, cache, group, scale, window)
-    if decode is not None:
+    for group in batch.tiles:
+        _prompt_tiles(out, query_THd, cache, group, scale, batch.window)
+    if (decode := batch.decode) is not None:
         out[decode.rows] = decode_blocks(query_THd[decode.rows].float(), cache, decode, scale).to(out.dtype)
     return out
 

@@ -6,23 +6,36 @@ import mmap
 import torch
 from torch import Tensor
 
-KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
+KV_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+MOST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""The largest number of the types that need a scale."""
+
+CPU = torch.device("cpu")
 
 
 class KVCache:
-    """Keys and values of one layer, [blocks, kv_heads, block_size, head_dim]; int8 with a scale per token and head.
+    """Keys and values of one layer, [blocks, kv_heads, block_size, head_dim]; 8 bits with a scale per
+    token and head.
 
     A slot is a position in the pool: block * block_size + offset. Block 0 belongs to nobody: padding is written there.
     """
 
-    def __init__(self, blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device = CPU
+    ) -> None:
         shape = (blocks, kv_heads, block_size, head_dim)
         # Zeros, not noise: a masked position still takes part, with weight zero, and must be finite.
-        self.key, self.value = _lazy_zeros(shape, dtype), _lazy_zeros(shape, dtype)
+        self.key, self.value = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
         self.block_size = block_size
-        quantized = dtype == torch.int8
-        self.key_scale = _lazy_zeros(shape[:3], torch.float32) if quantized else None
-        self.value_scale = _lazy_zeros(shape[:3], torch.float32) if quantized else None
+        quantized = dtype in MOST
+        self.key_scale = _zeros(shape[:3], torch.float32, device) if quantized else None
+        self.value_scale = _zeros(shape[:3], torch.float32, device) if quantized else None
 
     @property
     def nbytes(self) -> int:
@@ -38,20 +51,27 @@ class KVCache:
             (self.value, self.value_scale, value_THd),
         ):
             if scales is not None:
-                step = new.float().abs().amax(-1, keepdim=True).div_(127.0)
+                most = MOST[pool.dtype]
+                step = new.float().abs().amax(-1, keepdim=True).div_(most)
                 scales.view(-1).index_copy_(0, rows, step.flatten())
-                new = new.float().div(step.clamp(min=1e-30)).round_()
-            pool.view(-1, pool.shape[-1]).index_copy_(0, rows, new.to(pool.dtype).flatten(0, 1))
+                new = new.float().div(step.clamp(min=1e-30))
+                new = new.round_() if pool.dtype == torch.int8 else new.clamp_(-most, most)
+            flat, stored = pool.view(-1, pool.shape[-1]), new.to(pool.dtype).flatten(0, 1)
+            if pool.dtype == torch.float8_e4m3fn:  # which torch copies by index only as bytes
+                flat, stored = flat.view(torch.uint8), stored.view(torch.uint8)
+            flat.index_copy_(0, rows, stored)
 
     def clear(self, blocks: Tensor) -> None:
         """Set blocks to zero: what a row that was not finite has left behind must not reach the next owner."""
         for pool in (self.key, self.value, self.key_scale, self.value_scale):
             if pool is not None:
-                pool[blocks] = 0
+                pool.view(torch.uint8)[blocks] = 0
 
 
-def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Zeros whose pages the system hands out when they are first written: a pool costs what is used of it."""
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On the CPU their pages are handed out by the system when first written: a pool costs what is used of it."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
 

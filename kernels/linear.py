@@ -1,5 +1,6 @@
 """`Linear`: a matrix product in floating point whose rows do not depend on each other's number."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +16,12 @@ class Linear:
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
         self.weight = weight_NK
         self.bias = bias_N
+        self.row_grain = MIN_ROWS
+
+    @property
+    def takes(self) -> torch.dtype:
+        """Rows are brought to it, whatever they come in."""
+        return self.weight.dtype
 
     @property
     def operations_per_row(self) -> int:

@@ -28,6 +28,9 @@ class LinearW4A16:
     ones, as the weights themselves would be if they were expanded. "reference" expands at every call.
     """
 
+    takes = torch.bfloat16
+    row_grain = 1
+
     def __init__(
         self, values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor, bias_N: Tensor | None = None
     ) -> None:
@@ -45,7 +48,7 @@ class LinearW4A16:
             )
         self.bias = bias_N
         available = ("reference", "cpu") if vectorized() else ("reference",)
-        self.path = dispatch.choose("linear_w4a16", values_NK.device.type, available)
+        self.path = dispatch.choose("linear_w4a16", available)
         if self.path == "cpu":
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values_NK.to(torch.int32).add_(8), 1)
             # [G, N, 2]: a weight is (number - 8) * first + second

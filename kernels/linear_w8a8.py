@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.kernels import dispatch
+from batchinfer.kernels.linear import MIN_ROWS
 from batchinfer.kernels.rows import Rows
 
 
@@ -17,12 +18,15 @@ class LinearW8A8:
     "reference" is `torch._int_mm`.
     """
 
+    takes = torch.uint8
+    row_grain = MIN_ROWS
+
     def __init__(self, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None) -> None:
         self.shape = (weight_NK.shape[0], weight_NK.shape[1])
         self.scale = scale_N
         self.bias = bias_N
         available = ("reference", "cpu") if "x86" in torch.backends.quantized.supported_engines else ("reference",)
-        self.path = dispatch.choose("linear_w8a8", weight_NK.device.type, available)
+        self.path = dispatch.choose("linear_w8a8", available)
         if self.path == "cpu":
             self.weight = torch.ops.onednn.qlinear_prepack(weight_NK, None)
             self.zero_points = torch.zeros(self.shape[0], dtype=torch.int64)

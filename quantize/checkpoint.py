@@ -13,7 +13,7 @@ class Format(Protocol):
     """How a checkpoint holds its matrices."""
 
     name: str  # for the report
-    integer_inputs: bool  # made for 8-bit products
+    eight_bit_inputs: frozenset[str]  # int8, fp8: what it was made to be multiplied with, by channel
 
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
         """The module's weight [N, K]; None where it is in floating point. A `ValueError` names what is damaged."""

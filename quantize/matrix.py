@@ -1,6 +1,6 @@
 """`QuantizedMatrix`: a weight in few bits, in the one form that every checkpoint format is read into."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -45,9 +45,14 @@ class QuantizedMatrix:
     zero_point: Tensor | None = None  # int16, in the shape of scale
     group_of: Tensor | None = None  # [K] int64
 
-    def by_channel(self) -> tuple[Tensor, Tensor] | None:
-        """(int8 [N, K], scale float32 [N]) where that is all it is; None where it has groups or zero points."""
-        if self.values.dtype != torch.int8 or self.zero_point is not None or self.scale.shape[1] != 1:
+    def to(self, device: torch.device) -> "QuantizedMatrix":
+        """The same on a device."""
+        parts = {name: getattr(self, name) for name in ("values", "scale", "zero_point", "group_of")}
+        return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
+
+    def by_channel(self, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor] | None:
+        """(values [N, K] of that type, scale float32 [N]) where that is all it is; None with groups or zero points."""
+        if self.values.dtype != dtype or self.zero_point is not None or self.scale.shape[1] != 1:
             return None
         return self.values, self._spread(self.scale)[:, 0].expand(len(self.values)).contiguous()
 

@@ -5,41 +5,42 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """Bits of weights and activations; 16 stands for the floating-point type of the job.
+    """Bits of weights, and what activations are rounded to; 16 stands for the floating-point type of the job.
 
     Weights of 4 bits beside activations of 8 are those of a 4-bit checkpoint, held in 8 bits.
     """
 
     name: str
     weight_bits: int = 16
-    activation_bits: int = 16
+    activations: str = "float"  # float | int8 | fp8
     head: bool = False  # the output head too
     as_stored: bool = False  # each matrix as the checkpoint has it, those that it leaves in floating point so too
 
     @property
     def quantized(self) -> bool:
-        """True if the decoder's matrices are held in integers."""
+        """True if the decoder's matrices are held in 8 bits."""
         return self.weight_bits < 16
 
 
 _SCHEMES = {
     "none": QuantScheme("none"),
-    "w8a8-int8": QuantScheme("w8a8-int8", 8, 8),
-    "w4a8": QuantScheme("w4a8", 4, 8),
+    "w8a8-int8": QuantScheme("w8a8-int8", 8, "int8"),
+    "w8a8-fp8": QuantScheme("w8a8-fp8", 8, "fp8"),
+    "w4a8": QuantScheme("w4a8", 4, "int8"),
 }
 
-QUANTIZATIONS = ("auto", "none", "w8a8-int8", "w8a8-int8+head", "w4a8", "w4a8+head")
+QUANTIZATIONS = ("auto", "none", "w8a8-int8", "w8a8-int8+head", "w8a8-fp8", "w8a8-fp8+head", "w4a8", "w4a8+head")
 """What `--quantization` may be."""
 
 
-def scheme(name: str, integer_checkpoint: bool = False) -> QuantScheme:
+def scheme(name: str, eight_bit_checkpoint: bool = False) -> QuantScheme:
     """The scheme of a `--quantization` name, `+head` at its end included.
 
-    `auto` is what the checkpoint says: 8-bit products if it was made for them (`integer_checkpoint`), else products in
-    floating point. A `ValueError` lists the names there are.
+    `auto` is what the checkpoint says: 8-bit products if it was made for them (`eight_bit_checkpoint`), else products
+    in floating point. A `ValueError` lists the names there are.
     """
     if name == "auto":
-        return QuantScheme("auto", 8, 8, as_stored=True) if integer_checkpoint else QuantScheme("auto")
+        return QuantScheme("auto", 8, as_stored=True) if eight_bit_checkpoint else QuantScheme("auto")
     base, plus, _ = name.partition("+")
     if name not in QUANTIZATIONS:
         raise ValueError(f"quantization is {name!r}; it must be one of {', '.join(QUANTIZATIONS)}")

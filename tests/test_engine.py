@@ -78,6 +78,7 @@ def test_fewer_bits_stay_near(
     assert 0 < (ours - expected).norm() / expected.norm() < bound
 
 
+KV_TYPES = [("bfloat16", torch.bfloat16), ("int8", torch.int8), ("fp8", torch.float8_e4m3fn)]
 SETTINGS = {
     "alone": {"max_num_seqs": 1},
     "small chunks": {"max_num_batched_tokens": 64},
@@ -114,15 +115,15 @@ def test_a_row_depends_on_nothing_but_itself(
     assert shards[0] | shards[1] | shards[2] == together
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize(("kv_cache_dtype", "stored"), KV_TYPES)
 def test_a_smaller_kv_cache_changes_little_and_depends_on_no_batch(
-    make_model: Callable[..., Path], kv_cache_dtype: str
+    make_model: Callable[..., Path], kv_cache_dtype: str, stored: torch.dtype
 ) -> None:
     model = make_model("llama")
     requests = Requests.of(prompts_of(30, 200), SamplingParams(max_tokens=8, ignore_eos=True))
     exact = tokens(engine_of(model), requests)
     engine = engine_of(model, kv_cache_dtype=kv_cache_dtype)
-    assert str(engine.runner.caches[0].key.dtype) == f"torch.{kv_cache_dtype}"
+    assert engine.runner.caches[0].key.dtype == stored
     small = tokens(engine, requests)
     assert small == tokens(engine_of(model, kv_cache_dtype=kv_cache_dtype, max_num_seqs=3), requests)
     first = [exact[row][0] == small[row][0] for row in exact]
@@ -218,8 +219,10 @@ def test_stats_count_what_was_done(make_model: Callable[..., Path]) -> None:
         ({"dtype": "float8"}, "dtype is 'float8'"),
         ({"quantization": "w3a3"}, "quantization is 'w3a3'"),
         ({"quantization": "none+head"}, "quantization is 'none+head'"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype is 'fp8'"),
-        ({"device": "cuda"}, "device is 'cuda'"),
+        ({"quantization": "w8a8-fp8"}, "the CPU multiplies no fp8: float8 needs a GPU"),
+        ({"kv_cache_dtype": "fp4"}, "kv_cache_dtype is 'fp4'"),
+        ({"device": "tpu"}, "device is 'tpu'; it must be cpu or cuda"),
+        ({"gpu_memory_utilization": 1.2}, "gpu_memory_utilization is 1.2; it must be from 0.05 to 1"),
         ({"max_model_len": 1024}, "max_model_len is 1024; it must be from 2 to 512"),
         ({"max_num_batched_tokens": 32}, "max_num_batched_tokens is 32; it must be at least 64"),
         ({"block_size": 24}, "block_size is 24"),

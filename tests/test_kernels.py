@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from batchinfer.attention_inputs import TiledInputs
+from batchinfer.batch import Piece
 from batchinfer.kernels import dispatch
 from batchinfer.kernels.activation import silu_mul, silu_mul_quantize
 from batchinfer.kernels.attention import attention
+from batchinfer.kernels.backends import choose_backend
 from batchinfer.kernels.kv_cache import KVCache, cache_rows, rotate
 from batchinfer.kernels.linear import Linear
 from batchinfer.kernels.linear_w4a16 import GROUPS, LinearW4A16
@@ -20,7 +23,6 @@ from batchinfer.kernels.linear_w8a8 import LinearW8A8
 from batchinfer.kernels.norm import rms_norm, rms_norm_quantize
 from batchinfer.kernels.rows import Rows, add_rows, quantize_rows
 from batchinfer.quantize.rtn import quantize_channels
-from batchinfer.scheduler import Scheduler
 
 
 def true_values(rows: Rows) -> Tensor:
@@ -184,10 +186,11 @@ def test_w4a16_holds_half_a_byte_a_weight() -> None:
 def test_an_unknown_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCHINFER_KERNELS", "fast")
     with pytest.raises(ValueError, match="'fast'"):
-        dispatch.choose("x", "cpu", ("reference",))
+        dispatch.choose("x", ("reference",))
     monkeypatch.setenv("BATCHINFER_KERNELS", "triton")
-    with pytest.raises(ValueError, match="has no x on cpu"):
-        dispatch.choose("x", "cpu", ("reference", "cpu"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="only with TRITON_INTERPRET=1"):
+        choose_backend("cpu", deterministic=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -249,16 +252,16 @@ def test_paged_attention_is_dense_attention(
         cache.store(keys[i], values[i], cache_rows(slots, kv_heads, block_size))
 
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.int8: 3e-2}[dtype]
-    scheduler = Scheduler.__new__(Scheduler)
-    scheduler.table = _Table(table, block_size)  # type: ignore[assignment]
     rows = np.cumsum([0, *lengths])
-    tiles = scheduler._tiles([_piece(i, n, rows[i]) for i, n in enumerate(lengths)])
+    sequences, none = _Table(table, block_size), np.empty(0, np.int64)
+    inputs = TiledInputs({window})
+    prompts = inputs(sequences, [Piece(i, 0, n, int(rows[i])) for i, n in enumerate(lengths)], none, none)
     query = torch.randn(rows[-1], heads, head_dim)
-    out = attention(query, cache, tiles, None, head_dim**-0.5, window)
-    decode = scheduler._decode_blocks(np.arange(len(lengths)), np.array(lengths) - 1, 0, window)
-    assert isinstance(decode.blocks, slice) == crowded or window is not None
+    out = attention(query, cache, prompts[window], head_dim**-0.5)
+    decode = inputs(sequences, [], np.arange(len(lengths)), np.array(lengths) - 1)[window]
+    assert isinstance(decode.decode.blocks, slice) == crowded or window is not None
     last = torch.from_numpy(rows[1:] - 1)
-    out_last = attention(query[last], cache, (), decode, head_dim**-0.5, window)
+    out_last = attention(query[last], cache, decode, head_dim**-0.5)
     for i, n in enumerate(lengths):
         expected = dense_attention(query[rows[i] : rows[i] + n], keys[i], values[i], window)
         torch.testing.assert_close(out[rows[i] : rows[i] + n].double(), expected, atol=tolerance, rtol=tolerance)
@@ -268,12 +271,6 @@ def test_paged_attention_is_dense_attention(
 class _Table:
     def __init__(self, blocks: np.ndarray, block_size: int) -> None:
         self.blocks, self.block_size = blocks, block_size
-
-
-def _piece(place: int, length: int, row: int) -> object:
-    from batchinfer.scheduler import Piece
-
-    return Piece(place, 0, length, int(row))
 
 
 def test_padding_writes_reach_nobody() -> None:

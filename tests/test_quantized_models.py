@@ -224,7 +224,8 @@ def test_4_bit_products_of_sizes_that_int4pack_does_not_take_are_expanded_and_na
     kinds = [type(p) for p in engine.runner.decoder.layers[0].products]
     assert kinds == [LinearW4A16, LinearW4A16, LinearW4A16, Linear]
     assert engine.stats().notes[1] == (
-        "int4pack does not take 3 of the products, which are expanded: the first is model.layers.0.mlp.down_proj"
+        "the 4-bit kernel does not take 3 of the products, which are expanded: the first is "
+        "model.layers.0.mlp.down_proj"
     )
     tokens(engine, Requests.of(prompts_of(3, 50), SamplingParams(max_tokens=3)))
 

@@ -21,7 +21,7 @@ class AWQ:
     """The format of one checkpoint, from its `quantization_config`. A `ValueError` names what is not supported."""
 
     name = "AWQ, 4 bits"
-    integer_inputs = False
+    eight_bit_inputs: frozenset[str] = frozenset()
 
     def __init__(self, config: dict[str, Any]) -> None:
         if (bits := whole(config, "bits")) != 4:

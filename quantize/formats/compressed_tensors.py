@@ -63,7 +63,7 @@ class CompressedTensors:
             raise ValueError(f"config.json: quantization_config: config_groups is {groups!r}; expected named groups")
         self.groups = [_group(name, raw, config.get("format")) for name, raw in groups.items()]
         self.ignore = _names(config.get("ignore") or [], "ignore")
-        self.integer_inputs = any(g.activations == "int8" for g in self.groups)
+        self.eight_bit_inputs = frozenset(g.activations for g in self.groups) - {"float"}
         self.name = "compressed-tensors, " + ", ".join(sorted({f"{g.format} {g.bits} bits" for g in self.groups}))
         if any(group.static_input for group in self.groups):
             self.name += ", its static input scales left aside for a scale a token"

@@ -14,7 +14,7 @@ class BlockFP8:
     """The format of one checkpoint, from its `quantization_config`. A `ValueError` names what is not supported."""
 
     name = "block FP8"
-    integer_inputs = False
+    eight_bit_inputs: frozenset[str] = frozenset()
 
     def __init__(self, config: dict[str, Any]) -> None:
         block = config.get("weight_block_size")

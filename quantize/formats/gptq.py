@@ -16,7 +16,7 @@ from batchinfer.quantize.pack import unpack
 class GPTQ:
     """The format of one checkpoint, from its `quantization_config`. A `ValueError` names what is not supported."""
 
-    integer_inputs = False
+    eight_bit_inputs: frozenset[str] = frozenset()
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.bits = whole(config, "bits")

@@ -1,0 +1,123 @@
+"""What attention reads of a step, put together on the host: one way for each backend."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from batchinfer.batch import Ints, Piece
+from batchinfer.kernels.attention import TILE, DecodeBlocks, PromptTiles, TiledBatch
+from batchinfer.kernels.attention_plan import Tiling, plan_attention
+from batchinfer.kernels.backend import AttentionBatch
+from batchinfer.kernels.ragged_attention import RaggedBatch
+from batchinfer.sequence import SequenceTable
+
+
+class AttentionInputs(Protocol):
+    """A step's attention, by the layers' windows."""
+
+    def __call__(
+        self, table: SequenceTable, pieces: list[Piece], decoding: Ints, positions: Ints
+    ) -> dict[int | None, AttentionBatch]:
+        """Of pieces of prompts, and of the places that decode, with the positions of their tokens behind them."""
+        ...
+
+
+class TiledInputs:
+    """For the CPU: prompts in tiles of the same place in their sequences, single queries with the blocks they walk."""
+
+    def __init__(self, windows: set[int | None]) -> None:
+        self.windows = windows
+
+    def __call__(
+        self, table: SequenceTable, pieces: list[Piece], decoding: Ints, positions: Ints
+    ) -> dict[int | None, AttentionBatch]:
+        groups: dict[int, list[tuple[int, int, int]]] = {}
+        for p in pieces:
+            for start in range(p.start, p.end, TILE):
+                tile = (p.place, p.row + start - p.start, min(TILE, p.end - start))
+                groups.setdefault(start // TILE, []).append(tile)
+        tiles = tuple(_tile_group(table, index, tiles) for index, tiles in sorted(groups.items()))
+        prompt_tokens = sum(p.end - p.start for p in pieces)
+
+        def decode(window: int | None) -> DecodeBlocks | None:
+            return _decode_blocks(table, decoding, positions, prompt_tokens, window) if len(decoding) else None
+
+        return {window: TiledBatch(window, tiles, decode(window)) for window in self.windows}
+
+
+class RaggedInputs:
+    """For a GPU: all sequences alike, with their new tokens, planned for one kernel."""
+
+    def __init__(
+        self, windows: set[int | None], heads: int, kv_heads: int, tiling: Tiling, processors: int | None
+    ) -> None:
+        """`processors` None: a token's bits do not depend on the batch."""
+        self.windows, self.heads, self.kv_heads = windows, heads, kv_heads
+        self.tiling, self.processors = tiling, processors
+
+    def __call__(
+        self, table: SequenceTable, pieces: list[Piece], decoding: Ints, positions: Ints
+    ) -> dict[int | None, AttentionBatch]:
+        prompts = np.array([(p.place, p.end - p.start, p.end) for p in pieces], np.int64).reshape(-1, 3)
+        single = np.stack([decoding, np.ones_like(decoding), positions + 1], 1)
+        places, lengths, contexts = np.concatenate([prompts, single]).T
+        most = table.blocks_for(int(contexts.max()))
+        blocks = torch.from_numpy(table.blocks[places, :most].astype(np.int32))
+        batch = RaggedBatch(np.concatenate([[0], np.cumsum(lengths)]), contexts, blocks)
+        return {
+            window: plan_attention(batch, self.heads, self.kv_heads, window, self.tiling, self.processors)
+            for window in self.windows
+        }
+
+
+def _tile_group(table: SequenceTable, index: int, tiles: list[tuple[int, int, int]]) -> PromptTiles:
+    place, row, size = (np.array(column, np.int64)[:, None] for column in zip(*tiles, strict=True))
+    within = np.arange(TILE)
+    real = within < size
+    blocks = table.blocks[place[:, 0], : (index + 1) * TILE // table.block_size]
+    return PromptTiles(
+        index, _tensor(np.where(real, row + within, row)), _tensor(blocks), _tensor(np.flatnonzero(real))
+    )
+
+
+def _decode_blocks(
+    table: SequenceTable, places: Ints, positions: Ints, first_row: int, window: int | None
+) -> DecodeBlocks:
+    size = table.block_size
+    start = np.zeros_like(positions) if window is None else np.maximum(positions + 1 - window, 0)
+    counts = positions // size + 1 - start // size
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    query = np.repeat(np.arange(len(places)), counts)
+    index = np.arange(offsets[-1]) - offsets[query] + (start // size)[query]  # of the block in its sequence
+    pool = table.blocks[places[query], index]
+    key_positions = index[:, None] * size + np.arange(size)
+    hidden = (key_positions > positions[query, None]) | (key_positions < start[query, None])
+    edges = np.flatnonzero(hidden.any(1))
+
+    low, high = int(pool.min()), int(pool.max()) + 1
+    if 2 * len(pool) >= high - low:  # crowded enough to read the pool where it lies
+        blocks: slice | Tensor = slice(low, high)
+        order, total = pool - low, high - low
+    else:
+        blocks, order, total = _tensor(pool), np.arange(len(pool)), len(pool)
+    owner = np.zeros(total, np.int64)
+    owner[order] = query
+    most = np.arange(int(counts.max()))
+    padded = np.where(most < counts[:, None], most, 0) + offsets[:-1, None]
+    return DecodeBlocks(
+        rows=torch.arange(first_row, first_row + len(places)),
+        blocks=blocks,
+        owner=_tensor(owner),
+        edges=_tensor(order[edges]),
+        hidden=_tensor(hidden[edges, None]),
+        table=_tensor(order[padded]),
+        order=_tensor(order),
+        offsets=_tensor(offsets),
+    )
+
+
+def _tensor(array: NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))

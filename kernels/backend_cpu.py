@@ -1,0 +1,83 @@
+"""`CpuBackend`: torch's operations, in the shapes that a processor likes."""
+
+import torch
+from torch import Tensor
+
+from batchinfer.kernels.activation import silu_mul, silu_mul_quantize
+from batchinfer.kernels.attention import TiledBatch, attention
+from batchinfer.kernels.backend import AttentionBatch, Product
+from batchinfer.kernels.kv_cache import KVCache, cache_rows, rotate
+from batchinfer.kernels.linear import Linear
+from batchinfer.kernels.linear_w4a16 import LinearW4A16
+from batchinfer.kernels.linear_w8a8 import LinearW8A8
+from batchinfer.kernels.norm import rms_norm, rms_norm_quantize
+from batchinfer.kernels.rows import Rows, add_rows, quantize_rows
+from batchinfer.kernels.sampling import SamplingBatch, greedy, sample
+
+
+class CpuBackend:
+    """8-bit rows are uint8, and the stream beside them is float32: what its integer product takes and gives."""
+
+    device = torch.device("cpu")
+    eight_bits = frozenset({"int8"})
+
+    def stream(self, dtype: torch.dtype, quantized: bool) -> torch.dtype:
+        return torch.float32 if quantized else dtype
+
+    def linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> Product:
+        return Linear(weight_NK, bias_N)
+
+    def linear_w8a8(
+        self, values_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, out: torch.dtype = torch.float32
+    ) -> Product:
+        """`out` is float32: the scales of rows stay apart, so that rounding here would be rounding twice."""
+        return LinearW8A8(values_NK, scale_N, None if bias_N is None else bias_N.float())
+
+    def linear_w4a16(
+        self, values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+    ) -> Product:
+        return LinearW4A16(values_NK, scale_NG, zero_point_NG, bias_N)
+
+    def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
+        if y is not None:
+            add_rows(x_MD, y)
+        if takes == torch.uint8:
+            return rms_norm_quantize(x_MD, weight_D, eps)
+        return Rows(rms_norm(x_MD, weight_D, eps))
+
+    def silu_mul(self, gate_up: Rows, takes: torch.dtype) -> Rows:
+        if takes == torch.uint8:
+            return silu_mul_quantize(Rows(gate_up.values.float(), gate_up.scale))
+        return Rows(silu_mul(gate_up.dense()))
+
+    def rows(self, x_MK: Tensor, takes: torch.dtype) -> Rows:
+        return quantize_rows(x_MK.float()) if takes == torch.uint8 else Rows(x_MK)
+
+    def cache_places(self, slots_T: Tensor, cache: KVCache) -> Tensor:
+        return cache_rows(slots_T, cache.key.shape[1], cache.block_size)
+
+    def rotate_and_store(
+        self,
+        qkv_TX: Tensor,
+        cache: KVCache,
+        heads: int,
+        cos_Td: Tensor,
+        sin_Td: Tensor,
+        places: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+    ) -> Tensor:
+        by_head = qkv_TX.view(len(qkv_TX), -1, cache.key.shape[-1])
+        query, (key, value) = by_head[:, :heads], by_head[:, heads:].chunk(2, 1)
+        if norms is not None:
+            query, key = rms_norm(query, norms[0], eps), rms_norm(key, norms[1], eps)
+        query, key = rotate(query, cos_Td, sin_Td), rotate(key, cos_Td, sin_Td)
+        cache.store(key, value, places)
+        return query
+
+    def attention(self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
+        assert isinstance(batch, TiledBatch)
+        return attention(query_THd, cache, batch, scale)
+
+    def sample(self, logits_rV: Tensor, batch: SamplingBatch | None) -> tuple[Tensor, Tensor]:
+        return greedy(logits_rV) if batch is None else sample(logits_rV, batch)

@@ -1,0 +1,85 @@
+"""`TritonBackend`: kernels of ours between the products, on a GPU, or on the CPU in Triton's interpreter."""
+
+import torch
+from torch import Tensor
+
+from batchinfer.kernels import activation_triton, dispatch, norm_triton, rows_triton
+from batchinfer.kernels.attention_plan import AttentionPlan
+from batchinfer.kernels.attention_triton import paged_attention
+from batchinfer.kernels.backend import AttentionBatch, Product
+from batchinfer.kernels.kv_cache import KVCache
+from batchinfer.kernels.kv_cache_triton import rotate_and_store
+from batchinfer.kernels.products_triton import DenseProduct, EightBitProduct, FourBitProduct
+from batchinfer.kernels.rows import Rows
+from batchinfer.kernels.sampling import SamplingBatch, greedy
+from batchinfer.kernels.sampling_triton import sample
+
+EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
+PROCESSORS_INTERPRETED = 4  # any number: so many that small tests split their work
+
+
+class TritonBackend:
+    """The residual stream is in the model's type, and every product's result is dense."""
+
+    def __init__(self, device: torch.device, deterministic: bool) -> None:
+        self.device, self.deterministic = device, deterministic
+        dispatch.chosen.update(dict.fromkeys(("norm", "activation", "kv_cache", "attention", "sampling"), "triton"))
+        self.processors, has_fp8 = PROCESSORS_INTERPRETED, True
+        if device.type == "cuda":
+            properties = torch.cuda.get_device_properties(device)
+            self.processors, has_fp8 = properties.multi_processor_count, (properties.major, properties.minor) >= (8, 9)
+        self.eight_bits = frozenset({"int8", "fp8"} if has_fp8 else {"int8"})
+
+    def stream(self, dtype: torch.dtype, quantized: bool) -> torch.dtype:
+        return dtype
+
+    def linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> Product:
+        return DenseProduct(weight_NK, bias_N, self.deterministic)
+
+    def linear_w8a8(
+        self, values_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, out: torch.dtype = torch.float32
+    ) -> Product:
+        return EightBitProduct(values_NK, scale_N, bias_N, out, self.deterministic)
+
+    def linear_w4a16(
+        self, values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype
+    ) -> Product:
+        zero_point = zero_point_NG if bool(zero_point_NG.any()) else None
+        return FourBitProduct(values_NK, scale_NG, zero_point, bias_N, dtype, self.processors, self.deterministic)
+
+    def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
+        return norm_triton.add_norm(x_MD, None if y is None else y.values, weight_D, eps, _out(takes, x_MD))
+
+    def silu_mul(self, gate_up: Rows, takes: torch.dtype) -> Rows:
+        return activation_triton.silu_mul(gate_up.values, _out(takes, gate_up.values))
+
+    def rows(self, x_MK: Tensor, takes: torch.dtype) -> Rows:
+        return rows_triton.quantize_rows(x_MK, takes) if takes in EIGHT_BITS else Rows(x_MK)
+
+    def cache_places(self, slots_T: Tensor, cache: KVCache) -> Tensor:
+        return slots_T
+
+    def rotate_and_store(
+        self,
+        qkv_TX: Tensor,
+        cache: KVCache,
+        heads: int,
+        cos_Td: Tensor,
+        sin_Td: Tensor,
+        places: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+    ) -> Tensor:
+        return rotate_and_store(qkv_TX, cache, heads, cos_Td, sin_Td, places, norms, eps)
+
+    def attention(self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
+        assert isinstance(batch, AttentionPlan)
+        return paged_attention(query_THd, cache, batch, scale)
+
+    def sample(self, logits_rV: Tensor, batch: SamplingBatch | None) -> tuple[Tensor, Tensor]:
+        return greedy(logits_rV) if batch is None else sample(logits_rV, batch)
+
+
+def _out(takes: torch.dtype, x: Tensor) -> torch.dtype:
+    """A product in floating point takes the stream's own type."""
+    return takes if takes in EIGHT_BITS else x.dtype

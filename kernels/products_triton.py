@@ -1,0 +1,118 @@
+"""Matrix products on a GPU: the vendor's library where it is as good, Triton where it is not."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchinfer.kernels import dispatch
+from batchinfer.kernels.four_bits_triton import repack
+from batchinfer.kernels.linear_triton import linear
+from batchinfer.kernels.linear_w4a16_triton import linear_w4a16
+from batchinfer.kernels.linear_w8a8_triton import linear_w8a8
+from batchinfer.kernels.rows import Rows
+
+SCALED_BY_LIBRARY = ((9, 0), (10, 0))
+"""Devices, by compute capability, on which `torch._scaled_mm` has a kernel for a scale a row and a scale a channel, and
+multiplies float8. Not measured against ours: `make gpu-check` does."""
+LIBRARY_GRAIN = 16  # of columns and of weight rows, for that kernel
+
+
+class DenseProduct:
+    """`x @ weight.T + bias` in the weight's type; `deterministic`: a row's bits do not depend on the rows beside it."""
+
+    row_grain = 1
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, deterministic: bool) -> None:
+        self.weight, self.bias, self.deterministic = weight_NK, bias_N, deterministic
+        dispatch.chosen["linear"] = "triton, one tile" if deterministic else "torch"
+
+    @property
+    def takes(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def operations_per_row(self) -> int:
+        return 2 * self.weight.numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def __call__(self, x: Rows) -> Rows:
+        """[M, K] to [M, N], dense."""
+        if self.deterministic:
+            return Rows(linear(x.values, self.weight, self.bias))
+        return Rows(F.linear(x.values, self.weight, self.bias))
+
+
+class EightBitProduct:
+    """Rows and weights in int8 or float8_e4m3fn, with a scale a row and a scale a channel; the result is in `out`."""
+
+    row_grain = 1
+
+    def __init__(
+        self, values_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None, out: torch.dtype, deterministic: bool
+    ) -> None:
+        self.weight, self.scale, self.bias, self.out = values_NK.contiguous(), scale_N, bias_N, out
+        self.deterministic = deterministic
+        self.by_library = not deterministic and _library_takes(values_NK, out)
+        name = "int8" if values_NK.dtype == torch.int8 else "fp8"
+        dispatch.chosen[f"linear_w8a8 ({name})"] = "torch" if self.by_library else "triton"
+
+    @property
+    def takes(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def operations_per_row(self) -> int:
+        return 2 * self.weight.numel()
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.scale.nbytes
+
+    def __call__(self, x: Rows) -> Rows:
+        """[M, K] to [M, N], dense."""
+        if self.by_library and x.scale is not None:
+            scale = self.scale.view(1, -1)
+            return Rows(torch._scaled_mm(x.values, self.weight.t(), x.scale, scale, self.bias, out_dtype=self.out))
+        return Rows(linear_w8a8(x, self.weight, self.scale, self.bias, self.out, self.deterministic))
+
+
+class FourBitProduct:
+    """Floating-point rows, and weights that are read in 4 bits."""
+
+    row_grain = 1
+
+    def __init__(
+        self,
+        values_NK: Tensor,
+        scale_NG: Tensor,
+        zero_point_NG: Tensor | None,
+        bias_N: Tensor | None,
+        dtype: torch.dtype,
+        processors: int,
+        deterministic: bool,
+    ) -> None:
+        self.weight = repack(values_NK, scale_NG, zero_point_NG, dtype)
+        self.bias, self.takes, self.processors, self.deterministic = bias_N, dtype, processors, deterministic
+        dispatch.chosen["linear_w4a16"] = "triton"
+
+    @property
+    def operations_per_row(self) -> int:
+        return 2 * self.weight.rows * self.weight.columns
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def __call__(self, x: Rows) -> Rows:
+        """[M, K] to [M, N], dense."""
+        return Rows(linear_w4a16(x.values, self.weight, self.bias, self.processors, self.deterministic))
+
+
+def _library_takes(values_NK: Tensor, out: torch.dtype) -> bool:
+    if values_NK.dtype != torch.float8_e4m3fn or out != torch.bfloat16 or not values_NK.is_cuda:
+        return False
+    fits = all(size % LIBRARY_GRAIN == 0 for size in values_NK.shape)
+    return fits and torch.cuda.get_device_capability(values_NK.device) in SCALED_BY_LIBRARY
