@@ -138,6 +138,8 @@ def run(
     canary_reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Compare with this one: for a checkpoint that is quantized.")
     ] = None,
+    retry_errors: Annotated[bool, typer.Option(help="Run the rows that failed in an earlier run again.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with an earlier run, or begin only in an empty place.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier output and its run folder.")] = False,
     config: Annotated[
         Path | None,
@@ -181,6 +183,8 @@ def run(
         commit_seconds=commit_seconds,
         max_error_rate=max_error_rate,
         overwrite=overwrite,
+        resume=resume,
+        retry_errors=retry_errors,
         canary=canary,
         canary_reference=canary_reference,
     )

@@ -100,7 +100,7 @@ def evaluate(
     if plot is not None and plot.suffix != ".svg":
         raise UsageError(f"--plot is {plot}; its name must end in .svg")
     from batchinfer.jobs import evaluate as job
-    from batchinfer.jobs.parts import write_json
+    from batchinfer.jobs.durable import write_json
     from batchinfer.jobs.plot import layer_plot
 
     done = job.evaluate(model, reference, data, column, quantization, context, rows)

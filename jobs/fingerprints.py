@@ -14,7 +14,9 @@ from batchinfer.jobs.spec import JobSpec
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
-def fingerprints(spec: JobSpec, model: Path, tokenizer: str, config: EngineConfig) -> dict[str, str]:
+def fingerprints(
+    spec: JobSpec, model: Path, tokenizer: str, config: EngineConfig, columns: list[str]
+) -> dict[str, str]:
     """One sha256 each for input, model, tokenizer, template, sampling, quantization and engine.
 
     Inputs are read wholly. Of weights, which are large and change everywhere if at all, 64 samples a file are.
@@ -31,6 +33,7 @@ def fingerprints(spec: JobSpec, model: Path, tokenizer: str, config: EngineConfi
         "id_column": spec.id_column,
     }
     return {
+        "columns": _digest(columns),
         "input": _digest([_whole(path) for path in spec.inputs]),
         "model": _digest([[path.name, _whole(path)] for path in configs] + [[p.name, _sampled(p)] for p in weights]),
         "tokenizer": tokenizer,

@@ -62,6 +62,7 @@ class Report:
     versions: dict[str, str]
     command: str
     canary: Canary | None = None
+    output_sha256: str = ""  # of the output's bytes
 
     def table(self) -> str:
         """The report as aligned lines, without colour."""
@@ -72,6 +73,7 @@ class Report:
             ("model", self.model),
             ("device", self.device),
             ("rows", f"{self.rows:,} ({self.rows_ok:,} ok, {self.rows_failed:,} failed)"),
+            *([("  done before", f"{self.rows_resumed:,}")] if self.rows_resumed else []),
             *[(f"  {code}", f"{count:,} rows") for code, count in self.rows_by_error.items()],
             ("prompt tokens", f"{self.prompt_tokens:,} ({self.prompt_tokens_computed:,} computed)"),
             ("completion tokens", f"{self.completion_tokens:,}"),

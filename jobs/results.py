@@ -7,7 +7,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from batchinfer.jobs.parts import PART_SCHEMA, RunFolder
+from batchinfer.jobs.done import Done
+from batchinfer.jobs.parts import RunFolder
+from batchinfer.jobs.schema import PART_SCHEMA
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.request import Completions, FinishReason, RowError
 from batchinfer.tokenizer import Tokenizer
@@ -16,9 +18,12 @@ REASONS = pa.array([reason.name.lower() for reason in FinishReason])
 
 
 class Results:
-    """Collects finished rows and commits them every `commit_rows` rows or `commit_seconds`; keeps the counts."""
+    """Collects finished rows and commits them every `commit_rows` rows or `commit_seconds`.
 
-    def __init__(self, spec: JobSpec, tokenizer: Tokenizer, folder: RunFolder) -> None:
+    Keeps the counts, over the rows that were done before too.
+    """
+
+    def __init__(self, spec: JobSpec, tokenizer: Tokenizer, folder: RunFolder, done: Done) -> None:
         self._spec = spec
         self._tokenizer = tokenizer
         self.folder = folder
@@ -26,10 +31,10 @@ class Results:
         self._uncommitted = 0
         self._last_commit = time.monotonic()
         self.commit_seconds = 0.0
-        self.by_reason: Counter[str] = Counter()
-        self.by_error: Counter[str] = Counter()
-        self.prompt_tokens = 0
-        self.completion_tokens = 0
+        self.by_reason = Counter(done.by_reason)
+        self.by_error = Counter(done.by_error)
+        self.prompt_tokens = done.prompt_tokens
+        self.completion_tokens = done.completion_tokens
 
     @property
     def rows(self) -> int:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,16 +13,19 @@ import pyarrow as pa
 from batchinfer.config import EngineConfig, EngineStats
 from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
 from batchinfer.jobs.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
+from batchinfer.jobs.done import Done
+from batchinfer.jobs.durable import sha256, write_json
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, resolve_model
 from batchinfer.jobs.interruption import Interruption
 from batchinfer.jobs.loop import Loop
-from batchinfer.jobs.parts import RESULT_FIELDS, RunFolder, write_json
+from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.planner import JobPlan
 from batchinfer.jobs.prompts import PromptSource
 from batchinfer.jobs.reader import Table
-from batchinfer.jobs.report import SCHEMA_VERSION, Report, peak_memory_bytes, rates, versions
+from batchinfer.jobs.report import SCHEMA_VERSION, Report, peak_memory_bytes, rates, read_report, versions
 from batchinfer.jobs.results import Results
+from batchinfer.jobs.schema import RESULT_FIELDS
 from batchinfer.jobs.spec import EngineFailed, JobSpec, Refused
 from batchinfer.jobs.windows import Prompts, Windows
 from batchinfer.jobs.worker import TORCH_ENGINE, Load, Worker, run_engine
@@ -34,14 +37,20 @@ PromptsFactory = Callable[[JobSpec, Tokenizer, int, pa.Schema], Prompts]
 
 
 def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = PromptSource) -> Report:
-    """Run a job to its end: when this returns, `spec.output` is there, whole.
+    """Run a job to its end, or go on with one: when this returns, `spec.output` is there, whole.
 
     Raises `Refused` (the data, the model or the output), `EngineFailed`, `Interrupted`, `OSError` (the disk). Then the
     output is absent, and the parts that were committed stay.
     """
+    with closing(RunFolder(spec.output)) as folder:
+        return _run(folder, spec, engine, prompts)
+
+
+def _run(folder: RunFolder, spec: JobSpec, engine: str, prompts: PromptsFactory) -> Report:
     started = time.monotonic()
-    folder = RunFolder(spec.output)
-    folder.refuse_existing(spec.overwrite)
+    folder.refuse_foreign()
+    if not (spec.resume or spec.overwrite) and folder.begun:
+        raise Refused(f"{folder.path} or {spec.output} is there, and --no-resume starts only in an empty place")
     table = Table.open(spec.inputs)
     kept = _kept_columns(spec, table)
     model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
@@ -49,7 +58,7 @@ def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = Pro
     config = _engine_config(spec, model, table.num_rows)
     tokenizer = _load_tokenizer(model, tokenizer_folder)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
-    digests = fingerprints(spec, model, tokenizer.fingerprint, config)
+    digests = fingerprints(spec, model, tokenizer.fingerprint, config, kept)
     reference = reference_config(spec, config) if spec.canary else None
     resolved = {
         "command": shlex.join(sys.argv),
@@ -60,21 +69,29 @@ def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = Pro
     }
 
     canary = None
-    if reference is not None:  # before what an earlier run left is removed
+    if reference is not None and (spec.overwrite or not folder.begun):  # before what an earlier run left is removed
         comparison = Comparison(spec, config, reference, tokenizer_folder, canary_rows(table, source, spec.canary))
         with Interruption() as interruption:
             canary = run_canary(comparison, interruption)
 
-    folder.create(resolved, digests)
+    done = folder.open(resolved, digests, table.num_rows, spec.overwrite, spec.retry_errors)
+    if folder.published and done.complete:
+        print(f"batchinfer: {spec.output} is complete already", file=sys.stderr, flush=True)
+        return read_report(spec.output)
+    stats, generating = EngineStats(notes=_resumed(done, digests)), 0.0
     try:
-        windows, results = Windows(table, source, spec.block_size), Results(spec, tokenizer, folder)
-        print(f"batchinfer: loading {spec.model}", file=sys.stderr, flush=True)
-        with Interruption() as interruption, closing(Worker(folder.log, run_engine, engine)) as worker:
-            loop = Loop(spec, windows, results, worker, table.num_rows)
-            stats = loop.run(Load(config, tokenizer_folder), interruption)
-        folder.write_manifest()
+        windows = Windows(table, source, spec.block_size, done.rows)
+        results = Results(spec, tokenizer, folder, done)
+        if not done.complete:
+            print(f"batchinfer: loading {spec.model}", file=sys.stderr, flush=True)
+            with Interruption() as interruption, closing(Worker(folder.log, run_engine, engine)) as worker:
+                loop = Loop(spec, windows, results, worker, table.num_rows)
+                found = loop.run(Load(config, tokenizer_folder), interruption)
+            stats, generating = replace(found, notes=found.notes + stats.notes), loop.generate_seconds
+        folder.write_manifest(table.num_rows)
         merging = time.monotonic()
-        merged = folder.merge(pa.schema([table.schema.field(c) for c in kept]), table.batches(kept, MERGE_ROWS))
+        input_columns = pa.schema([table.schema.field(c) for c in kept])
+        merged = folder.merge(input_columns, table.batches(kept, MERGE_ROWS), table.num_rows)
     except EngineFailed:
         raise  # its log is in the folder
     except BaseException:
@@ -89,10 +106,20 @@ def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = Pro
         "commit": results.commit_seconds,
         "merge": finished - merging,
     }
-    report = _report(spec, results, windows.plan, stats, phases, loop.generate_seconds, finished - started, canary)
+    wall = finished - started
+    report = _report(spec, results, done, windows.plan, stats, phases, generating, wall, canary, sha256(merged))
     write_json(folder.report, asdict(report))
     folder.publish(merged)
     return report
+
+
+def _resumed(done: Done, digests: dict[str, str]) -> list[str]:
+    """For the report: that rows were there before, and whether another engine computed them."""
+    if not done.count:
+        return []
+    others = done.engines - {digests["engine"]}
+    by = ", some by another version or device of batchinfer" if others else ""
+    return [f"{done.count:,} of the rows were done when this run began{by}: times and rates are of the others"]
 
 
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
@@ -138,19 +165,23 @@ def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
 def _report(
     spec: JobSpec,
     results: Results,
+    done: Done,
     plan: JobPlan,
     stats: EngineStats,
     phases: dict[str, float],
     generating: float,
     wall: float,
     canary: Canary | None,
+    digest: str,
 ) -> Report:
+    new_input = results.prompt_tokens - done.prompt_tokens
+    new_output = results.completion_tokens - done.completion_tokens
     tokens = {
         "prefill": stats.prompt_tokens,
         "decode": stats.completion_tokens,
-        "input": results.prompt_tokens,
-        "output": results.completion_tokens,
-        "total": results.prompt_tokens + results.completion_tokens,
+        "input": new_input,
+        "output": new_output,
+        "total": new_input + new_output,
     }
     seconds = {kind: phases.get(kind, generating) for kind in tokens}
     busy = stats.prefill_seconds + stats.decode_seconds
@@ -162,8 +193,8 @@ def _report(
         rows=results.rows,
         rows_ok=results.rows - results.failed,
         rows_failed=results.failed,
-        rows_resumed=0,
-        rows_computed=results.rows,
+        rows_resumed=done.count,
+        rows_computed=results.rows - done.count,
         rows_duplicate=0,
         rows_by_finish_reason=dict(results.by_reason),
         rows_by_error=dict(results.by_error),
@@ -181,7 +212,7 @@ def _report(
         generate_seconds=generating,
         wall_seconds=wall,
         tokens_per_second=rates(tokens, seconds),
-        rows_per_second=results.rows / generating if generating > 0 else 0.0,
+        rows_per_second=(results.rows - done.count) / generating if generating > 0 else 0.0,
         operations=stats.operations,
         peak_operations_per_second=stats.peak_operations_per_second,
         percent_of_peak=100 * stats.operations / ideal if ideal > 0 else None,
@@ -195,4 +226,5 @@ def _report(
         versions=versions(),
         command=shlex.join(sys.argv),
         canary=canary,
+        output_sha256=digest,
     )

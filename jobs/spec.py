@@ -61,6 +61,8 @@ class JobSpec:
     commit_seconds: float = 30.0
     max_error_rate: float = 1.0
     overwrite: bool = False
+    resume: bool = True
+    retry_errors: bool = False
     random_weights: bool = False
     deterministic: bool = False
     gpu_memory_utilization: float = 0.9

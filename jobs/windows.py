@@ -27,7 +27,10 @@ class Prompts(Protocol):
 
 @dataclass(frozen=True)
 class Window:
-    """Neighbouring rows, ordinals `first` to before `end`: those to run, in order, and those refused."""
+    """Neighbouring rows, ordinals `first` to before `end`: those to run, in order, and those refused.
+
+    Rows that an earlier run has done are in neither.
+    """
 
     first: int
     end: int
@@ -39,8 +42,9 @@ class Window:
 class Windows:
     """Reads ahead. A window ends at `WINDOW_ROWS` rows or `WINDOW_TOKENS` prompt tokens, so memory is bounded."""
 
-    def __init__(self, table: Table, prompts: Prompts, block_size: int) -> None:
-        self._prompts = prompts
+    def __init__(self, table: Table, prompts: Prompts, block_size: int, done: NDArray[np.bool_]) -> None:
+        """`done` [rows of the table] need not run."""
+        self._prompts, self._done = prompts, done
         self._batches = table.batches(prompts.columns, SLICE_ROWS)
         self._slices: list[Requests] = []
         self._errors: dict[int, RowError] = {}
@@ -55,7 +59,7 @@ class Windows:
         self._read_slice()
         tokens = sum(len(requests.token_ids) for requests in self._slices)
         full = self._end - self._first >= WINDOW_ROWS or tokens >= WINDOW_TOKENS
-        window = self._complete() if full or (self.exhausted and self._end > self._first) else None
+        window = self._complete() if self._slices and (full or self.exhausted) else None
         self.seconds += time.monotonic() - started
         return window
 
@@ -65,10 +69,18 @@ class Windows:
             self.exhausted = True
             return
         first, batch = numbered
+        self._end = first + len(batch)
+        done = self._done[first : self._end]
+        if done.all():
+            if not self._slices:
+                self._first = self._end
+            return
         requests, errors = self._prompts.tokenize(first, batch)
+        if done.any():
+            requests = requests.take(np.flatnonzero(~self._done[requests.rows]))
+            errors = {row: error for row, error in errors.items() if not self._done[row]}
         self._slices.append(requests)
         self._errors.update(errors)
-        self._end = first + len(batch)
 
     def _complete(self) -> Window:
         requests = join(self._slices)

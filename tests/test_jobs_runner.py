@@ -14,93 +14,22 @@ from typing import Any
 import numpy as np
 import psutil
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from stub_jobs import CONTEXT, ENGINES, SCRIPT, STUB, counts, expected, make_model, prompts, recount, spec, write
 
 from batchinfer.config import EngineConfig
 from batchinfer.jobs import windows
 from batchinfer.jobs.fingerprints import fingerprints
-from batchinfer.jobs.report import Report, read_report
+from batchinfer.jobs.report import read_report
 from batchinfer.jobs.runner import run
-from batchinfer.jobs.spec import EngineFailed, JobSpec, Refused
+from batchinfer.jobs.spec import EngineFailed, Refused
 from batchinfer.request import SamplingParams
-
-STUB = "batchinfer.jobs.stub:StubEngine"
-CONTEXT = 64
-
-# Engines that misbehave, as a module that the child imports by name. `Slow` ends a few rows a step.
-ENGINES = """
-import os, signal, time
-import numpy as np
-from batchinfer.jobs.stub import StubEngine
-from batchinfer.request import Completions, FinishReason, RowError
-
-class Slow(StubEngine):
-    SECONDS = 0.02
-
-    def add(self, requests):
-        for first in range(0, len(requests), 4):
-            super().add(requests.take(np.arange(first, min(first + 4, len(requests)))))
-
-    def step(self):
-        time.sleep(self.SECONDS)
-        return super().step()
-
-    def take_admitted(self):
-        return self._waiting[0].rows.tolist() if self._waiting else []
-
-class Dies(Slow):
-    def step(self):
-        if self._stats.steps == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().step()
-
-class Raises(Slow):
-    def step(self):
-        if self._stats.steps == 3:
-            raise RuntimeError("a bug\\nin two lines")
-        return super().step()
-
-class Forgets(Slow):
-    unfinished = 0
-
-class Fails(StubEngine):
-    def step(self):
-        done = super().step()
-        done.finish_reasons[done.rows % 2 == 1] = FinishReason.ERROR
-        errors = {int(row): RowError("not_finite", f"row {row}") for row in done.rows if row % 2 == 1}
-        return Completions(done.rows, done.token_ids, done.offsets, done.finish_reasons, errors)
-
-def refuse(config, tokenizer):
-    raise ValueError(f"model {config.model}: tensor x is missing")
-
-def break_down(config, tokenizer):
-    raise KeyError("x")
-
-class Remembers(StubEngine):
-    def __init__(self, config, tokenizer):
-        super().__init__(config, tokenizer)
-        self._stats.notes = [f"{config.kv_cache_tokens} tokens of KV"]
-"""
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the job layer needs of a model: a tokenizer and config.json, no weights."""
-    folder = tmp_path_factory.mktemp("model")
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
-    made.train_from_iterator(["def count(words):"], trainer)
-    made.save(str(folder / "tokenizer.json"))
-    config = {"max_position_embeddings": CONTEXT, "eos_token_id": 0, "vocab_size": made.get_vocab_size()}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -109,48 +38,6 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], s
     (tmp_path / "engines_of_the_test.py").write_text(ENGINES)
     monkeypatch.syspath_prepend(tmp_path)
     return "engines_of_the_test:{}".format
-
-
-def write(path: Path, **columns: Any) -> Path:
-    pq.write_table(pa.table(columns), path, row_group_size=100)
-    return path
-
-
-def prompts(n: int) -> list[str]:
-    return [f"prompt {i} " + "x" * (i % 7) for i in range(n)]
-
-
-def spec(model: Path, *inputs: Path, **fields: Any) -> JobSpec:
-    defaults = {
-        "output": inputs[0].parent / "out.parquet",
-        "prompt_column": "prompt",
-        "sampling": SamplingParams(max_tokens=8),
-    }
-    return JobSpec(inputs=inputs, model=str(model), **{**defaults, **fields})
-
-
-def expected(model: Path, texts: list[str], limit: int = 8) -> list[str]:
-    plain = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
-    return [plain.decode(plain.encode(text).ids[:limit]) for text in texts]
-
-
-def recount(output: Path) -> dict[str, Any]:
-    table = pq.read_table(output)
-    failed = pc.sum(pc.equal(table["finish_reason"], "error")).as_py() or 0
-    codes = table["error_code"].drop_null().value_counts().to_pylist()
-    return {
-        "rows": table.num_rows,
-        "rows_ok": table.num_rows - failed,
-        "rows_failed": failed,
-        "rows_by_error": {entry["values"]: entry["counts"] for entry in codes},
-        "prompt_tokens": pc.sum(table["prompt_tokens"]).as_py() or 0,
-        "completion_tokens": pc.sum(table["completion_tokens"]).as_py() or 0,
-    }
-
-
-def counts(report: Report) -> dict[str, Any]:
-    names = ("rows", "rows_ok", "rows_failed", "rows_by_error", "prompt_tokens", "completion_tokens")
-    return {name: getattr(report, name) for name in names}
 
 
 @pytest.mark.parametrize("window_rows", [1, 64, 100_000])
@@ -313,19 +200,9 @@ def test_a_model_that_does_not_load_is_refused(tmp_path: Path, model: Path, engi
 
 def test_jobs_that_may_take_different_products_carry_different_fingerprints(tmp_path: Path, model: Path) -> None:
     job = spec(model, write(tmp_path / "in.parquet", prompt=["1"]))
-    few, some, many = (fingerprints(job, model, "", EngineConfig(model, expected_batch=n)) for n in (1, 4, 5))
+    few, some, many = (fingerprints(job, model, "", EngineConfig(model, expected_batch=n), []) for n in (1, 4, 5))
     assert few == some
     assert {name for name in few if few[name] != many[name]} == {"quantization"}
-
-
-def test_an_earlier_output_is_replaced_only_if_asked(tmp_path: Path, model: Path) -> None:
-    path = write(tmp_path / "in.parquet", prompt=["p"])
-    run(spec(model, path), STUB)
-    with pytest.raises(Refused, match="--overwrite"):
-        run(spec(model, path), STUB)
-    write(path, prompt=["another"])
-    run(spec(model, path, overwrite=True), STUB)
-    assert pq.read_table(tmp_path / "out.parquet")["prompt"].to_pylist() == ["another"]
 
 
 def test_too_many_errors_end_the_job(tmp_path: Path, model: Path) -> None:
@@ -367,19 +244,6 @@ def test_a_fault_of_the_engine_keeps_what_is_done(
     assert len(rows) == len(set(rows)) == (12 if name in ("Dies", "Raises") else 0)
     log = (tmp_path / "out.run" / "worker.log").read_text()
     assert ("Traceback" in log) == (name not in ("Dies", "Forgets"))
-
-
-SCRIPT = """
-import sys
-from functools import partial
-from batchinfer.jobs import cli, runner
-from batchinfer.jobs.runner import run
-
-if __name__ == "__main__":
-    sys.path.insert(0, sys.argv.pop(1))
-    runner.run = partial(run, engine="engines_of_the_test:Slow")
-    cli.main()
-"""
 
 
 @pytest.fixture

@@ -1,0 +1,82 @@
+"""Files that are whole or absent, whenever the machine stops: written aside, synced, then linked or renamed."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from batchinfer.jobs.spec import Refused
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A new file, synced at the end, or absent after any error. An `OSError` names it."""
+    with path.open("xb") as file:
+        try:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException as error:
+            path.unlink()
+            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            raise
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file whole, by rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    with writing(temporary) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+    temporary.rename(path)
+    sync_folder(path.parent)
+
+
+def link_new(source: Path, target: Path) -> None:
+    """Give a file its name, which nobody else may have given before: raises `Refused` then."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        # Over NFS a link may take and its answer be lost: then the file has both names.
+        if source.stat().st_nlink == 2:
+            return
+        if isinstance(error, FileExistsError):
+            raise Refused(f"{target} is there already: another run writes to the same output") from error
+        raise
+
+
+def sync_folder(path: Path) -> None:
+    """The names in it survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lock(path: Path) -> int | None:
+    """A descriptor that holds the file's lock until it is closed or the process ends; None if another one has it.
+
+    It saves two runs the work that only one of them could commit; nothing is correct only because of it, for some
+    file systems do not lock: there it is always granted.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError:
+        pass
+    return descriptor

@@ -1,0 +1,177 @@
+"""Jobs that go on where an earlier process of the same command ended, and those that must not."""
+
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from stub_jobs import ENGINES, SCRIPT, STUB, counts, expected, make_model, prompts, recount, spec, write
+
+from batchinfer.jobs.parts import RunFolder
+from batchinfer.jobs.runner import run
+from batchinfer.jobs.spec import Refused
+from batchinfer.request import SamplingParams
+
+N = 400
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """The name of an engine of `ENGINES`."""
+    (tmp_path / "engines_of_the_test.py").write_text(ENGINES)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "engines_of_the_test:{}".format
+
+
+def stop_after(folder: Path, command: list[str], parts: int, number: signal.Signals) -> int:
+    """Start a job, send it a signal when it has committed so many parts more; its exit code."""
+    had = len(list((folder / "out.run" / "parts").glob("*")))
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list((folder / "out.run" / "parts").glob("*"))) < had + parts and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+def test_the_same_command_goes_on_and_the_output_is_that_of_an_undisturbed_run(
+    tmp_path: Path, model: Path, engine: Callable[[str], str]
+) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(N))
+    (tmp_path / "main.py").write_text(textwrap.dedent(SCRIPT))
+    command = [sys.executable, tmp_path / "main.py", tmp_path, "run", path, "-o", tmp_path / "out.parquet"]
+    command = [*map(str, command), "--model", str(model), "--commit-rows", "20", "--max-tokens", "8"]
+    assert stop_after(tmp_path, command, 2, signal.SIGTERM) == 75
+    assert stop_after(tmp_path, command, 2, signal.SIGKILL) == -signal.SIGKILL
+    assert not (tmp_path / "out.parquet").exists()
+    before = RunFolder(tmp_path / "out.parquet")
+    committed = sum(pq.read_metadata(part).num_rows for part in (before.path / "parts").glob("*"))
+    assert 80 <= committed < N
+    report = run(spec(model, path, commit_rows=20), STUB)
+    assert (report.rows_resumed, report.rows_computed) == (committed, N - committed)
+    assert counts(report) == recount(tmp_path / "out.parquet") and report.rows == N
+    assert pq.read_table(tmp_path / "out.parquet")["generated_text"].to_pylist() == expected(model, prompts(N))
+    assert f"{committed} of the rows were done when this run began" in report.notes[0]
+
+
+def test_a_complete_job_computes_nothing_again(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(9))
+    first = run(spec(model, path), STUB)
+    written = (tmp_path / "out.parquet").stat().st_mtime_ns
+    assert run(spec(model, path), engine("refuse")) == first
+    assert (tmp_path / "out.parquet").stat().st_mtime_ns == written
+
+
+def test_where_only_the_merge_is_left_no_model_is_loaded(
+    tmp_path: Path, model: Path, engine: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(9))
+
+    def killed(self: RunFolder, aside: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "publish", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(spec(model, path), STUB)
+    assert not (tmp_path / "out.parquet").exists()
+    report = run(spec(model, path), engine("refuse"))
+    assert (report.rows_resumed, report.rows_computed) == (9, 0)
+    assert recount(tmp_path / "out.parquet") == counts(report)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"sampling": SamplingParams(max_tokens=9)}, "sampling"),
+        ({"seed": 7}, "sampling"),
+        ({"quantization": "w8a8-int8"}, "quantization"),
+        ({"prompt_column": None, "prompt_template": "{prompt}"}, "template"),
+        ({"columns": ("prompt",)}, "columns"),
+        ({"prompt_column": "id"}, "template"),
+    ],
+)
+def test_another_command_is_refused_by_what_differs(
+    tmp_path: Path, model: Path, fields: dict[str, Any], named: str
+) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(9), id=[str(i) for i in range(9)])
+    run(spec(model, path), STUB)
+    with pytest.raises(Refused, match=rf"out\.run was begun with another {named}; .* or --overwrite"):
+        run(spec(model, path, **fields), STUB)
+    assert recount(tmp_path / "out.parquet")["rows"] == 9
+
+
+def test_another_input_model_or_tokenizer_is_refused(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(9))
+    run(spec(model, path), STUB)
+    write(path, prompt=[*prompts(8), "another"])
+    with pytest.raises(Refused, match="begun with another input;"):
+        run(spec(model, path), STUB)
+    other = make_model(tmp_path)
+    (other / "config.json").write_text(json.dumps({**json.loads((other / "config.json").read_text()), "x": 1}))
+    write(path, prompt=prompts(9))
+    with pytest.raises(Refused, match="begun with another model;"):
+        run(spec(other, path), STUB)
+    run(spec(other, path, overwrite=True), STUB)
+
+
+def test_rows_that_failed_run_again_only_if_asked(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
+    path = write(tmp_path / "in.parquet", prompt=[*prompts(9), None])
+    first = run(spec(model, path), engine("Fails"))
+    assert first.rows_by_error == {"not_finite": 4, "null_prompt": 1}
+    assert run(spec(model, path), STUB) == first
+    report = run(spec(model, path, retry_errors=True), STUB)
+    assert report.rows_by_error == {"null_prompt": 1} and (report.rows_resumed, report.rows_computed) == (5, 5)
+    assert counts(report) == recount(tmp_path / "out.parquet")
+    assert pq.read_table(tmp_path / "out.parquet")["generated_text"].to_pylist()[:9] == expected(model, prompts(9))
+
+
+def test_no_resume_begins_only_in_an_empty_place(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(3))
+    run(spec(model, path, resume=False), STUB)
+    with pytest.raises(Refused, match="--no-resume starts only in an empty place"):
+        run(spec(model, path, resume=False), STUB)
+    (tmp_path / "out.parquet").unlink()
+    with pytest.raises(Refused, match="--no-resume starts only in an empty place"):
+        run(spec(model, path, resume=False), STUB)
+    run(spec(model, path, resume=False, overwrite=True), STUB)
+
+
+def test_a_run_that_was_killed_before_it_began_is_begun(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(3))
+    (tmp_path / "out.run").mkdir()
+    for name in ("lock", "run.json.tmp"):
+        (tmp_path / "out.run" / name).write_text("{")
+    assert run(spec(model, path), STUB).rows_computed == 3
+
+
+def test_rows_of_later_windows_are_found_again(
+    tmp_path: Path, model: Path, engine: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows that are done in whole, in part and not at all."""
+    monkeypatch.setattr("batchinfer.jobs.windows.WINDOW_ROWS", 64)
+    monkeypatch.setattr("batchinfer.jobs.windows.SLICE_ROWS", 32)
+    path = write(tmp_path / "in.parquet", prompt=prompts(N))
+    run(spec(model, path, commit_rows=1), STUB)
+    folder = tmp_path / "out.run" / "parts"
+    parts = sorted(folder.iterdir())
+    assert len(parts) == 7
+    for gone in (parts[1], parts[2], parts[6]):
+        gone.unlink()
+    (tmp_path / "out.parquet").unlink()
+    report = run(spec(model, path, commit_rows=1), STUB)
+    assert report.rows_computed == 64 + 64 + N % 64
+    assert pq.read_table(tmp_path / "out.parquet")["generated_text"].to_pylist() == expected(model, prompts(N))
