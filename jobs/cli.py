@@ -218,6 +218,14 @@ def report(output: Annotated[Path, typer.Argument(metavar="OUT.parquet")]) -> No
 
 
 @app.command()
+def verify(output: Annotated[Path, typer.Argument(metavar="OUT.parquet")]) -> None:
+    """Count rows, tokens and hashes of a finished job again, from its files alone."""
+    from batchinfer.jobs import verify as verification
+
+    print("\n".join(verification.verify(output)))
+
+
+@app.command()
 def bench(
     model: Model = None,
     revision: Revision = None,

@@ -39,7 +39,7 @@ class RunFolder:
         self.report = self.path / "report.json"
         self.manifest = self.path / "manifest.json"
         self._run = self.path / "run.json"
-        self._parts = self.path / "parts"
+        self.parts = self.path / "parts"
         self._temporary = self.path / "tmp"
         self._listed: list[Part] = []
         self._fingerprints: dict[str, str] = {}
@@ -78,11 +78,11 @@ class RunFolder:
         if not self.begun:
             write_json(self._run, {**run, "fingerprints": fingerprints})
         self._refuse_another_job(fingerprints)
-        for folder in (self._parts, self._temporary):
+        for folder in (self.parts, self._temporary):
             folder.mkdir(exist_ok=True)
         for left in self._temporary.iterdir():
             left.unlink()
-        done = read_done(self._parts, num_rows, fingerprints, retry_errors)
+        done = read_done(self.parts, num_rows, fingerprints, retry_errors)
         self._listed = done.parts
         return done
 
@@ -140,12 +140,12 @@ class RunFolder:
         group_rows = max(1, len(table) * ROW_GROUP_BYTES // max(1, table.nbytes))
         pq.write_table(table, sink, row_group_size=group_rows, **PARQUET)
         data = sink.getvalue()
-        part = self._parts / f"part-{self._next_number():06d}.parquet"
+        part = self.parts / f"part-{self._next_number():06d}.parquet"
         temporary = self._temporary / f"{part.stem}-{os.getpid()}"
         with writing(temporary) as file:
             file.write(data)
         link_new(temporary, part)
-        sync_folder(self._parts)
+        sync_folder(self.parts)
         temporary.unlink()
         self._listed.append(Part.of(part.name, table, data.size, hashlib.sha256(data).hexdigest()))
 
@@ -169,7 +169,7 @@ class RunFolder:
         range of ordinals is being passed. Raises `Refused` where the input is not the one that was run.
         """
         aside = self._temporary / "merged.parquet"
-        parts = PartsInOrder([(self._parts / part.name, part.first_row) for part in self._listed])
+        parts = PartsInOrder([(self.parts / part.name, part.first_row) for part in self._listed])
         merged_schema = pa.schema([*schema, *RESULT_FIELDS])
         end = 0
         with writing(aside) as file, pq.ParquetWriter(file, merged_schema, **PARQUET) as writer:

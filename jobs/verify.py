@@ -1,0 +1,137 @@
+"""Is an output what its run computed? Counted again from the files alone: hashes, rows and tokens."""
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchinfer.jobs.done import COUNTED, Part, counts, read_part
+from batchinfer.jobs.durable import sha256
+from batchinfer.jobs.parts import RunFolder
+from batchinfer.jobs.report import read_report
+from batchinfer.jobs.schema import ROW
+from batchinfer.jobs.spec import Refused
+
+
+@dataclass
+class Totals:
+    """Counts over rows, each counted once."""
+
+    reasons: Counter[str]
+    errors: Counter[str]
+    rows: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    @classmethod
+    def empty(cls) -> "Totals":
+        return cls(Counter(), Counter())
+
+    def add(self, table: pa.Table) -> None:
+        """Count a table's rows."""
+        self.rows += len(table)
+        self.reasons.update(counts(table["finish_reason"]))
+        self.errors.update(counts(table["error_code"]))
+        self.prompt_tokens += pc.sum(table["prompt_tokens"]).as_py() or 0
+        self.completion_tokens += pc.sum(table["completion_tokens"]).as_py() or 0
+
+    def text(self) -> str:
+        """On one line."""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.reasons.items()))
+        return (
+            f"{self.rows:,} rows ({reasons or 'none'}), {self.prompt_tokens:,} prompt tokens, "
+            f"{self.completion_tokens:,} completion tokens"
+        )
+
+
+def verify(output: Path) -> list[str]:
+    """Lines that say what was counted. Raises `Refused` with the first thing that is not as it should be."""
+    folder = RunFolder(output)
+    manifest = _manifest(folder)
+    in_parts = _verify_parts(folder, manifest)
+    report = read_report(output)
+    if not output.is_file():
+        raise Refused(f"{output} is not there, though {folder.manifest} says that all rows are done: run the job again")
+    if sha256(output) != report.output_sha256:
+        raise Refused(f"{output} is not the file that was written: its sha256 is not that of {folder.report}")
+    in_output = _count_output(output)
+    in_report = Totals(
+        Counter(report.rows_by_finish_reason),
+        Counter(report.rows_by_error),
+        report.rows,
+        report.prompt_tokens,
+        report.completion_tokens,
+    )
+    for name, found in ((str(output), in_output), (str(folder.report), in_report)):
+        if found != in_parts:
+            raise Refused(f"{name} counts {found.text()}; the parts hold {in_parts.text()}")
+    listed = len(manifest["parts"])
+    return [f"{output}: {in_output.text()}", f"{listed:,} parts, report and output agree; all hashes are right"]
+
+
+def _manifest(folder: RunFolder) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(folder.manifest.read_text("utf-8"))
+        if not isinstance(manifest["rows"], int):
+            raise ValueError("rows is no number")
+        manifest["parts"] = [Part(**part) for part in manifest["parts"]]
+        return manifest
+    except FileNotFoundError as error:
+        raise Refused(f"{folder.manifest} is not there: the job is not complete; give its command again") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise Refused(f"{folder.manifest} is damaged: {error}") from error
+
+
+def _verify_parts(folder: RunFolder, manifest: dict[str, Any]) -> Totals:
+    """The counts of all rows, from the parts, newest first: the last result of a row counts."""
+    names = {part.name for part in manifest["parts"]}
+    if more := sorted(path.name for path in folder.parts.iterdir() if path.name not in names):
+        raise Refused(f"{folder.parts / more[0]} is not in the manifest: the job goes on, or a row ran again; run it")
+    totals, seen = Totals.empty(), np.zeros(manifest["rows"], np.bool_)
+    for part in reversed(manifest["parts"]):
+        path = folder.parts / part.name
+        try:
+            table, _ = read_part(path)
+            found = Part.of(part.name, table, path.stat().st_size, sha256(path))
+        except OSError as error:
+            raise Refused(str(error)) from error
+        if found != part:
+            differing = next(name for name in vars(part) if getattr(found, name) != getattr(part, name))
+            raise Refused(
+                f"part {path} is not as the manifest says: {differing} is {getattr(found, differing)}, not "
+                f"{getattr(part, differing)}"
+            )
+        totals.add(_fresh(table, seen, path))
+    if missing := np.flatnonzero(~seen)[:1].tolist():
+        raise Refused(f"row {missing[0]} is in no part")
+    return totals
+
+
+def _fresh(table: pa.Table, seen: np.ndarray[Any, np.dtype[np.bool_]], path: Path) -> pa.Table:
+    """The rows that no later part has; a row that has a later result must have failed in this one."""
+    rows = table[ROW].to_numpy()
+    if len(np.unique(rows)) < len(rows) or rows.min() < 0 or rows.max() >= len(seen):
+        raise Refused(f"part {path} has a row twice, or one that the input has not")
+    again = seen[rows]
+    failed = pc.equal(table["finish_reason"], "error").to_numpy()
+    if (again & ~failed).any():
+        raise Refused(f"row {rows[again & ~failed][0]} of part {path} is in a later part too, though it had not failed")
+    seen[rows] = True
+    return table.filter(pa.array(~again))
+
+
+def _count_output(output: Path) -> Totals:
+    totals = Totals.empty()
+    try:
+        with pq.ParquetFile(output, page_checksum_verification=True, pre_buffer=False) as file:
+            for batch in file.iter_batches(columns=COUNTED[1:], use_threads=False):
+                totals.add(pa.Table.from_batches([batch]))
+    except (pa.ArrowException, OSError) as error:
+        raise Refused(f"{output} is damaged: {str(error).splitlines()[0]}") from error
+    return totals

@@ -1,0 +1,198 @@
+"""A job that is killed, or whose disk fails, at any of its system calls that change or sync a file of its run.
+
+strace counts the calls of an undisturbed run, which are the same each time, and injects a signal or an error at one of
+them in later runs. After each the same command ends with the same output, and computes again at most what one part
+holds. The engine computes nothing, and keeps a list of what it was given.
+"""
+
+import errno
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from stub_jobs import ENGINES, SCRIPT, expected, make_model, prompts, write
+
+from batchinfer.jobs.verify import verify
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(shutil.which("strace") is None and not os.environ.get("CI"), reason="strace is not installed"),
+]
+ROWS, PART_ROWS = 48, 16
+CHANGING = ("mkdir", "openat", "write", "fsync", "link", "rename", "unlink", "close")
+STEPS_AHEAD = 3  # of 4 rows each, that the engine may have ended while the job commits
+
+RECORDING = """
+class Records(Slow):
+    def step(self):
+        done = super().step()
+        with open(os.environ["COMPUTED"], "a") as file:
+            file.write("".join(f"{row}\\n" for row in done.rows))
+        return done
+"""
+
+
+@dataclass(frozen=True)
+class Call:
+    """The `number`-th call of this name in a run; what it is about."""
+
+    name: str
+    number: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command, in a folder that is made anew for each use."""
+
+    folder: Path
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "out.parquet"
+
+    def clear(self) -> None:
+        self.output.unlink(missing_ok=True)
+        shutil.rmtree(self.output.with_suffix(".run"), ignore_errors=True)
+        (self.folder / "computed").write_text("")
+
+    def start(self, *tracing: str) -> subprocess.Popen[bytes]:
+        """Begin the command, under what `tracing` names."""
+        script = [sys.executable, "main.py", ".", "run", "in.parquet", "-o", "out.parquet"]
+        flags = ["--model", ".", "--commit-rows", str(PART_ROWS), "--max-tokens", "8"]
+        environment = {**os.environ, "COMPUTED": str(self.folder / "computed")}
+        with (self.folder / "errors").open("wb") as errors:
+            return subprocess.Popen(
+                [*tracing, *script, *flags], cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=errors
+            )
+
+    def run(self, *tracing: str) -> int:
+        """Its exit code, minus the number of a signal that ended it."""
+        return self.start(*tracing).wait(timeout=120)
+
+    def computed(self) -> Counter[int]:
+        """How often each row was computed."""
+        return Counter(map(int, (self.folder / "computed").read_text().split()))
+
+    def check(self) -> None:
+        """The same command ends, with the right output, and has computed little twice."""
+        committed = {
+            row
+            for part in (self.output.with_suffix(".run") / "parts").glob("part-*")
+            for row in pq.read_table(part, columns=["row"])["row"].to_pylist()
+        }
+        if self.output.exists():
+            verify(self.output)  # complete or not there
+        again = len(set(self.computed()) - committed)
+        assert again <= PART_ROWS + 4 * STEPS_AHEAD
+        assert self.run() == 0, (self.folder / "errors").read_text()
+        assert sum(self.computed().values()) == ROWS + again
+        verify(self.output)
+        answers = pq.read_table(self.output)["generated_text"].to_pylist()
+        assert answers == expected(self.folder, prompts(ROWS))
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = make_model(tmp_path_factory.mktemp("job"))
+    write(folder / "in.parquet", prompt=prompts(ROWS))
+    (folder / "engines_of_the_test.py").write_text(ENGINES + RECORDING)
+    (folder / "main.py").write_text(textwrap.dedent(SCRIPT).replace(":Slow", ":Records"))
+    return Job(folder)
+
+
+@pytest.fixture(scope="module")
+def calls(job: Job) -> list[Call]:
+    """The calls of an undisturbed run that are about its own files."""
+    job.clear()
+    log = job.folder / "calls"
+    assert job.run("strace", "-y", "-o", str(log), "-e", f"trace={','.join(CHANGING)}") == 0
+    assert set(job.computed().values()) == {1}
+    numbers: Counter[str] = Counter()
+    found = []
+    for line in log.read_text().splitlines():
+        if (name := re.match(r"\w+", line)) is not None:
+            numbers[name[0]] += 1
+            if "out.run" in line or "out.parquet" in line:
+                found.append(Call(name[0], numbers[name[0]], line[:100]))
+    assert set(CHANGING) == {call.name for call in found}
+    return found
+
+
+def changes(call: Call) -> bool:
+    """Whether files are others after it, or as good as on disk. Of parts, the first one and the last stand for all."""
+    if "part-000002" in call.text:
+        return False
+    return call.name not in ("openat", "close") or "O_CREAT" in call.text
+
+
+def inject(job: Job, call: Call, what: str) -> int:
+    job.clear()
+    return job.run("strace", "-o", "/dev/null", "-e", f"inject={call.name}:{what}:when={call.number}")
+
+
+def test_killed_at_any_call(job: Job, calls: list[Call]) -> None:
+    chosen = [call for call in calls if changes(call)]
+    assert len(chosen) > 30
+    for call in chosen:
+        assert inject(job, call, "signal=SIGKILL") == -signal.SIGKILL, call
+        job.check()
+    print(f"{len(chosen)} points killed, {2 * len(chosen)} runs, 0 rows lost, 0 rows doubled")
+
+
+@pytest.mark.parametrize(
+    ("error", "names"),
+    [
+        (errno.ENOSPC, ("mkdir", "openat", "write", "link", "rename")),
+        (errno.EIO, ("write", "fsync", "close", "unlink")),
+    ],
+)
+def test_a_disk_that_fails_at_any_call(job: Job, calls: list[Call], error: int, names: tuple[str, ...]) -> None:
+    chosen = [
+        call
+        for call in calls
+        if call.name in names and "ENOENT" not in call.text and "part-000002" not in call.text
+        if call.name != "openat" or "O_CREAT" in call.text
+        if call.name != "close" or re.search(r"tmp/part-|\.tmp|merged", call.text)
+    ]
+    assert len(chosen) > 8
+    codes = Counter(inject_error(job, call, error) for call in chosen)
+    print(f"{len(chosen)} points failed with {errno.errorcode[error]}: exit codes {dict(codes)}, 0 rows lost")
+
+
+def inject_error(job: Job, call: Call, error: int) -> int:
+    code = inject(job, call, f"error={errno.errorcode[error]}")
+    # What a log or a lock needs is no part of the result: a job may also go on without.
+    assert code in (74, 0), (call, code, (job.folder / "errors").read_text())
+    job.check()
+    return code
+
+
+def test_two_runs_at_once(job: Job) -> None:
+    job.clear()
+    runs = [job.start() for _ in range(2)]
+    assert sorted(process.wait(timeout=60) for process in runs) == [0, 75]
+    job.check()
+
+
+def test_one_that_stands_still_and_goes_on(job: Job) -> None:
+    job.clear()
+    process = job.start()
+    parts = job.output.with_suffix(".run") / "parts"
+    while not list(parts.glob("part-*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    assert job.run() == 75, "it still holds the folder"
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(timeout=60) == 0
+    job.check()
