@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?=
 BIN = $(VENV)/bin
+WORKERS = -n auto --maxprocesses 8 --dist worksteal
 INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
 
 .PHONY: demo test test-long check bench compile-check quantize quantize-demo recipes
@@ -18,10 +19,10 @@ demo/prompts.parquet: examples/stdlib/prompts.py examples/stdlib/corpus.py | $(V
 	$(BIN)/python examples/stdlib/prompts.py -o $@
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m 'not long'
+	$(BIN)/python -m pytest $(WORKERS) -m 'not long'
 
 test-long: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest $(WORKERS) -m long
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check

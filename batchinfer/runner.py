@@ -17,7 +17,7 @@ from batchinfer.gguf_weights import GGUFWeights
 from batchinfer.kernels.backend import Backend, Product
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
-from batchinfer.kernels.kv_cache import KV_DTYPES
+from batchinfer.kernels.kv_cache import KV_DTYPES, MOST
 from batchinfer.kernels.rows import Rows
 from batchinfer.loader import load_decoder
 from batchinfer.model_config import ModelConfig
@@ -74,7 +74,8 @@ class ModelRunner:
 
         assert isinstance(self.backend, TritonBackend)
         processors = None if self.backend.deterministic else self.backend.processors
-        return RaggedInputs(set(c.windows), c.heads, c.kv_heads, tiling(c.head_dim, c.heads // c.kv_heads), processors)
+        tiles = tiling(c.head_dim, c.heads // c.kv_heads, self.kv_dtype in MOST)
+        return RaggedInputs(set(c.windows), c.heads, c.kv_heads, tiles, processors)
 
     @property
     def device_name(self) -> str:

@@ -163,22 +163,24 @@ def one_of_each(chosen: Iterable[Shipped]) -> list[Shipped]:
     return list(found.values())
 
 
-def check(architecture: Architecture, chosen: Iterable[Shipped]) -> list[Compiled]:
+def check(
+    architecture: Architecture, chosen: Iterable[Shipped], integers: tuple[str, ...] = INTEGERS
+) -> list[Compiled]:
     """Compile those kernels whose types exist on the architecture, on all cores."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set, so kernels cannot be compiled in this process: run this file")
     jobs = [
-        (kernel, integers)
+        (kernel, kind)
         for kernel in chosen
         if architecture.takes(kernel)
-        for integers in (INTEGERS if _integers(kernel) else INTEGERS[:1])
+        for kind in (integers if _integers(kernel) else INTEGERS[:1])
     ]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:  # the compiler runs without Python's lock
         return list(pool.map(lambda job: _checked(architecture, *job), jobs))
 
 
-def _integers(kernel: Shipped) -> set[str]:
-    return {name for name, kind in kernel.types.items() if kind in ("i32", "i64")}
+def _integers(kernel: Shipped) -> list[str]:
+    return [name for name, kind in kernel.types.items() if kind in ("i32", "i64")]
 
 
 def _checked(architecture: Architecture, kernel: Shipped, integers: str) -> Compiled:
@@ -213,9 +215,9 @@ def _compile(architecture: Architecture, kernel: Shipped, integers: str) -> Comp
     names, numbers = kernel.kernel.arg_names, _integers(kernel)
     constants = kernel.constants | (dict.fromkeys(numbers, 1) if integers == "1" else {})
     signature = {name: "constexpr" if name in constants else kernel.types[name] for name in names}
-    aligned = {name for name, kind in kernel.types.items() if kind[0] == "*"}
+    aligned = [name for name, kind in kernel.types.items() if kind[0] == "*"]
     if integers == "multiples of 16":
-        aligned |= numbers
+        aligned += numbers
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel.kernel, signature, constants, attributes)
     options = {"num_warps": kernel.warps, "num_stages": kernel.stages}
@@ -333,12 +335,13 @@ def main() -> None:
     names = [architecture.name for architecture in ARCHITECTURES]
     parser.add_argument("--architectures", default=",".join(names))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--any-integers", action="store_true", help="none that are known to be multiples of 16, or 1")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
     asked = args.architectures.split(",")
     if unknown := set(asked) - set(names):
         parser.error(f"--architectures has {', '.join(sorted(unknown))}; known are {', '.join(names)}")
-    if args.write and (args.quick or set(asked) != set(names)):
+    if args.write and (args.quick or args.any_integers or set(asked) != set(names)):
         parser.error("--write puts down the whole table: it goes with neither --quick nor some --architectures")
     if triton.knobs.runtime.interpret:  # it is too late to change that in here
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "0"})
@@ -347,7 +350,7 @@ def main() -> None:
     for architecture in ARCHITECTURES:
         if architecture.name in asked:
             began = time.monotonic()
-            rows += (found := check(architecture, chosen))
+            rows += (found := check(architecture, chosen, INTEGERS[:1] if args.any_integers else INTEGERS))
             seconds = time.monotonic() - began
             print(f"{architecture.name}: {len(found)} programs, {seconds:.0f} s", file=sys.stderr, flush=True)
     if args.write:

@@ -134,17 +134,18 @@ def _constants(
     }
 
 
-def tiling(head_dim: int, group: int) -> Tiling:
-    """The tiles for heads of `head_dim` numbers, `group` query heads to a head of keys.
+def tiling(head_dim: int, group: int, quantized: bool = False) -> Tiling:
+    """The tiles for heads of `head_dim` numbers, `group` query heads to a head of keys; `quantized`: keys in 8 bits.
 
     They are the largest that spill no register on any architecture in any type of the cache. Three stages are the
     fewest in which keys are loaded ahead, for the number of their block must be loaded before.
     """
     large, least = head_dim > 128, triton.next_power_of_2(group)
     keys = 16 if large else 32
+    rows = 64 if large or (quantized and head_dim > 64) else 128  # numbers of 8 bits take registers to become others
     return Tiling(
         few=Tile(max(16, least), 2 * keys, 4, 3),
-        many=Tile(max(64 if large else 128, least), keys, 8, 3),
+        many=Tile(max(rows, least), keys, 8, 3),
         same=Tile(max(64, least), keys, 8 if large else 4, 3),
     )
 
@@ -154,13 +155,13 @@ def shipped() -> list[Shipped]:
     return [
         _shipped(f"{which} tokens", tile, head_dim, kv)
         for head_dim in (64, 80, 96, 128, 256)
-        for which, tile in _tiles(head_dim)
         for kv in ("bf16", "fp16", "i8", "fp8e4nv")
+        for which, tile in _tiles(head_dim, kv in ("i8", "fp8e4nv"))
     ]
 
 
-def _tiles(head_dim: int) -> list[tuple[str, Tile]]:
-    tiles = tiling(head_dim, 4)
+def _tiles(head_dim: int, quantized: bool) -> list[tuple[str, Tile]]:
+    tiles = tiling(head_dim, 4, quantized)
     return [("few", tiles.few), ("many", tiles.many), ("same", tiles.same)]
 
 

@@ -165,12 +165,17 @@ def _multiply(x_MK: Tensor, weight: FourBits, bias_N: Tensor | None, y_MN: Tenso
         x_MK, weight.words, weight.scale, weight.scale if weight.zero_point is None else weight.zero_point, bias, parts,
         m, n, weight.spans, triton.cdiv(weight.spans, splits),
         K=k, GROUP=weight.group, ZEROS=weight.zero_point is not None, BIAS=bias_N is not None and splits == 1,
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=_stages(tile, k),
     )  # fmt: skip
     if splits > 1:
         _sum_kernel[(triton.cdiv(m * n, 1024),)](
             parts, bias, y_MN, m * n, n, SPLITS=splits, BIAS=bias_N is not None, BLOCK=1024, num_warps=4
         )
+
+
+def _stages(tile: Tile, columns: int) -> int:
+    """Fewer where the last span needs a mask, and that needs registers."""
+    return tile.stages if columns % SPAN.value == 0 else 2
 
 
 def expand(weight: FourBits, dtype: torch.dtype) -> Tensor:
@@ -199,7 +204,7 @@ def shipped() -> list[Shipped]:
                     {"K": columns, "GROUP": group, "ZEROS": zeros, "BIAS": False, "BLOCK_M": tile.rows,
                      "BLOCK_N": tile.columns},
                     tile.warps,
-                    tile.stages,
+                    _stages(tile, columns),
                     product="bf16",
                     product_rows=tile.columns,  # weights are the left operand
                 )

@@ -58,7 +58,7 @@ def linear_w8a8(
     assert x.values.is_contiguous() and weight_NK.is_contiguous() and x.values.dtype == weight_NK.dtype
     assert x.scale is not None
     y = torch.empty(m, n, dtype=out, device=weight_NK.device)
-    tile = tile_for(m, weight_NK.dtype, deterministic)
+    tile = tile_for(m, k, weight_NK.dtype, deterministic)
     _linear_w8a8_kernel[(tiles(m, n, tile),)](
         x.values, weight_NK, x.scale, scale_N, y if bias_N is None else bias_N, y, m, n,
         K=k, BIAS=bias_N is not None, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.depth,
@@ -67,7 +67,7 @@ def linear_w8a8(
     return y
 
 
-def tile_for(rows: int, dtype: torch.dtype, deterministic: bool = False) -> Tile:
+def tile_for(rows: int, columns: int, dtype: torch.dtype, deterministic: bool = False) -> Tile:
     """The tile for this number of rows of that type; always the same one where only that keeps a row's bits.
 
     Hopper's matrix units take float8 in tiles of 64 rows and more; in lower ones it would be converted to float16.
@@ -75,7 +75,10 @@ def tile_for(rows: int, dtype: torch.dtype, deterministic: bool = False) -> Tile
     if deterministic and dtype != torch.int8:
         return TILES[64]
     rows = rows if dtype == torch.int8 else max(rows, 64)
-    return next(tile for most, tile in TILES.items() if most is None or rows <= most)
+    tile = next(tile for most, tile in TILES.items() if most is None or rows <= most)
+    # Columns that stick out of a tile need a mask, and that needs registers, which the largest one has not left.
+    sticks_out = tile.rows == 128 and columns % tile.depth
+    return tile._replace(depth=tile.depth // 2, stages=tile.stages + 1) if sticks_out else tile
 
 
 def shipped() -> list[Shipped]:
@@ -92,8 +95,9 @@ def shipped() -> list[Shipped]:
             product=name,
             product_rows=tile.rows,
         )
-        for most, tile in TILES.items()
+        for most in TILES
         for name, kind in (("int8", "i8"), ("fp8", "fp8e4nv"))
         for columns in (4096, 1000)
+        for tile in [tile_for(most or 1 << 20, columns, torch.int8)]
         if name == "int8" or most != 16
     ]  # fmt: skip

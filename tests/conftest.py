@@ -7,6 +7,12 @@ from typing import Any
 
 import pytest
 
+# A worker has a core of its own: torch takes as many threads as it sees cores, and threads of two workers on one core
+# wait for each other at every barrier.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
 # Triton reads it when it is imported, by whichever test is first: its kernels run in the interpreter, on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -68,9 +68,9 @@ def test_fp8_is_the_product_of_its_numbers(rows: int, n: int, k: int, out: torch
 def test_each_number_of_rows_has_its_tile_and_all_are_taken() -> None:
     rows = (1, 16, 17, 64, 65, 256, 257, 10**6)
     first, second, third, last = linear_w8a8_triton.TILES.values()
-    taken = [linear_w8a8_triton.tile_for(m, torch.int8) for m in rows]
+    taken = [linear_w8a8_triton.tile_for(m, 4096, torch.int8) for m in rows]
     assert taken == [first, first, second, second, third, third, last, last]
-    taken = [linear_w8a8_triton.tile_for(m, torch.float8_e4m3fn) for m in rows]
+    taken = [linear_w8a8_triton.tile_for(m, 4096, torch.float8_e4m3fn) for m in rows]
     assert taken == [second, second, second, second, third, third, last, last]
     first, last = linear_w4a16_triton.TILES.values()
     assert [linear_w4a16_triton.tile_for(m, False) for m in rows] == [first] * 2 + [last] * 6
