@@ -29,7 +29,7 @@ from batchinfer.jobs.options import (
     Revision,
     Seed,
 )
-from batchinfer.jobs.spec import EngineFailed, Interrupted, JobSpec, Refused, UsageError, read_job_file
+from batchinfer.jobs.spec import EngineFailed, Interrupted, JobSpec, Refused, UsageError, read_job_file, seconds_of
 from batchinfer.request import SamplingParams
 
 USAGE, INTERNAL, IO_ERROR = 2, 70, 74
@@ -138,6 +138,11 @@ def run(
     canary_reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Compare with this one: for a checkpoint that is quantized.")
     ] = None,
+    time_limit: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="Stop after so long, with exit code 75: minutes, or [DAYS-]HH:MM:SS."),
+    ] = None,
+    grace: Annotated[float, typer.Option(help="Seconds from a signal, or the time limit, to the end.")] = 30.0,
     retry_errors: Annotated[bool, typer.Option(help="Run the rows that failed in an earlier run again.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an earlier run, or begin only in an empty place.")] = True,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier output and its run folder.")] = False,
@@ -185,6 +190,8 @@ def run(
         overwrite=overwrite,
         resume=resume,
         retry_errors=retry_errors,
+        time_limit=None if time_limit is None else seconds_of("--time-limit", time_limit),
+        grace=grace,
         canary=canary,
         canary_reference=canary_reference,
     )

@@ -1,22 +1,25 @@
-"""Ctrl-C and SIGTERM as a question that the job asks, instead of an exception anywhere."""
+"""Ctrl-C, SIGTERM, SIGUSR1 and the clock as a question that the job asks, instead of an exception anywhere."""
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1 is what Slurm sends before a job's time is up
 
 
 class Interruption:
     """Inside, the first signal sets `requested`; from then on signals act as they did before, so a second one ends all.
 
-    Outside the main thread nothing is caught: Python delivers signals only there.
+    Outside the main thread nothing is caught: Python delivers signals only there. `deadline` is a time of
+    `time.monotonic` from which on it is requested too.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, deadline: float | None = None) -> None:
+        self._signalled = False
+        self._deadline = deadline
         self._catches = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> "Interruption":
@@ -28,8 +31,12 @@ class Interruption:
         if self._catches:
             self._restore()
 
+    @property
+    def requested(self) -> bool:
+        return self._signalled or (self._deadline is not None and time.monotonic() >= self._deadline)
+
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._signalled = True
         self._restore()
 
     def _restore(self) -> None:

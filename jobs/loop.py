@@ -28,7 +28,7 @@ from batchinfer.jobs.worker import (
 from batchinfer.request import Completions
 
 POLL_SECONDS = 0.2
-STOP_SECONDS = 10.0  # for the engine to end its step once it is told to stop
+STOP_SHARE = 0.7  # of the time until the job must have ended: for the engine to end its step
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Loop:
     def _stop(self) -> None:
         if self._ready:
             self._worker.send(Stop())
-            deadline = time.monotonic() + STOP_SECONDS
+            deadline = time.monotonic() + STOP_SHARE * self._spec.grace
             while self._final is None and time.monotonic() < deadline:
                 self._take(POLL_SECONDS)
 

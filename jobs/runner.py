@@ -84,7 +84,8 @@ def _run(folder: RunFolder, spec: JobSpec, engine: str, prompts: PromptsFactory)
         results = Results(spec, tokenizer, folder, done)
         if not done.complete:
             print(f"batchinfer: loading {spec.model}", file=sys.stderr, flush=True)
-            with Interruption() as interruption, closing(Worker(folder.log, run_engine, engine)) as worker:
+            deadline = None if spec.time_limit is None else started + spec.time_limit
+            with Interruption(deadline) as interruption, closing(Worker(folder.log, run_engine, engine)) as worker:
                 loop = Loop(spec, windows, results, worker, table.num_rows)
                 found = loop.run(Load(config, tokenizer_folder), interruption)
             stats, generating = replace(found, notes=found.notes + stats.notes), loop.generate_seconds

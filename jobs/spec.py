@@ -61,6 +61,8 @@ class JobSpec:
     commit_seconds: float = 30.0
     max_error_rate: float = 1.0
     overwrite: bool = False
+    grace: float = 30.0  # seconds from a signal to the job's end
+    time_limit: float | None = None  # seconds after which it stops
     resume: bool = True
     retry_errors: bool = False
     random_weights: bool = False
@@ -120,6 +122,10 @@ class JobSpec:
             )
         if not self.commit_seconds > 0:
             raise UsageError(f"--commit-seconds is {self.commit_seconds}; it must be above 0")
+        if not self.grace > 0:
+            raise UsageError(f"--grace is {self.grace}; it must be above 0 seconds")
+        if self.time_limit is not None and not self.time_limit > 0:
+            raise UsageError(f"--time-limit is {self.time_limit} seconds; it must be above 0")
         if not 0 <= self.max_error_rate <= 1:
             raise UsageError(f"--max-error-rate is {self.max_error_rate}; it must be from 0 to 1")
 
@@ -127,6 +133,23 @@ class JobSpec:
 def _at_least(flag: str, value: int, bound: int) -> None:
     if value < bound:
         raise UsageError(f"{flag} is {value}; it must be {bound} or more")
+
+
+_UNITS: dict[int, tuple[int, ...]] = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}
+
+
+def seconds_of(flag: str, text: str) -> float:
+    """A time as Slurm writes it: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, or DAYS-HOURS[:MINUTES[:SECONDS]].
+
+    Raises `UsageError` for anything else.
+    """
+    days, dash, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdecimal() for part in [*parts, *([days] if dash else [])]) or len(parts) > 3:
+        raise UsageError(f"{flag} is {text!r}; give minutes, or [DAYS-]HOURS:MINUTES:SECONDS")
+    numbers = [int(part) for part in parts]
+    units = _UNITS[3 if dash else len(numbers)]
+    return float(sum(n * unit for n, unit in zip(numbers, units, strict=False)) + 86400 * int(days or 0))
 
 
 def read_job_file(path: Path, known: Iterable[str], flag: str = "--config") -> dict[str, Any]:

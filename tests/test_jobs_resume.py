@@ -16,7 +16,7 @@ from stub_jobs import ENGINES, SCRIPT, STUB, counts, expected, make_model, promp
 
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.runner import run
-from batchinfer.jobs.spec import Refused
+from batchinfer.jobs.spec import Interrupted, Refused, UsageError, seconds_of
 from batchinfer.request import SamplingParams
 
 N = 400
@@ -175,3 +175,26 @@ def test_rows_of_later_windows_are_found_again(
     report = run(spec(model, path, commit_rows=1), STUB)
     assert report.rows_computed == 64 + 64 + N % 64
     assert pq.read_table(tmp_path / "out.parquet")["generated_text"].to_pylist() == expected(model, prompts(N))
+
+
+def test_the_clock_ends_a_job_as_a_signal_does(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(N))
+    with pytest.raises(Interrupted, match=r"stopped after \d+ of 400 rows; they are committed in"):
+        run(spec(model, path, commit_rows=20, time_limit=2.0), engine("Slow"))
+    assert not (tmp_path / "out.parquet").exists()
+    report = run(spec(model, path, commit_rows=20, time_limit=60.0), STUB)
+    assert report.rows_resumed > 0 and report.rows == N
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("2", 120), ("1:30", 90), ("2:00:05", 7205), ("1-0", 86400), ("1-2:30", 86400 + 9000), ("0-0:0:7", 7)],
+)
+def test_times_are_those_of_slurm(text: str, seconds: float) -> None:
+    assert seconds_of("--time-limit", text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1h", "-5", "1:2:3:4", "1.5", "x-1", "1-"])
+def test_other_times_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--time-limit is "):
+        seconds_of("--time-limit", text)

@@ -267,7 +267,7 @@ def ended(processes: list[psutil.Process]) -> bool:
     return not psutil.wait_procs(processes, timeout=20)[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_commits_and_exits_75(tmp_path: Path, slow_job: subprocess.Popen[str], number: signal.Signals) -> None:
     children = psutil.Process(slow_job.pid).children(recursive=True)
     os.killpg(slow_job.pid, number)
