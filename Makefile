@@ -1,5 +1,5 @@
-# make demo | test | check | bench | test-long | compile-check | quantize-demo: each makes $(VENV) where it is missing and
-# installs what it needs.
+# make demo | test | check | bench | test-long | chaos | compile-check | quantize-demo: each makes $(VENV) where it is
+# missing and installs what it needs.
 # PIP_FLAGS goes to pip as it stands; pip's own PIP_* environment variables work too.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 WORKERS = -n auto --maxprocesses 8 --dist worksteal
 INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test test-long check bench compile-check quantize quantize-demo recipes
+.PHONY: demo test test-long check bench chaos compile-check quantize quantize-demo recipes
 
 demo: demo/prompts.parquet
 	$(BIN)/batchinfer run --config examples/stdlib/job.toml --overwrite
@@ -32,6 +32,9 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/peers/run.py
+
+chaos: $(VENV)/dev.stamp
+	$(BIN)/python tests/chaos.py
 
 compile-check: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/compile_check.py --write

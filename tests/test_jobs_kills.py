@@ -104,7 +104,11 @@ class Job:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    folder = make_model(tmp_path_factory.mktemp("job"))
+    return make_job(tmp_path_factory.mktemp("job"))
+
+
+def make_job(folder: Path) -> Job:
+    make_model(folder)
     write(folder / "in.parquet", prompt=prompts(ROWS))
     (folder / "engines_of_the_test.py").write_text(ENGINES + RECORDING)
     (folder / "main.py").write_text(textwrap.dedent(SCRIPT).replace(":Slow", ":Records"))
