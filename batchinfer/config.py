@@ -1,6 +1,7 @@
 """What the engine is told before it loads: resolved once by the job, frozen, picklable, free of torch."""
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 FEW_ROWS = 4
@@ -67,3 +68,18 @@ class EngineStats:
     kernels: dict[str, str] = field(default_factory=dict)  # op -> path taken
     device: str = ""
     notes: list[str] = field(default_factory=list)  # slower paths taken, for the report
+
+
+_COUNTED = (
+    *("steps", "prompt_tokens", "completion_tokens", "preemptions", "padded_tokens", "operations"),
+    *("load_seconds", "prefill_seconds", "decode_seconds"),
+)
+_PEAKS = ("peak_memory_bytes", "peak_device_bytes")
+
+
+def added(before: EngineStats, after: EngineStats) -> EngineStats:
+    """What two engines counted, one after the other; what is no count is the later one's."""
+    sums = {name: getattr(before, name) + getattr(after, name) for name in _COUNTED}
+    sizes = dict(Counter(before.step_sizes) + Counter(after.step_sizes))
+    peaks = {name: max(getattr(before, name), getattr(after, name)) for name in _PEAKS}
+    return replace(after, step_sizes=sizes, **sums, **peaks)

@@ -142,6 +142,9 @@ def run(
         str | None,
         typer.Option(metavar="TIME", help="Stop after so long, with exit code 75: minutes, or [DAYS-]HH:MM:SS."),
     ] = None,
+    step_timeout: Annotated[
+        float, typer.Option(help="Replace the engine when it took no step for so many seconds.")
+    ] = 600.0,
     grace: Annotated[float, typer.Option(help="Seconds from a signal, or the time limit, to the end.")] = 30.0,
     retry_errors: Annotated[bool, typer.Option(help="Run the rows that failed in an earlier run again.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an earlier run, or begin only in an empty place.")] = True,
@@ -192,6 +195,7 @@ def run(
         retry_errors=retry_errors,
         time_limit=None if time_limit is None else seconds_of("--time-limit", time_limit),
         grace=grace,
+        step_timeout=step_timeout,
         canary=canary,
         canary_reference=canary_reference,
     )

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -85,8 +86,8 @@ def _run(folder: RunFolder, spec: JobSpec, engine: str, prompts: PromptsFactory)
         if not done.complete:
             print(f"batchinfer: loading {spec.model}", file=sys.stderr, flush=True)
             deadline = None if spec.time_limit is None else started + spec.time_limit
-            with Interruption(deadline) as interruption, closing(Worker(folder.log, run_engine, engine)) as worker:
-                loop = Loop(spec, windows, results, worker, table.num_rows)
+            with Interruption(deadline) as interruption:
+                loop = Loop(spec, windows, results, partial(Worker, folder.log, run_engine, engine), table.num_rows)
                 found = loop.run(Load(config, tokenizer_folder), interruption)
             stats, generating = replace(found, notes=found.notes + stats.notes), loop.generate_seconds
         folder.write_manifest(table.num_rows)

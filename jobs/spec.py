@@ -61,6 +61,7 @@ class JobSpec:
     commit_seconds: float = 30.0
     max_error_rate: float = 1.0
     overwrite: bool = False
+    step_timeout: float = 600.0  # seconds without a step after which the engine is replaced
     grace: float = 30.0  # seconds from a signal to the job's end
     time_limit: float | None = None  # seconds after which it stops
     resume: bool = True
@@ -122,6 +123,8 @@ class JobSpec:
             )
         if not self.commit_seconds > 0:
             raise UsageError(f"--commit-seconds is {self.commit_seconds}; it must be above 0")
+        if not self.step_timeout > 0:
+            raise UsageError(f"--step-timeout is {self.step_timeout}; it must be above 0 seconds")
         if not self.grace > 0:
             raise UsageError(f"--grace is {self.grace}; it must be above 0 seconds")
         if self.time_limit is not None and not self.time_limit > 0:

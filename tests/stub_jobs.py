@@ -50,6 +50,28 @@ class Raises(Slow):
             raise RuntimeError("a bug\\nin two lines")
         return super().step()
 
+class Poisoned(Slow):
+    # Rows 13 and 30 are the end of it, each time.
+    def step(self):
+        if {13, 30} & set(self._waiting[0].rows.tolist()):
+            self.end()
+        return super().step()
+
+    def end(self):
+        os.kill(os.getpid(), signal.SIGBUS)
+
+class Hangs(Poisoned):
+    def end(self):
+        time.sleep(1000)
+
+class Faults(Poisoned):
+    def end(self):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+class Hopeless(Slow):
+    def step(self):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
 class Forgets(Slow):
     unfinished = 0
 

@@ -226,24 +226,61 @@ def committed_rows(tmp_path: Path) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Dies", r"was killed by SIGKILL \(out of memory\?\).* rows were under way, the first of them row"),
-        ("Raises", r"the engine failed: RuntimeError: a bug\nin two lines; the traceback is in .*worker\.log"),
+        ("Hopeless", r"was killed by SIGSEGV; its log is .*worker\.log"),
         ("Forgets", "the engine ended with 40 rows unfinished"),
         ("break_down", "the engine failed: KeyError: 'x'"),
         ("NotThere", "the engine failed: AttributeError"),
     ],
 )
-def test_a_fault_of_the_engine_keeps_what_is_done(
+def test_a_fault_of_the_engine_itself_ends_the_job(
     tmp_path: Path, model: Path, engine: Callable[[str], str], name: str, message: str
 ) -> None:
     path = write(tmp_path / "in.parquet", prompt=prompts(40))
     with pytest.raises(EngineFailed, match=message):
         run(spec(model, path), engine(name))
     assert not (tmp_path / "out.parquet").exists()
-    rows = committed_rows(tmp_path)
-    assert len(rows) == len(set(rows)) == (12 if name in ("Dies", "Raises") else 0)
+    assert committed_rows(tmp_path) == []
     log = (tmp_path / "out.run" / "worker.log").read_text()
-    assert ("Traceback" in log) == (name not in ("Dies", "Forgets"))
+    assert ("Traceback" in log) == (name not in ("Hopeless", "Forgets"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("Dies", "was killed by SIGKILL (out of memory?)"), ("Raises", "RuntimeError: a bug")]
+)
+def test_an_engine_that_dies_now_and_then_is_started_again(
+    tmp_path: Path, model: Path, engine: Callable[[str], str], name: str, said: str
+) -> None:
+    """After each third step, whatever the rows: every row is answered all the same."""
+    path = write(tmp_path / "in.parquet", prompt=prompts(40))
+    report = run(spec(model, path), engine(name))
+    assert pq.read_table(tmp_path / "out.parquet")["generated_text"].to_pylist() == expected(model, prompts(40))
+    assert report.rows_failed == 0 and counts(report) == recount(tmp_path / "out.parquet")
+    [note] = report.notes
+    assert note.startswith("the engine was started again, 3 times: ") and said in note
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Poisoned", "was killed by SIGBUS"),
+        ("Faults", "CUDA error: an illegal memory access was encountered"),
+        ("Hangs", "took no step for"),
+    ],
+)
+def test_rows_that_kill_the_engine_each_time_become_errors_and_no_others(
+    tmp_path: Path, model: Path, engine: Callable[[str], str], name: str, said: str
+) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(40))
+    report = run(spec(model, path, step_timeout=1.0), engine(name))
+    table = pq.read_table(tmp_path / "out.parquet")
+    wrong = [i for i, reason in enumerate(table["finish_reason"].to_pylist()) if reason == "error"]
+    assert wrong == [13, 30] and report.rows_by_error == {"engine_died": 2}
+    assert said in table["error_message"][13].as_py()
+    answers = expected(model, prompts(40))
+    assert [text for i, text in enumerate(table["generated_text"].to_pylist()) if i not in wrong] == [
+        text for i, text in enumerate(answers) if i not in wrong
+    ]
+    assert counts(report) == recount(tmp_path / "out.parquet")
 
 
 @pytest.fixture
