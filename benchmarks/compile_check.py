@@ -36,15 +36,19 @@ from batchinfer.kernels import (
     linear_w4a16_triton,
     linear_w8a8_triton,
     norm_triton,
+    rows_triton,
     sampling_triton,
+    speculative_triton,
 )
 from batchinfer.kernels.shipped_triton import Shipped
 
 MODULES = (
     norm_triton,
     activation_triton,
+    rows_triton,
     kv_cache_triton,
     sampling_triton,
+    speculative_triton,
     attention_triton,
     attention_merge_triton,
     linear_triton,

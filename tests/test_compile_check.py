@@ -16,6 +16,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], cwd=SCRIPT.parent, capture_output=True, text=True)
 
 
+def test_every_module_that_lists_kernels_is_asked() -> None:
+    modules = Path(compile_check.norm_triton.__file__).parent.glob("*_triton.py")
+    listing = {path.stem for path in modules if "\ndef shipped()" in path.read_text()}
+    assert listing == {module.__name__.rpartition(".")[2] for module in compile_check.MODULES}
+    names = [kernel.name for kernel in compile_check.kernels()]
+    assert len(set(names)) == len(names), "the table has a line a name"
+
+
 def test_one_configuration_of_each_kernel_compiles_for_hopper() -> None:
     """All of them take over a minute: that is the long test below."""
     assert os.environ["TRITON_INTERPRET"] == "1", "which the script has to undo"
