@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 WORKERS = -n auto --maxprocesses 8 --dist worksteal
 INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test test-long check bench chaos compile-check quantize quantize-demo recipes
+.PHONY: demo test test-long check bench chaos compile-check gpu-check quantize quantize-demo recipes
 
 demo: demo/prompts.parquet
 	$(BIN)/batchinfer run --config examples/stdlib/job.toml --overwrite
@@ -32,6 +32,12 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/peers/run.py
+
+# On a machine with a GPU: the system's own Python, torch, Triton and transformers; nothing is installed or fetched.
+STAGES ?= 1,2,3,4,5,6
+
+gpu-check:
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check/run.py --stages $(STAGES)
 
 chaos: $(VENV)/dev.stamp
 	$(BIN)/python tests/chaos.py
