@@ -73,6 +73,12 @@ def run_bf16(session: Session) -> None:
     _run(session, Weights("bf16, kv bf16", {"quantization": "none"}, "bf16", 2.0, BF16_KV), VARIANT)
 
 
+def run_deterministic(session: Session) -> None:
+    """The same bits in any batch: what that costs, beside the first kind of weights."""
+    settings = {**FP8.settings, "deterministic": True}
+    _run(session, Weights("w8a8-fp8, kv fp8, deterministic", settings, "fp8", 1.0, FP8_KV), VARIANT)
+
+
 def run_fp8_kv_int8(session: Session) -> None:
     """Another cache."""
     settings = {"quantization": "w8a8-fp8", "kv_cache_dtype": "int8"}

@@ -1,5 +1,6 @@
 """Matrix products against integers and float64."""
 
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -86,20 +87,38 @@ def _fp8(session: Session, errors: Errors, n: int, k: int, rows: int, out: torch
 
 def run_four_bits(session: Session) -> None:
     """Weights in 4 bits: few rows, many, so many that they are expanded; groups of every kind."""
-    errors = Errors(session)
     sizes = session.pick(
         [(4096, 4096, 128), (63, 512, 32), (130, 384, 64), (257, 1000, 1000), (65, 1664, 64)], [(33, 160, 32)]
     )
-    for dtype, (n, k, group), zeros in product(session.dtypes, sizes, (False, True)):
-        if dtype == torch.float32 and n == 4096:
-            continue  # in float32 a product takes no matrix units: small ones say as much
+    _four_bits_of(session, session.dtypes[:1], sizes, session.pick(ROWS, (1, 17)))
+
+
+def run_four_bits_of_other_types(session: Session) -> None:
+    """The same for the other types of rows, in fewer sizes: each is a kernel to compile."""
+    sizes = session.pick([(130, 384, 128), (257, 1000, 1000)], [(33, 160, 32)])
+    _four_bits_of(session, session.dtypes[1:], sizes, session.pick((1, 64, 300, 2000), (1, 17)))
+
+
+def _four_bits_of(
+    session: Session, dtypes: Sequence[torch.dtype], sizes: Sequence[tuple[int, int, int]], rows: Sequence[int]
+) -> None:
+    errors = Errors(session)
+    for dtype, (n, k, group), zeros in product(dtypes, sizes, (False, True)):
         with session.case(f"4-bit product [{n}, {k}], groups of {group}, zero points {zeros}, {name_of(dtype)}"):
-            _four_bits(session, errors, dtype, n, k, group, zeros)
+            _four_bits(session, errors, dtype, (n, k, group), zeros, rows)
         session.say(f"[{n}, {k}] in groups of {group}, {name_of(dtype)}")
     errors.write()
 
 
-def _four_bits(session: Session, errors: Errors, dtype: torch.dtype, n: int, k: int, group: int, zeros: bool) -> None:
+def _four_bits(
+    session: Session,
+    errors: Errors,
+    dtype: torch.dtype,
+    size: tuple[int, int, int],
+    zeros: bool,
+    all_rows: Sequence[int],
+) -> None:
+    n, k, group = size
     from batchinfer.kernels.four_bits_triton import repack
     from batchinfer.kernels.linear_w4a16_triton import EXPAND_ROWS, expand, linear_w4a16
 
@@ -112,7 +131,7 @@ def _four_bits(session: Session, errors: Errors, dtype: torch.dtype, n: int, k: 
     with poisoned():
         errors.same("4-bit weights expanded", name_of(dtype), expand(weight, dtype), exact.float().to(dtype))
     bias = _random(session, dtype, n)
-    for rows in session.pick(ROWS, (1, 17)):
+    for rows in all_rows:
         x = _random(session, dtype, rows, k)
         for added, deterministic in ((None, False), (bias, False), (bias, True)):
             with poisoned():
