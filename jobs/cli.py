@@ -29,7 +29,17 @@ from batchinfer.jobs.options import (
     Revision,
     Seed,
 )
-from batchinfer.jobs.spec import EngineFailed, Interrupted, JobSpec, Refused, UsageError, read_job_file, seconds_of
+from batchinfer.jobs.spec import (
+    EngineFailed,
+    Interrupted,
+    JobSpec,
+    Refused,
+    UsageError,
+    read_job_file,
+    seconds_of,
+    shard_of,
+    sharded,
+)
 from batchinfer.request import SamplingParams
 
 USAGE, INTERNAL, IO_ERROR = 2, 70, 74
@@ -138,6 +148,9 @@ def run(
     canary_reference: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Compare with this one: for a checkpoint that is quantized.")
     ] = None,
+    shard: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only the I-th of N parts of the rows, into OUT-I-of-N.parquet.")
+    ] = None,
     time_limit: Annotated[
         str | None,
         typer.Option(metavar="TIME", help="Stop after so long, with exit code 75: minutes, or [DAYS-]HH:MM:SS."),
@@ -161,9 +174,11 @@ def run(
         prompt_column = prompt_column or "prompt"
     from batchinfer.jobs import runner
 
+    part = None if shard is None else shard_of(shard)
     spec = JobSpec(
         inputs=tuple(inputs or ()),
-        output=output,
+        output=output if part is None else sharded(output, *part),
+        shard=part,
         model=model,
         revision=revision,
         tokenizer=tokenizer,
@@ -226,6 +241,18 @@ def report(output: Annotated[Path, typer.Argument(metavar="OUT.parquet")]) -> No
     from batchinfer.jobs.report import read_report
 
     print(read_report(output).table())
+
+
+@app.command()
+def merge(
+    shards: Annotated[list[Path], typer.Argument(metavar="OUT-I-of-N.parquet...")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the whole goes.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace an earlier file.")] = False,
+) -> None:
+    """Put the outputs of all shards of a job together."""
+    from batchinfer.jobs.merge_shards import merge_shards
+
+    print(f"{output}: {merge_shards(shards, output, overwrite):,} rows of {len(shards)} shards")
 
 
 @app.command()

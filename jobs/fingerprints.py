@@ -34,6 +34,7 @@ def fingerprints(
     }
     return {
         "columns": _digest(columns),
+        "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
         "input": _digest([_whole(path) for path in spec.inputs]),
         "model": _digest([[path.name, _whole(path)] for path in configs] + [[p.name, _sampled(p)] for p in weights]),
         "tokenizer": tokenizer,

@@ -5,7 +5,7 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ class Table:
     paths: tuple[Path, ...]
     schema: pa.Schema
     num_rows: int
+    skipped: int | None = None  # of a shard: rows of the files that come before its first
 
     @staticmethod
     def open(paths: Sequence[Path]) -> "Table":
@@ -52,6 +53,11 @@ class Table:
             num_rows += rows
         return Table(tuple(paths), schema, num_rows)
 
+    def shard(self, index: int, count: int) -> "Table":
+        """The `index`-th of `count` runs of neighbouring rows, from 0, as a table of its own; they differ by a row."""
+        first, end = (self.num_rows * i // count for i in (index, index + 1))
+        return replace(self, num_rows=end - first, skipped=first)
+
     def check(self, columns: Sequence[str]) -> None:
         """Raises `Refused` naming file and column if one of them is not there."""
         for name in columns:
@@ -64,10 +70,16 @@ class Table:
         """
         names = self.schema.names if columns is None else list(columns)
         self.check(names)
-        first = 0
+        first = -(self.skipped or 0)
         for path in self.paths:
             for batch in _format_of(path).read(path, self.schema, names, rows):
-                yield first, batch
+                if self.skipped is None:
+                    yield first, batch
+                elif first >= self.num_rows:
+                    return
+                elif first + batch.num_rows > 0:
+                    start = max(0, -first)
+                    yield first + start, _cut(batch, start, min(batch.num_rows, self.num_rows - first))
                 first += batch.num_rows
 
 
@@ -83,6 +95,15 @@ def places_not_text(batch: pa.RecordBatch, column: str) -> list[int]:
     metadata = batch.schema.metadata or {}
     places: list[int] = json.loads(metadata.get(_NOT_TEXT, b"{}")).get(column, [])
     return places
+
+
+def _cut(batch: pa.RecordBatch, start: int, end: int) -> pa.RecordBatch:
+    """Rows `start` to before `end`."""
+    cut = batch.slice(start, end - start)
+    if (stored := (batch.schema.metadata or {}).get(_NOT_TEXT)) is None:
+        return cut
+    places = {name: [i - start for i in found if start <= i < end] for name, found in json.loads(stored).items()}
+    return cut.replace_schema_metadata({_NOT_TEXT: json.dumps(places)})
 
 
 class _Parquet:

@@ -53,6 +53,8 @@ def _run(folder: RunFolder, spec: JobSpec, engine: str, prompts: PromptsFactory)
     if not (spec.resume or spec.overwrite) and folder.begun:
         raise Refused(f"{folder.path} or {spec.output} is there, and --no-resume starts only in an empty place")
     table = Table.open(spec.inputs)
+    if spec.shard is not None:
+        table = table.shard(*spec.shard)
     kept = _kept_columns(spec, table)
     model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)

@@ -61,6 +61,7 @@ class JobSpec:
     commit_seconds: float = 30.0
     max_error_rate: float = 1.0
     overwrite: bool = False
+    shard: tuple[int, int] | None = None  # (index from 0, count): only those rows
     step_timeout: float = 600.0  # seconds without a step after which the engine is replaced
     grace: float = 30.0  # seconds from a signal to the job's end
     time_limit: float | None = None  # seconds after which it stops
@@ -123,6 +124,11 @@ class JobSpec:
             )
         if not self.commit_seconds > 0:
             raise UsageError(f"--commit-seconds is {self.commit_seconds}; it must be above 0")
+        if self.shard is not None and not 0 <= self.shard[0] < self.shard[1]:
+            index, count = self.shard
+            raise UsageError(
+                f"--shard is {index}/{count}; shards are counted from 0: give 0/{count} to {count - 1}/{count}"
+            )
         if not self.step_timeout > 0:
             raise UsageError(f"--step-timeout is {self.step_timeout}; it must be above 0 seconds")
         if not self.grace > 0:
@@ -153,6 +159,19 @@ def seconds_of(flag: str, text: str) -> float:
     numbers = [int(part) for part in parts]
     units = _UNITS[3 if dash else len(numbers)]
     return float(sum(n * unit for n, unit in zip(numbers, units, strict=False)) + 86400 * int(days or 0))
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """(index, count) of "I/N". Raises `UsageError` for anything else."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(count)):
+        raise UsageError(f"--shard is {text!r}; give I/N, with I from 0 to N - 1")
+    return int(index), int(count)
+
+
+def sharded(output: Path, index: int, count: int) -> Path:
+    """Where that shard of an output goes: OUT-I-of-N.parquet."""
+    return output.with_name(f"{output.stem}-{index}-of-{count}{output.suffix}")
 
 
 def read_job_file(path: Path, known: Iterable[str], flag: str = "--config") -> dict[str, Any]:

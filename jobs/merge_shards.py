@@ -1,0 +1,86 @@
+"""Shards of one job put together: their outputs, one after the other, as if it had been one."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchinfer.jobs.done import differences
+from batchinfer.jobs.durable import sync_folder, writing
+from batchinfer.jobs.parts import RunFolder
+from batchinfer.jobs.report import read_report
+from batchinfer.jobs.schema import PARQUET
+from batchinfer.jobs.spec import Refused
+from batchinfer.jobs.verify import verify
+
+MERGE_ROWS = 8192
+
+
+def merge_shards(shards: Sequence[Path], output: Path, overwrite: bool) -> int:
+    """Write `output`, whole, from the outputs of all shards, in any order; its rows.
+
+    Raises `Refused` where a shard is missing, there twice, unfinished, damaged, or of another job.
+    """
+    if output.exists() and not overwrite:
+        raise Refused(f"output {output} exists; choose another one, or give --overwrite to replace it")
+    ordered = _in_order([(path, _fingerprints(path)) for path in shards])
+    for path in ordered:
+        verify(path)
+    aside = output.with_name(f".{output.name}-{os.getpid()}")
+    rows = 0
+    schema = pq.read_schema(ordered[0])
+    with writing(aside) as file, pq.ParquetWriter(file, schema, **PARQUET) as writer:
+        for path in ordered:
+            with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as shard:
+                for batch in shard.iter_batches(MERGE_ROWS, use_threads=False):
+                    writer.write_table(pa.Table.from_batches([batch], schema))
+                    rows += len(batch)
+    expected = sum(read_report(path).rows for path in ordered)
+    assert rows == expected, "every shard was verified"
+    aside.rename(output)
+    sync_folder(output.parent)
+    return rows
+
+
+def _fingerprints(path: Path) -> dict[str, str]:
+    file = RunFolder(path).path / "run.json"
+    try:
+        found: dict[str, str] = json.loads(file.read_text("utf-8"))["fingerprints"]
+        if not found.get("shard"):
+            raise Refused(f"{path} is no shard: its run had no --shard")
+        return found
+    except OSError as error:
+        raise Refused(f"{path} is not the output of a run: {file} is not there") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Refused(f"{file} is damaged: {error}") from error
+
+
+def _in_order(shards: list[tuple[Path, dict[str, str]]]) -> list[Path]:
+    """By index. Raises `Refused` for holes, overlaps and shards of different jobs."""
+    if not shards:
+        raise Refused("no shard; give the outputs of all")
+    first, expected = shards[0]
+    by_index: dict[int, Path] = {}
+    count = _numbers(expected)[1]
+    for path, found in shards:
+        index, of = _numbers(found)
+        differing: list[Any] = [name for name in differences(expected, found) if name != "shard"]
+        if of != count:
+            raise Refused(f"{path} is one of {of} shards, {first} one of {count}")
+        if differing:
+            raise Refused(f"{path} is of another job than {first}: another {' and '.join(differing)}")
+        if index in by_index:
+            raise Refused(f"shard {index} of {count} is there twice: {by_index[index]} and {path}")
+        by_index[index] = path
+    if missing := [str(i) for i in range(count) if i not in by_index]:
+        raise Refused(f"of {count} shards {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    return [by_index[i] for i in range(count)]
+
+
+def _numbers(fingerprints: dict[str, str]) -> tuple[int, int]:
+    index, _, count = fingerprints["shard"].partition(" of ")
+    return int(index), int(count)
