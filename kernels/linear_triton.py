@@ -66,7 +66,7 @@ def shipped() -> list[Shipped]:
                     {"K": columns, "BIAS": True, "BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth},
                     tile.warps,
                     tile.stages,
-                    product="bf16" if dtype == torch.bfloat16 else None,
+                    product=None if dtype == torch.float32 else name,
                     product_rows=tile.rows,
                 )
             )  # fmt: skip
