@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from gpu_check.findings import DEVICE_LOST, DeviceLost
+from gpu_check.machine import conditions
 from gpu_check.session import Session
 from gpu_check.stages import Stage
 
 
 def run_child(stage: Stage, parts: list[str], smoke: bool, file: Path, seconds: float) -> int:
     """Run the parts, and append what each has found to the list in `file`; the exit code."""
-    until = time.monotonic() + seconds
+    until, ran = time.monotonic() + seconds, conditions(smoke)
     found: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
     for name in parts:
         session = Session(smoke, f"{stage.number} {name}", until, found)
@@ -22,6 +23,7 @@ def run_child(stage: Stage, parts: list[str], smoke: bool, file: Path, seconds: 
                 "part": name,
                 "status": "failed" if session.findings.faults else "ok",
                 "seconds": round(time.monotonic() - session.began, 1),
+                "conditions": ran,
                 **session.findings.as_dict(),
             }
         )

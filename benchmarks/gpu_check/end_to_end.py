@@ -123,9 +123,10 @@ def load(session: Session, model: Path, weights: Weights, jobs: tuple[Job, ...])
         **settings,
     )  # fmt: skip
     vocab = engine.runner.decoder.config.vocab_size
-    # Kernels of prompts and of few and many decoding rows are compiled, and memory is taken for the first time.
-    for rows in session.pick((1, min(64, most), most), (2,)):
-        warm = requests_of(random_prompts(rows, session.pick(32, 5), vocab, seed=1), session.pick(12, 2))
+    # A kernel is compiled for one row, for multiples of 16 and for other numbers, and products have tiles by rows: with
+    # these rows and their prompts all are met. Memory is taken for the first time, too.
+    for rows in dict.fromkeys(session.pick((1, 3, 16, 37, 64, 100, most), (2,))):
+        warm = requests_of(random_prompts(rows, session.pick(33, 5), vocab, seed=1), session.pick(12, 2))
         drive(session, engine, warm, 60.0)
     return engine
 

@@ -21,7 +21,7 @@ def conditions(smoke: bool) -> dict[str, str]:
         device = f"{found.name}, {found.multi_processor_count} multiprocessors, {found.total_memory / 1e9:.1f} GB"
     return {
         "device": device,
-        "driver": "none" if smoke else _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": "none" if smoke else _driver(),
         "CUDA": str(torch.version.cuda),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -31,6 +31,14 @@ def conditions(smoke: bool) -> dict[str, str]:
         "commit": _output("git", "describe", "--always", "--dirty", "--exclude=*"),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _driver() -> str:
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split()
+        return next(word for word in words if word[0].isdigit() and "." in word)
+    except (OSError, IndexError, StopIteration):
+        return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
 
 
 def _version(package: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 Stage = dict[str, Any]
 
 
-def stage_result(title: str, ran: Mapping[str, str], seconds: float, parts: Sequence[Mapping[str, Any]]) -> Stage:
+def stage_result(title: str, seconds: float, parts: Sequence[Mapping[str, Any]]) -> Stage:
     """What the parts of a stage have found, put together; tables of one title are one table."""
+    ran: Mapping[str, str] = next((part["conditions"] for part in parts if "conditions" in part), {"device": "unknown"})
     tables: dict[str, list[dict[str, Any]]] = {}
     for part in parts:
         for name, rows in part["tables"].items():

@@ -118,10 +118,10 @@ def _four_bits(
     zeros: bool,
     all_rows: Sequence[int],
 ) -> None:
-    n, k, group = size
     from batchinfer.kernels.four_bits_triton import repack
     from batchinfer.kernels.linear_w4a16_triton import EXPAND_ROWS, expand, linear_w4a16
 
+    n, k, group = size
     values = _whole(session, -8, 8, n, k, seed=1)
     scale = (0.01 * (torch.rand(n, k // group, generator=session.generator(2), device=session.device) + 0.5)).to(dtype)
     zero_point = _whole(session, -8, 9, n, k // group, seed=3).float() if zeros else None
