@@ -93,6 +93,7 @@ def test_stages_that_run_apart_are_in_one_file(tmp_path: Path) -> None:
     assert list(json.loads((tmp_path / "gpu_check.json").read_text())["stages"]) == ["1", "3"]
     page = (tmp_path / "gpu_check.md").read_text()
     assert page == later.page()
+    assert "stage 1, c: E: e" in later.summary()
     assert "device a device. Stages: 1 on today; 3 on today." in page
     assert "| fast | slow | no | 3 |" in page
     assert "| 1 | first | failed | 1.00 |" in page and "E: e" in page and "line 7" in page

@@ -16,7 +16,7 @@ from batchinfer.engine import Engine
 from batchinfer.model_config import ModelConfig, read_model_config
 
 TITLE = "Llama-3-8B's shape, random weights, random prompts, no end of text"
-VARIANT_SECONDS = 8.0
+VARIANT_SECONDS = 6.0
 """That a case beside the first kind of weights has for its run; what is under way then counts so far, and is marked."""
 LAST_SECONDS = 15.0
 """That a part keeps for what comes after a run."""
@@ -48,12 +48,15 @@ FP8_KV, BF16_KV = 1 + 4 / 128, 2.0  # with a scale for 128 numbers
 FP8 = Weights("w8a8-fp8, kv fp8", {"quantization": "w8a8-fp8", "kv_cache_dtype": "fp8"}, "fp8", 1.0, FP8_KV)
 MAIN = (Job(1024, 128, 128), Job(256, 1000, 1000), Job(160, 2048, 128))
 VARIANT = (Job(96, 1000, 1000, VARIANT_SECONDS),)
-SMOKE = (Job(3, 9, 4),)
+SMOKE = (Job(2, 7, 3),)
+WARM = (1, 3, 16, 37, 64, 100)
+"""A kernel is compiled for one row, for multiples of 16 and for other numbers, and products have tiles by rows: as many
+rows as the job has, these, and their prompts meet all of it."""
 
 
 def run_fp8(session: Session) -> None:
     """What the engine is for: 8-bit weights, activations and cache, three jobs."""
-    _run(session, FP8, MAIN)
+    _run(session, FP8, MAIN, WARM, (1, 64, 256))
 
 
 def run_int8(session: Session) -> None:
@@ -90,12 +93,19 @@ def run_fp8_kv_bf16(session: Session) -> None:
     _run(session, Weights("w8a8-fp8, kv bf16", {"quantization": "w8a8-fp8"}, "fp8", 1.0, BF16_KV), VARIANT)
 
 
-def _run(session: Session, weights: Weights, jobs: tuple[Job, ...]) -> None:
+def _run(
+    session: Session,
+    weights: Weights,
+    jobs: tuple[Job, ...],
+    warm: tuple[int, ...] = (37,),
+    watched: tuple[int, ...] = (64,),
+) -> None:
+    """`watched`: rows of steady steps."""
     jobs = session.pick(jobs, SMOKE)
     ceiling = ceilings.known(session)
     with tempfile.TemporaryDirectory() as folder:
         model = shape_of(session, SHAPES / weights.shape, Path(folder))
-        engine = load(session, model, weights, jobs)
+        engine = load(session, model, weights, jobs, warm)
         session.say(f"loaded, {engine.runner.kv_cache_bytes / 1e9:.1f} GB of keys and values")
         config = read_model_config(model)
         for job in jobs:
@@ -105,12 +115,14 @@ def _run(session: Session, weights: Weights, jobs: tuple[Job, ...]) -> None:
                 ran = drive(session, engine, requests, seconds)
                 _report(session, engine, config, weights, job, ran, ceiling)
         with session.case(f"{weights.name}, steady steps"):
-            _idle(session, engine, config, weights)
+            _idle(session, engine, config, weights, watched)
         # Not `stats()`, which would measure the device's peak first.
         session.findings.notes += [f"{weights.name}: {note}" for note in engine._stats.notes]
 
 
-def load(session: Session, model: Path, weights: Weights, jobs: tuple[Job, ...]) -> Engine:
+def load(
+    session: Session, model: Path, weights: Weights, jobs: tuple[Job, ...], warm: tuple[int, ...] = WARM
+) -> Engine:
     """With room for the largest of the jobs, and warm."""
     longest = max(job.prompt + job.new for job in jobs)
     most = max(job.rows for job in jobs)
@@ -123,11 +135,9 @@ def load(session: Session, model: Path, weights: Weights, jobs: tuple[Job, ...])
         **settings,
     )  # fmt: skip
     vocab = engine.runner.decoder.config.vocab_size
-    # A kernel is compiled for one row, for multiples of 16 and for other numbers, and products have tiles by rows: with
-    # these rows and their prompts all are met. Memory is taken for the first time, too.
-    for rows in dict.fromkeys(session.pick((1, 3, 16, 37, 64, 100, most), (2,))):
-        warm = requests_of(random_prompts(rows, session.pick(33, 5), vocab, seed=1), session.pick(12, 2))
-        drive(session, engine, warm, 60.0)
+    for rows in dict.fromkeys(session.pick((*warm, most), (2,))):
+        requests = requests_of(random_prompts(rows, session.pick(33, 5), vocab, seed=1), session.pick(12, 2))
+        drive(session, engine, requests, 60.0)
     return engine
 
 
@@ -170,10 +180,10 @@ def _weight_bytes(config: ModelConfig, weights: Weights) -> float:
     return (model.linear_parameters * weights.weight_bytes + model.head_parameters * 2.0) / whole
 
 
-def _idle(session: Session, engine: Engine, config: ModelConfig, weights: Weights) -> None:
+def _idle(session: Session, engine: Engine, config: ModelConfig, weights: Weights, watched: tuple[int, ...]) -> None:
     """How long the device waits in a decoding step."""
     most = engine.table.active.size
-    for rows in dict.fromkeys(session.pick((1, 64, min(256, most)), (2,))):
+    for rows in session.pick(watched, (2,)):
         if rows > most:
             continue
         steps = steady_steps(session, engine, rows, session.pick(128, 5), config.vocab_size)

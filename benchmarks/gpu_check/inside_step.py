@@ -95,7 +95,7 @@ def _steady(session: Session, engine: Engine, how: str, rows: int) -> Steady | N
         **{"kernels": trace.kernels_per_step, "launches by the host": trace.launches_per_step},
         **{"graphs launched": trace.replays_per_step, "waits for an event": trace.event_waits_per_step},
         **{"other waits": ", ".join(f"{n} {c}" for n, c in trace.waits.items()) or "none"},
-        **{"device idle, %": 100 * trace.idle_share},
+        **{"allocations, in all": trace.allocations, "device idle, %": 100 * trace.idle_share},
     )
     session.say(f"{how}, {rows} rows: {steps.wall_ms:.2f} ms, host {steps.host_ms:.2f} ms")
     return steps

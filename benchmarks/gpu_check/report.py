@@ -54,21 +54,32 @@ class Results:
             "`make gpu-check` wrote this page. An aim that is missed is no fault.",
             "",
         ]
-        lines += _conditions(self.stages)
-        overview = [
+        lines += [*_conditions(self.stages), *self._overview()]
+        for number, stage in self.stages.items():
+            lines += _stage(number, stage)
+        return "\n".join(lines).rstrip() + "\n"
+
+    def summary(self) -> str:
+        """What belongs on a screen: stages, aims, and a line for each fault."""
+        faults = [
+            f"stage {number}, {fault['case']}: {fault['error']}"
+            for number, stage in self.stages.items()
+            for fault in stage["faults"]
+        ]
+        return "\n".join([*self._overview(), *faults]).rstrip()
+
+    def _overview(self) -> list[str]:
+        stages = [
             {"stage": number, "what": stage["title"], "status": stage["status"], "seconds": stage["seconds"]}
             for number, stage in self.stages.items()
         ]
-        lines += [*markdown(overview), ""]
         aims = [
             {"aim": aim["aim"], "measured": aim["measured"], "met": "yes" if aim["met"] else "no", "stage": number}
             for number, stage in self.stages.items()
             for aim in stage["aims"]
         ]
-        lines += ["## Aims", "", *(markdown(aims) if aims else ["None of the stages that ran has one."]), ""]
-        for number, stage in self.stages.items():
-            lines += _stage(number, stage)
-        return "\n".join(lines).rstrip() + "\n"
+        none = ["None of the stages that ran has one."]
+        return [*markdown(stages), "", "## Aims", "", *(markdown(aims) if aims else none), ""]
 
 
 def _conditions(stages: Mapping[str, Stage]) -> list[str]:

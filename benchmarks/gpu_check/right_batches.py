@@ -116,7 +116,8 @@ def _deterministic(session: Session, case: Paged) -> Tensor:
 
     heads, head_dim = case.query.shape[1:]
     kv_heads = case.cache.key.shape[1]
-    plan = plan_attention(case.batch, heads, kv_heads, None, tiling(head_dim, heads // kv_heads), None)
+    tiles = tiling(head_dim, heads // kv_heads, case.cache.key_scale is not None)
+    plan = plan_attention(case.batch, heads, kv_heads, None, tiles, None)
     return paged_attention(case.query, case.cache, plan, case.scale)
 
 
@@ -155,7 +156,7 @@ def small_model(session: Session, folder: Path, shape: str) -> Path:
 
 def _model(session: Session, errors: Errors, kind: str, model: Path, settings: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
-    count = session.pick(512, 3)
+    count = session.pick(512, 2)
     # Lengths of a tile and 1 to 9 tokens: in steps of one tile, those are the query tokens of the second one.
     lengths = [64 + 1 + i % 9 if i % 2 else int(rng.integers(1, session.pick(300, 70))) for i in range(count)]
     prompts = [rng.integers(2, 300, length).tolist() for length in lengths]

@@ -76,7 +76,7 @@ def _run(stages: list, smoke: bool, out: Path, seconds: float) -> int:
         results.put(stage.number, result)
         failed += [str(stage.number)] if result["status"] == "failed" else []
         print(f"stage {stage.number}: {result['status']}, {result['seconds']} s", flush=True)
-    print(results.page())
+    print(results.summary())
     print(f"results: {results.json_file} and {results.page_file}")
     if failed:
         print(f"gpu_check: failed: {', '.join(failed)}; the errors are at the end of the results", file=sys.stderr)

@@ -68,7 +68,8 @@ def _time(session: Session, clock: Clock, ceiling: Ceilings, step: Step, kv: tor
     query = torch.randn(tokens, heads, head_dim, generator=session.generator(), device=session.device)
     query = query.to(session.dtype)
     processors = None if step.deterministic else session.processors
-    plan = plan_attention(batch, heads, kv_heads, None, tiling(head_dim, heads // kv_heads), processors)
+    tiles = tiling(head_dim, heads // kv_heads, kv in MOST)
+    plan = plan_attention(batch, heads, kv_heads, None, tiles, processors)
     times = clock(lambda: paged_attention(query, cache, plan, head_dim**-0.5))
     keys = step.sequences * step.context * kv_heads
     nbytes = 2 * keys * (head_dim * kv.itemsize + (4 if kv in MOST else 0)) + 2 * query.nbytes

@@ -17,6 +17,9 @@ EVENT_WAIT = "cudaEventSynchronize"
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy", "cuStreamSynchronize", "cuCtxSynchronize")
 """Calls that wait for the device; `cudaMemcpy` is the name of the copy that does, its twin is `cudaMemcpyAsync`."""
 
+ALLOCATIONS = ("cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaMallocHost", "cudaFreeHost")
+"""Calls that may wait for the device too, where memory is not taken from what is kept."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -61,6 +64,11 @@ class Trace:
     def waits(self) -> dict[str, int]:
         """Calls that should not be there, by name."""
         return {name: self.calls[name] for name in WAITS if self.calls.get(name)}
+
+    @property
+    def allocations(self) -> int:
+        """Of memory of the device and of pinned memory, by the driver, in all steps."""
+        return sum(self.calls.get(name, 0) for name in ALLOCATIONS)
 
 
 def read_trace(file: Path) -> Trace:
