@@ -4,17 +4,17 @@ The engine's process imports this module again, as part of the program that star
 itself what is large.
 """
 
-import json
 import sys
 import tempfile
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 from batchinfer import __version__
-from batchinfer.jobs import cli_models
+from batchinfer.jobs import cli_models, cli_outputs
 from batchinfer.jobs.options import (
     BlockSize,
     Deterministic,
@@ -35,6 +35,7 @@ from batchinfer.jobs.spec import (
     JobSpec,
     Refused,
     UsageError,
+    number_or_auto,
     read_job_file,
     seconds_of,
     shard_of,
@@ -47,6 +48,7 @@ EXIT_CODES: dict[type[Exception], int] = {UsageError: USAGE, Refused: 65, Engine
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 app.add_typer(cli_models.app)
+app.add_typer(cli_outputs.app)
 
 
 def main() -> NoReturn:
@@ -96,8 +98,18 @@ def _use_job_file(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
+def job_of(arguments: Sequence[str]) -> JobSpec:
+    """The job that `batchinfer run` with these arguments would run. Raises `UsageError` and typer's exceptions."""
+    jobs: list[JobSpec] = []
+    app(["run", *arguments], prog_name="batchinfer", obj=jobs.append, standalone_mode=False)
+    if not jobs:
+        raise UsageError("these are no arguments of a job, but a question about them")
+    return jobs[0]
+
+
 @app.command()
 def run(
+    context: typer.Context,
     inputs: Annotated[
         list[Path] | None, typer.Argument(metavar="INPUT...", help="Parquet, JSON Lines or CSV; several are one table.")
     ] = None,
@@ -172,8 +184,6 @@ def run(
         raise UsageError(f"{'--output' if output is None else '--model'} is missing")
     if prompt_template is None and messages_column is None:
         prompt_column = prompt_column or "prompt"
-    from batchinfer.jobs import runner
-
     part = None if shard is None else shard_of(shard)
     spec = JobSpec(
         inputs=tuple(inputs or ()),
@@ -195,9 +205,9 @@ def run(
         dtype=dtype,
         quantization=quantization,
         kv_cache_dtype=kv_cache_dtype,
-        max_model_len=_number_or_auto("--max-model-len", max_model_len),
-        max_num_seqs=_number_or_auto("--max-num-seqs", max_num_seqs),
-        max_num_batched_tokens=_number_or_auto("--max-num-batched-tokens", max_num_batched_tokens),
+        max_model_len=number_or_auto("--max-model-len", max_model_len),
+        max_num_seqs=number_or_auto("--max-num-seqs", max_num_seqs),
+        max_num_batched_tokens=number_or_auto("--max-num-batched-tokens", max_num_batched_tokens),
         block_size=block_size,
         deterministic=deterministic,
         gpu_memory_utilization=gpu_memory_utilization,
@@ -214,16 +224,15 @@ def run(
         canary=canary,
         canary_reference=canary_reference,
     )
+    if context.obj is not None:  # somebody else's question: which job is it?
+        context.obj(spec)
+        return
+    from batchinfer.jobs import runner
+
     done = runner.run(spec)
     print(done.table())
     if done.rows and not done.rows_ok:
         raise Refused(f"every row failed; {output} has each one's error_code and error_message")
-
-
-def _number_or_auto(flag: str, text: str) -> int | None:
-    if text != "auto" and not text.isdecimal():
-        raise UsageError(f"{flag} is {text!r}; it must be a number, or auto")
-    return None if text == "auto" else int(text)
 
 
 def _sampling(*values: Any) -> SamplingParams:
@@ -233,74 +242,3 @@ def _sampling(*values: Any) -> SamplingParams:
     except ValueError as error:
         field, _, rest = str(error).partition(" ")
         raise UsageError(f"--{field.replace('_', '-')} {rest}") from error
-
-
-@app.command()
-def report(output: Annotated[Path, typer.Argument(metavar="OUT.parquet")]) -> None:
-    """Print the report of a finished job again."""
-    from batchinfer.jobs.report import read_report
-
-    print(read_report(output).table())
-
-
-@app.command()
-def merge(
-    shards: Annotated[list[Path], typer.Argument(metavar="OUT-I-of-N.parquet...")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the whole goes.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier file.")] = False,
-) -> None:
-    """Put the outputs of all shards of a job together."""
-    from batchinfer.jobs.merge_shards import merge_shards
-
-    print(f"{output}: {merge_shards(shards, output, overwrite):,} rows of {len(shards)} shards")
-
-
-@app.command()
-def verify(output: Annotated[Path, typer.Argument(metavar="OUT.parquet")]) -> None:
-    """Count rows, tokens and hashes of a finished job again, from its files alone."""
-    from batchinfer.jobs import verify as verification
-
-    print("\n".join(verification.verify(output)))
-
-
-@app.command()
-def bench(
-    model: Model = None,
-    revision: Revision = None,
-    random_weights: Annotated[bool, typer.Option(help="Noise instead of weights: config.json is enough.")] = False,
-    stub: Annotated[bool, typer.Option(help="No engine: measure the job layer alone.")] = False,
-    num_prompts: Annotated[int, typer.Option(help="Rows.")] = 256,
-    input_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 256,
-    output_len: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
-    output_json: Annotated[Path | None, typer.Option(help="Write the figures and the whole report here.")] = None,
-    seed: Seed = 0,
-    quantization: Quantization = "auto",
-    kv_cache_dtype: KvCacheDtype = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    max_num_seqs: MaxNumSeqs = "auto",
-    max_num_batched_tokens: MaxNumBatchedTokens = "auto",
-    block_size: BlockSize = 32,
-    deterministic: Deterministic = False,
-    gpu_memory_utilization: GpuMemoryUtilization = 0.9,
-) -> None:
-    """Run prompts of random tokens through the path of a job."""
-    from batchinfer.jobs import bench as benchmark
-
-    engine = {
-        "quantization": quantization,
-        "kv_cache_dtype": kv_cache_dtype,
-        "dtype": dtype,
-        "device": device,
-        "max_num_seqs": _number_or_auto("--max-num-seqs", max_num_seqs),
-        "max_num_batched_tokens": _number_or_auto("--max-num-batched-tokens", max_num_batched_tokens),
-        "block_size": block_size,
-        "deterministic": deterministic,
-        "gpu_memory_utilization": gpu_memory_utilization,
-        "random_weights": random_weights,
-    }
-    workload = benchmark.Workload(num_prompts, input_len, output_len, seed, engine)
-    result = benchmark.bench(model, revision, workload, stub)
-    print(result.table())
-    if output_json is not None:
-        output_json.write_text(json.dumps(benchmark.figures(workload, result), indent=2) + "\n")

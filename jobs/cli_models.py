@@ -1,13 +1,27 @@
 """The commands about models: bring one, quantize it, measure it. Each imports for itself what is large."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from batchinfer.jobs.options import Quantization, Revision
-from batchinfer.jobs.spec import Refused, UsageError
+from batchinfer.jobs.options import (
+    BlockSize,
+    Deterministic,
+    Device,
+    Dtype,
+    GpuMemoryUtilization,
+    KvCacheDtype,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
+    Model,
+    Quantization,
+    Revision,
+    Seed,
+)
+from batchinfer.jobs.spec import Refused, UsageError, number_or_auto
 
 app = typer.Typer()
 
@@ -111,3 +125,46 @@ def evaluate(
         if done.layers is None:
             raise Refused(f"--plot {plot}: there is nothing to draw; the notes above say why")
         plot.write_text(layer_plot(done, done.layers), "utf-8")
+
+
+@app.command()
+def bench(
+    model: Model = None,
+    revision: Revision = None,
+    random_weights: Annotated[bool, typer.Option(help="Noise instead of weights: config.json is enough.")] = False,
+    stub: Annotated[bool, typer.Option(help="No engine: measure the job layer alone.")] = False,
+    num_prompts: Annotated[int, typer.Option(help="Rows.")] = 256,
+    input_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 256,
+    output_len: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
+    output_json: Annotated[Path | None, typer.Option(help="Write the figures and the whole report here.")] = None,
+    seed: Seed = 0,
+    quantization: Quantization = "auto",
+    kv_cache_dtype: KvCacheDtype = "auto",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_num_seqs: MaxNumSeqs = "auto",
+    max_num_batched_tokens: MaxNumBatchedTokens = "auto",
+    block_size: BlockSize = 32,
+    deterministic: Deterministic = False,
+    gpu_memory_utilization: GpuMemoryUtilization = 0.9,
+) -> None:
+    """Run prompts of random tokens through the path of a job."""
+    from batchinfer.jobs import bench as benchmark
+
+    engine = {
+        "quantization": quantization,
+        "kv_cache_dtype": kv_cache_dtype,
+        "dtype": dtype,
+        "device": device,
+        "max_num_seqs": number_or_auto("--max-num-seqs", max_num_seqs),
+        "max_num_batched_tokens": number_or_auto("--max-num-batched-tokens", max_num_batched_tokens),
+        "block_size": block_size,
+        "deterministic": deterministic,
+        "gpu_memory_utilization": gpu_memory_utilization,
+        "random_weights": random_weights,
+    }
+    workload = benchmark.Workload(num_prompts, input_len, output_len, seed, engine)
+    result = benchmark.bench(model, revision, workload, stub)
+    print(result.table())
+    if output_json is not None:
+        output_json.write_text(json.dumps(benchmark.figures(workload, result), indent=2) + "\n")

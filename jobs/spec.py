@@ -161,6 +161,13 @@ def seconds_of(flag: str, text: str) -> float:
     return float(sum(n * unit for n, unit in zip(numbers, units, strict=False)) + 86400 * int(days or 0))
 
 
+def number_or_auto(flag: str, text: str) -> int | None:
+    """None for "auto". Raises `UsageError` for what is no number."""
+    if text != "auto" and not text.isdecimal():
+        raise UsageError(f"{flag} is {text!r}; it must be a number, or auto")
+    return None if text == "auto" else int(text)
+
+
 def shard_of(text: str) -> tuple[int, int]:
     """(index, count) of "I/N". Raises `UsageError` for anything else."""
     index, slash, count = text.partition("/")
