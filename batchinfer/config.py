@@ -11,6 +11,8 @@ At 8 rows int4pack still makes new tokens a third faster than expanded weights d
 half their speed, and from 8 rows on that is more than the gain where a row has as many new tokens as prompt tokens.
 """
 
+LEAST_BATCHED_TOKENS = 64  # a tile of a prompt
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -39,6 +41,11 @@ class EngineConfig:
     def few_rows(self) -> bool:
         """True if a usual step is small; results depend on it where it chooses the product of 4-bit weights."""
         return self.usual_batch <= FEW_ROWS
+
+    def halved(self) -> "EngineConfig":
+        """Half as many rows side by side and half as many tokens a step: for memory that turned out too small."""
+        tokens = max(LEAST_BATCHED_TOKENS, self.max_num_batched_tokens // 2)
+        return replace(self, max_num_seqs=max(1, self.max_num_seqs // 2), max_num_batched_tokens=tokens)
 
     @property
     def usual_batch(self) -> int:

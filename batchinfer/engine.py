@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from batchinfer import allocator
 from batchinfer.batch import Batch
 from batchinfer.block_manager import BlockManager
-from batchinfer.config import EngineConfig, EngineStats
+from batchinfer.config import LEAST_BATCHED_TOKENS, EngineConfig, EngineStats
 from batchinfer.kernels import dispatch
 from batchinfer.kernels.attention import TILE
-from batchinfer.memory import Room, peak_memory_bytes, pool_blocks
+from batchinfer.memory import Room, is_out_of_memory, peak_memory_bytes, pool_blocks
 from batchinfer.model_config import ModelConfig, read_model_config
 from batchinfer.request import Completions, FinishReason, Requests, RowError, SamplingParams
 from batchinfer.runner import ModelRunner, measure_peak
@@ -56,11 +56,13 @@ class Engine:
             self.runner = ModelRunner(config, model)
             allocator.keep_freed_memory()
             room = self._room(config)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise ValueError(
-                f"the device's memory does not hold the weights and a step of {config.max_num_batched_tokens} tokens "
-                f"({error}); take weights in fewer bits (--quantization), lower --max-num-batched-tokens or "
-                "--max-num-seqs, or end what else runs on the device"
+                f"memory does not hold the weights and a step of {config.max_num_batched_tokens} tokens ({error}); "
+                "take weights in fewer bits (--quantization), lower --max-num-batched-tokens or --max-num-seqs, or end "
+                f"what else runs on {config.device}"
             ) from error
         self._stats = EngineStats(device=self.runner.device_name, notes=self.runner.notes)
         blocks, note = pool_blocks(config, model, self.runner.kv_dtype, room)
@@ -107,23 +109,25 @@ class Engine:
             try:
                 self.steps.append(_Step(batch, self.runner.launch(batch), started))
                 return True
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 self.scheduler.withdraw(batch)
                 self._shrink(batch, error)
         return False
 
     def _shrink(self, batch: Batch, error: Exception) -> None:
+        on_gpu = self.runner.backend.device.type == "cuda"
+        # Of a GPU's memory keys and values have all that nothing else needs.
+        remedies = ("--gpu-memory-utilization, " if on_gpu else "") + "--max-num-seqs or --max-num-batched-tokens"
         tokens = batch.prompt_tokens + batch.decode_tokens
         budget = tokens // 2 // TILE * TILE
         if not budget:
-            raise MemoryError(
-                f"the device's memory does not hold a step of {tokens} tokens ({error}); lower "
-                "--gpu-memory-utilization, so that keys and values take less of it, or --max-num-seqs"
-            ) from error
+            raise MemoryError(f"memory does not hold a step of {tokens} tokens ({error}); lower {remedies}") from error
         self.scheduler.budget = budget
         self._stats.notes.append(
-            f"a step of {tokens} tokens did not fit the device's memory: steps have at most {budget} from then on; a "
-            "lower --gpu-memory-utilization or --max-num-batched-tokens avoids it"
+            f"a step of {tokens} tokens did not fit into memory: steps have at most {budget} from then on; lower "
+            f"{remedies} to avoid it"
         )
         torch.cuda.empty_cache()
 
@@ -244,8 +248,10 @@ class Engine:
 def _check(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
     if config.block_size not in (8, 16, 32, 64):
         raise ValueError(f"block_size is {config.block_size}; it must be 8, 16, 32 or 64")
-    if config.max_num_batched_tokens < TILE:
-        raise ValueError(f"max_num_batched_tokens is {config.max_num_batched_tokens}; it must be at least {TILE}")
+    if config.max_num_batched_tokens < LEAST_BATCHED_TOKENS:
+        raise ValueError(
+            f"max_num_batched_tokens is {config.max_num_batched_tokens}; it must be at least {LEAST_BATCHED_TOKENS}"
+        )
     if not 0.05 <= config.gpu_memory_utilization <= 1:
         raise ValueError(f"gpu_memory_utilization is {config.gpu_memory_utilization}; it must be from 0.05 to 1")
     if config.max_num_seqs < 1:

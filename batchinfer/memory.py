@@ -75,6 +75,12 @@ def bytes_per_token(model: ModelConfig, kv_dtype: torch.dtype) -> int:
     return 2 * model.layers * model.kv_heads * (model.head_dim * kv_dtype.itemsize + scale)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """On a device or on the host, of whose memory torch tells in words only."""
+    said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 def peak_memory_bytes() -> int:
     """The most that this process had resident."""
     return _status_bytes("/proc/self/status", "VmHWM")

@@ -23,6 +23,10 @@ class EngineFailed(Exception):
     """The engine's process raised or died: exit 70."""
 
 
+class EngineKilled(EngineFailed):
+    """It was killed by SIGKILL, which is what the system does where memory is short."""
+
+
 class Interrupted(Exception):
     """The job was told to stop; what was finished is committed: exit 75."""
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from batchinfer.config import EngineConfig, EngineStats
 from batchinfer.jobs.interruption import ignoring_signals
-from batchinfer.jobs.spec import EngineFailed, Refused
+from batchinfer.jobs.spec import EngineFailed, EngineKilled, Refused
 from batchinfer.request import Completions, Requests
 from batchinfer.tokenizer import Tokenizer
 
@@ -154,7 +154,7 @@ class Worker:
     def receive(self, timeout: float) -> Message | None:
         """The next message, or None after `timeout` seconds.
 
-        Raises `Refused` or `EngineFailed` for a `Fault`, and `EngineFailed` once the child is dead.
+        Raises `Refused` or `EngineFailed` for a `Fault`, and `EngineFailed` or `EngineKilled` once the child is dead.
         """
         try:
             message = self._messages.get(timeout=timeout) if timeout > 0 else self._messages.get_nowait()
@@ -162,7 +162,9 @@ class Worker:
             return None
         if message is None:
             self._process.join()
-            raise EngineFailed(f"the engine's process {self._death()}; its log is {self._log}")
+            killed = self._process.exitcode == -signal.SIGKILL
+            said = f"the engine's process {self._death()}; its log is {self._log}"
+            raise EngineKilled(said) if killed else EngineFailed(said)
         if isinstance(message, Fault):
             if message.refused:
                 raise Refused(message.text)

@@ -87,8 +87,17 @@ def test_steps_that_differ_only_in_their_numbers_have_one_shape() -> None:
     assert shape_of(padded_step(replace(decoding([70] * 9), sampling=None))) != shape_of(one)
 
 
+def device_is_full() -> None:
+    raise torch.OutOfMemoryError("out of memory")
+
+
+def host_is_full() -> None:
+    torch.empty(1 << 46, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("full", [device_is_full, host_is_full])
 def test_a_step_that_memory_does_not_hold_is_halved_and_no_row_is_lost(
-    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, full: Callable[[], None]
 ) -> None:
     model = make_model("llama")
     requests = Requests.of(prompts_of(20, 200), SamplingParams(max_tokens=6, ignore_eos=True))
@@ -97,7 +106,7 @@ def test_a_step_that_memory_does_not_hold_is_halved_and_no_row_is_lost(
 
     def short_of_memory(batch: Batch) -> Any:
         if batch.prompt_tokens + batch.decode_tokens > 250:
-            raise torch.OutOfMemoryError("out of memory")
+            full()
         sizes.append(batch.prompt_tokens + batch.decode_tokens)
         return launch(batch)
 
@@ -118,7 +127,7 @@ def test_memory_for_no_step_at_all_ends_with_the_flags_that_help(
 
     monkeypatch.setattr(engine.runner, "launch", never)
     engine.add(Requests.of([[3] * 40], SamplingParams(max_tokens=2)))
-    with pytest.raises(MemoryError, match=r"a step of 40 tokens .tried to allocate 2 GiB.; lower --gpu-memory"):
+    with pytest.raises(MemoryError, match=r"a step of 40 tokens .tried to allocate 2 GiB.; lower --max-num-seqs"):
         engine.step()
 
 

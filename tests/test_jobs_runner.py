@@ -252,11 +252,12 @@ def test_an_engine_that_dies_now_and_then_is_started_again(
 ) -> None:
     """After each third step, whatever the rows: every row is answered all the same."""
     path = write(tmp_path / "in.parquet", prompt=prompts(40))
-    report = run(spec(model, path), engine(name))
+    report = run(spec(model, path, max_num_seqs=64, max_num_batched_tokens=256), engine(name))
     assert pq.read_table(tmp_path / "out.parquet")["generated_text"].to_pylist() == expected(model, prompts(40))
     assert report.rows_failed == 0 and counts(report) == recount(tmp_path / "out.parquet")
-    [note] = report.notes
-    assert note.startswith("the engine was started again, 3 times: ") and said in note
+    assert report.notes[0].startswith("the engine was started again, 3 times: ") and said in report.notes[0]
+    halved = [note for note in report.notes if "8 rows at most ran side by side, in steps of 64 tokens at most" in note]
+    assert len(halved) == len(report.notes) - 1 == (name == "Dies"), "the system kills for want of memory"
 
 
 @pytest.mark.parametrize(
