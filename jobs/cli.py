@@ -114,7 +114,8 @@ def run(
         list[Path] | None, typer.Argument(metavar="INPUT...", help="Parquet, JSON Lines or CSV; several are one table.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="OUT.parquet; OUT.run/ is made beside it.")
+        Path | None,
+        typer.Option("-o", "--output", help="OUT.parquet, or a folder of Parquet files; OUT.run/ is made beside it."),
     ] = None,
     model: Model = None,
     tokenizer: Annotated[str | None, typer.Option(help="Another one than the model's own.")] = None,

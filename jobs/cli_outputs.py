@@ -9,7 +9,7 @@ app = typer.Typer()
 
 
 @app.command()
-def report(output: Annotated[Path, typer.Argument(metavar="OUT.parquet")]) -> None:
+def report(output: Annotated[Path, typer.Argument(metavar="OUT")]) -> None:
     """Print the report of a finished job again."""
     from batchinfer.jobs.report import read_report
 
@@ -18,7 +18,7 @@ def report(output: Annotated[Path, typer.Argument(metavar="OUT.parquet")]) -> No
 
 @app.command()
 def merge(
-    shards: Annotated[list[Path], typer.Argument(metavar="OUT-I-of-N.parquet...")],
+    shards: Annotated[list[Path], typer.Argument(metavar="OUT-I-of-N...")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the whole goes.")],
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier file.")] = False,
 ) -> None:
@@ -29,7 +29,7 @@ def merge(
 
 
 @app.command()
-def verify(output: Annotated[Path, typer.Argument(metavar="OUT.parquet")]) -> None:
+def verify(output: Annotated[Path, typer.Argument(metavar="OUT")]) -> None:
     """Count rows, tokens and hashes of a finished job again, from its files alone."""
     from batchinfer.jobs import verify as verification
 

@@ -10,11 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.jobs.done import differences
-from batchinfer.jobs.durable import sync_folder, writing
+from batchinfer.jobs.output import OutputWriter, files_of, is_there, publish, refuse_foreign
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.report import read_report
-from batchinfer.jobs.schema import PARQUET
-from batchinfer.jobs.spec import Refused
+from batchinfer.jobs.spec import Refused, is_folder
 from batchinfer.jobs.verify import verify
 
 MERGE_ROWS = 8192
@@ -25,24 +24,25 @@ def merge_shards(shards: Sequence[Path], output: Path, overwrite: bool) -> int:
 
     Raises `Refused` where a shard is missing, there twice, unfinished, damaged, or of another job.
     """
-    if output.exists() and not overwrite:
+    refuse_foreign(output)
+    if is_there(output) and not overwrite:
         raise Refused(f"output {output} exists; choose another one, or give --overwrite to replace it")
     ordered = _in_order([(path, _fingerprints(path)) for path in shards])
     for path in ordered:
         verify(path)
+    files = [file for path in ordered for file in files_of(path)]
     aside = output.with_name(f".{output.name}-{os.getpid()}")
     rows = 0
-    schema = pq.read_schema(ordered[0])
-    with writing(aside) as file, pq.ParquetWriter(file, schema, **PARQUET) as writer:
-        for path in ordered:
-            with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as shard:
-                for batch in shard.iter_batches(MERGE_ROWS, use_threads=False):
-                    writer.write_table(pa.Table.from_batches([batch], schema))
+    schema = pq.read_schema(files[0])
+    with OutputWriter(aside, schema, is_folder(output)) as writer:
+        for path in files:
+            with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+                for batch in file.iter_batches(MERGE_ROWS, use_threads=False):
+                    writer.write(pa.Table.from_batches([batch], schema))
                     rows += len(batch)
     expected = sum(read_report(path).rows for path in ordered)
     assert rows == expected, "every shard was verified"
-    aside.rename(output)
-    sync_folder(output.parent)
+    publish(aside, output)
     return rows
 
 

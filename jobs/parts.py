@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 from batchinfer.jobs.done import Done, Part, differences, read_done
 from batchinfer.jobs.durable import link_new, lock, sync_folder, write_json, writing
 from batchinfer.jobs.merge import PartsInOrder
+from batchinfer.jobs.output import OutputWriter, is_there, publish, refuse_foreign, remove
 from batchinfer.jobs.schema import PARQUET, PART_SCHEMA, RESULT_FIELDS, ROW
-from batchinfer.jobs.spec import Interrupted, Refused
+from batchinfer.jobs.spec import Interrupted, Refused, is_folder
 
 ROW_GROUP_BYTES = 1 << 18  # of a part: what the merge holds of each part at a time
-OUTPUT_GROUP_BYTES = 1 << 25
 FORMAT_VERSION = 2
 BEFORE_A_RUN = {"run.json.tmp", "lock"}  # what may be there of a run that was killed before it began
 
@@ -47,8 +47,7 @@ class RunFolder:
 
     def refuse_foreign(self) -> None:
         """Raises `Refused` where something stands in the way that no run wrote."""
-        if self.output.is_dir():
-            raise Refused(f"output {self.output} is a directory; expected a file that ends in .parquet")
+        refuse_foreign(self.output)
         if self.path.exists() and not self.path.is_dir():
             raise Refused(f"{self.path} is a file; output {self.output} needs a folder of that name for its parts")
         unknown = self.path.is_dir() and not self._run.exists()
@@ -58,7 +57,7 @@ class RunFolder:
     @property
     def begun(self) -> bool:
         """True if an earlier run has left anything, be it the output alone."""
-        return self._run.exists() or self.output.exists()
+        return self._run.exists() or is_there(self.output)
 
     def open(
         self, run: dict[str, Any], fingerprints: dict[str, str], num_rows: int, overwrite: bool, retry_errors: bool
@@ -81,7 +80,10 @@ class RunFolder:
         for folder in (self.parts, self._temporary):
             folder.mkdir(exist_ok=True)
         for left in self._temporary.iterdir():
-            left.unlink()
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
         done = read_done(self.parts, num_rows, fingerprints, retry_errors)
         self._listed = done.parts
         return done
@@ -108,7 +110,7 @@ class RunFolder:
 
     def _remove_all(self) -> None:
         """`run.json` last: as long as it is there the folder is known as a run's."""
-        self.output.unlink(missing_ok=True)
+        remove(self.output)
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -119,7 +121,7 @@ class RunFolder:
     @property
     def published(self) -> bool:
         """True if the output is there, made of all the parts that there are."""
-        if not (self.output.exists() and self.report.exists() and self.manifest.exists()):
+        if not (is_there(self.output) and self.report.exists() and self.manifest.exists()):
             return False
         listed: list[dict[str, Any]] = json.loads(self.manifest.read_text("utf-8"))["parts"]
         return listed == [part.listed() for part in self._listed]
@@ -163,33 +165,26 @@ class RunFolder:
         write_json(self.manifest, manifest)
 
     def merge(self, schema: pa.Schema, batches: Iterable[tuple[int, pa.RecordBatch]], num_rows: int) -> Path:
-        """The input's kept columns and the parts side by side, in input order, in a file aside; returns it.
+        """The input's kept columns and the parts side by side, in input order, in a file or folder aside; returns it.
 
         `batches` are (first ordinal, columns of `schema`), in order. Holds a batch, and a row group of each part whose
         range of ordinals is being passed. Raises `Refused` where the input is not the one that was run.
         """
-        aside = self._temporary / "merged.parquet"
+        aside = self._temporary / f"merged{self.output.suffix}"
         parts = PartsInOrder([(self.parts / part.name, part.first_row) for part in self._listed])
         merged_schema = pa.schema([*schema, *RESULT_FIELDS])
         end = 0
-        with writing(aside) as file, pq.ParquetWriter(file, merged_schema, **PARQUET) as writer:
-            waiting: list[pa.Table] = []
+        with OutputWriter(aside, merged_schema, is_folder(self.output)) as writer:
             for first, batch in batches:
                 end = first + len(batch)
                 results = parts.take(first, end)
                 if results is None:
                     raise Refused(f"the input changed while it was run: rows {first} to {end - 1} do not match")
-                waiting.append(pa.Table.from_arrays([*batch.columns, *results.columns[1:]], schema=merged_schema))
-                if sum(table.nbytes for table in waiting) >= OUTPUT_GROUP_BYTES:
-                    writer.write_table(pa.concat_tables(waiting))
-                    waiting.clear()
-            if waiting:
-                writer.write_table(pa.concat_tables(waiting))
+                writer.write(pa.Table.from_arrays([*batch.columns, *results.columns[1:]], schema=merged_schema))
             if end != num_rows:
                 raise Refused(f"the input changed while it was run: it had {num_rows} rows, now it has {end}")
         return aside
 
     def publish(self, aside: Path) -> None:
-        """Put the merged table in its place: from now on the job is complete."""
-        aside.rename(self.output)
-        sync_folder(self.output.parent)
+        """Give the merged rows the output's name: from now on the job is complete."""
+        publish(aside, self.output)

@@ -15,11 +15,12 @@ from batchinfer.config import EngineConfig, EngineStats
 from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
 from batchinfer.jobs.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.jobs.done import Done
-from batchinfer.jobs.durable import sha256, write_json
+from batchinfer.jobs.durable import write_json
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, resolve_model
 from batchinfer.jobs.interruption import Interruption
 from batchinfer.jobs.loop import Loop
+from batchinfer.jobs.output import digest_of
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.planner import JobPlan
 from batchinfer.jobs.prompts import PromptSource
@@ -111,7 +112,7 @@ def _run(folder: RunFolder, spec: JobSpec, engine: str, prompts: PromptsFactory)
         "merge": finished - merging,
     }
     wall = finished - started
-    report = _report(spec, results, done, windows.plan, stats, phases, generating, wall, canary, sha256(merged))
+    report = _report(spec, results, done, windows.plan, stats, phases, generating, wall, canary, digest_of(merged))
     write_json(folder.report, asdict(report))
     folder.publish(merged)
     return report

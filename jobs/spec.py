@@ -88,10 +88,13 @@ class JobSpec:
             raise UsageError(f"give one of {', '.join(sources)}; got {' and '.join(given) or 'none'}")
         if not self.inputs:
             raise UsageError("no input; give one file or more")
-        if self.output.suffix != ".parquet":
-            raise UsageError(f"--output is {self.output}; its name must end in .parquet")
-        if any(path.resolve() == self.output.resolve() for path in self.inputs):
-            raise UsageError(f"--output {self.output} is an input too; choose another name")
+        if self.output.suffix not in (".parquet", "") or not self.output.name:
+            raise UsageError(
+                f"--output is {self.output}; its name must end in .parquet, or have no suffix: then it is a folder"
+            )
+        output = self.output.resolve()
+        if any(output in (path.resolve(), *path.resolve().parents) for path in self.inputs):
+            raise UsageError(f"--output {self.output} is an input too, or holds one; choose another name")
         if self.columns is not None and not self.columns:
             raise UsageError("--columns is empty; name one input column or more, or leave it out to keep all")
         if self.chat and self.messages_column is not None:
@@ -180,8 +183,13 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def is_folder(output: Path) -> bool:
+    """Whether an output is a folder of Parquet files, by its name."""
+    return output.suffix != ".parquet"
+
+
 def sharded(output: Path, index: int, count: int) -> Path:
-    """Where that shard of an output goes: OUT-I-of-N.parquet."""
+    """Where that shard of an output goes: OUT-I-of-N.parquet, or the folder OUT-I-of-N."""
     return output.with_name(f"{output.stem}-{index}-of-{count}{output.suffix}")
 
 

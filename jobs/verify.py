@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from batchinfer.jobs.done import COUNTED, Part, counts, read_part
 from batchinfer.jobs.durable import sha256
+from batchinfer.jobs.output import digest_of, files_of, is_there
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.report import read_report
 from batchinfer.jobs.schema import ROW
@@ -56,10 +57,10 @@ def verify(output: Path) -> list[str]:
     manifest = _manifest(folder)
     in_parts = _verify_parts(folder, manifest)
     report = read_report(output)
-    if not output.is_file():
+    if not is_there(output):
         raise Refused(f"{output} is not there, though {folder.manifest} says that all rows are done: run the job again")
-    if sha256(output) != report.output_sha256:
-        raise Refused(f"{output} is not the file that was written: its sha256 is not that of {folder.report}")
+    if digest_of(output) != report.output_sha256:
+        raise Refused(f"{output} is not what was written: its sha256 is not that of {folder.report}")
     in_output = _count_output(output)
     in_report = Totals(
         Counter(report.rows_by_finish_reason),
@@ -128,10 +129,11 @@ def _fresh(table: pa.Table, seen: np.ndarray[Any, np.dtype[np.bool_]], path: Pat
 
 def _count_output(output: Path) -> Totals:
     totals = Totals.empty()
-    try:
-        with pq.ParquetFile(output, page_checksum_verification=True, pre_buffer=False) as file:
-            for batch in file.iter_batches(columns=COUNTED[1:], use_threads=False):
-                totals.add(pa.Table.from_batches([batch]))
-    except (pa.ArrowException, OSError) as error:
-        raise Refused(f"{output} is damaged: {str(error).splitlines()[0]}") from error
+    for path in files_of(output):
+        try:
+            with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+                for batch in file.iter_batches(columns=COUNTED[1:], use_threads=False):
+                    totals.add(pa.Table.from_batches([batch]))
+        except (pa.ArrowException, OSError) as error:
+            raise Refused(f"{path} is damaged: {str(error).splitlines()[0]}") from error
     return totals

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchinfer.jobs import durable, parts
+from batchinfer.jobs import durable, output, parts
 from batchinfer.jobs.done import Done
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.schema import PART_SCHEMA, RESULT_FIELDS
@@ -76,7 +76,7 @@ def test_merge_gives_all_rows_in_input_order(
     random.Random(seed).shuffle(order)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "ROW_GROUP_BYTES", group_bytes)
-        patch.setattr(parts, "OUTPUT_GROUP_BYTES", 4000)
+        patch.setattr(output, "GROUP_BYTES", 4000)
         for rows in cut(order, cuts):
             folder.commit([finished(rows)])
         merged = folder.merge(INPUT_SCHEMA, inputs(n, batch_rows), n)

@@ -94,7 +94,7 @@ def test_a_shard_that_is_damaged_or_unfinished_is_refused(tmp_path: Path, model:
     data = bytearray(outputs[1].read_bytes())
     data[len(data) // 2] ^= 1
     outputs[1].write_bytes(data)
-    with pytest.raises(Refused, match=r"out-1-of-2\.parquet is not the file that was written"):
+    with pytest.raises(Refused, match=r"out-1-of-2\.parquet is not what was written"):
         merge_shards(outputs, tmp_path / "all.parquet", overwrite=False)
     outputs[1].unlink()
     with pytest.raises(Refused, match=r"out-1-of-2\.parquet is not there"):
