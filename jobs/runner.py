@@ -3,39 +3,30 @@
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 import pyarrow as pa
 
-from batchinfer.config import EngineConfig, EngineStats
+from batchinfer.config import EngineStats
 from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
-from batchinfer.jobs.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.jobs.done import Done
 from batchinfer.jobs.durable import write_json
-from batchinfer.jobs.fingerprints import fingerprints
-from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, resolve_model
 from batchinfer.jobs.interruption import Interruption
 from batchinfer.jobs.loop import Loop
 from batchinfer.jobs.output import digest_of
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.planner import JobPlan
+from batchinfer.jobs.preflight import PromptsFactory, preflight
 from batchinfer.jobs.prompts import PromptSource
-from batchinfer.jobs.reader import Table
 from batchinfer.jobs.report import SCHEMA_VERSION, Report, peak_memory_bytes, rates, read_report, versions
 from batchinfer.jobs.results import Results
-from batchinfer.jobs.schema import RESULT_FIELDS
 from batchinfer.jobs.spec import EngineFailed, JobSpec, Refused
-from batchinfer.jobs.windows import Prompts, Windows
+from batchinfer.jobs.windows import Windows
 from batchinfer.jobs.worker import TORCH_ENGINE, Load, Worker, run_engine
-from batchinfer.tokenizer import Tokenizer
 
 MERGE_ROWS = 8192
-
-PromptsFactory = Callable[[JobSpec, Tokenizer, int, pa.Schema], Prompts]
 
 
 def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = PromptSource) -> Report:
@@ -53,16 +44,8 @@ def _run(folder: RunFolder, spec: JobSpec, engine: str, prompts: PromptsFactory)
     folder.refuse_foreign()
     if not (spec.resume or spec.overwrite) and folder.begun:
         raise Refused(f"{folder.path} or {spec.output} is there, and --no-resume starts only in an empty place")
-    table = Table.open(spec.inputs)
-    if spec.shard is not None:
-        table = table.shard(*spec.shard)
-    kept = _kept_columns(spec, table)
-    model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
-    tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
-    config = _engine_config(spec, model, table.num_rows)
-    tokenizer = _load_tokenizer(model, tokenizer_folder)
-    source = prompts(spec, tokenizer, config.max_model_len, table.schema)
-    digests = fingerprints(spec, model, tokenizer.fingerprint, config, kept)
+    job = preflight(spec, prompts)
+    table, source, config, digests = job.table, job.source, job.config, job.fingerprints
     reference = reference_config(spec, config) if spec.canary else None
     resolved = {
         "command": shlex.join(sys.argv),
@@ -74,7 +57,7 @@ def _run(folder: RunFolder, spec: JobSpec, engine: str, prompts: PromptsFactory)
 
     canary = None
     if reference is not None and (spec.overwrite or not folder.begun):  # before what an earlier run left is removed
-        comparison = Comparison(spec, config, reference, tokenizer_folder, canary_rows(table, source, spec.canary))
+        comparison = Comparison(spec, config, reference, job.tokenizer_folder, canary_rows(table, source, spec.canary))
         with Interruption() as interruption:
             canary = run_canary(comparison, interruption)
 
@@ -85,18 +68,18 @@ def _run(folder: RunFolder, spec: JobSpec, engine: str, prompts: PromptsFactory)
     stats, generating = EngineStats(notes=_resumed(done, digests)), 0.0
     try:
         windows = Windows(table, source, spec.block_size, done.rows)
-        results = Results(spec, tokenizer, folder, done)
+        results = Results(spec, job.tokenizer, folder, done)
         if not done.complete:
             print(f"batchinfer: loading {spec.model}", file=sys.stderr, flush=True)
             deadline = None if spec.time_limit is None else started + spec.time_limit
             with Interruption(deadline) as interruption:
                 loop = Loop(spec, windows, results, partial(Worker, folder.log, run_engine, engine), table.num_rows)
-                found = loop.run(Load(config, tokenizer_folder), interruption)
+                found = loop.run(Load(config, job.tokenizer_folder), interruption)
             stats, generating = replace(found, notes=found.notes + stats.notes), loop.generate_seconds
         folder.write_manifest(table.num_rows)
         merging = time.monotonic()
-        input_columns = pa.schema([table.schema.field(c) for c in kept])
-        merged = folder.merge(input_columns, table.batches(kept, MERGE_ROWS), table.num_rows)
+        input_columns = pa.schema([table.schema.field(c) for c in job.kept])
+        merged = folder.merge(input_columns, table.batches(job.kept, MERGE_ROWS), table.num_rows)
     except EngineFailed:
         raise  # its log is in the folder
     except BaseException:
@@ -125,46 +108,6 @@ def _resumed(done: Done, digests: dict[str, str]) -> list[str]:
     others = done.engines - {digests["engine"]}
     by = ", some by another version or device of batchinfer" if others else ""
     return [f"{done.count:,} of the rows were done when this run began{by}: times and rates are of the others"]
-
-
-def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
-    kept = table.schema.names if spec.columns is None else list(spec.columns)
-    table.check(kept)
-    clash = [field.name for field in RESULT_FIELDS if field.name in kept]
-    if clash:
-        raise Refused(
-            f"{spec.inputs[0]} has a column {clash[0]!r}, which the output needs for itself; rename it, or name the "
-            "columns to keep with --columns"
-        )
-    return kept
-
-
-def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
-    try:
-        return Tokenizer.load(model, folder)
-    except ValueError as error:
-        raise Refused(f"tokenizer: {error}") from error
-
-
-def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
-    device = device_of(spec)
-    max_num_seqs = MAX_NUM_SEQS[device] if spec.max_num_seqs is None else spec.max_num_seqs
-    tokens = MAX_NUM_BATCHED_TOKENS[device] if spec.max_num_batched_tokens is None else spec.max_num_batched_tokens
-    return EngineConfig(
-        model=model,
-        device=device,
-        dtype=spec.dtype,
-        quantization=spec.quantization,
-        kv_cache_dtype=spec.kv_cache_dtype,
-        max_model_len=context_length(model, spec.max_model_len),
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=tokens,
-        block_size=spec.block_size,
-        expected_batch=min(max_num_seqs, rows),
-        random_weights=spec.random_weights,
-        deterministic=spec.deterministic,
-        gpu_memory_utilization=spec.gpu_memory_utilization,
-    )
 
 
 def _report(

@@ -1,0 +1,88 @@
+"""A job before its first row: everything opened, resolved and checked, so that what does not fit is refused at once."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from batchinfer.config import EngineConfig
+from batchinfer.jobs.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
+from batchinfer.jobs.fingerprints import fingerprints
+from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, resolve_model
+from batchinfer.jobs.prompts import PromptSource
+from batchinfer.jobs.reader import Table
+from batchinfer.jobs.schema import RESULT_FIELDS
+from batchinfer.jobs.spec import JobSpec, Refused
+from batchinfer.jobs.windows import Prompts
+from batchinfer.tokenizer import Tokenizer
+
+PromptsFactory = Callable[[JobSpec, Tokenizer, int, pa.Schema], Prompts]
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a job consists of."""
+
+    table: Table
+    kept: list[str]  # input columns that the output keeps
+    config: EngineConfig
+    tokenizer: Tokenizer
+    tokenizer_folder: Path | None  # where it is not the model's own
+    source: Prompts
+    fingerprints: dict[str, str]
+
+
+def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
+    """Raises `Refused` where the data or the model do not fit, and `UsageError` for flags that do not."""
+    table = Table.open(spec.inputs)
+    if spec.shard is not None:
+        table = table.shard(*spec.shard)
+    kept = _kept_columns(spec, table)
+    model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
+    tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
+    config = _engine_config(spec, model, table.num_rows)
+    tokenizer = _load_tokenizer(model, tokenizer_folder)
+    source = prompts(spec, tokenizer, config.max_model_len, table.schema)
+    digests = fingerprints(spec, model, tokenizer.fingerprint, config, kept)
+    return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests)
+
+
+def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
+    kept = table.schema.names if spec.columns is None else list(spec.columns)
+    table.check(kept)
+    clash = [field.name for field in RESULT_FIELDS if field.name in kept]
+    if clash:
+        raise Refused(
+            f"{spec.inputs[0]} has a column {clash[0]!r}, which the output needs for itself; rename it, or name the "
+            "columns to keep with --columns"
+        )
+    return kept
+
+
+def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
+    try:
+        return Tokenizer.load(model, folder)
+    except ValueError as error:
+        raise Refused(f"tokenizer: {error}") from error
+
+
+def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
+    device = device_of(spec)
+    max_num_seqs = MAX_NUM_SEQS[device] if spec.max_num_seqs is None else spec.max_num_seqs
+    tokens = MAX_NUM_BATCHED_TOKENS[device] if spec.max_num_batched_tokens is None else spec.max_num_batched_tokens
+    return EngineConfig(
+        model=model,
+        device=device,
+        dtype=spec.dtype,
+        quantization=spec.quantization,
+        kv_cache_dtype=spec.kv_cache_dtype,
+        max_model_len=context_length(model, spec.max_model_len),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=tokens,
+        block_size=spec.block_size,
+        expected_batch=min(max_num_seqs, rows),
+        random_weights=spec.random_weights,
+        deterministic=spec.deterministic,
+        gpu_memory_utilization=spec.gpu_memory_utilization,
+    )
