@@ -174,6 +174,10 @@ def run(
     grace: Annotated[float, typer.Option(help="Seconds from a signal, or the time limit, to the end.")] = 30.0,
     retry_errors: Annotated[bool, typer.Option(help="Run the rows that failed in an earlier run again.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an earlier run, or begin only in an empty place.")] = True,
+    incremental: Annotated[
+        bool,
+        typer.Option(help="Run the rows that are new since the last run, into one more file of the output folder."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier output and its run folder.")] = False,
     config: Annotated[
         Path | None,
@@ -219,6 +223,7 @@ def run(
         overwrite=overwrite,
         resume=resume,
         retry_errors=retry_errors,
+        incremental=incremental,
         time_limit=None if time_limit is None else seconds_of("--time-limit", time_limit),
         grace=grace,
         step_timeout=step_timeout,
@@ -228,9 +233,9 @@ def run(
     if context.obj is not None:  # somebody else's question: which job is it?
         context.obj(spec)
         return
-    from batchinfer.jobs import runner
+    from batchinfer.jobs import growth, runner
 
-    done = runner.run(spec)
+    done = growth.run_new_rows(spec, runner.run) if incremental else runner.run(spec)
     print(done.table())
     if done.rows and not done.rows_ok:
         raise Refused(f"every row failed; {output} has each one's error_code and error_message")

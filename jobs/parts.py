@@ -29,12 +29,30 @@ FORMAT_VERSION = 2
 BEFORE_A_RUN = {"run.json.tmp", "lock"}  # what may be there of a run that was killed before it began
 
 
+def run_folder(output: Path) -> Path:
+    """`OUT.run` beside an output; of a file in a folder that grows, `FILE.run` in that folder's own."""
+    rows = rows_of(output)
+    return rows.with_name(f"{output.stem}.run") if rows.exists() else output.with_suffix(".run")
+
+
+def rows_of(part: Path) -> Path:
+    """Where the rows of a file in a folder that grows are set aside before they run."""
+    folder = part.parent.absolute()
+    return folder.with_name(f"{folder.name}.run") / f"{part.stem}.rows.parquet"
+
+
+def grown_files(output: Path) -> list[Path]:
+    """The files of a folder that grows, the unfinished one too; none of any other output."""
+    rows = sorted(output.with_suffix(".run").glob("part-*.rows.parquet"))
+    return [output / f"{path.name.partition('.')[0]}.parquet" for path in rows]
+
+
 class RunFolder:
     """The folder `OUT.run` of the output `OUT.parquet`, and the parts in it."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self.path = output.with_suffix(".run")
+        self.path = run_folder(output)
         self.log = self.path / "worker.log"
         self.report = self.path / "report.json"
         self.manifest = self.path / "manifest.json"
@@ -50,6 +68,8 @@ class RunFolder:
         refuse_foreign(self.output)
         if self.path.exists() and not self.path.is_dir():
             raise Refused(f"{self.path} is a file; output {self.output} needs a folder of that name for its parts")
+        if any(self.path.glob("*.rows.parquet")):
+            raise Refused(f"{self.path} was begun with --incremental; give it again, or choose another output")
         unknown = self.path.is_dir() and not self._run.exists()
         if unknown and {entry.name for entry in self.path.iterdir()} - BEFORE_A_RUN:
             raise Refused(f"{self.path} holds files that no run wrote; choose another output or move them away")

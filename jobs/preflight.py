@@ -81,7 +81,8 @@ def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=tokens,
         block_size=spec.block_size,
-        expected_batch=min(max_num_seqs, rows),
+        # Rows that come one day after the other have one kind of product, however few they are.
+        expected_batch=max_num_seqs if spec.incremental else min(max_num_seqs, rows),
         random_weights=spec.random_weights,
         deterministic=spec.deterministic,
         gpu_memory_utilization=spec.gpu_memory_utilization,

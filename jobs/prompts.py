@@ -149,7 +149,7 @@ class PromptSource:
             if column.null_count:
                 row = first_row + column.is_null().index(True).as_py()
                 raise Refused(f"{self._spec.inputs[0]}: column {self._spec.id_column!r} is null in row {row}")
-            ids = _as_text(column).cast(pa.large_binary()).take(pa.array(requests.rows - first_row)).to_pylist()
+            ids = as_text(column).cast(pa.large_binary()).take(pa.array(requests.rows - first_row)).to_pylist()
             keys = [b"id" + value for value in ids]
         else:
             raw, bounds = requests.token_ids.astype("<i4").tobytes(), (4 * requests.offsets).tolist()
@@ -221,7 +221,7 @@ def _parse_json(text: str) -> Any:
 
 def _text_column(batch: pa.RecordBatch, name: str, errors: Errors) -> pa.Array:
     """The column as large_string, null in each place that has an error now."""
-    column = _as_text(batch.column(name))
+    column = as_text(batch.column(name))
     for place in np.flatnonzero(column.is_null()).tolist():
         errors.setdefault(place, RowError("null_prompt", f"column {name!r} is null"))
     try:
@@ -254,7 +254,8 @@ def _good_texts(column: pa.Array, errors: Errors) -> tuple[NDArray[np.int64], li
     return places, column.to_pylist()
 
 
-def _as_text(column: pa.Array) -> pa.Array:
+def as_text(column: pa.Array) -> pa.Array:
+    """As large_string, whatever type of text or number it is stored in."""
     if pa.types.is_dictionary(column.type):
         return column.dictionary.cast(pa.large_string()).take(column.indices)
     return column.cast(pa.large_string())

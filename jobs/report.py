@@ -9,7 +9,7 @@ from pathlib import Path
 
 from batchinfer import __version__
 from batchinfer.jobs.canary import Canary
-from batchinfer.jobs.parts import RunFolder
+from batchinfer.jobs.parts import RunFolder, grown_files
 from batchinfer.jobs.spec import Refused
 
 SCHEMA_VERSION = 1
@@ -102,8 +102,11 @@ class Report:
 
 
 def read_report(output: Path) -> Report:
-    """The report of the job that wrote `output`. Raises `Refused` where there is none, or of another version."""
-    path = RunFolder(output).report
+    """The report of the job that wrote `output`, of a folder that grows the last one.
+
+    Raises `Refused` where there is none, or of another version.
+    """
+    path = RunFolder([output, *grown_files(output)][-1]).report
     try:
         values = json.loads(path.read_text("utf-8"))
         version = values["schema_version"]

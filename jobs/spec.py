@@ -71,6 +71,7 @@ class JobSpec:
     time_limit: float | None = None  # seconds after which it stops
     resume: bool = True
     retry_errors: bool = False
+    incremental: bool = False  # only rows that no earlier run had, into one more file of the output folder
     random_weights: bool = False
     deterministic: bool = False
     gpu_memory_utilization: float = 0.9
@@ -136,6 +137,12 @@ class JobSpec:
             raise UsageError(
                 f"--shard is {index}/{count}; shards are counted from 0: give 0/{count} to {count - 1}/{count}"
             )
+        if self.incremental and self.id_column is None:
+            raise UsageError("--incremental needs --id-column: by id and content it knows which rows are new")
+        against = {"--shard": self.shard is not None, "--overwrite": self.overwrite, "--no-resume": not self.resume}
+        for flag, wanted in against.items():
+            if self.incremental and wanted:
+                raise UsageError(f"--incremental adds to what is there: leave {flag} out")
         if not self.step_timeout > 0:
             raise UsageError(f"--step-timeout is {self.step_timeout}; it must be above 0 seconds")
         if not self.grace > 0:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from batchinfer.jobs.done import COUNTED, Part, counts, read_part
 from batchinfer.jobs.durable import sha256
 from batchinfer.jobs.output import digest_of, files_of, is_there
-from batchinfer.jobs.parts import RunFolder
+from batchinfer.jobs.parts import RunFolder, grown_files
 from batchinfer.jobs.report import read_report
 from batchinfer.jobs.schema import ROW
 from batchinfer.jobs.spec import Refused
@@ -52,7 +52,14 @@ class Totals:
 
 
 def verify(output: Path) -> list[str]:
-    """Lines that say what was counted. Raises `Refused` with the first thing that is not as it should be."""
+    """Lines that say what was counted, file by file of a folder that grows.
+
+    Raises `Refused` with the first thing that is not as it should be.
+    """
+    if grown := grown_files(output):
+        if others := set(files_of(output)) - set(grown):
+            raise Refused(f"{min(others)} was written by no run")
+        return [line for file in grown for line in verify(file)]
     folder = RunFolder(output)
     manifest = _manifest(folder)
     in_parts = _verify_parts(folder, manifest)
