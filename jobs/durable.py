@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,16 +15,19 @@ from batchinfer.jobs.spec import Refused
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A new file, synced at the end, or absent after any error. An `OSError` names it."""
-    with path.open("xb") as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException as error:
-            path.unlink()
-            if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-                raise OSError(error.errno, error.strerror, str(path)) from error
-            raise
+    file = path.open("xb")
+    try:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+    except BaseException as error:
+        with suppress(OSError):  # it would write what is left, and fail again
+            file.close()
+        path.unlink()
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

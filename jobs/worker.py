@@ -4,6 +4,8 @@ The parent never imports torch. A child leaves signals to the parent, writes wha
 ends when the parent is gone. A thread of the parent always reads, so the two never wait for each other with full pipes.
 """
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import pkgutil
@@ -26,6 +28,7 @@ from batchinfer.request import Completions, Requests
 from batchinfer.tokenizer import Tokenizer
 
 HEARTBEAT_SECONDS = 1.0
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 class Engine(Protocol):
@@ -189,6 +192,7 @@ class Worker:
 def serve(pipe: Any, log: Path, life: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """The child: its life, and what becomes of an error in it."""
     _print_to(log)
+    _die_with_parent()
     try:
         life(pipe, *arguments)
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -196,6 +200,12 @@ def serve(pipe: Any, log: Path, life: Callable[..., None], arguments: tuple[Any,
     except Exception as error:
         traceback.print_exc()
         pipe.send(Fault(f"{type(error).__name__}: {error}", refused=False))
+
+
+def _die_with_parent() -> None:
+    """At once, not only after the step at whose end the broken pipe is seen. Linux; elsewhere that has to do."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _print_to(log: Path) -> None:
