@@ -62,11 +62,18 @@ class Loop:
     """
 
     def __init__(
-        self, spec: JobSpec, windows: Windows, results: Results, start_worker: Callable[[], Worker], total: int
+        self,
+        spec: JobSpec,
+        windows: Windows,
+        results: Results,
+        progress: Progress,
+        start_worker: Callable[[], Worker],
+        total: int,
     ) -> None:
         self._spec = spec
         self._windows = windows
         self._results = results
+        self._progress = progress
         self._start_worker = start_worker
         self._worker = start_worker()
         self._suspects = Suspects()
@@ -81,7 +88,6 @@ class Loop:
         self._upcoming: Window | None = None
         self._sent: list[_Sent] = []
         self._running: set[int] = set()
-        self._progress: Progress | None = None
         self._ready = 0.0
         self._final: EngineStats | None = None
         self.generate_seconds = 0.0  # from the engine's being ready to its last row
@@ -102,16 +108,17 @@ class Loop:
             raise
         finally:
             self._worker.close()
-            if self._progress is not None:
-                self._progress.close()
+            self._progress.close()
 
     def _run(self, load: Load, interruption: Interruption) -> EngineStats:
         while self._reading:
+            self._progress.tick()
             self._check(interruption)
             self._upcoming = self._windows.read()
         load = replace(load, config=replace(load.config, kv_cache_tokens=self._cache_tokens(load.config)))
         self._worker.send(load)
         while self._final is None:
+            self._progress.tick()
             self._check(interruption)
             if self._reading:
                 self._upcoming = self._windows.read()
@@ -235,7 +242,7 @@ class Loop:
                 self._loaded = True
                 if not self._ready:
                     self._ready = time.monotonic()
-                    self._progress = Progress(self._total)
+                    self._progress.generating()
             case Admitted(rows):
                 self._running.update(rows)
             case Completed(completions):
@@ -243,7 +250,8 @@ class Loop:
                 self._complete(completions)
             case Heartbeat(stats):
                 self._stats = stats
-                self._show(added(self._before, stats))
+                total = added(self._before, stats)
+                self._progress.update(total.prompt_tokens + total.completion_tokens)
             case Finished(stats):
                 self._final = stats
 
@@ -276,7 +284,3 @@ class Loop:
     def _under_way(self) -> str:
         count = len(self._running)
         return f"; {count} rows were under way, the first of them row {min(self._running)}" if count else ""
-
-    def _show(self, stats: EngineStats) -> None:
-        if self._progress is not None:
-            self._progress.update(self._results.rows, stats.prompt_tokens + stats.completion_tokens)
