@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from batchinfer import __version__
-from batchinfer.jobs import cli_models, cli_outputs
+from batchinfer.jobs import cli_cron, cli_models, cli_outputs
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.options import (
     BlockSize,
@@ -49,6 +49,7 @@ from batchinfer.request import SamplingParams
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 app.add_typer(cli_models.app)
 app.add_typer(cli_outputs.app)
+app.add_typer(cli_cron.app)
 
 
 def main() -> NoReturn:
