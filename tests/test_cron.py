@@ -28,6 +28,7 @@ ODD = [
     "two words",
     'it\'s "quoted" $HOME `date` ${X} !! #no ;',
     "100%",
+    "%n %h %% %",
     "%",
     r"\%",
     r"\\%",
@@ -162,6 +163,7 @@ def test_systemd_reads_the_units(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
     done = subprocess.run(["systemd-analyze", "verify", *tmp_path.glob("*.*")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+    assert f"\nWorkingDirectory={tmp_path}/a b'c\"d%%e\\f$g\n" in (tmp_path / f"{job.name}.service").read_text()
     # Words of Environment= are read as those of ExecStart= are, and said again where they assign nothing.
     unit = tmp_path / "words.service"
     words = "".join(f"Environment={systemd.quoted(f'={word}')}\n" for word in ODD)
