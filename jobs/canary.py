@@ -16,6 +16,7 @@ from batchinfer.config import EngineConfig
 from batchinfer.gguf import WEIGHTS
 from batchinfer.jobs.hub import read_config, resolve_model
 from batchinfer.jobs.interruption import Interruption
+from batchinfer.jobs.log import printable, say
 from batchinfer.jobs.planner import JobPlan
 from batchinfer.jobs.reader import Table
 from batchinfer.jobs.results import before_stop
@@ -132,7 +133,7 @@ def run_canary(comparison: Comparison, interruption: Interruption) -> Canary:
     with tempfile.NamedTemporaryFile(prefix="batchinfer-canary-", suffix=".log", delete=False) as file:
         log = Path(file.name)
     rows = len(comparison.requests)
-    print(f"batchinfer: canary: {rows} rows, beside {_reference_name(comparison.spec)}", file=sys.stderr, flush=True)
+    say(f"canary: {rows} rows, beside {_reference_name(comparison.spec)}")
     with closing(Worker(log, compare, comparison)) as worker:
         while (message := worker.receive(POLL_SECONDS)) is None:
             if interruption.requested:
@@ -140,7 +141,7 @@ def run_canary(comparison: Comparison, interruption: Interruption) -> Canary:
     assert isinstance(message, Found)
     canary: Canary = message.value
     log.unlink()
-    print("\n".join(f"{name:<20}{value}" for name, value in canary.lines()), file=sys.stderr, flush=True)
+    print("\n".join(printable(f"{name:<20}{value}") for name, value in canary.lines()), file=sys.stderr, flush=True)
     return canary
 
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from batchinfer import __version__
-from batchinfer.jobs import cli_models, cli_outputs
+from batchinfer.jobs import cli_cron, cli_models, cli_outputs
+from batchinfer.jobs.log import printable
 from batchinfer.jobs.options import (
     BlockSize,
     Deterministic,
@@ -30,11 +31,13 @@ from batchinfer.jobs.options import (
     Seed,
 )
 from batchinfer.jobs.spec import (
+    EXIT_CODES,
     EngineFailed,
     Interrupted,
     JobSpec,
     Refused,
     UsageError,
+    exit_code,
     number_or_auto,
     read_job_file,
     seconds_of,
@@ -43,12 +46,10 @@ from batchinfer.jobs.spec import (
 )
 from batchinfer.request import SamplingParams
 
-USAGE, INTERNAL, IO_ERROR = 2, 70, 74
-EXIT_CODES: dict[type[Exception], int] = {UsageError: USAGE, Refused: 65, EngineFailed: INTERNAL, Interrupted: 75}
-
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 app.add_typer(cli_models.app)
 app.add_typer(cli_outputs.app)
+app.add_typer(cli_cron.app)
 
 
 def main() -> NoReturn:
@@ -56,19 +57,19 @@ def main() -> NoReturn:
     try:
         sys.exit(app(prog_name="batchinfer", standalone_mode=False))
     except typer.TyperException as error:
-        _fail(error.format_message(), USAGE)
+        _fail(error.format_message(), EXIT_CODES[UsageError])
     except (UsageError, Refused, EngineFailed, Interrupted) as error:
-        _fail(str(error), EXIT_CODES[type(error)])
+        _fail(str(error), exit_code(error))
     except OSError as error:
-        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", IO_ERROR)
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", exit_code(error))
     except Exception as error:
         with tempfile.NamedTemporaryFile("w", prefix="batchinfer-", suffix=".log", delete=False) as log:
             traceback.print_exc(file=log)
-        _fail(f"internal: {type(error).__name__}: {error}; the traceback is in {log.name}", INTERNAL)
+        _fail(f"internal: {type(error).__name__}: {error}; the traceback is in {log.name}", exit_code(error))
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"batchinfer: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"batchinfer: error: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -179,6 +180,10 @@ def run(
         typer.Option(help="Run the rows that are new since the last run, into one more file of the output folder."),
     ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an earlier output and its run folder.")] = False,
+    metrics_textfile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.prom", help="Figures for Prometheus' node_exporter, written anew each minute."),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(callback=_use_job_file, is_eager=True, help="A TOML file with these flags as keys."),
@@ -229,6 +234,7 @@ def run(
         step_timeout=step_timeout,
         canary=canary,
         canary_reference=canary_reference,
+        metrics_textfile=metrics_textfile,
     )
     if context.obj is not None:  # somebody else's question: which job is it?
         context.obj(spec)

@@ -30,14 +30,19 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file whole, by rename."""
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole, by rename."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     with writing(temporary) as file:
-        file.write((json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
+        file.write(data)
     temporary.rename(path)
     sync_folder(path.parent)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file whole, by rename."""
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
 
 def link_new(source: Path, target: Path) -> None:

@@ -7,7 +7,6 @@ before it begins: however the input changes, the run goes on with them. `OUT.run
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from batchinfer.jobs.done import differences
 from batchinfer.jobs.durable import lock, write_json
+from batchinfer.jobs.log import say
 from batchinfer.jobs.output import OutputWriter, refuse_foreign
 from batchinfer.jobs.parts import grown_files, rows_of, run_folder
 from batchinfer.jobs.preflight import Preflight, preflight
@@ -58,8 +58,10 @@ def run_new_rows(spec: JobSpec, run: Callable[[JobSpec], Report]) -> Report:
         if _set_aside_new_rows(job, spec, rows_of(part)):
             return run(_run_of(spec, job, part, until))
         if report is None:
-            print(f"batchinfer: no new rows since {grown_files(spec.output)[-1]}", file=sys.stderr, flush=True)
-        return report or read_report(grown_files(spec.output)[-1])
+            last = grown_files(spec.output)[-1]
+            say(f"no new rows since {last}")
+            report = run(_run_of(spec, job, last, until))  # which is complete: to be seen as a run like any other
+        return report
 
 
 @contextmanager

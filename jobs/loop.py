@@ -23,16 +23,22 @@ class Loop:
     """Runs all rows through the engine, which has about a window and a half of them; one more window waits, ready."""
 
     def __init__(
-        self, spec: JobSpec, windows: Windows, results: Results, start_worker: Callable[[], Worker], total: int
+        self,
+        spec: JobSpec,
+        windows: Windows,
+        results: Results,
+        progress: Progress,
+        start_worker: Callable[[], Worker],
+        total: int,
     ) -> None:
         self._spec = spec
         self._windows = windows
         self._results = results
+        self._progress = progress
         self._engine = Supervisor(start_worker, spec.step_timeout)
         self._under_way = UnderWay()
         self._upcoming: Window | None = None
         self._total = total  # rows of the input
-        self._progress: Progress | None = None
         self.generate_seconds = 0.0  # from the engine's being ready to its last row
 
     def run(self, load: Load, interruption: Interruption) -> EngineStats:
@@ -53,15 +59,16 @@ class Loop:
             raise
         finally:
             self._engine.close()
-            if self._progress is not None:
-                self._progress.close()
+            self._progress.close()
 
     def _run(self, load: Load, interruption: Interruption) -> EngineStats:
         while self._reading:
+            self._progress.tick()
             self._check(interruption)
             self._upcoming = self._windows.read()
         self._engine.load(replace(load, config=replace(load.config, kv_cache_tokens=self._cache_tokens(load.config))))
         while not self._engine.finished:
+            self._progress.tick()
             self._check(interruption)
             if self._reading:
                 self._upcoming = self._windows.read()
@@ -139,16 +146,16 @@ class Loop:
 
     def _handle(self, message: Message) -> None:
         match message:
-            case Ready() if self._progress is None:
-                self._progress = Progress(self._total)
+            case Ready():
+                self._progress.generating()
             case Admitted(rows):
                 self._under_way.begin(rows)
             case Completed(completions):
                 self.generate_seconds = time.monotonic() - self._engine.ready
                 self._complete(completions)
-            case Heartbeat() if self._progress is not None:
+            case Heartbeat():
                 stats = self._engine.stats
-                self._progress.update(self._results.rows, stats.prompt_tokens + stats.completion_tokens)
+                self._progress.update(stats.prompt_tokens + stats.completion_tokens)
 
     def _complete(self, completions: Completions) -> None:
         self._results.add(completions, self._under_way.prompt_tokens(completions.rows))

@@ -108,6 +108,17 @@ class RunFolder:
         self._listed = done.parts
         return done
 
+    @property
+    def taken(self) -> bool:
+        """True if another run is at work here."""
+        path = self.path / "lock"
+        if self._lock is not None or not path.exists():
+            return False
+        free = lock(path)
+        if free is not None:
+            os.close(free)
+        return free is None
+
     def close(self) -> None:
         """Let another run have the folder."""
         if self._lock is not None:

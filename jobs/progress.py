@@ -1,39 +1,89 @@
-"""How far a job is: a bar on a terminal, a plain line now and then where there is none."""
+"""How far a job is: a bar on a terminal, a line a minute in a log file, and the metrics that go with it."""
 
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from tqdm import tqdm
 
-LINE_SECONDS = 15.0
+from batchinfer.jobs.log import say
+from batchinfer.jobs.metrics import Metrics
+from batchinfer.jobs.results import Results
+
+HEARTBEAT_SECONDS = 60.0
+Item = TypeVar("Item")
 
 
 class Progress:
-    """Rows done, tokens a second and time left, on stderr, counted from now on."""
+    """Rows done, tokens a second and time left, on stderr; counted from the engine's readiness on.
 
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._started = self._last_line = time.monotonic()
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, unit=" rows", dynamic_ncols=True, leave=False) if terminal else None
+    `clock` gives seconds. It is looked at whenever the job calls `tick`, so that a job in which nothing moves is heard
+    of too.
+    """
 
-    def update(self, rows: int, tokens: int) -> None:
-        """`rows` are done so far, and `tokens` computed, of prompts and answers together."""
-        now = time.monotonic()
-        seconds = max(now - self._started, 1e-9)
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{tokens / seconds:,.0f} tok/s", refresh=False)
-            self._bar.update(rows - self._bar.n)
-        elif now - self._last_line >= LINE_SECONDS:
-            self._last_line = now
-            left = tqdm.format_interval((self._total - rows) * seconds / rows) if rows else "?"
-            print(
-                f"batchinfer: {rows:,} of {self._total:,} rows, {tokens / seconds:,.0f} tok/s, {left} left",
-                file=sys.stderr,
-                flush=True,
+    def __init__(
+        self, results: Results, total: int, metrics: Metrics, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._results = results
+        self._total = total  # rows of the input
+        self._metrics = metrics
+        self._clock = clock
+        self._due = clock() + HEARTBEAT_SECONDS
+        self._phase = "loading"
+        self._bar: tqdm[None] | None = None
+
+    def generating(self) -> None:
+        """The engine is ready; another one that replaces it changes nothing."""
+        if self._phase == "generating":
+            return
+        self._phase = "generating"
+        self._began, self._before, self._tokens = self._clock(), self._results.rows, 0
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._total, initial=self._before, unit=" rows", dynamic_ncols=True, leave=False, file=sys.stderr
             )
+
+    def update(self, tokens: int) -> None:
+        """So many were computed since the engine is ready, of prompts and answers together."""
+        self._tokens = tokens
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{self._rate():,.0f} tok/s", refresh=False)
+            self._bar.update(self._results.rows - self._bar.n)
+
+    def merging(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The same items, which the output is made of."""
+        self._phase = "merging"
+        for item in items:
+            self.tick()
+            yield item
+
+    def tick(self) -> None:
+        """Once a minute: a line, unless there is a bar's terminal; and the metrics."""
+        late = self._clock() - self._due
+        if late < 0:
+            return
+        self._due += HEARTBEAT_SECONDS * (1 + late // HEARTBEAT_SECONDS)
+        if not sys.stderr.isatty():
+            say(self._line())
+        self._metrics.write()
 
     def close(self) -> None:
         """Clear the bar."""
         if self._bar is not None:
             self._bar.close()
+
+    def _line(self) -> str:
+        rows = self._results.rows
+        line = f"{self._phase}: {rows:,} of {self._total:,} rows"
+        if self._phase != "generating":
+            return line
+        new = rows - self._before
+        left = tqdm.format_interval((self._total - rows) * self._seconds() / new) if new else "?"
+        return f"{line}, {self._rate():,.0f} tok/s, {left} left"
+
+    def _rate(self) -> float:
+        return self._tokens / self._seconds()
+
+    def _seconds(self) -> float:
+        return max(self._clock() - self._began, 1e-9)

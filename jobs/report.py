@@ -9,6 +9,7 @@ from pathlib import Path
 
 from batchinfer import __version__
 from batchinfer.jobs.canary import Canary
+from batchinfer.jobs.log import printable
 from batchinfer.jobs.parts import RunFolder, grown_files
 from batchinfer.jobs.spec import Refused
 
@@ -98,7 +99,7 @@ class Report:
             *[("note", note) for note in self.notes],
         ]
         width = max(len(name) for name, _ in lines)
-        return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in lines)
+        return "\n".join(printable(f"{name:<{width}}  {value}".rstrip()) for name, value in lines)
 
 
 def read_report(output: Path) -> Report:

@@ -14,11 +14,14 @@ from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_co
 from batchinfer.jobs.done import Done
 from batchinfer.jobs.durable import write_json
 from batchinfer.jobs.interruption import Interruption
+from batchinfer.jobs.log import say
 from batchinfer.jobs.loop import Loop
+from batchinfer.jobs.metrics import Metrics
 from batchinfer.jobs.output import digest_of
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.planner import JobPlan
 from batchinfer.jobs.preflight import PromptsFactory, preflight
+from batchinfer.jobs.progress import Progress
 from batchinfer.jobs.prompts import PromptSource
 from batchinfer.jobs.report import SCHEMA_VERSION, Report, peak_memory_bytes, rates, read_report, versions
 from batchinfer.jobs.results import Results
@@ -35,11 +38,11 @@ def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = Pro
     Raises `Refused` (the data, the model or the output), `EngineFailed`, `Interrupted`, `OSError` (the disk). Then the
     output is absent, and the parts that were committed stay.
     """
-    with closing(RunFolder(spec.output)) as folder:
-        return _run(folder, spec, engine, prompts)
+    with closing(RunFolder(spec.output)) as folder, Metrics(spec, folder) as metrics:
+        return _run(folder, metrics, spec, engine, prompts)
 
 
-def _run(folder: RunFolder, spec: JobSpec, engine: str, prompts: PromptsFactory) -> Report:
+def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompts: PromptsFactory) -> Report:
     started = time.monotonic()
     folder.refuse_foreign()
     if not (spec.resume or spec.overwrite) and folder.begun:
@@ -62,24 +65,27 @@ def _run(folder: RunFolder, spec: JobSpec, engine: str, prompts: PromptsFactory)
             canary = run_canary(comparison, interruption)
 
     done = folder.open(resolved, digests, table.num_rows, spec.overwrite, spec.retry_errors)
+    results = Results(spec, job.tokenizer, folder, done)
+    metrics.begin(results, table.num_rows)
     if folder.published and done.complete:
-        print(f"batchinfer: {spec.output} is complete already", file=sys.stderr, flush=True)
+        say(f"{spec.output} is complete already")
         return read_report(spec.output)
     stats, generating = EngineStats(notes=_resumed(done, digests)), 0.0
     try:
         windows = Windows(table, source, spec.block_size, done.rows)
-        results = Results(spec, job.tokenizer, folder, done)
+        progress = Progress(results, table.num_rows, metrics)
         if not done.complete:
-            print(f"batchinfer: loading {spec.model}", file=sys.stderr, flush=True)
+            say(f"loading {spec.model}")
             deadline = None if spec.time_limit is None else started + spec.time_limit
             with Interruption(deadline) as interruption:
-                loop = Loop(spec, windows, results, partial(Worker, folder.log, run_engine, engine), table.num_rows)
+                start_worker = partial(Worker, folder.log, run_engine, engine)
+                loop = Loop(spec, windows, results, progress, start_worker, table.num_rows)
                 found = loop.run(Load(config, job.tokenizer_folder), interruption)
             stats, generating = replace(found, notes=found.notes + stats.notes), loop.generate_seconds
         folder.write_manifest(table.num_rows)
         merging = time.monotonic()
         input_columns = pa.schema([table.schema.field(c) for c in job.kept])
-        merged = folder.merge(input_columns, table.batches(job.kept, MERGE_ROWS), table.num_rows)
+        merged = folder.merge(input_columns, progress.merging(table.batches(job.kept, MERGE_ROWS)), table.num_rows)
     except EngineFailed:
         raise  # its log is in the folder
     except BaseException:

@@ -31,6 +31,23 @@ class Interrupted(Exception):
     """The job was told to stop; what was finished is committed: exit 75."""
 
 
+EXIT_CODES: dict[type[BaseException], int] = {
+    UsageError: 2,
+    Refused: 65,
+    EngineFailed: 70,
+    OSError: 74,
+    Interrupted: 75,
+    KeyboardInterrupt: 130,  # a second Ctrl-C
+}
+
+
+def exit_code(error: BaseException | None) -> int:
+    """What a command exits with that ends by this error: 70 for a fault of our own, 0 for none."""
+    if error is None:
+        return 0
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 70)
+
+
 @dataclass(frozen=True)
 class JobSpec:
     """One job. Just one of `prompt_column`, `prompt_template` and `messages_column` is set.
@@ -77,6 +94,7 @@ class JobSpec:
     gpu_memory_utilization: float = 0.9
     canary: int = 0  # rows to compare with a reference before the job begins
     canary_reference: str | None = None  # a directory or a Hub id; None: the same model without quantization
+    metrics_textfile: Path | None = None  # for node_exporter's textfile collector
 
     def __post_init__(self) -> None:
         sources = {
@@ -149,6 +167,8 @@ class JobSpec:
             raise UsageError(f"--grace is {self.grace}; it must be above 0 seconds")
         if self.time_limit is not None and not self.time_limit > 0:
             raise UsageError(f"--time-limit is {self.time_limit} seconds; it must be above 0")
+        if self.metrics_textfile is not None and self.metrics_textfile.suffix != ".prom":
+            raise UsageError(f"--metrics-textfile is {self.metrics_textfile}; its name must end in .prom")
         if not 0 <= self.max_error_rate <= 1:
             raise UsageError(f"--max-error-rate is {self.max_error_rate}; it must be from 0 to 1")
 
@@ -237,7 +257,7 @@ def _job_value(folder: Path, name: str, value: Any) -> Any:
     if not isinstance(value, str | int | float):
         raise ValueError(f"a {type(value).__name__}; expected one value")
     # A model's name may be a Hub id: it is a path only where such a folder is.
-    is_path = name == "output" or (
+    is_path = name in ("output", "metrics_textfile") or (
         name in ("model", "tokenizer", "canary_reference") and (folder / str(value)).exists()
     )
     return str(folder / str(value)) if is_path else value

@@ -71,7 +71,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str,
 def error_of(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str]:
     """(exit code, the only line on stderr)."""
     code, out, err = call(capsys, *arguments)
-    lines = [line for line in err.splitlines() if not line.startswith("batchinfer: loading")]
+    lines = [line for line in err.splitlines() if "batchinfer: loading " not in line]
     assert len(lines) == 1, err
     assert lines[0].startswith("batchinfer: error: ")
     assert not out
@@ -227,6 +227,21 @@ def test_a_bug_gives_one_line_and_a_log(
     log.unlink()
 
 
+def test_names_with_control_characters_stay_on_one_line(
+    capsys: pytest.CaptureFixture[str], table: Path, model: Path, tmp_path: Path, stub: None
+) -> None:
+    odd = tmp_path / "no\x1b[31m\nsuch\r\u202e"
+    code, line = error_of(capsys, "run", odd, "-o", tmp_path / "o.parquet", "--model", model)
+    assert (code, r"no\x1b[31m\nsuch\r\u202e" in line) == (65, True)
+    out, linked = tmp_path / "o\nbatchinfer: error: forged.parquet", tmp_path / "a\x07 model"
+    linked.symlink_to(model)
+    assert call(capsys, "run", table, "-o", out, "--model", linked)[0] == 0
+    code, printed, err = call(capsys, "run", table, "-o", out, "--model", linked)
+    assert code == 0
+    assert err.count("\n") == 1 and err.endswith(r"o\nbatchinfer: error: forged.parquet is complete already" + "\n")
+    assert r"a\x07 model" in printed and all(c.isprintable() for c in printed.replace("\n", ""))
+
+
 def test_a_disk_that_is_full_exits_74(
     capsys: pytest.CaptureFixture[str], table: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +259,7 @@ def test_the_command_line_wins_over_the_job_file(
     job = tmp_path / "job.toml"
     job.write_text(
         'input = ["a.parquet", "b.jsonl"]\noutput = "o.parquet"\nmodel = "org/name"\nprompt-column = "text"\n'
+        'metrics-textfile = "x/job.prom"\n'
         'max_tokens = 7\ntemperature = 0.5\nstop = ["X", "Y"]\nignore-eos = true\nmax-model-len = 100\n'
     )
     call(capsys, "run", "--config", job)
@@ -255,6 +271,7 @@ def test_the_command_line_wins_over_the_job_file(
     assert (first.output, first.model, first.prompt_column) == (tmp_path / "o.parquet", "org/name", "text")
     assert (first.sampling.max_tokens, first.sampling.temperature, first.sampling.stop) == (7, 0.5, ("X", "Y"))
     assert (first.sampling.ignore_eos, first.max_model_len) == (True, 100)
+    assert first.metrics_textfile == tmp_path / "x" / "job.prom"
     assert (second.inputs, second.output) == ((Path("c.csv"),), Path("p.parquet"))
     assert (second.sampling.max_tokens, second.sampling.stop, second.sampling.ignore_eos) == (9, ("Z",), False)
     assert second.sampling.temperature == 0.5

@@ -39,6 +39,7 @@ def spec(**fields: Any) -> JobSpec:
         ({"max_model_len": 1}, "--max-model-len is 1; it must be 2 or more"),
         ({"commit_rows": 0}, "--commit-rows"),
         ({"commit_seconds": float("nan")}, "--commit-seconds"),
+        ({"metrics_textfile": Path("job.txt")}, r"--metrics-textfile is job\.txt; its name must end in \.prom"),
         ({"max_error_rate": 1.5}, "--max-error-rate is 1.5; it must be from 0 to 1"),
     ],
 )
