@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from batchinfer import __version__
-from batchinfer.jobs import cli_models, cli_outputs
+from batchinfer.jobs import cli_models, cli_outputs, cli_ray
 from batchinfer.jobs.options import (
     BlockSize,
     Deterministic,
@@ -49,6 +49,7 @@ EXIT_CODES: dict[type[Exception], int] = {UsageError: USAGE, Refused: 65, Engine
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 app.add_typer(cli_models.app)
 app.add_typer(cli_outputs.app)
+app.add_typer(cli_ray.app)
 
 
 def main() -> NoReturn:
@@ -242,3 +243,7 @@ def _sampling(*values: Any) -> SamplingParams:
     except ValueError as error:
         field, _, rest = str(error).partition(" ")
         raise UsageError(f"--{field.replace('_', '-')} {rest}") from error
+
+
+if __name__ == "__main__":  # `python -m`, where a shard's process is started
+    main()
