@@ -95,21 +95,24 @@ class Cluster:
             raise UsageError("--cpus-per-shard is for jobs on the CPU; this one has --device cuda")
         if wants_cpus and self.gpus_per_shard is not None:
             raise UsageError("--gpus-per-shard is for jobs on a GPU; this one has --device cpu")
-        most_cpus, most_gpus = (int(max((node.get(name, 0) for node in nodes), default=0)) for name in ("CPU", "GPU"))
-        if not wants_cpus and (device == "cuda" or self.gpus_per_shard is not None or most_gpus):
-            gpus = self.gpus_per_shard or 1
-            if gpus > most_gpus:
+        gpus = self.gpus_per_shard
+        if not wants_cpus and (device == "cuda" or gpus is not None or _most("GPU", nodes)):
+            share = Share("cuda", 1, gpus or 1)
+        else:
+            smallest = int(min((node["CPU"] for node in nodes if node.get("CPU", 0) >= 1), default=1))
+            share = Share("cpu", self.cpus_per_shard or smallest)
+        for noun, wanted in (("GPU", share.gpus), ("CPU", share.cpus)):
+            if wanted > _most(noun, nodes):
                 raise Refused(
-                    f"a shard takes {_counted(gpus, 'GPU')}, and no node of the cluster has more than {most_gpus}"
+                    f"a shard takes {_counted(wanted, noun)}, and no node of the cluster has more than "
+                    f"{_most(noun, nodes)}: start another node, or ask for less"
                 )
-            return Share("cuda", 1, gpus)
-        smallest = int(min((node["CPU"] for node in nodes if node.get("CPU", 0) >= 1), default=1))
-        cpus = self.cpus_per_shard or smallest
-        if cpus > most_cpus:
-            raise Refused(
-                f"a shard takes {_counted(cpus, 'CPU')}, and no node of the cluster has more than {most_cpus}"
-            )
-        return Share("cpu", cpus)
+        return share
+
+
+def _most(resource: str, nodes: Sequence[Mapping[str, float]]) -> int:
+    """Of one node."""
+    return int(max((node.get(resource, 0) for node in nodes), default=0))
 
 
 def run_shards(

@@ -1,6 +1,7 @@
 """Shards on a Ray cluster: what is refused, what is tried again, and a worker killed while its shard runs."""
 
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -207,7 +208,15 @@ class Job:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
+
+    def __enter__(self) -> "Job":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()  # Ray's processes end with it
+        self._process.communicate()
 
     def wait(self) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)."""
@@ -215,7 +224,8 @@ class Job:
         return self._process.returncode, out, err
 
     def interrupt(self) -> None:
-        self._process.send_signal(signal.SIGINT)
+        """As a terminal does it: the signal goes to all of the command's group."""
+        os.killpg(self._process.pid, signal.SIGINT)
 
     def command_of(self, shard: int) -> psutil.Process:
         """The process of that shard's command."""
@@ -239,14 +249,14 @@ class Job:
 
 @needs_ray
 def test_a_shard_whose_worker_is_killed_goes_on_where_it_was(tmp_path: Path, model: Path) -> None:
-    job = Job(tmp_path, model)
-    job.until(lambda: job.parts(1) >= 2)
-    killed = job.command_of(1)
-    killed.parent().kill()
-    code, out, err = job.wait()
+    with Job(tmp_path, model) as job:
+        job.until(lambda: job.parts(1) >= 2)
+        killed = job.command_of(1)
+        killed.parent().kill()
+        code, out, err = job.wait()
     assert code == 0, err
     assert not killed.is_running()
-    assert out.endswith(f"out.parquet: {N:,} rows of 2 shards\n")
+    assert out == f"out.parquet: {N:,} rows of 2 shards\n"
     for shard in job.shards:
         verify(shard)
     reports = [read_report(shard) for shard in job.shards]
@@ -263,17 +273,18 @@ def test_a_shard_whose_worker_is_killed_goes_on_where_it_was(tmp_path: Path, mod
 
 @needs_ray
 def test_an_interruption_commits_and_the_same_command_goes_on(tmp_path: Path, model: Path) -> None:
-    job = Job(tmp_path, model)
-    job.until(lambda: job.parts(0) >= 2 and job.parts(1) >= 2)
-    commands = [job.command_of(shard) for shard in range(2)]
-    job.interrupt()
-    code, _, err = job.wait()
+    with Job(tmp_path, model) as job:
+        job.until(lambda: job.parts(0) >= 2 and job.parts(1) >= 2)
+        commands = [job.command_of(shard) for shard in range(2)]
+        job.interrupt()
+        code, _, err = job.wait()
     assert code == 75
     assert err.endswith("batchinfer: error: stopped when 0 of 2 shards had ended; the same command goes on\n")
     assert not any(command.is_running() for command in commands)
     for shard in job.shards:
         assert "batchinfer: error: stopped after" in shard.with_suffix(".log").read_text()
-    code, _, err = Job(tmp_path, model).wait()
+    with Job(tmp_path, model) as again:
+        code, _, err = again.wait()
     assert code == 0, err
     assert err.count("done before)") == 2
     assert pq.read_table(job.output)["generated_text"].to_pylist() == expected(model, prompts(N))
@@ -291,8 +302,8 @@ sys.exit(f"batchinfer: error: {shard} is bad") if shard == "0/2" else sys.exit(7
 @needs_ray
 def test_failures_are_told_and_what_was_stopped_runs_again(tmp_path: Path, model: Path) -> None:
     (tmp_path / "ends.py").write_text(ENDS)
-    job = Job(tmp_path, model, tmp_path / "ends.py", retries=2)
-    code, out, err = job.wait()
+    with Job(tmp_path, model, tmp_path / "ends.py", retries=2) as job:
+        code, out, err = job.wait()
     assert (code, out) == (70, "")
     assert "batchinfer: shard 0 of 2 failed: exit code 1: 0/2 is bad\n" in err
     assert "batchinfer: shard 1 of 2 runs again, 2 of 2 times at most: exit code 75: began\n" in err
