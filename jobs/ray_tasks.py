@@ -28,7 +28,8 @@ POLL_SECONDS = 0.2
 CONNECT_SECONDS = 10.0
 STOP_SECONDS = 10.0  # beyond the job's grace: until the tasks have told of it
 LAST_LINE_BYTES = 4096
-INTERNAL, STOPPED = 70, 75  # exit codes
+MAX_PORT = 65535
+INTERNAL, IO_ERROR, STOPPED = 70, 74, 75  # exit codes
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Cluster:
     def __post_init__(self) -> None:
         if self.address not in (None, "auto", "local"):
             host, _, port = str(self.address).rpartition(":")
-            if not host or "/" in host or not port.isdecimal():
+            if not host or "/" in host or not port.isdecimal() or int(port) > MAX_PORT:
                 raise UsageError(f"--address is {self.address!r}; give the head's HOST:PORT, auto or local")
         if self.gpus_per_shard is not None and self.cpus_per_shard is not None:
             raise UsageError("give one of --gpus-per-shard and --cpus-per-shard: a shard runs on one device")
@@ -180,7 +181,7 @@ def _connect(address: str | None) -> Any:
             host, _, port = str(address).rpartition(":")
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(address, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         where = "--address" if address is None else f"--address {address}"
         raise Refused(f"{where}: {error}; start a cluster with `ray start`, or give --address local") from error
     return ray
@@ -218,7 +219,9 @@ def _end_of(ray: Any, task: Any) -> Ended:
         end: Ended = ray.get(task)
         return end
     except ray.exceptions.RayTaskError as error:  # raised by the task itself: a folder is not there, say
-        return Ended(INTERNAL, f"{type(error.cause).__name__}: {error.cause}")
+        code = IO_ERROR if isinstance(error.cause, OSError) else INTERNAL
+        last = str(error.cause).strip().splitlines()[-1:]
+        return Ended(code, f"{type(error.cause).__name__}: {''.join(last)}")
     except ray.exceptions.RayError as error:
         return Ended(-signal.SIGKILL, f"its worker died ({type(error).__name__})")
 

@@ -93,6 +93,7 @@ def test_without_ray_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.Monk
     [
         ({"address": "somewhere"}, "--address is 'somewhere'; give the head's HOST:PORT"),
         ({"address": "ray://head:10001"}, "--address is 'ray://head:10001'"),
+        ({"address": "head:65536"}, "--address is 'head:65536'"),
         ({"gpus_per_shard": 1, "cpus_per_shard": 1}, "one of --gpus-per-shard and --cpus-per-shard"),
         ({"gpus_per_shard": 0}, "--gpus-per-shard is 0; it must be 1 or more"),
         ({"cpus_per_shard": 0}, "--cpus-per-shard is 0; it must be 1 or more"),
