@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from batchinfer import __version__
-from batchinfer.jobs import cli_cron, cli_models, cli_outputs
+from batchinfer.jobs import cli_cron, cli_models, cli_outputs, cli_ray
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.options import (
     BlockSize,
@@ -50,6 +50,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 app.add_typer(cli_models.app)
 app.add_typer(cli_outputs.app)
 app.add_typer(cli_cron.app)
+app.add_typer(cli_ray.app)
 
 
 def main() -> NoReturn:
@@ -254,3 +255,7 @@ def _sampling(*values: Any) -> SamplingParams:
     except ValueError as error:
         field, _, rest = str(error).partition(" ")
         raise UsageError(f"--{field.replace('_', '-')} {rest}") from error
+
+
+if __name__ == "__main__":  # `python -m`, where a shard's process is started
+    main()

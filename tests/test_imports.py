@@ -81,7 +81,11 @@ def breaches(sources: dict[str, str]) -> list[str]:
         found += [f"{name} imports {module}" for module in sorted(TEST_ONLY & imported)]
         if "triton" in imported and not name.endswith("_triton"):
             found.append(f"{name} imports triton")
+        if "ray" in imported and name != "batchinfer.jobs.ray_tasks":
+            found.append(f"{name} imports ray")
         at_start = reached(name, sources)
+        if "ray" in at_start:
+            found.append(f"{name} reaches ray when it is imported")
         if "triton" in at_start and not name.endswith("_triton"):
             found.append(f"{name} reaches triton when it is imported")
         if "torch" in at_start and (layer(name) == LAYERS.index("batchinfer.jobs") or name in WITHOUT_TORCH):
@@ -121,6 +125,8 @@ CLEAN = {
         ("batchinfer.jobs.worker", "import batchinfer.engine", "reaches torch when it is imported"),
         ("batchinfer.jobs.worker", "class A:\n    import torch", "reaches torch when it is imported"),
         ("batchinfer.request", "import torch", "reaches torch when it is imported"),
+        ("batchinfer.jobs.worker", "def g():\n    import ray", "imports ray"),
+        ("batchinfer.jobs.worker", "import ray.util", "reaches ray when it is imported"),
     ],
 )
 def test_each_breach_is_named(module: str, line: str, breach: str) -> None:
