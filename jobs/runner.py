@@ -17,7 +17,7 @@ from batchinfer.jobs.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_
 from batchinfer.jobs.done import Done
 from batchinfer.jobs.durable import sha256, write_json
 from batchinfer.jobs.fingerprints import fingerprints
-from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, resolve_model
+from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, read_config, resolve_model
 from batchinfer.jobs.interruption import Interruption
 from batchinfer.jobs.loop import Loop
 from batchinfer.jobs.parts import RunFolder
@@ -28,6 +28,7 @@ from batchinfer.jobs.report import SCHEMA_VERSION, Report, peak_memory_bytes, ra
 from batchinfer.jobs.results import Results
 from batchinfer.jobs.schema import RESULT_FIELDS
 from batchinfer.jobs.spec import EngineFailed, JobSpec, Refused
+from batchinfer.jobs.template_check import check_template
 from batchinfer.jobs.windows import Prompts, Windows
 from batchinfer.jobs.worker import TORCH_ENGINE, Load, Worker, run_engine
 from batchinfer.tokenizer import Tokenizer
@@ -61,6 +62,8 @@ def _run(folder: RunFolder, spec: JobSpec, engine: str, prompts: PromptsFactory)
     config = _engine_config(spec, model, table.num_rows)
     tokenizer = _load_tokenizer(model, tokenizer_folder)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
+    if (spec.chat or spec.messages_column is not None) and tokenizer.template is not None:
+        check_template(tokenizer.template, spec.tokenizer or spec.model)
     digests = fingerprints(spec, model, tokenizer.fingerprint, config, kept)
     reference = reference_config(spec, config) if spec.canary else None
     resolved = {
@@ -140,9 +143,16 @@ def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
 
 def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
     try:
-        return Tokenizer.load(model, folder)
+        tokenizer = Tokenizer.load(model, folder)
     except ValueError as error:
         raise Refused(f"tokenizer: {error}") from error
+    size = read_config(model).get("vocab_size")
+    if type(size) is int and tokenizer.vocab_size > size:  # what is no number the engine refuses
+        raise Refused(
+            f"{(folder or model) / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, but vocab_size is {size} in "
+            f"{model / 'config.json'}: they do not belong together; take the model's own tokenizer"
+        )
+    return tokenizer
 
 
 def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
