@@ -28,6 +28,8 @@ Offsets = NDArray[np.int64]  # ... row i is token_ids[offsets[i]:offsets[i + 1]]
 CHUNK_CHARACTERS = 1 << 20
 ROW_CHARACTERS = 256
 
+MAX_VOCABULARY = 1 << 22
+
 # Beside the special ones, an added token that looks like a tag is a control token. Others (runs of spaces, single
 # letters, words of a field) are vocabulary that ordinary text is written with.
 _TAG = re.compile(r"<.+>|\[.+\]", re.DOTALL)
@@ -53,7 +55,9 @@ class Tokenizer:
         self.template = template
         self.fingerprint = fingerprint  # sha256 of all that decides token ids and text
         vocabulary = backend.get_vocab()
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=0) + 1
+        if self.vocab_size > MAX_VOCABULARY:
+            raise ValueError(f"its largest token id is {self.vocab_size - 1}; it must be below {MAX_VOCABULARY}")
         backend.no_truncation()
         backend.no_padding()
         # All that a post-processor does to ids is to add some at either end; done here, it costs half the time.
@@ -272,11 +276,16 @@ def _eos_ids(model_dir: Path) -> tuple[int, ...] | None:
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
     """A file of its own goes before the entry in tokenizer_config.json; of several named ones, 'default'."""
-    if (folder / "chat_template.jinja").is_file():
-        return _read(folder / "chat_template.jinja").decode()
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return _read(file).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}") from None
     source = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(source, list):
-        source = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}.get("default")
+        named = [e.get("template") for e in source if isinstance(e, dict) and e.get("name") == "default"]
+        source = named[-1] if named else None
     if source is not None and not isinstance(source, str):
         raise ValueError(f"{folder}: chat_template is a {type(source).__name__}; expected a text or named templates")
     return source

@@ -89,7 +89,7 @@ class SafetensorsWeights:
             with safe_open(path, "pt") as file:
                 tensor: Tensor = file.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: tensor {name} cannot be read: {error}") from None
+            raise ValueError(f"{path}: tensor {name} cannot be read: {str(error)[:300]}") from None
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{path}: tensor {name} has shape {list(tensor.shape)}; config.json asks for {list(shape)}"
@@ -221,7 +221,7 @@ def tensor_names(path: Path) -> list[str]:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a safetensors file, or a damaged one; fetch it again: {error}") from None
+        raise ValueError(f"{path} is damaged, or no safetensors file: {str(error)[:300]}; fetch it again") from None
     _refuse_doubles(path)
     return names
 

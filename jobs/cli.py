@@ -6,7 +6,6 @@ itself what is large.
 
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -15,6 +14,7 @@ import typer
 
 from batchinfer import __version__
 from batchinfer.jobs import cli_models, cli_outputs
+from batchinfer.jobs.faults import described, traced
 from batchinfer.jobs.options import (
     BlockSize,
     Deterministic,
@@ -63,8 +63,8 @@ def main() -> NoReturn:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", IO_ERROR)
     except Exception as error:
         with tempfile.NamedTemporaryFile("w", prefix="batchinfer-", suffix=".log", delete=False) as log:
-            traceback.print_exc(file=log)
-        _fail(f"internal: {type(error).__name__}: {error}; the traceback is in {log.name}", INTERNAL)
+            log.writelines(traced(error))
+        _fail(f"internal: {described(error)}; the traceback is in {log.name}", INTERNAL)
 
 
 def _fail(message: str, code: int) -> NoReturn:

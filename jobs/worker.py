@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from batchinfer.config import EngineConfig, EngineStats
+from batchinfer.jobs.faults import described, traced
 from batchinfer.jobs.interruption import ignoring_signals
 from batchinfer.jobs.spec import EngineFailed, Refused
 from batchinfer.request import Completions, Requests
@@ -192,8 +193,8 @@ def serve(pipe: Any, log: Path, life: Callable[..., None], arguments: tuple[Any,
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except Exception as error:
-        traceback.print_exc()
-        pipe.send(Fault(f"{type(error).__name__}: {error}", refused=False))
+        sys.stderr.writelines(traced(error))
+        pipe.send(Fault(described(error), refused=False))
 
 
 def _print_to(log: Path) -> None:
