@@ -23,7 +23,6 @@ from test_imports import product
 
 from batchinfer.jobs.faults import described, traced
 from batchinfer.jobs.runner import run
-from batchinfer.jobs.spec import Refused
 from batchinfer.quantize.pack import unpack
 
 CLI = [sys.executable, "-c", "from batchinfer.jobs import cli; cli.main()"]
@@ -125,17 +124,17 @@ def test_no_code_of_a_checkpoint_runs(real_model: Path, tmp_path: Path, architec
     for name, auto_map in maps.items():
         content = json.loads((real_model / name).read_text())
         (real_model / name).write_text(json.dumps({**content, "auto_map": auto_map}))
-    config = json.loads((real_model / "config.json").read_text())
-    (real_model / "config.json").write_text(json.dumps({**config, "model_type": architecture}))
+    config = json.loads((real_model / "config.json").read_text()) | {"model_type": architecture}
+    (real_model / "config.json").write_text(json.dumps(config))
     done = job(table, "-o", out, "--model", real_model, "--max-tokens", 2)
     assert done.returncode == 65, done.stderr
     refused = "auto_map asks to run code" if architecture == "llama" else "model_type is 'someone_elses'"
     assert refused in done.stderr and str(real_model / "config.json") in done.stderr
-    # With the tokenizer's map alone the checkpoint is one that this project implements itself.
-    del config["model_type"]
-    (real_model / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    done = job(table, "-o", out, "--model", real_model, "--max-tokens", 2, PYTHONPATH=os.getcwd())
-    assert done.returncode == 0, done.stderr
+    if architecture == "llama":  # the tokenizer's map alone is read past: tokenizer.json says all
+        del config["auto_map"]
+        (real_model / "config.json").write_text(json.dumps(config))
+        done = job(table, "-o", out, "--model", real_model, "--max-tokens", 2)
+        assert done.returncode == 0, done.stderr
     assert not canary.exists()
 
 
@@ -150,8 +149,6 @@ def test_no_value_of_a_table_becomes_a_path(real_model: Path, tmp_path: Path) ->
     name = "../../column"
     table = write(folder / "in.parquet", **{"prompt": evil, "id": evil, name: evil})
     before = files_of(tmp_path)
-    template = "{prompt} {" + name.replace(".", "") + "}"
-    assert "column" in template
     done = job(
         table, "-o", folder / "out.parquet", "--model", real_model, "--id-column", "id", "--max-tokens", 2,
         "--temperature", 1,
@@ -201,27 +198,20 @@ def test_a_job_connects_to_nothing(real_model: Path, tmp_path: Path) -> None:
 
 
 CANARY = "xyzzy-canary-7713"
-LEAKS = f"""
-class Leaks(Slow):
+# In two halves, so that the source itself holds none.
+LEAKS = """
+class Leaks(Poisoned):
     # As a library does that puts what it was given into its error's text.
-    def step(self):
-        if 3 in self._waiting[0].rows.tolist():
-            try:
-                prompt = {CANARY!r}
-                raise KeyError(prompt)
-            except KeyError as error:
-                raise ValueError(f"cannot take {{prompt}}") from error
-        return super().step()
+    def end(self):
+        prompt = "-".join(["xyzzy", "canary", "7713"])
+        try:
+            raise KeyError(prompt)
+        except KeyError as error:
+            raise ValueError(f"cannot take {prompt}") from error
 
-class Killed(Leaks):
+class LeaksAlways(Leaks):
     def step(self):
-        if 3 in self._waiting[0].rows.tolist():
-            os.kill(os.getpid(), signal.SIGABRT)
-        return super().step()
-
-class Hopeless(Leaks):
-    def step(self):
-        raise RuntimeError({CANARY!r})
+        self.end()
 """
 CHATS = [
     [{"role": "user", "content": CANARY}],
@@ -234,8 +224,18 @@ CHATS = [
 RAISES = CHATML + "{% if messages[0].role == 'system' %}{{ raise_exception(messages[0].content) }}{% endif %}"
 
 
-@pytest.mark.parametrize("engine", ["Slow", "Leaks", "Killed", "Hopeless"])
-@pytest.mark.parametrize("kind", ["prompts", "template", "messages", "jsonl"])
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [
+        ("prompts", "Slow"),
+        ("prompts", "Leaks"),
+        ("prompts", "LeaksAlways"),
+        ("prompts", "Poisoned"),
+        ("template", "Leaks"),
+        ("messages", "Leaks"),
+        ("jsonl", "Leaks"),
+    ],
+)
 def test_no_text_of_a_row_is_logged(tmp_path: Path, kind: str, engine: str) -> None:
     work = tmp_path / "work"
     work.mkdir()
@@ -244,15 +244,19 @@ def test_no_text_of_a_row_is_logged(tmp_path: Path, kind: str, engine: str) -> N
     folder = save(tmp_path / "model", RAISES)
     size = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
     (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 256, "vocab_size": size}))
-    texts = [CANARY, CANARY * 300, None, f"a {CANARY}", f"{CANARY}\x00", ""]
-    ids = [f"{CANARY}-{i}" for i in range(6)]
+    # Rows 13 and 30 are those that engines die over.
+    texts = [CANARY * 300, f"a {CANARY}", None, f"{CANARY}\x00", ""] * 7
+    ids = [f"{CANARY}-{i}" for i in range(len(texts))]
+    texts[13] = texts[30] = CANARY
     table, flags = tmp_path / "in.parquet", ["--id-column", "id"]
     if kind == "messages":
-        write(table, messages=[json.dumps(chat) for chat in CHATS], id=ids)
+        chats = [CHATS[i % len(CHATS)] for i in range(len(ids))]
+        chats[13] = chats[30] = CHATS[0]
+        write(table, messages=[json.dumps(chat) for chat in chats], id=ids)
         flags += ["--messages-column", "messages"]
     elif kind == "jsonl":
         table = tmp_path / "in.jsonl"
-        rows = [{"prompt": text, "id": i} for text, i in zip([*texts[:5], 5], ids, strict=True)]
+        rows = [{"prompt": text, "id": i} for text, i in zip([5, *texts[1:]], ids, strict=True)]
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         write(table, prompt=texts, id=ids)
@@ -263,11 +267,11 @@ def test_no_text_of_a_row_is_logged(tmp_path: Path, kind: str, engine: str) -> N
         ["sh", "-c", 'ulimit -c unlimited; exec "$@"', "sh", *map(str, command)],
         cwd=work, capture_output=True, text=True, timeout=SECONDS, env={**os.environ, "TMPDIR": str(work)},
     )  # fmt: skip
-    assert done.returncode == (70 if engine == "Hopeless" else 0), done.stderr
+    assert done.returncode == (70 if engine == "LeaksAlways" else 0), done.stderr
     written = [path for path in work.rglob("*") if path.is_file() and path.suffix != ".parquet"]
     names = {path.name for path in written}
-    assert {"worker.log", "run.json"} <= names and ("report.json" in names) == (engine != "Hopeless")
-    assert engine in ("Slow", "Killed") or "Traceback" in (work / "out.run" / "worker.log").read_text()
+    assert {"worker.log", "run.json"} <= names and ("report.json" in names) == (engine != "LeaksAlways")
+    assert ("Traceback" in (work / "out.run" / "worker.log").read_text()) == engine.startswith("Leaks")
     leaks = [path for path in written if path.parent.name != "parts" and CANARY.encode() in path.read_bytes()]
     assert leaks == [] and CANARY not in done.stdout + done.stderr
     assert not any(CANARY in str(path) for path in work.rglob("*"))
@@ -287,10 +291,9 @@ if __name__ == "__main__":
 
 
 def test_an_error_among_numbers_keeps_its_text_and_any_other_its_place() -> None:
-    with pytest.raises(RuntimeError) as numbers:
+    with pytest.raises(IndexError) as numbers:
         unpack(torch.zeros(2, dtype=torch.int32), 4, 7)
-    assert "Dimension out of range" in f"{numbers.value}"
-    assert described(numbers.value) == f"{type(numbers.value).__name__}: {numbers.value}"
+    assert described(numbers.value).startswith("IndexError: Dimension out of range")
     with pytest.raises(KeyError) as text:
         {}[CANARY]
     with pytest.raises(ValueError, match=CANARY) as led:
@@ -330,4 +333,3 @@ def test_a_template_reads_no_file_of_the_machine(tmp_path: Path) -> None:
     run(spec(folder, path, chat=True), "batchinfer.jobs.stub:StubEngine")
     [message] = pq.read_table(tmp_path / "out.parquet")["error_message"].to_pylist()
     assert message == "the chat template raised TypeError"
-    assert Refused  # the template's own affair, row by row
