@@ -1,27 +1,32 @@
 """Chat templates: messages in, the text of a prompt out, by the checkpoint's own Jinja template in a sandbox."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.exceptions import SecurityError
+
+from batchinfer.limits import limited
+from batchinfer.sandbox import Sandbox
 
 Message = Mapping[str, Any]  # at least "role" and "content"
 
 # Two Unicode noncharacters, which text for interchange never holds, enclose a control token's text in a message.
 MARK_START, MARK_END = "\ufdd0", "\ufdd1"
 MAX_RENDERED = 5 << 20  # characters
+MAX_SOURCE = 1 << 18  # characters
+MAX_SECONDS = 10.0  # of processor time, for one conversation
+MAX_MEMORY = 1 << 30  # bytes, for one conversation
 
 
 class ChatError(Exception):
     """These messages do not go through this template; the text holds nothing of the messages."""
+
+
+class TemplateRefused(ChatError):
+    """The template did what none may do: it took too much time or memory, or left its sandbox."""
 
 
 @dataclass(frozen=True)
@@ -34,32 +39,50 @@ class ChatTemplate:
 
     @staticmethod
     def compile(source: str, variables: Mapping[str, str]) -> "ChatTemplate":
-        """Raises `ValueError` with the line where the template's syntax is wrong."""
+        """Raises `ValueError` with the line where the template's syntax is wrong, or with the bound that it breaks."""
+        if len(source) > MAX_SOURCE:
+            raise ValueError(f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are taken")
         try:
-            template = _environment().from_string(source)
+            with limited(MAX_SECONDS, MAX_MEMORY):
+                template = Sandbox().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"the chat template has a syntax error on line {error.lineno}: {error.message}") from error
+        except Exception as error:  # nested too deep, or constants that cannot be computed
+            raise ValueError(f"the chat template cannot be compiled ({type(error).__name__})") from error
         return ChatTemplate(source, template, variables)
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt's text, up to where the assistant's turn begins. Keys that are None are left out.
 
-        Raises `ChatError` if the template raises, whatever it raises, or writes more than `MAX_RENDERED` characters.
+        Raises `ChatError` if the template raises, whatever it raises, or writes more than `MAX_RENDERED` characters; a
+        `TemplateRefused` if it takes more than `MAX_SECONDS` (watched in the main thread only) or `MAX_MEMORY`.
         """
-        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        pieces, size = [], 0
+        present: list[Message] = [
+            {key: value for key, value in message.items() if value is not None} for message in messages
+        ]
         try:
-            for piece in self.template.generate(
-                **self.variables, messages=present, tools=None, documents=None, add_generation_prompt=True
-            ):
-                pieces.append(piece)
-                size += len(piece)
-                if size > MAX_RENDERED:
-                    raise ChatError(f"the chat template wrote more than {MAX_RENDERED} characters")
+            with limited(MAX_SECONDS, MAX_MEMORY):
+                return self._write(present)
         except ChatError:
             raise
+        except TimeoutError as error:
+            raise TemplateRefused(f"the chat template {error}") from error
+        except MemoryError as error:
+            raise TemplateRefused(f"the chat template took more than {MAX_MEMORY >> 20} MiB") from error
+        except SecurityError as error:
+            raise TemplateRefused("the chat template did what its sandbox forbids") from error
         except Exception as error:  # a template is a program: it may fail in any way
             raise ChatError(self._reason(error)) from error
+
+    def _write(self, messages: list[Message]) -> str:
+        pieces, size = [], 0
+        for piece in self.template.generate(
+            **self.variables, messages=messages, tools=None, documents=None, add_generation_prompt=True
+        ):
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_RENDERED:
+                raise ChatError(f"the chat template wrote more than {MAX_RENDERED} characters")
         return "".join(pieces)
 
     def _reason(self, error: Exception) -> str:
@@ -82,38 +105,3 @@ def mark(value: Any, control_tokens: re.Pattern[str]) -> Any:
     if isinstance(value, list | tuple):
         return [mark(item, control_tokens) for item in value]
     return value
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's text for training; here its body is all that counts."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    now = datetime.now()  # one moment for the whole job
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # Jinja's own filter escapes for HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = now.strftime
-    environment.filters["tojson"] = tojson
-    return environment

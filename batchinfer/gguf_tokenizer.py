@@ -22,7 +22,16 @@ _REMEDY = "give the original tokenizer with --tokenizer"
 
 
 def tokenizer_files(file: GGUFFile) -> dict[str, Any]:
-    """tokenizer.json and tokenizer_config.json as objects. A `ValueError` names what is not supported."""
+    """tokenizer.json and tokenizer_config.json as objects. A `ValueError` names what is damaged or not supported."""
+    try:
+        return _files(file)
+    except ValueError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file.path}: its tokenizer is damaged ({str(error)[:100]!a}); {_REMEDY}") from error
+
+
+def _files(file: GGUFFile) -> dict[str, Any]:
     tokens = _column(file, "tokens", list)
     kinds = file.metadata.get("tokenizer.ggml.token_type")
     kinds = [_NORMAL] * len(tokens) if kinds is None else list(map(int, kinds))

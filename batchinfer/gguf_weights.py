@@ -4,9 +4,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from batchinfer.checksums import Checksums
 from batchinfer.model_config import ModelConfig
 from batchinfer.quantize.formats.gguf import dequantize
 from batchinfer.quantize.formats.gguf_file import GGUFFile
+from batchinfer.weights import refuse_not_finite
 
 _TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER = {
@@ -22,6 +24,7 @@ class GGUFWeights:
 
     def __init__(self, path: Path, model: ModelConfig) -> None:
         self.file = GGUFFile(path)
+        self.checksums = Checksums([path])
         self.model = model
         kinds = sorted({tensor.type for tensor in self.file.tensors.values()} - {"F32"})
         self.stored_as = f"GGUF, {', '.join(kinds)}" if kinds else None
@@ -42,6 +45,7 @@ class GGUFWeights:
                 f"{list(shape)}"
             )
         tensor = dequantize(self.file.read(stored), stored.type, shape)
+        refuse_not_finite(tensor, f"{self.file.path}: tensor {stored.name}")
         heads = {"q_proj": self.model.heads, "k_proj": self.model.kv_heads}.get(name.split(".")[-2])
         return tensor if heads is None or not self.interleaved else _halves(tensor, heads)
 
@@ -54,7 +58,8 @@ class GGUFWeights:
         self.taken.add(_stored_name(name))
 
     def finish(self) -> None:
-        """Every tensor must have been used."""
+        """Every tensor must have been used, and the file's checksum be right."""
+        self.checksums.check()
         if left := sorted(self.file.tensors.keys() - self.taken):
             raise ValueError(
                 f"{self.file.path} has {len(left)} tensors that the model does not use: {', '.join(left[:5])}"

@@ -1,12 +1,14 @@
 """`ModelConfig`: the shape of a decoder, read from a checkpoint's `config.json`; what is not understood is refused."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from batchinfer.json_file import read_object
 from batchinfer.quantize.checkpoint import Format, checkpoint_format
 from batchinfer.rope import Rope, yarn_attention_factor
+
+MAX_MESSAGE = 1000  # characters: a value that is refused may be of any size
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -30,7 +32,12 @@ _USED = {
     "rope_parameters", "sliding_window", "layer_types", "tie_word_embeddings", "attention_bias", "mlp_bias",
     "quantization_config",
 }  # fmt: skip
-_LARGEST = 1 << 24
+# No model is near these; what follows from a larger one (tables, lists, shapes) would not fit memory.
+_LARGEST = {
+    "vocab_size": 1 << 22, "hidden_size": 1 << 17, "intermediate_size": 1 << 19, "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 10, "num_key_value_heads": 1 << 10, "head_dim": 1 << 10,
+    "max_position_embeddings": 1 << 24, "original_max_position_embeddings": 1 << 24, "sliding_window": 1 << 24,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,20 +69,19 @@ def read_model_config(model: Path) -> ModelConfig:
     """The config of a checkpoint folder. A `ValueError` names the field, its value and what is supported."""
     path = model / "config.json"
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_object(path)
     except FileNotFoundError:
         raise ValueError(f"{model} has no config.json; a model is a folder in the Hugging Face layout") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} holds a {type(raw).__name__}, not an object")
-    return parse_model_config(raw)
+    try:
+        return parse_model_config(raw)
+    except ValueError as error:
+        raise ValueError(f"{model}/{error}"[:MAX_MESSAGE]) from None
 
 
 def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     """As `read_model_config`, from the parsed JSON."""
     family = raw.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise ValueError(f"config.json: model_type is {family!r}; supported are {', '.join(ARCHITECTURES)}")
     named = raw.get("architectures") or [ARCHITECTURES[family]]
     if named != [ARCHITECTURES[family]]:
@@ -88,8 +94,10 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     if raw.get("head_dim") is None and hidden % heads and family != "qwen3":
         raise ValueError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     head_dim = _size(raw, "head_dim", 128 if family == "qwen3" else hidden // heads)
+    if head_dim % 2:
+        raise ValueError(f"config.json: head_dim is {head_dim}; rotary embedding takes its numbers in pairs")
     positions, layers = _size(raw, "max_position_embeddings"), _size(raw, "num_hidden_layers")
-    bias = bool(raw.get("attention_bias", False))
+    bias = _flag(raw, "attention_bias", False)
     return ModelConfig(
         family=family,
         vocab_size=_size(raw, "vocab_size"),
@@ -103,10 +111,10 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
         norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         rope=_rope(raw, head_dim, positions),
         windows=_windows(raw, family, layers),
-        tied=bool(raw.get("tie_word_embeddings", False)),
+        tied=_flag(raw, "tie_word_embeddings", False),
         qkv_bias=family == "qwen2" or bias,
         output_bias=bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        mlp_bias=_flag(raw, "mlp_bias", False),
         head_norm=family == "qwen3",
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
         form=checkpoint_format(raw["quantization_config"]) if raw.get("quantization_config") else None,
@@ -138,9 +146,16 @@ def _number(raw: dict[str, Any], key: str, default: float) -> float:
 def _size(raw: dict[str, Any], key: str, default: int | None = None) -> int:
     value = raw.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST:
-        raise ValueError(f"config.json: {key} is {value!r}; it must be a whole number from 1 to {_LARGEST}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST[key]:
+        raise ValueError(f"config.json: {key} is {value!r}; it must be a whole number from 1 to {_LARGEST[key]}")
     return value
+
+
+def _flag(raw: dict[str, Any], key: str, default: bool) -> bool:
+    value = raw.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"config.json: {key} is {value!r}; it must be true or false")
+    return default if value is None else value
 
 
 def _rope(raw: dict[str, Any], head_dim: int, positions: int) -> Rope:
@@ -159,7 +174,7 @@ def _rope(raw: dict[str, Any], head_dim: int, positions: int) -> Rope:
         },
         "divided": {"divisors"},
     }  # fmt: skip
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"config.json: RoPE scaling {kind!r} is not supported; supported are {', '.join(known)}")
     for key in scaling.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"} - known[kind]:
         raise ValueError(f"config.json: RoPE scaling {kind!r} has a field {key!r} that is not known")
@@ -169,9 +184,13 @@ def _rope(raw: dict[str, Any], head_dim: int, positions: int) -> Rope:
     if kind == "default":
         return Rope("default", theta, head_dim)
     if kind == "divided":
-        divisors = scaling["divisors"]
-        if len(divisors) != head_dim // 2 or not all(isinstance(d, float) and 0 < d < float("inf") for d in divisors):
-            raise ValueError(f"config.json: RoPE needs {head_dim // 2} positive divisors; there are {len(divisors)}")
+        divisors = scaling.get("divisors")
+        if (
+            not isinstance(divisors, list)
+            or len(divisors) != head_dim // 2
+            or not all(isinstance(d, float) and 0 < d < float("inf") for d in divisors)
+        ):
+            raise ValueError(f"config.json: RoPE's divisors are {divisors!r}; it needs {head_dim // 2} positive ones")
         return Rope("divided", theta, head_dim, divisors=tuple(divisors))
     factor = _number(scaling, "factor", 0.0)
     original = _size(scaling, "original_max_position_embeddings", positions)
@@ -180,9 +199,8 @@ def _rope(raw: dict[str, Any], head_dim: int, positions: int) -> Rope:
     if kind == "llama3":
         low, high = _number(scaling, "low_freq_factor", 1.0), _number(scaling, "high_freq_factor", 4.0)
         return Rope("llama3", theta, head_dim, factor, original, low, high)
-    attention = scaling.get("attention_factor")
-    if attention is None:
-        attention = yarn_attention_factor(factor, scaling.get("mscale"), scaling.get("mscale_all_dim"))
+    scales = (_number(scaling, key, 1.0) if scaling.get(key) else None for key in ("mscale", "mscale_all_dim"))
+    attention = _number(scaling, "attention_factor", yarn_attention_factor(factor, *scales))
     return Rope(
         "yarn",
         theta,
@@ -191,22 +209,25 @@ def _rope(raw: dict[str, Any], head_dim: int, positions: int) -> Rope:
         original,
         beta_fast=_number(scaling, "beta_fast", 32.0),
         beta_slow=_number(scaling, "beta_slow", 1.0),
-        truncate=bool(scaling.get("truncate", True)),
-        attention_factor=float(attention),
+        truncate=_flag(scaling, "truncate", True),
+        attention_factor=attention,
     )
 
 
 def _windows(raw: dict[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
     """Sliding windows by layer. Qwen has the field but uses it only if `use_sliding_window` says so."""
     window = raw.get("sliding_window")
-    if family in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
+    if family in ("qwen2", "qwen3") and not _flag(raw, "use_sliding_window", False):
         window = None
     window = None if family == "llama" or window is None else _size(raw, "sliding_window")
     kinds = raw.get("layer_types")
     if kinds is None:
-        first = int(raw.get("max_window_layers", 28)) if family in ("qwen2", "qwen3") else 0
+        first = raw.get("max_window_layers", 28) if family in ("qwen2", "qwen3") else 0
+        if type(first) is not int:
+            raise ValueError(f"config.json: max_window_layers is {first!r}; it must be a whole number")
         kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(layers)]
-    if len(kinds) != layers or set(kinds) - {"full_attention", "sliding_attention"}:
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
         raise ValueError(f"config.json: layer_types must name full_attention or sliding_attention for {layers} layers")
     if "sliding_attention" in kinds and window is None:
         raise ValueError("config.json: layer_types has sliding_attention, but there is no sliding_window")

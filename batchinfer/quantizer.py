@@ -28,6 +28,7 @@ from torch import Tensor
 from batchinfer import __version__, allocator
 from batchinfer.calibration import PRODUCTS, Calibration
 from batchinfer.channel_scales import scale_channels
+from batchinfer.checksums import write_checksums
 from batchinfer.model_config import ModelConfig, read_model_config
 from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.matrix import QuantizedMatrix
@@ -93,6 +94,7 @@ class Quantizer:
         self.scheme = replace(scheme, scale_type=c.dtype)
         weights = SafetensorsWeights(model)
         self.weights = weights if rotation is None else RotatedWeights(weights, c, rotation)
+        self.checksums = weights.checksums
         self.untied = c.tied and rotation is not None
         self._check(weights, sequences)
         stamp = {
@@ -259,14 +261,16 @@ class Quantizer:
         unfinished.replace(self.output / STATE)
 
     def finish(self, card: str) -> None:
-        """The files beside the weights, the model card too; config.json last, for with it it is a checkpoint."""
+        """The files beside the weights, the model card too; config.json last, for with it it is a checkpoint.
+
+        A `ValueError` names a file of the model that is damaged, by its checksum.
+        """
+        self.checksums.check()
         (self.output / "README.md").write_text(card)
-        weight_map: dict[str, str] = {}
-        size = 0
-        for layer in range(-1, self.config.layers):
-            path = self.output / self._file(layer)
-            weight_map |= dict.fromkeys(tensor_names(path), path.name)
-            size += path.stat().st_size
+        files = [self.output / self._file(layer) for layer in range(-1, self.config.layers)]
+        weight_map = {name: path.name for path in files for name in tensor_names(path)}
+        size = sum(path.stat().st_size for path in files)
+        write_checksums(self.output, files)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (self.output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         for pattern in _COPIED:

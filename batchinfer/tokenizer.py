@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken
 
 from batchinfer.chat import MARK_END, MARK_START, ChatError, ChatTemplate, Message, mark
+from batchinfer.json_file import read_object
+from batchinfer.quantize.lfs import refuse_pointer
 
 TokenIds = NDArray[np.int32]  # ragged rows laid end to end ...
 Offsets = NDArray[np.int64]  # ... row i is token_ids[offsets[i]:offsets[i + 1]]
@@ -24,6 +27,8 @@ Offsets = NDArray[np.int64]  # ... row i is token_ids[offsets[i]:offsets[i + 1]]
 # Encoded at once: the library holds about 100 bytes a token while it is at work, and a row has a cost of its own.
 CHUNK_CHARACTERS = 1 << 20
 ROW_CHARACTERS = 256
+
+MAX_VOCABULARY = 1 << 22
 
 # Beside the special ones, an added token that looks like a tag is a control token. Others (runs of spaces, single
 # letters, words of a field) are vocabulary that ordinary text is written with.
@@ -50,7 +55,9 @@ class Tokenizer:
         self.template = template
         self.fingerprint = fingerprint  # sha256 of all that decides token ids and text
         vocabulary = backend.get_vocab()
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=0) + 1
+        if self.vocab_size > MAX_VOCABULARY:
+            raise ValueError(f"its largest token id is {self.vocab_size - 1}; it must be below {MAX_VOCABULARY}")
         backend.no_truncation()
         backend.no_padding()
         # All that a post-processor does to ids is to add some at either end; done here, it costs half the time.
@@ -93,10 +100,8 @@ class Tokenizer:
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
         data = _read(file)
-        try:
+        with _naming(file):
             backend = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{file} is not a file of the tokenizers library: {error}") from error
         config = _read_json(folder / "tokenizer_config.json")
         named = _named_tokens(folder, config)
         eos_ids = _eos_ids(model_dir)
@@ -111,7 +116,8 @@ class Tokenizer:
         digest = hashlib.sha256(data)
         digest.update(json.dumps([eos_ids, named, source], sort_keys=True).encode())
         bos_id = backend.token_to_id(named.get("bos_token", ""))
-        return Tokenizer(backend, bos_id, eos_ids, template, digest.hexdigest())
+        with _naming(file):
+            return Tokenizer(backend, bos_id, eos_ids, template, digest.hexdigest())
 
     def encode_batch(self, texts: list[str], allow_special_tokens: bool = False) -> tuple[TokenIds, Offsets]:
         """Token ids of plain prompts: with beginning-of-text, exactly once, if this tokenizer adds it.
@@ -224,23 +230,24 @@ def _one_of(texts: list[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """What the library raises inside becomes a `ValueError` that names the file."""
+    try:
+        yield
+    except BaseException as error:  # the library raises nothing narrower, and panics that are no `Exception`
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise ValueError(f"{file} is not a file of the tokenizers library: {str(error)[:500]}") from error
+
+
 def _read(path: Path) -> bytes:
-    data = path.read_bytes()
-    if data.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a git-LFS pointer, not the file itself; fetch it with `git lfs pull`")
-    return data
+    refuse_pointer(path)
+    return path.read_bytes()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(_read(path))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}; expected an object")
-    return value
+    return read_object(path) if path.is_file() else {}
 
 
 def _named_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
@@ -259,19 +266,26 @@ def _eos_ids(model_dir: Path) -> tuple[int, ...] | None:
         value = _read_json(model_dir / name).get("eos_token_id")
         if value is not None:
             ids = value if isinstance(value, list) else [value]
-            if not all(type(i) is int and i >= 0 for i in ids):
-                raise ValueError(f"{model_dir / name}: eos_token_id is {value!r}; expected one id or a list of ids")
+            if not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
+                raise ValueError(
+                    f"{model_dir / name}: eos_token_id is {str(value)[:50]!a}; expected one id or a list of ids"
+                )
             return tuple(ids)
     return None
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
     """A file of its own goes before the entry in tokenizer_config.json; of several named ones, 'default'."""
-    if (folder / "chat_template.jinja").is_file():
-        return _read(folder / "chat_template.jinja").decode()
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return _read(file).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}") from None
     source = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(source, list):
-        source = {e.get("name"): e.get("template") for e in source if isinstance(e, dict)}.get("default")
+        named = [e.get("template") for e in source if isinstance(e, dict) and e.get("name") == "default"]
+        source = named[-1] if named else None
     if source is not None and not isinstance(source, str):
         raise ValueError(f"{folder}: chat_template is a {type(source).__name__}; expected a text or named templates")
     return source

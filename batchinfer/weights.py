@@ -1,14 +1,18 @@
 """Weights by name from safetensors files, one tensor at a time, each file's pages let go at once."""
 
 import json
+from collections import Counter
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from batchinfer.checksums import Checksums
+from batchinfer.json_file import read_object
 from batchinfer.quantize.checkpoint import Format
+from batchinfer.quantize.lfs import refuse_pointer
 from batchinfer.quantize.matrix import QuantizedMatrix
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,7 +36,7 @@ class WeightSource(Protocol):
         ...
 
     def finish(self) -> None:
-        """A `ValueError` names tensors that nobody took."""
+        """A `ValueError` names tensors that nobody took, or a file whose checksum is wrong."""
         ...
 
 
@@ -43,6 +47,7 @@ class SafetensorsWeights:
         self.form = form
         self.stored_as = None if form is None else form.name
         self.files = _locate(model)
+        self.checksums = Checksums(self.files.values())
         self.taken: set[str] = set()
 
     def drop(self, name: str) -> None:
@@ -84,7 +89,7 @@ class SafetensorsWeights:
             with safe_open(path, "pt") as file:
                 tensor: Tensor = file.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: tensor {name} cannot be read: {error}") from None
+            raise ValueError(f"{path}: tensor {name} cannot be read: {str(error)[:300]}") from None
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{path}: tensor {name} has shape {list(tensor.shape)}; config.json asks for {list(shape)}"
@@ -94,15 +99,32 @@ class SafetensorsWeights:
             raise ValueError(
                 f"{path}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}; expected {expected}"
             )
+        refuse_not_finite(tensor, f"{path}: tensor {name}")
         return tensor
 
     def finish(self) -> None:
         """Every tensor must have been used: one left over means that the model was understood wrongly."""
+        self.checksums.check()
         # Older exports carry the rotary table, which follows from config.json.
         left = {n for n in self.files.keys() - self.taken if not n.endswith("rotary_emb.inv_freq")}
         if left:
             names = ", ".join(sorted(left)[:5])
             raise ValueError(f"the checkpoint has {len(left)} tensors that the model does not use: {names}")
+
+
+def refuse_not_finite(tensor: Tensor, name: str) -> None:
+    """A `ValueError` where a number in it is NaN or infinite, which one pass over it tells."""
+    if tensor.dtype == torch.float8_e4m3fn:  # has no infinity, and torch no sum of it
+        bad = (tensor.view(torch.uint8) & 0x7F == 0x7F).sum()
+    elif not tensor.is_floating_point() or bool(tensor.sum().isfinite()):
+        return
+    else:
+        bad = (~tensor.isfinite()).sum()  # a sum may overflow though its terms are finite
+    if bad:
+        raise ValueError(
+            f"{name} holds {bad} of {tensor.numel()} numbers that are NaN or infinite: the checkpoint is damaged; "
+            "fetch it again, or take an earlier one of its training"
+        )
 
 
 NOISE = 0.02
@@ -160,20 +182,13 @@ class RandomWeights:
 def _locate(model: Path) -> dict[str, Path]:
     """Tensor name to file. A `ValueError` names what is missing, doubled or not what it seems."""
     index = model / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{index} is not an index of weights: {error}") from None
-        for file in set(names.values()):
-            if Path(file).name != file:
-                raise ValueError(f"{index} names {file!r}, which is not a file beside it")
-        claimed = {name: model / file for name, file in names.items()}
-        paths = sorted(set(claimed.values()))
-    else:
-        claimed, paths = None, sorted(model.glob("*.safetensors"))
+    claimed = _claimed(index) if index.exists() else None
+    paths = sorted(model.glob("*.safetensors") if claimed is None else set(claimed.values()))
     if not paths:
-        raise ValueError(f"{model} has no *.safetensors; other weight files (pickles) are never read")
+        raise ValueError(
+            f"{model} has no *.safetensors; other weight files (pickles) are never read: save the model anew with "
+            "save_pretrained of transformers, or take a checkpoint that has them"
+        )
     found: dict[str, Path] = {}
     for path in paths:
         for name in tensor_names(path):
@@ -186,15 +201,40 @@ def _locate(model: Path) -> dict[str, Path]:
     return found
 
 
+def _claimed(index: Path) -> dict[str, Path]:
+    """Tensor name to file, as the index has it: names of files beside it, never paths."""
+    names = read_object(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise ValueError(f"{index} is not an index of weights: it has no object weight_map")
+    for file in names.values():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(f"{index} names {ascii(file)[:60]}, which is not a *.safetensors file beside it")
+    return {name: index.parent / file for name, file in names.items()}
+
+
 def tensor_names(path: Path) -> list[str]:
     """What is in a file. A `ValueError` names the file if it is not one of safetensors."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    with path.open("rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a git-lfs pointer, not the weights; run `git lfs pull` in that folder")
+    refuse_pointer(path)
     try:
         with safe_open(path, "pt") as file:
-            return list(file.keys())
+            names = list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+        raise ValueError(f"{path} is damaged, or no safetensors file: {str(error)[:300]}; fetch it again") from None
+    _refuse_doubles(path)
+    return names
+
+
+def _refuse_doubles(path: Path) -> None:
+    """The library lets the last of several entries win; which one was meant nobody knows."""
+
+    def refuse(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        name, count = Counter(key for key, _ in pairs).most_common(1)[0] if pairs else ("", 1)
+        if count > 1:
+            raise ValueError(f"{path} is damaged: its header has {count} entries {name}")
+        return dict(pairs)
+
+    with path.open("rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+    json.loads(header, object_pairs_hook=refuse)

@@ -1,5 +1,6 @@
 """Synthetic prompts through the path of a job: how fast this machine runs a model, or a model's shape."""
 
+import json
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
@@ -128,8 +129,9 @@ def _spec(folder: Path, shape: Path | None, vocabulary: int, workload: Workload)
 
 
 def _write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Each token is a number."""
+    """Each token is a number; as a model, it has as many of them."""
     folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"vocab_size": vocabulary}))
     numbers = WordLevel({f" {i}": i for i in range(vocabulary)}, " 0")
     tokenizers.Tokenizer(numbers).save(str(folder / "tokenizer.json"))
 

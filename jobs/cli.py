@@ -6,7 +6,6 @@ itself what is large.
 
 import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -15,6 +14,7 @@ import typer
 
 from batchinfer import __version__
 from batchinfer.jobs import cli_cron, cli_models, cli_outputs, cli_ray
+from batchinfer.jobs.faults import described, traced
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.options import (
     BlockSize,
@@ -65,8 +65,8 @@ def main() -> NoReturn:
         _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", exit_code(error))
     except Exception as error:
         with tempfile.NamedTemporaryFile("w", prefix="batchinfer-", suffix=".log", delete=False) as log:
-            traceback.print_exc(file=log)
-        _fail(f"internal: {type(error).__name__}: {error}; the traceback is in {log.name}", exit_code(error))
+            log.writelines(traced(error))
+        _fail(f"internal: {described(error)}; the traceback is in {log.name}", exit_code(error))
 
 
 def _fail(message: str, code: int) -> NoReturn:

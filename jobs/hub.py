@@ -1,12 +1,12 @@
 """Where a model lies: a directory as it is, or a Hub id in the local cache."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from batchinfer.jobs.spec import Refused
+from batchinfer.json_file import read_object
 
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"]
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]  # never a pickle
@@ -105,16 +105,12 @@ def _download(model: str, revision: str | None, files: list[str], folder: Path |
 
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a model. Raises `Refused` where it is missing or no JSON object."""
-    path = folder / "config.json"
     try:
-        config = json.loads(path.read_text("utf-8"))
+        return read_object(folder / "config.json")
     except OSError as error:
         raise Refused(f"model {folder}: cannot read config.json ({error.strerror})") from error
     except ValueError as error:
-        raise Refused(f"model {folder}: config.json is no valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise Refused(f"model {folder}: config.json holds a {type(config).__name__}; expected an object")
-    return config
+        raise Refused(f"model {error}") from error
 
 
 def context_length(folder: Path, asked: int | None) -> int:
@@ -122,6 +118,6 @@ def context_length(folder: Path, asked: int | None) -> int:
     if asked is not None:
         return asked
     length = read_config(folder).get("max_position_embeddings")
-    if not isinstance(length, int) or length < 2:
+    if type(length) is not int or length < 2:
         raise Refused(f"model {folder}: config.json has no max_position_embeddings; give --max-model-len")
     return length

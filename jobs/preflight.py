@@ -9,11 +9,12 @@ import pyarrow as pa
 from batchinfer.config import EngineConfig
 from batchinfer.jobs.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.jobs.fingerprints import fingerprints
-from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, resolve_model
+from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, read_config, resolve_model
 from batchinfer.jobs.prompts import PromptSource
 from batchinfer.jobs.reader import Table
 from batchinfer.jobs.schema import RESULT_FIELDS
 from batchinfer.jobs.spec import JobSpec, Refused
+from batchinfer.jobs.template_check import check_template
 from batchinfer.jobs.windows import Prompts
 from batchinfer.tokenizer import Tokenizer
 
@@ -44,6 +45,8 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     config = _engine_config(spec, model, table.num_rows)
     tokenizer = _load_tokenizer(model, tokenizer_folder)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
+    if (spec.chat or spec.messages_column is not None) and tokenizer.template is not None:
+        check_template(tokenizer.template, spec.tokenizer or spec.model)
     digests = fingerprints(spec, model, tokenizer.fingerprint, config, kept)
     return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests)
 
@@ -62,9 +65,16 @@ def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
 
 def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
     try:
-        return Tokenizer.load(model, folder)
+        tokenizer = Tokenizer.load(model, folder)
     except ValueError as error:
         raise Refused(f"tokenizer: {error}") from error
+    size = read_config(model).get("vocab_size")
+    if type(size) is int and tokenizer.vocab_size > size:  # what is no number the engine refuses
+        raise Refused(
+            f"{(folder or model) / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, but vocab_size is {size} in "
+            f"{model / 'config.json'}: they do not belong together; take the model's own tokenizer"
+        )
+    return tokenizer
 
 
 def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from batchinfer.config import EngineConfig, EngineStats
+from batchinfer.jobs.faults import described, traced
 from batchinfer.jobs.interruption import ignoring_signals
 from batchinfer.jobs.spec import EngineFailed, EngineKilled, Refused
 from batchinfer.request import Completions, Requests
@@ -198,8 +199,8 @@ def serve(pipe: Any, log: Path, life: Callable[..., None], arguments: tuple[Any,
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
     except Exception as error:
-        traceback.print_exc()
-        pipe.send(Fault(f"{type(error).__name__}: {error}", refused=False))
+        sys.stderr.writelines(traced(error))
+        pipe.send(Fault(described(error), refused=False))
 
 
 def _die_with_parent() -> None:

@@ -33,7 +33,7 @@ def checkpoint_format(config: Any) -> Format:
     if not isinstance(config, dict):
         raise ValueError(f"config.json: quantization_config is a {type(config).__name__}; expected an object")
     method = config.get("quant_method")
-    if method not in _FORMATS:
+    if not isinstance(method, str) or method not in _FORMATS:
         raise ValueError(
             f"config.json: quantization_config: quant_method is {method!r}; supported are {', '.join(_FORMATS)}: take "
             "another checkpoint of the model, or its floating-point one and --quantization w8a8-int8"

@@ -256,7 +256,7 @@ def test_errors_hold_nothing_of_the_messages(tmp_path: Path) -> None:
     ],
 )
 def test_a_template_that_breaks_out_or_down_is_an_error(template: str) -> None:
-    with pytest.raises(ChatError, match=r"the chat template raised [A-Z]"):
+    with pytest.raises(ChatError, match=r"the chat template (raised [A-Z]|did what its sandbox forbids)"):
         ChatTemplate.compile(template, {}).render(turns("a"))
 
 

@@ -152,7 +152,7 @@ def test_a_model_without_a_context_length_is_refused(
     other.mkdir()
     (other / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
     out = tmp_path / "o.parquet"
-    for config, message in (("{}", "--max-model-len"), ("[]", "holds a list"), ("{", "no valid JSON")):
+    for config, message in (("{}", "--max-model-len"), ("[]", "holds a list"), ("{", "is not JSON")):
         (other / "config.json").write_text(config)
         code, line = error_of(capsys, "run", table, "-o", out, "--model", other)
         assert (code, message in line) == (65, True)

@@ -68,6 +68,8 @@ def test_transformers_computes_from_it_what_we_do(
     )
     reports = finished(quantizer)
     assert len(reports) == 4 and all(len(r.errors) == 7 and 0 < max(r.errors.values()) < 0.3 for r in reports[1:])
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=output, check=True, capture_output=True)
+    assert (output / "SHA256SUMS").read_text().count("\n") == 4
     config = json.loads((output / "config.json").read_text())
     assert config["tie_word_embeddings"] is not rotate
     plain = copy.deepcopy(config)

@@ -279,7 +279,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
     ("name", "content", "said"),
     [
         ("tokenizer.json", None, "has no tokenizer.json"),
-        ("tokenizer.json", LFS, "git-LFS pointer"),
+        ("tokenizer.json", LFS, "git-lfs pointer"),
         ("tokenizer.json", '{"version": "1.0"', "not a file of the tokenizers library"),
         ("tokenizer_config.json", "[]", "holds a list"),
         ("tokenizer_config.json", "{", "is not JSON"),
@@ -287,7 +287,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
         ("tokenizer_config.json", '{"chat_template": "a\\n{% if %}"}', "line 2"),
         ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id is '</s>'"),
         ("generation_config.json", '{"eos_token_id": [true]}', "expected one id or a list of ids"),
-        ("config.json", LFS, "git-LFS pointer"),
+        ("config.json", LFS, "git-lfs pointer"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(tmp_path: Path, name: str, content: str | None, said: str) -> None:

@@ -42,13 +42,13 @@ def test_shards_and_their_index_must_agree(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="disagree about tensor b"):
         SafetensorsWeights(tmp_path)
     write({"a": "../model-1.safetensors"})
-    with pytest.raises(ValueError, match="not a file beside it"):
+    with pytest.raises(ValueError, match=r"not a \*\.safetensors file beside it"):
         SafetensorsWeights(tmp_path)
     write({"a": "model-3.safetensors"})
     with pytest.raises(ValueError, match=r"model-3.safetensors is missing"):
         SafetensorsWeights(tmp_path)
     index.write_text("[]")
-    with pytest.raises(ValueError, match="not an index"):
+    with pytest.raises(ValueError, match="holds a list; expected an object"):
         SafetensorsWeights(tmp_path)
 
 
@@ -60,7 +60,7 @@ def test_files_that_are_not_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="git lfs pull"):
         SafetensorsWeights(tmp_path)
     file.write_bytes(b"\xff" * 100)
-    with pytest.raises(ValueError, match="not a safetensors file"):
+    with pytest.raises(ValueError, match="no safetensors file"):
         SafetensorsWeights(tmp_path)
 
 
@@ -68,7 +68,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, a=torch.ones(100, 100))
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="not a safetensors file"):
+    with pytest.raises(ValueError, match="no safetensors file"):
         SafetensorsWeights(folder)
 
 

@@ -54,7 +54,9 @@ class CompressedTensors:
 
     def __init__(self, config: dict[str, Any]) -> None:
         for key in ("sparsity_config", "transform_config", "kv_cache_scheme"):
-            if config.get(key) and not (key == "sparsity_config" and config[key].get("format") == "dense"):
+            value = config.get(key)
+            dense = key == "sparsity_config" and isinstance(value, dict) and value.get("format") == "dense"
+            if value and not dense:
                 raise ValueError(
                     f"config.json: quantization_config: {key} is not supported; take a checkpoint without it"
                 )
@@ -142,7 +144,7 @@ def _group(name: str, raw: Any, format_of_all: Any) -> Group:
     weights, form = raw["weights"], raw.get("format") or format_of_all
     bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
     known = {PACKED: ("int", (4, 8)), INT: ("int", (8,)), FLOAT: ("float", (8,))}
-    if form not in known:
+    if not isinstance(form, str) or form not in known:
         raise ValueError(f"{where}: format is {form!r}; supported are {', '.join(known)}")
     if kind != known[form][0] or bits not in known[form][1]:
         raise ValueError(f"{where}: weights of {bits} bits and type {kind!r} in {form} are not supported")

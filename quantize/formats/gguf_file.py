@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from batchinfer.quantize.lfs import refuse_pointer
+
 _NUMBERS = {
     0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "u1", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
@@ -43,6 +45,7 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        refuse_pointer(path)
         self.size = path.stat().st_size
         if self.size < 24:
             raise ValueError(f"{path} is not a GGUF file: it has {self.size} bytes")

@@ -1,0 +1,79 @@
+"""The Jinja environment that chat templates run in: no way to Python's own objects, and no number of endless digits.
+
+Memory and time are bounded from outside (`limits.py`). A product of large integers needs next to no memory and stops
+for no signal, so that numbers are kept small here.
+"""
+
+import json
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.filters import do_int, do_round
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MAX_BITS = 1 << 12  # of an integer
+MAX_DIGITS = 300  # that are asked for, or turned into a number
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """Jinja as transformers sets it up for chat templates, bounded. A template's attempt to leave it raises."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self.globals["raise_exception"] = _raise_exception
+        self.globals["strftime_now"] = datetime.now().strftime  # one moment for the whole job
+        self.filters["tojson"] = _tojson
+        self.filters["int"] = _int
+        self.filters["round"] = _round
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """`left * right` or `left ** right`; an `OverflowError` where the integer would be too large."""
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length()
+            if (bits + right.bit_length() if operator == "*" else bits * max(right, 0)) > MAX_BITS:
+                raise OverflowError(f"an integer of more than {MAX_BITS} bits")
+        return super().call_binop(context, operator, left, right)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's text for training; here its body is all that counts."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes for HTML.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _int(value: Any, default: int = 0, base: int = 10) -> int:
+    if isinstance(value, str) and len(value) > MAX_DIGITS:
+        raise OverflowError(f"an integer of more than {MAX_DIGITS} digits")
+    return do_int(value, default, base)
+
+
+def _round(value: float, precision: int = 0, method: Any = "common") -> float:
+    if abs(precision) > MAX_DIGITS:
+        raise OverflowError(f"rounding to more than {MAX_DIGITS} digits")
+    return do_round(value, precision, method)
