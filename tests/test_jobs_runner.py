@@ -228,7 +228,7 @@ def committed_rows(tmp_path: Path) -> list[int]:
     [
         ("Hopeless", r"was killed by SIGSEGV; its log is .*worker\.log"),
         ("Forgets", "the engine ended with 40 rows unfinished"),
-        ("break_down", "the engine failed: KeyError: 'x'"),
+        ("break_down", "the engine failed: KeyError in engines_of_the_test"),
         ("NotThere", "the engine failed: AttributeError"),
     ],
 )
