@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from batchinfer import __version__
-from batchinfer.jobs import cli_models, cli_outputs
+from batchinfer.jobs import cli_models, cli_outputs, cli_slurm
 from batchinfer.jobs.options import (
     BlockSize,
     Deterministic,
@@ -49,6 +49,7 @@ EXIT_CODES: dict[type[Exception], int] = {UsageError: USAGE, Refused: 65, Engine
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 app.add_typer(cli_models.app)
 app.add_typer(cli_outputs.app)
+app.add_typer(cli_slurm.app, name="slurm")
 
 
 def main() -> NoReturn:
