@@ -159,13 +159,19 @@ def node_is_idle() -> bool:
 
 
 def stop_cluster(folder: Path) -> None:
-    """The jobs first, whose processes would outlive the daemons."""
-    if (folder / "slurmctld.pid").exists():
-        subprocess.run(["scancel", f"--user={getpass.getuser()}"], timeout=60)
-        eventually("no job is left", lambda: not queue(), 60)
-    for name in ("slurmd", "slurmctld", "munged"):
-        if (folder / f"{name}.pid").exists():
-            stop_process(int((folder / f"{name}.pid").read_text()))
+    """The jobs first, whose processes would outlive the daemons; the daemons whatever becomes of the jobs."""
+    try:
+        if (folder / "slurmctld.pid").exists():
+            eventually("no job is left", cancelled_all, 60)
+    finally:
+        for name in ("slurmd", "slurmctld", "munged"):
+            if (folder / f"{name}.pid").exists():
+                stop_process(int((folder / f"{name}.pid").read_text()))
+
+
+def cancelled_all() -> bool:
+    slurm_says("scancel", f"--user={getpass.getuser()}")
+    return not queue()
 
 
 def stop_process(pid: int) -> None:
@@ -248,10 +254,11 @@ def test_tasks_that_are_ended_early_go_on(cluster: Path, job: Submission) -> Non
     assert ended(merge) == ("COMPLETED", 0)
     check_merged(job)
 
+    before = [log(job, index).count("complete already") for index in range(SHARDS)]
     again = slurm.submit(job)
     eventually("all jobs have ended", all_ended)
     assert [ended(found) for found in again] == [("COMPLETED", 0)] * 2
-    assert all(log(job, index).count("complete already") == 1 for index in range(SHARDS))
+    assert [log(job, index).count("complete already") for index in range(SHARDS)] == [count + 1 for count in before]
     check_merged(job)
 
 
