@@ -23,12 +23,13 @@ HEAD = """\
 #SBATCH --open-mode=append
 """
 
-# Of the script of a shard, behind the command that runs it in the background.
+# Of the script of a shard, before the command that runs it in the background, and behind it.
+HAND_ON = """
+# USR1 comes before the time limit and at a preemption, TERM when Slurm ends the task; one of them is enough to say.
+trap 'kill -TERM $! && trap : USR1 TERM' USR1 TERM
+"""
 UNTIL_IT_ENDS = """\
 run=$!
-
-# USR1 comes before the time limit and at a preemption, TERM when Slurm ends the task; one of them is enough to say.
-trap 'trap : USR1 TERM; kill -TERM "$run"' USR1 TERM
 while kill -0 "$run" 2>/dev/null; do wait "$run"; done # a signal ends `wait`, not batchinfer
 wait "$run"
 code=$?
@@ -84,7 +85,7 @@ class Submission:
         about_run = "# A task of the array runs a shard. One that is started again goes on where it ended.\n"
         about_merge = "# The outputs of all shards, put together; what was put together before is replaced.\n"
         return {
-            self.shards_script: HEAD + signal + about_run + enter + run + UNTIL_IT_ENDS,
+            self.shards_script: HEAD + signal + about_run + enter + HAND_ON + run + UNTIL_IT_ENDS,
             self.merge_script: HEAD + about_merge + enter + merge,
         }
 

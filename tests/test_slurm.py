@@ -122,7 +122,9 @@ def start(folder: Path, run: str) -> subprocess.Popen[str]:
     script = folder / "script.sh"
     script.write_text(made.scripts()[made.shards_script])
     environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_JOB_ID": "7", "SLURM_JOB_ID": "7"}
-    return subprocess.Popen(["bash", script], env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        ["bash", script], env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
 def stop(folder: Path, process: subprocess.Popen[str], *numbers: signal.Signals) -> int:
@@ -137,7 +139,7 @@ def stop(folder: Path, process: subprocess.Popen[str], *numbers: signal.Signals)
 @pytest.fixture
 def requeues(site: Path) -> Path:
     """A site whose requeue ends the script, as Slurm does, when it has its answer."""
-    stand_in(site, "scontrol", "(sleep 0.3; kill -TERM $PPID) &")
+    stand_in(site, "scontrol", "(sleep 0.3; kill -TERM 0) &")
     return site
 
 
