@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from batchinfer import __version__
-from batchinfer.jobs import cli_cron, cli_models, cli_outputs, cli_ray
+from batchinfer.jobs import cli_cron, cli_models, cli_outputs, cli_ray, cli_slurm
 from batchinfer.jobs.faults import described, traced
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.options import (
@@ -47,10 +47,9 @@ from batchinfer.jobs.spec import (
 from batchinfer.request import SamplingParams
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-app.add_typer(cli_models.app)
-app.add_typer(cli_outputs.app)
-app.add_typer(cli_cron.app)
-app.add_typer(cli_ray.app)
+for part in (cli_models, cli_outputs, cli_cron, cli_ray):
+    app.add_typer(part.app)
+app.add_typer(cli_slurm.app, name="slurm")
 
 
 def main() -> NoReturn:
@@ -255,7 +254,3 @@ def _sampling(*values: Any) -> SamplingParams:
     except ValueError as error:
         field, _, rest = str(error).partition(" ")
         raise UsageError(f"--{field.replace('_', '-')} {rest}") from error
-
-
-if __name__ == "__main__":  # `python -m`, where a shard's process is started
-    main()

@@ -9,16 +9,19 @@ from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1 is what Slurm sends before a job's time is up
 
+# Signals so close together are one: who ends all processes of a job also reaches a launcher, which hands it on.
+SAME_SECONDS = 1.0
+
 
 class Interruption:
-    """Inside, the first signal sets `requested`; from then on signals act as they did before, so a second one ends all.
+    """Inside, the first signal sets `requested`; a second one acts as it did before, and so ends all.
 
     Outside the main thread nothing is caught: Python delivers signals only there. `deadline` is a time of
     `time.monotonic` from which on it is requested too.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
-        self._signalled = False
+        self._signalled: float | None = None  # when
         self._deadline = deadline
         self._catches = threading.current_thread() is threading.main_thread()
 
@@ -33,11 +36,15 @@ class Interruption:
 
     @property
     def requested(self) -> bool:
-        return self._signalled or (self._deadline is not None and time.monotonic() >= self._deadline)
+        return self._signalled is not None or (self._deadline is not None and time.monotonic() >= self._deadline)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
-        self._restore()
+        now = time.monotonic()
+        if self._signalled is None:
+            self._signalled = now
+        elif now - self._signalled > SAME_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -22,7 +22,7 @@ from batchinfer.jobs.interruption import Interruption
 from batchinfer.jobs.report import read_report
 from batchinfer.jobs.spec import Interrupted, JobSpec, Refused, UsageError, sharded
 
-PROGRAM = ("-m", "batchinfer.jobs.cli", "run")
+PROGRAM = ("-m", "batchinfer", "run")
 """What Python runs for a shard, before the shard's arguments."""
 POLL_SECONDS = 0.2
 CONNECT_SECONDS = 10.0

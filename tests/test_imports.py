@@ -24,6 +24,8 @@ def product() -> dict[str, str]:
 
 
 def layer(module: str) -> int:
+    if module == "batchinfer.__main__":  # what `python -m batchinfer` runs stands above them all
+        return len(LAYERS) - 1
     return LAYERS.index(max((name for name in LAYERS if f"{module}.".startswith(f"{name}.")), key=len))
 
 

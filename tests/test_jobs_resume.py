@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from stub_jobs import ENGINES, SCRIPT, STUB, counts, expected, make_model, prompts, recount, spec, write
 
+from batchinfer.jobs import interruption
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.runner import run
 from batchinfer.jobs.spec import Interrupted, Refused, UsageError, seconds_of
@@ -184,6 +185,24 @@ def test_the_clock_ends_a_job_as_a_signal_does(tmp_path: Path, model: Path, engi
     assert not (tmp_path / "out.parquet").exists()
     report = run(spec(model, path, commit_rows=20, time_limit=60.0), STUB)
     assert report.rows_resumed > 0 and report.rows == N
+
+
+def test_signals_at_once_are_one_and_a_later_one_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler that signals all processes of a job, and a launcher among them that hands it on."""
+    clock, after = [100.0], []
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: clock[0])
+    before = signal.signal(signal.SIGTERM, lambda number, frame: after.append(number))
+    try:
+        with interruption.Interruption() as stop:
+            assert not stop.requested
+            for _ in range(2):
+                signal.raise_signal(signal.SIGTERM)
+            assert stop.requested and not after
+            clock[0] += interruption.SAME_SECONDS + 0.1
+            signal.raise_signal(signal.SIGTERM)
+            assert after == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize(
