@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from batchinfer.jobs.reader import find_field, places_not_text
+from batchinfer.jobs.reader import find_field
+from batchinfer.jobs.reader_json import places_not_text
 from batchinfer.jobs.spec import JobSpec, Refused, UsageError
 from batchinfer.request import Requests, RowError, SamplingParams
 from batchinfer.tokenizer import Tokenizer

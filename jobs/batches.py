@@ -1,0 +1,42 @@
+"""What readers of every format share: how large a batch gets, and damage that becomes a refusal."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+
+from batchinfer.jobs.spec import Refused
+
+BATCH_BYTES = 32 << 20  # a batch stops growing here, however few its rows
+PIECE_ROWS = 128  # decoded at once, for a value may be large and repeated; batches are put together from such pieces
+
+
+def grouped(pieces: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Pieces put together to batches of at most `rows` rows, each cut off once it has `BATCH_BYTES`."""
+    held: list[pa.RecordBatch] = []
+    count = size = 0
+    for piece in pieces:
+        if held and (count + piece.num_rows > rows or size >= BATCH_BYTES):
+            yield pa.concat_batches(held)
+            held, count, size = [], 0, 0
+        held.append(piece)
+        count += piece.num_rows
+        size += piece.nbytes
+    if held:
+        yield pa.concat_batches(held)
+
+
+@contextmanager
+def refusing(path: Path, kind: str) -> Iterator[None]:
+    """Damage becomes `Refused`; a true error of the system stays an `OSError`, with its number."""
+    try:
+        yield
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, PermissionError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # A malformed row of CSV is quoted there; its number is enough.
+        reason = re.sub(r"(, got \d+): .*", r"\1", reason)
+        raise Refused(f"{path} cannot be read as {kind}: {reason}") from error
