@@ -12,6 +12,8 @@ from batchinfer.jobs.reader_json import JsonLines, cut
 from batchinfer.jobs.reader_parquet import Parquet
 from batchinfer.jobs.spec import Refused
 
+MAX_ROWS = 1 << 31  # some bytes of memory a row: its being done, the hash of its id
+
 
 @dataclass(frozen=True)
 class Table:
@@ -37,6 +39,8 @@ class Table:
             else:
                 _check_same(path, found, paths[0], schema)
             num_rows += rows
+            if num_rows > MAX_ROWS:
+                raise Refused(f"{path} has row {num_rows:,}; a job has at most {MAX_ROWS:,}: split the input")
         return Table(tuple(paths), schema, num_rows)
 
     def shard(self, index: int, count: int) -> "Table":

@@ -14,11 +14,13 @@ CSV_BLOCK_BYTES = 16 << 20  # a row must fit into one
 class Csv:
     @staticmethod
     def inspect(path: Path) -> tuple[pa.Schema, int]:
-        rows = 0
-        with refusing(path, "CSV"), _open_csv(path) as reader:
-            for batch in reader:
-                rows += batch.num_rows
-            return pa.schema([(name, pa.string()) for name in reader.schema.names]), rows
+        with refusing(path, "CSV"):
+            with _open_csv(path) as reader:
+                names = reader.schema.names
+            # As text: the first block alone does not tell the type of a column.
+            with _open_csv(path, names) as reader:
+                rows = sum(batch.num_rows for batch in reader)
+        return pa.schema([(name, pa.string()) for name in names]), rows
 
     @staticmethod
     def read(path: Path, schema: pa.Schema, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:

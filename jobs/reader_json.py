@@ -15,6 +15,11 @@ from batchinfer.jobs.spec import Refused
 JSON_BLOCK_BYTES = 8 << 20  # of text, which takes several times that as objects
 MAX_LINE_BYTES = 256 << 20
 
+DEEPEST = 500  # objects and lists within each other, in a line
+DEEPEST_TYPE = 32  # of a column; deeper values are kept as JSON
+
+_UNFIT = (pa.ArrowException, UnicodeEncodeError, OverflowError)  # what pyarrow raises where a value has another type
+
 # Metadata of a batch: for each column of text read from JSON, the places where the value was no text.
 _NOT_TEXT = b"not_text"
 
@@ -23,13 +28,18 @@ class JsonLines:
     @staticmethod
     def inspect(path: Path) -> tuple[pa.Schema, int]:
         types: dict[str, pa.DataType] = {}
-        count = 0
+        count, promoted = 0, set()
         with refusing(path, "JSON Lines"):
             for objects in _json_blocks(path, PIECE_ROWS):
                 count += len(objects)
                 for name in dict.fromkeys(chain.from_iterable(objects)):
-                    found = _json_type([item.get(name) for item in objects])
-                    types[name] = _common_type(types.get(name, pa.null()), found)
+                    _check_name(path, name)
+                    before = types.get(name, pa.null())
+                    types[name] = _common_type(before, _json_type([item.get(name) for item in objects]))
+                    if types[name] not in (before, pa.string()) and before != pa.null():
+                        promoted.add(name)
+            if promoted:
+                types |= dict.fromkeys(_misfits(path, {name: types[name] for name in promoted}), pa.string())
         return pa.schema(types.items()), count
 
     @staticmethod
@@ -55,11 +65,11 @@ def _json_blocks(path: Path, rows: int) -> Iterator[list[dict[str, Any]]]:
             if line.isspace() or not line:
                 continue
             try:
-                # Bytes that are no UTF-8 come out as lone surrogates: an error of that row alone, later.
-                value = json.loads(line.decode("utf-8", "surrogateescape"))
+                value = _parse(line)
             except (ValueError, RecursionError) as error:
                 where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                raise Refused(f"{path}: line {number} is not JSON{where}; expected one object a line") from error
+                told = f": {error}" if isinstance(error, _NoRow) else ""
+                raise Refused(f"{path}: line {number} is not JSON{where}; expected one object a line{told}") from error
             if not isinstance(value, dict):
                 raise Refused(f"{path}: line {number} holds a {type(value).__name__}; expected an object")
             objects.append(value)
@@ -71,13 +81,64 @@ def _json_blocks(path: Path, rows: int) -> Iterator[list[dict[str, Any]]]:
         yield objects
 
 
+def _check_name(path: Path, name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise Refused(f"{path}: the name of a column is not UTF-8: {name!a}") from None
+
+
+class _NoRow(ValueError):
+    """JSON that is no row. The text holds nothing of the line."""
+
+
+def _parse(line: bytes) -> Any:
+    # Bytes that are no UTF-8 come out as lone surrogates: an error of that row alone, later.
+    value = json.loads(line.decode("utf-8", "surrogateescape"), object_pairs_hook=_object)
+    if line.count(b"[") + line.count(b"{") > DEEPEST and _nesting(value) > DEEPEST:
+        raise _NoRow(f"its values are nested deeper than {DEEPEST}")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise _NoRow("a key is there twice")
+    return made
+
+
+def _nesting(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inside = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
+        level = list(chain.from_iterable(inside))
+    return depth
+
+
+def _misfits(path: Path, types: dict[str, pa.DataType]) -> set[str]:
+    """Columns of types that became wider on the way, where some value does not fit: numbers beyond 2**53 as floats."""
+    found: set[str] = set()
+    for objects in _json_blocks(path, PIECE_ROWS):
+        for name in types.keys() - found:
+            try:
+                pa.array([item.get(name) for item in objects], types[name])
+            except _UNFIT:
+                found.add(name)
+    return found
+
+
 def _json_type(values: list[Any]) -> pa.DataType:
     try:
         found = pa.array(values).type
-    except (pa.ArrowException, UnicodeEncodeError, OverflowError):
+    except _UNFIT:
         return pa.string()  # mixed: as JSON text
-    # Parquet cannot hold an object without fields.
-    return pa.string() if "struct<>" in str(found) else found
+    # Parquet cannot hold an object without fields, and nothing reads what is nested without end.
+    return pa.string() if "struct<>" in str(found) or _depth(found) > DEEPEST_TYPE else found
+
+
+def _depth(kind: pa.DataType) -> int:
+    return 1 + max((_depth(kind.field(i).type) for i in range(kind.num_fields)), default=0)
 
 
 def _common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:

@@ -18,6 +18,7 @@ from batchinfer.jobs.done import Done
 from batchinfer.jobs.durable import sha256, write_json
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, resolve_model
+from batchinfer.jobs.ids import check_ids
 from batchinfer.jobs.interruption import Interruption
 from batchinfer.jobs.loop import Loop
 from batchinfer.jobs.parts import RunFolder
@@ -52,15 +53,16 @@ def _run(folder: RunFolder, spec: JobSpec, engine: str, prompts: PromptsFactory)
     folder.refuse_foreign()
     if not (spec.resume or spec.overwrite) and folder.begun:
         raise Refused(f"{folder.path} or {spec.output} is there, and --no-resume starts only in an empty place")
-    table = Table.open(spec.inputs)
-    if spec.shard is not None:
-        table = table.shard(*spec.shard)
+    whole = Table.open(spec.inputs)
+    table = whole if spec.shard is None else whole.shard(*spec.shard)
     kept = _kept_columns(spec, table)
     model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
     config = _engine_config(spec, model, table.num_rows)
     tokenizer = _load_tokenizer(model, tokenizer_folder)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
+    if spec.id_column is not None:
+        check_ids(whole, spec.id_column)
     digests = fingerprints(spec, model, tokenizer.fingerprint, config, kept)
     reference = reference_config(spec, config) if spec.canary else None
     resolved = {

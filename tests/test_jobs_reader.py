@@ -252,7 +252,7 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
     ("in.txt", lambda path: path.write_text("a"), "has the suffix '.txt'; expected one of .parquet"),
     ("in.parquet", lambda path: path.write_text("id,prompt\n1,a\n"), "cannot be read as Parquet: .*magic bytes"),
     ("in.parquet", cut, "cannot be read as Parquet"),
-    ("in.parquet", encrypted, "cannot be read as Parquet"),
+    ("in.parquet", encrypted, "is encrypted Parquet; give it decrypted"),
     ("in.parquet", flipped, "cannot be read as Parquet: .*CRC"),
     ("in.parquet", duplicated, "has 2 columns named 'prompt'; expected one"),
     ("in.csv", lambda path: path.write_text("a,a\n1,2\n"), "has 2 columns named 'a'; expected one"),
