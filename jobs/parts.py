@@ -49,6 +49,9 @@ class RunFolder:
         """Raises `Refused` where something stands in the way that no run wrote."""
         if self.output.is_dir():
             raise Refused(f"output {self.output} is a directory; expected a file that ends in .parquet")
+        for path in (self.output, self.path):
+            if path.is_symlink() and not path.exists():
+                raise Refused(f"{path} is a link that leads nowhere; remove it, or choose another output")
         if self.path.exists() and not self.path.is_dir():
             raise Refused(f"{self.path} is a file; output {self.output} needs a folder of that name for its parts")
         unknown = self.path.is_dir() and not self._run.exists()

@@ -34,9 +34,9 @@ class JsonLines:
                 count += len(objects)
                 for name in dict.fromkeys(chain.from_iterable(objects)):
                     _check_name(path, name)
-                    before = types.get(name, pa.null())
-                    types[name] = _common_type(before, _json_type([item.get(name) for item in objects]))
-                    if types[name] not in (before, pa.string()) and before != pa.null():
+                    kinds = types.get(name, pa.null()), _json_type([item.get(name) for item in objects])
+                    types[name] = _common_type(*kinds)
+                    if set(kinds) - {types[name], pa.null()} and types[name] != pa.string():
                         promoted.add(name)
             if promoted:
                 types |= dict.fromkeys(_misfits(path, {name: types[name] for name in promoted}), pa.string())

@@ -1,6 +1,7 @@
 """What a job is: every choice of `batchinfer run`, resolved once, frozen; and how a job ends early."""
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ class JobSpec:
             raise UsageError("no input; give one file or more")
         if self.output.suffix != ".parquet":
             raise UsageError(f"--output is {self.output}; its name must end in .parquet")
-        if any(path.resolve() == self.output.resolve() for path in self.inputs):
+        if os.path.realpath(self.output) in map(os.path.realpath, self.inputs):
             raise UsageError(f"--output {self.output} is an input too; choose another name")
         if self.columns is not None and not self.columns:
             raise UsageError("--columns is empty; name one input column or more, or leave it out to keep all")
