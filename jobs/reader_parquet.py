@@ -24,9 +24,14 @@ class Parquet:
         footer = Footer.read(path)
         piece_rows = min(rows, PIECE_ROWS, max(1, batches.BATCH_BYTES // footer.largest_row(columns)))
         with refusing(path, "Parquet"), _open_parquet(path) as file:
-            pieces = file.iter_batches(piece_rows, columns=columns, use_threads=False)
+            # One row group after the other: a batch over two may have two dictionaries in a nested column.
+            pieces = (
+                piece.select(columns)
+                for group in range(len(footer.groups))
+                for piece in file.iter_batches(piece_rows, [group], columns, use_threads=False)
+            )
             count = 0
-            for batch in grouped((piece.select(columns) for piece in pieces), rows):
+            for batch in grouped(pieces, rows):
                 count += batch.num_rows
                 yield batch
             if count != footer.rows:

@@ -192,7 +192,7 @@ def read_job_file(path: Path, known: Iterable[str], flag: str = "--config") -> d
             table = tomllib.load(file)
     except OSError as error:
         raise UsageError(f"{flag} {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # what tomllib raises of its own, and for numbers of 5,000 digits
         raise UsageError(f"{flag} {path} is no valid TOML: {error}") from error
     names = sorted(known)
     values: dict[str, Any] = {}
@@ -211,6 +211,8 @@ def read_job_file(path: Path, known: Iterable[str], flag: str = "--config") -> d
 
 
 def _job_value(folder: Path, name: str, value: Any) -> Any:
+    if any("\0" in text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)):
+        raise ValueError("a text with a NUL character; leave it out")
     if name in ("input", "stop", "columns"):
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -220,6 +222,6 @@ def _job_value(folder: Path, name: str, value: Any) -> Any:
         raise ValueError(f"a {type(value).__name__}; expected one value")
     # A model's name may be a Hub id: it is a path only where such a folder is.
     is_path = name == "output" or (
-        name in ("model", "tokenizer", "canary_reference") and (folder / str(value)).exists()
+        name in ("model", "tokenizer", "canary_reference") and os.path.exists(folder / str(value))
     )
     return str(folder / str(value)) if is_path else value
