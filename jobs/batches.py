@@ -19,13 +19,21 @@ def grouped(pieces: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBa
     count = size = 0
     for piece in pieces:
         if held and (count + piece.num_rows > rows or size >= BATCH_BYTES):
-            yield pa.concat_batches(held)
-            held, count, size = [], 0, 0
+            yield _taken(held)
+            count = size = 0
         held.append(piece)
         count += piece.num_rows
         size += piece.nbytes
+        del piece  # while the batch is at work nothing else holds what may be a large cell
     if held:
-        yield pa.concat_batches(held)
+        yield _taken(held)
+
+
+def _taken(held: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """What is held, as one batch; nothing is held then."""
+    batch = held[0] if len(held) == 1 else pa.concat_batches(held)
+    held.clear()
+    return batch
 
 
 @contextmanager

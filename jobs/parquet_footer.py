@@ -130,7 +130,7 @@ def _dictionary_bytes(file: BinaryIO, chunk: Chunk) -> int:
         (_, kind), (_, size) = next(fields), next(fields)
     except (LookupError, ValueError, StopIteration):
         return 0  # no header of a page: pyarrow refuses it
-    return int(size) if kind == DICTIONARY_PAGE else 0
+    return size if kind == DICTIONARY_PAGE and isinstance(size, int) else 0
 
 
 def _damaged(path: Path, what: str) -> Refused:

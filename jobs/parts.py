@@ -174,8 +174,13 @@ class RunFolder:
         aside = self._temporary / "merged.parquet"
         parts = PartsInOrder([(self.parts / part.name, part.first_row) for part in self._listed])
         merged_schema = pa.schema([*schema, *RESULT_FIELDS])
+        # Least and greatest of a column of text would be copies of whole cells, however large.
+        counted = [field.name for field in merged_schema if pa.types.is_primitive(field.type)]
         end = 0
-        with writing(aside) as file, pq.ParquetWriter(file, merged_schema, **PARQUET) as writer:
+        with (
+            writing(aside) as file,
+            pq.ParquetWriter(file, merged_schema, write_statistics=counted, **PARQUET) as writer,
+        ):
             waiting: list[pa.Table] = []
             for first, batch in batches:
                 end = first + len(batch)

@@ -49,6 +49,7 @@ class JsonLines:
             for objects in _json_blocks(path, rows):
                 not_text: dict[str, list[int]] = {}
                 arrays = [_json_array([item.get(f.name) for item in objects], f, not_text) for f in fields]
+                objects.clear()
                 yield pa.record_batch(arrays, pa.schema(fields, {_NOT_TEXT: json.dumps(not_text)}))
 
 
@@ -74,6 +75,7 @@ def _json_blocks(path: Path, rows: int) -> Iterator[list[dict[str, Any]]]:
                 raise Refused(f"{path}: line {number} holds a {type(value).__name__}; expected an object")
             objects.append(value)
             size += len(line)
+            del line, value  # they may be large, and while the block is at work nothing else holds them
             if len(objects) == rows or size >= JSON_BLOCK_BYTES:
                 yield objects
                 objects, size = [], 0

@@ -334,6 +334,17 @@ def test_a_csv_column_may_change_its_kind_behind_the_first_block(tmp_path: Path,
     assert [n for _, batch in ours.batches(["n"], 100) for n in batch["n"].to_pylist()] == ["1"] * 500 + ["one"]
 
 
+def test_a_csv_row_that_fits_into_no_block_is_read_with_its_neighbours(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("batchinfer.jobs.reader_csv.CSV_BLOCK_BYTES", 1000)
+    monkeypatch.setattr("batchinfer.jobs.reader_csv.MAX_ROW_BYTES", 20_000)
+    for large in (0, 250, 499):
+        texts = [f"{i}" + ("x" * 9000 if i == large else "") for i in range(500)]
+        (tmp_path / "in.csv").write_text("prompt,n\n" + "".join(f"{text},1\n" for text in texts))
+        ours = Table.open([tmp_path / "in.csv"])
+        found = [text for _, batch in ours.batches(["prompt"], 64) for text in batch["prompt"].to_pylist()]
+        assert (ours.num_rows, found) == (500, texts)
+
+
 def folder_of_others(tmp_path: Path) -> None:
     (tmp_path / "out.run").mkdir()
     (tmp_path / "out.run" / "thesis.tex").touch()
