@@ -14,12 +14,16 @@ PIECE_ROWS = 128  # decoded at once, for a value may be large and repeated; batc
 
 
 def grouped(pieces: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
-    """Pieces put together to batches of at most `rows` rows, each cut off once it has `BATCH_BYTES`."""
+    """Pieces, none of more than `rows` rows, as batches of just `rows` rows, or fewer once they have `BATCH_BYTES`."""
     held: list[pa.RecordBatch] = []
     count = size = 0
     for piece in pieces:
         if held and (count + piece.num_rows > rows or size >= BATCH_BYTES):
+            fits = 0 if size >= BATCH_BYTES else rows - count
+            if fits:
+                held.append(piece.slice(0, fits))
             yield _taken(held)
+            piece = piece.slice(fits)
             count = size = 0
         held.append(piece)
         count += piece.num_rows
@@ -30,7 +34,7 @@ def grouped(pieces: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBa
 
 
 def _taken(held: list[pa.RecordBatch]) -> pa.RecordBatch:
-    """What is held, as one batch; nothing is held then."""
+    """What is held, as one batch; nothing holds it any more."""
     batch = held[0] if len(held) == 1 else pa.concat_batches(held)
     held.clear()
     return batch
