@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from batchinfer.jobs.done import differences
 from batchinfer.jobs.durable import lock, write_json
+from batchinfer.jobs.ids import as_text
 from batchinfer.jobs.log import say
 from batchinfer.jobs.output import OutputWriter, refuse_foreign
 from batchinfer.jobs.parts import grown_files, rows_of, run_folder
 from batchinfer.jobs.preflight import Preflight, preflight
-from batchinfer.jobs.prompts import as_text
-from batchinfer.jobs.reader import Table, places_not_text
+from batchinfer.jobs.reader import Table
+from batchinfer.jobs.reader_json import places_not_text
 from batchinfer.jobs.report import Report, read_report
 from batchinfer.jobs.spec import Interrupted, JobSpec, Refused, UsageError, is_folder
 

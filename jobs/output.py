@@ -66,7 +66,10 @@ class OutputWriter:
         path = self._aside / f"part-{self._files:06d}.parquet" if self._folder else self._aside
         with ExitStack() as opened:
             file = opened.enter_context(writing(path))
-            self._writer = opened.enter_context(pq.ParquetWriter(file, self._schema, **PARQUET))
+            # Least and greatest of a column of text would be copies of whole cells, however large.
+            counted = [field.name for field in self._schema if pa.types.is_primitive(field.type)]
+            writer = pq.ParquetWriter(file, self._schema, write_statistics=counted, **PARQUET)
+            self._writer = opened.enter_context(writer)
             self._open_file = opened.pop_all()
 
     def _flush(self) -> None:

@@ -66,6 +66,9 @@ class RunFolder:
     def refuse_foreign(self) -> None:
         """Raises `Refused` where something stands in the way that no run wrote."""
         refuse_foreign(self.output)
+        for path in (self.output, self.path):
+            if path.is_symlink() and not path.exists():
+                raise Refused(f"{path} is a link that leads nowhere; remove it, or choose another output")
         if self.path.exists() and not self.path.is_dir():
             raise Refused(f"{self.path} is a file; output {self.output} needs a folder of that name for its parts")
         if any(self.path.glob("*.rows.parquet")):

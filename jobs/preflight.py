@@ -10,6 +10,7 @@ from batchinfer.config import EngineConfig
 from batchinfer.jobs.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, read_config, resolve_model
+from batchinfer.jobs.ids import check_ids
 from batchinfer.jobs.prompts import PromptSource
 from batchinfer.jobs.reader import Table
 from batchinfer.jobs.schema import RESULT_FIELDS
@@ -36,15 +37,16 @@ class Preflight:
 
 def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
     """Raises `Refused` where the data or the model do not fit, and `UsageError` for flags that do not."""
-    table = Table.open(spec.inputs)
-    if spec.shard is not None:
-        table = table.shard(*spec.shard)
+    whole = Table.open(spec.inputs)
+    table = whole if spec.shard is None else whole.shard(*spec.shard)
     kept = _kept_columns(spec, table)
     model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
     config = _engine_config(spec, model, table.num_rows)
     tokenizer = _load_tokenizer(model, tokenizer_folder)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
+    if spec.id_column is not None:
+        check_ids(whole, spec.id_column)
     if (spec.chat or spec.messages_column is not None) and tokenizer.template is not None:
         check_template(tokenizer.template, spec.tokenizer or spec.model)
     digests = fingerprints(spec, model, tokenizer.fingerprint, config, kept)

@@ -15,7 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from batchinfer.jobs.reader import find_field, places_not_text
+from batchinfer.jobs.ids import as_text, id_bytes
+from batchinfer.jobs.reader import find_field
+from batchinfer.jobs.reader_json import places_not_text
 from batchinfer.jobs.spec import JobSpec, Refused, UsageError
 from batchinfer.request import Requests, RowError, SamplingParams
 from batchinfer.tokenizer import Tokenizer
@@ -44,6 +46,7 @@ class PromptSource:
             self._template = parse_template(spec.prompt_template)
             names = [name for _, name in self._template if name is not None]
             _check_types(file, schema, names, _is_scalar, "text, a number, a boolean or a date")
+            _check_zones(file, schema, names)
         elif spec.messages_column is not None:
             names = [spec.messages_column]
             _check_types(file, schema, names, _is_messages, "a list of (role, content), or its JSON as text")
@@ -58,10 +61,7 @@ class PromptSource:
             raise Refused(f"{spec.tokenizer or spec.model} has no chat template; give plain prompts by --prompt-column")
 
     def tokenize(self, first_row: int, batch: pa.RecordBatch) -> tuple[Requests, dict[int, RowError]]:
-        """Requests for the rows that can run, in table order, and the errors of the others, by row.
-
-        Raises `Refused` where the id of a row is null.
-        """
+        """Requests for the rows that can run, in table order, and the errors of the others, by row."""
         errors: Errors = {}
         if self._spec.messages_column is not None:
             places, conversations = self._conversations(batch, errors)
@@ -145,12 +145,8 @@ class PromptSource:
         """By the row's id if there is an id column, else by its token ids: never by its place in the table."""
         start = f"{self._spec.seed}/0/".encode()  # 0 is the sample's index
         if self._spec.id_column is not None:
-            column = batch.column(self._spec.id_column)
-            if column.null_count:
-                row = first_row + column.is_null().index(True).as_py()
-                raise Refused(f"{self._spec.inputs[0]}: column {self._spec.id_column!r} is null in row {row}")
-            ids = as_text(column).cast(pa.large_binary()).take(pa.array(requests.rows - first_row)).to_pylist()
-            keys = [b"id" + value for value in ids]
+            ids = batch.column(self._spec.id_column).take(pa.array(requests.rows - first_row))
+            keys = [b"id" + value for value in id_bytes(ids)]
         else:
             raw, bounds = requests.token_ids.astype("<i4").tobytes(), (4 * requests.offsets).tolist()
             keys = [b"tokens" + raw[a:b] for a, b in pairwise(bounds)]
@@ -254,13 +250,6 @@ def _good_texts(column: pa.Array, errors: Errors) -> tuple[NDArray[np.int64], li
     return places, column.to_pylist()
 
 
-def as_text(column: pa.Array) -> pa.Array:
-    """As large_string, whatever type of text or number it is stored in."""
-    if pa.types.is_dictionary(column.type):
-        return column.dictionary.cast(pa.large_string()).take(column.indices)
-    return column.cast(pa.large_string())
-
-
 def _invalid_utf8(name: str) -> RowError:
     return RowError("invalid_utf8", f"column {name!r} is not UTF-8")
 
@@ -272,6 +261,18 @@ def _check_types(
         found = find_field(schema, name, file).type
         if not fits(found):
             raise Refused(f"{file}: column {name!r} is {found}; expected {expected}")
+
+
+def _check_zones(file: Path, schema: pa.Schema, names: list[str]) -> None:
+    for name in names:
+        kind = schema.field(name).type
+        if pa.types.is_timestamp(kind) and kind.tz is not None:
+            try:
+                as_text(pa.array([0], kind))
+            except pa.ArrowInvalid as error:
+                raise Refused(
+                    f"{file}: column {name!r} has the time zone {kind.tz!r}, which is not known here"
+                ) from error
 
 
 def _is_text(t: pa.DataType) -> bool:

@@ -38,6 +38,8 @@ def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = Pro
     Raises `Refused` (the data, the model or the output), `EngineFailed`, `Interrupted`, `OSError` (the disk). Then the
     output is absent, and the parts that were committed stay.
     """
+    # The system's own allocator gives large cells back at once; pyarrow's keeps what it had for a while.
+    pa.set_memory_pool(pa.system_memory_pool())
     with closing(RunFolder(spec.output)) as folder, Metrics(spec, folder) as metrics:
         return _run(folder, metrics, spec, engine, prompts)
 

@@ -1,6 +1,7 @@
 """What a job is: every choice of `batchinfer run`, resolved once, frozen; and how a job ends early."""
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -111,8 +112,8 @@ class JobSpec:
             raise UsageError(
                 f"--output is {self.output}; its name must end in .parquet, or have no suffix: then it is a folder"
             )
-        output = self.output.resolve()
-        if any(output in (path.resolve(), *path.resolve().parents) for path in self.inputs):
+        output = os.path.realpath(self.output)
+        if any(f"{os.path.realpath(path)}{os.sep}".startswith(f"{output}{os.sep}") for path in self.inputs):
             raise UsageError(f"--output {self.output} is an input too, or holds one; choose another name")
         if self.columns is not None and not self.columns:
             raise UsageError("--columns is empty; name one input column or more, or leave it out to keep all")
@@ -230,7 +231,7 @@ def read_job_file(path: Path, known: Iterable[str], flag: str = "--config") -> d
             table = tomllib.load(file)
     except OSError as error:
         raise UsageError(f"{flag} {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # what tomllib raises of its own, and for numbers of 5,000 digits
         raise UsageError(f"{flag} {path} is no valid TOML: {error}") from error
     names = sorted(known)
     values: dict[str, Any] = {}
@@ -249,6 +250,8 @@ def read_job_file(path: Path, known: Iterable[str], flag: str = "--config") -> d
 
 
 def _job_value(folder: Path, name: str, value: Any) -> Any:
+    if any("\0" in text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)):
+        raise ValueError("a text with a NUL character; leave it out")
     if name in ("input", "stop", "columns"):
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -258,6 +261,6 @@ def _job_value(folder: Path, name: str, value: Any) -> Any:
         raise ValueError(f"a {type(value).__name__}; expected one value")
     # A model's name may be a Hub id: it is a path only where such a folder is.
     is_path = name in ("output", "metrics_textfile") or (
-        name in ("model", "tokenizer", "canary_reference") and (folder / str(value)).exists()
+        name in ("model", "tokenizer", "canary_reference") and os.path.exists(folder / str(value))
     )
     return str(folder / str(value)) if is_path else value

@@ -365,8 +365,3 @@ def test_a_number_as_id_seeds_as_its_digits_do(ours: Tokenizer) -> None:
 def test_seeds_are_pinned(ours: Tokenizer) -> None:
     """Results of the past can be made again only while these stay."""
     assert seeds(ours, batch_of(prompt=["a"], key=["x"]), seed=7, id_column="key") == {0: 727247680682674288}
-
-
-def test_a_null_id_is_refused(ours: Tokenizer) -> None:
-    with pytest.raises(Refused, match="column 'key' is null in row 41"):
-        seeds(ours, batch_of(prompt=["a", "b"], key=["x", None]), first_row=40, id_column="key")

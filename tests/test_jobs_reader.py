@@ -14,8 +14,9 @@ import pyarrow.json
 import pyarrow.parquet as pq
 import pytest
 
-from batchinfer.jobs import reader
-from batchinfer.jobs.reader import Table, places_not_text
+from batchinfer.jobs import batches, reader_csv, reader_json, reader_parquet
+from batchinfer.jobs.reader import Table
+from batchinfer.jobs.reader_json import places_not_text
 from batchinfer.jobs.spec import Refused
 
 
@@ -80,7 +81,7 @@ def test_no_rows(tmp_path: Path) -> None:
 def test_batches_stop_growing_at_a_number_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = pa.table({"prompt": [f"{i:06}" * 100 for i in range(20_000)]})
     ours = Table.open([parquet(tmp_path / "in.parquet", table)])
-    monkeypatch.setattr(reader, "BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(batches, "BATCH_BYTES", 1 << 20)
     sizes = [batch.nbytes for _, batch in ours.batches(None, 100_000)]
     assert len(sizes) >= 8 and max(sizes) <= 2 << 20
     assert whole(ours, rows=100_000).equals(table)
@@ -145,7 +146,7 @@ def test_csv_without_rows(tmp_path: Path) -> None:
 
 
 def test_csv_of_several_blocks_equals_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "CSV_BLOCK_BYTES", 4096)
+    monkeypatch.setattr(reader_csv, "CSV_BLOCK_BYTES", 4096)
     table = pa.table({"id": [str(i) for i in range(5000)], "prompt": [f"line {i}\nnext, {i}" for i in range(5000)]})
     pyarrow.csv.write_csv(table, tmp_path / "in.csv")
     assert whole(Table.open([tmp_path / "in.csv"]), rows=999).equals(table)
@@ -157,7 +158,7 @@ def lines(path: Path, *values: Any) -> Path:
 
 
 def test_json_lines_equal_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "JSON_BLOCK_BYTES", 2000)  # many blocks, and types that only later ones show
+    monkeypatch.setattr(reader_json, "JSON_BLOCK_BYTES", 2000)  # many blocks, and types that only later ones show
     values: list[dict[str, Any]] = [
         {
             "id": i,
@@ -251,7 +252,7 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
     ("in.txt", lambda path: path.write_text("a"), "has the suffix '.txt'; expected one of .parquet"),
     ("in.parquet", lambda path: path.write_text("id,prompt\n1,a\n"), "cannot be read as Parquet: .*magic bytes"),
     ("in.parquet", cut, "cannot be read as Parquet"),
-    ("in.parquet", encrypted, "cannot be read as Parquet"),
+    ("in.parquet", encrypted, "is encrypted Parquet; give it decrypted"),
     ("in.parquet", flipped, "cannot be read as Parquet: .*CRC"),
     ("in.parquet", duplicated, "has 2 columns named 'prompt'; expected one"),
     ("in.csv", lambda path: path.write_text("a,a\n1,2\n"), "has 2 columns named 'a'; expected one"),
@@ -269,7 +270,7 @@ def test_what_cannot_be_read_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Path], Any], said: str
 ) -> None:
     if "longer" in said:
-        monkeypatch.setattr(reader, "MAX_LINE_BYTES", 4096)
+        monkeypatch.setattr(reader_json, "MAX_LINE_BYTES", 4096)
     path = tmp_path / name
     make(path)
     with pytest.raises(Refused, match=said) as caught:
@@ -303,6 +304,6 @@ def test_an_error_of_the_disk_is_no_fault_of_the_data(tmp_path: Path, monkeypatc
     def fail(path: Path) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(reader, "_open_parquet", fail)
+    monkeypatch.setattr(reader_parquet, "_open_parquet", fail)
     with pytest.raises(OSError, match="Input/output error"):
         list(table.batches(None, 10))

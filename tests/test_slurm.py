@@ -221,8 +221,7 @@ def test_it_submits_the_array_and_the_merge(here: Path, site: Path, capsys: pyte
     both = "--time=4:00:00 --partition=gpu --account=me"
     assert calls(site, "sbatch") == [
         f"--parsable --job-name=out --output={place}/shard-%a.log {both} --array=0-15 --gres=gpu:1 {place}/shards.sh",
-        f"--parsable --job-name=out --output={place}/merge.log {both} --dependency=afterany:7 "
-        f"{place}/merge.sh",
+        f"--parsable --job-name=out --output={place}/merge.log {both} --dependency=afterany:7 {place}/merge.sh",
     ]
     program = shlex.join([sys.executable, "-P", "-m", "batchinfer"])
     assert f'{program} run --shard "$SLURM_ARRAY_TASK_ID/16" {shlex.join(RUN)} &\n' in (place / "shards.sh").read_text()
