@@ -18,8 +18,9 @@ def grouped(pieces: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBa
     held: list[pa.RecordBatch] = []
     count = size = 0
     for piece in pieces:
-        if held and (count + piece.num_rows > rows or size >= BATCH_BYTES):
-            fits = 0 if size >= BATCH_BYTES else rows - count
+        full = size + piece.nbytes > BATCH_BYTES  # a large cell comes alone: putting it together with others copies it
+        if held and (full or count + piece.num_rows > rows):
+            fits = 0 if full else rows - count
             if fits:
                 held.append(piece.slice(0, fits))
             yield _taken(held)

@@ -4,6 +4,7 @@ The engine's process imports this module again, as part of the program that star
 itself what is large.
 """
 
+import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -45,6 +46,9 @@ from batchinfer.jobs.spec import (
     sharded,
 )
 from batchinfer.request import SamplingParams
+
+# The system's own allocator gives large cells back at once; pyarrow's, which it takes as it is loaded, keeps them.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 for part in (cli_models, cli_outputs, cli_cron, cli_ray):

@@ -65,10 +65,11 @@ class OutputWriter:
         self._bytes = 0
         path = self._aside / f"part-{self._files:06d}.parquet" if self._folder else self._aside
         with ExitStack() as opened:
-            file = opened.enter_context(writing(path))
+            opened.enter_context(writing(path))
+            file = opened.enter_context(pa.OSFile(str(path), "wb"))  # into Python's own all bytes would be copied
             # Least and greatest of a column of text would be copies of whole cells, however large.
             counted = [field.name for field in self._schema if pa.types.is_primitive(field.type)]
-            writer = pq.ParquetWriter(file, self._schema, write_statistics=counted, **PARQUET)
+            writer = pq.ParquetWriter(file, self._schema, write_statistics=counted, use_dictionary=counted, **PARQUET)
             self._writer = opened.enter_context(writer)
             self._open_file = opened.pop_all()
 

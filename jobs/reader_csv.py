@@ -9,7 +9,9 @@ import pyarrow.csv as pa_csv
 from batchinfer.jobs.batches import PIECE_ROWS, grouped, refusing
 
 CSV_BLOCK_BYTES = 16 << 20
-MAX_ROW_BYTES = 128 << 20  # the block for a file with rows that do not fit into the usual one
+MAX_ROW_BYTES = (
+    112 << 20
+)  # the block for a file with rows that do not fit into the usual one; it is there several times
 
 
 class Csv:

@@ -1,6 +1,8 @@
 """Parquet files as record batches in bounded memory."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +12,8 @@ from batchinfer.jobs import batches
 from batchinfer.jobs.batches import PIECE_ROWS, grouped, refusing
 from batchinfer.jobs.parquet_footer import Footer
 from batchinfer.jobs.spec import Refused
+
+FEW_ROWS = 16  # of a row group with large cells: each is read anew, from the group's start
 
 
 class Parquet:
@@ -23,12 +27,16 @@ class Parquet:
     def read(path: Path, schema: pa.Schema, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
         footer = Footer.read(path)
         piece_rows = min(rows, PIECE_ROWS, max(1, batches.BATCH_BYTES // footer.largest_row(columns)))
-        with refusing(path, "Parquet"), _open_parquet(path) as file:
+        with refusing(path, "Parquet"):
             # One row group after the other: a batch over two may have two dictionaries in a nested column.
             pieces = (
                 piece.select(columns)
-                for group in range(len(footer.groups))
-                for piece in file.iter_batches(piece_rows, [group], columns, use_threads=False)
+                for number, group in enumerate(footer.groups)
+                for piece in (
+                    _rows_alone(path, number, group.rows, columns)
+                    if piece_rows == 1 and group.rows <= FEW_ROWS
+                    else _pieces(path, number, columns, piece_rows)
+                )
             )
             count = 0
             for batch in grouped(pieces, rows):
@@ -36,6 +44,20 @@ class Parquet:
                 yield batch
             if count != footer.rows:
                 raise Refused(f"{path}: the footer counts {footer.rows} rows, its pages hold {count}")
+
+
+def _pieces(path: Path, group: int, columns: list[str], rows: int) -> Generator[pa.RecordBatch]:
+    with _open_parquet(path) as file:
+        yield from file.iter_batches(rows, [group], columns, use_threads=False)
+
+
+def _rows_alone(path: Path, group: int, rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """Each by a reader that is closed before the row is used: an open one holds a large cell twice, beside the row."""
+    for row in range(rows):
+        with closing(_pieces(path, group, columns, 1)) as pieces:
+            piece = next(islice(pieces, row, None))
+        yield piece
+        del piece
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:

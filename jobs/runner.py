@@ -9,6 +9,7 @@ from functools import partial
 
 import pyarrow as pa
 
+from batchinfer import allocator
 from batchinfer.config import EngineStats
 from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
 from batchinfer.jobs.done import Done
@@ -38,8 +39,7 @@ def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = Pro
     Raises `Refused` (the data, the model or the output), `EngineFailed`, `Interrupted`, `OSError` (the disk). Then the
     output is absent, and the parts that were committed stay.
     """
-    # The system's own allocator gives large cells back at once; pyarrow's keeps what it had for a while.
-    pa.set_memory_pool(pa.system_memory_pool())
+    allocator.return_freed_memory()
     with closing(RunFolder(spec.output)) as folder, Metrics(spec, folder) as metrics:
         return _run(folder, metrics, spec, engine, prompts)
 

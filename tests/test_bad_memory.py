@@ -1,5 +1,6 @@
 """The job's own process under a bound, whatever the input inflates to: measured in a process of its own."""
 
+import base64
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from stub_jobs import make_model
 
-BOUND = 600 << 20
+BOUND = 600_000_000
+CSV_BOUND = 640_000_000  # missed there: pyarrow holds a cell in a block, parsed and converted, some of it twice
 CELL = 100 << 20
 CODE = """
 import sys
@@ -42,7 +44,9 @@ def peak_of_job(folder: Path, path: Path) -> int:
     )
     assert done.returncode in (0, 65) and "Traceback" not in done.stderr, done.stderr
     report = json.loads((folder / "out.run" / "report.json").read_text())
-    return int(report["peak_memory_bytes"]["parent"])
+    peak = int(report["peak_memory_bytes"]["parent"])
+    print(f"{path.name}: {peak / 1e6:.0f} MB")
+    return peak
 
 
 def repeated(path: Path, value: str, rows: int, **options: Any) -> None:
@@ -61,6 +65,13 @@ def test_a_small_file_that_inflates_to_gigabytes(tmp_path: Path) -> None:
     assert (tmp_path / "in.parquet").stat().st_size < 43_000
     assert peak_of_job(tmp_path, tmp_path / "in.parquet") < BOUND
     assert codes(tmp_path / "out.parquet") == ["too_large"] * 400
+
+
+@pytest.mark.long
+def test_a_small_file_of_rows_that_are_all_tokenized(tmp_path: Path) -> None:
+    repeated(tmp_path / "in.parquet", "x" * (1 << 20), 100)
+    assert peak_of_job(tmp_path, tmp_path / "in.parquet") < BOUND
+    assert codes(tmp_path / "out.parquet") == ["too_long"] * 100
 
 
 @pytest.mark.long
@@ -85,18 +96,13 @@ def as_parquet(path: Path, cells: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "write", "bound"),
-    [
-        ("in.jsonl", as_json, BOUND),
-        # pyarrow holds such a cell several times: as a block, parsed and converted; as a page, in its dictionary and as
-        # a value; and as often again where it writes.
-        ("in.csv", as_csv, 850 << 20),
-        ("in.parquet", as_parquet, 760 << 20),
-    ],
+    [("in.jsonl", as_json, BOUND), ("in.csv", as_csv, CSV_BOUND), ("in.parquet", as_parquet, BOUND)],
 )
+@pytest.mark.parametrize("cell", ["x" * CELL, base64.b64encode(os.urandom(CELL * 3 // 4)).decode()], ids=["x", "noise"])
 def test_a_cell_of_100_megabytes_is_one_bad_row(
-    tmp_path: Path, name: str, write: Callable[[Path, list[str]], None], bound: int
+    tmp_path: Path, name: str, write: Callable[[Path, list[str]], None], bound: int, cell: str
 ) -> None:
-    cells = ["good", "x" * CELL, "good"]
+    cells = ["good", cell, "good"]
     write(tmp_path / name, cells)
     assert peak_of_job(tmp_path, tmp_path / name) < bound
     assert codes(tmp_path / "out.parquet") == [None, "too_large", None]
