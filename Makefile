@@ -22,7 +22,7 @@ test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(WORKERS) -m 'not long'
 
 test-long: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(WORKERS) -m long
+	$(BIN)/python -m pytest $(WORKERS) --dist load --maxschedchunk 1 -m long
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check

@@ -41,6 +41,8 @@ class Table:
             num_rows += rows
             if num_rows > MAX_ROWS:
                 raise Refused(f"{path} has row {num_rows:,}; a job has at most {MAX_ROWS:,}: split the input")
+        if num_rows and not schema.names:
+            raise Refused(f"{paths[0]} has {num_rows} rows and no column; expected a column with prompts")
         return Table(tuple(paths), schema, num_rows)
 
     def shard(self, index: int, count: int) -> "Table":

@@ -30,6 +30,12 @@ SHAPE = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, `long(minutes=...)`: none of them is left to one worker at the end."""
+    marks = {item: item.get_closest_marker("long") for item in items}
+    items.sort(key=lambda item: -mark.kwargs.get("minutes", 0) if (mark := marks[item]) else 0)
+
+
 @pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     """A test that fails once in a hundred runs tells nobody anything."""

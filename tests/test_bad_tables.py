@@ -139,6 +139,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], list[str], str]] = {
     "an encrypted column": ("in.parquet", encrypted(plaintext_footer=True), [], "is encrypted Parquet"),
     "an encrypted footer": ("in.parquet", encrypted(plaintext_footer=False), [], "is encrypted Parquet"),
     "no columns": ("in.parquet", table(), [], "has no column 'prompt'"),
+    "objects without a key": ("in.jsonl", json_lines({}), [], "has 1 rows and no column"),
     "a missing column": ("in.parquet", table(text=P), [], "has no column 'prompt'; its columns are 'text'"),
     "a struct for text": ("in.parquet", table(prompt=[{"a": "b"}] * 3), [], "expected text"),
     "a struct for text in JSON": ("in.jsonl", json_lines({"prompt": {"a": 1}}), [], "expected text"),

@@ -178,7 +178,7 @@ def parses(source: str) -> bool:
     return True
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=2)
 def test_held_out_bits_per_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(STDLIB)
     corpus, net, train = script("corpus"), script("net"), script("train")

@@ -202,7 +202,7 @@ def test_a_process_is_ended_when_its_time_is_over(started: list[tuple[str, ...]]
     assert found[0]["status"] == "not run" and found[0]["notes"] == ["d was not run: out of time"]
 
 
-@pytest.mark.long
+@pytest.mark.long(minutes=2)
 def test_all_stages_run_in_the_interpreter(tmp_path: Path) -> None:
     done = run("--smoke", "--out", str(tmp_path), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

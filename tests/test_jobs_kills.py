@@ -25,7 +25,7 @@ from stub_jobs import ENGINES, SCRIPT, expected, make_model, prompts, write
 from batchinfer.jobs.verify import verify
 
 pytestmark = [
-    pytest.mark.long,
+    pytest.mark.long(minutes=2),
     pytest.mark.skipif(shutil.which("strace") is None and not os.environ.get("CI"), reason="strace is not installed"),
 ]
 ROWS, PART_ROWS = 48, 16

@@ -211,5 +211,5 @@ class LongProtocol(Protocol):
     """The same for many more runs."""
 
 
-TestLongProtocol = pytest.mark.long(LongProtocol.TestCase)
+TestLongProtocol = pytest.mark.long(minutes=2)(LongProtocol.TestCase)
 TestLongProtocol.settings = settings(max_examples=500, stateful_step_count=50, deadline=None, derandomize=True)

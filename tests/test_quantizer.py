@@ -312,8 +312,10 @@ def test_a_recipe_sets_what_the_flags_leave_open(make_model: Callable[..., Path]
     assert wrong.returncode == 2 and "unknown key 'schema'; the nearest known key is 'scheme'" in wrong.stderr
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("method", ["rtn-mse", "gptq", "awq"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(name, marks=pytest.mark.long(minutes=n)) for name, n in (("rtn-mse", 2), ("gptq", 9), ("awq", 8))],
+)
 def test_one_layer_at_a_time_is_in_memory(tmp_path: Path, method: str) -> None:
     """The 852M shape, in one file: the peak stays under 40 % of its size and a gigabyte.
 

@@ -29,7 +29,7 @@ from batchinfer.jobs.slurm import Submission
 from batchinfer.jobs.spec import sharded
 from batchinfer.jobs.verify import verify
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long(minutes=2)
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SHARDS, ROWS = 2, 400
