@@ -116,7 +116,10 @@ def job_of(arguments: Sequence[str]) -> JobSpec:
 def run(
     context: typer.Context,
     inputs: Annotated[
-        list[Path] | None, typer.Argument(metavar="INPUT...", help="Parquet, JSON Lines or CSV; several are one table.")
+        list[Path] | None,
+        typer.Argument(
+            metavar="INPUT...", help="Parquet, JSON Lines or CSV, or folders of them; several are one table."
+        ),
     ] = None,
     output: Annotated[
         Path | None,

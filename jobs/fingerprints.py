@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
 def fingerprints(
-    spec: JobSpec, model: Path, tokenizer: str, config: EngineConfig, columns: list[str]
+    spec: JobSpec, inputs: Sequence[Path], model: Path, tokenizer: str, config: EngineConfig, columns: list[str]
 ) -> dict[str, str]:
     """One sha256 each for input, model, tokenizer, template, sampling, quantization and engine.
 
-    Inputs are read wholly. Of weights, which are large and change everywhere if at all, 64 samples a file are.
+    Files of the input are read wholly. Of weights, which are large and change everywhere if at all, 64 samples a file
+    are.
     """
     weights = sorted([*model.glob("*.safetensors"), *model.glob("*.gguf")])
     configs = sorted(model.glob("*config.json"))
@@ -35,7 +37,7 @@ def fingerprints(
     return {
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
-        "input": _digest([_whole(path) for path in spec.inputs]),
+        "input": _digest([_whole(path) for path in inputs]),
         "model": _digest([[path.name, _whole(path)] for path in configs] + [[p.name, _sampled(p)] for p in weights]),
         "tokenizer": tokenizer,
         "template": _digest(template),

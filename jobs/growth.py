@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from batchinfer.jobs.done import differences
-from batchinfer.jobs.durable import lock, write_json
+from batchinfer.jobs.durable import lock, sync_folder, write_json
 from batchinfer.jobs.ids import as_text
 from batchinfer.jobs.log import say
 from batchinfer.jobs.output import OutputWriter, refuse_foreign
@@ -131,6 +131,7 @@ def _set_aside_new_rows(job: Preflight, spec: JobSpec, target: Path) -> bool:
         aside.unlink()
         return False
     aside.rename(target)
+    sync_folder(target.parent)
     return True
 
 

@@ -1,5 +1,6 @@
 """Tables read as record batches in bounded memory: Parquet, JSON Lines and CSV, several files one after the other."""
 
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +26,13 @@ class Table:
     skipped: int | None = None  # of a shard: rows of the files that come before its first
 
     @staticmethod
-    def open(paths: Sequence[Path]) -> "Table":
-        """Look at each file; JSON Lines and CSV are read through once, to know their columns and to count them.
+    def open(inputs: Sequence[Path]) -> "Table":
+        """Look at each file, and at all files of a folder. JSON Lines and CSV are read through once, to know their
+        columns and to count them.
 
         CSV columns are text. Raises `Refused` with one line naming file, column, what was found and expected.
         """
+        paths = [path for given in inputs for path in _files(given)]
         schema, num_rows = pa.schema([]), 0
         for i, path in enumerate(paths):
             found, rows = _format_of(path).inspect(path)
@@ -73,6 +76,16 @@ class Table:
                     start = max(0, -first)
                     yield first + start, cut(batch, start, min(batch.num_rows, self.num_rows - first))
                 first += batch.num_rows
+
+
+def _files(path: Path) -> list[Path]:
+    """Of a folder those in it, in the order of their names; what begins with '.' or '_' is no table, by custom."""
+    if not os.path.isdir(path):
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.name[0] not in "._")
+    if not files:
+        raise Refused(f"{path} is a folder without a file; expected tables in it")
+    return files
 
 
 def find_field(schema: pa.Schema, name: str, path: Path) -> pa.Field:

@@ -115,6 +115,9 @@ class JobSpec:
         output = os.path.realpath(self.output)
         if any(f"{os.path.realpath(path)}{os.sep}".startswith(f"{output}{os.sep}") for path in self.inputs):
             raise UsageError(f"--output {self.output} is an input too, or holds one; choose another name")
+        folders = [path for path in self.inputs if os.path.isdir(path)]
+        if any(output.startswith(f"{os.path.realpath(path)}{os.sep}") for path in folders):
+            raise UsageError(f"--output {self.output} is in a folder of the input; choose another one")
         if self.columns is not None and not self.columns:
             raise UsageError("--columns is empty; name one input column or more, or leave it out to keep all")
         if self.chat and self.messages_column is not None:

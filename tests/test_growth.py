@@ -95,6 +95,16 @@ def test_the_first_run_of_an_empty_table_leaves_an_empty_file(tmp_path: Path, jo
     assert once(job()).rows == 0 and len(list((tmp_path / "answers").iterdir())) == 1
 
 
+def test_files_that_are_new_in_a_folder_are_picked_up(tmp_path: Path, job: Callable[..., JobSpec]) -> None:
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in" / "b.parquet", [1, 2])
+    (tmp_path / "in" / "_SUCCESS").touch()
+    assert once(job()).rows == 2
+    save(tmp_path / "in" / "a.parquet", [3])
+    assert once(job()).rows == 1
+    assert pq.read_table(tmp_path / "answers")["id"].to_pylist() == [1, 2, 3]
+
+
 class Killed(BaseException):
     pass
 
@@ -186,6 +196,17 @@ def test_two_at_once_do_not_meet(tmp_path: Path, job: Callable[..., JobSpec]) ->
         return run(spec, STUB)
 
     run_new_rows(job(), second)
+
+
+def test_a_run_without_new_rows_is_a_success_for_whoever_watches(tmp_path: Path, job: Callable[..., JobSpec]) -> None:
+    save(tmp_path / "in.parquet", [1])
+    file = tmp_path / "job.prom"
+    found = []
+    for _ in range(2):
+        once(job(metrics_textfile=file))
+        lines = dict(line.rsplit(" ", 1) for line in file.read_text().splitlines() if not line.startswith("#"))
+        found.append(float(lines[f'batchinfer_job_last_success_time_seconds{{output="{tmp_path / "answers"}"}}']))
+    assert found[1] > found[0]
 
 
 def test_json_lines_with_values_that_are_no_text(tmp_path: Path, job: Callable[..., JobSpec]) -> None:

@@ -245,7 +245,7 @@ def loop(path: Path) -> None:
 BAD: list[tuple[str, Callable[[Path], Any], str]] = [
     ("in.parquet", lambda path: None, "cannot be opened: No such file"),
     ("in.parquet", loop, "cannot be opened: Too many levels of symbolic links"),
-    ("in.parquet", Path.mkdir, "is a directory; expected a file"),
+    ("in.parquet", Path.mkdir, "is a folder without a file; expected tables in it"),
     ("in.jsonl", os.mkfifo, "is a FIFO; expected a file"),
     ("in.parquet", Path.touch, "has no bytes"),
     ("in.csv", Path.touch, "has no bytes"),

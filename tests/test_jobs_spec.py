@@ -100,3 +100,8 @@ def test_a_wrong_job_file_is_an_error(tmp_path: Path, text: str, message: str) -
 def test_a_missing_job_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         read_job_file(tmp_path / "none.toml", KNOWN)
+
+
+def test_an_output_in_a_folder_of_the_input_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is in a folder of the input"):
+        JobSpec((tmp_path,), tmp_path / "out.parquet", "model", prompt_column="prompt")
