@@ -41,7 +41,7 @@ class RecurringJob:
             output=output,
             schedule=schedule,
             folder=Path.cwd(),
-            command=(sys.executable, str(Path(sys.argv[0]).absolute()), "run", *arguments),
+            command=(sys.executable, *_program(), "run", *arguments),
             log=log,
             grace=spec.grace,
         )
@@ -52,6 +52,12 @@ class RecurringJob:
                     "unit: give another name, or put what is no name into a job file (--config)"
                 )
         return job
+
+
+def _program() -> tuple[str, ...]:
+    """What this interpreter was started with: the script, or the package, which is not started by its file."""
+    script = Path(sys.argv[0]).absolute()
+    return ("-P", "-m", "batchinfer") if script.name == "__main__.py" else (str(script),)
 
 
 def _name(output: Path) -> str:

@@ -207,10 +207,12 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def cron(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """`cron(*flags, output="out.parquet", run=[]) -> (exit code, stdout, stderr)` of the command."""
 
-    def call(*flags: str, output: str = "out.parquet", run: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    def call(
+        *flags: str, output: str = "out.parquet", run: tuple[str, ...] = (), program: str = "/opt/batchinfer"
+    ) -> tuple[int, str, str]:
         with pytest.MonkeyPatch.context() as patch:
             arguments = ["in.parquet", "-o", output, "--model", "m", *run]
-            patch.setattr(sys, "argv", ["/opt/batchinfer", "cron", *flags, "--", *arguments])
+            patch.setattr(sys, "argv", [program, "cron", *flags, "--", *arguments])
             with pytest.raises(SystemExit) as ended:
                 cli.main()
         captured = capsys.readouterr()
@@ -232,6 +234,11 @@ def test_the_line_is_printed_with_absolute_paths(table: Path, cron: Cron) -> Non
     assert (code, err) == (0, "") and out.startswith(line)
     assert not table.exists()
     assert f">> {folder}/nightly.log 2>&1" in cron("--schedule", "0 2 * * *", "--log", "nightly.log")[1]
+
+
+def test_the_package_is_started_by_its_name(table: Path, cron: Cron) -> None:
+    out = cron("--schedule", "0 2 * * *", program="/opt/batchinfer/__main__.py")[1]
+    assert f"&& {sys.executable} -P -m batchinfer run in.parquet " in out
 
 
 def test_install_puts_one_line_a_job_and_leaves_the_others(table: Path, cron: Cron) -> None:
