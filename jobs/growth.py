@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from batchinfer.jobs.done import differences
 from batchinfer.jobs.durable import lock, sync_folder, write_json
-from batchinfer.jobs.ids import as_text
+from batchinfer.jobs.ids import as_text, check_ids
 from batchinfer.jobs.log import say
+from batchinfer.jobs.metrics import Metrics
 from batchinfer.jobs.output import OutputWriter, refuse_foreign
-from batchinfer.jobs.parts import grown_files, rows_of, run_folder
+from batchinfer.jobs.parts import RunFolder, grown_files, rows_of, run_folder
 from batchinfer.jobs.preflight import Preflight, preflight
 from batchinfer.jobs.reader import Table
 from batchinfer.jobs.reader_json import places_not_text
@@ -47,22 +48,35 @@ def run_new_rows(spec: JobSpec, run: Callable[[JobSpec], Report]) -> Report:
     until = None if spec.time_limit is None else time.monotonic() + spec.time_limit
     folder = run_folder(spec.output)
     with _alone(folder):
-        refuse_foreign(spec.output)
-        job = preflight(spec)
-        _refuse_another_job(spec.output, job)
-        spec.output.mkdir(exist_ok=True)
+        with _told(spec):
+            refuse_foreign(spec.output)
+            job = preflight(spec)
+            _refuse_another_job(spec.output, job)
+            spec.output.mkdir(exist_ok=True)
         report = None
         for part in grown_files(spec.output):
             if not part.exists() or (spec.retry_errors and read_report(part).rows_failed):
                 report = run(_run_of(spec, job, part, until))
         part = spec.output / f"part-{len(grown_files(spec.output)) + 1:06d}.parquet"
-        if _set_aside_new_rows(job, spec, rows_of(part)):
+        with _told(spec):
+            begun = _set_aside_new_rows(job, spec, rows_of(part))
+        if begun:
             return run(_run_of(spec, job, part, until))
         if report is None:
             last = grown_files(spec.output)[-1]
             say(f"no new rows since {last}")
             report = run(_run_of(spec, job, last, until))  # which is complete: to be seen as a run like any other
         return report
+
+
+@contextmanager
+def _told(spec: JobSpec) -> Iterator[None]:
+    """What happens before there is a run is in the metrics too."""
+    try:
+        yield
+    except BaseException as error:
+        Metrics(spec, RunFolder(spec.output)).failed(error)
+        raise
 
 
 @contextmanager
@@ -118,18 +132,19 @@ def _set_aside_new_rows(job: Preflight, spec: JobSpec, target: Path) -> bool:
     """Write the rows that no run has had to `target`, whole; False if there are none, unless it is the first run."""
     seen = _seen(job, spec)
     schema = pa.schema([job.table.schema.field(name) for name in _columns(job)])
-    aside = target.with_suffix(".tmp")
+    aside = target.with_name("aside.parquet")
     aside.unlink(missing_ok=True)
     count = 0
     with OutputWriter(aside, schema, folder=False) as writer:
         for _, batch in job.table.batches(_columns(job), BATCH_ROWS):
             batch = _as_stored(batch, job.source.columns)
             new = batch.filter(pa.array(~_among(row_keys(batch, job.source.columns), seen)))
-            writer.write(pa.Table.from_batches([new], schema))
+            writer.write(pa.Table.from_arrays(new.columns, schema=schema))
             count += len(new)
     if not count and grown_files(spec.output):
         aside.unlink()
         return False
+    check_ids(Table.open([aside]), str(spec.id_column))  # the input may have grown since it was looked at
     aside.rename(target)
     sync_folder(target.parent)
     return True

@@ -24,9 +24,15 @@ def check_ids(table: Table, column: str) -> None:
     Raises `Refused` naming file, column and rows where an id is null, no text among text, or there twice.
     """
     hashes = np.empty(table.num_rows, np.uint64)
+    end = 0
     for first, batch in table.batches([column], BATCH_ROWS):
+        end = first + len(batch)
+        if end > len(hashes):
+            break
         _check_kinds(table, column, first, batch)
-        hashes[first : first + len(batch)] = _hashes(id_bytes(batch.column(column)))
+        hashes[first:end] = _hashes(id_bytes(batch.column(column)))
+    if end != len(hashes):
+        raise Refused(f"{_where(table, column)} changed while it was read: give the command again")
     hashes.sort()
     repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
     if len(repeated):

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from batchinfer.config import EngineConfig, EngineStats
@@ -112,20 +113,15 @@ class Loop:
             rows = self._results.rows
             kept = f"; they are committed in {self._results.folder.path}" if rows else ""
             raise Interrupted(f"stopped after {rows:,} of {self._total:,} rows{kept}")
-        failed = self._results.failed
-        if failed > self._spec.max_error_rate * self._total:
-            codes = ", ".join(f"{code} {count:,}" for code, count in self._results.by_error.most_common())
-            raise Refused(
-                f"{failed:,} of {self._total:,} rows failed ({codes}), more than --max-error-rate "
-                f"{self._spec.max_error_rate} allows"
-            )
+        self._results.refuse_too_many_errors(self._total)
 
     def _stop(self) -> None:
         if self._engine.ready:
             self._engine.stop()
             deadline = time.monotonic() + STOP_SHARE * self._spec.grace
-            while not self._engine.finished and time.monotonic() < deadline:
-                self._take(POLL_SECONDS)
+            with suppress(EngineFailed):  # it ends either way
+                while not self._engine.finished and time.monotonic() < deadline:
+                    self._take(POLL_SECONDS)
 
     def _feed(self) -> None:
         window = self._upcoming

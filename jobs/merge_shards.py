@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.jobs.done import differences
-from batchinfer.jobs.output import OutputWriter, files_of, is_there, publish, refuse_foreign
+from batchinfer.jobs.durable import lock
+from batchinfer.jobs.output import OutputWriter, files_of, is_there, publish, refuse_foreign, remove_left
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.report import read_report
-from batchinfer.jobs.spec import Refused, is_folder
+from batchinfer.jobs.spec import Interrupted, Refused, is_folder
 from batchinfer.jobs.verify import verify
 
 MERGE_ROWS = 8192
@@ -22,16 +23,29 @@ MERGE_ROWS = 8192
 def merge_shards(shards: Sequence[Path], output: Path, overwrite: bool) -> int:
     """Write `output`, whole, from the outputs of all shards, in any order; its rows.
 
-    Raises `Refused` where a shard is missing, there twice, unfinished, damaged, or of another job.
+    Raises `Refused` where a shard is missing, there twice, unfinished, damaged, or of another job, and `Interrupted`
+    where one is at work.
     """
     refuse_foreign(output)
     if is_there(output) and not overwrite:
         raise Refused(f"output {output} exists; choose another one, or give --overwrite to replace it")
     ordered = _in_order([(path, _fingerprints(path)) for path in shards])
-    for path in ordered:
+    # What a merge has written aside another one takes for a dead one's: a lock that is there already keeps them apart.
+    held = lock(RunFolder(ordered[0]).path / "lock")
+    if held is None:
+        raise Interrupted(f"a run or a merge of {ordered[0]} is at work; nothing was done")
+    try:
+        return _merge(ordered, output)
+    finally:
+        os.close(held)
+
+
+def _merge(shards: list[Path], output: Path) -> int:
+    for path in shards:
         verify(path)
-    files = [file for path in ordered for file in files_of(path)]
-    aside = output.with_name(f".{output.name}-{os.getpid()}")
+    files = [file for path in shards for file in files_of(path)]
+    aside = output.with_name(f".{output.name}.merging")
+    remove_left(path for path in (aside, aside.with_name(f"{aside.name}-earlier")) if path.exists())
     rows = 0
     schema = pq.read_schema(files[0])
     with OutputWriter(aside, schema, is_folder(output)) as writer:
@@ -40,7 +54,7 @@ def merge_shards(shards: Sequence[Path], output: Path, overwrite: bool) -> int:
                 for batch in file.iter_batches(MERGE_ROWS, use_threads=False):
                     writer.write(pa.Table.from_batches([batch], schema))
                     rows += len(batch)
-    expected = sum(read_report(path).rows for path in ordered)
+    expected = sum(read_report(path).rows for path in shards)
     assert rows == expected, "every shard was verified"
     publish(aside, output)
     return rows

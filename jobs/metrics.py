@@ -9,7 +9,7 @@ from batchinfer.jobs.durable import write_whole
 from batchinfer.jobs.log import say
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.results import Results
-from batchinfer.jobs.spec import JobSpec, Refused, exit_code
+from batchinfer.jobs.spec import JobSpec, Refused, exit_code, is_folder
 
 PREFIX = "batchinfer_job_"
 HELP = {
@@ -38,7 +38,8 @@ class Metrics:
     def __init__(self, spec: JobSpec, folder: RunFolder) -> None:
         """Raises `Refused` where the file has no folder, and `OSError` where an earlier one cannot be read."""
         self._path = spec.metrics_textfile
-        output = spec.output.parent if spec.incremental else spec.output
+        in_folder = spec.incremental and not is_folder(spec.output)  # the run of a part
+        output = spec.output.parent if in_folder else spec.output
         self._label = _escaped(str(output.absolute()))
         self._folder = folder
         self._results: Results | None = None
@@ -59,6 +60,10 @@ class Metrics:
         if code == 0:
             self._last_success = time.time()
         self.write(code)
+
+    def failed(self, error: BaseException) -> None:
+        """There was no run, because of this; no other one is at work."""
+        self.write(exit_code(error))
 
     @property
     def _all_failed(self) -> bool:

@@ -1,8 +1,10 @@
 """The output: a Parquet file, or a folder of files of bounded size; written aside, whole when it gets its name."""
 
 import hashlib
+import os
 import re
 import shutil
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -118,11 +120,25 @@ def remove(output: Path) -> None:
     output.unlink(missing_ok=True)
 
 
+def remove_left(paths: Iterable[Path]) -> None:
+    """Files and folders that a dead process left aside."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def refuse_foreign(output: Path) -> None:
     """Raises `Refused` where a folder is asked for and a file is there, or the other way round, or a folder holds
     what no run wrote."""
     if is_folder(output) and output.exists() and not output.is_dir():
         raise Refused(f"output {output} is a file; name one that ends in .parquet, or a folder")
+    if is_folder(output) and (output.is_symlink() or os.path.ismount(output)):
+        raise Refused(
+            f"output {output} is a link or a mount point, and a folder gets there by rename; name the folder that it "
+            "leads to, or one in it"
+        )
     if not output.is_dir():
         return
     if not is_folder(output):

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from batchinfer.jobs.done import Done, Part, differences, read_done
 from batchinfer.jobs.durable import link_new, lock, sync_folder, write_json, writing
 from batchinfer.jobs.merge import PartsInOrder
-from batchinfer.jobs.output import OutputWriter, is_there, publish, refuse_foreign, remove
+from batchinfer.jobs.output import OutputWriter, digest_of, is_there, publish, refuse_foreign, remove, remove_left
 from batchinfer.jobs.schema import PARQUET, PART_SCHEMA, RESULT_FIELDS, ROW
 from batchinfer.jobs.spec import Interrupted, Refused, is_folder
 
@@ -32,18 +32,18 @@ BEFORE_A_RUN = {"run.json.tmp", "lock"}  # what may be there of a run that was k
 def run_folder(output: Path) -> Path:
     """`OUT.run` beside an output; of a file in a folder that grows, `FILE.run` in that folder's own."""
     rows = rows_of(output)
-    return rows.with_name(f"{output.stem}.run") if rows.exists() else output.with_suffix(".run")
+    return rows.with_name(f"{output.stem}.run") if rows.exists() else output.parent / f"{output.stem}.run"
 
 
 def rows_of(part: Path) -> Path:
     """Where the rows of a file in a folder that grows are set aside before they run."""
     folder = part.parent.absolute()
-    return folder.with_name(f"{folder.name}.run") / f"{part.stem}.rows.parquet"
+    return folder.parent / f"{folder.name}.run" / f"{part.stem}.rows.parquet"
 
 
 def grown_files(output: Path) -> list[Path]:
     """The files of a folder that grows, the unfinished one too; none of any other output."""
-    rows = sorted(output.with_suffix(".run").glob("part-*.rows.parquet"))
+    rows = sorted((output.parent / f"{output.stem}.run").glob("part-*.rows.parquet"))
     return [output / f"{path.name.partition('.')[0]}.parquet" for path in rows]
 
 
@@ -102,11 +102,7 @@ class RunFolder:
         self._refuse_another_job(fingerprints)
         for folder in (self.parts, self._temporary):
             folder.mkdir(exist_ok=True)
-        for left in self._temporary.iterdir():
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink()
+        remove_left(self._temporary.iterdir())
         done = read_done(self.parts, num_rows, fingerprints, retry_errors)
         self._listed = done.parts
         return done
@@ -154,11 +150,14 @@ class RunFolder:
 
     @property
     def published(self) -> bool:
-        """True if the output is there, made of all the parts that there are."""
-        if not (is_there(self.output) and self.report.exists() and self.manifest.exists()):
+        """True if the output is there as its report says, made of all the parts that there are."""
+        try:
+            listed = json.loads(self.manifest.read_text("utf-8"))["parts"]
+            digest = json.loads(self.report.read_text("utf-8"))["output_sha256"]
+        except (OSError, ValueError, TypeError, KeyError):
             return False
-        listed: list[dict[str, Any]] = json.loads(self.manifest.read_text("utf-8"))["parts"]
-        return listed == [part.listed() for part in self._listed]
+        made_of_all = listed == [part.listed() for part in self._listed]
+        return made_of_all and is_there(self.output) and digest_of(self.output) == digest
 
     def remove_if_empty(self) -> None:
         """Leave nothing behind where no part was committed."""
@@ -189,7 +188,9 @@ class RunFolder:
         return int(self._listed[-1].name[5:11]) + 1 if self._listed else 1
 
     def write_manifest(self, num_rows: int) -> None:
-        """List the parts, once all rows are done."""
+        """List the parts, once all rows are done; what an earlier run reported is no more."""
+        self.report.unlink(missing_ok=True)
+        sync_folder(self.path)
         manifest = {
             "format_version": FORMAT_VERSION,
             "rows": num_rows,

@@ -46,6 +46,8 @@ class Table:
                 raise Refused(f"{path} has row {num_rows:,}; a job has at most {MAX_ROWS:,}: split the input")
         if num_rows and not schema.names:
             raise Refused(f"{paths[0]} has {num_rows} rows and no column; expected a column with prompts")
+        # Of several files only some may have nulls; what one of them promises counts for none.
+        schema = pa.schema([field.with_nullable(True) for field in schema])
         return Table(tuple(paths), schema, num_rows)
 
     def shard(self, index: int, count: int) -> "Table":

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from batchinfer.jobs.done import Done
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.schema import PART_SCHEMA
-from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.spec import JobSpec, Refused
 from batchinfer.request import Completions, FinishReason, RowError
 from batchinfer.tokenizer import Tokenizer
 
@@ -43,6 +43,15 @@ class Results:
     @property
     def failed(self) -> int:
         return self.by_reason["error"]
+
+    def refuse_too_many_errors(self, total: int) -> None:
+        """Raises `Refused` where a larger share of the `total` rows failed than `max_error_rate`."""
+        if self.failed > self._spec.max_error_rate * total:
+            codes = ", ".join(f"{code} {count:,}" for code, count in self.by_error.most_common())
+            raise Refused(
+                f"{self.failed:,} of {total:,} rows failed ({codes}), more than --max-error-rate "
+                f"{self._spec.max_error_rate} allows"
+            )
 
     def add(self, completions: Completions, prompt_tokens: NDArray[np.int32]) -> None:
         """Take rows from the engine; `prompt_tokens` [n] are the lengths of their prompts."""

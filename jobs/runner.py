@@ -84,6 +84,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
                 loop = Loop(spec, windows, results, progress, start_worker, table.num_rows)
                 found = loop.run(Load(config, job.tokenizer_folder), interruption)
             stats, generating = replace(found, notes=found.notes + stats.notes), loop.generate_seconds
+        results.refuse_too_many_errors(table.num_rows)
         folder.write_manifest(table.num_rows)
         merging = time.monotonic()
         input_columns = pa.schema([table.schema.field(c) for c in job.kept])

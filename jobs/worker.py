@@ -1,7 +1,7 @@
 """A child process that holds an engine, and the words that it and the job exchange.
 
 The parent never imports torch. A child leaves signals to the parent, writes whatever it prints to the run's log, and
-ends when the parent is gone. A thread of the parent always reads, so the two never wait for each other with full pipes.
+ends when the parent is gone. Threads of the parent read and write, so that it never waits for a child that is busy.
 """
 
 import contextlib
@@ -138,8 +138,10 @@ class Worker:
             self._process.start()
         theirs.close()
         self._messages: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._read, self._write)]
+        for thread in self._threads:
+            thread.start()
 
     def _read(self) -> None:
         try:
@@ -148,12 +150,16 @@ class Worker:
         except (EOFError, OSError):
             self._messages.put(None)
 
+    def _write(self) -> None:
+        while (command := self._commands.get()) is not None:
+            try:
+                self._pipe.send(command)
+            except OSError:  # the child is dead: whoever listens hears of it
+                return
+
     def send(self, command: Command) -> None:
-        """Raises `EngineFailed` where the child is dead, unless it left a message that says why."""
-        try:
-            self._pipe.send(command)
-        except OSError:
-            self._reader.join()
+        """Returns at once, however busy the child is; that it is dead is told by `receive`."""
+        self._commands.put(command)
 
     def receive(self, timeout: float) -> Message | None:
         """The next message, or None after `timeout` seconds.
@@ -186,7 +192,9 @@ class Worker:
         """End the child, at once if it still runs."""
         self._process.kill()
         self._process.join()
-        self._reader.join()
+        self._commands.put(None)
+        for thread in self._threads:
+            thread.join()
         self._pipe.close()
 
 

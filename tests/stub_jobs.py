@@ -85,6 +85,9 @@ class Fails(StubEngine):
 def refuse(config, tokenizer):
     raise ValueError(f"model {config.model}: tensor x is missing")
 
+def load_for_a_minute(config, tokenizer):
+    time.sleep(60)
+
 def break_down(config, tokenizer):
     raise KeyError("x")
 

@@ -209,6 +209,34 @@ def test_a_run_without_new_rows_is_a_success_for_whoever_watches(tmp_path: Path,
     assert found[1] > found[0]
 
 
+def test_a_run_that_is_refused_is_seen_by_whoever_watches(tmp_path: Path, job: Callable[..., JobSpec]) -> None:
+    save(tmp_path / "in.parquet", [1])
+    once(job(metrics_textfile=tmp_path / "job.prom"))
+    save(tmp_path / "in.parquet", [1, 1])
+    with pytest.raises(Refused, match="the same id"):
+        once(job(metrics_textfile=tmp_path / "job.prom"))
+    lines = (tmp_path / "job.prom").read_text()
+    assert f'batchinfer_job_exit_code{{output="{tmp_path / "answers"}"}} 65' in lines and "last_success_time" in lines
+
+
+def test_rows_that_changed_while_they_were_set_aside_block_no_later_run(
+    tmp_path: Path, job: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "a"}\n')
+    seen = growth._seen
+
+    def grows(*arguments: Any) -> Any:
+        with (tmp_path / "in.jsonl").open("a") as file:
+            file.write('{"id": 1, "prompt": "b"}\n')
+        return seen(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Refused, match="the same id"):
+        patch.setattr(growth, "_seen", grows)
+        once(job())
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "a"}\n')
+    assert once(job()).rows == 1
+
+
 def test_json_lines_with_values_that_are_no_text(tmp_path: Path, job: Callable[..., JobSpec]) -> None:
     lines = [{"id": 1, "prompt": "a"}, {"id": 2, "prompt": [7]}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -8,6 +8,7 @@ from stub_jobs import STUB, expected, make_model, prompts, spec, write
 
 from batchinfer.jobs import output
 from batchinfer.jobs.merge_shards import merge_shards
+from batchinfer.jobs.parts import RunFolder, grown_files
 from batchinfer.jobs.report import Report
 from batchinfer.jobs.runner import run
 from batchinfer.jobs.spec import JobSpec, Refused, UsageError, sharded
@@ -143,3 +144,26 @@ def test_shards_and_their_whole_may_be_folders(job: JobSpec, tmp_path: Path, mod
         "all.parquet",
         "in.parquet",
     }
+
+
+def test_an_output_that_is_a_link_is_refused_before_any_work(job: JobSpec, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    job.output.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Refused, match="is a link or a mount point"):
+        run_job(job)
+
+
+def test_what_a_dead_merge_left_is_in_nobodys_way(job: JobSpec, tmp_path: Path, model: Path) -> None:
+    shards = [sharded(job.output, i, 2) for i in range(2)]
+    for i, shard in enumerate(shards):
+        run_job(spec(model, *job.inputs, output=shard, shard=(i, 2)))
+    (tmp_path / ".all.merging").mkdir()
+    (tmp_path / ".all.merging" / "part-000001.parquet").touch()
+    assert merge_shards(shards, tmp_path / "all", overwrite=False) == N
+    assert not list(tmp_path.glob(".all*"))
+
+
+def test_places_at_the_root_have_run_folders() -> None:
+    assert RunFolder(Path("/out.parquet")).path == Path("/out.run")
+    assert RunFolder(Path("/out")).path == Path("/out.run")
+    assert grown_files(Path(".")) == [] == grown_files(Path("/"))

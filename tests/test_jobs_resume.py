@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from stub_jobs import ENGINES, SCRIPT, STUB, counts, expected, make_model, prompts, recount, spec, write
@@ -18,6 +19,7 @@ from batchinfer.jobs import interruption
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.runner import run
 from batchinfer.jobs.spec import Interrupted, Refused, UsageError, seconds_of
+from batchinfer.jobs.verify import verify
 from batchinfer.request import SamplingParams
 
 N = 400
@@ -217,3 +219,50 @@ def test_times_are_those_of_slurm(text: str, seconds: float) -> None:
 def test_other_times_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--time-limit is "):
         seconds_of("--time-limit", text)
+
+
+@pytest.mark.parametrize("at", ["merge", "publish"])
+def test_rows_that_ran_again_reach_the_output_though_the_run_was_killed_before_that(
+    tmp_path: Path, model: Path, engine: Callable[[str], str], at: str
+) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(N))
+    assert run(spec(model, path), engine("Fails")).rows_failed == N // 2
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    again = spec(model, path, retry_errors=True)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, at, killed)
+        run(again, STUB)
+    assert run(again, STUB).rows_failed == 0
+    assert pq.read_table(tmp_path / "out.parquet")["error_code"].null_count == N
+    verify(tmp_path / "out.parquet")
+
+
+def test_too_many_errors_are_so_in_the_next_run_too(tmp_path: Path, model: Path) -> None:
+    texts = [None if i % 2 else text for i, text in enumerate(prompts(40))]
+    path = write(tmp_path / "in.parquet", prompt=texts)
+    for _ in range(2):
+        with pytest.raises(Refused, match="20 of 40 rows failed"):
+            run(spec(model, path, max_error_rate=0.1), STUB)
+    assert not (tmp_path / "out.parquet").exists()
+    assert run(spec(model, path), STUB).rows_failed == 20
+
+
+def test_nulls_that_only_a_later_file_may_have(tmp_path: Path, model: Path) -> None:
+    first, second = tmp_path / "1.parquet", write(tmp_path / "2.parquet", prompt=["b", None])
+    pq.write_table(pa.table({"prompt": ["a"]}, pa.schema([pa.field("prompt", pa.string(), nullable=False)])), first)
+    assert run(spec(model, first, second), STUB).rows_by_error == {"null_prompt": 1}
+    assert pq.read_table(tmp_path / "out.parquet")["prompt"].to_pylist() == ["a", "b", None]
+
+
+def test_the_clock_ends_a_job_whose_engine_still_loads(
+    tmp_path: Path, model: Path, engine: Callable[[str], str]
+) -> None:
+    """The first window is more than a pipe holds."""
+    path = write(tmp_path / "in.parquet", prompt=[f"{i} " + "x" * 40 for i in range(20_000)])
+    started = time.monotonic()
+    with pytest.raises(Interrupted, match="stopped after 0 of 20,000 rows"):
+        run(spec(model, path, time_limit=4.0, grace=1.0), engine("load_for_a_minute"))
+    assert time.monotonic() - started < 50

@@ -23,7 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from batchinfer.jobs.done import Done
 from batchinfer.jobs.durable import write_json
-from batchinfer.jobs.output import is_there
+from batchinfer.jobs.output import digest_of, is_there
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.schema import PART_SCHEMA
 from batchinfer.jobs.spec import Interrupted, Refused
@@ -158,7 +158,7 @@ class Protocol(RuleBasedStateMachine):
             folder.write_manifest(ROWS)
             batch = pa.record_batch([pa.array(range(ROWS))], INPUT)
             aside = folder.merge(INPUT, [(0, batch)], ROWS)
-            write_json(folder.report, {})
+            write_json(folder.report, {"output_sha256": digest_of(aside)})
             folder.publish(aside)
 
         if self.attempt(what, finish):
