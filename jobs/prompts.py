@@ -49,7 +49,9 @@ class PromptSource:
             _check_zones(file, schema, names)
         elif spec.messages_column is not None:
             names = [spec.messages_column]
-            _check_types(file, schema, names, _is_messages, "a list of (role, content), or its JSON as text")
+            _check_types(
+                file, schema, names, _is_messages, "a list of (role, content) without nanoseconds, or its JSON as text"
+            )
         else:
             names = [spec.prompt_column or "prompt"]
             _check_types(file, schema, names, _is_text, "text")
@@ -291,6 +293,8 @@ def _is_messages(t: pa.DataType) -> bool:
     if not (pa.types.is_list(t) or pa.types.is_large_list(t)):
         return _is_text(t)
     fields = {f.name: f.type for f in t.value_type} if pa.types.is_struct(t.value_type) else {}
+    if any(getattr(kind, "unit", "") == "ns" for kind in fields.values()):  # which Python's own times do not have
+        return False
     return all(name in fields and _is_text(fields[name]) for name in ("role", "content"))
 
 

@@ -300,6 +300,9 @@ def test_json_values_of_the_wrong_type(ours: Tokenizer, tmp_path: Path) -> None:
     assert {row: error.code for row, error in errors.items()} == {1: "wrong_type", 2: "null_prompt", 3: "wrong_type"}
 
 
+TIMED = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("at", pa.timestamp("ns"))]))
+
+
 @pytest.mark.parametrize(
     ("fields", "kind", "said"),
     [
@@ -308,7 +311,8 @@ def test_json_values_of_the_wrong_type(ours: Tokenizer, tmp_path: Path) -> None:
         ({}, pa.struct([("a", pa.string())]), r"is struct<a: string>; expected text"),
         ({}, pa.dictionary(pa.int32(), pa.int64()), "expected text"),
         ({"prompt_template": "{prompt}"}, pa.list_(pa.string()), "expected text, a number, a boolean or a date"),
-        ({"messages_column": "prompt"}, pa.list_(pa.string()), "expected a list of .role, content., or its JSON"),
+        ({"messages_column": "prompt"}, pa.list_(pa.string()), "expected a list of .role, content. without"),
+        ({"messages_column": "prompt"}, TIMED, "expected a list of .role, content. without nanoseconds"),
         ({"messages_column": "prompt"}, pa.list_(pa.struct([("role", pa.string())])), "expected a list of"),
         ({"prompt_column": "gone"}, pa.string(), "in.parquet has no column 'gone'; its columns are 'prompt', 'id'"),
         ({"prompt_template": "{prompt}{gone}"}, pa.string(), "in.parquet has no column 'gone'"),
