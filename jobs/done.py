@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from batchinfer.jobs.durable import sha256
+from batchinfer.checksums import sha256
 from batchinfer.jobs.schema import PART_SCHEMA, ROW
 from batchinfer.jobs.spec import Refused
 

@@ -1,7 +1,6 @@
 """Files that are whole or absent, whenever the machine stops: written aside, synced, then linked or renamed."""
 
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -65,12 +64,6 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lock(path: Path) -> int | None:

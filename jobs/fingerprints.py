@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer import __version__
+from batchinfer.checksums import sha256
 from batchinfer.config import EngineConfig
 from batchinfer.jobs.spec import JobSpec
 
@@ -37,8 +38,8 @@ def fingerprints(
     return {
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
-        "input": _digest([_whole(path) for path in inputs]),
-        "model": _digest([[path.name, _whole(path)] for path in configs] + [[p.name, _sampled(p)] for p in weights]),
+        "input": _digest([sha256(path) for path in inputs]),
+        "model": _digest([[path.name, sha256(path)] for path in configs] + [[p.name, _sampled(p)] for p in weights]),
         "tokenizer": tokenizer,
         "template": _digest(template),
         "sampling": _digest({**asdict(spec.sampling), "seed": spec.seed, "max_model_len": config.max_model_len}),
@@ -51,11 +52,6 @@ def fingerprints(
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _whole(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sampled(path: Path) -> str:

@@ -29,7 +29,7 @@ from batchinfer.jobs.preflight import Preflight, preflight
 from batchinfer.jobs.reader import Table
 from batchinfer.jobs.reader_json import places_not_text
 from batchinfer.jobs.report import Report, read_report
-from batchinfer.jobs.spec import Interrupted, JobSpec, Refused, UsageError, is_folder
+from batchinfer.jobs.spec import Interrupted, JobSpec, Refused, UsageError
 
 BATCH_ROWS = 8192
 KEY_BYTES = 16
@@ -43,7 +43,7 @@ def run_new_rows(spec: JobSpec, run: Callable[[JobSpec], Report]) -> Report:
     With `retry_errors` rows that failed in earlier runs run again, in their files. Raises what `run` raises, and
     `Refused` where a run would differ from those before it in more than its rows.
     """
-    if not is_folder(spec.output):
+    if not spec.grows:
         raise UsageError(f"--incremental adds a file a run: --output {spec.output} must be a folder, without a suffix")
     until = None if spec.time_limit is None else time.monotonic() + spec.time_limit
     folder = run_folder(spec.output)
@@ -102,7 +102,7 @@ def _refuse_another_job(output: Path, job: Preflight) -> None:
     folder = run_folder(output)
     file = folder / "growth.json"
     types = {name: str(job.table.schema.field(name).type) for name in _columns(job)}
-    now = {"fingerprints": {**job.fingerprints, "input": ""}, "types": types}
+    now = {"fingerprints": job.fingerprints, "types": types}
     if not grown_files(output):
         write_json(file, now)
         return

@@ -9,7 +9,7 @@ from batchinfer.jobs.durable import write_whole
 from batchinfer.jobs.log import say
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.results import Results
-from batchinfer.jobs.spec import JobSpec, Refused, exit_code, is_folder
+from batchinfer.jobs.spec import JobSpec, Refused, exit_code
 
 PREFIX = "batchinfer_job_"
 HELP = {
@@ -38,8 +38,7 @@ class Metrics:
     def __init__(self, spec: JobSpec, folder: RunFolder) -> None:
         """Raises `Refused` where the file has no folder, and `OSError` where an earlier one cannot be read."""
         self._path = spec.metrics_textfile
-        in_folder = spec.incremental and not is_folder(spec.output)  # the run of a part
-        output = spec.output.parent if in_folder else spec.output
+        output = spec.output.parent if spec.incremental and not spec.grows else spec.output
         self._label = _escaped(str(output.absolute()))
         self._folder = folder
         self._results: Results | None = None

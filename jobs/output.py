@@ -12,7 +12,8 @@ from types import TracebackType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchinfer.jobs.durable import sha256, sync_folder, writing
+from batchinfer.checksums import sha256
+from batchinfer.jobs.durable import sync_folder, writing
 from batchinfer.jobs.schema import PARQUET
 from batchinfer.jobs.spec import Refused, is_folder
 

@@ -49,7 +49,9 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
         check_ids(whole, spec.id_column)
     if (spec.chat or spec.messages_column is not None) and tokenizer.template is not None:
         check_template(tokenizer.template, spec.tokenizer or spec.model)
-    digests = fingerprints(spec, whole.paths, model, tokenizer.fingerprint, config, kept)
+    # Of a table that grows, the rows that are set aside are the input of a run of their own.
+    inputs = () if spec.grows else whole.paths
+    digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept)
     return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests)
 
 

@@ -97,6 +97,11 @@ class JobSpec:
     canary_reference: str | None = None  # a directory or a Hub id; None: the same model without quantization
     metrics_textfile: Path | None = None  # for node_exporter's textfile collector
 
+    @property
+    def grows(self) -> bool:
+        """Whether the output is a folder that gets one more file; the run of that file is one like any other."""
+        return self.incremental and is_folder(self.output)
+
     def __post_init__(self) -> None:
         sources = {
             "--prompt-column": self.prompt_column,

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchinfer.checksums import sha256
 from batchinfer.jobs.done import COUNTED, Part, counts, read_part
-from batchinfer.jobs.durable import sha256
 from batchinfer.jobs.output import digest_of, files_of, is_there
 from batchinfer.jobs.parts import RunFolder, grown_files
 from batchinfer.jobs.report import read_report
