@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from batchinfer.speculation import Speculation
+
 FEW_ROWS = 4
 """Up to so many rows side by side, weights of 4 bits are best left in 4 bits (benchmarks/four_bit.py).
 
@@ -36,6 +38,9 @@ class EngineConfig:
     random_weights: bool = False
     deterministic: bool = False  # a row's bits depend on nothing but itself on a GPU too
     gpu_memory_utilization: float = 0.9  # the share of a GPU's memory that may be taken
+    speculation: Speculation = field(default_factory=Speculation)
+    prefix_sharing: bool = True  # compute what neighbouring rows begin with once
+    learned_admission: bool = True  # promise the blocks that rows like it took, not all that a row may come to take
 
     @property
     def few_rows(self) -> bool:
@@ -60,7 +65,10 @@ class EngineStats:
     steps: int = 0
     prompt_tokens: int = 0  # prompt tokens computed
     completion_tokens: int = 0
+    shared_tokens: int = 0  # prompt tokens that another row had computed
     preemptions: int = 0
+    drafted: int = 0
+    accepted: int = 0  # drafts that were right
     padded_tokens: int = 0  # rows computed beside real tokens
     load_seconds: float = 0.0
     prefill_seconds: float = 0.0
@@ -78,7 +86,8 @@ class EngineStats:
 
 
 _COUNTED = (
-    *("steps", "prompt_tokens", "completion_tokens", "preemptions", "padded_tokens", "operations"),
+    *("steps", "prompt_tokens", "completion_tokens", "padded_tokens", "operations"),
+    *("shared_tokens", "preemptions", "drafted", "accepted"),
     *("load_seconds", "prefill_seconds", "decode_seconds"),
 )
 _PEAKS = ("peak_memory_bytes", "peak_device_bytes")
