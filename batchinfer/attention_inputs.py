@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchinfer.batch import Ints, Piece
-from batchinfer.kernels.attention import TILE, DecodeBlocks, PromptTiles, TiledBatch
+from batchinfer.kernels.attention import TILE, BlockUsers, DecodeBlocks, PromptTiles, TiledBatch
 from batchinfer.kernels.attention_plan import Tiling, plan_attention
 from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.ragged_attention import RaggedBatch
@@ -62,8 +62,11 @@ class RaggedInputs:
         self, table: SequenceTable, pieces: list[Piece], decoding: Ints, positions: Ints
     ) -> dict[int | None, AttentionBatch]:
         prompts = np.array([(p.place, p.end - p.start, p.end) for p in pieces], np.int64).reshape(-1, 3)
-        single = np.stack([decoding, np.ones_like(decoding), positions + 1], 1)
-        places, lengths, contexts = np.concatenate([prompts, single]).T
+        first = np.flatnonzero(np.diff(decoding, prepend=-1))  # queries of one sequence are neighbours
+        counts = np.diff(np.append(first, len(decoding)))
+        queries = np.stack([decoding[first], counts, positions[first] + counts], 1)
+        sequences = np.concatenate([prompts, queries])
+        places, lengths, contexts = sequences[:, 0], sequences[:, 1], sequences[:, 2]
         most = table.blocks_for(int(contexts.max()))
         blocks = torch.from_numpy(table.blocks[places, :most].astype(np.int32))
         batch = RaggedBatch(np.concatenate([[0], np.cumsum(lengths)]), contexts, blocks)
@@ -86,6 +89,7 @@ def _tile_group(table: SequenceTable, index: int, tiles: list[tuple[int, int, in
 def _decode_blocks(
     table: SequenceTable, places: Ints, positions: Ints, first_row: int, window: int | None
 ) -> DecodeBlocks:
+    """Of single queries; several may be of one sequence."""
     size = table.block_size
     start = np.zeros_like(positions) if window is None else np.maximum(positions + 1 - window, 0)
     counts = positions // size + 1 - start // size
@@ -97,26 +101,40 @@ def _decode_blocks(
     hidden = (key_positions > positions[query, None]) | (key_positions < start[query, None])
     edges = np.flatnonzero(hidden.any(1))
 
-    low, high = int(pool.min()), int(pool.max()) + 1
-    if 2 * len(pool) >= high - low:  # crowded enough to read the pool where it lies
-        blocks: slice | Tensor = slice(low, high)
-        order, total = pool - low, high - low
-    else:
-        blocks, order, total = _tensor(pool), np.arange(len(pool)), len(pool)
-    owner = np.zeros(total, np.int64)
-    owner[order] = query
+    users, entry = _group_by_users(pool, query)
     most = np.arange(int(counts.max()))
     padded = np.where(most < counts[:, None], most, 0) + offsets[:-1, None]
     return DecodeBlocks(
         rows=torch.arange(first_row, first_row + len(places)),
-        blocks=blocks,
-        owner=_tensor(owner),
-        edges=_tensor(order[edges]),
+        users=users,
+        owner=torch.cat([u.queries.flatten() for u in users]),
+        edges=_tensor(entry[edges]),
         hidden=_tensor(hidden[edges, None]),
-        table=_tensor(order[padded]),
-        order=_tensor(order),
+        table=_tensor(entry[padded]),
+        order=_tensor(entry),
         offsets=_tensor(offsets),
     )
+
+
+def _group_by_users(pool: Ints, query: Ints) -> tuple[tuple[BlockUsers, ...], Ints]:
+    """Pairs of a block and a query, by how many queries a block has; and where each pair [n] has gone."""
+    uses = np.bincount(pool)[pool]
+    groups: list[BlockUsers] = []
+    entry, base = np.empty_like(pool), 0
+    for u in np.unique(uses).tolist():
+        used = np.flatnonzero(uses == u)
+        pairs = used[np.argsort(pool[used], kind="stable")].reshape(-1, u)
+        ids = pool[pairs[:, 0]]
+        low, span = int(ids[0]), int(ids[-1] - ids[0]) + 1
+        # Single blocks are read where they lie if they lie close enough; what many queries share is worth no gap.
+        in_place = span <= (2 * len(ids) if u == 1 else len(ids))
+        at = ids - low if in_place else np.arange(len(ids))
+        queries = np.zeros((span if in_place else len(ids), u), np.int64)
+        queries[at] = query[pairs]
+        entry[pairs] = base + at[:, None] * u + np.arange(u)
+        base += queries.size
+        groups.append(BlockUsers(slice(low, low + span) if in_place else _tensor(ids), _tensor(queries)))
+    return tuple(groups), entry
 
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:

@@ -23,8 +23,32 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Queries:
+    """Single queries of d sequences: tokens that stand at `first` and behind, the last `drafts` of them drafts."""
+
+    places: Ints  # [d]
+    first: Ints  # [d] positions
+    counts: Ints  # [d] tokens, at least one
+    drafts: Ints  # [d]
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def all_places(self) -> Ints:
+        """The place of each query."""
+        return np.repeat(self.places, self.counts)
+
+    @property
+    def positions(self) -> Ints:
+        """The position of each query."""
+        within = np.arange(len(self)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
+        return np.repeat(self.first, self.counts) + within
+
+
+@dataclass(frozen=True)
 class Batch:
-    """T tokens, prompt pieces first, then one token of each decoding sequence, then padding."""
+    """T tokens: prompt pieces first, then single queries, then padding."""
 
     tokens: Tensor  # [T] int64; of a sequence whose newest token the host does not know yet, anything
     positions: Tensor  # [T] int64, 0 for padding
@@ -33,13 +57,20 @@ class Batch:
     sampled: Tensor  # [S] int64, the rows of tokens that are followed by a new one; padded with row 0
     sampling: SamplingBatch | None  # of the first r rows of sampled; None if all are greedy
     places: Tensor  # [r] int64, `sequences` beside the other tensors
+    late_rows: Tensor  # [l] int64, the rows of tokens that only the device knows
+    late_places: Tensor  # [l] int64, the places whose newest tokens they are
     pieces: tuple[Piece, ...]
-    sequences: Ints  # [r] places in the sequence table, in the order of sampled; decoding ones last
-    rows: Ints  # [r] the rows that they were when the step was put together
+    queries: Queries
+    sequences: Ints  # [r] places in the sequence table, in the order of sampled; several times where it has drafts
+    epochs: Ints  # [r] the sequences that had these places when the step was put together
     prompt_tokens: int
-    decode_tokens: int
 
     @property
-    def decoding(self) -> Ints:
-        """Places of the sequences that decode, in the order of their tokens."""
-        return self.sequences[len(self.sequences) - self.decode_tokens :]
+    def query_tokens(self) -> int:
+        """Tokens that were generated, or drafted."""
+        return len(self.queries)
+
+    @property
+    def drafted(self) -> int:
+        """Drafts to be verified."""
+        return int(self.queries.drafts.sum())

@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 class BlockManager:
     """Blocks 1 to `blocks` - 1 of a pool; block 0 takes the writes of padding and belongs to nobody.
 
-    A sequence is admitted with a promise of all the blocks that it can ever need, and takes them as it grows: there
-    is nothing to preempt. The lowest free blocks go first, so that those in use lie close together.
+    A sequence is admitted with a promise of blocks, and takes them as it grows: what is promised is there. The lowest
+    free blocks go first, so that those in use lie close together.
     """
 
     def __init__(self, blocks: int) -> None:

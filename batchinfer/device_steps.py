@@ -54,7 +54,7 @@ class DeviceSteps:
     def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(token ids [r], finite [r]) on the device, not yet there when this returns."""
         rows = len(batch.sequences)
-        if batch.prompt_tokens or rows > MOST_SEQUENCES or not self.recording:
+        if batch.prompt_tokens or batch.query_tokens > rows or rows > MOST_SEQUENCES or not self.recording:
             return self.compute(self.transfer.send(batch))
         padded = padded_step(batch)
         shape = shape_of(padded)
@@ -115,9 +115,10 @@ def padded_step(batch: Batch) -> Batch:
         slots=_pad(batch.slots[:rows], more),
         sampled=torch.arange(size),
         places=F.pad(batch.places, (0, more), value=-1),
+        late_rows=_pad_late(batch.late_rows, torch.arange(rows, size)),
+        late_places=_pad_late(batch.late_places, torch.full((more,), -1)),
         sampling=sampling,
         attention={w: _padded_plan(plan, size) for w, plan in _plans(batch).items()},
-        decode_tokens=size,
     )
 
 
@@ -157,6 +158,11 @@ def shape_of(batch: Batch) -> tuple[object, ...]:
 
 def _plans(batch: Batch) -> dict[int | None, AttentionPlan]:
     return {window: plan for window, plan in batch.attention.items() if isinstance(plan, AttentionPlan)}
+
+
+def _pad_late(column: Tensor, more: Tensor) -> Tensor:
+    """Of tokens that only the device knows; those that are added are among them where there are any."""
+    return torch.cat([column, more]) if len(column) else column
 
 
 def _pad(column: Tensor, more: int) -> Tensor:

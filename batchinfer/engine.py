@@ -5,23 +5,25 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from batchinfer import allocator
+from batchinfer.admission import Admission
 from batchinfer.batch import Batch
 from batchinfer.block_manager import BlockManager
 from batchinfer.config import LEAST_BATCHED_TOKENS, EngineConfig, EngineStats
+from batchinfer.gains import Gains
 from batchinfer.kernels import dispatch
 from batchinfer.kernels.attention import TILE
 from batchinfer.memory import Room, is_out_of_memory, peak_memory_bytes, pool_blocks
 from batchinfer.model_config import ModelConfig, read_model_config
+from batchinfer.output_lengths import OutputLengths
 from batchinfer.request import Completions, FinishReason, Requests, RowError, SamplingParams
 from batchinfer.runner import ModelRunner, measure_peak
-from batchinfer.scheduler import Scheduler
+from batchinfer.scheduler import Drafter, Scheduler
 from batchinfer.sequence import SequenceTable
 from batchinfer.tokenizer import Tokenizer
 from batchinfer.transfer import Sampled
@@ -68,10 +70,11 @@ class Engine:
         blocks, note = pool_blocks(config, model, self.runner.kv_dtype, room)
         self._stats.notes += [note] if note else []
         self.runner.allocate(blocks, config.block_size)
-        self.table, self.scheduler = self._scheduler(config, blocks)
+        lengths = OutputLengths(config.max_model_len) if config.learned_admission else None
+        self.table, self.scheduler = self._scheduler(config, blocks, lengths)
+        self.drafter: Drafter | None = None
         self.steps: deque[_Step] = deque()  # under way, the oldest first
         self._settled = 0.0  # when the last one before them ended
-        self.eos_ids = np.array(tokenizer.eos_ids, np.int64)
         self._stats.load_seconds = time.perf_counter() - started
 
     def add(self, requests: Requests) -> None:
@@ -92,19 +95,22 @@ class Engine:
 
     def take_admitted(self) -> list[int]:
         """Rows that began since the last call."""
-        admitted, self.scheduler.admitted = self.scheduler.admitted, []
+        admission = self.scheduler.admission
+        admitted, admission.admitted = admission.admitted, []
         return admitted
 
     def step(self) -> Completions:
         """Begin one step, and end the oldest if as many are under way as may be; the rows that ended, often none."""
         begun = self._begin()
-        if not self.steps or (begun and len(self.steps) <= self.runner.late):
+        if not self.steps or (begun and len(self.steps) <= self.runner.late and not self.steps[-1].batch.drafted):
             return self._completions([], {})
         return self._end(self.steps.popleft())
 
     def _begin(self) -> bool:
         """Launch the next step, smaller if the device's memory does not hold it; False if there is none."""
-        while (batch := self.scheduler.schedule()) is not None:
+        drafter = None if self.steps else self.drafter
+        while (batch := self.scheduler.schedule(drafter)) is not None:
+            self._wipe()
             started = time.perf_counter()
             try:
                 self.steps.append(_Step(batch, self.runner.launch(batch), started))
@@ -116,11 +122,18 @@ class Engine:
                 self._shrink(batch, error)
         return False
 
+    def _wipe(self) -> None:
+        """Nobody may get blocks with values that are not finite: a weight of zero is no help against them."""
+        admission = self.scheduler.admission
+        for blocks in admission.wiped:
+            self.runner.clear_blocks(blocks)
+        admission.wiped = []
+
     def _shrink(self, batch: Batch, error: Exception) -> None:
         on_gpu = self.runner.backend.device.type == "cuda"
         # Of a GPU's memory keys and values have all that nothing else needs.
         remedies = ("--gpu-memory-utilization, " if on_gpu else "") + "--max-num-seqs or --max-num-batched-tokens"
-        tokens = batch.prompt_tokens + batch.decode_tokens
+        tokens = batch.prompt_tokens + batch.query_tokens
         budget = tokens // 2 // TILE * TILE
         if not budget:
             raise MemoryError(f"memory does not hold a step of {tokens} tokens ({error}); lower {remedies}") from error
@@ -134,14 +147,14 @@ class Engine:
     def _end(self, step: _Step) -> Completions:
         """Wait for a step, and take what it sampled."""
         batch = step.batch
-        tokens, finite = step.sampled.wait()
-        running = self.scheduler.update(batch, tokens)
-        done = self._finished(batch.sequences[running], tokens[running], finite[running])
+        gains = self.scheduler.update(batch, *step.sampled.wait())
+        if gains.spoiled is not None:
+            self.runner.clear_slots(gains.spoiled)
+        done = self._finished(gains)
         completions = self._completions(list(done), done)
         for place, reason in done.items():
-            blocks = self.scheduler.finish(place)
-            if reason is FinishReason.ERROR:
-                self.runner.clear_blocks(blocks)
+            self.scheduler.finish(place, reason is FinishReason.ERROR)
+        self._stats.accepted += gains.accepted
         now = time.perf_counter()
         self._count(batch, now - max(step.started, self._settled))
         self._settled = now
@@ -163,6 +176,8 @@ class Engine:
             with contextlib.suppress(torch.OutOfMemoryError):
                 peak = measure_peak(self.runner.scheme, self.runner.dtype, self.runner.backend)
                 stats.peak_operations_per_second = peak
+        admission = self.scheduler.admission
+        stats.preemptions, stats.shared_tokens = admission.preemptions, admission.shared_tokens
         stats.weight_bytes = self.runner.decoder.weight_bytes
         stats.kv_cache_bytes = self.runner.kv_cache_bytes
         stats.peak_memory_bytes = peak_memory_bytes()
@@ -170,10 +185,15 @@ class Engine:
         stats.kernels = dict(dispatch.chosen)
         return stats
 
-    def _scheduler(self, config: EngineConfig, blocks: int) -> tuple[SequenceTable, Scheduler]:
+    def _scheduler(
+        self, config: EngineConfig, blocks: int, lengths: OutputLengths | None
+    ) -> tuple[SequenceTable, Scheduler]:
         table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
+        manager = BlockManager(blocks)
+        admission = Admission(table, manager, config.prefix_sharing, lengths)
         grain, inputs = self.runner.decoder.row_grain, self.runner.attention_inputs
-        return table, Scheduler(table, BlockManager(blocks), inputs, config.max_num_batched_tokens, grain)
+        budget, eos_ids = config.max_num_batched_tokens, np.array(self.tokenizer.eos_ids, np.int64)
+        return table, Scheduler(table, manager, admission, inputs, budget, grain, eos_ids)
 
     def _room(self, config: EngineConfig) -> Room:
         """For keys and values; on a GPU a step as large as any is computed first, to see what it takes."""
@@ -183,7 +203,7 @@ class Engine:
         prompts = [[0] * length] * min(config.max_num_seqs, config.max_num_batched_tokens)
         blocks = len(prompts) * (length // config.block_size + 2)
         self.runner.allocate(blocks, config.block_size)
-        _, scheduler = self._scheduler(config, blocks)
+        _, scheduler = self._scheduler(replace(config, prefix_sharing=False), blocks, None)
         scheduler.add(Requests.of(prompts, SamplingParams(max_tokens=1, temperature=1.0)))
         batch = scheduler.schedule()
         assert batch is not None
@@ -196,28 +216,46 @@ class Engine:
         free, total = torch.cuda.mem_get_info()
         return Room.on_device(total, free, activations, config.gpu_memory_utilization)
 
-    def _finished(
-        self, places: NDArray[np.int64], tokens: NDArray[np.int64], finite: NDArray[np.bool_]
-    ) -> dict[int, FinishReason]:
-        """The sequences that end with these tokens, and why; of several reasons the last named here wins."""
-        table = self.table
-        ended = np.isin(tokens, self.eos_ids) & ~table.ignore_eos[places]
+    def _finished(self, gains: Gains) -> dict[int, FinishReason]:
+        """The sequences that end with these tokens, and why; of several reasons the last named here wins.
+
+        Tokens behind a stop string are dropped.
+        """
+        table, places = self.table, gains.places
+        stopped = self._stopped(gains)
+        newest = table.tokens[places, table.length[places] - 1]
+        ended = np.isin(newest, self.scheduler.eos_ids) & ~table.ignore_eos[places]
         done = {int(p): FinishReason.LENGTH for p in places[table.length[places] >= table.end[places]]}
-        done |= dict.fromkeys(self._stopped([p for p in places.tolist() if p in table.stop]), FinishReason.STOP)
+        done |= dict.fromkeys(stopped, FinishReason.STOP)
         done |= {int(p): FinishReason.STOP for p in places[ended]}
-        done |= {int(p): FinishReason.ERROR for p in places[~finite]}
+        done |= {int(p): FinishReason.ERROR for p in places[~gains.finite]}
         return done
 
-    def _stopped(self, places: list[int]) -> list[int]:
-        """Of sequences with stop strings, those whose newest token completes one."""
+    def _stopped(self, gains: Gains) -> list[int]:
+        """Of sequences with stop strings, those in which a new token completes one; it becomes their last."""
         table = self.table
+        candidates = [
+            (place, length)
+            for place, count in zip(gains.places.tolist(), gains.tokens.tolist(), strict=True)
+            if place in table.stop
+            for length in range(int(table.length[place]) - count + 1, int(table.length[place]) + 1)
+        ]
         # A token is a byte or more, so a stop string ends within as many tokens; some before them for context.
-        longest = [max(len(stop.encode()) for stop in table.stop[p]) + 8 for p in places]
-        tails = [table.generated(p)[-most:] for p, most in zip(places, longest, strict=True)]
+        longest = [max(len(stop.encode()) for stop in table.stop[p]) + 8 for p, _ in candidates]
+        tails = [
+            table.tokens[p, max(int(table.prompt_length[p]), length - most) : length]
+            for (p, length), most in zip(candidates, longest, strict=True)
+        ]
         if not tails:
             return []
         texts = self.tokenizer.decode_batch(np.concatenate(tails), np.cumsum([0, *map(len, tails)]))
-        return [p for p, text in zip(places, texts, strict=True) if any(stop in text for stop in table.stop[p])]
+        stopped: dict[int, int] = {}
+        for (place, length), text in zip(candidates, texts, strict=True):
+            if place not in stopped and any(stop in text for stop in table.stop[place]):
+                stopped[place] = length
+        for place, length in stopped.items():
+            table.length[place] = length
+        return list(stopped)
 
     def _completions(self, places: list[int], done: dict[int, FinishReason]) -> Completions:
         failed = [p for p in places if done[p] is FinishReason.ERROR]
@@ -233,12 +271,13 @@ class Engine:
 
     def _count(self, batch: Batch, seconds: float) -> None:
         stats, decoder = self._stats, self.runner.decoder
-        tokens = batch.prompt_tokens + batch.decode_tokens
+        tokens = batch.prompt_tokens + batch.query_tokens
         share = batch.prompt_tokens / tokens
         stats.steps += 1
         stats.prompt_tokens += batch.prompt_tokens
         stats.prefill_seconds += seconds * share
         stats.decode_seconds += seconds * (1 - share)
+        stats.drafted += batch.drafted
         stats.padded_tokens += len(batch.tokens) - tokens
         stats.step_sizes[len(batch.tokens)] = stats.step_sizes.get(len(batch.tokens), 0) + 1
         stats.operations += tokens * decoder.operations_per_token

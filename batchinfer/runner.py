@@ -102,8 +102,8 @@ class ModelRunner:
 
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """A step whose tensors are on the device, where the newest tokens are too."""
-        if n := batch.decode_tokens:
-            batch.tokens[batch.prompt_tokens : batch.prompt_tokens + n] = self.newest[batch.places[-n:]]
+        if len(batch.late_rows):
+            batch.tokens[batch.late_rows] = self.newest[batch.late_places]
         tokens, finite = self._sample(batch)
         self.newest[batch.places] = tokens
         return tokens, finite
@@ -122,6 +122,12 @@ class ModelRunner:
         places = torch.from_numpy(blocks).to(self.backend.device)
         for cache in self.caches:
             cache.clear(places)
+
+    def clear_slots(self, slots: NDArray[np.int64]) -> None:
+        """Wipe single positions that hold values that are not finite."""
+        places = torch.from_numpy(slots).to(self.backend.device)
+        for cache in self.caches:
+            cache.clear_slots(places)
 
     @property
     def kv_cache_bytes(self) -> int:

@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.kernels.attention import TILE
+from batchinfer.prefix_tree import SharedTile
 from batchinfer.request import Requests, SamplingParams
 
 
@@ -23,30 +24,39 @@ class SequenceTable:
         # Whole tiles, for a prompt's last one reads past its end; 0 where none is taken.
         self.blocks = np.zeros((capacity, -(-max_tokens // TILE) * (TILE // block_size)), np.int64)
         self.block_count = np.zeros(capacity, np.int64)
-        self.promised = np.zeros(capacity, np.int64)
+        self.own_from = np.zeros(capacity, np.int64)  # blocks before this one belong to shared tiles
+        self.promised = np.zeros(capacity, np.int64)  # blocks of its own
+        self.epoch = np.zeros(capacity, np.int64)  # which of all sequences that ever ran it is, in order of admission
+        self.template = np.full(capacity, -1, np.int64)  # the same number for rows that begin alike
+        self.tiles: list[list[SharedTile]] = [[] for _ in range(capacity)]
+        self.request: list[tuple[Requests, int] | None] = [None] * capacity
         self.seed = np.zeros(capacity, np.int64)
         self.temperature = np.zeros(capacity, np.float32)
         self.top_k = np.zeros(capacity, np.int64)
         self.top_p = np.ones(capacity, np.float32)
         self.min_p = np.zeros(capacity, np.float32)
         self.ignore_eos = np.zeros(capacity, np.bool_)
+        self.undrafted = np.zeros(capacity, np.bool_)  # a draft of it has made values that are not finite
         self.stop: dict[int, tuple[str, ...]] = {}  # of sequences that have stop strings
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many tokens."""
         return -(-tokens // self.block_size)
 
-    def add(self, place: int, requests: Requests, i: int, promised: int) -> None:
-        """Put the i-th request into a free place; its blocks have been promised."""
+    def add(self, place: int, requests: Requests, i: int, generated: NDArray[np.int32]) -> None:
+        """Put the i-th request into a free place, with new tokens that it has from an earlier one."""
         prompt = requests.token_ids[requests.offsets[i] : requests.offsets[i + 1]]
         params: SamplingParams = requests.params[requests.param_index[i]]
         self.active[place] = True
+        self.request[place] = (requests, i)
         self.row[place] = requests.rows[i]
+        self.prompt_length[place] = len(prompt)
+        self.length[place] = len(prompt) + len(generated)
         self.tokens[place, : len(prompt)] = prompt
-        self.prompt_length[place] = self.length[place] = len(prompt)
+        self.tokens[place, len(prompt) : len(prompt) + len(generated)] = generated
         self.computed[place] = 0
+        self.undrafted[place] = False
         self.end[place] = len(prompt) + params.max_tokens
-        self.promised[place] = promised
         self.seed[place] = requests.seeds[i].astype(np.int64)
         self.temperature[place] = params.temperature
         self.top_k[place] = params.top_k
@@ -56,14 +66,23 @@ class SequenceTable:
         if params.stop:
             self.stop[place] = params.stop
 
+    def share(self, place: int, tiles: list[SharedTile]) -> None:
+        """These tiles are the first of the sequence in this place."""
+        blocks = np.concatenate([tile.blocks for tile in tiles]) if tiles else np.empty(0, np.int64)
+        self.tiles[place] = tiles
+        self.blocks[place, : len(blocks)] = blocks
+        self.block_count[place] = self.own_from[place] = len(blocks)
+
     def remove(self, place: int) -> NDArray[np.int64]:
-        """Free a place; returns the blocks that it had."""
+        """Free a place; returns the blocks that were its own."""
         self.active[place] = False
         self.stop.pop(place, None)
-        taken: NDArray[np.int64] = self.blocks[place, : self.block_count[place]].copy()
+        self.request[place] = None
+        own: NDArray[np.int64] = self.blocks[place, self.own_from[place] : self.block_count[place]].copy()
+        self.tiles[place] = []
         self.blocks[place] = 0
-        self.block_count[place] = 0
-        return taken
+        self.block_count[place] = self.own_from[place] = 0
+        return own
 
     def slots(self, places: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where in the pool the tokens at these positions of these sequences lie."""

@@ -8,6 +8,7 @@ cache block by block and the blocks' sums are added in order.
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 from batchinfer.kernels.kv_cache import KVCache
 
 TILE = 64
+
+LEAST_ROWS = 4
+"""Below this many rows batched products take other kernels (other sums); from here up a row's bits stay the same."""
 
 
 @dataclass(frozen=True)
@@ -28,16 +32,27 @@ class PromptTiles:
 
 
 @dataclass(frozen=True)
+class BlockUsers:
+    """b blocks of the pool, each of which u queries look at: one product a block, however many they are."""
+
+    blocks: slice | Tensor  # a range of the pool, or int64 [b]
+    queries: Tensor  # [b, u] int64; 0 in blocks of nobody, whose results nobody reads
+
+
+@dataclass(frozen=True)
 class DecodeBlocks:
-    """n queries, one each of n sequences, and the b blocks that they walk."""
+    """n queries, each by the blocks that it walks; e entries, a query and a block each.
+
+    Sequences that share blocks, and several queries of one sequence, differ in nothing from single ones.
+    """
 
     rows: Tensor  # [n] int64, where the queries are in the step's tokens
-    blocks: slice | Tensor  # b blocks of the pool: a range of it, or int64 [b]
-    owner: Tensor  # [b] int64, the query of each block; 0 for blocks of nobody, whose results nobody reads
-    edges: Tensor  # [m] int64, the places in `blocks` of those that their owner sees only a part of
-    hidden: Tensor  # [m, 1, block_size] bool, the positions of those that the owner does not see
-    table: Tensor  # [n, most] int64, the places in `blocks` of each query's blocks, its first repeated as padding
-    order: Tensor  # [total] int64, the same places, flat, each sequence's in order
+    users: tuple[BlockUsers, ...]  # the entries, one after the other
+    owner: Tensor  # [e] int64, the query of each entry
+    edges: Tensor  # [m] int64, entries whose query sees a part of the block only
+    hidden: Tensor  # [m, 1, block_size] bool, the positions of those that it does not see
+    table: Tensor  # [n, most] int64, the entries of each query, its first repeated as padding
+    order: Tensor  # [total] int64, the same entries, flat, each query's in the order of its sequence
     offsets: Tensor  # [n + 1] int64 into order
 
 
@@ -105,30 +120,62 @@ def read_blocks(cache: KVCache, blocks_nb: Tensor, part: str, dtype: torch.dtype
 
 
 def decode_blocks(query_nHd: Tensor, cache: KVCache, batch: DecodeBlocks, scale: float) -> Tensor:
-    """One query a sequence, float32 [n, heads, head_dim]: the query goes to the blocks, not the blocks to the query.
+    """Single queries, float32 [n, heads, head_dim]: they go to the blocks, not the blocks to them.
 
-    Each block is one product of fixed shape, read where it lies; softmax is taken with the maximum over all of a
-    sequence's blocks, and the blocks' partial sums are added in the sequence's order.
+    A block is read once, where it lies, and multiplied with all queries that look at it; softmax is taken with the
+    maximum over all of a query's blocks, and the blocks' partial sums are added in the sequence's order.
     """
     n, heads, head_dim = query_nHd.shape
-    b = len(batch.owner)
-    kv_heads, size = cache.key.shape[1:3]
-    group = heads // kv_heads
-    key, value = (pool[batch.blocks].float().view(b * kv_heads, size, head_dim) for pool in (cache.key, cache.value))
-    query = (query_nHd * scale)[batch.owner].view(b * kv_heads, group, head_dim)
-    scores = torch.bmm(query, key.transpose(1, 2)).view(b, heads, size)
-    if cache.key_scale is not None:
-        scores.view(b, kv_heads, group, size).mul_(cache.key_scale[batch.blocks][:, :, None])
+    query = (query_nHd * scale)[batch.owner]
+    scores = _by_users(cache, batch, "key", query)
     scores[batch.edges] = scores[batch.edges].masked_fill_(batch.hidden, float("-inf"))
     most = scores.amax(-1)[batch.table].amax(1)
     weights = scores.sub_(most[batch.owner][..., None]).exp_()
     norm = _sum_in_order(weights.sum(-1), batch)
-    if cache.value_scale is not None:
-        weights.view(b, kv_heads, group, size).mul_(cache.value_scale[batch.blocks][:, :, None])
-    partial = torch.bmm(weights.view(b * kv_heads, group, size), value).view(b, heads * head_dim)
+    partial = _by_users(cache, batch, "value", weights).flatten(1)
     return _sum_in_order(partial, batch).view(n, heads, head_dim).div_(norm[..., None])
 
 
-def _sum_in_order(partial_bX: Tensor, batch: DecodeBlocks) -> Tensor:
-    """Sums [n, X] of each sequence's blocks, one after the other: an embedding bag adds in the order of its indices."""
-    return F.embedding_bag(batch.order, partial_bX, batch.offsets, mode="sum", include_last_offset=True)
+def _by_users(cache: KVCache, batch: DecodeBlocks, part: str, rows_eHX: Tensor) -> Tensor:
+    """Each entry's rows by the keys, or the values, of its block: [e, heads, block_size or head_dim]."""
+    ends = np.cumsum([users.queries.numel() for users in batch.users])
+    products = [
+        _by_blocks(cache, users, part, rows_eHX[end - users.queries.numel() : end])
+        for users, end in zip(batch.users, ends.tolist(), strict=True)
+    ]
+    return products[0] if len(products) == 1 else torch.cat(products)
+
+
+def _by_blocks(cache: KVCache, users: BlockUsers, part: str, rows_eHX: Tensor) -> Tensor:
+    pool: Tensor = getattr(cache, part)
+    scales: Tensor | None = getattr(cache, f"{part}_scale")
+    (b, u), (heads, width) = users.queries.shape, rows_eHX.shape[1:]
+    kv_heads, size, head_dim = pool.shape[1:]
+    matrix = pool[users.blocks].float().view(b * kv_heads, size, head_dim)
+    # The query heads that share a head of keys, of all queries of a block, stand below each other.
+    rows = rows_eHX.view(b, u, kv_heads, heads // kv_heads, width).transpose(1, 2)
+    scale = None if scales is None else scales[users.blocks][:, :, None, None]
+    if part == "value" and scale is not None:
+        rows = rows * scale
+    rows = rows.reshape(b * kv_heads, u * heads // kv_heads, width)
+    product = _bmm(rows, matrix.transpose(1, 2) if part == "key" else matrix)
+    product = product.view(b, kv_heads, u, heads // kv_heads, -1)
+    if part == "key" and scale is not None:
+        product = product * scale
+    return product.transpose(1, 2).reshape(b * u, heads, -1)
+
+
+def _bmm(rows_bMK: Tensor, matrix_bKN: Tensor) -> Tensor:
+    """Products whose bits do not depend on M, nor on how many they are: single ones, and those of fewer rows than
+    `LEAST_ROWS`, have other kernels in MKL, and are filled up."""
+    b, m, _ = rows_bMK.shape
+    if m < LEAST_ROWS:
+        rows_bMK = F.pad(rows_bMK, (0, 0, 0, LEAST_ROWS - m))
+    if b == 1:
+        rows_bMK, matrix_bKN = rows_bMK.expand(2, -1, -1), matrix_bKN.expand(2, -1, -1)
+    return torch.bmm(rows_bMK, matrix_bKN)[:b, :m].contiguous()
+
+
+def _sum_in_order(partial_eX: Tensor, batch: DecodeBlocks) -> Tensor:
+    """Sums [n, X] of each query's blocks, one after the other: an embedding bag adds in the order of its indices."""
+    return F.embedding_bag(batch.order, partial_eX, batch.offsets, mode="sum", include_last_offset=True)

@@ -67,6 +67,14 @@ class KVCache:
             if pool is not None:
                 pool.view(torch.uint8)[blocks] = 0
 
+    def clear_slots(self, slots: Tensor) -> None:
+        """Set single positions to zero."""
+        for pool in (self.key, self.value, self.key_scale, self.value_scale):
+            if pool is not None:
+                pool.view(torch.uint8).view(*pool.shape[:3], -1)[
+                    slots // self.block_size, :, slots % self.block_size
+                ] = 0
+
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """On the CPU their pages are handed out by the system when first written: a pool costs what is used of it."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engines import engine_of, prompts_of, tokens
 
-from batchinfer.batch import Batch, Piece
+from batchinfer.batch import Batch, Piece, Queries
 from batchinfer.config import EngineConfig
 from batchinfer.device_steps import padded_count, padded_step, shape_of
 from batchinfer.kernels.attention_plan import Tile, Tiling, plan_attention
@@ -41,15 +41,17 @@ def decoding(contexts: list[int]) -> Batch:
         places=torch.arange(rows) + 3,
         pieces=(),
         sequences=np.arange(rows) + 3,
-        rows=np.arange(rows),
+        late_rows=torch.arange(rows),
+        late_places=torch.arange(rows) + 3,
+        queries=Queries(np.arange(rows) + 3, np.array(contexts) - 1, np.ones(rows, np.int64), np.zeros(rows, np.int64)),
+        epochs=np.arange(rows),
         prompt_tokens=0,
-        decode_tokens=rows,
     )
 
 
 def test_a_batch_arrives_as_it_was_sent_each_tensor_once() -> None:
     batch = decoding([5, 90, 200])
-    assert len(tensors_of(batch)) == 5 + 6 + 1 + 2 * 3, "the table is both windows' own"
+    assert len(tensors_of(batch)) == 7 + 6 + 1 + 2 * 3, "the table is both windows' own"
     transfer = Transfer(torch.device("cpu"))
     first, second = transfer.send(batch), transfer.send(replace(batch, tokens=batch.tokens + 9))
     for sent, there in zip(tensors_of(batch), tensors_of(first), strict=True):
@@ -78,7 +80,7 @@ def test_sizes_are_few_and_never_a_third_more_than_asked() -> None:
 
 def test_steps_that_differ_only_in_their_numbers_have_one_shape() -> None:
     one = padded_step(decoding([70, 75, 80, 72, 66, 79, 65, 77, 71]))
-    assert len(one.tokens) == len(one.places) == len(one.sampled) == one.decode_tokens == 10
+    assert len(one.tokens) == len(one.places) == len(one.sampled) == len(one.late_rows) == 10
     assert one.places[-1] == -1 and one.slots[-1] == 0, "what is added writes to nobody's block"
     alike = padded_step(decoding([75, 70, 66, 72, 80, 77, 71, 79, 65, 78]))
     assert shape_of(alike) == shape_of(one)
@@ -105,9 +107,9 @@ def test_a_step_that_memory_does_not_hold_is_halved_and_no_row_is_lost(
     launch, sizes = engine.runner.launch, []
 
     def short_of_memory(batch: Batch) -> Any:
-        if batch.prompt_tokens + batch.decode_tokens > 250:
+        if batch.prompt_tokens + batch.query_tokens > 250:
             full()
-        sizes.append(batch.prompt_tokens + batch.decode_tokens)
+        sizes.append(batch.prompt_tokens + batch.query_tokens)
         return launch(batch)
 
     monkeypatch.setattr(engine.runner, "launch", short_of_memory)

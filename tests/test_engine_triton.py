@@ -147,7 +147,7 @@ def test_deterministic_rows_have_the_same_bits_in_any_batch(
         found: dict[int, list[bytes]] = {row: [] for row in range(len(prompts))}
         while (batch := engine.scheduler.schedule()) is not None:
             rows = engine.runner.logits(batch)[: len(batch.sequences)]
-            for row, bits in zip(batch.rows.tolist(), rows.numpy(), strict=True):
+            for row, bits in zip(engine.table.row[batch.sequences].tolist(), rows.numpy(), strict=True):
                 found[row].append(bits.tobytes())
             engine.scheduler.update(batch, rows.argmax(-1).numpy())
             for place in batch.sequences.tolist():
@@ -202,3 +202,21 @@ def test_a_shape_alone_is_run_with_noise_in_as_many_bits_as_it_says(
     assert "linear_w4a16" in engine.stats().kernels
 
     assert all(layer.down.nbytes < layer.down.operations_per_row for layer in engine.runner.decoder.layers)
+
+
+def test_shared_prefixes_and_preempted_rows_come_out_the_same(
+    make_model: Callable[..., Path], interpreted: Callable[..., Engine]
+) -> None:
+    model = make_model("llama", **SHAPE)
+    template = np.random.default_rng(0).integers(2, 320, 64).tolist()
+    prompts = [[*template, 5, k] for k in range(2, 8)] + prompts_of(6, 20)
+    params = SamplingParams(max_tokens=40, temperature=1.0)
+    requests = Requests.of(prompts, params, seeds=range(12))
+    free = tokens(engine_of(model, **SMALL), requests)
+    tokenizer = IdsAsText(eos_ids=tuple({t[min(2, len(t) - 1)] for t in list(free.values())[:8]}))
+    many = Requests.of(prompts * 5, params, seeds=range(60))
+    expected = run(engine_of(model, tokenizer, **SMALL), many)
+    engine = interpreted(model, tokenizer, kv_cache_tokens=128)
+    assert run(engine, many) == expected
+    stats = engine.stats()
+    assert stats.shared_tokens > 0

@@ -259,13 +259,46 @@ def test_paged_attention_is_dense_attention(
     query = torch.randn(rows[-1], heads, head_dim)
     out = attention(query, cache, prompts[window], head_dim**-0.5)
     decode = inputs(sequences, [], np.arange(len(lengths)), np.array(lengths) - 1)[window]
-    assert isinstance(decode.decode.blocks, slice) == crowded or window is not None
+    assert isinstance(decode.decode.users[0].blocks, slice) == crowded or window is not None
     last = torch.from_numpy(rows[1:] - 1)
     out_last = attention(query[last], cache, decode, head_dim**-0.5)
     for i, n in enumerate(lengths):
         expected = dense_attention(query[rows[i] : rows[i] + n], keys[i], values[i], window)
         torch.testing.assert_close(out[rows[i] : rows[i] + n].double(), expected, atol=tolerance, rtol=tolerance)
         torch.testing.assert_close(out_last[i].double(), expected[-1], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 24), (4, 4, 64), (3, 1, 16), (32, 8, 64)])
+def test_a_query_has_the_same_bits_alone_and_with_others_at_its_blocks(
+    dtype: torch.dtype, window: int | None, heads: int, kv_heads: int, head_dim: int
+) -> None:
+    """Sequences whose first blocks are the same ones, and up to five queries of each."""
+    rng = np.random.default_rng(0)
+    size, blocks = 16, 60
+    cache = KVCache(blocks, kv_heads, size, head_dim, dtype)
+    slots = torch.arange(blocks * size)
+    data = torch.randn(2, blocks * size, kv_heads, head_dim)
+    cache.store(data[0], data[1], cache_rows(slots, kv_heads, size))
+    table = np.zeros((9, 8), np.int64)
+    shared = [0, 6, 6, 6, 3, 3, 6, 1, 0]  # leading blocks that are those of the first
+    table[0], free = np.arange(1, 9), iter(rng.permutation(np.arange(9, blocks)).tolist())
+    for i, count in enumerate(shared[1:], 1):
+        table[i, :count] = table[0, :count]
+        table[i, count:] = [next(free) for _ in range(8 - count)] if count != 6 else [next(free), 0]
+    first = np.array([90, 100, 99, 95, 70, 63, 106, 2, 0])
+    count = np.array([5, 1, 5, 3, 1, 2, 4, 5, 1])
+    places = np.repeat(np.arange(9), count)
+    positions = np.concatenate([np.arange(p, p + c) for p, c in zip(first, count, strict=True)])
+    query = torch.randn(len(places), heads, head_dim)
+    inputs, sequences = TiledInputs({window}), _Table(table, size)
+    batch = inputs(sequences, [], places, positions)[window]
+    assert {users.queries.shape[1] for users in batch.decode.users} > {1}
+    together = attention(query, cache, batch, head_dim**-0.5)
+    for i in range(len(places)):
+        alone = inputs(sequences, [], places[i : i + 1], positions[i : i + 1])[window]
+        assert torch.equal(attention(query[i : i + 1], cache, alone, head_dim**-0.5)[0], together[i]), f"query {i}"
 
 
 class _Table:

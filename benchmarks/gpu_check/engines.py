@@ -129,8 +129,8 @@ def drop(session: Session, engine: Engine) -> None:
     session.synchronize()
     engine.steps.clear()
     scheduler = engine.scheduler
-    scheduler.waiting.clear()
-    scheduler.waiting_rows, scheduler.prefilling, scheduler.admitted = 0, [], []
+    scheduler.prefilling = []
+    scheduler.admission.drop_waiting()
     for place in np.flatnonzero(engine.table.active).tolist():
         scheduler.finish(place)
 

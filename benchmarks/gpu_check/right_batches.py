@@ -186,7 +186,7 @@ def _logits(
     found: dict[int, list[Tensor]] = {row: [] for row in range(len(prompts))}
     while (batch := engine.scheduler.schedule()) is not None:
         logits = engine.runner.logits(batch)[: len(batch.sequences)].cpu()
-        for row, values in zip(batch.rows.tolist(), logits, strict=True):
+        for row, values in zip(engine.table.row[batch.sequences].tolist(), logits, strict=True):
             found[row].append(values)
         engine.scheduler.update(batch, logits.argmax(-1).numpy())
         for place in batch.sequences.tolist():

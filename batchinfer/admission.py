@@ -1,0 +1,182 @@
+"""`Admission`: which rows run, and the blocks that they have.
+
+A row is admitted when the blocks that it is expected to need are promised: those of its prompt, and of as many new
+tokens as rows like it took. Where it needs more, more are promised. Where none are left, the row that was admitted
+last gives its blocks back and waits to be computed again; that is counted, and more is expected of rows from then on.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchinfer.block_manager import BlockManager
+from batchinfer.kernels.attention import TILE
+from batchinfer.output_lengths import OutputLengths
+from batchinfer.prefix_tree import Ints, PrefixTree, SharedTile, shared_tiles
+from batchinfer.request import Requests
+from batchinfer.sequence import SequenceTable
+
+
+@dataclass(frozen=True)
+class _Row:
+    requests: Requests
+    i: int
+    template: int
+    generated: NDArray[np.int32]
+
+
+class Admission:
+    """Rows wait in the order in which they are added; those that were preempted come before all others."""
+
+    def __init__(self, table: SequenceTable, manager: BlockManager, share: bool, lengths: OutputLengths | None) -> None:
+        """With `share`, what neighbours begin with is computed once. `lengths` None: all blocks that a row may ever
+        need are promised, and nothing is preempted."""
+        self._table, self._manager, self._lengths = table, manager, lengths
+        self._tree = PrefixTree(manager, table.block_size)
+        self._share = share
+        self._waiting: deque[tuple[Requests, Ints, int]] = deque()  # requests, shared tiles, how many are admitted
+        self._preempted: deque[_Row] = deque()
+        self._template = -1  # of the row that was admitted last
+        self._templates = self._epochs = 0
+        self.waiting_rows = 0
+        self.admitted: list[int] = []  # rows, since the owner last emptied it
+        self.wiped: list[Ints] = []  # blocks that hold values that are not finite and are free, as above
+        self.preemptions = self.shared_tokens = 0
+
+    def add(self, requests: Requests) -> None:
+        """Queue requests, in their order."""
+        if len(requests):
+            shared = shared_tiles(requests) if self._share else np.zeros(len(requests), np.int64)
+            self._waiting.append((requests, np.append(shared, 0), 0))
+            self.waiting_rows += len(requests)
+
+    def drop_waiting(self) -> None:
+        """Forget the rows that wait."""
+        self._waiting.clear()
+        self._preempted.clear()
+        self._tree.drop()
+        self.waiting_rows, self.admitted = 0, []
+
+    def admit(self) -> list[int]:
+        """The places of the rows that begin now."""
+        places: list[int] = []
+        for place in np.flatnonzero(~self._table.active).tolist():
+            if not (self._readmit(place) if self._preempted else self._admit_next(place)):
+                break
+            places.append(place)
+            self.waiting_rows -= 1
+        return places
+
+    def _admit_next(self, place: int) -> bool:
+        if not self._waiting:
+            return False
+        requests, shared, i = self._waiting[0]
+        before, after = int(shared[i]), int(shared[i + 1])
+        template = self._template if before else self._templates if after else -1
+        per_tile = TILE // self._table.block_size
+        need = self._need(requests, i, template, 0) - before * per_tile
+        if not self._manager.promise(need):
+            return False
+        tiles = self._tree.enter(before, after)
+        own = need - max(after - before, 0) * per_tile
+        self._begin(place, _Row(requests, i, template, np.empty(0, np.int32)), tiles, own)
+        self._table.computed[place] = before * TILE
+        self._template = template
+        self._templates += template == self._templates
+        self.shared_tokens += before * TILE
+        self.admitted.append(int(requests.rows[i]))
+        self._waiting[0] = (requests, shared, i + 1)
+        if i + 1 == len(requests):
+            self._waiting.popleft()
+        return True
+
+    def _readmit(self, place: int) -> bool:
+        """What it shared may be gone: its whole prompt is its own."""
+        row = self._preempted[0]
+        need = self._need(row.requests, row.i, row.template, len(row.generated))
+        if not self._manager.promise(need):
+            return False
+        self._begin(place, self._preempted.popleft(), [], need)
+        return True
+
+    def _begin(self, place: int, row: _Row, tiles: list[SharedTile], own: int) -> None:
+        table = self._table
+        table.add(place, row.requests, row.i, row.generated)
+        table.share(place, tiles)
+        table.promised[place] = own
+        table.template[place] = row.template
+        table.epoch[place] = self._epochs
+        self._epochs += 1
+
+    def _need(self, requests: Requests, i: int, template: int, generated: int) -> int:
+        """Blocks of a row's whole sequence, as far as it is expected to come."""
+        most = requests.params[requests.param_index[i]].max_tokens
+        prompt = int(requests.offsets[i + 1] - requests.offsets[i])
+        return self._table.blocks_for(prompt + self._expected(template, generated, most))
+
+    def _expected(self, template: int, generated: int, most: int) -> int:
+        if self._lengths is None:
+            return most
+        table, template = self._table, self._lengths.known(template)
+        alike = table.active if template < 0 else table.active & (table.template == template)
+        running = (table.length - table.prompt_length)[alike]
+        return self._lengths.expected(template, generated, most, running)
+
+    def extend(self, decoding: Ints, positions: Ints) -> NDArray[np.bool_]:
+        """Promise the blocks that these sequences need up to these positions; which of them [n] still run after that.
+
+        Where none are left, those are preempted that were admitted last.
+        """
+        table = self._table
+        blocks = positions // table.block_size + 1
+        for i in np.flatnonzero(blocks > table.own_from[decoding] + table.promised[decoding]).tolist():
+            place = int(decoding[i])
+            while table.active[place] and not self._promise_more(place, int(blocks[i])):
+                running = decoding[table.active[decoding]]
+                self._preempt(int(running[table.epoch[running].argmax()]))
+        return table.active[decoding]
+
+    def _promise_more(self, place: int, blocks: int) -> bool:
+        table = self._table
+        generated = int(table.length[place] - table.prompt_length[place])
+        expected = self._expected(
+            int(table.template[place]), generated, int(table.end[place] - table.prompt_length[place])
+        )
+        have = int(table.own_from[place] + table.promised[place])
+        least = blocks - have
+        for count in (max(least, table.blocks_for(int(table.prompt_length[place]) + expected) - have), least):
+            if self._manager.promise(count):
+                table.promised[place] += count
+                return True
+        return False
+
+    def _preempt(self, place: int) -> None:
+        table = self._table
+        request = table.request[place]
+        assert request is not None
+        self._preempted.appendleft(_Row(*request, int(table.template[place]), table.generated(place).copy()))
+        self._release(place)
+        self.waiting_rows += 1
+        self.preemptions += 1
+        if self._lengths is not None:
+            self._lengths.grow()
+
+    def finish(self, place: int, spoiled: bool) -> None:
+        """A sequence has ended; `spoiled` where what it has computed is not finite."""
+        table = self._table
+        if spoiled:
+            for tile in table.tiles[place]:
+                tile.spoiled = True
+            self.wiped.append(table.blocks[place, table.own_from[place] : table.block_count[place]].copy())
+        elif self._lengths is not None:
+            new = int(table.length[place] - table.prompt_length[place])
+            self._lengths.observe(int(table.template[place]), new)
+        self._release(place)
+
+    def _release(self, place: int) -> None:
+        tiles, promised = self._table.tiles[place], int(self._table.promised[place])
+        self._manager.release(self._table.remove(place), promised)
+        if len(blocks := self._tree.leave(tiles)):
+            self.wiped.append(blocks)

@@ -1,0 +1,144 @@
+"""Prompts that begin alike are computed once, whatever the order, and every row has its own result."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engines import IdsAsText, engine_of, run, tokens
+
+from batchinfer.block_manager import BlockManager
+from batchinfer.kernels.attention import TILE
+from batchinfer.prefix_tree import PrefixTree, shared_tiles
+from batchinfer.request import FinishReason, Requests, SamplingParams
+
+
+def tree_of_prompts(seed: int = 0) -> list[list[int]]:
+    """In depth-first order: three templates, two with a second level, and prompts of nobody's."""
+    rng = np.random.default_rng(seed)
+
+    def text(n: int) -> list[int]:
+        return rng.integers(2, 320, n).tolist()
+
+    prompts: list[list[int]] = []
+    for length, branches in ((130, 2), (64, 3), (200, 0)):
+        template = text(length)
+        prompts += [template + text(int(rng.integers(1, 40))) for _ in range(5)]
+        for _ in range(branches):
+            branch = template[: length // TILE * TILE] + text(70)
+            prompts += [branch + text(int(rng.integers(1, 90))) for _ in range(4)]
+        prompts += [text(int(rng.integers(1, 150)))]
+    return [*prompts, prompts[-1], prompts[0][:TILE], prompts[0][: TILE + 1]]
+
+
+@pytest.mark.parametrize(("dtype", "quantization"), [("float32", "none"), ("bfloat16", "w8a8-int8")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"max_num_batched_tokens": 64}, {"max_num_seqs": 3}, {"max_num_batched_tokens": 100, "block_size": 16}],
+)
+def test_rows_are_the_same_with_shared_prefixes_and_without(
+    make_model: Callable[..., Path], dtype: str, quantization: str, temperature: float, settings: dict[str, Any]
+) -> None:
+    model = make_model("mistral", sliding_window=100)
+    params = SamplingParams(max_tokens=12, temperature=temperature, ignore_eos=True, top_p=0.95)
+    prompts = tree_of_prompts()
+    requests = Requests.of(prompts, params, seeds=range(100, 100 + len(prompts)))
+    common = {"dtype": dtype, "quantization": quantization}
+    alone = tokens(engine_of(model, **common, prefix_sharing=False), requests)
+    engine = engine_of(model, **common, **settings)
+    assert tokens(engine, requests) == alone
+    stats = engine.stats()
+    assert stats.shared_tokens == TILE * int(shared_tiles(requests).sum()) > 1000
+    assert stats.prompt_tokens == len(requests.token_ids) - stats.shared_tokens
+
+
+def test_any_order_gives_the_same_rows(make_model: Callable[..., Path]) -> None:
+    model = make_model("llama")
+    requests = Requests.of(tree_of_prompts(), SamplingParams(max_tokens=8, ignore_eos=True))
+    expected = tokens(engine_of(model), requests)
+    for seed in range(3):
+        shuffled = requests.take(np.random.default_rng(seed).permutation(len(requests)))
+        assert tokens(engine_of(model, max_num_seqs=4), shuffled) == expected
+
+
+def test_tiles_are_shared_only_before_the_last_one_and_only_if_all_tokens_agree() -> None:
+    a = list(range(2, 2 + 3 * TILE))
+    prompts = [a, a, [*a, 1], a[:TILE], a[: TILE + 1], [1, *a[1:]], [1, *a[1 : 2 * TILE - 1], 7, 8], a[:5]]
+    assert shared_tiles(Requests.of(prompts, SamplingParams())).tolist() == [0, 2, 2, 0, 0, 0, 1, 0]
+
+
+def test_shared_blocks_are_freed_right_after_the_last_row_that_needs_them(make_model: Callable[..., Path]) -> None:
+    """More than a pool of rows with one prefix, then many with another: only one prefix has room."""
+    rng = np.random.default_rng(3)
+    long = [rng.integers(2, 320, 320).tolist() for _ in range(4)]
+    prompts = [[*template, k, k + 1] for template in long for k in range(2, 12)]
+    requests = Requests.of(prompts, SamplingParams(max_tokens=4, ignore_eos=True))
+    engine = engine_of(make_model("llama"), kv_cache_tokens=512 + 64, max_num_seqs=3)
+    most = 0
+    engine.add(requests)
+    while engine.unfinished:
+        engine.step()
+        most = max(most, int((~engine.scheduler.manager._free[1:]).sum()))
+    engine.scheduler.manager.check_integrity()
+    assert engine.stats().prompt_tokens == 4 * 322 + 36 * 2
+    assert most <= (320 // 32) + 3 * 1 + (320 // 32), "two templates at most, and the rows' own blocks"
+
+
+def test_a_prefix_that_is_not_finite_fails_its_rows_and_spoils_no_other(make_model: Callable[..., Path]) -> None:
+    model = make_model("llama")
+    clean = [[t if t != 7 else 8 for t in prompt] for prompt in tree_of_prompts()]
+    params = SamplingParams(max_tokens=6, ignore_eos=True)
+    expected = {
+        row: done for row, done in run(engine_of(model), Requests.of(clean, params)).items() if 7 not in done[0]
+    }
+    bad = [row for row, prompt in enumerate(clean) if prompt[:20] == clean[0][:20]]
+    for row in bad:
+        clean[row][10] = 7
+    engine = engine_of(model, max_num_seqs=4, kv_cache_tokens=1024)
+    engine.runner.decoder.embedding[7] = float("nan")
+    found = run(engine, Requests.of(clean, params))
+    assert all(found[row] == ([], FinishReason.ERROR) for row in bad)
+    rest = set(expected) - set(bad)
+    assert len(rest) > 10 and all(found[row] == expected[row] for row in rest)
+
+
+def test_the_tree_refuses_rows_in_another_order() -> None:
+    tree = PrefixTree(BlockManager(20), 32)
+    tree.enter(0, 0)
+    with pytest.raises(AssertionError, match="another order"):
+        tree.enter(1, 1)
+
+
+@pytest.mark.parametrize("seats", [3, 16])
+def test_rows_that_are_preempted_come_to_the_same_end(make_model: Callable[..., Path], seats: int) -> None:
+    """The first rows end early, so that little is expected of the others, which then need more than there is."""
+    model = make_model("llama")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 320, int(rng.integers(5, 40))).tolist() for _ in range(80)]
+    unended = SamplingParams(max_tokens=100, temperature=1.0, ignore_eos=True)
+    free = tokens(engine_of(model), Requests.of(prompts, unended, seeds=range(80)))
+    stop = [t[3] for t in list(free.values())[:40]]
+    tokenizer = IdsAsText(eos_ids=tuple(sorted(set(stop))[:12]))
+    params = SamplingParams(max_tokens=100, temperature=1.0)
+    requests = Requests.of(prompts, params, seeds=range(80))
+    expected = run(engine_of(model, tokenizer, learned_admission=False), requests)
+    engine = engine_of(model, tokenizer, kv_cache_tokens=512 + 64, max_num_seqs=seats)
+    assert run(engine, requests) == expected
+    assert (engine.stats().preemptions > 0) == (seats == 16)
+
+
+def test_what_is_learned_lets_more_rows_run_side_by_side(make_model: Callable[..., Path]) -> None:
+    model = make_model("llama")
+    prompts = [[5 + i % 300, 9] for i in range(200)]
+    free = tokens(engine_of(model), Requests.of(prompts, SamplingParams(max_tokens=8, ignore_eos=True)))
+    eos = tuple({t[5] for t in free.values()})
+    requests = Requests.of(prompts, SamplingParams(max_tokens=400))
+
+    def steps(learned: bool) -> int:
+        engine = engine_of(model, IdsAsText(eos_ids=eos), kv_cache_tokens=1024, learned_admission=learned)
+        assert len(run(engine, requests)) == 200
+        return engine.stats().steps
+
+    assert steps(True) < 0.5 * steps(False)
