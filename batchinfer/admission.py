@@ -33,7 +33,7 @@ class Admission:
     def __init__(self, table: SequenceTable, manager: BlockManager, share: bool, lengths: OutputLengths | None) -> None:
         """With `share`, what neighbours begin with is computed once. `lengths` None: all blocks that a row may ever
         need are promised, and nothing is preempted."""
-        self._table, self._manager, self._lengths = table, manager, lengths
+        self._table, self._manager, self.lengths = table, manager, lengths
         self._tree = PrefixTree(manager, table.block_size)
         self._share = share
         self._waiting: deque[tuple[Requests, Ints, int]] = deque()  # requests, shared tiles, how many are admitted
@@ -117,12 +117,12 @@ class Admission:
         return self._table.blocks_for(prompt + self._expected(template, generated, most))
 
     def _expected(self, template: int, generated: int, most: int) -> int:
-        if self._lengths is None:
+        if self.lengths is None:
             return most
-        table, template = self._table, self._lengths.known(template)
+        table, template = self._table, self.lengths.known(template)
         alike = table.active if template < 0 else table.active & (table.template == template)
         running = (table.length - table.prompt_length)[alike]
-        return self._lengths.expected(template, generated, most, running)
+        return self.lengths.expected(template, generated, most, running)
 
     def extend(self, decoding: Ints, positions: Ints) -> NDArray[np.bool_]:
         """Promise the blocks that these sequences need up to these positions; which of them [n] still run after that.
@@ -160,8 +160,8 @@ class Admission:
         self._release(place)
         self.waiting_rows += 1
         self.preemptions += 1
-        if self._lengths is not None:
-            self._lengths.grow()
+        if self.lengths is not None:
+            self.lengths.grow()
 
     def finish(self, place: int, spoiled: bool) -> None:
         """A sequence has ended; `spoiled` where what it has computed is not finite."""
@@ -170,9 +170,9 @@ class Admission:
             for tile in table.tiles[place]:
                 tile.spoiled = True
             self.wiped.append(table.blocks[place, table.own_from[place] : table.block_count[place]].copy())
-        elif self._lengths is not None:
+        elif self.lengths is not None:
             new = int(table.length[place] - table.prompt_length[place])
-            self._lengths.observe(int(table.template[place]), new)
+            self.lengths.observe(int(table.template[place]), new)
         self._release(place)
 
     def _release(self, place: int) -> None:

@@ -16,6 +16,7 @@ from engines import IdsAsText, compare_logits, engine_of, prompts_of, run, token
 
 from batchinfer.engine import Engine
 from batchinfer.jobs.quantize import CalibrationRows, quantize
+from batchinfer.output_lengths import LEAST_ENDED
 from batchinfer.request import FinishReason, Requests, SamplingParams
 
 SHAPE = {
@@ -204,19 +205,18 @@ def test_a_shape_alone_is_run_with_noise_in_as_many_bits_as_it_says(
     assert all(layer.down.nbytes < layer.down.operations_per_row for layer in engine.runner.decoder.layers)
 
 
+@pytest.mark.long(minutes=1)
 def test_shared_prefixes_and_preempted_rows_come_out_the_same(
     make_model: Callable[..., Path], interpreted: Callable[..., Engine]
 ) -> None:
     model = make_model("llama", **SHAPE)
     template = np.random.default_rng(0).integers(2, 320, 64).tolist()
-    prompts = [[*template, 5, k] for k in range(2, 8)] + prompts_of(6, 20)
-    params = SamplingParams(max_tokens=40, temperature=1.0)
-    requests = Requests.of(prompts, params, seeds=range(12))
-    free = tokens(engine_of(model, **SMALL), requests)
-    tokenizer = IdsAsText(eos_ids=tuple({t[min(2, len(t) - 1)] for t in list(free.values())[:8]}))
-    many = Requests.of(prompts * 5, params, seeds=range(60))
-    expected = run(engine_of(model, tokenizer, **SMALL), many)
-    engine = interpreted(model, tokenizer, kv_cache_tokens=128)
-    assert run(engine, many) == expected
-    stats = engine.stats()
-    assert stats.shared_tokens > 0
+    prompts = [[*template, 5, k] for k in range(2, 5)] + [[7, 8], [9], [10, 11, 12]]
+    requests = Requests.of(prompts, SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True), seeds=range(6))
+    expected = tokens(engine_of(model, **SMALL), requests)
+    engine = interpreted(model, kv_cache_tokens=128)
+    assert engine.scheduler.admission.lengths is not None
+    for _ in range(LEAST_ENDED):
+        engine.scheduler.admission.lengths.observe(-1, 2)
+    assert tokens(engine, requests) == expected
+    assert engine.stats().shared_tokens == 2 * 64 and engine.stats().preemptions > 0
