@@ -119,6 +119,11 @@ class Tokenizer:
         with _naming(file):
             return Tokenizer(backend, bos_id, eos_ids, template, digest.hexdigest())
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token's id."""
+        return self._backend.get_vocab()
+
     def encode_batch(self, texts: list[str], allow_special_tokens: bool = False) -> tuple[TokenIds, Offsets]:
         """Token ids of plain prompts: with beginning-of-text, exactly once, if this tokenizer adds it.
 

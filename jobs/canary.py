@@ -25,6 +25,7 @@ from batchinfer.jobs.windows import Prompts, join
 from batchinfer.jobs.worker import Fault, Found, Worker
 from batchinfer.quantize.formats.gguf_file import GGUFFile
 from batchinfer.request import Requests
+from batchinfer.speculation import Speculation
 from batchinfer.tokenizer import Tokenizer
 
 POLL_SECONDS = 0.2
@@ -91,7 +92,8 @@ def reference_config(spec: JobSpec, config: EngineConfig) -> EngineConfig:
             f"--canary {spec.canary} shows what quantization costs, but --quantization is {spec.quantization} and "
             f"{spec.model} is in floating point: leave --canary out, or quantize"
         )
-    return replace(config, model=model, quantization="none", kv_cache_dtype="auto")
+    off = Speculation("off")  # for some rows it is not worth a draft model's second copy in memory
+    return replace(config, model=model, quantization="none", kv_cache_dtype="auto", speculation=off)
 
 
 def _is_quantized(model: Path) -> bool:

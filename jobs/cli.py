@@ -30,6 +30,7 @@ from batchinfer.jobs.options import (
     Quantization,
     Revision,
     Seed,
+    SpeculativeConfig,
 )
 from batchinfer.jobs.spec import (
     EXIT_CODES,
@@ -45,6 +46,7 @@ from batchinfer.jobs.spec import (
     shard_of,
     sharded,
 )
+from batchinfer.jobs.speculation import speculation_of
 from batchinfer.request import SamplingParams
 
 # The system's own allocator gives large cells back at once; pyarrow's, which it takes as it is loaded, keeps them.
@@ -160,6 +162,10 @@ def run(
     block_size: BlockSize = 32,
     deterministic: Deterministic = False,
     gpu_memory_utilization: GpuMemoryUtilization = 0.9,
+    speculative_config: SpeculativeConfig = None,
+    draft_model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A smaller model with the same tokenizer, which drafts tokens.")
+    ] = None,
     commit_rows: Annotated[int, typer.Option(help="Commit finished rows when there are so many,")] = 10_000,
     commit_seconds: Annotated[float, typer.Option(help="or after so long.")] = 30.0,
     max_error_rate: Annotated[float, typer.Option(help="Give up when a larger share of the rows failed.")] = 1.0,
@@ -228,6 +234,7 @@ def run(
         block_size=block_size,
         deterministic=deterministic,
         gpu_memory_utilization=gpu_memory_utilization,
+        speculation=speculation_of(speculative_config, draft_model),
         columns=tuple(name for names in columns for name in names.split(",") if name) if columns else None,
         commit_rows=commit_rows,
         commit_seconds=commit_seconds,

@@ -20,8 +20,10 @@ from batchinfer.jobs.options import (
     Quantization,
     Revision,
     Seed,
+    SpeculativeConfig,
 )
 from batchinfer.jobs.spec import Refused, UsageError, number_or_auto
+from batchinfer.jobs.speculation import speculation_of
 
 app = typer.Typer()
 
@@ -147,6 +149,7 @@ def bench(
     block_size: BlockSize = 32,
     deterministic: Deterministic = False,
     gpu_memory_utilization: GpuMemoryUtilization = 0.9,
+    speculative_config: SpeculativeConfig = None,
 ) -> None:
     """Run prompts of random tokens through the path of a job."""
     from batchinfer.jobs import bench as benchmark
@@ -161,6 +164,7 @@ def bench(
         "block_size": block_size,
         "deterministic": deterministic,
         "gpu_memory_utilization": gpu_memory_utilization,
+        "speculation": speculation_of(speculative_config, None),
         "random_weights": random_weights,
     }
     workload = benchmark.Workload(num_prompts, input_len, output_len, seed, engine)

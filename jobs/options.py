@@ -33,3 +33,11 @@ GpuMemoryUtilization = Annotated[
     float, typer.Option(metavar="SHARE", help="Of a GPU's memory, for weights, steps, keys and values together.")
 ]
 BlockSize = Annotated[int, typer.Option(help="Tokens of a block of the KV cache.")]
+SpeculativeConfig = Annotated[
+    str | None,
+    typer.Option(
+        metavar="JSON|METHOD",
+        help="Who drafts tokens: off, auto, ngram, suffix, draft_model, or a JSON object with method, model, "
+        "num_speculative_tokens, prompt_lookup_min, prompt_lookup_max, gate. The output is the same.",
+    ),
+]

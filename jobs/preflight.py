@@ -1,7 +1,7 @@
 """A job before its first row: everything opened, resolved and checked, so that what does not fit is refused at once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ from batchinfer.jobs.schema import RESULT_FIELDS
 from batchinfer.jobs.spec import JobSpec, Refused
 from batchinfer.jobs.template_check import check_template
 from batchinfer.jobs.windows import Prompts
+from batchinfer.speculation import Speculation
 from batchinfer.tokenizer import Tokenizer
 
 PromptsFactory = Callable[[JobSpec, Tokenizer, int, pa.Schema], Prompts]
@@ -44,6 +45,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
     config = _engine_config(spec, model, table.num_rows)
     tokenizer = _load_tokenizer(model, tokenizer_folder)
+    config = replace(config, speculation=_speculation(spec, tokenizer, config.max_model_len))
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
     if spec.id_column is not None:
         check_ids(whole, spec.id_column)
@@ -101,3 +103,33 @@ def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
         deterministic=spec.deterministic,
         gpu_memory_utilization=spec.gpu_memory_utilization,
     )
+
+
+def _speculation(spec: JobSpec, tokenizer: Tokenizer, max_model_len: int) -> Speculation:
+    """The job's, with the draft model's directory. Raises `Refused` where its tokens are others, or too few."""
+    speculation = spec.speculation
+    if speculation.model is None:
+        return speculation
+    name = f"draft model {speculation.model}"
+    folder = resolve_model(str(speculation.model), None)
+    try:
+        drafts = Tokenizer.load(folder)
+    except ValueError as error:
+        raise Refused(f"{name}: {error}") from error
+    if drafts.vocabulary != tokenizer.vocabulary:
+        raise Refused(
+            f"{name} has another tokenizer than {spec.tokenizer or spec.model}; the two must have the same tokens with "
+            "the same ids: take a smaller model of the same family, or leave it out"
+        )
+    config = read_config(folder)
+    size, length = config.get("vocab_size"), config.get("max_position_embeddings")
+    if type(size) is int and size < tokenizer.vocab_size:  # what is no number the engine refuses
+        raise Refused(
+            f"{name} has vocab_size {size}, but its tokenizer has {tokenizer.vocab_size} tokens; leave it out"
+        )
+    if type(length) is int and length < max_model_len:
+        raise Refused(
+            f"{name} takes {length} tokens of prompt and answer, and the job up to {max_model_len}; give "
+            f"--max-model-len {length}, or another draft model"
+        )
+    return replace(speculation, model=folder)

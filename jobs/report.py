@@ -64,11 +64,14 @@ class Report:
     command: str
     canary: Canary | None = None
     output_sha256: str = ""  # of the output's bytes
+    prompt_tokens_shared: int = 0  # not computed, for another row had them
 
     def table(self) -> str:
         """The report as aligned lines, without colour."""
         rate, memory = self.tokens_per_second, self.peak_memory_bytes
         computed = self.prompt_tokens_computed + self.completion_tokens
+        sources = f"{self.prompt_tokens_computed:,} computed, {self.prompt_tokens_shared:,} shared"
+        right = f"{self.accepted:,} accepted ({_percent(self.accepted, self.drafted)})"
         lines = [
             ("output", self.output),
             ("model", self.model),
@@ -76,8 +79,9 @@ class Report:
             ("rows", f"{self.rows:,} ({self.rows_ok:,} ok, {self.rows_failed:,} failed)"),
             *([("  done before", f"{self.rows_resumed:,}")] if self.rows_resumed else []),
             *[(f"  {code}", f"{count:,} rows") for code, count in self.rows_by_error.items()],
-            ("prompt tokens", f"{self.prompt_tokens:,} ({self.prompt_tokens_computed:,} computed)"),
+            ("prompt tokens", f"{self.prompt_tokens:,} ({sources})"),
             ("completion tokens", f"{self.completion_tokens:,}"),
+            *([("drafts", f"{self.drafted:,} drafted, {right}")] if self.drafted else []),
             ("wall time", f"{_seconds(self.wall_seconds)}, of which generating {_seconds(self.generate_seconds)}"),
             *[(f"  {name}", _seconds(seconds)) for name, seconds in self.phases.items()],
             ("rows/s", f"{self.rows_per_second:,.2f}"),

@@ -1,6 +1,7 @@
 """What a job is: every choice of `batchinfer run`, resolved once, frozen; and how a job ends early."""
 
 import difflib
+import json
 import os
 import tomllib
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from typing import Any
 
 from batchinfer.quantize.scheme import QUANTIZATIONS
 from batchinfer.request import SamplingParams
+from batchinfer.speculation import Speculation
 
 
 class UsageError(Exception):
@@ -93,6 +95,7 @@ class JobSpec:
     random_weights: bool = False
     deterministic: bool = False
     gpu_memory_utilization: float = 0.9
+    speculation: Speculation = field(default_factory=Speculation)  # its model is a directory or a Hub id, as given
     canary: int = 0  # rows to compare with a reference before the job begins
     canary_reference: str | None = None  # a directory or a Hub id; None: the same model without quantization
     metrics_textfile: Path | None = None  # for node_exporter's textfile collector
@@ -265,10 +268,13 @@ def _job_value(folder: Path, name: str, value: Any) -> Any:
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{value!r}; expected a text or a list of texts")
         return [str(folder / text) for text in texts] if name == "input" else texts
+    if name == "speculative_config" and isinstance(value, dict):
+        model = {key: _job_value(folder, key, value[key]) for key in ("model",) if key in value}
+        return json.dumps({**value, **model}, default=str)
     if not isinstance(value, str | int | float):
         raise ValueError(f"a {type(value).__name__}; expected one value")
     # A model's name may be a Hub id: it is a path only where such a folder is.
     is_path = name in ("output", "metrics_textfile") or (
-        name in ("model", "tokenizer", "canary_reference") and os.path.exists(folder / str(value))
+        name in ("model", "tokenizer", "draft_model", "canary_reference") and os.path.exists(folder / str(value))
     )
     return str(folder / str(value)) if is_path else value

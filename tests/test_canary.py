@@ -24,6 +24,7 @@ from batchinfer.jobs.report import read_report
 from batchinfer.jobs.runner import run
 from batchinfer.jobs.spec import JobSpec, Refused, UsageError
 from batchinfer.request import Requests, RowError, SamplingParams
+from batchinfer.speculation import Speculation
 
 TARGET = Path(__file__).parents[1] / "examples/stdlib/target"
 PROMPTS = [
@@ -134,7 +135,7 @@ def test_an_engine_that_cannot_be_is_refused_as_in_the_job(tmp_path: Path, make_
 def test_what_the_reference_is(tmp_path: Path) -> None:
     config = EngineConfig(TARGET, quantization="w8a8-int8", dtype="float32", max_num_seqs=3)
     spec = job(tmp_path, TARGET, canary=2)
-    plain = replace(config, quantization="none")
+    plain = replace(config, quantization="none", speculation=Speculation("off"))
     assert reference_config(spec, config) == plain
     assert reference_config(spec, replace(plain, kv_cache_dtype="int8")) == plain
     for same in (plain, replace(plain, quantization="auto")):
