@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from batchinfer.admission import Admission
 from batchinfer.batch import Batch
 from batchinfer.block_manager import BlockManager
 from batchinfer.config import LEAST_BATCHED_TOKENS, EngineConfig, EngineStats
+from batchinfer.device_steps import padded_count
+from batchinfer.draft_model import DraftModel, load_draft_model
 from batchinfer.gains import Gains
 from batchinfer.kernels import dispatch
 from batchinfer.kernels.attention import TILE
@@ -23,8 +26,9 @@ from batchinfer.model_config import ModelConfig, read_model_config
 from batchinfer.output_lengths import OutputLengths
 from batchinfer.request import Completions, FinishReason, Requests, RowError, SamplingParams
 from batchinfer.runner import ModelRunner, measure_peak
-from batchinfer.scheduler import Drafter, Scheduler
+from batchinfer.scheduler import Scheduler, padded_size
 from batchinfer.sequence import SequenceTable
+from batchinfer.speculator import Speculator
 from batchinfer.tokenizer import Tokenizer
 from batchinfer.transfer import Sampled
 
@@ -56,6 +60,7 @@ class Engine:
         allocator.return_freed_memory()
         try:
             self.runner = ModelRunner(config, model)
+            draft_runner = load_draft_model(config)
             allocator.keep_freed_memory()
             room = self._room(config)
         except (RuntimeError, MemoryError) as error:
@@ -67,12 +72,13 @@ class Engine:
                 f"what else runs on {config.device}"
             ) from error
         self._stats = EngineStats(device=self.runner.device_name, notes=self.runner.notes)
-        blocks, note = pool_blocks(config, model, self.runner.kv_dtype, room)
+        a_token = sum(runner.bytes_per_token for runner in (self.runner, draft_runner) if runner is not None)
+        blocks, note = pool_blocks(config, a_token, self.runner.kv_dtype, room)
         self._stats.notes += [note] if note else []
         self.runner.allocate(blocks, config.block_size)
         lengths = OutputLengths(config.max_model_len) if config.learned_admission else None
         self.table, self.scheduler = self._scheduler(config, blocks, lengths)
-        self.drafter: Drafter | None = None
+        self.drafter = self._speculator(config, draft_runner, blocks)
         self.steps: deque[_Step] = deque()  # under way, the oldest first
         self._settled = 0.0  # when the last one before them ended
         self._stats.load_seconds = time.perf_counter() - started
@@ -101,6 +107,8 @@ class Engine:
 
     def step(self) -> Completions:
         """Begin one step, and end the oldest if as many are under way as may be; the rows that ended, often none."""
+        if self.steps and self.drafter is not None and self.drafter.wanted:
+            return self._end(self.steps.popleft())
         begun = self._begin()
         if not self.steps or (begun and len(self.steps) <= self.runner.late and not self.steps[-1].batch.drafted):
             return self._completions([], {})
@@ -156,7 +164,11 @@ class Engine:
             self.scheduler.finish(place, reason is FinishReason.ERROR)
         self._stats.accepted += gains.accepted
         now = time.perf_counter()
-        self._count(batch, now - max(step.started, self._settled))
+        seconds = now - max(step.started, self._settled)
+        if self.drafter is not None:
+            self.drafter.settle(batch, gains, seconds)
+            self.drafter.remember(completions)
+        self._count(batch, seconds)
         self._settled = now
         return completions
 
@@ -194,6 +206,14 @@ class Engine:
         grain, inputs = self.runner.decoder.row_grain, self.runner.attention_inputs
         budget, eos_ids = config.max_num_batched_tokens, np.array(self.tokenizer.eos_ids, np.int64)
         return table, Scheduler(table, manager, admission, inputs, budget, grain, eos_ids)
+
+    def _speculator(self, config: EngineConfig, runner: ModelRunner | None, blocks: int) -> Speculator | None:
+        if config.speculation.method == "off":
+            return None
+        grain = self.runner.decoder.row_grain
+        padded = padded_count if self.runner.late else partial(padded_size, row_grain=grain)
+        model = None if runner is None else DraftModel(runner, config, self.table, blocks)
+        return Speculator(self.table, config.speculation, padded, model)
 
     def _room(self, config: EngineConfig) -> Room:
         """For keys and values; on a GPU a step as large as any is computed first, to see what it takes."""

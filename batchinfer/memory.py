@@ -39,13 +39,13 @@ class Room:
         return cls(max(0, usable - used - activations), reason)
 
 
-def pool_blocks(config: EngineConfig, model: ModelConfig, kv_dtype: torch.dtype, room: Room) -> tuple[int, str | None]:
+def pool_blocks(config: EngineConfig, a_token: int, kv_dtype: torch.dtype, room: Room) -> tuple[int, str | None]:
     """(blocks for what the plan asks, or for one longest sequence; a note where they are fewer).
 
+    A token takes `a_token` bytes in all models together.
     A `ValueError` says why not even one sequence fits.
     """
     asked = max(config.kv_cache_tokens, config.max_model_len)
-    a_token = bytes_per_token(model, kv_dtype)
     fits = room.nbytes // a_token
     if fits < config.max_model_len:
         remedies = "lower --max-model-len"

@@ -20,6 +20,7 @@ from batchinfer.kernels.backends import choose_backend
 from batchinfer.kernels.kv_cache import KV_DTYPES, MOST
 from batchinfer.kernels.rows import Rows
 from batchinfer.loader import load_decoder
+from batchinfer.memory import bytes_per_token
 from batchinfer.model_config import ModelConfig
 from batchinfer.quantize.rtn import quantize_channels
 from batchinfer.quantize.scheme import QuantScheme, scheme
@@ -83,6 +84,11 @@ class ModelRunner:
         if self.backend.device.type == "cuda":
             return torch.cuda.get_device_name(self.backend.device)
         return f"cpu, {torch.get_num_threads()} threads"
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values in all layers."""
+        return bytes_per_token(self.decoder.config, self.kv_dtype)
 
     @property
     def peak_device_bytes(self) -> int:

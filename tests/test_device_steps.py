@@ -162,11 +162,11 @@ def test_a_pool_is_what_the_plan_asks_or_what_fits(make_model: Callable[..., Pat
     a_token = bytes_per_token(model, kv_dtype)
     assert a_token == 2 * 3 * 2 * (16 * kv_dtype.itemsize + (0 if kv_dtype == torch.bfloat16 else 4))
     config = EngineConfig(folder, device="cuda", max_model_len=512, block_size=16, kv_cache_tokens=4096)
-    assert pool_blocks(config, model, kv_dtype, Room(a_token * 5000, "much")) == (4096 // 16 + 2, None)
-    blocks, note = pool_blocks(config, model, kv_dtype, Room(a_token * 1000, "little"))
+    assert pool_blocks(config, a_token, kv_dtype, Room(a_token * 5000, "much")) == (4096 // 16 + 2, None)
+    blocks, note = pool_blocks(config, a_token, kv_dtype, Room(a_token * 1000, "little"))
     assert blocks == 1000 // 16 + 2 and note is not None and "of 1000 tokens where the plan asks for 4096" in note
     with pytest.raises(ValueError) as error:
-        pool_blocks(config, model, kv_dtype, Room(a_token * 511, "of 8 GB all but this"))
+        pool_blocks(config, a_token, kv_dtype, Room(a_token * 511, "of 8 GB all but this"))
     for words in (f"{a_token} bytes a token", "of 8 GB all but this", "--max-model-len", "--gpu-memory-utilization"):
         assert words in str(error.value)
     assert ("--kv-cache-dtype int8" in str(error.value)) == (kv_dtype == torch.bfloat16)

@@ -1,0 +1,158 @@
+"""`Speculator`: whether to draft in a step, whose drafts, and how many.
+
+A draft costs one more token in the step, and is worth the probability that it is right, together with all drafts before
+it. So drafts are taken in the order of their worth, as many as give the most new tokens a second: none where the device
+is saturated, many where a step takes as long for sixteen tokens as for one.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchinfer.acceptance import Acceptance
+from batchinfer.batch import Batch, Ints
+from batchinfer.draft_model import DraftModel
+from batchinfer.gains import Gains
+from batchinfer.lookup import LookupDrafter, Proposals
+from batchinfer.request import Completions
+from batchinfer.sequence import SequenceTable
+from batchinfer.speculation import Speculation
+from batchinfer.step_times import StepTimes
+
+LEAST_GAIN = 1.02  # below that nothing is drafted
+LONGEST_REST = 16  # steps without a look, after looks that found nothing worth it
+
+Floats = NDArray[np.float64]
+
+
+class Speculator:
+    """The `Drafter` of an engine. With `gate` off, all drafts that there are go into every step."""
+
+    def __init__(
+        self,
+        table: SequenceTable,
+        speculation: Speculation,
+        padded: Callable[[int], int],
+        model: DraftModel | None,
+    ) -> None:
+        """`padded` tells how many tokens a step of so many computes."""
+        self.table, self.speculation, self.padded, self.model = table, speculation, padded, model
+        self.lookup = LookupDrafter(table, speculation) if speculation.looks_up else None
+        self.longest = speculation.prompt_lookup_max
+        # Kinds of evidence: tokens that agree in the row itself; in earlier answers; the model's.
+        self.acceptance = Acceptance(2 * self.longest + 3, len(table.active))
+        self.times = StepTimes()
+        self._look_seconds = 0.0
+        self._drafted: tuple[Ints, Ints, Ints] | None = None  # places, kinds, drafts of the step under way
+        self._rest, self._last_rest = 0, 1
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the next step is to be looked at: then all that earlier ones sampled must be known."""
+        return not self.speculation.gate or self._rest == 0
+
+    def draft(self, places: Ints, room: Ints, prompt_tokens: int, budget: int) -> Ints:
+        """As `Drafter` says."""
+        none = np.zeros_like(places)
+        self._drafted = None
+        if self.speculation.gate and (prompt_tokens or self._rest):
+            return none
+        most = np.minimum(np.maximum(room, 0), self.speculation.num_speculative_tokens)
+        started = time.perf_counter()
+        found = self._look_up(places, most)
+        self._look_seconds += 0.2 * (time.perf_counter() - started - self._look_seconds)
+        depth = self._depth(places, most, budget, found)
+        if depth and self.model is not None:
+            found = self.model.draft(places, np.minimum(most, depth))
+            kinds = np.full(len(places), 2 * self.longest + 2)
+            counts = self._within(found.counts, budget)
+        else:
+            kinds = self._kinds(found)
+            counts = self._best(places, found.counts, kinds, budget)[0]
+        if not counts.any():
+            self._rest = self._last_rest = min(2 * self._last_rest, LONGEST_REST)
+            return none
+        self._last_rest = 1
+        self._write(places, counts, found.tokens)
+        self._drafted = places, kinds, counts
+        return counts
+
+    def settle(self, batch: Batch, gains: Gains, seconds: float) -> None:
+        """A step has ended."""
+        self._rest = max(0, self._rest - 1)
+        self.acceptance.fade()
+        if not batch.prompt_tokens:
+            self.times.observe(self.padded(batch.query_tokens), seconds)
+        if batch.drafted and self._drafted is not None:
+            places, kinds, counts = self._drafted
+            right = np.zeros(len(self.table.active), np.int64)
+            right[gains.places] = gains.tokens - 1
+            tried = counts > 0
+            self.acceptance.observe(places[tried], kinds[tried], counts[tried], right[places[tried]])
+
+    def remember(self, done: Completions) -> None:
+        """Rows have ended."""
+        if self.lookup is not None and len(done):
+            self.lookup.remember(done.token_ids, done.offsets)
+
+    def _look_up(self, places: Ints, most: Ints) -> Proposals:
+        if self.lookup is not None:
+            return self.lookup.draft(places, most)
+        none = np.zeros_like(places)
+        return Proposals(none, np.zeros((len(places), 0), np.int32), none, none > 0)
+
+    def _kinds(self, found: Proposals) -> Ints:
+        kinds: Ints = np.minimum(found.matched, self.longest) + found.from_library * (self.longest + 1)
+        return kinds
+
+    def _depth(self, places: Ints, most: Ints, budget: int, found: Proposals) -> int:
+        """How many tokens of each sequence the model is to draft; 0 where looking them up is better, or nothing."""
+        if self.model is None:
+            return 0
+        if not self.speculation.gate:
+            return 0 if found.counts.any() else int(most.max(initial=0))
+        n, depths = len(places), np.arange(1, self.speculation.num_speculative_tokens + 1)
+        depths = depths[n * depths <= budget]
+        likely = self.acceptance.of(places, self.table.epoch[places], np.full(n, 2 * self.longest + 2))
+        worth = (likely[:, None] ** depths * (depths <= most[:, None])).sum(0).cumsum()
+        sizes = np.array([self.padded(n * (1 + d)) for d in depths.tolist()], np.int64)
+        seconds = self.times.of(sizes) + depths * self.model.seconds(n)
+        rates = np.append((n + worth) / np.maximum(seconds, 1e-9), 0.0)
+        _, rate = self._best(places, found.counts, self._kinds(found), budget)
+        return int(rates.argmax()) + 1 if rates.max() > LEAST_GAIN * rate else 0
+
+    def _best(self, places: Ints, counts: Ints, kinds: Ints, budget: int) -> tuple[Ints, float]:
+        """How many of each sequence's drafts to verify, and the new tokens a second that are expected of that."""
+        if not self.speculation.gate:
+            return self._within(counts, budget), 0.0
+        n = len(places)
+        likely = self.acceptance.of(places, self.table.epoch[places], kinds)
+        o_k = np.arange(counts.max(initial=0))
+        worth = np.where(o_k < counts[:, None], likely[:, None] ** (o_k + 1), 0.0).ravel()
+        order = np.argsort(-worth, kind="stable")[: min(budget, int(counts.sum()))]
+        gained = np.concatenate([[0.0], np.cumsum(worth[order])])
+        # A step that is filled up anyway takes more drafts for nothing.
+        sizes = np.unique([self.padded(n + j) for j in range(len(gained))])
+        taken = np.minimum(sizes - n, len(gained) - 1)
+        seconds = np.maximum(self.times.of(sizes), 1e-9)
+        plain = n / seconds[0]
+        rates = (n + gained[taken]) / (seconds + self._look_seconds)
+        best = int(rates.argmax())
+        if rates[best] < LEAST_GAIN * plain:
+            return np.zeros_like(counts), plain
+        chosen = np.bincount(order[: taken[best]] // max(len(o_k), 1), minlength=n)
+        return chosen, float(rates[best])
+
+    def _within(self, counts: Ints, budget: int) -> Ints:
+        """As many as there are, the first sequences' first."""
+        left = budget - (np.cumsum(counts) - counts)
+        within: Ints = np.clip(left, 0, counts)
+        return within
+
+    def _write(self, places: Ints, counts: Ints, tokens: NDArray[np.int32]) -> None:
+        """Behind the newest token of each sequence."""
+        owner = np.repeat(np.arange(len(places)), counts)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.table.tokens[places[owner], self.table.length[places[owner]] + within] = tokens[owner, within]
