@@ -38,6 +38,7 @@ class EngineConfig:
     random_weights: bool = False
     deterministic: bool = False  # a row's bits depend on nothing but itself on a GPU too
     gpu_memory_utilization: float = 0.9  # the share of a GPU's memory that may be taken
+    kv_cache_memory_bytes: int | None = None  # for keys and values at most; None: what there is
     speculation: Speculation = field(default_factory=Speculation)
     prefix_sharing: bool = True  # compute what neighbouring rows begin with once
     learned_admission: bool = True  # promise the blocks that rows like it took, not all that a row may come to take

@@ -62,7 +62,7 @@ class Engine:
             self.runner = ModelRunner(config, model)
             draft_runner = load_draft_model(config)
             allocator.keep_freed_memory()
-            room = self._room(config)
+            room = self._room(config).limited(config.kv_cache_memory_bytes)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

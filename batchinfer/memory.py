@@ -38,6 +38,10 @@ class Room:
         )
         return cls(max(0, usable - used - activations), reason)
 
+    def limited(self, most: int | None) -> "Room":
+        """No more than the user allows."""
+        return self if most is None or most >= self.nbytes else Room(most, f"--kv-cache-memory-bytes {most}")
+
 
 def pool_blocks(config: EngineConfig, a_token: int, kv_dtype: torch.dtype, room: Room) -> tuple[int, str | None]:
     """(blocks for what the plan asks, or for one longest sequence; a note where they are fewer).

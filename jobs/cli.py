@@ -24,6 +24,7 @@ from batchinfer.jobs.options import (
     Dtype,
     GpuMemoryUtilization,
     KvCacheDtype,
+    KvCacheMemoryBytes,
     MaxNumBatchedTokens,
     MaxNumSeqs,
     Model,
@@ -162,6 +163,7 @@ def run(
     block_size: BlockSize = 32,
     deterministic: Deterministic = False,
     gpu_memory_utilization: GpuMemoryUtilization = 0.9,
+    kv_cache_memory_bytes: KvCacheMemoryBytes = "auto",
     speculative_config: SpeculativeConfig = None,
     draft_model: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A smaller model with the same tokenizer, which drafts tokens.")
@@ -234,6 +236,7 @@ def run(
         block_size=block_size,
         deterministic=deterministic,
         gpu_memory_utilization=gpu_memory_utilization,
+        kv_cache_memory_bytes=number_or_auto("--kv-cache-memory-bytes", kv_cache_memory_bytes),
         speculation=speculation_of(speculative_config, draft_model),
         columns=tuple(name for names in columns for name in names.split(",") if name) if columns else None,
         commit_rows=commit_rows,

@@ -32,6 +32,9 @@ Deterministic = Annotated[
 GpuMemoryUtilization = Annotated[
     float, typer.Option(metavar="SHARE", help="Of a GPU's memory, for weights, steps, keys and values together.")
 ]
+KvCacheMemoryBytes = Annotated[
+    str, typer.Option(metavar="N|auto", help="Memory for keys and values, at most; auto: what is there.")
+]
 BlockSize = Annotated[int, typer.Option(help="Tokens of a block of the KV cache.")]
 SpeculativeConfig = Annotated[
     str | None,

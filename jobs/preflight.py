@@ -102,6 +102,9 @@ def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
         random_weights=spec.random_weights,
         deterministic=spec.deterministic,
         gpu_memory_utilization=spec.gpu_memory_utilization,
+        kv_cache_memory_bytes=spec.kv_cache_memory_bytes,
+        prefix_sharing=spec.prefix_sharing,
+        learned_admission=spec.learned_admission,
     )
 
 

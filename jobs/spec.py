@@ -95,6 +95,9 @@ class JobSpec:
     random_weights: bool = False
     deterministic: bool = False
     gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None  # for keys and values at most; None: what there is
+    prefix_sharing: bool = True  # no flag: benchmarks switch it off, and what follows
+    learned_admission: bool = True
     speculation: Speculation = field(default_factory=Speculation)  # its model is a directory or a Hub id, as given
     canary: int = 0  # rows to compare with a reference before the job begins
     canary_reference: str | None = None  # a directory or a Hub id; None: the same model without quantization
@@ -153,6 +156,7 @@ class JobSpec:
             ("--max-num-seqs", self.max_num_seqs, 1),
             ("--max-num-batched-tokens", self.max_num_batched_tokens, 1),
             ("--max-model-len", self.max_model_len, 2),
+            ("--kv-cache-memory-bytes", self.kv_cache_memory_bytes, 1),
         ):
             if number is not None:
                 _at_least(flag, number, bound)

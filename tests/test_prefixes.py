@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import IdsAsText, engine_of, run, tokens
+from engines import IdsAsText, engine_of, prompts_of, run, tokens
 
 from batchinfer.block_manager import BlockManager
 from batchinfer.kernels.attention import TILE
@@ -142,3 +142,15 @@ def test_what_is_learned_lets_more_rows_run_side_by_side(make_model: Callable[..
         return engine.stats().steps
 
     assert steps(True) < 0.5 * steps(False)
+
+
+def test_memory_for_keys_and_values_can_be_limited(make_model: Callable[..., Path]) -> None:
+    model = make_model("llama")
+    requests = Requests.of(prompts_of(30, 200), SamplingParams(max_tokens=8, ignore_eos=True))
+    engine = engine_of(model, kv_cache_memory_bytes=600 * 768)
+    assert engine.runner.kv_cache_bytes <= (600 + 2 * 32) * 768
+    assert tokens(engine, requests) == tokens(engine_of(model), requests)
+    [note] = engine.stats().notes
+    assert note.endswith("fewer rows run side by side (--kv-cache-memory-bytes 460800)")
+    with pytest.raises(ValueError, match=r"max_model_len 512 needs .* are available: --kv-cache-memory-bytes 1000;"):
+        engine_of(model, kv_cache_memory_bytes=1000)
