@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,17 @@ class Fails4(DrawsLastFirst):
         done.finish_reasons[np.isin(done.rows, list(errors))] = FinishReason.ERROR
         return Completions(done.rows, done.token_ids, done.offsets, done.finish_reasons, errors)
 
-class Poisoned4(DrawsLastFirst):
+class Poisoned4(Draws):
     # Of 4 samples a row: row 3 with its second one, row 7 with each.
     def step(self):
-        if {13, 28, 29, 30, 31} & set(self._waiting[-1].rows.tolist()):
+        if {13, 28, 29, 30, 31} & set(self._waiting[0].rows.tolist()):
             os.kill(os.getpid(), signal.SIGBUS)
         return super().step()
 
-class Poisoned16(DrawsLastFirst):
+class Poisoned16(Draws):
     # Of 16 samples a row, each one of row 2.
     def step(self):
-        if 2 in (self._waiting[-1].rows // 16).tolist():
+        if 2 in (self._waiting[0].rows // 16).tolist():
             os.kill(os.getpid(), signal.SIGBUS)
         return super().step()
 """
@@ -222,6 +223,28 @@ def test_a_row_is_committed_whole_and_the_same_command_goes_on(
     assert table.equals(table_of(tmp_path / "undisturbed.parquet"))
 
 
+@pytest.mark.parametrize(("name", "value"), [("WINDOW_ROWS", 120), ("WINDOW_TOKENS", 900)])
+def test_samples_count_for_what_the_engine_is_sent_at_once(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int
+) -> None:
+    """The engine ends in one step what came together."""
+    monkeypatch.setattr(windows, "SLICE_ROWS", 8)
+    monkeypatch.setattr(windows, name, value)
+    path = write(tmp_path / "in.parquet", prompt=["x" * 10] * 40)
+    steps = [run(spec(model, path, sampling=WARM, n=n, overwrite=True), STUB).steps for n in (1, 3, 15)]
+    assert steps == [1, 1, 5] if name == "WINDOW_ROWS" else [1, 2, 5]
+
+
+def test_the_engine_is_made_for_all_samples(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
+    path = write(tmp_path / "in.parquet", prompt=["x" * 10] * 10)
+    job = spec(model, path, sampling=WARM, n=3, overwrite=True, block_size=9)
+    notes = [run(replace(job, **fields), engine("Remembers")).notes[0] for fields in ({}, {"max_num_seqs": 5})]
+    assert notes == [f"{rows * 18} tokens of KV" for rows in (30, 6)], "two blocks for each; of whole rows"
+    resolved = json.loads((tmp_path / "out.run" / "run.json").read_text())
+    assert run(job, engine("Remembers")).rows == 10 and resolved["engine"]["expected_batch"] == 5
+    assert json.loads((tmp_path / "out.run" / "run.json").read_text())["engine"]["expected_batch"] == 30
+
+
 def test_samples_count_for_a_commit(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
     path = write(tmp_path / "in.parquet", prompt=prompts(40))
     run(spec(model, path, sampling=WARM, n=4, commit_rows=20), engine("Slow"))
@@ -272,12 +295,13 @@ def test_no_rows_give_an_output_with_the_column(tmp_path: Path, model: Path) -> 
 
 
 def test_a_column_of_that_name_is_refused_only_where_it_clashes(tmp_path: Path, model: Path) -> None:
-    path = write(tmp_path / "in.parquet", prompt=prompts(3), samples=[7, 8, 9])
+    theirs = [[{"completion_tokens": i}] for i in range(3)]
+    path = write(tmp_path / "in.parquet", prompt=prompts(3), samples=theirs)
     with pytest.raises(Refused, match="has a column 'samples', which the output needs for itself"):
         run(spec(model, path, n=2), STUB)
     run(spec(model, path, columns=("prompt", "samples")), STUB)
     verify(tmp_path / "out.parquet")
-    assert table_of(tmp_path / "out.parquet")["samples"].to_pylist() == [7, 8, 9]
+    assert table_of(tmp_path / "out.parquet")["samples"].to_pylist() == theirs
 
 
 def test_a_sample_that_was_changed_is_found(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
@@ -314,21 +338,21 @@ def test_the_flag_and_the_key(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a job of four samples on the demo model, and its prompts."""
+    """A folder with a job of three samples on the demo model, and its prompts."""
     folder = tmp_path_factory.mktemp("real")
-    write(folder / "in.parquet", prompt=[f"def {name}(self, x):\n    " for name in ("read", "write", "close")])
-    run(job_on_target(folder, n=4, output=folder / "out.parquet"))
+    write(folder / "in.parquet", prompt=[f"def {name}(self, x):\n    " for name in ("read", "write")])
+    run(job_on_target(folder, n=3, output=folder / "out.parquet"))
     return folder
 
 
 def job_on_target(folder: Path, **fields: Any) -> JobSpec:
-    params = SamplingParams(max_tokens=12, temperature=1.0)
+    params = SamplingParams(max_tokens=6, temperature=1.0)
     return spec(TARGET, folder / "in.parquet", sampling=params, dtype="float32", max_model_len=64, **fields)
 
 
 def test_samples_of_a_real_model_differ_and_the_first_is_that_of_a_job_without(answered: Path) -> None:
-    table = check(answered / "out.parquet", 4)
-    assert all(len(set(samples)) == 4 for samples in samples_in(table))
+    table = check(answered / "out.parquet", 3)
+    assert all(len(set(samples)) == 3 for samples in samples_in(table))
     run(job_on_target(answered, output=answered / "one.parquet"))
     assert table["generated_text"].equals(table_of(answered / "one.parquet")["generated_text"])
 
@@ -338,12 +362,12 @@ def test_each_sample_is_what_its_seed_gives_alone(answered: Path) -> None:
     table = table_of(answered / "out.parquet")
     tokenizer = Tokenizer.load(TARGET)
     engine = engine_of(TARGET, tokenizer, dtype="float32", max_model_len=64)
-    params = SamplingParams(max_tokens=12, temperature=1.0)
+    params = SamplingParams(max_tokens=6, temperature=1.0)
     source = runner.PromptSource(job_on_target(answered), tokenizer, 64, table.schema)
     requests, _ = source.tokenize(0, table.to_batches()[0])
     wanted = []
-    for i, seed in enumerate(sampled(requests, 4).seeds.tolist()):
-        prompt = requests.token_ids[requests.offsets[i // 4] : requests.offsets[i // 4 + 1]].tolist()
+    for i, seed in enumerate(sampled(requests, 3).seeds.tolist()):
+        prompt = requests.token_ids[requests.offsets[i // 3] : requests.offsets[i // 3 + 1]].tolist()
         answer = tokens(engine, Requests.of([prompt], params, seeds=[seed]))[0]
         wanted.append(tokenizer.decode_batch(np.array(answer, np.int32), np.array([0, len(answer)]))[0])
     assert [text for samples in samples_in(table) for text in samples] == wanted
