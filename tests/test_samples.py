@@ -223,16 +223,17 @@ def test_a_row_is_committed_whole_and_the_same_command_goes_on(
     assert table.equals(table_of(tmp_path / "undisturbed.parquet"))
 
 
-@pytest.mark.parametrize(("name", "value"), [("WINDOW_ROWS", 120), ("WINDOW_TOKENS", 900)])
+@pytest.mark.parametrize(
+    ("name", "value", "steps"), [("WINDOW_ROWS", 120, [1, 1, 5]), ("WINDOW_TOKENS", 900, [1, 2, 5])]
+)
 def test_samples_count_for_what_the_engine_is_sent_at_once(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int, steps: list[int]
 ) -> None:
     """The engine ends in one step what came together."""
     monkeypatch.setattr(windows, "SLICE_ROWS", 8)
     monkeypatch.setattr(windows, name, value)
     path = write(tmp_path / "in.parquet", prompt=["x" * 10] * 40)
-    steps = [run(spec(model, path, sampling=WARM, n=n, overwrite=True), STUB).steps for n in (1, 3, 15)]
-    assert steps == [1, 1, 5] if name == "WINDOW_ROWS" else [1, 2, 5]
+    assert [run(spec(model, path, sampling=WARM, n=n, overwrite=True), STUB).steps for n in (1, 3, 15)] == steps
 
 
 def test_the_engine_is_made_for_all_samples(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
