@@ -18,15 +18,17 @@ import pytest
 from engines import engine_of, tokens
 from stub_jobs import ENGINES, SCRIPT, STUB, expected, make_model, prompts, spec, write
 
+from batchinfer.config import EngineConfig
 from batchinfer.jobs import cli, growth, runner, windows
 from batchinfer.jobs.merge_shards import merge_shards
 from batchinfer.jobs.report import Report, read_report
 from batchinfer.jobs.runner import run
-from batchinfer.jobs.samples import sampled
+from batchinfer.jobs.samples import SampledEngine, sampled
 from batchinfer.jobs.schema import RESULT_FIELDS
 from batchinfer.jobs.spec import JobSpec, Refused, UsageError, sharded
+from batchinfer.jobs.stub import StubEngine
 from batchinfer.jobs.verify import verify
-from batchinfer.request import Requests, SamplingParams
+from batchinfer.request import Completions, Requests, SamplingParams
 from batchinfer.tokenizer import Tokenizer
 
 TARGET = Path(__file__).parents[1] / "examples/stdlib/target"
@@ -127,6 +129,31 @@ def test_samples_are_rows_of_the_engine_in_order_and_the_first_keeps_the_seed() 
     assert found.seeds.dtype == np.uint64 and len(set(found.seeds.tolist())) == 6
     assert found.seeds[::3].tolist() == [11, 2**64 - 1]
     assert sampled(requests, 2).seeds.tolist() == found.seeds[[0, 1, 3, 4]].tolist(), "more samples change none"
+
+
+class OneByOne(StubEngine):
+    """Ends one sample a step, the last one first, and begins it in the same step."""
+
+    def add(self, requests: Requests) -> None:
+        for i in reversed(range(len(requests))):
+            super().add(requests.take(np.array([i])))
+
+    def step(self) -> Completions:
+        self._admitted = self._waiting[0].rows.tolist()
+        return super().step()
+
+    def take_admitted(self) -> list[int]:
+        return self._admitted
+
+
+def test_a_row_begins_with_a_sample_and_ends_with_the_last(model: Path) -> None:
+    engine = SampledEngine(OneByOne(EngineConfig(model), Tokenizer.load(model)), 3)
+    engine.add(Requests.of([[5, 6], [7]], WARM))
+    steps = [(engine.unfinished, engine.step(), engine.take_admitted()) for _ in range(6)]
+    assert [unfinished for unfinished, _, _ in steps] == [6, 5, 4, 3, 2, 1]
+    assert [admitted for _, _, admitted in steps] == [[1], [1], [1], [0], [0], [0]]
+    assert [done.rows.tolist() for _, done, _ in steps] == [[], [], [1, 1, 1], [], [], [0, 0, 0]]
+    assert steps[-1][1].token_ids.tolist() == [5, 6] * 3 and steps[-1][1].offsets.tolist() == [0, 2, 4, 6]
 
 
 @pytest.mark.parametrize("window_rows", [10, 100_000])
