@@ -48,7 +48,7 @@ class Windows:
     def __init__(self, table: Table, prompts: Prompts, block_size: int, done: NDArray[np.bool_], samples: int) -> None:
         """`done` [rows of the table] need not run; of each other row so many `samples` are computed."""
         self._prompts, self._done, self._samples = prompts, done, samples
-        self._batches = table.batches(prompts.columns, SLICE_ROWS)
+        self._batches = table.batches(prompts.columns, max(1, SLICE_ROWS // samples))
         self._slices: list[Requests] = []
         self._errors: dict[int, RowError] = {}
         self._first = self._end = 0

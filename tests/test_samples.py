@@ -251,7 +251,7 @@ def test_a_row_is_committed_whole_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "steps"), [("WINDOW_ROWS", 120, [1, 1, 5]), ("WINDOW_TOKENS", 900, [1, 2, 5])]
+    ("name", "value", "steps"), [("WINDOW_ROWS", 120, [1, 1, 5]), ("WINDOW_TOKENS", 900, [1, 2, 7])]
 )
 def test_samples_count_for_what_the_engine_is_sent_at_once(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int, steps: list[int]
