@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from batchinfer.checksums import sha256
-from batchinfer.jobs.schema import PART_SCHEMA, ROW
+from batchinfer.jobs.schema import ROW, SAMPLE_TOKENS, SAMPLES, has_samples, part_schema
 from batchinfer.jobs.spec import Refused
 
 
@@ -41,7 +41,7 @@ class Part:
             last_row=table[ROW][-1].as_py(),
             finish_reasons=dict(counts(table["finish_reason"])),
             prompt_tokens=pc.sum(table["prompt_tokens"]).as_py() or 0,
-            completion_tokens=pc.sum(table["completion_tokens"]).as_py() or 0,
+            completion_tokens=completion_tokens(table),
             bytes=size,
             sha256=digest,
         )
@@ -51,7 +51,7 @@ class Part:
         return asdict(self)
 
 
-COUNTED = [ROW, "finish_reason", "prompt_tokens", "completion_tokens", "error_code"]
+COUNTED = ["finish_reason", "prompt_tokens", "completion_tokens", "error_code"]
 
 
 @dataclass
@@ -99,7 +99,7 @@ def read_done(folder: Path, num_rows: int, fingerprints: dict[str, str], retry_e
         done.by_reason.update(counts(table["finish_reason"]))
         done.by_error.update(counts(table["error_code"]))
         done.prompt_tokens += pc.sum(table["prompt_tokens"]).as_py() or 0
-        done.completion_tokens += pc.sum(table["completion_tokens"]).as_py() or 0
+        done.completion_tokens += completion_tokens(table)
     return done
 
 
@@ -107,10 +107,10 @@ def read_part(path: Path) -> tuple[pa.Table, dict[str, str]]:
     """(the columns that are counted, the fingerprints in its footer). Raises `OSError` if it is damaged."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-            if not file.schema_arrow.equals(PART_SCHEMA):
+            if not any(file.schema_arrow.equals(part_schema(samples)) for samples in (1, 2)):
                 raise OSError(f"part {path} is damaged: its columns are not those of a part; {REMEDY}")
             metadata = (file.schema_arrow.metadata or {}).get(b"batchinfer", b"{}")
-            table = file.read(COUNTED, use_threads=False)
+            table = file.read([ROW, *counted(file.schema_arrow)], use_threads=False)
             if not len(table):
                 raise OSError(f"part {path} is damaged: it has no rows; {REMEDY}")
             return table, json.loads(metadata)
@@ -121,6 +121,20 @@ def read_part(path: Path) -> tuple[pa.Table, dict[str, str]]:
 
 
 REMEDY = "remove it, and its rows are computed again"
+
+
+def counted(schema: pa.Schema) -> list[str]:
+    """The columns of a part or an output that are counted, as Parquet names them."""
+    return [*COUNTED, SAMPLE_TOKENS] if has_samples(schema) else COUNTED
+
+
+def completion_tokens(results: pa.Table | pa.RecordBatch) -> int:
+    """Of all samples of each row; of one that has none, as it failed or as there are no others, its own."""
+    if not has_samples(results.schema):
+        return pc.sum(results["completion_tokens"]).as_py() or 0
+    without = results["completion_tokens"].filter(pc.is_null(results[SAMPLES.name]))
+    of_samples = pc.struct_field(pc.list_flatten(results[SAMPLES.name]), "completion_tokens")
+    return (pc.sum(without).as_py() or 0) + (pc.sum(of_samples).as_py() or 0)
 
 
 def counts(column: pa.ChunkedArray) -> Counter[str]:

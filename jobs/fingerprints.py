@@ -42,7 +42,9 @@ def fingerprints(
         "model": _digest([[path.name, sha256(path)] for path in configs] + [[p.name, _sampled(p)] for p in weights]),
         "tokenizer": tokenizer,
         "template": _digest(template),
-        "sampling": _digest({**asdict(spec.sampling), "seed": spec.seed, "max_model_len": config.max_model_len}),
+        "sampling": _digest(
+            {**asdict(spec.sampling), "n": spec.n, "seed": spec.seed, "max_model_len": config.max_model_len}
+        ),
         "quantization": _digest(
             [spec.quantization, spec.kv_cache_dtype, spec.dtype, spec.random_weights, config.few_rows]
         ),

@@ -101,7 +101,8 @@ class Loop:
 
     def _cache_tokens(self, config: EngineConfig) -> int:
         """Exact if the first window holds all rows; else twice what that one needs, as later rows may be longer."""
-        need = self._windows.plan.kv_cache_tokens(config.max_num_seqs)
+        samples = self._spec.computed_samples
+        need = samples * self._windows.plan.kv_cache_tokens(-(-config.max_num_seqs // samples))
         if self._upcoming is None or self._upcoming.end == self._total:
             return need
         return min(2 * need, config.max_num_seqs * config.max_model_len)

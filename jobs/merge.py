@@ -7,14 +7,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchinfer.jobs.schema import PART_SCHEMA, ROW
+from batchinfer.jobs.schema import ROW
 
 
 class PartsInOrder:
     """Opens a part when its first ordinal comes up. Where a row is in several parts, the last of them counts."""
 
-    def __init__(self, parts: list[tuple[Path, int]]) -> None:
-        """(path, first ordinal) of each, in the order of their numbers."""
+    def __init__(self, parts: list[tuple[Path, int]], schema: pa.Schema) -> None:
+        """(path, first ordinal) of each, in the order of their numbers; their columns."""
+        self._schema = schema
         numbered = [(number, path, first) for number, (path, first) in enumerate(parts)]
         self._later = sorted(numbered, key=lambda part: part[2], reverse=True)
         self._open: list[tuple[int, _Cursor]] = []
@@ -23,10 +24,10 @@ class PartsInOrder:
         """The rows from `first` to before `end`, in order; None unless each of them is there, and no other."""
         while self._later and self._later[-1][2] < end:
             number, path, _ = self._later.pop()
-            self._open.append((number, _Cursor(path)))
+            self._open.append((number, _Cursor(path, self._schema)))
         self._open.sort(key=lambda opened: opened[0])
         pieces = (piece for _, cursor in self._open for piece in cursor.below(end))
-        table = pa.concat_tables([PART_SCHEMA.empty_table(), *pieces])
+        table = pa.concat_tables([self._schema.empty_table(), *pieces])
         self._open = [opened for opened in self._open if not opened[1].exhausted]
         rows = table[ROW].to_numpy()
         order = np.argsort(rows, kind="stable")
@@ -40,11 +41,11 @@ class PartsInOrder:
 class _Cursor:
     """One part, a row group at a time; no file stays open in between, since a job may have thousands of parts."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path = path
         self._metadata = pq.read_metadata(path)
         self._next_group = 0
-        self._table = PART_SCHEMA.empty_table()
+        self._table = schema.empty_table()
 
     @property
     def exhausted(self) -> bool:

@@ -51,13 +51,18 @@ def _merge(shards: list[Path], output: Path) -> int:
     with OutputWriter(aside, schema, is_folder(output)) as writer:
         for path in files:
             with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-                for batch in file.iter_batches(MERGE_ROWS, use_threads=False):
+                for batch in file.iter_batches(_batch_rows(file.metadata), use_threads=False):
                     writer.write(pa.Table.from_batches([batch], schema))
                     rows += len(batch)
     expected = sum(read_report(path).rows for path in shards)
     assert rows == expected, "every shard was verified"
     publish(aside, output)
     return rows
+
+
+def _batch_rows(metadata: pq.FileMetaData) -> int:
+    """About a row group, whose bytes are bounded: with many samples few rows are large."""
+    return min(MERGE_ROWS, 1 + int(metadata.num_rows) // max(1, int(metadata.num_row_groups)))
 
 
 def _fingerprints(path: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ from batchinfer.jobs.done import Done, Part, differences, read_done
 from batchinfer.jobs.durable import link_new, lock, sync_folder, write_json, writing
 from batchinfer.jobs.merge import PartsInOrder
 from batchinfer.jobs.output import OutputWriter, digest_of, is_there, publish, refuse_foreign, remove, remove_left
-from batchinfer.jobs.schema import PARQUET, PART_SCHEMA, RESULT_FIELDS, ROW
+from batchinfer.jobs.schema import PARQUET, ROW, part_schema, result_fields
 from batchinfer.jobs.spec import Interrupted, Refused, is_folder
 
 ROW_GROUP_BYTES = 1 << 18  # of a part: what the merge holds of each part at a time
@@ -165,8 +165,8 @@ class RunFolder:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def commit(self, finished: list[pa.RecordBatch]) -> None:
-        """Write these rows (`PART_SCHEMA`) as the next part. Raises `OSError`; `Refused` if another run writes here."""
-        table = pa.Table.from_batches(finished, PART_SCHEMA)
+        """Write these rows (`part_schema`) as the next part. Raises `OSError`; `Refused` if another run writes here."""
+        table = pa.Table.from_batches(finished)
         rows = table[ROW].to_numpy()
         order = np.argsort(rows)
         assert (np.diff(rows[order]) > 0).all(), "a row ends once"
@@ -199,15 +199,19 @@ class RunFolder:
         }
         write_json(self.manifest, manifest)
 
-    def merge(self, schema: pa.Schema, batches: Iterable[tuple[int, pa.RecordBatch]], num_rows: int) -> Path:
+    def merge(
+        self, schema: pa.Schema, batches: Iterable[tuple[int, pa.RecordBatch]], num_rows: int, samples: int = 1
+    ) -> Path:
         """The input's kept columns and the parts side by side, in input order, in a file or folder aside; returns it.
 
-        `batches` are (first ordinal, columns of `schema`), in order. Holds a batch, and a row group of each part whose
-        range of ordinals is being passed. Raises `Refused` where the input is not the one that was run.
+        `batches` are (first ordinal, columns of `schema`), in order; `samples` those that the parts have of a row.
+        Holds a batch, and a row group of each part whose range of ordinals is being passed. Raises `Refused` where the
+        input is not the one that was run.
         """
         aside = self._temporary / f"merged{self.output.suffix}"
-        parts = PartsInOrder([(self.parts / part.name, part.first_row) for part in self._listed])
-        merged_schema = pa.schema([*schema, *RESULT_FIELDS])
+        listed = [(self.parts / part.name, part.first_row) for part in self._listed]
+        parts = PartsInOrder(listed, part_schema(samples))
+        merged_schema = pa.schema([*schema, *result_fields(samples)])
         end = 0
         with OutputWriter(aside, merged_schema, is_folder(self.output)) as writer:
             for first, batch in batches:

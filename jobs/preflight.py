@@ -13,7 +13,7 @@ from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, read_config, re
 from batchinfer.jobs.ids import check_ids
 from batchinfer.jobs.prompts import PromptSource
 from batchinfer.jobs.reader import Table
-from batchinfer.jobs.schema import RESULT_FIELDS
+from batchinfer.jobs.schema import result_fields
 from batchinfer.jobs.spec import JobSpec, Refused
 from batchinfer.jobs.template_check import check_template
 from batchinfer.jobs.windows import Prompts
@@ -60,7 +60,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
     kept = table.schema.names if spec.columns is None else list(spec.columns)
     table.check(kept)
-    clash = [field.name for field in RESULT_FIELDS if field.name in kept]
+    clash = [field.name for field in result_fields(spec.n) if field.name in kept]
     if clash:
         raise Refused(
             f"{spec.inputs[0]} has a column {clash[0]!r}, which the output needs for itself; rename it, or name the "
@@ -98,7 +98,7 @@ def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
         max_num_batched_tokens=tokens,
         block_size=spec.block_size,
         # Rows that come one day after the other have one kind of product, however few they are.
-        expected_batch=max_num_seqs if spec.incremental else min(max_num_seqs, rows),
+        expected_batch=max_num_seqs if spec.incremental else min(max_num_seqs, rows * spec.computed_samples),
         random_weights=spec.random_weights,
         deterministic=spec.deterministic,
         gpu_memory_utilization=spec.gpu_memory_utilization,

@@ -145,7 +145,7 @@ class PromptSource:
 
     def _seeds(self, requests: Requests, first_row: int, batch: pa.RecordBatch) -> NDArray[np.uint64]:
         """By the row's id if there is an id column, else by its token ids: never by its place in the table."""
-        start = f"{self._spec.seed}/0/".encode()  # 0 is the sample's index
+        start = f"{self._spec.seed}/0/".encode()  # 0 is the sample's index; those of others come from this one
         if self._spec.id_column is not None:
             ids = batch.column(self._spec.id_column).take(pa.array(requests.rows - first_row))
             keys = [b"id" + value for value in id_bytes(ids)]

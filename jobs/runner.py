@@ -72,9 +72,9 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     if folder.published and done.complete:
         say(f"{spec.output} is complete already")
         return read_report(spec.output)
-    stats, generating = EngineStats(notes=_resumed(done, digests)), 0.0
+    stats, generating = EngineStats(notes=_resumed(done, digests) + _sampled(spec)), 0.0
     try:
-        windows = Windows(table, source, spec.block_size, done.rows)
+        windows = Windows(table, source, spec.block_size, done.rows, spec.computed_samples)
         progress = Progress(results, table.num_rows, metrics)
         if not done.complete:
             say(f"loading {spec.model}")
@@ -82,13 +82,14 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
             with Interruption(deadline) as interruption:
                 start_worker = partial(Worker, folder.log, run_engine, engine)
                 loop = Loop(spec, windows, results, progress, start_worker, table.num_rows)
-                found = loop.run(Load(config, job.tokenizer_folder), interruption)
+                found = loop.run(Load(config, job.tokenizer_folder, spec.computed_samples), interruption)
             stats, generating = replace(found, notes=found.notes + stats.notes), loop.generate_seconds
         results.refuse_too_many_errors(table.num_rows)
         folder.write_manifest(table.num_rows)
         merging = time.monotonic()
         input_columns = pa.schema([table.schema.field(c) for c in job.kept])
-        merged = folder.merge(input_columns, progress.merging(table.batches(job.kept, MERGE_ROWS)), table.num_rows)
+        batches = table.batches(job.kept, max(1, MERGE_ROWS // spec.n))
+        merged = folder.merge(input_columns, progress.merging(batches), table.num_rows, spec.n)
     except EngineFailed:
         raise  # its log is in the folder
     except BaseException:
@@ -117,6 +118,15 @@ def _resumed(done: Done, digests: dict[str, str]) -> list[str]:
     others = done.engines - {digests["engine"]}
     by = ", some by another version or device of batchinfer" if others else ""
     return [f"{done.count:,} of the rows were done when this run began{by}: times and rates are of the others"]
+
+
+def _sampled(spec: JobSpec) -> list[str]:
+    """For the report: how many answers its completion tokens are of."""
+    if spec.n == 1:
+        return []
+    said = f"every row has {spec.n} samples (--n), and completion tokens are those of all"
+    same = "; at temperature 0 they are all the same, so that one is computed"
+    return [said + (same if spec.computed_samples == 1 else "")]
 
 
 def _report(

@@ -14,4 +14,23 @@ RESULT_FIELDS = [
     pa.field("error_message", pa.string()),
 ]
 PART_SCHEMA = pa.schema([pa.field(ROW, pa.int64(), nullable=False), *RESULT_FIELDS])
+# With several samples of a row: all of them in order, null where the row failed. The columns before are the first's.
+SAMPLE = pa.struct([RESULT_FIELDS[0], RESULT_FIELDS[1], RESULT_FIELDS[3]])
+SAMPLES = pa.field("samples", pa.list_(SAMPLE))
+SAMPLE_TOKENS = f"{SAMPLES.name}.list.element.completion_tokens"  # as Parquet names that column of theirs
 PARQUET: dict[str, Any] = {"write_page_checksum": True, "compression": "zstd"}
+
+
+def result_fields(samples: int) -> list[pa.Field]:
+    """The columns of results of a job with so many samples of a row."""
+    return [*RESULT_FIELDS, SAMPLES] if samples > 1 else RESULT_FIELDS
+
+
+def part_schema(samples: int) -> pa.Schema:
+    """The columns of its parts."""
+    return PART_SCHEMA.append(SAMPLES) if samples > 1 else PART_SCHEMA
+
+
+def has_samples(schema: pa.Schema) -> bool:
+    """Whether a part or an output has them. A column of the input's with that name stands before the results."""
+    return bool(schema.names[-1] == SAMPLES.name)

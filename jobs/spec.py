@@ -13,6 +13,8 @@ from batchinfer.quantize.scheme import QUANTIZATIONS
 from batchinfer.request import SamplingParams
 from batchinfer.speculation import Speculation
 
+MAX_SAMPLES = 128  # of a row, which are in memory together
+
 
 class UsageError(Exception):
     """A flag or a key of the job file is wrong: exit 2."""
@@ -71,6 +73,7 @@ class JobSpec:
     allow_special_tokens: bool = False  # plain prompts that were rendered before
     id_column: str | None = None
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    n: int = 1  # samples of a row
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -107,6 +110,11 @@ class JobSpec:
     def grows(self) -> bool:
         """Whether the output is a folder that gets one more file; the run of that file is one like any other."""
         return self.incremental and is_folder(self.output)
+
+    @property
+    def computed_samples(self) -> int:
+        """Of a row; without noise they are all the same."""
+        return self.n if self.sampling.temperature > 0 else 1
 
     def __post_init__(self) -> None:
         sources = {
@@ -146,6 +154,8 @@ class JobSpec:
         ):
             if value not in known:
                 raise UsageError(f"{flag} is {value!r}; it must be one of {', '.join(known)}")
+        if not 1 <= self.n <= MAX_SAMPLES:
+            raise UsageError(f"--n is {self.n}; it must be from 1 to {MAX_SAMPLES}")
         _at_least("--seed", self.seed, 0)
         _at_least("--block-size", self.block_size, 1)
         _at_least("--commit-rows", self.commit_rows, 1)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchinfer.checksums import sha256
-from batchinfer.jobs.done import COUNTED, Part, counts, read_part
+from batchinfer.jobs.done import Part, completion_tokens, counted, counts, read_part
 from batchinfer.jobs.output import digest_of, files_of, is_there
 from batchinfer.jobs.parts import RunFolder, grown_files
 from batchinfer.jobs.report import read_report
@@ -40,7 +40,7 @@ class Totals:
         self.reasons.update(counts(table["finish_reason"]))
         self.errors.update(counts(table["error_code"]))
         self.prompt_tokens += pc.sum(table["prompt_tokens"]).as_py() or 0
-        self.completion_tokens += pc.sum(table["completion_tokens"]).as_py() or 0
+        self.completion_tokens += completion_tokens(table)
 
     def text(self) -> str:
         """On one line."""
@@ -139,7 +139,7 @@ def _count_output(output: Path) -> Totals:
     for path in files_of(output):
         try:
             with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-                for batch in file.iter_batches(columns=COUNTED[1:], use_threads=False):
+                for batch in file.iter_batches(columns=counted(file.schema_arrow), use_threads=False):
                     totals.add(pa.Table.from_batches([batch]))
         except (pa.ArrowException, OSError) as error:
             raise Refused(f"{path} is damaged: {str(error).splitlines()[0]}") from error

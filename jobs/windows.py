@@ -40,12 +40,15 @@ class Window:
 
 
 class Windows:
-    """Reads ahead. A window ends at `WINDOW_ROWS` rows or `WINDOW_TOKENS` prompt tokens, so memory is bounded."""
+    """Reads ahead. A window ends at `WINDOW_ROWS` rows or `WINDOW_TOKENS` prompt tokens, so memory is bounded.
 
-    def __init__(self, table: Table, prompts: Prompts, block_size: int, done: NDArray[np.bool_]) -> None:
-        """`done` [rows of the table] need not run."""
-        self._prompts, self._done = prompts, done
-        self._batches = table.batches(prompts.columns, SLICE_ROWS)
+    Each sample of a row counts, as the engine has a prompt for each.
+    """
+
+    def __init__(self, table: Table, prompts: Prompts, block_size: int, done: NDArray[np.bool_], samples: int) -> None:
+        """`done` [rows of the table] need not run; of each other row so many `samples` are computed."""
+        self._prompts, self._done, self._samples = prompts, done, samples
+        self._batches = table.batches(prompts.columns, max(1, SLICE_ROWS // samples))
         self._slices: list[Requests] = []
         self._errors: dict[int, RowError] = {}
         self._first = self._end = 0
@@ -58,7 +61,8 @@ class Windows:
         started = time.monotonic()
         self._read_slice()
         tokens = sum(len(requests.token_ids) for requests in self._slices)
-        full = self._end - self._first >= WINDOW_ROWS or tokens >= WINDOW_TOKENS
+        rows = self._end - self._first
+        full = rows * self._samples >= WINDOW_ROWS or tokens * self._samples >= WINDOW_TOKENS
         window = self._complete() if self._slices and (full or self.exhausted) else None
         self.seconds += time.monotonic() - started
         return window

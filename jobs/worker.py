@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from batchinfer.config import EngineConfig, EngineStats
 from batchinfer.jobs.faults import described, traced
 from batchinfer.jobs.interruption import ignoring_signals
+from batchinfer.jobs.samples import SampledEngine
 from batchinfer.jobs.spec import EngineFailed, EngineKilled, Refused
 from batchinfer.request import Completions, Requests
 from batchinfer.tokenizer import Tokenizer
@@ -53,6 +54,7 @@ class Load:
 
     config: EngineConfig
     tokenizer: Path | None  # a folder, where it is not the model's own
+    samples: int  # of a row
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,8 @@ def run_engine(pipe: "Connection[Message, Command]", engine_name: str) -> None:
         traceback.print_exc()
         pipe.send(Fault(str(error), refused=True))
         return
+    if order.samples > 1:
+        engine = SampledEngine(engine, order.samples)
     pipe.send(Ready(engine.stats()))
     draining = False
     last_beat = time.monotonic()
