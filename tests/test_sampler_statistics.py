@@ -70,10 +70,14 @@ def excess(tokens: Tensor, probabilities: list[float]) -> float:
     possible = expected > 0
     if counts[~possible].any():
         return math.inf
-    degrees = int(possible.sum()) - 1
+    # The approximation wants five of each kind: what is rarer is one kind.
+    rare = expected < 5
+    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts, expected))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    degrees = len(counts) - 1
     if not degrees:
         return 0.0
-    chi_squared = float(((counts - expected)[possible] ** 2 / expected[possible]).sum())
+    chi_squared = float(((counts - expected) ** 2 / expected).sum())
     # The critical value by Wilson and Hilferty (1931).
     part = 2 / (9 * degrees)
     return chi_squared / (degrees * (1 - part + Z_OF_ONE_IN_10_000 * math.sqrt(part)) ** 3)
@@ -83,7 +87,6 @@ def seeds_of(number: int, count: int = DRAWS) -> Tensor:
     return torch.arange(count) + number * 7_000_003
 
 
-@pytest.mark.long(minutes=1)
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_draws_follow_the_enumerated_distribution(temperature: float) -> None:
     logits = [math.log(p) for p in PROBABILITIES]
@@ -262,7 +265,6 @@ def test_faults_that_others_had_are_seen_by_these_counts(verify: Verify, verific
     assert worst_excess(speculated(independent, verify, verification).tokens) > 1
 
 
-def test_a_drafter_with_the_same_noise_is_accepted_more_often_and_its_temperature_matters() -> None:
-    drafters = (same_noise, same_noise_without_temperature, independent)
-    accepted = [speculated(drafter, count=20_000).accepted for drafter in drafters]
-    assert accepted[0] > accepted[1] > 1.2 * accepted[2]
+def test_a_drafter_with_the_same_noise_is_accepted_more_often() -> None:
+    accepted = [speculated(drafter, count=20_000).accepted for drafter in (same_noise, independent)]
+    assert accepted[0] > 1.5 * accepted[1]
