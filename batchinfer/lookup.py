@@ -9,13 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from batchinfer.ngram_index import Ints, NgramIndex, Tokens, windows
+from batchinfer.library import END_OF_ROW, Library
+from batchinfer.ngram_index import INDEXED_AT_ONCE, Ints, NgramIndex, Tokens, agreement, longest_match, windows
 from batchinfer.sequence import SequenceTable
 from batchinfer.speculation import Speculation
 
-LIBRARY_TOKENS = 1 << 20
-INDEXED_AT_ONCE = 1 << 16  # n-grams' ends, for the sake of memory
-END_OF_ROW = -1  # in the library, behind each row
 NO_TOKEN = -2  # before a text; differs from all that is there
 
 
@@ -97,55 +95,3 @@ class LookupDrafter:
         text, starts = self.table.tokens.reshape(-1), places * self.table.max_tokens
         hashes = self.index.hashes(windows(text, starts + ends, self.index.longest))
         self.index.put(self.index.salted(hashes, places), ends)
-
-
-class Library:
-    """The newest answers of a job, end to end in a ring, each with END_OF_ROW behind it: no n-gram is of two rows."""
-
-    def __init__(self, shortest: int, longest: int) -> None:
-        self.text = np.full(LIBRARY_TOKENS, END_OF_ROW, np.int32)
-        self.index = NgramIndex(shortest, longest, LIBRARY_TOKENS)
-        self.written = 0  # tokens and ends of rows, since the job began
-        self.indexed = 0
-
-    def write(self, token_ids: Tokens, offsets: Ints) -> None:
-        """Add rows; what is oldest is overwritten."""
-        added = np.insert(token_ids, offsets[1:], END_OF_ROW)[-LIBRARY_TOKENS:]
-        self.text[(self.written + np.arange(len(added))) % LIBRARY_TOKENS] = added
-        self.written += len(added)
-
-    def find(self, newest: Tokens, hashes: NDArray[np.uint64]) -> tuple[Ints, Ints]:
-        """(ends [n], lengths [n]): where n-grams of these newest tokens [n, W] stood, with their hashes [n, L]."""
-        self._index_new()
-        ends = self.index.find(hashes)
-        return longest_match(ends, agreement(self.text, ends, newest), self.index.lengths)
-
-    def copy(self, ends: Ints, count: int) -> Tokens:
-        """The tokens behind these ends: [n, count]."""
-        return self.text.take(ends[:, None] + np.arange(count), mode="wrap")
-
-    def _index_new(self) -> None:
-        first = max(self.indexed, self.written - LIBRARY_TOKENS)
-        for start in range(first, self.written, INDEXED_AT_ONCE):
-            ends = np.arange(start, min(start + INDEXED_AT_ONCE, self.written)) % LIBRARY_TOKENS + 1
-            ends = ends[self.text.take(ends, mode="wrap") != END_OF_ROW]  # where something follows
-            self.index.put(self.index.hashes(windows(self.text, ends, self.index.longest)), ends)
-        self.indexed = self.written
-
-
-def agreement(text: Tokens, ends: Ints, newest: Tokens) -> Ints:
-    """How many tokens before these ends [n, L] of a text are the newest ones [n, W]: [n, L]."""
-    there = windows(text, ends, newest.shape[1])
-    differs = np.ones((*ends.shape, newest.shape[1] + 1), np.bool_)
-    np.not_equal(there, newest[:, None], out=differs[..., :-1])
-    agreeing: Ints = differs.argmax(-1)
-    return agreeing
-
-
-def longest_match(ends: Ints, agreeing: Ints, lengths: Ints) -> tuple[Ints, Ints]:
-    """(ends [n], their lengths [n]) of the first n-gram in each row of [n, L] that agrees; 0 and 0 where none does."""
-    agrees = agreeing >= lengths
-    best = agrees.argmax(1)
-    chosen = best + np.arange(len(ends)) * len(lengths)
-    found = agrees.reshape(-1)[chosen]
-    return ends.reshape(-1)[chosen] * found, lengths[best] * found

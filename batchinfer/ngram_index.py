@@ -1,6 +1,6 @@
 """`NgramIndex`: where an n-gram of a text ended last, as a hash table in a flat array.
 
-Letters in shapes: m n-grams' ends, L lengths of n-grams, W tokens of the longest.
+Letters in shapes: m places in texts, n sequences, L lengths of n-grams, W tokens of the longest.
 """
 
 import numpy as np
@@ -11,6 +11,7 @@ Tokens = NDArray[np.int32]
 Hashes = NDArray[np.uint64]
 
 MOST_SLOT_BITS = 24  # 64 MiB, taken as they are written; of more n-grams than that some are not found again
+INDEXED_AT_ONCE = 1 << 16  # places in a text, for the sake of memory
 
 
 class NgramIndex:
@@ -59,3 +60,21 @@ class NgramIndex:
 def windows(text: Tokens, ends: Ints, length: int) -> Tokens:
     """The `length` tokens before each end [...], the newest first: [..., length]. Before the text comes its end."""
     return text.take(ends[..., None] - np.arange(1, length + 1), mode="wrap")
+
+
+def agreement(text: Tokens, ends: Ints, newest: Tokens) -> Ints:
+    """How many tokens before these ends [n, L] of a text are the newest ones [n, W]: [n, L]."""
+    there = windows(text, ends, newest.shape[1])
+    differs = np.ones((*ends.shape, newest.shape[1] + 1), np.bool_)
+    np.not_equal(there, newest[:, None], out=differs[..., :-1])
+    agreeing: Ints = differs.argmax(-1)
+    return agreeing
+
+
+def longest_match(ends: Ints, agreeing: Ints, lengths: Ints) -> tuple[Ints, Ints]:
+    """(ends [n], their lengths [n]) of the first n-gram in each row of [n, L] that agrees; 0 and 0 where none does."""
+    agrees = agreeing >= lengths
+    best = agrees.argmax(1)
+    chosen = best + np.arange(len(ends)) * len(lengths)
+    found = agrees.reshape(-1)[chosen]
+    return ends.reshape(-1)[chosen] * found, lengths[best] * found

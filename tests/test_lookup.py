@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchinfer import lookup
+from batchinfer import library
 from batchinfer.lookup import LookupDrafter, Proposals
 from batchinfer.ngram_index import NgramIndex
 from batchinfer.sequence import SequenceTable
@@ -38,10 +38,10 @@ def reference(
     most = min(most, speculation.num_speculative_tokens)
     bounds = speculation.prompt_lookup_min, speculation.prompt_lookup_max
     matched, end = suffix_ends(own, own, *bounds)
-    library = [token for answer in answers for token in (*answer, -1)] if speculation.method != "ngram" else []
-    longer, at = suffix_ends(library, own, *bounds)
+    earlier = [token for answer in answers for token in (*answer, -1)] if speculation.method != "ngram" else []
+    longer, at = suffix_ends(earlier, own, *bounds)
     if longer > matched:
-        followed = library[at : library.index(-1, at)]
+        followed = earlier[at : earlier.index(-1, at)]
         return longer, True, followed[:most]
     drafts = list(own)
     for i in range(most if matched else 0):
@@ -197,7 +197,7 @@ def test_no_ngram_is_of_two_answers() -> None:
 
 
 def test_answers_are_forgotten_when_the_library_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "LIBRARY_TOKENS", 64)
+    monkeypatch.setattr(library, "LIBRARY_TOKENS", 64)
     rows = Rows(Speculation("suffix", 4))
     rng = np.random.default_rng(0)
     hits = 0
@@ -218,7 +218,7 @@ def test_answers_are_forgotten_when_the_library_is_full(monkeypatch: pytest.Monk
 
 
 def test_an_answer_longer_than_the_library_leaves_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "LIBRARY_TOKENS", 64)
+    monkeypatch.setattr(library, "LIBRARY_TOKENS", 64)
     rows = Rows(Speculation("suffix", 4))
     rows.end([list(range(100, 200))])
     rows.begin(0, 0, [120, 121])
