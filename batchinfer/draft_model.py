@@ -36,8 +36,12 @@ def load_draft_model(config: EngineConfig) -> ModelRunner | None:
 class DraftModel:
     """The sequences of `table`, a little further on, in a table and in blocks of its own."""
 
-    def __init__(self, runner: ModelRunner, config: EngineConfig, table: SequenceTable, blocks: int) -> None:
-        """Of the engine of `config`, with so many blocks for its keys and values."""
+    def __init__(
+        self, runner: ModelRunner, config: EngineConfig, table: SequenceTable, blocks: int, vocabulary: int
+    ) -> None:
+        """Of the engine of `config`, with so many blocks for its keys and values; the target's embedding has so many
+        tokens."""
+        self._vocabulary, self._target_vocabulary = runner.decoder.config.vocab_size, vocabulary
         self.runner = runner
         runner.allocate(blocks, config.block_size)
         self.target = table
@@ -68,7 +72,7 @@ class DraftModel:
         known = self.target.length[places]
         counts = np.where(drafting, most, 0)
         o_k = np.minimum(np.arange(most.max(initial=0)), np.maximum(counts - 1, 0)[:, None])
-        tokens = table.tokens[places[:, None], known[:, None] + o_k]
+        tokens = np.minimum(table.tokens[places[:, None], known[:, None] + o_k], self._target_vocabulary - 1)
         if len(o_k.T):
             self._times.observe(len(places), (time.perf_counter() - started) / o_k.shape[1])
         return Proposals(counts, tokens, np.zeros_like(counts), np.zeros(len(places), np.bool_))
@@ -99,7 +103,8 @@ class DraftModel:
             first = min(int(table.prompt_length[place]), had)
             differs = np.flatnonzero(table.tokens[place, first:had] != target.tokens[place, first:had])
             good = first + int(differs[0]) if len(differs) else had
-            table.tokens[place, good:length] = target.tokens[place, good:length]
+            # Embeddings may be padded, to more in one model than in the other.
+            table.tokens[place, good:length] = np.minimum(target.tokens[place, good:length], self._vocabulary - 1)
             table.epoch[place] = target.epoch[place]
             table.active[place] = True
             table.length[place], table.end[place] = length, length + int(most[i])

@@ -33,7 +33,7 @@ class Workload:
     rows: Callable[["Text"], Rows]
     sampling: dict[str, Any] = field(default_factory=lambda: {"ignore_eos": True})
     max_num_seqs: int = 64
-    kv_cache_share: float = 1.0  # of the blocks that all rows side by side might need; less is what memory may hold
+    kv_cache_memory_bytes: int | None = None
 
 
 class Text:
@@ -96,7 +96,13 @@ DEMO_MODEL = (
     Workload("demo", "the demo job", demo, {"temperature": 0.7, "top_p": 0.8, "stop": STOP}),
     Workload("template", "384 rows, 60 % of the prompt tokens of 4 templates", template(384, 384, 256, 48)),
     Workload("sharegpt", "192 rows of ShareGPT's lengths", sharegpt(192, 1152)),
-    Workload("tight", "the same, in a third of the blocks", sharegpt(192, 1152), kv_cache_share=1 / 3),
+    Workload(
+        "tight",
+        "256 rows of the demo that may have 384 new tokens and need few; keys and values of 8,192 tokens",
+        lambda text: [(prompt, 384) for prompt in text.prompts[:256]],
+        {"temperature": 0.7, "top_p": 0.8, "stop": STOP},
+        kv_cache_memory_bytes=8192 * 6 * 2 * 2 * 64 * 4,
+    ),
     Workload("tail", "8 rows, 512 new tokens each, greedy", tail(8, 512)),
     Workload(
         "tail, sampled",

@@ -1,0 +1,191 @@
+"""What knowing the whole job is worth: `make bench-offline`.
+
+The same tables through the whole path of a job, each feature added to those before it, in turns; seconds are from the
+engine's being ready to its last row. Outputs must be the same in all of them.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conditions import conditions
+from workloads import (
+    DEMO_MODEL, DRAFT, LARGE_SHAPE, REPOSITORY, SHAPE, TARGET, Text, Workload, sampling_of, write_rows,
+)  # fmt: skip
+
+from batchinfer.jobs.bench import TOKEN_IDS
+from batchinfer.jobs.report import Report
+from batchinfer.jobs.runner import run
+from batchinfer.jobs.spec import JobSpec
+from batchinfer.request import Requests, RowError
+from batchinfer.speculation import Speculation
+from batchinfer.tokenizer import Tokenizer
+
+RESULTS = REPOSITORY / "benchmarks" / "results"
+OFF = Speculation("off")
+PLAIN = {"deduplicate": False, "prefix_sharing": False, "learned_admission": False, "speculation": OFF}
+DUPLICATES = PLAIN | {"deduplicate": True}
+PREFIX = DUPLICATES | {"prefix_sharing": True}
+LEARNED = PREFIX | {"learned_admission": True}
+
+
+def variants(draft: Path | None) -> dict[str, dict[str, Any]]:
+    """Names to fields of `JobSpec`."""
+    fixed = {"n-grams": Speculation("ngram", gate=False), "suffix": Speculation("suffix", gate=False)}
+    if draft is not None:
+        fixed["draft model"] = Speculation("draft_model", 4, draft, gate=False)
+    return {
+        "plain": PLAIN,
+        "+ duplicates": DUPLICATES,
+        "+ prefix": PREFIX,
+        "+ learned admission": LEARNED,
+        **{f"+ {name}": LEARNED | {"speculation": speculation} for name, speculation in fixed.items()},
+        "all": LEARNED | {"speculation": Speculation("auto", model=draft)},
+    }
+
+
+class RowPrompts:
+    """Prompts that are token ids, each with new tokens of its own; rows are sampled by their prompts."""
+
+    def __init__(self, spec: JobSpec, tokenizer: Tokenizer, max_model_len: int, schema: pa.Schema) -> None:
+        self.columns = [TOKEN_IDS, "max_tokens"]
+        self._sampling = spec.sampling
+
+    def tokenize(self, first_row: int, batch: pa.RecordBatch) -> tuple[Requests, dict[int, RowError]]:
+        """Requests of all rows."""
+        column, n = batch.column(TOKEN_IDS), batch.num_rows
+        offsets = np.append(0, np.cumsum(column.value_lengths().to_numpy())).astype(np.int64)
+        lengths, index = np.unique(batch.column("max_tokens").to_numpy(), return_inverse=True)
+        params = tuple(replace(self._sampling, max_tokens=int(length)) for length in lengths)
+        ids = column.flatten().to_numpy()
+        seeds = np.array([zlib.crc32(ids[a:b].tobytes()) for a, b in zip(offsets[:-1], offsets[1:], strict=True)])
+        rows = np.arange(first_row, first_row + n)
+        return Requests(rows, ids, offsets, seeds.astype(np.uint64), params, index.astype(np.int32)), {}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of a variant."""
+
+    seconds: float
+    tokens_per_second: float  # of prompts and answers, as if nothing had been shared
+    report: Report
+
+
+def measure(workload: Workload, table: Path, model: Path, fields: dict[str, Any], folder: Path) -> Measured:
+    """Run the job once; its answers stay in the folder."""
+    longest = max(len(row[TOKEN_IDS]) + row["max_tokens"] for row in pq.read_table(table).to_pylist())
+    spec = JobSpec(
+        inputs=(table,),
+        output=folder / "answers.parquet",
+        model=str(model),
+        tokenizer=str(TARGET),
+        prompt_column=TOKEN_IDS,
+        columns=("id",),
+        sampling=sampling_of(workload),
+        quantization="w8a8-int8",
+        max_model_len=longest,
+        random_weights=model != TARGET,
+        max_num_seqs=workload.max_num_seqs,
+        kv_cache_memory_bytes=workload.kv_cache_memory_bytes,
+        overwrite=True,
+        **fields,
+    )
+    report = run(spec, prompts=RowPrompts)
+    seconds = report.generate_seconds
+    return Measured(seconds, (report.prompt_tokens + report.completion_tokens) / seconds, report)
+
+
+def in_turns(
+    workload: Workload, model: Path, draft: Path | None, chosen: list[str], repeats: int, text: Text
+) -> Iterator[tuple[str, Measured]]:
+    """A B C A B C, so that a slow minute of the machine falls on all alike. `SystemExit` where answers differ."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, table = Path(scratch), Path(scratch) / "rows.parquet"
+        write_rows(workload.rows(text), table)
+        first: pa.Table | None = None
+        for _ in range(repeats):
+            for name, fields in variants(draft).items():
+                if name not in chosen:
+                    continue
+                measured = measure(workload, table, model, fields, folder)
+                answers = pq.read_table(folder / "answers.parquet")
+                first = answers if first is None else first
+                if not answers.equals(first):
+                    raise SystemExit(f"{workload.name}: {name} gives other answers than the first variant")
+                typer.echo(f"{model.name}, {workload.name}, {name}: {measured.seconds:.2f} s", err=True)
+                yield name, measured
+
+
+def section(model: Path, workload: Workload, runs: dict[str, list[Measured]]) -> list[str]:
+    """A table in Markdown; each variant beside the first in the same turn."""
+    plain = next(iter(runs.values()))
+    lines = [
+        f"## {model.name}, {workload.name}",
+        "",
+        f"{workload.about[0].upper()}{workload.about[1:]}.",
+        "",
+        "| variant | seconds | spread | tokens/s | of plain | spread | steps | prompt tokens computed | drafts right | "
+        "preempted |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, measured in runs.items():
+        seconds = [m.seconds for m in measured]
+        ratios = [before.seconds / m.seconds for before, m in zip(plain, measured, strict=False)]
+        report = measured[-1].report
+        drafts = f"{report.accepted:,} of {report.drafted:,}" if report.drafted else "-"
+        lines.append(
+            f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} | "
+            f"{statistics.median(m.tokens_per_second for m in measured):,.0f} | {statistics.median(ratios):.2f} | "
+            f"{min(ratios):.2f} to {max(ratios):.2f} | {report.steps:,} | {report.prompt_tokens_computed:,} | {drafts} | "
+            f"{report.preemptions} |"
+        )
+    return [*lines, ""]
+
+
+def main(
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
+    only: Annotated[str, typer.Option(help="Workloads, with commas between: MODEL/NAME.")] = "",
+    chosen: Annotated[str, typer.Option("--variants", help="Variants, with commas between.")] = "",
+    output: Annotated[Path, typer.Option(help="Written with .json and .md.")] = RESULTS / "offline",
+) -> None:
+    """Measure what each feature adds, workload by workload, and write one table."""
+    found = conditions()
+    jobs = [(TARGET, DRAFT, workload) for workload in DEMO_MODEL] + [(SHAPE, None, w) for w in LARGE_SHAPE]
+    lines = ["# What knowing the whole job is worth", "", *(f"- {value}" for value in found.values()), ""]
+    lines += [
+        "Seconds from the engine's being ready to its last row, median of the runs in turns; tokens are prompts and "
+        "answers, as if none had been shared. Each variant has what those before it have, but that of the drafters there "
+        'is one at a time, at every step; "all" chooses. The answers are the same in all of them.',
+        "",
+    ]
+    values: list[dict[str, Any]] = []
+    for model, draft, workload in jobs:
+        if only and f"{model.name}/{workload.name}" not in only.split(","):
+            continue
+        runs: dict[str, list[Measured]] = {}
+        names = chosen.split(",") if chosen else list(variants(draft))
+        for name, measured in in_turns(workload, model, draft, names, repeats, Text()):
+            runs.setdefault(name, []).append(measured)
+            values.append({"model": model.name, "workload": workload.name, "variant": name, **asdict(measured)})
+        lines += section(model, workload, runs)
+        output.with_suffix(".md").write_text("\n".join(lines))
+        output.with_suffix(".json").write_text(json.dumps({**found, "runs": values}, indent=1) + "\n")
+    typer.echo("\n".join(lines))
+
+
+if __name__ == "__main__":
+    typer.run(main)
