@@ -16,7 +16,7 @@ from batchinfer.batch import Batch
 from batchinfer.block_manager import BlockManager
 from batchinfer.config import LEAST_BATCHED_TOKENS, EngineConfig, EngineStats
 from batchinfer.kernels import dispatch
-from batchinfer.kernels.attention import TILE
+from batchinfer.kernels.grain import TILE
 from batchinfer.memory import Room, is_out_of_memory, peak_memory_bytes, pool_blocks
 from batchinfer.model_config import ModelConfig, read_model_config
 from batchinfer.request import Completions, FinishReason, Requests, RowError, SamplingParams

@@ -14,8 +14,7 @@ from torch import Tensor
 from batchinfer.attention_inputs import AttentionInputs
 from batchinfer.batch import Batch, Ints, Piece
 from batchinfer.block_manager import BlockManager
-from batchinfer.kernels.attention import TILE
-from batchinfer.kernels.linear import MIN_ROWS
+from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_size
 from batchinfer.kernels.sampling import SamplingBatch
 from batchinfer.request import Requests
 from batchinfer.sequence import SequenceTable
@@ -182,15 +181,6 @@ class Scheduler:
         blocks = self.table.remove(place)
         self.manager.release(blocks, int(self.table.promised[place]))
         return blocks
-
-
-def padded_size(tokens: int, row_grain: int) -> int:
-    """Tokens of a step with padding: few different sizes, for each costs oneDNN a new kernel.
-
-    Products that take any number of rows do not come from there.
-    """
-    grain = row_grain if tokens <= 128 or row_grain == 1 else 32
-    return -(-tokens // grain) * grain
 
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:

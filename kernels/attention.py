@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.kv_cache import KVCache
-
-TILE = 64
 
 
 @dataclass(frozen=True)
