@@ -35,6 +35,7 @@ class Results:
         self.by_error = Counter(done.by_error)
         self.prompt_tokens = done.prompt_tokens
         self.completion_tokens = done.completion_tokens
+        self.new_tokens: Counter[int] = Counter()  # of a row that this run computed -> rows
 
     @property
     def rows(self) -> int:
@@ -68,6 +69,7 @@ class Results:
         )
         self.prompt_tokens += int(prompt_tokens.sum())
         self.completion_tokens += int(lengths.sum())
+        self.new_tokens.update(lengths.tolist())
 
     def refuse(self, errors: dict[int, RowError]) -> None:
         """Take rows that never reached the engine: without token counts."""
