@@ -11,13 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command_line import call
-from stub_jobs import make_model
+from stub_jobs import make_model, spec
 
 from batchinfer.config import EngineConfig
 from batchinfer.jobs import cli
 from batchinfer.jobs.device_cost import DeviceKey, write_device_cost
 from batchinfer.jobs.histogram import bars
 from batchinfer.jobs.prediction import Job, JobShape, Setting
+from batchinfer.jobs.report import Forecast, read_report
+from batchinfer.jobs.runner import run
 from batchinfer.request import SamplingParams
 from batchinfer.step_cost import PRODUCTS, DeviceCost, StepCost, Weights, Work, quantities
 
@@ -151,6 +153,17 @@ def test_settings_are_as_the_engine_takes_them(
     model: Path, flags: dict[str, str], products: str, kv_cache: str
 ) -> None:
     assert Setting.of(EngineConfig(model, **flags)) == Setting(products, kv_cache)  # type: ignore[arg-type]
+
+
+def test_the_report_has_what_was_to_be_expected(model: Path, table: Path, tmp_path: Path) -> None:
+    """Behind the real engine; without figures of the device there is nothing to say."""
+    job = spec(model, table, random_weights=True, device="cpu", sampling=SamplingParams(max_tokens=20, ignore_eos=True))
+    assert run(job).predicted is None
+    write_device_cost(DeviceKey.of("cpu"), cost_of(model))
+    report = run(replace(job, overwrite=True))
+    seconds = pytest.approx(1e-3 * (64 + 19 * 8))
+    assert report.predicted == Forecast(seconds, seconds, seconds, seconds)  # type: ignore[arg-type]
+    assert read_report(job.output) == report
 
 
 def test_errors_are_those_of_a_run(model: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
