@@ -41,19 +41,22 @@ class Work:
 
 @dataclass(frozen=True)
 class Products:
-    """One kind of matrix products: how an engine is asked for it, and what it holds where nothing else is said."""
+    """One kind of matrix products: how an engine is asked for it, and the bytes of what it holds."""
 
     quantization: str
     dtype: str
     layer_bytes: float  # of an element of the layers' matrices
     head_bytes: float
-    kv_cache: str
+
+    def kv_cache(self, device: str) -> str:
+        """The type of keys and values where nothing else is said: that of the stream between products."""
+        return "float32" if device == "cpu" and self.quantization != "none" else self.dtype
 
 
 PRODUCTS = {
-    "float32": Products("none", "float32", 4, 4, "float32"),
-    "bfloat16": Products("none", "bfloat16", 2, 2, "bfloat16"),
-    "w8a8-int8": Products("w8a8-int8", "bfloat16", 1, 2, "float32"),
+    "float32": Products("none", "float32", 4, 4),
+    "bfloat16": Products("none", "bfloat16", 2, 2),
+    "w8a8-int8": Products("w8a8-int8", "bfloat16", 1, 2),
 }
 
 

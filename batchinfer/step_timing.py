@@ -18,7 +18,6 @@ from batchinfer.config import EngineConfig
 from batchinfer.engine import Engine
 from batchinfer.kernels.grain import TILE
 from batchinfer.request import Requests, SamplingParams
-from batchinfer.runner import measure_peak
 from batchinfer.step_cost import (
     PRODUCTS,
     DeviceCost,
@@ -33,15 +32,33 @@ from batchinfer.step_cost import (
 from batchinfer.tokenizer import Tokenizer
 
 REPEATS = 2  # of each step at least; the fastest counts, for what else runs on a machine only ever adds
-REPEAT_SECONDS = 0.25
+REPEAT_SECONDS = 0.1
 COPY_BYTES = 1 << 28
 
 # hidden, intermediate, layers, heads, key heads, head size, vocabulary. The first is for attention, the last is larger
 # than processors' caches.
 SHAPES = ((256, 768, 2, 8, 4, 32, 2048), (640, 1728, 4, 10, 5, 64, 6144), (1536, 4096, 2, 16, 4, 96, 10240))
-
-
 KV_CACHES = ("float32", "bfloat16", "int8", "fp8")
+
+
+def _greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+
+
+def _drawn(top_k: int, top_p: float) -> SamplingParams:
+    return SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.7, top_k=top_k, top_p=top_p)
+
+
+# What is run together: lengths of prompts, how they are answered, and what that is called.
+Workload = tuple[list[int], SamplingParams, str]
+
+BY_ROWS: list[Workload] = [
+    *(([length], _greedy(1), "greedy") for length in (8, 16, 32, 64, 128, 256, 512)),
+    *(([1] * count, _greedy(4), "greedy") for count in (1, 8, 16, 32, 64)),
+]
+BY_CONTEXT: list[Workload] = [(lengths, _greedy(4), "greedy") for lengths in ([1000], [480] * 4, [96] * 64)]
+# To noise all tokens are about as likely; top_k leaves as few of them as filters leave of a trained model's.
+BY_SAMPLING: list[Workload] = [([1] * 64, _drawn(0, 1.0), "drawn"), ([1] * 64, _drawn(20, 0.8), "filtered")]
 
 
 class _NoText(Tokenizer):
@@ -60,7 +77,10 @@ class _TimedEngine(Engine):
 
 
 def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
-    """Time steps on the device and fit the constants to them: about a minute on a CPU. `say` hears how far it is."""
+    """Time steps on the device and fit the constants to them: about a minute on a CPU. `say` hears how far it is.
+
+    A `ValueError` says what the device lacks.
+    """
     costs: dict[str, StepCost] = {}
     load_seconds, operations = {}, {}
     cache_bytes = last_cache_bytes(device)
@@ -69,21 +89,28 @@ def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
         for name, products in PRODUCTS.items():
             say(f"timing steps in {name}")
             measured = []
-            for model in models:
-                kv_caches = dict.fromkeys([products.kv_cache, *(KV_CACHES if model is models[0] else ())])
-                for kv_cache in kv_caches:
-                    engine = _engine(model, device, products, kv_cache)
-                    shape = engine.runner.decoder.config
-                    weights = Weights(products.layer_bytes, products.head_bytes, cache_bytes)
-                    measured += [
-                        (quantities(work, shape, weights, kv_cache, sampling), seconds)
-                        for work, seconds, sampling in _timed_steps(engine, model is models[-1])
-                    ]
+            for model, kv_cache, workloads in _plan(models, products.kv_cache(device)):
+                engine = _engine(model, device, products, kv_cache)
+                shape = engine.runner.decoder.config
+                weights = Weights(products.layer_bytes, products.head_bytes, cache_bytes)
+                for lengths, params, sampling in workloads:
+                    work, seconds = _fastest(engine, lengths, params)
+                    measured.append((quantities(work, shape, weights, kv_cache, sampling), seconds))
             costs[name] = StepCost.fit(measured)
-            runner = engine.runner  # of the largest
-            load_seconds[name] = engine.stats().load_seconds / (shape.layers * layer_weights(shape))
-            operations[name] = measure_peak(runner.scheme, runner.dtype, runner.backend)
+            stats = engine.stats()  # of the largest model
+            load_seconds[name] = stats.load_seconds / (shape.layers * layer_weights(shape))
+            operations[name] = stats.peak_operations_per_second
     return DeviceCost(costs, load_seconds, _start_seconds(), operations, _copy_rate(device), cache_bytes)
+
+
+def _plan(models: list[Path], automatic: str) -> Iterator[tuple[Path, str, list[Workload]]]:
+    """(model, type of keys and values, workloads), the largest model last; `automatic` is the type of most jobs."""
+    for kv_cache in KV_CACHES:
+        if kv_cache != automatic:
+            yield models[0], kv_cache, BY_CONTEXT
+    for model in models[:-1]:
+        yield model, automatic, [*BY_ROWS, *BY_CONTEXT, *BY_SAMPLING]
+    yield models[-1], automatic, BY_ROWS
 
 
 def _write_shape(folder: Path, shape: tuple[int, ...]) -> Path:
@@ -118,24 +145,6 @@ def _engine(model: Path, device: str, products: Products, kv_cache: str) -> _Tim
         random_weights=True,
     )
     return _TimedEngine(config, _NoText())
-
-
-def _timed_steps(engine: _TimedEngine, large: bool) -> Iterator[tuple[Work, Floats, str]]:
-    """(steps, their seconds, how they sample) of prompts and of decoding batches of many sizes."""
-    greedy = SamplingParams(max_tokens=1, ignore_eos=True)
-    decoding = SamplingParams(max_tokens=4, ignore_eos=True)
-    for length in (8, 16, 32, 64, 128, 256, 512):
-        yield *_fastest(engine, [length], greedy), "greedy"
-    for count in (1, 8, 16, 32, 64):
-        yield *_fastest(engine, [1] * count, decoding), "greedy"
-    if large:
-        return
-    for lengths in ([1000], [480] * 4, [96] * 64):
-        yield *_fastest(engine, lengths, decoding), "greedy"
-    drawn = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.7)
-    yield *_fastest(engine, [1] * 64, drawn), "drawn"
-    filtered = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.7, top_p=0.8)
-    yield *_fastest(engine, [1] * 64, filtered), "filtered"
 
 
 def _fastest(engine: _TimedEngine, lengths: list[int], params: SamplingParams) -> tuple[Work, Floats]:

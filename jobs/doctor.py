@@ -30,7 +30,10 @@ def examine(device: str, calibrate: bool) -> str:
         from batchinfer.step_timing import measure
 
         say(f"measuring {key.device}; figures are too low where other programs run meanwhile")
-        write_device_cost(key, measure(found, say))
+        try:
+            write_device_cost(key, measure(found, say))
+        except ValueError as error:
+            raise Refused(f"{key.device} cannot be measured: {error}") from error
     cost, missing = read_device_cost(key)
     lines = [
         ("device", f"{key.device}, {key.cores} cores" if found == "cpu" else key.device),

@@ -84,7 +84,7 @@ class Setting:
         else:
             products = dtype if scheme in ("auto", "none") else scheme
         auto = config.kv_cache_dtype == "auto" and products in PRODUCTS
-        return cls(products, PRODUCTS[products].kv_cache if auto else config.kv_cache_dtype)
+        return cls(products, PRODUCTS[products].kv_cache(config.device) if auto else config.kv_cache_dtype)
 
     def measured(self, cost: DeviceCost) -> bool:
         """Whether the device's costs have it."""
