@@ -18,6 +18,8 @@ from batchinfer.step_cost import Floats, Work
 
 Ints = NDArray[np.int64]
 
+MOST_TOGETHER = 1024  # steps, for their contexts are a row of a matrix each
+
 
 @dataclass(frozen=True, eq=False)
 class Steps:
@@ -98,9 +100,9 @@ class _Simulation:
         )
 
     def _decoding_steps(self) -> None:
-        """All steps up to the first end."""
+        """All steps up to the first end, some at a time."""
         decoding = self._decoding()[: self.config.max_num_batched_tokens]
-        steps = int((self.end[decoding] - self.computed[decoding] - 1).min())
+        steps = min(int((self.end[decoding] - self.computed[decoding] - 1).min()), MOST_TOGETHER)
         nothing = np.zeros(steps, np.int64)
         self._count(nothing, nothing, decoding, (0, 0, 0))
 

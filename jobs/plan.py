@@ -130,7 +130,7 @@ def plan(spec: JobSpec) -> Outlook:
     prediction, candidates = None, []
     if simulated is not None and cost is not None:
         candidates = _candidates(simulated, job.config, cost)
-        if setting.measured(cost):
+        if simulated.measured(cost, setting):
             prediction = simulated.predict(cost, setting)
         else:
             notes.append(
@@ -212,7 +212,9 @@ def _candidates(job: Job, config: EngineConfig, cost: DeviceCost) -> list[Candid
         if products in PRODUCTS
     ]
     found = [
-        Candidate(s.products, s.kv_cache, job.predict(cost, s).generate_seconds) for s in settings if s.measured(cost)
+        Candidate(s.products, s.kv_cache, job.predict(cost, s).generate_seconds)
+        for s in settings
+        if job.measured(cost, s)
     ]
     return sorted(found, key=lambda candidate: candidate.generate_seconds)
 

@@ -20,12 +20,13 @@ from batchinfer.kernels.grain import TILE
 from batchinfer.model_config import ModelConfig, parse_model_config
 from batchinfer.request import SamplingParams
 from batchinfer.simulation import Steps, simulate
-from batchinfer.step_cost import PRODUCTS, DeviceCost, Floats, layer_weights
+from batchinfer.step_cost import PRODUCTS, DeviceCost, Floats, Weights, layer_weights, quantities
 
 Ints = NDArray[np.int64]
 
 SAMPLE_ROWS = 2048
-SAMPLE_STEPS = 8000  # of prompts: a sample of very long ones has fewer rows
+PROMPT_STEPS = 4_000  # a sample of very long prompts or answers has fewer rows
+DECODING_STEPS = 100_000
 LEAST_SHARE = 0.1  # of the tokens that a row may have, for the low end
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -54,8 +55,13 @@ class JobShape:
     def sample(self, config: EngineConfig) -> Ints:
         """Prompt lengths of the job, or of a sample of its rows: [n], longest first."""
         total = int(self.lengths.sum())
-        mean = int(self.lengths @ np.arange(len(self.lengths))) / max(total, 1)
-        most = min(SAMPLE_ROWS, int(SAMPLE_STEPS * config.max_num_batched_tokens / max(mean, 1)))
+        prompt = max(int(self.lengths @ np.arange(len(self.lengths))) / max(total, 1), 1)
+        answer = min(self.sampling.max_tokens, self.max_model_len)
+        most = min(
+            SAMPLE_ROWS,
+            int(PROMPT_STEPS * config.max_num_batched_tokens / prompt),
+            DECODING_STEPS * config.max_num_seqs // answer,
+        )
         return _quantiles(self.lengths, _even(min(self.rows, max(most, 4 * config.max_num_seqs))))[::-1]
 
     def most_tokens(self, prompts: Ints) -> Ints:
@@ -85,11 +91,6 @@ class Setting:
             products = dtype if scheme in ("auto", "none") else scheme
         auto = config.kv_cache_dtype == "auto" and products in PRODUCTS
         return cls(products, PRODUCTS[products].kv_cache(config.device) if auto else config.kv_cache_dtype)
-
-    def measured(self, cost: DeviceCost) -> bool:
-        """Whether the device's costs have it."""
-        step = cost.steps.get(self.products)
-        return step is not None and f"decoding key in {self.kv_cache}" in step.seconds
 
 
 def _has_8_bit_inputs(quantization: object) -> bool:
@@ -145,6 +146,15 @@ class Job:
         if not shape.sampling.ignore_eos:
             self.central = self._steps(prompts, 1 + (_spread(len(prompts)) * most).astype(np.int64))
             self.low = self._steps(prompts, np.ceil(LEAST_SHARE * most).astype(np.int64))
+
+    def measured(self, cost: DeviceCost, setting: Setting) -> bool:
+        """Whether the device's costs have all that the job's steps consist of."""
+        step = cost.steps.get(setting.products)
+        if step is None:
+            return False
+        weights = Weights(1, 1, cost.cache_bytes)
+        needed = quantities(self.high.work, self.model, weights, setting.kv_cache, self._sampling)
+        return needed.keys() <= step.seconds.keys()
 
     def predict(self, cost: DeviceCost, setting: Setting) -> Prediction:
         """Of a setting that was measured."""

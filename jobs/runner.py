@@ -117,10 +117,11 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
 def _forecast(spec: JobSpec, config: EngineConfig, plan: JobPlan, results: Results) -> Forecast | None:
     """What was to be expected of the rows that this run computed."""
     cost, _ = read_device_cost(DeviceKey.of(config.device))
-    setting = Setting.of(config)
-    if cost is None or not setting.measured(cost):
+    if cost is None:
         return None
-    job = Job(JobShape.of(plan, spec.sampling, config.max_model_len), config)
+    setting, job = Setting.of(config), Job(JobShape.of(plan, spec.sampling, config.max_model_len), config)
+    if not job.measured(cost, setting):
+        return None
     before = job.predict(cost, setting)
     after = job.seconds_for(results.new_tokens, cost, setting)
     return Forecast(before.generate_seconds, before.low, before.high, after)

@@ -126,6 +126,17 @@ def test_unknown_lengths_give_a_range(model: Path) -> None:
     assert known == pytest.approx(found.high)
 
 
+def test_what_was_not_measured_is_not_predicted(model: Path) -> None:
+    cost = cost_of(model)
+    lengths = np.bincount(np.full(10, 20))
+    drawn = Job(JobShape(lengths, SamplingParams(temperature=1.0), 64), EngineConfig(model))
+    greedy = Job(JobShape(lengths, SamplingParams(), 64), EngineConfig(model))
+    setting = Setting("bfloat16", "bfloat16")
+    assert greedy.measured(cost, setting) and not drawn.measured(cost, setting)  # noise alone is not in it, filters are
+    assert not greedy.measured(cost, Setting("bfloat16", "float16"))
+    assert not greedy.measured(cost, Setting("w8a8-fp8", "bfloat16"))
+
+
 def test_a_sample_stands_for_the_whole_job(model: Path) -> None:
     rng = np.random.default_rng(0)
     lengths = np.bincount(rng.integers(1, 200, 12_000))
