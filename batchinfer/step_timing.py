@@ -35,9 +35,9 @@ REPEATS = 2  # of each step at least; the fastest counts, for what else runs on 
 REPEAT_SECONDS = 0.1
 COPY_BYTES = 1 << 28
 
-# hidden, intermediate, layers, heads, key heads, head size, vocabulary. The first is for attention, the last is larger
-# than processors' caches.
-SHAPES = ((256, 768, 2, 8, 4, 32, 2048), (640, 1728, 4, 10, 5, 64, 6144), (1536, 4096, 2, 16, 4, 96, 10240))
+# hidden, intermediate, layers, heads, key heads, head size, vocabulary. The first is for attention, and tells what a
+# layer takes from what a step takes; the last is larger than processors' caches.
+SHAPES = ((256, 768, 6, 8, 4, 32, 2048), (640, 1728, 3, 10, 5, 64, 6144), (1536, 4096, 2, 16, 4, 96, 10240))
 KV_CACHES = ("float32", "bfloat16", "int8", "fp8")
 
 
@@ -56,7 +56,7 @@ BY_ROWS: list[Workload] = [
     *(([length], _greedy(1), "greedy") for length in (8, 16, 32, 64, 128, 256, 512)),
     *(([1] * count, _greedy(4), "greedy") for count in (1, 8, 16, 32, 64)),
 ]
-BY_CONTEXT: list[Workload] = [(lengths, _greedy(4), "greedy") for lengths in ([1000], [480] * 4, [96] * 64)]
+BY_CONTEXT: list[Workload] = [(lengths, _greedy(4), "greedy") for lengths in ([1000], [480] * 4, [96] * 32)]
 # To noise all tokens are about as likely; top_k leaves as few of them as filters leave of a trained model's.
 BY_SAMPLING: list[Workload] = [([1] * 64, _drawn(0, 1.0), "drawn"), ([1] * 64, _drawn(20, 0.8), "filtered")]
 

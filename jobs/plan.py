@@ -1,6 +1,6 @@
 """What a job will be, before a weight is loaded: which rows can run, how long they are, what they will take."""
 
-import tempfile
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +24,7 @@ from batchinfer.model_config import ModelConfig
 from batchinfer.step_cost import PRODUCTS, DeviceCost
 
 SCHEMA_VERSION = 1
-NOWHERE = Path(tempfile.gettempdir()) / "batchinfer-plan.parquet"  # a plan has no output
+NOWHERE = Path(os.devnull) / "plan.parquet"  # a plan has no output; this one is in no folder of the input
 KV_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 SCALE_BYTES = 4  # of a token and head, where keys and values are in 8 bits
 
@@ -98,23 +98,19 @@ class Outlook:
         return "\n".join([*table, "", "prompt lengths", *bars(_labelled(self.prompt_lengths), width)])
 
     def _times(self) -> list[tuple[str, str]]:
-        if self.prediction is None:
-            return []
-        p = self.prediction
-        before = p.start_seconds + p.load_seconds
-        return [
-            ("predicted", f"{_seconds(p.wall_seconds)} ({_seconds(before + p.low)} to {_seconds(before + p.high)})"),
-            ("  start, load", f"{_seconds(p.start_seconds)}, {_seconds(p.load_seconds)}"),
-            ("  prefill, decode", f"{_seconds(p.prefill_seconds)}, {_seconds(p.decode_seconds)}"),
-            *[
-                (
-                    f"  {c.products}, KV {c.kv_cache}",
-                    _seconds(c.generate_seconds)
-                    + (" <- this job" if (c.products, c.kv_cache) == (self.products, self.kv_cache) else ""),
-                )
-                for c in self.candidates
-            ],
-        ]
+        lines = []
+        if (p := self.prediction) is not None:
+            before = p.start_seconds + p.load_seconds
+            low, high = _seconds(before + p.low), _seconds(before + p.high)
+            lines = [
+                ("predicted", f"{_seconds(p.wall_seconds)} ({low} to {high})"),
+                ("  start, load", f"{_seconds(p.start_seconds)}, {_seconds(p.load_seconds)}"),
+                ("  prefill, decode", f"{_seconds(p.prefill_seconds)}, {_seconds(p.decode_seconds)}"),
+            ]
+        for c in self.candidates:
+            mark = " <- this job" if (c.products, c.kv_cache) == (self.products, self.kv_cache) else ""
+            lines.append((f"  {c.products}, KV {c.kv_cache}", f"{_seconds(c.generate_seconds)} of generating{mark}"))
+        return lines
 
 
 def plan(spec: JobSpec) -> Outlook:
