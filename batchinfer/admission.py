@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.block_manager import BlockManager
-from batchinfer.kernels.attention import TILE
+from batchinfer.kernels.grain import TILE
 from batchinfer.output_lengths import OutputLengths
 from batchinfer.prefix_tree import Ints, PrefixTree, SharedTile, shared_tiles
 from batchinfer.request import Requests

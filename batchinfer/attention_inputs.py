@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchinfer.batch import Ints, Piece
-from batchinfer.kernels.attention import TILE, BlockUsers, DecodeBlocks, PromptTiles, TiledBatch
+from batchinfer.kernels.attention import BlockUsers, DecodeBlocks, PromptTiles, TiledBatch
 from batchinfer.kernels.attention_plan import Tiling, plan_attention
 from batchinfer.kernels.backend import AttentionBatch
+from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged_attention import RaggedBatch
 from batchinfer.sequence import SequenceTable
 

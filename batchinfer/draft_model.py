@@ -14,7 +14,7 @@ from batchinfer.admission import Admission
 from batchinfer.batch import Ints
 from batchinfer.block_manager import BlockManager
 from batchinfer.config import EngineConfig
-from batchinfer.kernels.attention import TILE
+from batchinfer.kernels.grain import TILE
 from batchinfer.lookup import Proposals
 from batchinfer.model_config import read_model_config
 from batchinfer.runner import ModelRunner

@@ -20,13 +20,13 @@ from batchinfer.device_steps import padded_count
 from batchinfer.draft_model import DraftModel, load_draft_model
 from batchinfer.gains import Gains
 from batchinfer.kernels import dispatch
-from batchinfer.kernels.attention import TILE
+from batchinfer.kernels.grain import TILE
 from batchinfer.memory import Room, is_out_of_memory, peak_memory_bytes, pool_blocks
 from batchinfer.model_config import ModelConfig, read_model_config
 from batchinfer.output_lengths import OutputLengths
 from batchinfer.request import Completions, FinishReason, Requests, RowError, SamplingParams
 from batchinfer.runner import ModelRunner, measure_peak
-from batchinfer.scheduler import Scheduler, padded_size
+from batchinfer.scheduler import Scheduler
 from batchinfer.sequence import SequenceTable
 from batchinfer.speculator import Speculator
 from batchinfer.tokenizer import Tokenizer

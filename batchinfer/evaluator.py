@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchinfer.batch import Batch
 from batchinfer.engine import Engine
-from batchinfer.kernels.linear import MIN_ROWS
+from batchinfer.kernels.grain import MIN_ROWS
 from batchinfer.layer_errors import SAME_BASIS, LayerErrors, embedding_difference
 from batchinfer.quantize.metrics import divergences, log_likelihoods
 from batchinfer.request import Requests, SamplingParams

@@ -1,12 +1,16 @@
 """`ModelConfig`: the shape of a decoder, read from a checkpoint's `config.json`; what is not understood is refused."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from batchinfer.json_file import read_object
-from batchinfer.quantize.checkpoint import Format, checkpoint_format
 from batchinfer.rope import Rope, yarn_attention_factor
+
+if TYPE_CHECKING:  # formats unpack tensors: only who meets one waits for torch
+    from batchinfer.quantize.checkpoint import Format
 
 MAX_MESSAGE = 1000  # characters: a value that is refused may be of any size
 
@@ -117,8 +121,14 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
         mlp_bias=_flag(raw, "mlp_bias", False),
         head_norm=family == "qwen3",
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
-        form=checkpoint_format(raw["quantization_config"]) if raw.get("quantization_config") else None,
+        form=_form(raw["quantization_config"]) if raw.get("quantization_config") else None,
     )
+
+
+def _form(quantization: Any) -> Format:
+    from batchinfer.quantize.checkpoint import checkpoint_format
+
+    return checkpoint_format(quantization)
 
 
 def _refuse_unknown(raw: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.block_manager import BlockManager
-from batchinfer.kernels.attention import TILE
+from batchinfer.kernels.grain import TILE
 from batchinfer.request import Requests
 
 Ints = NDArray[np.int64]

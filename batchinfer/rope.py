@@ -1,10 +1,13 @@
 """Rotary position embedding: angles by position, with the scalings that checkpoints ask for."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # who only reads a config waits for no torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -26,11 +29,15 @@ class Rope:
 
     def tables(self, positions: int) -> tuple[Tensor, Tensor]:
         """(cos, sin) float32 [positions, head_dim / 2]."""
+        import torch
+
         angles = torch.outer(torch.arange(positions, dtype=torch.float32), self.frequencies())
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
     def frequencies(self) -> Tensor:
         """Radians a position, float32 [head_dim / 2]."""
+        import torch
+
         exponent = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
         inverse = 1.0 / self.theta**exponent
         if self.kind == "linear":
@@ -46,6 +53,8 @@ class Rope:
 
     def _llama3(self, inverse: Tensor) -> Tensor:
         """Long wavelengths are stretched, short ones kept, those between blended (Llama 3.1)."""
+        import torch
+
         wavelength = 2 * math.pi / inverse
         low, high = self.low_freq_factor, self.high_freq_factor
         smooth = (self.original_positions / wavelength - low) / (high - low)
@@ -56,6 +65,7 @@ class Rope:
 
     def _yarn_ramp(self) -> Tensor:
         """0 where a dimension turns fast enough to be kept, 1 where it is interpolated (Peng et al. 2023)."""
+        import torch
 
         def dimension(turns: float) -> float:
             span = self.original_positions / (turns * 2 * math.pi)

@@ -17,8 +17,7 @@ from batchinfer.attention_inputs import AttentionInputs
 from batchinfer.batch import Batch, Ints, Piece, Queries
 from batchinfer.block_manager import BlockManager
 from batchinfer.gains import Gains, verified_gains
-from batchinfer.kernels.attention import TILE
-from batchinfer.kernels.linear import MIN_ROWS
+from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_size
 from batchinfer.kernels.sampling import SamplingBatch
 from batchinfer.request import Requests
 from batchinfer.sequence import SequenceTable
@@ -221,15 +220,6 @@ class Scheduler:
     def finish(self, place: int, spoiled: bool = False) -> None:
         """Free a sequence's place and blocks; `spoiled` where what it has computed is not finite."""
         self.admission.finish(place, spoiled)
-
-
-def padded_size(tokens: int, row_grain: int) -> int:
-    """Tokens of a step with padding: few different sizes, for each costs oneDNN a new kernel.
-
-    Products that take any number of rows do not come from there.
-    """
-    grain = row_grain if tokens <= 128 or row_grain == 1 else 32
-    return -(-tokens // grain) * grain
 
 
 def _tensor(array: NDArray[np.generic]) -> Tensor:

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from batchinfer.kernels.attention import TILE
+from batchinfer.kernels.grain import TILE
 from batchinfer.prefix_tree import SharedTile
 from batchinfer.request import Requests, SamplingParams
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from batchinfer import __version__
-from batchinfer.jobs import cli_cron, cli_models, cli_outputs, cli_ray, cli_slurm
+from batchinfer.jobs import cli_cron, cli_models, cli_outputs, cli_plan, cli_ray, cli_slurm
 from batchinfer.jobs.faults import described, traced
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.options import (
@@ -54,7 +54,7 @@ from batchinfer.request import SamplingParams
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-for part in (cli_models, cli_outputs, cli_cron, cli_ray):
+for part in (cli_plan, cli_models, cli_outputs, cli_cron, cli_ray):
     app.add_typer(part.app)
 app.add_typer(cli_slurm.app, name="slurm")
 
@@ -106,10 +106,14 @@ def _use_job_file(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def job_of(arguments: Sequence[str]) -> JobSpec:
-    """The job that `batchinfer run` with these arguments would run. Raises `UsageError` and typer's exceptions."""
+def job_of(arguments: Sequence[str], output: Path | None = None) -> JobSpec:
+    """The job that `batchinfer run` with these arguments would run. Raises `UsageError` and typer's exceptions.
+
+    `output` stands where they name none.
+    """
     jobs: list[JobSpec] = []
-    app(["run", *arguments], prog_name="batchinfer", obj=jobs.append, standalone_mode=False)
+    default = [] if output is None else [f"--output={output}"]  # of an option that is there twice the last counts
+    app(["run", *default, *arguments], prog_name="batchinfer", obj=jobs.append, standalone_mode=False)
     if not jobs:
         raise UsageError("these are no arguments of a job, but a question about them")
     return jobs[0]

@@ -4,16 +4,14 @@ import ctypes
 from importlib.metadata import version
 from pathlib import Path
 
-from batchinfer.jobs.spec import JobSpec
-
 MAX_NUM_SEQS = {"cpu": 64, "cuda": 1024}
 MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
-def device_of(spec: JobSpec) -> str:
-    """`--device`; `auto` is a GPU if there is one that the installed torch was built for."""
-    if spec.device != "auto":
-        return spec.device
+def device_of(asked: str) -> str:
+    """Of `--device`; `auto` is a GPU if there is one that the installed torch was built for."""
+    if asked != "auto":
+        return asked
     return "cuda" if has_gpu(version("torch")) else "cpu"
 
 
@@ -37,3 +35,23 @@ def cuda_devices(library: str = "libcuda.so.1") -> int:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return 0
     return count.value
+
+
+def device_name(device: str) -> str:
+    """The processor's name, or the first GPU's as its driver gives it; "unknown" where nobody tells."""
+    if device == "cuda":
+        return _gpu_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next((line.partition(": ")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _gpu_name(library: str = "libcuda.so.1") -> str:
+    if not cuda_devices(library):
+        return "unknown"
+    driver, device, name = ctypes.CDLL(library), ctypes.c_int(0), ctypes.create_string_buffer(256)
+    if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetName(name, len(name), device):
+        return "unknown"
+    return name.value.decode(errors="replace")

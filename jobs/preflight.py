@@ -84,7 +84,7 @@ def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
 
 
 def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
-    device = device_of(spec)
+    device = device_of(spec.device)
     max_num_seqs = MAX_NUM_SEQS[device] if spec.max_num_seqs is None else spec.max_num_seqs
     tokens = MAX_NUM_BATCHED_TOKENS[device] if spec.max_num_batched_tokens is None else spec.max_num_batched_tokens
     return EngineConfig(

@@ -17,6 +17,24 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """Seconds of generating that were to be expected, to stand beside `generate_seconds`."""
+
+    seconds: float  # before the run, by the central estimate of output lengths
+    low: float
+    high: float
+    seconds_for_lengths: float  # for the lengths that came: what is left is the cost model's own error
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Of the report's table."""
+        range_ = f"{_seconds(self.low)} to {_seconds(self.high)}"
+        return [
+            ("predicted", f"{_seconds(self.seconds)} of generating ({range_})"),
+            ("  for the lengths", f"{_seconds(self.seconds_for_lengths)}, had they been known"),
+        ]
+
+
+@dataclass(frozen=True)
 class Report:
     """The fields of `report.json`.
 
@@ -63,6 +81,7 @@ class Report:
     versions: dict[str, str]
     command: str
     canary: Canary | None = None
+    predicted: Forecast | None = None  # None where the device was not measured
     output_sha256: str = ""  # of the output's bytes
     prompt_tokens_shared: int = 0  # not computed, for another row had them
 
@@ -84,6 +103,7 @@ class Report:
             *([("drafts", f"{self.drafted:,} drafted, {right}")] if self.drafted else []),
             ("wall time", f"{_seconds(self.wall_seconds)}, of which generating {_seconds(self.generate_seconds)}"),
             *[(f"  {name}", _seconds(seconds)) for name, seconds in self.phases.items()],
+            *([] if self.predicted is None else self.predicted.lines()),
             ("rows/s", f"{self.rows_per_second:,.2f}"),
             ("tokens/s", f"input {rate['input']:,.1f}, output {rate['output']:,.1f}, total {rate['total']:,.1f}"),
             ("  by phase", f"prefill {rate['prefill']:,.1f}, decode {rate['decode']:,.1f}"),
@@ -117,8 +137,12 @@ def read_report(output: Path) -> Report:
         version = values["schema_version"]
         if version != SCHEMA_VERSION:
             raise Refused(f"report {path} has schema_version {version}; this batchinfer reads {SCHEMA_VERSION}")
-        canary = values.get("canary")
-        return Report(**{**values, "canary": None if canary is None else Canary(**canary)})
+        canary, predicted = values.get("canary"), values.get("predicted")
+        parts = {
+            "canary": None if canary is None else Canary(**canary),
+            "predicted": None if predicted is None else Forecast(**predicted),
+        }
+        return Report(**{**values, **parts})
     except OSError as error:
         raise Refused(f"report {path}: {error.strerror}; it is written when a job is complete") from error
     except (ValueError, TypeError, KeyError) as error:

@@ -36,6 +36,7 @@ class Results:
         self.by_error = Counter(done.by_error)
         self.prompt_tokens = done.prompt_tokens
         self.completion_tokens = done.completion_tokens
+        self.new_tokens: Counter[int] = Counter()  # of a row that this run computed -> rows
 
     @property
     def rows(self) -> int:
@@ -77,6 +78,7 @@ class Results:
         for i in np.flatnonzero(completions.finish_reasons == FinishReason.ERROR).tolist():
             texts[i] = None
         lengths = np.diff(completions.offsets).astype(np.int32)
+        self.new_tokens.update(lengths.tolist())
         return answers_of(pa.array(texts, pa.string()), completions.finish_reasons, pa.array(lengths))
 
     def refuse(self, errors: dict[int, RowError]) -> None:

@@ -10,8 +10,9 @@ from functools import partial
 import pyarrow as pa
 
 from batchinfer import allocator
-from batchinfer.config import EngineStats
+from batchinfer.config import EngineConfig, EngineStats
 from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
+from batchinfer.jobs.device_cost import DeviceKey, read_device_cost
 from batchinfer.jobs.done import Done
 from batchinfer.jobs.durable import write_json
 from batchinfer.jobs.interruption import Interruption
@@ -21,10 +22,11 @@ from batchinfer.jobs.metrics import Metrics
 from batchinfer.jobs.output import digest_of
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.planner import JobPlan
+from batchinfer.jobs.prediction import Job, JobShape, Setting
 from batchinfer.jobs.preflight import PromptsFactory, preflight
 from batchinfer.jobs.progress import Progress
 from batchinfer.jobs.prompts import PromptSource
-from batchinfer.jobs.report import SCHEMA_VERSION, Report, peak_memory_bytes, rates, read_report, versions
+from batchinfer.jobs.report import SCHEMA_VERSION, Forecast, Report, peak_memory_bytes, rates, read_report, versions
 from batchinfer.jobs.results import Results
 from batchinfer.jobs.spec import EngineFailed, JobSpec, Refused
 from batchinfer.jobs.windows import Windows
@@ -106,9 +108,24 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     }
     wall = finished - started
     report = _report(spec, results, done, windows.plan, stats, phases, generating, wall, canary, digest_of(merged))
+    if engine == TORCH_ENGINE and results.new_tokens:
+        report = replace(report, predicted=_forecast(spec, config, windows.plan, results))
     write_json(folder.report, asdict(report))
     folder.publish(merged)
     return report
+
+
+def _forecast(spec: JobSpec, config: EngineConfig, plan: JobPlan, results: Results) -> Forecast | None:
+    """What was to be expected of the rows that this run computed."""
+    cost, _ = read_device_cost(DeviceKey.of(config.device))
+    if cost is None:
+        return None
+    setting, job = Setting.of(config), Job(JobShape.of(plan, spec.sampling, config.max_model_len), config)
+    if not job.measured(cost, setting):
+        return None
+    before = job.predict(cost, setting)
+    after = job.seconds_for(results.new_tokens, cost, setting)
+    return Forecast(before.generate_seconds, before.low, before.high, after)
 
 
 def _resumed(done: Done, digests: dict[str, str]) -> list[str]:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.kv_cache import KVCache
-
-TILE = 64
 
 LEAST_ROWS = 4
 """Below this many rows batched products take other kernels (other sums); from here up a row's bits stay the same."""

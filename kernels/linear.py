@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchinfer.kernels.grain import MIN_ROWS
 from batchinfer.kernels.rows import Rows
-
-MIN_ROWS = 8
-"""Below this many rows oneDNN and MKL take other kernels (other sums); from here up a row's bits stay the same."""
 
 
 class Linear:

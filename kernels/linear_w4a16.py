@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchinfer.kernels import dispatch
-from batchinfer.kernels.linear import MIN_ROWS
+from batchinfer.kernels.grain import MIN_ROWS
 from batchinfer.kernels.rows import Rows
 
 GROUPS = (256, 128, 64, 32)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.kernels import dispatch
-from batchinfer.kernels.linear import MIN_ROWS
+from batchinfer.kernels.grain import MIN_ROWS
 from batchinfer.kernels.rows import Rows
 
 

@@ -10,7 +10,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ["batchinfer.kernels", "batchinfer.quantize", "batchinfer", "batchinfer.jobs"]  # from the bottom up
-WITHOUT_TORCH = [f"batchinfer.{name}" for name in ("chat", "config", "gguf", "request", "tokenizer")]
+WITHOUT_TORCH = [
+    *(f"batchinfer.{name}" for name in ("chat", "config", "cost_model", "gguf", "model_config", "request")),
+    *(f"batchinfer.{name}" for name in ("simulation", "step_cost", "tokenizer")),
+]
 TEST_ONLY = {"compressed_tensors", "gguf", "transformers"}
 
 

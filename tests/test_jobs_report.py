@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from batchinfer.jobs.parts import RunFolder
-from batchinfer.jobs.report import SCHEMA_VERSION, Report, peak_memory_bytes, rates, read_report, versions
+from batchinfer.jobs.report import SCHEMA_VERSION, Forecast, Report, peak_memory_bytes, rates, read_report, versions
 from batchinfer.jobs.spec import Refused
 
 REPORT = Report(
@@ -72,6 +72,17 @@ def save(folder: Path, values: object) -> Path:
 def test_a_report_reads_back(tmp_path: Path) -> None:
     assert set(asdict(REPORT)) > PROMISED
     assert read_report(save(tmp_path, asdict(REPORT))) == REPORT
+
+
+def test_what_was_expected_stands_beside_the_result(tmp_path: Path) -> None:
+    report = replace(REPORT, predicted=Forecast(90.0, 30.0, 150.0, 98.5))
+    assert read_report(save(tmp_path, asdict(report))) == report
+    lines = report.table().splitlines()
+    assert [line.split(None, 1)[1] for line in lines if line.startswith("predicted ")] == [
+        "0:01:30 of generating (30.00 s to 0:02:30)"
+    ]
+    assert any("for the lengths" in line and "0:01:38" in line for line in lines)
+    assert "predicted" not in REPORT.table()
 
 
 def test_the_table_is_aligned_and_whole() -> None:

@@ -23,7 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conditions import conditions
 from workloads import (
-    DEMO_MODEL, DRAFT, LARGE_SHAPE, REPOSITORY, SHAPE, TARGET, Text, Workload, sampling_of, write_rows,
+    DEMO_MODEL,
+    DRAFT,
+    LARGE_SHAPE,
+    REPOSITORY,
+    SHAPE,
+    TARGET,
+    Text,
+    Workload,
+    sampling_of,
+    write_rows,
 )  # fmt: skip
 
 from batchinfer.jobs.bench import TOKEN_IDS

@@ -1,0 +1,224 @@
+"""How long a job will take, from its lengths, the model's shape and what was measured on the device.
+
+Output lengths are unknown before a run, unless end-of-text is ignored: the central estimate has them spread evenly from
+one token to as many as a row may have; the range goes from a tenth of those for each row to all of them. Rows are taken
+to run longest prompts first, all in one window, and never to wait for memory; weights in 4 bits are taken to be
+expanded, and what a job's other process takes of the cores is left out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchinfer.config import EngineConfig
+from batchinfer.jobs.hub import read_config
+from batchinfer.jobs.planner import JobPlan
+from batchinfer.jobs.spec import Refused
+from batchinfer.kernels.grain import TILE
+from batchinfer.model_config import ModelConfig, parse_model_config
+from batchinfer.request import SamplingParams
+from batchinfer.simulation import Steps, simulate
+from batchinfer.step_cost import PRODUCTS, DeviceCost, Floats, Weights, layer_weights, quantities
+
+Ints = NDArray[np.int64]
+
+SAMPLE_ROWS = 2048
+PROMPT_STEPS = 4_000  # a sample of very long prompts or answers has fewer rows
+DECODING_STEPS = 100_000
+LEAST_SHARE = 0.1  # of the tokens that a row may have, for the low end
+GOLDEN = (5**0.5 - 1) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class JobShape:
+    """What the time of a job depends on, beside model and device."""
+
+    lengths: Ints  # [longest prompt + 1] how many prompts have so many tokens
+    sampling: SamplingParams
+    max_model_len: int
+    duplicates: int = 0  # of the rows, answered by another row's result
+    shared_tokens: int = 0  # of the prompts, computed once for several rows
+
+    @classmethod
+    def of(cls, plan: JobPlan, sampling: SamplingParams, max_model_len: int) -> "JobShape":
+        """Of a job whose rows are all read."""
+        # Duplicates and shared tokens belong here once `JobPlan` counts them.
+        return cls(plan.lengths, sampling, max_model_len)
+
+    @property
+    def rows(self) -> int:
+        """That are computed."""
+        return max(int(self.lengths.sum()) - self.duplicates, 0)
+
+    def sample(self, config: EngineConfig) -> Ints:
+        """Prompt lengths of the job, or of a sample of its rows: [n], longest first."""
+        total = int(self.lengths.sum())
+        prompt = max(int(self.lengths @ np.arange(len(self.lengths))) / max(total, 1), 1)
+        answer = min(self.sampling.max_tokens, self.max_model_len)
+        most = min(
+            SAMPLE_ROWS,
+            int(PROMPT_STEPS * config.max_num_batched_tokens / prompt),
+            DECODING_STEPS * config.max_num_seqs // answer,
+        )
+        return _quantiles(self.lengths, _even(min(self.rows, max(most, 4 * config.max_num_seqs))))[::-1]
+
+    def most_tokens(self, prompts: Ints) -> Ints:
+        """New tokens that rows with such prompts may have."""
+        return np.minimum(self.sampling.max_tokens, self.max_model_len - prompts)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to run a model: by the name of its `PRODUCTS`, and the type of keys and values."""
+
+    products: str
+    kv_cache: str
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> "Setting":
+        """As the engine resolves it. Raises `Refused` for a model that has no config.json."""
+        raw = read_config(config.model)
+        stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+        dtype = stored if config.dtype == "auto" else config.dtype
+        if config.device == "cpu" and config.dtype == "auto" and dtype == "float16":
+            dtype = "float32"
+        scheme = config.quantization.removesuffix("+head")
+        if scheme in ("w8a8-int8", "w4a8") or (scheme == "auto" and _has_8_bit_inputs(raw.get("quantization_config"))):
+            products = "w8a8-int8"
+        else:
+            products = dtype if scheme in ("auto", "none") else scheme
+        auto = config.kv_cache_dtype == "auto" and products in PRODUCTS
+        return cls(products, PRODUCTS[products].kv_cache(config.device) if auto else config.kv_cache_dtype)
+
+
+def _has_8_bit_inputs(quantization: object) -> bool:
+    """Whether a checkpoint was made for 8-bit integer products, as far as its config tells without its tensors."""
+    groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
+    inputs = [
+        group.get("input_activations")
+        for group in (groups.values() if isinstance(groups, Mapping) else ())
+        if isinstance(group, Mapping)
+    ]
+    return bool(inputs) and all(
+        isinstance(i, Mapping) and (i.get("num_bits"), i.get("type")) == (8, "int") for i in inputs
+    )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds; `generate_seconds` is prefill and decode together, `low` to `high` the range of it."""
+
+    start_seconds: float
+    load_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    generate_seconds: float
+    low: float
+    high: float
+
+    @property
+    def wall_seconds(self) -> float:
+        """From the start of the engine's process to the last row; commits go on meanwhile."""
+        return self.start_seconds + self.load_seconds + self.generate_seconds
+
+
+def read_shape(config: EngineConfig) -> ModelConfig:
+    """The model's shape, whatever its weights are stored in. Raises `Refused` for a model that cannot run."""
+    raw = {key: value for key, value in read_config(config.model).items() if key != "quantization_config"}
+    try:
+        return parse_model_config(raw)
+    except ValueError as error:
+        raise Refused(f"model {config.model}: {error}") from error
+
+
+class Job:
+    """A job's steps, counted once for each guess at its output lengths, and priced for any setting."""
+
+    def __init__(self, shape: JobShape, config: EngineConfig) -> None:
+        """Raises `Refused` for a model that cannot run."""
+        self.shape, self.config, self.model = shape, config, read_shape(config)
+        prompts = shape.sample(config)
+        most = shape.most_tokens(prompts)
+        self.high = self._steps(prompts, most)
+        self.central = self.low = self.high
+        if not shape.sampling.ignore_eos:
+            self.central = self._steps(prompts, 1 + (_spread(len(prompts)) * most).astype(np.int64))
+            self.low = self._steps(prompts, np.ceil(LEAST_SHARE * most).astype(np.int64))
+
+    def measured(self, cost: DeviceCost, setting: Setting) -> bool:
+        """Whether the device's costs have all that the job's steps consist of."""
+        step = cost.steps.get(setting.products)
+        if step is None:
+            return False
+        weights = Weights(1, 1, cost.cache_bytes)
+        needed = quantities(self.high.work, self.model, weights, setting.kv_cache, self._sampling)
+        return needed.keys() <= step.seconds.keys()
+
+    def predict(self, cost: DeviceCost, setting: Setting) -> Prediction:
+        """Of a setting that was measured."""
+        prefill, decode = self._seconds(self.central, cost, setting)
+        low, high = (sum(self._seconds(steps, cost, setting)) for steps in (self.low, self.high))
+        weights = self.model.layers * layer_weights(self.model)
+        load = cost.load_seconds[setting.products] * weights
+        return Prediction(cost.start_seconds, load, prefill, decode, prefill + decode, low, high)
+
+    def seconds_for(self, outputs: Mapping[int, int], cost: DeviceCost, setting: Setting) -> float:
+        """Of generating, for rows of which so many (values) had so many new tokens (keys)."""
+        prompts = self.shape.sample(self.config)
+        histogram = np.zeros(max(outputs) + 1, np.int64)
+        for length, count in outputs.items():
+            histogram[length] = count
+        tokens = _quantiles(histogram, _spread(len(prompts)))
+        steps = self._steps(prompts, np.clip(tokens, 1, self.shape.most_tokens(prompts)))
+        return sum(self._seconds(steps, cost, setting))
+
+    def step_sizes(self) -> dict[int, int]:
+        """Tokens of a step, padded -> steps, by the central estimate."""
+        sizes, places = np.unique(self.central.work.tokens, return_inverse=True)
+        counts = np.bincount(places, self._repeats(self.central))
+        return {int(size): round(count) for size, count in zip(sizes, counts, strict=True)}
+
+    def _steps(self, prompts: Ints, outputs: Ints) -> Steps:
+        rows = max(int(self.shape.lengths.sum()), 1)
+        first = self.shape.shared_tokens // rows // TILE * TILE
+        return simulate(prompts, outputs, self.config, first)
+
+    def _seconds(self, steps: Steps, cost: DeviceCost, setting: Setting) -> tuple[float, float]:
+        """(prefill, decode): a step of both is shared out by tokens, as the engine's report does it."""
+        taken = cost.seconds(setting.products, steps.work, self.model, setting.kv_cache, self._sampling)
+        taken *= self._repeats(steps)
+        share = steps.prompt_tokens / np.maximum(steps.prompt_tokens + steps.new_tokens, 1)
+        return float(taken @ share), float(taken @ (1 - share))
+
+    def _repeats(self, steps: Steps) -> Floats:
+        """[n] how often the whole job has each step of the sample: its end, when places stay empty, comes but once."""
+        sampled = len(self.shape.sample(self.config))
+        places = min(self.config.max_num_seqs, sampled)
+        if sampled == self.shape.rows:
+            return np.ones(len(steps.waiting))
+        return np.where(steps.waiting, (self.shape.rows - places) / (sampled - places), 1.0)
+
+    @property
+    def _sampling(self) -> str:
+        params = self.shape.sampling
+        if params.temperature == 0:
+            return "greedy"
+        return "filtered" if params.top_k or params.top_p < 1 or params.min_p else "drawn"
+
+
+def _even(n: int) -> Floats:
+    """[n] shares from 0 to 1, in order."""
+    return np.asarray((np.arange(n) + 0.5) / max(n, 1), np.float64)
+
+
+def _spread(n: int) -> Floats:
+    """[n] shares from 0 to 1, evenly spread, neighbours far from each other."""
+    return np.asarray((np.arange(1, n + 1) * GOLDEN) % 1.0, np.float64)
+
+
+def _quantiles(histogram: Ints, shares: Floats) -> Ints:
+    """The values that these shares of a histogram's members are below."""
+    cumulated = np.cumsum(histogram)
+    return np.asarray(np.searchsorted(cumulated, shares * cumulated[-1], side="right"), np.int64)
