@@ -97,7 +97,9 @@ class Windows:
         started = time.monotonic()
         errors = self._read_slice()
         if self._file is not None and (self._full(self._file) or self._read_all):
-            self._waiting, self._file = self._planned(self._file.complete()), None
+            prompts = self._file.complete()
+            self._file = None
+            self._waiting = self._planned(prompts)
         self.seconds += time.monotonic() - started
         return errors
 
