@@ -20,7 +20,7 @@ from batchinfer.device_steps import padded_count
 from batchinfer.draft_model import DraftModel, load_draft_model
 from batchinfer.gains import Gains
 from batchinfer.kernels import dispatch
-from batchinfer.kernels.grain import TILE
+from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.memory import Room, is_out_of_memory, peak_memory_bytes, pool_blocks
 from batchinfer.model_config import ModelConfig, read_model_config
 from batchinfer.output_lengths import OutputLengths

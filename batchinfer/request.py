@@ -108,13 +108,26 @@ class Completions:
         tokens: list[int] = self.token_ids[self.offsets[i] : self.offsets[i + 1]].tolist()
         return tokens
 
+    def given_to(self, rows: NDArray[np.int64], places: NDArray[np.int64]) -> "Completions":
+        """What came of the completions at these places [m], as that of other rows [m]."""
+        token_ids, offsets = take_ragged(self.token_ids, self.offsets, places)
+        reasons = self.finish_reasons[places]
+        failed = np.flatnonzero(reasons == FinishReason.ERROR)
+        sources = self.rows[places[failed]].tolist()
+        errors = {row: self.errors[source] for row, source in zip(rows[failed].tolist(), sources, strict=True)}
+        return Completions(rows, token_ids, offsets, reasons, errors)
+
 
 def take_ragged(
     values: NDArray[np.int32], offsets: NDArray[np.int64], index: NDArray[np.int64]
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Pick ragged rows by index: (values, offsets) of `[values[offsets[i]:offsets[i + 1]] for i in index]`."""
-    lengths = (offsets[1:] - offsets[:-1])[index]
-    out = np.zeros(len(index) + 1, np.int64)
-    np.cumsum(lengths, out=out[1:])
-    gather = np.arange(int(out[-1])) + np.repeat(offsets[:-1][index] - out[:-1], lengths)
-    return values[gather], out
+    places, out = ranges(offsets[:-1][index], np.diff(offsets)[index])
+    return values[places], out
+
+
+def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The numbers from each start on, as many as its length, one after the other: (numbers, offsets [n + 1])."""
+    offsets = np.zeros(len(starts) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return np.arange(int(offsets[-1])) + np.repeat(starts - offsets[:-1], lengths), offsets

@@ -166,12 +166,12 @@ def _fastest(engine: _TimedEngine, lengths: list[int], params: SamplingParams) -
 
 def _work(batch: Batch, block: int) -> list[int]:
     """The fields of `Work` of one step."""
-    contexts = batch.positions[batch.prompt_tokens : batch.prompt_tokens + batch.decode_tokens] + 1
+    contexts = batch.positions[batch.prompt_tokens : batch.prompt_tokens + batch.query_tokens] + 1
     tiles = [place for piece in batch.pieces for place in range(piece.start // TILE, (piece.end - 1) // TILE + 1)]
     return [
         len(batch.tokens),
         len(batch.sampled),
-        batch.decode_tokens,
+        batch.query_tokens,
         int((-(-contexts // block) * block).sum()),
         len(tiles),
         sum(place + 1 for place in tiles) * TILE,

@@ -124,6 +124,7 @@ def _spec(folder: Path, shape: Path | None, vocabulary: int, workload: Workload)
         columns=("id",),
         sampling=SamplingParams(max_tokens=workload.output_len, ignore_eos=True),
         max_model_len=workload.input_len + workload.output_len,
+        deduplicate=False,  # each row is to be measured
         **workload.engine,
     )
 

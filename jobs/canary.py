@@ -16,12 +16,13 @@ from batchinfer.config import EngineConfig
 from batchinfer.gguf import WEIGHTS
 from batchinfer.jobs.hub import read_config, resolve_model
 from batchinfer.jobs.interruption import Interruption
+from batchinfer.jobs.job_plan import JobPlan
 from batchinfer.jobs.log import printable, say
-from batchinfer.jobs.planner import JobPlan
 from batchinfer.jobs.reader import Table
 from batchinfer.jobs.results import before_stop
 from batchinfer.jobs.spec import Interrupted, JobSpec, Refused, UsageError
-from batchinfer.jobs.windows import Prompts, join
+from batchinfer.jobs.token_file import StoredRequests
+from batchinfer.jobs.windows import Prompts
 from batchinfer.jobs.worker import Fault, Found, Worker
 from batchinfer.quantize.formats.gguf_file import GGUFFile
 from batchinfer.request import Requests
@@ -124,7 +125,26 @@ def canary_rows(table: Table, prompts: Prompts, count: int) -> Requests:
         chosen.append(requests.take(np.array(taken, np.int64)))
     if not found:
         raise Refused(f"--canary {count}: there is no row with a prompt to compare")
-    return join(chosen)
+    return _joined(chosen)
+
+
+def _joined(slices: list[Requests]) -> Requests:
+    """The requests of all slices, one after the other."""
+    params = tuple(dict.fromkeys(p for requests in slices for p in requests.params))
+    place = {p: i for i, p in enumerate(params)}
+    lengths = np.concatenate([np.diff(requests.offsets) for requests in slices])
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return Requests(
+        np.concatenate([requests.rows for requests in slices]),
+        np.concatenate([requests.token_ids for requests in slices]),
+        offsets,
+        np.concatenate([requests.seeds for requests in slices]),
+        params,
+        np.concatenate(
+            [np.array([place[p] for p in r.params], np.int32)[r.param_index] for r in slices], dtype=np.int32
+        ),
+    )
 
 
 def run_canary(comparison: Comparison, interruption: Interruption) -> Canary:
@@ -164,7 +184,8 @@ def compare(pipe: Any, comparison: Comparison) -> None:
 
     started = time.monotonic()
     spec, requests = comparison.spec, comparison.requests
-    tokens = JobPlan.of(requests, spec.block_size).kv_cache_tokens(comparison.config.max_num_seqs)
+    plan = JobPlan.of(StoredRequests.of(requests), np.arange(len(requests)), spec.block_size)
+    tokens = plan.kv_cache_tokens(comparison.config.max_num_seqs)
     try:
         tokenizer = Tokenizer.load(comparison.config.model, comparison.tokenizer)
         engine, reference = (

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
+import numpy as np
+
 from batchinfer.config import EngineConfig, EngineStats
 from batchinfer.jobs.interruption import Interruption
 from batchinfer.jobs.progress import Progress
@@ -12,7 +14,7 @@ from batchinfer.jobs.results import Results
 from batchinfer.jobs.spec import EngineFailed, Interrupted, JobSpec, Refused
 from batchinfer.jobs.supervisor import Supervisor
 from batchinfer.jobs.under_way import UnderWay
-from batchinfer.jobs.windows import Window, Windows
+from batchinfer.jobs.windows import Windows
 from batchinfer.jobs.worker import Admitted, Completed, Heartbeat, Load, Message, Ready, Worker
 from batchinfer.request import Completions
 
@@ -21,7 +23,7 @@ STOP_SHARE = 0.7  # of the time until the job must have ended: for the engine to
 
 
 class Loop:
-    """Runs all rows through the engine, which has about a window and a half of them; one more window waits, ready."""
+    """Runs all rows through the engine, which has about a piece and a half of them; others wait on disk, in order."""
 
     def __init__(
         self,
@@ -38,9 +40,9 @@ class Loop:
         self._progress = progress
         self._engine = Supervisor(start_worker, spec.step_timeout)
         self._under_way = UnderWay()
-        self._upcoming: Window | None = None
         self._total = total  # rows of the input
         self.generate_seconds = 0.0  # from the engine's being ready to its last row
+        self.duplicates = 0  # rows that got the result of another one
 
     def run(self, load: Load, interruption: Interruption) -> EngineStats:
         """Feed and take until the last row is done.
@@ -60,19 +62,21 @@ class Loop:
             raise
         finally:
             self._engine.close()
+            self._windows.close()
             self._progress.close()
 
     def _run(self, load: Load, interruption: Interruption) -> EngineStats:
-        while self._reading:
+        while self._windows.reading:
             self._progress.tick()
             self._check(interruption)
-            self._upcoming = self._windows.read()
+            self._read()
+            self._results.commit_if_due()
         self._engine.load(replace(load, config=replace(load.config, kv_cache_tokens=self._cache_tokens(load.config))))
         while not self._engine.finished:
             self._progress.tick()
             self._check(interruption)
-            if self._reading:
-                self._upcoming = self._windows.read()
+            if self._windows.reading:
+                self._read()
             try:
                 self._step()
             except EngineFailed as error:
@@ -90,20 +94,20 @@ class Loop:
         """Feed and take. Raises `EngineFailed` where the engine is dead or stands still."""
         if self._engine.takes_all:
             self._feed()
-            if self._upcoming is None and self._windows.exhausted:
+            if self._windows.over:
                 self._engine.drain()
-        self._take(0.0 if self._reading else POLL_SECONDS)
+        self._take(0.0 if self._windows.reading else POLL_SECONDS)
         self._engine.check(self._under_way)
 
-    @property
-    def _reading(self) -> bool:
-        return self._upcoming is None and not self._windows.exhausted
+    def _read(self) -> None:
+        if errors := self._windows.read():
+            self._results.refuse(errors)
 
     def _cache_tokens(self, config: EngineConfig) -> int:
         """Exact if the first window holds all rows; else twice what that one needs, as later rows may be longer."""
         samples = self._spec.computed_samples
         need = samples * self._windows.plan.kv_cache_tokens(-(-config.max_num_seqs // samples))
-        if self._upcoming is None or self._upcoming.end == self._total:
+        if self._windows.rows_read == self._total:
             return need
         return min(2 * need, config.max_num_seqs * config.max_model_len)
 
@@ -125,15 +129,12 @@ class Loop:
                     self._take(POLL_SECONDS)
 
     def _feed(self) -> None:
-        window = self._upcoming
-        if window is None or self._under_way.enough:
+        if self._under_way.enough:
             return
-        self._upcoming = None
-        if window.errors:
-            self._results.refuse(window.errors)
-        if len(window.requests):
-            self._engine.send(window.requests)
-            self._under_way.add(window)
+        requests = self._windows.next_piece()
+        if requests is not None:
+            self._engine.send(requests)
+            self._under_way.add(requests)
 
     def _take(self, timeout: float) -> None:
         """Handle the messages that are there; where there are none, wait for one."""
@@ -155,9 +156,21 @@ class Loop:
                 self._progress.update(stats.prompt_tokens + stats.completion_tokens)
 
     def _complete(self, completions: Completions) -> None:
-        self._results.add(completions, self._under_way.prompt_tokens(completions.rows))
+        prompt_tokens = self._under_way.prompt_tokens(completions.rows)
+        self._results.add(completions, prompt_tokens)
+        samples = np.arange(self._spec.computed_samples)
+        places, followers = self._windows.followers.take(completions.rows[:: len(samples)])
+        if len(followers):
+            theirs = (places[:, None] * len(samples) + samples).ravel()
+            given = completions.given_to(np.repeat(followers, len(samples)), theirs)
+            self._results.add(given, prompt_tokens[theirs])
+            self.duplicates += len(followers)
         self._end(set(completions.rows.tolist()))
 
     def _end(self, rows: set[int]) -> None:
         if errors := self._engine.ended(self._under_way, rows):
-            self._results.refuse(errors)
+            given_up = list(errors)
+            places, followers = self._windows.followers.take(np.array(given_up))
+            followed = {row: errors[given_up[place]] for row, place in zip(followers.tolist(), places, strict=True)}
+            self._results.refuse(errors | followed)
+            self.duplicates += len(followed)

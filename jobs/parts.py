@@ -58,7 +58,7 @@ class RunFolder:
         self.manifest = self.path / "manifest.json"
         self._run = self.path / "run.json"
         self.parts = self.path / "parts"
-        self._temporary = self.path / "tmp"
+        self.temporary = self.path / "tmp"  # for files that are none of the run's own yet; emptied when one begins
         self._listed: list[Part] = []
         self._fingerprints: dict[str, str] = {}
         self._lock: int | None = None
@@ -100,9 +100,9 @@ class RunFolder:
         if not self.begun:
             write_json(self._run, {**run, "fingerprints": fingerprints})
         self._refuse_another_job(fingerprints)
-        for folder in (self.parts, self._temporary):
+        for folder in (self.parts, self.temporary):
             folder.mkdir(exist_ok=True)
-        remove_left(self._temporary.iterdir())
+        remove_left(self.temporary.iterdir())
         done = read_done(self.parts, num_rows, fingerprints, retry_errors)
         self._listed = done.parts
         return done
@@ -176,7 +176,7 @@ class RunFolder:
         pq.write_table(table, sink, row_group_size=group_rows, **PARQUET)
         data = sink.getvalue()
         part = self.parts / f"part-{self._next_number():06d}.parquet"
-        temporary = self._temporary / f"{part.stem}-{os.getpid()}"
+        temporary = self.temporary / f"{part.stem}-{os.getpid()}"
         with writing(temporary) as file:
             file.write(data)
         link_new(temporary, part)
@@ -208,7 +208,7 @@ class RunFolder:
         Holds a batch, and a row group of each part whose range of ordinals is being passed. Raises `Refused` where the
         input is not the one that was run.
         """
-        aside = self._temporary / f"merged{self.output.suffix}"
+        aside = self.temporary / f"merged{self.output.suffix}"
         listed = [(self.parts / part.name, part.first_row) for part in self._listed]
         parts = PartsInOrder(listed, part_schema(samples))
         merged_schema = pa.schema([*schema, *result_fields(samples)])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,8 @@ from batchinfer.config import EngineConfig
 from batchinfer.cost_model import CostModel, Requests
 from batchinfer.jobs.device_cost import DeviceKey, read_device_cost
 from batchinfer.jobs.histogram import bars
+from batchinfer.jobs.job_plan import JobPlan
 from batchinfer.jobs.log import printable
-from batchinfer.jobs.planner import JobPlan
 from batchinfer.jobs.prediction import Job, JobShape, Prediction, Setting
 from batchinfer.jobs.preflight import preflight
 from batchinfer.jobs.spec import JobSpec
@@ -56,6 +57,11 @@ class Outlook:
     rows: int
     rows_to_run: int
     rows_failing: dict[str, Failing]  # by error_code
+    duplicates: int  # rows that get the result of another one
+    duplicate_tokens: int  # of their prompts
+    groups: int  # of rows whose prompts begin with the same tile
+    grouped_rows: int
+    shared_tokens: int  # of prompts, computed once for neighbours
     prompt_tokens: int
     longest_prompt: int
     median_prompt: int
@@ -69,6 +75,7 @@ class Outlook:
     products: str
     prediction: Prediction | None
     candidates: list[Candidate]  # the fastest first
+    drafts_pay: dict[str, float | None]  # rows side by side -> how likely drafts must be right; None: they never pay
     notes: list[str]
 
     def json(self) -> dict[str, Any]:
@@ -85,6 +92,11 @@ class Outlook:
             (
                 "prompt tokens",
                 f"{self.prompt_tokens:,}; median {self.median_prompt:,}, longest {self.longest_prompt:,}",
+            ),
+            ("  computed once", f"{self.duplicates:,} duplicates ({self.duplicate_tokens:,} tokens)"),
+            (
+                "  shared",
+                f"{self.shared_tokens:,} tokens; {self.groups:,} groups of {self.grouped_rows:,} rows begin alike",
             ),
             ("new tokens", f"{self.most_new_tokens:,} at most"),
             ("KV cache", f"{_bytes(self.kv_cache_bytes)} in {self.kv_cache} at its fullest"),
@@ -110,24 +122,35 @@ class Outlook:
         for c in self.candidates:
             mark = " <- this job" if (c.products, c.kv_cache) == (self.products, self.kv_cache) else ""
             lines.append((f"  {c.products}, KV {c.kv_cache}", f"{_seconds(c.generate_seconds)} of generating{mark}"))
+        if self.drafts_pay:
+            shares = [
+                f"{rows} rows: {'never' if right is None else f'from {right:.0%} right'}"
+                for rows, right in self.drafts_pay.items()
+            ]
+            lines.append(("drafts pay", "; ".join(shares)))
         return lines
 
 
 def plan(spec: JobSpec) -> Outlook:
     """Read and tokenize all rows; no weight is looked at. Raises what `run` would before its first row."""
     job = preflight(spec)
-    windows = Windows(job.table, job.source, spec.block_size, np.zeros(job.table.num_rows, np.bool_))
-    failing = _read(windows)
-    shape = JobShape.of(windows.plan, spec.sampling, job.config.max_model_len)
+    with TemporaryDirectory(prefix="batchinfer-plan-") as folder:
+        done = np.zeros(job.table.num_rows, np.bool_)
+        windows = Windows(job.table, job.source, spec.block_size, done, Path(folder))
+        failing = _read(windows)
+    shape = JobShape.of(windows.plan, spec.sampling, job.config.max_model_len, spec.computed_samples)
     key = DeviceKey.of(job.config.device)
     cost, missing = read_device_cost(key)
     setting, notes = Setting.of(job.config), [] if missing is None else [missing]
     simulated = Job(shape, job.config) if windows.plan.rows else None
-    prediction, candidates = None, []
+    prediction, candidates, drafts_pay = None, [], {}
     if simulated is not None and cost is not None:
         candidates = _candidates(simulated, job.config, cost)
         if simulated.measured(cost, setting):
             prediction = simulated.predict(cost, setting)
+            side_by_side = min(job.config.max_num_seqs, simulated.shape.rows)
+            few = [rows for rows in (1, 4, 16, 64, 256) if rows < side_by_side]
+            drafts_pay = {str(n): simulated.drafts_pay(n, cost, setting) for n in [*few, side_by_side]}
         else:
             notes.append(
                 f"{setting.products} with keys and values in {setting.kv_cache} is not measured on this device"
@@ -144,6 +167,7 @@ def plan(spec: JobSpec) -> Outlook:
         products=setting.products,
         prediction=prediction,
         candidates=candidates,
+        drafts_pay=drafts_pay,
         notes=notes,
         **_lengths(windows.plan),
         **_demands(simulated, windows.plan, job.config, setting),
@@ -154,17 +178,21 @@ def _read(windows: Windows) -> dict[str, Failing]:
     """Read all rows; those that fail, by code."""
     counts: Counter[str] = Counter()
     first: dict[str, int] = {}
-    while not windows.exhausted:
-        window = windows.read()
-        for row, error in sorted(window.errors.items()) if window is not None else ():
+    while windows.reading:
+        for row, error in sorted(windows.read().items()):
             counts[error.code] += 1
             first.setdefault(error.code, row)
+        windows.pass_over()
     return {code: Failing(count, first[code]) for code, count in counts.most_common()}
 
 
 def _lengths(plan: JobPlan) -> dict[str, Any]:
-    # Duplicates, prefix groups and the tokens that they save belong here once `JobPlan` counts them.
     return {
+        "duplicates": plan.duplicates,
+        "duplicate_tokens": plan.duplicate_tokens,
+        "groups": plan.groups,
+        "grouped_rows": plan.grouped_rows,
+        "shared_tokens": plan.shared_tokens,
         "prompt_tokens": plan.prompt_tokens,
         "longest_prompt": plan.quantile(1.0),
         "median_prompt": plan.quantile(0.5),

@@ -14,19 +14,20 @@ from numpy.typing import NDArray
 
 from batchinfer.config import EngineConfig
 from batchinfer.jobs.hub import read_config
-from batchinfer.jobs.planner import JobPlan
+from batchinfer.jobs.job_plan import JobPlan
 from batchinfer.jobs.spec import Refused
-from batchinfer.kernels.grain import TILE
+from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_size
 from batchinfer.model_config import ModelConfig, parse_model_config
 from batchinfer.request import SamplingParams
 from batchinfer.simulation import Steps, simulate
-from batchinfer.step_cost import PRODUCTS, DeviceCost, Floats, Weights, layer_weights, quantities
+from batchinfer.step_cost import PRODUCTS, DeviceCost, Floats, Weights, Work, layer_weights, quantities
 
 Ints = NDArray[np.int64]
 
 SAMPLE_ROWS = 2048
 PROMPT_STEPS = 4_000  # a sample of very long prompts or answers has fewer rows
 DECODING_STEPS = 100_000
+DRAFTS = 4  # of a row in a step, where it is asked whether they pay
 LEAST_SHARE = 0.1  # of the tokens that a row may have, for the low end
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -42,10 +43,11 @@ class JobShape:
     shared_tokens: int = 0  # of the prompts, computed once for several rows
 
     @classmethod
-    def of(cls, plan: JobPlan, sampling: SamplingParams, max_model_len: int) -> "JobShape":
-        """Of a job whose rows are all read."""
-        # Duplicates and shared tokens belong here once `JobPlan` counts them.
-        return cls(plan.lengths, sampling, max_model_len)
+    def of(cls, plan: JobPlan, sampling: SamplingParams, max_model_len: int, samples: int) -> "JobShape":
+        """Of a job whose rows are all read, with so many samples to compute of each."""
+        own = np.maximum(np.arange(len(plan.lengths)) - 1, 0) // TILE * TILE  # what a second sample has of the first
+        shared = samples * plan.shared_tokens + (samples - 1) * int(plan.lengths @ own - plan.shared_tokens)
+        return cls(samples * plan.lengths, sampling, max_model_len, samples * plan.duplicates, shared)
 
     @property
     def rows(self) -> int:
@@ -173,6 +175,22 @@ class Job:
         tokens = _quantiles(histogram, _spread(len(prompts)))
         steps = self._steps(prompts, np.clip(tokens, 1, self.shape.most_tokens(prompts)))
         return sum(self._seconds(steps, cost, setting))
+
+    def drafts_pay(self, rows: int, cost: DeviceCost, setting: Setting) -> float | None:
+        """The least probability of a draft to be right at which `DRAFTS` of them in each of so many rows make a step
+        give more tokens a second than one without; None where even right ones do not."""
+        lengths = self.shape.lengths
+        context = float(lengths @ np.arange(len(lengths))) / max(int(lengths.sum()), 1)
+        context += float(self.shape.most_tokens(np.array([round(context)]))[0]) / 2
+        queries = np.array([rows, rows * (1 + DRAFTS)], np.float64)
+        tokens = np.array([padded_size(int(n), MIN_ROWS) for n in queries], np.float64)
+        none = np.zeros(2)
+        work = Work(tokens, queries, queries, queries * context, none, none, none)
+        plain, drafted = cost.seconds(setting.products, work, self.model, setting.kv_cache, self._sampling).tolist()
+        right = np.arange(0, 1.01, 0.01)
+        gain = (right[:, None] ** np.arange(1 + DRAFTS)).sum(1) * plain / drafted
+        pays = np.flatnonzero(gain > 1)
+        return float(right[pays[0]]) if len(pays) else None
 
     def step_sizes(self) -> dict[int, int]:
         """Tokens of a step, padded -> steps, by the central estimate."""

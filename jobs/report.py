@@ -97,6 +97,7 @@ class Report:
             ("device", self.device),
             ("rows", f"{self.rows:,} ({self.rows_ok:,} ok, {self.rows_failed:,} failed)"),
             *([("  done before", f"{self.rows_resumed:,}")] if self.rows_resumed else []),
+            *([("  like another row", f"{self.rows_duplicate:,}")] if self.rows_duplicate else []),
             *[(f"  {code}", f"{count:,} rows") for code, count in self.rows_by_error.items()],
             ("prompt tokens", f"{self.prompt_tokens:,} ({sources})"),
             ("completion tokens", f"{self.completion_tokens:,}"),

@@ -16,12 +16,12 @@ from batchinfer.jobs.device_cost import DeviceKey, read_device_cost
 from batchinfer.jobs.done import Done
 from batchinfer.jobs.durable import write_json
 from batchinfer.jobs.interruption import Interruption
+from batchinfer.jobs.job_plan import JobPlan
 from batchinfer.jobs.log import say
 from batchinfer.jobs.loop import Loop
 from batchinfer.jobs.metrics import Metrics
 from batchinfer.jobs.output import digest_of
 from batchinfer.jobs.parts import RunFolder
-from batchinfer.jobs.planner import JobPlan
 from batchinfer.jobs.prediction import Job, JobShape, Setting
 from batchinfer.jobs.preflight import PromptsFactory, preflight
 from batchinfer.jobs.progress import Progress
@@ -74,9 +74,11 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     if folder.published and done.complete:
         say(f"{spec.output} is complete already")
         return read_report(spec.output)
-    stats, generating = EngineStats(notes=_resumed(done, digests) + _sampled(spec)), 0.0
+    stats, generating, duplicates = EngineStats(notes=_resumed(done, digests) + _sampled(spec)), 0.0, 0
     try:
-        windows = Windows(table, source, spec.block_size, done.rows, spec.computed_samples)
+        windows = Windows(
+            table, source, spec.block_size, done.rows, folder.temporary, spec.deduplicate, spec.computed_samples
+        )
         progress = Progress(results, table.num_rows, metrics)
         if not done.complete:
             say(f"loading {spec.model}")
@@ -85,7 +87,8 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
                 start_worker = partial(Worker, folder.log, run_engine, engine)
                 loop = Loop(spec, windows, results, progress, start_worker, table.num_rows)
                 found = loop.run(Load(config, job.tokenizer_folder, spec.computed_samples), interruption)
-            stats, generating = replace(found, notes=found.notes + stats.notes), loop.generate_seconds
+            stats = replace(found, notes=found.notes + stats.notes)
+            generating, duplicates = loop.generate_seconds, loop.duplicates
         results.refuse_too_many_errors(table.num_rows)
         folder.write_manifest(table.num_rows)
         merging = time.monotonic()
@@ -107,7 +110,9 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         "merge": finished - merging,
     }
     wall = finished - started
-    report = _report(spec, results, done, windows.plan, stats, phases, generating, wall, canary, digest_of(merged))
+    report = _report(
+        spec, results, done, duplicates, windows.plan, stats, phases, generating, wall, canary, digest_of(merged)
+    )
     if engine == TORCH_ENGINE and results.new_tokens:
         report = replace(report, predicted=_forecast(spec, config, windows.plan, results))
     write_json(folder.report, asdict(report))
@@ -120,7 +125,10 @@ def _forecast(spec: JobSpec, config: EngineConfig, plan: JobPlan, results: Resul
     cost, _ = read_device_cost(DeviceKey.of(config.device))
     if cost is None:
         return None
-    setting, job = Setting.of(config), Job(JobShape.of(plan, spec.sampling, config.max_model_len), config)
+    setting, job = (
+        Setting.of(config),
+        Job(JobShape.of(plan, spec.sampling, config.max_model_len, spec.computed_samples), config),
+    )
     if not job.measured(cost, setting):
         return None
     before = job.predict(cost, setting)
@@ -150,6 +158,7 @@ def _report(
     spec: JobSpec,
     results: Results,
     done: Done,
+    duplicates: int,
     plan: JobPlan,
     stats: EngineStats,
     phases: dict[str, float],
@@ -179,7 +188,7 @@ def _report(
         rows_failed=results.failed,
         rows_resumed=done.count,
         rows_computed=results.rows - done.count,
-        rows_duplicate=0,
+        rows_duplicate=duplicates,
         rows_by_finish_reason=dict(results.by_reason),
         rows_by_error=dict(results.by_error),
         prompt_tokens=results.prompt_tokens,

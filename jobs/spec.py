@@ -105,6 +105,7 @@ class JobSpec:
     canary: int = 0  # rows to compare with a reference before the job begins
     canary_reference: str | None = None  # a directory or a Hub id; None: the same model without quantization
     metrics_textfile: Path | None = None  # for node_exporter's textfile collector
+    deduplicate: bool = True  # rows that must come out alike are computed once
 
     @property
     def grows(self) -> bool:

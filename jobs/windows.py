@@ -1,20 +1,21 @@
-"""Rows ahead of the engine: tokenized a slice at a time, planned and sent a window at a time."""
+"""Rows ahead of the engine: tokenized a slice at a time, planned a window at a time, sent a piece at a time."""
 
 import time
+from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from batchinfer.jobs.planner import JobPlan, plan_window
+from batchinfer.jobs.duplicates import Followers, leaders
+from batchinfer.jobs.job_plan import JobPlan
+from batchinfer.jobs.planner import depth_first
 from batchinfer.jobs.reader import Table
+from batchinfer.jobs.token_file import StoredRequests, TokenFile, cut
 from batchinfer.request import Requests, RowError
-
-SLICE_ROWS = 2048  # between two slices the parent looks after what the engine finished
-WINDOW_ROWS = 32_768
-WINDOW_TOKENS = 1 << 22
 
 
 class Prompts(Protocol):
@@ -26,90 +27,132 @@ class Prompts(Protocol):
 
 
 @dataclass(frozen=True)
-class Window:
-    """Neighbouring rows, ordinals `first` to before `end`: those to run, in order, and those refused.
+class Limits:
+    """How much there is of what waits. A window or a piece is full at so many rows or prompt tokens."""
 
-    Rows that an earlier run has done are in neither.
-    """
+    slice_rows: int = 2048  # between two slices the parent looks after what the engine finished
+    piece_rows: int = 32_768  # in memory, of the parent and of the engine
+    piece_tokens: int = 1 << 22
+    window_rows: int = 1 << 22  # in a file, a gigabyte of it
+    window_tokens: int = 1 << 28
 
-    first: int
-    end: int
-    requests: Requests
-    errors: dict[int, RowError]
-    prompt_tokens: NDArray[np.int32]  # [end - first], 0 for refused rows
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True, eq=False)
+class _Window:
+    """Neighbouring rows that were planned together."""
+
+    prompts: StoredRequests
+    pieces: deque[NDArray[np.int64]]  # places in `prompts`, in the order to run: those not sent yet
 
 
 class Windows:
-    """Reads ahead. A window ends at `WINDOW_ROWS` rows or `WINDOW_TOKENS` prompt tokens, so memory is bounded.
+    """Reads ahead: while one window is sent, piece by piece, the next one is tokenized. Rows that an earlier run has
+    done are left out.
 
-    Each sample of a row counts, as the engine has a prompt for each.
+    All is one window, unless it is larger than a file is meant to be. Memory holds some words a row of two windows.
     """
 
-    def __init__(self, table: Table, prompts: Prompts, block_size: int, done: NDArray[np.bool_], samples: int) -> None:
-        """`done` [rows of the table] need not run; of each other row so many `samples` are computed."""
-        self._prompts, self._done, self._samples = prompts, done, samples
-        self._batches = table.batches(prompts.columns, max(1, SLICE_ROWS // samples))
-        self._slices: list[Requests] = []
-        self._errors: dict[int, RowError] = {}
-        self._first = self._end = 0
-        self.exhausted = False
+    def __init__(
+        self,
+        table: Table,
+        prompts: Prompts,
+        block_size: int,
+        done: NDArray[np.bool_],
+        folder: Path,
+        deduplicate: bool = True,
+        samples: int = 1,
+        limits: Limits = LIMITS,
+    ) -> None:
+        """`done` [rows of the table] need not run; of each other row so many `samples` are computed. `folder` is for
+        token ids, and left empty."""
+        self._prompts, self._done, self._samples, self._limits = prompts, done, samples, limits
+        self._batches = table.batches(prompts.columns, max(1, limits.slice_rows // samples))
+        self._path = folder / "prompts.arrow"
+        self._deduplicate = deduplicate
+        self._file: TokenFile | None = None  # of the window that is being read
+        self._waiting: _Window | None = None
+        self._sending: _Window | None = None
+        self._read_all = False
+        self.rows_read = 0
         self.plan = JobPlan(block_size, np.zeros(1, np.int64), np.zeros(1, np.int64))  # of the windows so far
+        self.followers = Followers()  # of their rows
         self.seconds = 0.0  # spent reading, tokenizing and planning
 
-    def read(self) -> Window | None:
-        """Tokenize one slice more; the window that this completes, or None where it does not."""
-        started = time.monotonic()
-        self._read_slice()
-        tokens = sum(len(requests.token_ids) for requests in self._slices)
-        rows = self._end - self._first
-        full = rows * self._samples >= WINDOW_ROWS or tokens * self._samples >= WINDOW_TOKENS
-        window = self._complete() if self._slices and (full or self.exhausted) else None
-        self.seconds += time.monotonic() - started
-        return window
+    @property
+    def reading(self) -> bool:
+        """True while `read` has something to do: rows are left, and no window waits."""
+        return self._waiting is None and not self._read_all
 
-    def _read_slice(self) -> None:
+    @property
+    def over(self) -> bool:
+        """True once the last piece was taken."""
+        return self._read_all and self._waiting is None and not (self._sending and self._sending.pieces)
+
+    def read(self) -> dict[int, RowError]:
+        """Tokenize one slice more, and plan the window that this completes; the errors of rows that cannot run.
+
+        Raises `OSError` where their token ids cannot be written.
+        """
+        started = time.monotonic()
+        errors = self._read_slice()
+        if self._file is not None and (self._full(self._file) or self._read_all):
+            prompts = self._file.complete()
+            self._file = None
+            self._waiting = self._planned(prompts)
+        self.seconds += time.monotonic() - started
+        return errors
+
+    def next_piece(self) -> Requests | None:
+        """The next rows to send; None where none are ready."""
+        if not (self._sending and self._sending.pieces):
+            self._sending, self._waiting = self._waiting, None
+        if self._sending is None:
+            return None
+        return self._sending.prompts.take(self._sending.pieces.popleft())
+
+    def pass_over(self) -> None:
+        """The window that waits, if there is one, is not sent."""
+        self._waiting = None
+
+    def close(self) -> None:
+        """Leave no file behind."""
+        if self._file is not None:
+            self._file.close()
+
+    def _read_slice(self) -> dict[int, RowError]:
         numbered = next(self._batches, None)
         if numbered is None:
-            self.exhausted = True
-            return
+            self._read_all = True
+            return {}
         first, batch = numbered
-        self._end = first + len(batch)
-        done = self._done[first : self._end]
+        self.rows_read = first + len(batch)
+        done = self._done[first : self.rows_read]
         if done.all():
-            if not self._slices:
-                self._first = self._end
-            return
+            return {}
         requests, errors = self._prompts.tokenize(first, batch)
         if done.any():
             requests = requests.take(np.flatnonzero(~self._done[requests.rows]))
             errors = {row: error for row, error in errors.items() if not self._done[row]}
-        self._slices.append(requests)
-        self._errors.update(errors)
+        if len(requests):
+            self._file = self._file or TokenFile(self._path)
+            self._file.append(requests)
+        return errors
 
-    def _complete(self) -> Window:
-        requests = join(self._slices)
-        prompt_tokens = np.zeros(self._end - self._first, np.int32)
-        prompt_tokens[requests.rows - self._first] = np.diff(requests.offsets)
-        window = Window(self._first, self._end, plan_window(requests), self._errors, prompt_tokens)
-        self.plan += JobPlan.of(requests, self.plan.block_size)
-        self._slices, self._errors, self._first = [], {}, self._end
-        return window
+    def _full(self, file: TokenFile) -> bool:
+        return file.rows >= self._limits.window_rows or file.tokens >= self._limits.window_tokens
 
-
-def join(slices: list[Requests]) -> Requests:
-    """The requests of all slices, one after the other."""
-    params = tuple(dict.fromkeys(p for requests in slices for p in requests.params))
-    place = {p: i for i, p in enumerate(params)}
-    lengths = np.concatenate([np.diff(requests.offsets) for requests in slices])
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return Requests(
-        np.concatenate([requests.rows for requests in slices]),
-        np.concatenate([requests.token_ids for requests in slices]),
-        offsets,
-        np.concatenate([requests.seeds for requests in slices]),
-        params,
-        np.concatenate(
-            [np.array([place[p] for p in r.params], np.int32)[r.param_index] for r in slices], dtype=np.int32
-        ),
-    )
+    def _planned(self, prompts: StoredRequests) -> _Window:
+        own = np.arange(len(prompts))
+        leader = leaders(prompts) if self._deduplicate else own
+        led = np.flatnonzero(leader != own)
+        led = led[np.argsort(leader[led], kind="stable")]
+        self.followers.add(prompts.rows[leader[led]], prompts.rows[led])
+        order = depth_first(prompts, np.flatnonzero(leader == own))
+        self.plan += JobPlan.of(prompts, order, self.plan.block_size)
+        # The engine has a prompt for each sample.
+        most_rows, most_tokens = self._limits.piece_rows // self._samples, self._limits.piece_tokens // self._samples
+        pieces = cut(prompts.lengths[order], max(1, most_rows), most_tokens)
+        return _Window(prompts, deque(order[piece] for piece in pieces))

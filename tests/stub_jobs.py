@@ -1,17 +1,20 @@
 """Jobs with an engine that computes nothing: what they are made of, for tests of the job layer."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from batchinfer.jobs.report import Report
 from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.windows import Limits, Windows
 from batchinfer.request import SamplingParams
 
 STUB = "batchinfer.jobs.stub:StubEngine"
@@ -140,6 +143,11 @@ def spec(model: Path, *inputs: Path, **fields: Any) -> JobSpec:
         "sampling": SamplingParams(max_tokens=8),
     }
     return JobSpec(inputs=inputs, model=str(model), **{**defaults, **fields})
+
+
+def limit(monkeypatch: pytest.MonkeyPatch, limits: Limits) -> None:
+    """Jobs with smaller windows, pieces and slices."""
+    monkeypatch.setattr("batchinfer.jobs.runner.Windows", partial(Windows, limits=limits))
 
 
 def expected(model: Path, texts: list[str], limit: int = 8) -> list[str]:

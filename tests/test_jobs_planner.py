@@ -1,11 +1,10 @@
-"""The order of a window and the figures of a job, against plain Python over the same rows."""
-
-import random
+"""The figures of a job, against plain Python over the same rows; `test_planner.py` has the order."""
 
 import numpy as np
 import pytest
 
-from batchinfer.jobs.planner import JobPlan, plan_window
+from batchinfer.jobs.job_plan import JobPlan
+from batchinfer.jobs.token_file import StoredRequests
 from batchinfer.request import Requests, SamplingParams
 
 LENGTHS = [5, 300, 32, 33, 1, 300, 64, 65, 31, 5]
@@ -21,27 +20,13 @@ def requests_of(lengths: list[int], first_row: int = 0, max_tokens: tuple[int, .
     return Requests(rows, np.repeat(rows, lengths).astype(np.int32), offsets, rows.astype(np.uint64), params, index)
 
 
-def test_longest_first_and_neighbours_alike() -> None:
-    planned = plan_window(requests_of(LENGTHS, first_row=100))
-    expected = sorted(range(len(LENGTHS)), key=lambda i: (-LENGTHS[i], i))
-    assert (planned.rows - 100).tolist() == expected
-    assert np.diff(planned.offsets).tolist() == sorted(LENGTHS, reverse=True)
-    for i, row in enumerate(planned.rows):  # prompt and seed went with their row
-        assert set(planned.token_ids[planned.offsets[i] : planned.offsets[i + 1]]) == {row}
-        assert planned.seeds[i] == row
-
-
-def test_the_order_is_the_rows_own(rows: int = 500) -> None:
-    """However the rows come, they run in one order."""
-    generator = random.Random(0)
-    requests = requests_of([generator.randrange(1, 20) for _ in range(rows)])
-    shuffled = requests.take(np.array(generator.sample(range(rows), rows)))
-    assert plan_window(shuffled).rows.tolist() == plan_window(requests).rows.tolist()
-    assert plan_window(requests_of([])).rows.tolist() == []
+def plan_of(requests: Requests, block_size: int = 32) -> JobPlan:
+    """Of rows that run in the order of the table."""
+    return JobPlan.of(StoredRequests.of(requests), np.arange(len(requests)), block_size)
 
 
 def test_figures_of_one_window() -> None:
-    plan = JobPlan.of(requests_of(LENGTHS), block_size=32)
+    plan = plan_of(requests_of(LENGTHS))
     assert (plan.rows, plan.prompt_tokens) == (len(LENGTHS), sum(LENGTHS))
     assert plan.buckets == {32: 5, 64: 2, 128: 1, 256: 0, 512: 2}
     assert plan.padding_tokens == 5 * 32 + 2 * 64 + 128 + 2 * 512 - sum(LENGTHS)
@@ -51,13 +36,13 @@ def test_figures_of_one_window() -> None:
 def test_quantiles_equal_numpy(q: float) -> None:
     generator = np.random.default_rng(1)
     lengths = generator.integers(1, 900, 777).tolist()
-    assert JobPlan.of(requests_of(lengths), 32).quantile(q) == np.quantile(lengths, q, method="inverted_cdf")
+    assert plan_of(requests_of(lengths)).quantile(q) == np.quantile(lengths, q, method="inverted_cdf")
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 5, 9, 10, 1000])
 def test_cache_for_the_largest_reservations(max_num_seqs: int) -> None:
     max_tokens = (16, 400, 1)
-    plan = JobPlan.of(requests_of(LENGTHS, max_tokens=max_tokens), block_size=32)
+    plan = plan_of(requests_of(LENGTHS, max_tokens=max_tokens))
     needs = [-(-(n + max_tokens[i % 3]) // 32) * 32 for i, n in enumerate(LENGTHS)]
     assert plan.kv_cache_tokens(max_num_seqs) == sum(sorted(needs, reverse=True)[:max_num_seqs])
 
@@ -65,9 +50,9 @@ def test_cache_for_the_largest_reservations(max_num_seqs: int) -> None:
 def test_windows_add_up() -> None:
     generator = np.random.default_rng(2)
     lengths = generator.integers(1, 200, 1000).tolist()
-    whole = JobPlan.of(requests_of(lengths), 32)
-    parts = [JobPlan.of(requests_of(lengths[a : a + 300]), 32) for a in range(0, 1000, 300)]
-    added = sum(parts, JobPlan.of(requests_of([]), 32))
+    whole = plan_of(requests_of(lengths))
+    parts = [plan_of(requests_of(lengths[a : a + 300])) for a in range(0, 1000, 300)]
+    added = sum(parts, plan_of(requests_of([])))
     assert (added.rows, added.prompt_tokens, added.buckets) == (whole.rows, whole.prompt_tokens, whole.buckets)
     assert [added.kv_cache_tokens(n) for n in (1, 64, 2000)] == [whole.kv_cache_tokens(n) for n in (1, 64, 2000)]
     assert added.quantile(0.5) == whole.quantile(0.5)
@@ -76,6 +61,25 @@ def test_windows_add_up() -> None:
 
 
 def test_no_rows() -> None:
-    plan = JobPlan.of(requests_of([]), block_size=32)
+    plan = plan_of(requests_of([]))
     assert (plan.rows, plan.prompt_tokens, plan.quantile(0.5), plan.kv_cache_tokens(64)) == (0, 0, 0, 0)
     assert plan.buckets == {32: 0} and plan.padding_tokens == 0
+
+
+def test_duplicates_count_as_rows_and_not_in_the_cache() -> None:
+    """Rows 0 and 3 follow others."""
+    prompts = StoredRequests.of(requests_of([100, 300, 64, 200]))
+    plan = JobPlan.of(prompts, np.array([1, 2]), block_size=32)
+    assert (plan.rows, plan.prompt_tokens, plan.duplicates, plan.duplicate_tokens) == (4, 664, 2, 300)
+    assert plan.kv_cache_tokens(4) == 320 + 96
+    both = plan + plan
+    assert (both.duplicates, both.duplicate_tokens) == (4, 600)
+
+
+def test_shared_tokens_and_groups_add_up() -> None:
+    alike = [[5] * 130, [5] * 130 + [6], [5] * 65, [6] * 65, [6] * 200, [7] * 64, [7] * 64]
+    prompts = StoredRequests.of(Requests.of(alike, SamplingParams()))
+    plan = JobPlan.of(prompts, np.arange(7), block_size=32)
+    assert (plan.shared_tokens, plan.groups, plan.grouped_rows) == (64 * (2 + 1 + 1), 2, 5)
+    both = plan + plan
+    assert (both.shared_tokens, both.groups, both.grouped_rows) == (64 * 8, 4, 10)

@@ -139,3 +139,8 @@ def test_peak_memory_is_of_this_process() -> None:
     slack = 4_000_000  # the kernel counts pages in batches
     highest = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert psutil.Process().memory_info().rss - slack <= peak_memory_bytes() <= highest + slack
+
+
+def test_rows_that_got_the_result_of_another_are_said() -> None:
+    assert "like another row" not in REPORT.table()
+    assert "  like another row  7\n" in replace(REPORT, rows_duplicate=7).table()

@@ -13,13 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stub_jobs import ENGINES, SCRIPT, STUB, counts, expected, make_model, prompts, recount, spec, write
+from stub_jobs import ENGINES, SCRIPT, STUB, counts, expected, limit, make_model, prompts, recount, spec, write
 
 from batchinfer.jobs import interruption
 from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.runner import run
 from batchinfer.jobs.spec import Interrupted, Refused, UsageError, seconds_of
 from batchinfer.jobs.verify import verify
+from batchinfer.jobs.windows import Limits
 from batchinfer.request import SamplingParams
 
 N = 400
@@ -165,8 +166,7 @@ def test_rows_of_later_windows_are_found_again(
     tmp_path: Path, model: Path, engine: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows that are done in whole, in part and not at all."""
-    monkeypatch.setattr("batchinfer.jobs.windows.WINDOW_ROWS", 64)
-    monkeypatch.setattr("batchinfer.jobs.windows.SLICE_ROWS", 32)
+    limit(monkeypatch, Limits(slice_rows=32, window_rows=64))
     path = write(tmp_path / "in.parquet", prompt=prompts(N))
     run(spec(model, path, commit_rows=1), STUB)
     folder = tmp_path / "out.run" / "parts"

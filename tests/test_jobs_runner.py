@@ -16,14 +16,14 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stub_jobs import CONTEXT, ENGINES, SCRIPT, STUB, counts, expected, make_model, prompts, recount, spec, write
+from stub_jobs import CONTEXT, ENGINES, SCRIPT, STUB, counts, expected, limit, make_model, prompts, recount, spec, write
 
 from batchinfer.config import EngineConfig
-from batchinfer.jobs import windows
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.report import read_report
 from batchinfer.jobs.runner import run
 from batchinfer.jobs.spec import EngineFailed, Refused
+from batchinfer.jobs.windows import Limits
 from batchinfer.request import SamplingParams
 
 
@@ -45,8 +45,7 @@ def test_every_row_is_answered_in_input_order(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, window_rows: int
 ) -> None:
     n = 40 if window_rows == 1 else 1000
-    monkeypatch.setattr(windows, "WINDOW_ROWS", window_rows)
-    monkeypatch.setattr(windows, "SLICE_ROWS", min(window_rows, 32))
+    limit(monkeypatch, Limits(slice_rows=min(window_rows, 32), piece_rows=50, window_rows=window_rows))
     texts = prompts(n)
     path = write(tmp_path / "in.parquet", id=list(range(n)), prompt=texts, extra=np.arange(n) / 3)
     report = run(spec(model, path, commit_rows=100), STUB)
@@ -91,7 +90,7 @@ def test_text_ends_before_the_first_stop_string(tmp_path: Path, model: Path) -> 
 def test_rows_near_the_context_get_as_many_tokens_as_fit(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(windows, "SLICE_ROWS", 3)
+    limit(monkeypatch, Limits(slice_rows=3))
     lengths = [60, 5, 63, 57, 2, 60, 62, 61]
     path = write(tmp_path / "in.parquet", prompt=["x" * length for length in lengths])
     run(spec(model, path), STUB)
@@ -144,7 +143,7 @@ def test_parts_are_committed_by_seconds(tmp_path: Path, model: Path, engine: Cal
 
 def test_the_cache_is_as_large_as_the_plan_says(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
     # 3 rows side by side at most; 9 tokens and 8 new ones round up to 2 blocks of 16.
-    path = write(tmp_path / "in.parquet", prompt=["123456789"] * 5)
+    path = write(tmp_path / "in.parquet", prompt=[f"12345678{i}" for i in range(5)])
     report = run(spec(model, path, max_num_seqs=3, block_size=16), engine("Remembers"))
     assert report.notes == ["96 tokens of KV"]
 
@@ -152,9 +151,8 @@ def test_the_cache_is_as_large_as_the_plan_says(tmp_path: Path, model: Path, eng
 def test_later_rows_may_be_longer_than_the_first_window(
     tmp_path: Path, model: Path, engine: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(windows, "WINDOW_ROWS", 5)
-    monkeypatch.setattr(windows, "SLICE_ROWS", 5)
-    path = write(tmp_path / "in.parquet", prompt=["123456789"] * 10)
+    limit(monkeypatch, Limits(slice_rows=5, window_rows=5))
+    path = write(tmp_path / "in.parquet", prompt=[f"12345678{i}" for i in range(10)])
     report = run(spec(model, path, max_num_seqs=3, block_size=16), engine("Remembers"))
     assert report.notes == ["192 tokens of KV"]
 
