@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from batchinfer.jobs.duplicates import Followers, leaders
 from batchinfer.jobs.job_plan import JobPlan
 from batchinfer.jobs.planner import depth_first, shared_tiles
-from batchinfer.kernels.grain import TILE
 from batchinfer.jobs.token_file import StoredRequests, TokenFile, cut
+from batchinfer.kernels.grain import TILE
 from batchinfer.request import Requests, SamplingParams
 
 Prompt = list[int]

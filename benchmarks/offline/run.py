@@ -11,6 +11,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,7 +81,7 @@ class RowPrompts:
         lengths, index = np.unique(batch.column("max_tokens").to_numpy(), return_inverse=True)
         params = tuple(replace(self._sampling, max_tokens=int(length)) for length in lengths)
         ids = column.flatten().to_numpy()
-        seeds = np.array([zlib.crc32(ids[a:b].tobytes()) for a, b in zip(offsets[:-1], offsets[1:], strict=True)])
+        seeds = np.array([zlib.crc32(ids[a:b].tobytes()) for a, b in pairwise(offsets)])
         rows = np.arange(first_row, first_row + n)
         return Requests(rows, ids, offsets, seeds.astype(np.uint64), params, index.astype(np.int32)), {}
 
@@ -147,8 +148,8 @@ def section(model: Path, workload: Workload, runs: dict[str, list[Measured]]) ->
         "",
         f"{workload.about[0].upper()}{workload.about[1:]}.",
         "",
-        "| variant | seconds | spread | tokens/s | of plain | spread | steps | prompt tokens computed | drafts right | "
-        "preempted |",
+        "| variant | seconds | spread | tokens/s | of plain | spread | steps | prompt tokens computed | drafts right "
+        "| preempted |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, measured in runs.items():
@@ -159,8 +160,8 @@ def section(model: Path, workload: Workload, runs: dict[str, list[Measured]]) ->
         lines.append(
             f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} | "
             f"{statistics.median(m.tokens_per_second for m in measured):,.0f} | {statistics.median(ratios):.2f} | "
-            f"{min(ratios):.2f} to {max(ratios):.2f} | {report.steps:,} | {report.prompt_tokens_computed:,} | {drafts} | "
-            f"{report.preemptions} |"
+            f"{min(ratios):.2f} to {max(ratios):.2f} | {report.steps:,} | {report.prompt_tokens_computed:,} "
+            f"| {drafts} | {report.preemptions} |"
         )
     return [*lines, ""]
 
