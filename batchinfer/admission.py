@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from batchinfer.block_manager import BlockManager
 from batchinfer.kernels.grain import TILE
 from batchinfer.output_lengths import OutputLengths
-from batchinfer.prefix_tree import Ints, PrefixTree, SharedTile, shared_tiles
+from batchinfer.prefix_tree import Ints, Likeness, PrefixTree, SharedTile, likeness
 from batchinfer.request import Requests
 from batchinfer.sequence import SequenceTable
 
@@ -36,9 +36,10 @@ class Admission:
         self._table, self._manager, self.lengths = table, manager, lengths
         self._tree = PrefixTree(manager, table.block_size)
         self._share = share
-        self._waiting: deque[tuple[Requests, Ints, int]] = deque()  # requests, shared tiles, how many are admitted
+        self._waiting: deque[tuple[Requests, Likeness, int]] = deque()  # and how many are admitted
         self._preempted: deque[_Row] = deque()
         self._template = -1  # of the row that was admitted last
+        self._last = -1, -1  # its place and epoch
         self._templates = self._epochs = 0
         self.waiting_rows = 0
         self.admitted: list[int] = []  # rows, since the owner last emptied it
@@ -48,8 +49,8 @@ class Admission:
     def add(self, requests: Requests) -> None:
         """Queue requests, in their order."""
         if len(requests):
-            shared = shared_tiles(requests) if self._share else np.zeros(len(requests), np.int64)
-            self._waiting.append((requests, np.append(shared, 0), 0))
+            alike = likeness(requests) if self._share else Likeness.none(len(requests))
+            self._waiting.append((requests, alike, 0))
             self.waiting_rows += len(requests)
 
     def drop_waiting(self) -> None:
@@ -72,8 +73,8 @@ class Admission:
     def _admit_next(self, place: int) -> bool:
         if not self._waiting:
             return False
-        requests, shared, i = self._waiting[0]
-        before, after = int(shared[i]), int(shared[i + 1])
+        requests, alike, i = self._waiting[0]
+        before, after = int(alike.tiles[i]), int(alike.tiles[i + 1 :][:1].sum())
         template = self._template if before else self._templates if after else -1
         per_tile = TILE // self._table.block_size
         need = self._need(requests, i, template, 0) - before * per_tile
@@ -83,14 +84,24 @@ class Admission:
         own = need - max(after - before, 0) * per_tile
         self._begin(place, _Row(requests, i, template, np.empty(0, np.int32)), tiles, own)
         self._table.computed[place] = before * TILE
+        twin = self._table.twin_of[place] = self._computing_twin() if alike.twins[i] else -1
+        self._last = place, int(self._table.epoch[place])
         self._template = template
         self._templates += template == self._templates
-        self.shared_tokens += before * TILE
+        self.shared_tokens += before * TILE if twin < 0 else int(self._table.prompt_length[place])
         self.admitted.append(int(requests.rows[i]))
-        self._waiting[0] = (requests, shared, i + 1)
+        self._waiting[0] = (requests, alike, i + 1)
         if i + 1 == len(requests):
             self._waiting.popleft()
         return True
+
+    def _computing_twin(self) -> int:
+        """The place of the sequence that computes the prompt of the row that was admitted last; -1 if that is done."""
+        table, (place, epoch) = self._table, self._last
+        runs = table.active[place] and table.epoch[place] == epoch
+        if not runs or table.computed[place] >= table.prompt_length[place]:
+            return -1
+        return place if table.twin_of[place] < 0 else int(table.twin_of[place])
 
     def _readmit(self, place: int) -> bool:
         """What it shared may be gone: its whole prompt is its own."""

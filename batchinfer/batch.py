@@ -20,6 +20,7 @@ class Piece:
     start: int
     end: int
     row: int
+    twins: tuple[int, ...] = ()  # places of sequences that get copies of it; then it is the end of their prompts
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Batch:
     sampled: Tensor  # [S] int64, the rows of tokens that are followed by a new one; padded with row 0
     sampling: SamplingBatch | None  # of the first r rows of sampled; None if all are greedy
     places: Tensor  # [r] int64, `sequences` beside the other tensors
+    copied: Tensor  # [c] int64, blocks whose contents go to those of `copies`, when they are computed
+    copies: Tensor  # [c] int64
     late_rows: Tensor  # [l] int64, the rows of tokens that only the device knows
     late_places: Tensor  # [l] int64, the places whose newest tokens they are
     pieces: tuple[Piece, ...]

@@ -2,7 +2,8 @@
 
 Rows come in depth-first order of the tree of their prompts' tiles: so only the path to the newest row is held, a tile
 of it for as long as the next row shares it. Nothing is evicted that is needed again, and nothing kept that is not.
-The last tile of a prompt is never shared, for its row computes it to see what follows.
+The last tile of a prompt is never shared, for its row computes it to see what follows; rows with the very same prompt
+are twins, which see that together, and get copies of it.
 """
 
 from dataclasses import dataclass
@@ -68,16 +69,37 @@ class PrefixTree:
         return np.concatenate(wiped)
 
 
-def shared_tiles(requests: Requests) -> Ints:
-    """For each row [n], how many tiles of its prompt are those of the row before it; found by comparing tokens."""
+@dataclass(frozen=True)
+class Likeness:
+    """What n rows have in common, each with the one before it."""
+
+    tiles: Ints  # [n] of their prompts
+    twins: NDArray[np.bool_]  # [n] their whole prompts
+
+    @classmethod
+    def none(cls, rows: int) -> "Likeness":
+        """As if each row were the first."""
+        return cls(np.zeros(rows, np.int64), np.zeros(rows, np.bool_))
+
+
+def likeness(requests: Requests) -> Likeness:
+    """Of neighbouring requests, found by comparing tokens."""
     lengths = np.diff(requests.offsets)
-    most = np.zeros(len(lengths), np.int64)
-    most[1:] = (np.minimum(lengths[1:], lengths[:-1]) - 1) // TILE
-    compared = most * TILE
+    same = _common_tokens(requests)
+    before = np.concatenate([lengths[:1], lengths[:-1]])
+    tiles = np.minimum(same, np.minimum(lengths, before) - 1) // TILE
+    return Likeness(tiles, (same == lengths) & (lengths == before))
+
+
+def _common_tokens(requests: Requests) -> Ints:
+    """[n] that the prompt of each request begins with as does the one before it."""
+    lengths = np.diff(requests.offsets)
+    compared = np.zeros(len(lengths), np.int64)
+    compared[1:] = np.minimum(lengths[1:], lengths[:-1])
     row = np.repeat(np.arange(len(lengths)), compared)
     within = np.arange(len(row)) - np.repeat(np.cumsum(compared) - compared, compared)
     tokens, starts = requests.token_ids, requests.offsets[:-1]
     differ = tokens[starts[row] + within] != tokens[starts[row - 1] + within]
-    same = most.copy()
-    np.minimum.at(same, row[differ], within[differ] // TILE)
+    same = compared.copy()
+    np.minimum.at(same, row[differ], within[differ])
     return same

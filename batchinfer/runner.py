@@ -116,6 +116,9 @@ class ModelRunner:
 
     def _sample(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.decoder.forward(batch, self.caches)[: len(batch.places)]
+        if len(batch.copies):
+            for cache in self.caches:
+                cache.copy(batch.copied, batch.copies)
         return self.backend.sample(logits, batch.sampling)
 
     @torch.inference_mode()

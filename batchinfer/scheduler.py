@@ -93,12 +93,16 @@ class Scheduler:
         """The newest step was not computed after all; its sequences keep their blocks."""
         for p in batch.pieces:
             self._computed(p, False)
-        self.prefilling = [p.place for p in batch.pieces if p.place not in self.prefilling] + self.prefilling
+        withdrawn = [place for p in batch.pieces for place in (p.place, *p.twins)]
+        self.prefilling = [place for place in withdrawn if place not in self.prefilling] + self.prefilling
         self.table.computed[batch.queries.places] = batch.queries.first
 
     def _computed(self, piece: Piece, done: bool) -> None:
-        self.table.computed[piece.place] = piece.end if done else piece.start
-        for tile in self.table.tiles[piece.place][piece.start // TILE : piece.end // TILE]:
+        table = self.table
+        table.computed[piece.place] = piece.end if done else piece.start
+        for twin in piece.twins:
+            table.computed[twin] = piece.end if done else table.own_from[twin] * table.block_size
+        for tile in table.tiles[piece.place][piece.start // TILE : piece.end // TILE]:
             tile.computed = done
 
     def _queries(self, used: int, drafter: Drafter | None) -> Queries:
@@ -125,7 +129,10 @@ class Scheduler:
     def _prompt_pieces(self) -> list[Piece]:
         pieces: list[Piece] = []
         row, computed = 0, set[int]()
+        twins: dict[int, list[int]] = {}
         for place in self.prefilling:
+            twins.setdefault(int(self.table.twin_of[place]), []).append(place)
+        for place in twins.get(-1, []):
             start, stop = int(self.table.computed[place]), int(self.table.prompt_length[place])
             end = min(stop, start + self.budget - row)
             if end < stop:
@@ -134,7 +141,7 @@ class Scheduler:
             # What it shares may be in this very step: keys and values of all its tokens are stored before any is read.
             ready = all(tile.computed or id(tile) in computed for tile in tiles[: start // TILE])
             if end > start and ready:
-                pieces.append(Piece(place, start, end, row))
+                pieces.append(Piece(place, start, end, row, tuple(twins.get(place, ())) if end == stop else ()))
                 computed.update(map(id, tiles[start // TILE : end // TILE]))
                 row += end - start
             if row == self.budget:
@@ -144,7 +151,8 @@ class Scheduler:
     def _take_blocks(self, pieces: list[Piece], queries: Queries) -> None:
         table = self.table
         for p in pieces:
-            self._grow(p.place, p.end)
+            for place in (p.place, *p.twins):
+                self._grow(place, p.end)
         ends = queries.first + queries.counts
         for i in np.flatnonzero(ends > table.block_count[queries.places] * table.block_size).tolist():
             self._grow(int(queries.places[i]), int(ends[i]))
@@ -168,13 +176,14 @@ class Scheduler:
         last = [p for p in pieces if p.end == table.prompt_length[p.place] == table.length[p.place]]
         # Of a sequence that is computed once more, what followed each token is known, but for the newest.
         newest = np.flatnonzero(query_positions >= table.length[query_places] - 1)
-        sampled = np.concatenate(
-            [np.array([p.row + p.end - p.start - 1 for p in last], np.int64), prompt_tokens + newest]
-        )
+        first_sampled = [p.row + p.end - p.start - 1 for p in last for _ in (p.place, *p.twins)]
+        sampled = np.concatenate([np.array(first_sampled, np.int64), prompt_tokens + newest])
         late = np.flatnonzero(query_positions >= table.length[query_places])
         if queries.drafts.any():
             late = NOBODY
-        sequences = places[sampled]
+        first_places = [place for p in last for place in (p.place, *p.twins)]
+        sequences = np.concatenate([np.array(first_places, np.int64), query_places[newest]])
+        copied, copies = self._copies(pieces)
         return Batch(
             tokens=_tensor(np.pad(table.tokens[places, positions].astype(np.int64), (0, padding))),
             positions=_tensor(np.pad(positions, (0, padding))),
@@ -183,6 +192,8 @@ class Scheduler:
             sampled=_tensor(np.pad(sampled, (0, -len(sampled) % MIN_ROWS))),
             sampling=self._sampling(sequences, positions[sampled] + 1),
             places=_tensor(sequences),
+            copied=_tensor(copied),
+            copies=_tensor(copies),
             late_rows=_tensor(prompt_tokens + late),
             late_places=_tensor(query_places[late]),
             pieces=tuple(pieces),
@@ -191,6 +202,16 @@ class Scheduler:
             epochs=table.epoch[sequences],
             prompt_tokens=prompt_tokens,
         )
+
+    def _copies(self, pieces: list[Piece]) -> tuple[Ints, Ints]:
+        """Blocks of prompts' ends, and those of twins that they are copied to."""
+        table, pairs = self.table, [(NOBODY, NOBODY)]
+        for p in pieces:
+            for twin in p.twins:
+                own = slice(int(table.own_from[twin]), table.blocks_for(p.end))
+                pairs.append((table.blocks[p.place, own], table.blocks[twin, own]))
+        copied, copies = zip(*pairs, strict=True)
+        return np.concatenate(copied), np.concatenate(copies)
 
     def _sampling(self, places: Ints, positions: Ints) -> SamplingBatch | None:
         table = self.table

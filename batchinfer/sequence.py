@@ -27,6 +27,8 @@ class SequenceTable:
         self.own_from = np.zeros(capacity, np.int64)  # blocks before this one belong to shared tiles
         self.promised = np.zeros(capacity, np.int64)  # blocks of its own
         self.epoch = np.zeros(capacity, np.int64)  # which of all sequences that ever ran it is, in order of admission
+        # The place of a sequence with the same prompt that computes the last of it for both; -1 where there is none.
+        self.twin_of = np.full(capacity, -1, np.int64)
         self.template = np.full(capacity, -1, np.int64)  # the same number for rows that begin alike
         self.tiles: list[list[SharedTile]] = [[] for _ in range(capacity)]
         self.request: list[tuple[Requests, int] | None] = [None] * capacity
@@ -55,6 +57,7 @@ class SequenceTable:
         self.tokens[place, : len(prompt)] = prompt
         self.tokens[place, len(prompt) : len(prompt) + len(generated)] = generated
         self.computed[place] = 0
+        self.twin_of[place] = -1
         self.undrafted[place] = False
         self.end[place] = len(prompt) + params.max_tokens
         self.seed[place] = requests.seeds[i].astype(np.int64)

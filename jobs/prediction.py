@@ -45,8 +45,8 @@ class JobShape:
     @classmethod
     def of(cls, plan: JobPlan, sampling: SamplingParams, max_model_len: int, samples: int) -> "JobShape":
         """Of a job whose rows are all read, with so many samples to compute of each."""
-        own = np.maximum(np.arange(len(plan.lengths)) - 1, 0) // TILE * TILE  # what a second sample has of the first
-        shared = samples * plan.shared_tokens + (samples - 1) * int(plan.lengths @ own - plan.shared_tokens)
+        all_tokens = int(plan.lengths @ np.arange(len(plan.lengths)))
+        shared = plan.shared_tokens + (samples - 1) * all_tokens  # a second sample has all of the first one's prompt
         return cls(samples * plan.lengths, sampling, max_model_len, samples * plan.duplicates, shared)
 
     @property

@@ -61,6 +61,12 @@ class KVCache:
                 flat, stored = flat.view(torch.uint8), stored.view(torch.uint8)
             flat.index_copy_(0, rows, stored)
 
+    def copy(self, blocks: Tensor, to: Tensor) -> None:
+        """Copy the contents of blocks to others."""
+        for pool in (self.key, self.value, self.key_scale, self.value_scale):
+            if pool is not None:
+                pool.view(torch.uint8)[to] = pool.view(torch.uint8)[blocks]
+
     def clear(self, blocks: Tensor) -> None:
         """Set blocks to zero: what a row that was not finite has left behind must not reach the next owner."""
         for pool in (self.key, self.value, self.key_scale, self.value_scale):

@@ -41,6 +41,8 @@ def decoding(contexts: list[int]) -> Batch:
         places=torch.arange(rows) + 3,
         pieces=(),
         sequences=np.arange(rows) + 3,
+        copied=torch.empty(0, dtype=torch.int64),
+        copies=torch.empty(0, dtype=torch.int64),
         late_rows=torch.arange(rows),
         late_places=torch.arange(rows) + 3,
         queries=Queries(np.arange(rows) + 3, np.array(contexts) - 1, np.ones(rows, np.int64), np.zeros(rows, np.int64)),
@@ -51,7 +53,7 @@ def decoding(contexts: list[int]) -> Batch:
 
 def test_a_batch_arrives_as_it_was_sent_each_tensor_once() -> None:
     batch = decoding([5, 90, 200])
-    assert len(tensors_of(batch)) == 7 + 6 + 1 + 2 * 3, "the table is both windows' own"
+    assert len(tensors_of(batch)) == 9 + 6 + 1 + 2 * 3, "the table is both windows' own"
     transfer = Transfer(torch.device("cpu"))
     first, second = transfer.send(batch), transfer.send(replace(batch, tokens=batch.tokens + 9))
     for sent, there in zip(tensors_of(batch), tensors_of(first), strict=True):

@@ -10,7 +10,7 @@ from engines import IdsAsText, engine_of, prompts_of, run, tokens
 
 from batchinfer.block_manager import BlockManager
 from batchinfer.kernels.attention import TILE
-from batchinfer.prefix_tree import PrefixTree, shared_tiles
+from batchinfer.prefix_tree import PrefixTree, likeness
 from batchinfer.request import FinishReason, Requests, SamplingParams
 
 
@@ -50,7 +50,8 @@ def test_rows_are_the_same_with_shared_prefixes_and_without(
     engine = engine_of(model, **common, **settings)
     assert tokens(engine, requests) == alone
     stats = engine.stats()
-    assert stats.shared_tokens == TILE * int(shared_tiles(requests).sum()) > 1000
+    alike = likeness(requests)
+    assert stats.shared_tokens >= TILE * int(alike.tiles.sum()) > 1000
     assert stats.prompt_tokens == len(requests.token_ids) - stats.shared_tokens
 
 
@@ -66,7 +67,54 @@ def test_any_order_gives_the_same_rows(make_model: Callable[..., Path]) -> None:
 def test_tiles_are_shared_only_before_the_last_one_and_only_if_all_tokens_agree() -> None:
     a = list(range(2, 2 + 3 * TILE))
     prompts = [a, a, [*a, 1], a[:TILE], a[: TILE + 1], [1, *a[1:]], [1, *a[1 : 2 * TILE - 1], 7, 8], a[:5]]
-    assert shared_tiles(Requests.of(prompts, SamplingParams())).tolist() == [0, 2, 2, 0, 0, 0, 1, 0]
+    alike = likeness(Requests.of(prompts, SamplingParams()))
+    assert alike.tiles.tolist() == [0, 2, 2, 0, 0, 0, 1, 0]
+    assert alike.twins.tolist() == [False, True, *[False] * 6]
+
+
+@pytest.mark.parametrize("length", [1, 30, TILE - 1, TILE, TILE + 1, 200])
+@pytest.mark.parametrize(
+    "settings", [{}, {"kv_cache_dtype": "int8"}, {"max_num_batched_tokens": 64}, {"max_num_seqs": 3}, {"block_size": 8}]
+)
+def test_twins_compute_one_prompt_and_draw_each_their_own(
+    make_model: Callable[..., Path], length: int, settings: dict[str, Any]
+) -> None:
+    rng = np.random.default_rng(length)
+    before, same, after = (rng.integers(2, 320, n).tolist() for n in (length + 40, length, 77))
+    params = SamplingParams(max_tokens=20, temperature=1.0, ignore_eos=True)
+    requests = Requests.of([before, *[same] * 8, after], params, seeds=range(10))
+    model = make_model("llama")
+    common = {"kv_cache_dtype": settings.get("kv_cache_dtype", "auto")}
+    alone = tokens(engine_of(model, prefix_sharing=False, **common), requests)
+    engine = engine_of(model, **settings)
+    assert tokens(engine, requests) == alone
+    assert len({tuple(alone[row]) for row in range(1, 9)}) > 4
+    if "max_num_seqs" not in settings:  # else the first have ended their prompt before the last begin
+        assert engine.stats().prompt_tokens == len(before) + length + len(after)
+        assert engine.stats().shared_tokens == 7 * length
+    engine.scheduler.manager.check_integrity()
+
+
+def test_twins_of_a_row_that_is_not_finite_fail_like_it(make_model: Callable[..., Path]) -> None:
+    engine = engine_of(make_model("llama"), max_num_seqs=4, kv_cache_tokens=1024)
+    engine.runner.decoder.embedding[7] = float("nan")
+    params = SamplingParams(max_tokens=6, temperature=1.0, ignore_eos=True)
+    found = run(engine, Requests.of([[5, 7, 9]] * 3 + [[5, 8, 9]] * 9, params, seeds=range(12)))
+    assert [found[row][1] for row in range(12)] == [FinishReason.ERROR] * 3 + [FinishReason.LENGTH] * 9
+
+
+def test_twins_whose_step_was_withdrawn_are_computed_in_the_next(make_model: Callable[..., Path]) -> None:
+    params = SamplingParams(max_tokens=6, temperature=1.0, ignore_eos=True)
+    requests = Requests.of([[5, 6] * 50] * 4, params, seeds=range(4))
+    model = make_model("llama")
+    expected = tokens(engine_of(model), requests)
+    engine = engine_of(model)
+    engine.add(requests)
+    for _ in range(2):
+        batch = engine.scheduler.schedule()
+        assert batch is not None and batch.pieces[0].twins == (1, 2, 3)
+        engine.scheduler.withdraw(batch)
+    assert tokens(engine, requests.take(np.arange(0))) == expected
 
 
 def test_shared_blocks_are_freed_right_after_the_last_row_that_needs_them(make_model: Callable[..., Path]) -> None:
