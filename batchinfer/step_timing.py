@@ -18,6 +18,7 @@ from batchinfer.config import EngineConfig
 from batchinfer.engine import Engine
 from batchinfer.kernels.grain import TILE
 from batchinfer.request import Requests, SamplingParams
+from batchinfer.speculation import Speculation
 from batchinfer.step_cost import (
     PRODUCTS,
     DeviceCost,
@@ -143,6 +144,9 @@ def _engine(model: Path, device: str, products: Products, kv_cache: str) -> _Tim
         max_num_batched_tokens=512,
         kv_cache_tokens=64 * 1024,
         random_weights=True,
+        speculation=Speculation("off"),
+        prefix_sharing=False,
+        learned_admission=False,
     )
     return _TimedEngine(config, _NoText())
 

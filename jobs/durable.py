@@ -12,20 +12,30 @@ from batchinfer.jobs.spec import Refused
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An `OSError` from within names this file, if it names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A new file, synced at the end, or absent after any error. An `OSError` names it."""
     file = path.open("xb")
     try:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
-    except BaseException as error:
+        with naming(path):
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+    except BaseException:
         with suppress(OSError):  # it would write what is left, and fail again
             file.close()
         path.unlink()
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from batchinfer.jobs.durable import naming
 from batchinfer.request import Requests, SamplingParams, ranges
 
 SCHEMA = pa.schema([pa.field("token_ids", pa.large_list(pa.int32()), nullable=False)])
@@ -67,7 +68,8 @@ class TokenFile:
     def append(self, requests: Requests) -> None:
         """More rows, later ones than all before."""
         prompts = pa.LargeListArray.from_arrays(requests.offsets, requests.token_ids)
-        self._writer.write_batch(pa.RecordBatch.from_arrays([prompts], schema=SCHEMA))
+        with naming(self._path):
+            self._writer.write_batch(pa.RecordBatch.from_arrays([prompts], schema=SCHEMA))
         places = [self._params.setdefault(params, len(self._params)) for params in requests.params]
         self._param_index.append(np.array(places, np.int32)[requests.param_index])
         self._slices.append(replace(requests, token_ids=np.zeros(0, np.int32)))
@@ -76,7 +78,8 @@ class TokenFile:
 
     def complete(self) -> StoredRequests:
         """All rows, one at least. The file loses its name: it is gone with the last use of its rows, or the process."""
-        self._writer.close()
+        with naming(self._path):
+            self._writer.close()
         mapped = pa.memory_map(str(self._path))
         self._path.unlink()
         whole = mapped.read_buffer()

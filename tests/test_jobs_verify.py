@@ -8,11 +8,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from stub_jobs import STUB, make_model, prompts, spec, write
+from stub_jobs import STUB, limit, make_model, prompts, spec, write
 
 from batchinfer.jobs.runner import run
 from batchinfer.jobs.spec import Refused
 from batchinfer.jobs.verify import verify
+from batchinfer.jobs.windows import Limits
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +22,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_model(tmp_path_factory.mktemp("job"))
     path = write(folder / "in.parquet", prompt=[*prompts(99), None])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("batchinfer.jobs.windows.WINDOW_ROWS", 64)
-        patch.setattr("batchinfer.jobs.windows.SLICE_ROWS", 32)
-        run(spec(folder, path, commit_rows=1), STUB)
+        limit(patch, Limits(slice_rows=32, piece_rows=64))
+        run(spec(folder, path, commit_rows=64), STUB)
         run(spec(folder, path, commit_rows=1, retry_errors=True), STUB)
     assert len(list((folder / "out.run" / "parts").iterdir())) == 3
     return folder
@@ -71,7 +71,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
         ("manifest.json", lambda m: m.update(rows=101), "row 100 is in no part"),
         ("manifest.json", lambda m: m.update(rows=99), "one that the input has not"),
         ("manifest.json", lambda m: m["parts"].pop(), r"part-000003\.parquet is not in the manifest"),
-        ("manifest.json", lambda m: m["parts"][1].update(rows=1), r"part-000002\.parquet .*rows is 36, not 1"),
+        ("manifest.json", lambda m: m["parts"][1].update(rows=1), r"part-000002\.parquet .*rows is 35, not 1"),
         ("manifest.json", lambda m: m["parts"][0].pop("sha256"), r"manifest\.json is damaged"),
     ],
 )

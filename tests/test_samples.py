@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from engines import engine_of, tokens
-from stub_jobs import ENGINES, SCRIPT, STUB, expected, make_model, prompts, spec, write
+from stub_jobs import ENGINES, SCRIPT, STUB, expected, limit, make_model, prompts, spec, write
 
 from batchinfer.config import EngineConfig
-from batchinfer.jobs import cli, growth, runner, windows
+from batchinfer.jobs import cli, growth, runner
 from batchinfer.jobs.merge_shards import merge_shards
 from batchinfer.jobs.report import Report, read_report
 from batchinfer.jobs.runner import run
@@ -28,6 +28,7 @@ from batchinfer.jobs.schema import RESULT_FIELDS
 from batchinfer.jobs.spec import JobSpec, Refused, UsageError, sharded
 from batchinfer.jobs.stub import StubEngine
 from batchinfer.jobs.verify import verify
+from batchinfer.jobs.windows import Limits
 from batchinfer.request import Completions, Requests, SamplingParams
 from batchinfer.tokenizer import Tokenizer
 
@@ -160,8 +161,7 @@ def test_a_row_begins_with_a_sample_and_ends_with_the_last(model: Path) -> None:
 def test_the_output_has_the_rows_as_without_and_their_samples(
     tmp_path: Path, model: Path, engine: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, window_rows: int
 ) -> None:
-    monkeypatch.setattr(windows, "WINDOW_ROWS", window_rows)
-    monkeypatch.setattr(windows, "SLICE_ROWS", 8)
+    limit(monkeypatch, Limits(slice_rows=8, window_rows=window_rows))
     texts = [*prompts(40), None, ""]
     path = write(tmp_path / "in.parquet", prompt=texts, id=list(range(42)))
     report = run(spec(model, path, sampling=WARM, n=5), engine("DrawsLastFirst"))
@@ -251,20 +251,20 @@ def test_a_row_is_committed_whole_and_the_same_command_goes_on(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "steps"), [("WINDOW_ROWS", 120, [1, 1, 5]), ("WINDOW_TOKENS", 900, [1, 2, 7])]
+    ("limits", "steps"),
+    [(Limits(slice_rows=8, piece_rows=120), [1, 1, 5]), (Limits(slice_rows=8, piece_tokens=900), [1, 2, 7])],
 )
 def test_samples_count_for_what_the_engine_is_sent_at_once(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int, steps: list[int]
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, limits: Limits, steps: list[int]
 ) -> None:
     """The engine ends in one step what came together."""
-    monkeypatch.setattr(windows, "SLICE_ROWS", 8)
-    monkeypatch.setattr(windows, name, value)
-    path = write(tmp_path / "in.parquet", prompt=["x" * 10] * 40)
+    limit(monkeypatch, limits)
+    path = write(tmp_path / "in.parquet", prompt=[f"{i:010}" for i in range(40)])
     assert [run(spec(model, path, sampling=WARM, n=n, overwrite=True), STUB).steps for n in (1, 3, 15)] == steps
 
 
 def test_the_engine_is_made_for_all_samples(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
-    path = write(tmp_path / "in.parquet", prompt=["x" * 10] * 10)
+    path = write(tmp_path / "in.parquet", prompt=[f"{i:010}" for i in range(10)])
     job = spec(model, path, sampling=WARM, n=3, overwrite=True, block_size=9)
     notes = [run(replace(job, **fields), engine("Remembers")).notes[0] for fields in ({}, {"max_num_seqs": 5})]
     assert notes == [f"{rows * 18} tokens of KV" for rows in (30, 6)], "two blocks for each; of whole rows"

@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from batchinfer.admission import Admission
 from batchinfer.block_manager import BlockManager
 from batchinfer.config import EngineConfig
+from batchinfer.kernels.grain import MIN_ROWS
 from batchinfer.request import Requests, SamplingParams
 from batchinfer.scheduler import Scheduler
 from batchinfer.sequence import SequenceTable
@@ -22,7 +24,10 @@ def no_attention(*_: Any) -> dict[Any, Any]:
 def scheduled(prompts: list[int], outputs: list[int], config: EngineConfig) -> list[list[int]]:
     """`Work` and what the other fields of `Steps` hold, of each step that a real scheduler makes."""
     table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
-    scheduler = Scheduler(table, BlockManager(4096), no_attention, config.max_num_batched_tokens)
+    manager = BlockManager(4096)
+    admission = Admission(table, manager, False, None)
+    budget, nothing = config.max_num_batched_tokens, np.empty(0, np.int64)
+    scheduler = Scheduler(table, manager, admission, no_attention, budget, MIN_ROWS, nothing)
     params = tuple(SamplingParams(max_tokens=n, ignore_eos=True) for n in outputs)
     requests = Requests.of([[0] * n for n in prompts], SamplingParams())
     index = np.arange(len(prompts), dtype=np.int32)
@@ -31,8 +36,8 @@ def scheduled(prompts: list[int], outputs: list[int], config: EngineConfig) -> l
     )
     steps = []
     while (batch := scheduler.schedule()) is not None:
-        waiting = int(scheduler.waiting_rows > 0)
-        steps.append([*_work(batch, config.block_size), batch.prompt_tokens, batch.decode_tokens, waiting])
+        waiting = int(admission.waiting_rows > 0)
+        steps.append([*_work(batch, config.block_size), batch.prompt_tokens, batch.query_tokens, waiting])
         scheduler.update(batch, np.zeros(len(batch.sequences), np.int64))
         for place in np.flatnonzero(table.active & (table.length >= table.end)).tolist():
             scheduler.finish(place)

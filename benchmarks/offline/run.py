@@ -178,7 +178,7 @@ def main(
     lines = ["# What knowing the whole job is worth", "", *(f"- {value}" for value in found.values()), ""]
     lines += [
         "Seconds from the engine's being ready to its last row, median of the runs in turns; tokens are prompts and "
-        "answers, as if none had been shared. Each variant has what those before it have, but that of the drafters there "
+        "answers, as if none had been shared. Each variant has what those before it have, but of the drafters there "
         'is one at a time, at every step; "all" chooses. The answers are the same in all of them.',
         "",
     ]
