@@ -1,4 +1,4 @@
-# make demo | test | check | bench | test-long | chaos | compile-check | quantize-demo: each makes $(VENV) where it is
+# make demo | test | check | bench | bench-offline | bench-prediction | test-long | chaos | compile-check | quantize-demo: each makes $(VENV) where it is
 # missing and installs what it needs.
 # PIP_FLAGS goes to pip as it stands; pip's own PIP_* environment variables work too.
 
@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 WORKERS = -n auto --maxprocesses 8 --dist worksteal
 INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test test-long check bench chaos compile-check gpu-check quantize quantize-demo recipes
+.PHONY: demo test test-long check bench bench-offline bench-prediction chaos compile-check gpu-check quantize quantize-demo recipes
 
 demo: demo/prompts.parquet
 	$(BIN)/batchinfer run --config examples/stdlib/job.toml --overwrite
@@ -32,6 +32,14 @@ check: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/peers/run.py
+
+# What planning, sharing and speculation are worth. PEER=--peer also runs OpenVINO, which is installed first.
+bench-offline: $(VENV)/dev.stamp demo/prompts.parquet
+	$(BIN)/python benchmarks/offline/run.py $(PEER)
+
+# How long jobs take beside what was predicted; measures the device first.
+bench-prediction: $(VENV)/dev.stamp demo/prompts.parquet
+	$(BIN)/python benchmarks/prediction.py --measure
 
 # On a machine with a GPU: the system's own Python, torch, Triton and transformers; nothing is installed or fetched.
 STAGES ?= 1,2,3,4,5,6

@@ -33,7 +33,7 @@ class Limits:
     slice_rows: int = 2048  # between two slices the parent looks after what the engine finished
     piece_rows: int = 32_768  # in memory, of the parent and of the engine
     piece_tokens: int = 1 << 22
-    window_rows: int = 1 << 22  # in a file, a gigabyte of it
+    window_rows: int = 1 << 20  # in a file, a gigabyte of it at most
     window_tokens: int = 1 << 28
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchinfer.kernels.sampling import CANDIDATES, SamplingBatch, greedy, gumbel, gumbel_of, philox, sample
+from batchinfer.kernels.sampling import CANDIDATES, SamplingBatch, _gumbel, greedy, gumbel, gumbel_of, philox, sample
 
 
 def batch(
@@ -142,6 +142,22 @@ def test_noise_has_the_moments_of_gumbel() -> None:
     assert noise.isfinite().all()
     assert noise.mean() == pytest.approx(np.euler_gamma, abs=0.01)
     assert noise.var() == pytest.approx(np.pi**2 / 6, abs=0.02)
+
+
+def test_the_extreme_words_are_noise_too() -> None:
+    """A uniform number of exactly 0 would make a token impossible, or certain."""
+    least, most = _gumbel(torch.tensor([0, (1 << 32) - 1])).tolist()
+    assert -4 < least < -3 and 22 < most < 23
+
+
+def test_logits_stay_as_they_were() -> None:
+    """A step's rows are drawn from more than once: by twins, and where drafts are verified."""
+    logits = torch.randn(12, 500, generator=torch.Generator().manual_seed(0))
+    before, parameters = logits.clone(), batch(12, temperature=0.8)
+    parameters.top_k[3:6], parameters.top_p[5:9], parameters.min_p[8:11] = 20, 0.9, 0.1
+    first = sample(logits, parameters)[0]
+    assert logits.equal(before)
+    assert sample(logits, parameters)[0].equal(first)
 
 
 def test_rows_that_are_not_finite_are_flagged() -> None:

@@ -20,8 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+BENCHMARKS = Path(__file__).resolve().parents[1]
+sys.path.extend([str(BENCHMARKS), str(BENCHMARKS / "peers")])
 
+import openvino_int8
 from conditions import conditions
 from workloads import (
     DEMO_MODEL,
@@ -33,6 +35,7 @@ from workloads import (
     Text,
     Workload,
     sampling_of,
+    write_jsonl,
     write_rows,
 )  # fmt: skip
 
@@ -44,6 +47,7 @@ from batchinfer.request import Requests, RowError
 from batchinfer.speculation import Speculation
 from batchinfer.tokenizer import Tokenizer
 
+PEER = "OpenVINO GenAI int8"
 RESULTS = REPOSITORY / "benchmarks" / "results"
 OFF = Speculation("off")
 PLAIN = {"deduplicate": False, "prefix_sharing": False, "learned_admission": False, "speculation": OFF}
@@ -92,7 +96,7 @@ class Measured:
 
     seconds: float
     tokens_per_second: float  # of prompts and answers, as if nothing had been shared
-    report: Report
+    report: Report | None  # None: another engine's
 
 
 def measure(workload: Workload, table: Path, model: Path, fields: dict[str, Any], folder: Path) -> Measured:
@@ -120,12 +124,15 @@ def measure(workload: Workload, table: Path, model: Path, fields: dict[str, Any]
 
 
 def in_turns(
-    workload: Workload, model: Path, draft: Path | None, chosen: list[str], repeats: int, text: Text
+    workload: Workload, model: Path, draft: Path | None, chosen: list[str], repeats: int, text: Text, peer: bool
 ) -> Iterator[tuple[str, Measured]]:
     """A B C A B C, so that a slow minute of the machine falls on all alike. `SystemExit` where answers differ."""
     with tempfile.TemporaryDirectory() as scratch:
         folder, table = Path(scratch), Path(scratch) / "rows.parquet"
-        write_rows(workload.rows(text), table)
+        rows = workload.rows(text)
+        write_rows(rows, table)
+        write_jsonl(rows, folder / "rows.jsonl")
+        tokens = sum(len(prompt) + new for prompt, new in rows)
         first: pa.Table | None = None
         for _ in range(repeats):
             for name, fields in variants(draft).items():
@@ -138,6 +145,18 @@ def in_turns(
                     raise SystemExit(f"{workload.name}: {name} gives other answers than the first variant")
                 typer.echo(f"{model.name}, {workload.name}, {name}: {measured.seconds:.2f} s", err=True)
                 yield name, measured
+            if peer:
+                seconds = openvino_int8.seconds_of_rows(folder / "rows.jsonl")
+                typer.echo(f"{model.name}, {workload.name}, {PEER}: {seconds:.2f} s", err=True)
+                yield PEER, Measured(seconds, tokens / seconds, None)
+
+
+def counts(report: Report | None) -> str:
+    """The last columns of a row."""
+    if report is None:
+        return "- | - | - | -"
+    drafts = f"{report.accepted:,} of {report.drafted:,}" if report.drafted else "-"
+    return f"{report.steps:,} | {report.prompt_tokens_computed:,} | {drafts} | {report.preemptions}"
 
 
 def section(model: Path, workload: Workload, runs: dict[str, list[Measured]]) -> list[str]:
@@ -156,12 +175,10 @@ def section(model: Path, workload: Workload, runs: dict[str, list[Measured]]) ->
         seconds = [m.seconds for m in measured]
         ratios = [before.seconds / m.seconds for before, m in zip(plain, measured, strict=False)]
         report = measured[-1].report
-        drafts = f"{report.accepted:,} of {report.drafted:,}" if report.drafted else "-"
         lines.append(
             f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} | "
             f"{statistics.median(m.tokens_per_second for m in measured):,.0f} | {statistics.median(ratios):.2f} | "
-            f"{min(ratios):.2f} to {max(ratios):.2f} | {report.steps:,} | {report.prompt_tokens_computed:,} "
-            f"| {drafts} | {report.preemptions} |"
+            f"{min(ratios):.2f} to {max(ratios):.2f} | {counts(report)} |"
         )
     return [*lines, ""]
 
@@ -170,10 +187,15 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
     only: Annotated[str, typer.Option(help="Workloads, with commas between: MODEL/NAME.")] = "",
     chosen: Annotated[str, typer.Option("--variants", help="Variants, with commas between.")] = "",
+    peer: Annotated[
+        bool, typer.Option(help=f"Also {PEER}, on the large shape; installed first where missing.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Written with .json and .md.")] = RESULTS / "offline",
 ) -> None:
     """Measure what each feature adds, workload by workload, and write one table."""
     found = conditions()
+    if peer:
+        found["peer"] = openvino_int8.prepare()
     jobs = [(TARGET, DRAFT, workload) for workload in DEMO_MODEL] + [(SHAPE, None, w) for w in LARGE_SHAPE]
     lines = ["# What knowing the whole job is worth", "", *(f"- {value}" for value in found.values()), ""]
     lines += [
@@ -188,7 +210,7 @@ def main(
             continue
         runs: dict[str, list[Measured]] = {}
         names = chosen.split(",") if chosen else list(variants(draft))
-        for name, measured in in_turns(workload, model, draft, names, repeats, Text()):
+        for name, measured in in_turns(workload, model, draft, names, repeats, Text(), peer and draft is None):
             runs.setdefault(name, []).append(measured)
             values.append({"model": model.name, "workload": workload.name, "variant": name, **asdict(measured)})
         lines += section(model, workload, runs)

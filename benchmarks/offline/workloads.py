@@ -1,6 +1,7 @@
 """The jobs that offline runs are measured on: tables of token ids, with the new tokens that each row gets."""
 
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchinfer.jobs.bench import TOKEN_IDS
 from batchinfer.request import SamplingParams
 from batchinfer.tokenizer import Tokenizer
 
@@ -118,11 +120,16 @@ LARGE_SHAPE = (
 )
 
 
+def write_jsonl(rows: Rows, path: Path) -> None:
+    """The same rows for other engines' runners: a line has `prompt_token_ids` and `max_tokens`."""
+    path.write_text("".join(json.dumps({TOKEN_IDS: p, "max_tokens": new}) + "\n" for p, new in rows))
+
+
 def write_rows(rows: Rows, path: Path) -> None:
     """A table for `batchinfer.jobs.bench.TokenIdPrompts`."""
     columns = {
         "id": pa.array(range(len(rows)), pa.int64()),
-        "prompt_token_ids": pa.array([prompt for prompt, _ in rows], pa.list_(pa.int32())),
+        TOKEN_IDS: pa.array([prompt for prompt, _ in rows], pa.list_(pa.int32())),
         "max_tokens": pa.array([new for _, new in rows], pa.int32()),
     }
     pq.write_table(pa.table(columns), path)
