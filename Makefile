@@ -1,5 +1,5 @@
-# make demo | test | check | bench | bench-offline | bench-prediction | test-long | chaos | compile-check | quantize-demo: each makes $(VENV) where it is
-# missing and installs what it needs.
+# make demo | test | test-long | check | bench | bench-offline | bench-prediction | chaos | compile-check |
+# quantize-demo: each makes $(VENV) where it is missing and installs what it needs.
 # PIP_FLAGS goes to pip as it stands; pip's own PIP_* environment variables work too.
 
 PYTHON ?= python3

@@ -20,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-BENCHMARKS = Path(__file__).resolve().parents[1]
-sys.path.extend([str(BENCHMARKS), str(BENCHMARKS / "peers")])
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "peers"))
 
 import openvino_int8
 from conditions import conditions
