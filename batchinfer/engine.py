@@ -217,7 +217,7 @@ class Engine:
             if runner is None
             else DraftModel(runner, config, self.table, blocks, self.runner.decoder.config.vocab_size)
         )
-        return Speculator(self.table, config.speculation, padded, model)
+        return Speculator(self.table, config.speculation, padded, model, self.runner.late > 0)
 
     def _room(self, config: EngineConfig) -> Room:
         """For keys and values; on a GPU a step as large as any is computed first, to see what it takes."""

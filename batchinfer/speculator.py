@@ -22,7 +22,7 @@ from batchinfer.speculation import Speculation
 from batchinfer.step_times import StepTimes
 
 LEAST_GAIN = 1.02  # below that nothing is drafted
-LONGEST_REST = 16  # steps without a look, after looks that found nothing worth it
+LONGEST_REST = 16  # steps without a look, after looks that found nothing worth it, where steps overlap
 
 Floats = NDArray[np.float64]
 
@@ -36,8 +36,10 @@ class Speculator:
         speculation: Speculation,
         padded: Callable[[int], int],
         model: DraftModel | None,
+        overlapping: bool,
     ) -> None:
-        """`padded` tells how many tokens a step of so many computes."""
+        """`padded` tells how many tokens a step of so many computes. Where steps are `overlapping`, a look makes one
+        wait for the other."""
         self.table, self.speculation, self.padded, self.model = table, speculation, padded, model
         self.lookup = LookupDrafter(table, speculation) if speculation.looks_up else None
         self.longest = speculation.prompt_lookup_max
@@ -46,6 +48,7 @@ class Speculator:
         self.times = StepTimes()
         self._look_seconds = 0.0
         self._drafted: tuple[Ints, Ints, Ints] | None = None  # places, kinds, drafts of the step under way
+        self._longest_rest = LONGEST_REST if overlapping else 1
         self._rest, self._last_rest = 0, 1
 
     @property
@@ -72,7 +75,7 @@ class Speculator:
             kinds = self._kinds(found)
             counts = self._best(places, found.counts, kinds, budget)[0]
         if not counts.any():
-            self._rest = self._last_rest = min(2 * self._last_rest, LONGEST_REST)
+            self._rest = self._last_rest = min(2 * self._last_rest, self._longest_rest)
             return none
         self._last_rest = 1
         self._write(places, counts, found.tokens)

@@ -3,37 +3,50 @@
 import numpy as np
 from numpy.typing import NDArray
 
-WEIGHT = 0.2  # of the newest step in a mean
+WEIGHT = 0.2  # of the newest step in the mean of its size
+KEPT = 0.98  # of the line, from step to step
 GROWING = 0.5
-"""The share of a step's time that grows with its tokens, beyond the sizes that were seen: rather too low than too high,
-so that larger steps are tried, and known from then on."""
+"""The share of a step's time that grows with its tokens, where steps of one size were seen: rather too low than too
+high, so that larger steps are tried, and known from then on."""
+LINE = 2.0  # steps that the line counts for, beside those of a size itself
 
 
 class StepTimes:
-    """Seconds by size; a straight line between sizes that were seen."""
+    """Seconds by size: of what was seen of a size itself, and of the straight line through all steps."""
 
     def __init__(self) -> None:
-        self._sizes = np.empty(0, np.int64)  # in order
-        self._seconds = np.empty(0)
-        self._seen = np.empty(0, np.int64)
+        self._means: dict[int, tuple[float, int]] = {}  # size -> seconds, how many were seen
+        self._sums = np.zeros(5)  # of 1, size, seconds, size ** 2, size * seconds; the newest weigh most
 
     def observe(self, size: int, seconds: float) -> None:
         """A step of that size took so long."""
-        i = int(np.searchsorted(self._sizes, size))
-        if i == len(self._sizes) or self._sizes[i] != size:
-            self._sizes = np.insert(self._sizes, i, size)
-            self._seconds, self._seen = np.insert(self._seconds, i, seconds), np.insert(self._seen, i, 1)
-            return
-        # The first step of a size makes its kernels.
-        before = min(self._seconds[i], seconds) if self._seen[i] == 1 else self._seconds[i]
-        self._seconds[i] = before + WEIGHT * (seconds - before)
-        self._seen[i] += 1
+        mean, seen = self._means.get(size, (seconds, 0))
+        mean = min(mean, seconds) if seen == 1 else mean
+        mean += WEIGHT * (seconds - mean)
+        first = not self._means
+        self._means[size] = mean, seen + 1
+        if seen or first:  # the first step of a size makes its kernels
+            self._sums = KEPT * self._sums + np.array([1, size, mean, size * size, size * mean])
 
     def of(self, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
         """Expected seconds [n] of steps of these sizes [n]; 0 before any was seen."""
-        if not len(self._sizes):
+        if not self._means:
             return np.zeros(len(sizes))
-        low, high = self._sizes[0], self._sizes[-1]
-        inside: NDArray[np.float64] = np.interp(sizes, self._sizes, self._seconds)
-        nearest = np.clip(sizes, low, high)
-        return inside * (1 + GROWING * (sizes - nearest) / nearest)
+        intercept, slope = self._line()
+        expected = np.maximum(intercept + slope * sizes, 0.0)
+        for i, size in enumerate(sizes.tolist()):
+            if size in self._means:
+                mean, seen = self._means[size]
+                weight = min(seen, 1 / WEIGHT)
+                expected[i] = (weight * mean + LINE * expected[i]) / (weight + LINE)
+        return expected
+
+    def _line(self) -> tuple[float, float]:
+        """(intercept, slope): least squares, as if there were some steps too of half and of twice the mean size, at
+        `GROWING`."""
+        count, sizes, seconds, squares, products = self._sums.tolist()
+        size, mean = sizes / count, seconds / count
+        spread = (size / 2) ** 2 / count
+        slope = (products / count - size * mean + spread * GROWING * mean / size) / (squares / count - size**2 + spread)
+        slope = max(slope, 0.0)
+        return mean - slope * size, slope
