@@ -24,6 +24,8 @@ from batchinfer.step_times import StepTimes
 LEAST_GAIN = 1.02  # below that nothing is drafted
 LONGEST_REST = 16  # steps without a look, after looks that found nothing worth it, where steps overlap
 
+PROMPTS = 4  # prompt tokens beside one that decodes, from where on a step tells what a prompt token costs
+
 Floats = NDArray[np.float64]
 
 
@@ -86,6 +88,8 @@ class Speculator:
         """A step has ended."""
         self._rest = max(0, self._rest - 1)
         self.acceptance.fade()
+        if batch.prompt_tokens > PROMPTS * batch.query_tokens:
+            self.times.observe_prompts(batch.prompt_tokens, seconds)
         if not batch.prompt_tokens:
             self.times.observe(self.padded(batch.query_tokens), seconds)
         if batch.drafted and self._drafted is not None:
@@ -118,8 +122,9 @@ class Speculator:
             return 0 if found.counts.any() else int(most.max(initial=0))
         n, depths = len(places), np.arange(1, self.speculation.num_speculative_tokens + 1)
         depths = depths[n * depths <= budget]
-        likely = self.acceptance.of(places, self.table.epoch[places], np.full(n, 2 * self.longest + 2))
-        worth = (likely[:, None] ** depths * (depths <= most[:, None])).sum(0).cumsum()
+        model = np.full(n, 2 * self.longest + 2)
+        likely = self.acceptance.of(places, self.table.epoch[places], model, len(depths))
+        worth = (likely * (depths <= most[:, None])).sum(0).cumsum()
         sizes = np.array([self.padded(n * (1 + d)) for d in depths.tolist()], np.int64)
         seconds = self.times.of(sizes) + depths * self.model.seconds(n)
         rates = np.append((n + worth) / np.maximum(seconds, 1e-9), 0.0)
@@ -131,9 +136,9 @@ class Speculator:
         if not self.speculation.gate:
             return self._within(counts, budget), 0.0
         n = len(places)
-        likely = self.acceptance.of(places, self.table.epoch[places], kinds)
         o_k = np.arange(counts.max(initial=0))
-        worth = np.where(o_k < counts[:, None], likely[:, None] ** (o_k + 1), 0.0).ravel()
+        likely = self.acceptance.of(places, self.table.epoch[places], kinds, len(o_k))
+        worth = np.where(o_k < counts[:, None], likely, 0.0).ravel()
         order = np.argsort(-worth, kind="stable")[: min(budget, int(counts.sum()))]
         gained = np.concatenate([[0.0], np.cumsum(worth[order])])
         # A step that is filled up anyway takes more drafts for nothing.

@@ -5,9 +5,7 @@ from numpy.typing import NDArray
 
 WEIGHT = 0.2  # of the newest step in the mean of its size
 KEPT = 0.98  # of the line, from step to step
-GROWING = 0.5
-"""The share of a step's time that grows with its tokens, where steps of one size were seen: rather too low than too
-high, so that larger steps are tried, and known from then on."""
+GROWING = 0.5  # the share of a step's time that grows with its tokens, as long as nothing tells
 LINE = 2.0  # steps that the line counts for, beside those of a size itself
 
 
@@ -17,6 +15,7 @@ class StepTimes:
     def __init__(self) -> None:
         self._means: dict[int, tuple[float, int]] = {}  # size -> seconds, how many were seen
         self._sums = np.zeros(5)  # of 1, size, seconds, size ** 2, size * seconds; the newest weigh most
+        self._prompt_token = 0.0  # seconds of a token in steps of prompts; 0 before any was seen
 
     def observe(self, size: int, seconds: float) -> None:
         """A step of that size took so long."""
@@ -28,12 +27,19 @@ class StepTimes:
         if seen or first:  # the first step of a size makes its kernels
             self._sums = KEPT * self._sums + np.array([1, size, mean, size * size, size * mean])
 
+    def observe_prompts(self, tokens: int, seconds: float) -> None:
+        """A step of prompts took so long. Before steps of several sizes were seen, a token more is taken to cost what
+        it costs there."""
+        each = seconds / tokens
+        before = self._prompt_token or each
+        self._prompt_token = min(each, before + WEIGHT * (each - before))
+
     def of(self, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
         """Expected seconds [n] of steps of these sizes [n]; 0 before any was seen."""
         if not self._means:
             return np.zeros(len(sizes))
         intercept, slope = self._line()
-        expected = np.maximum(intercept + slope * sizes, 0.0)
+        expected: NDArray[np.float64] = np.maximum(intercept + slope * sizes, 0.0)
         for i, size in enumerate(sizes.tolist()):
             if size in self._means:
                 mean, seen = self._means[size]
@@ -42,11 +48,11 @@ class StepTimes:
         return expected
 
     def _line(self) -> tuple[float, float]:
-        """(intercept, slope): least squares, as if there were some steps too of half and of twice the mean size, at
-        `GROWING`."""
+        """(intercept, slope): least squares, with a step of half the mean size more that has the slope of prompts."""
         count, sizes, seconds, squares, products = self._sums.tolist()
         size, mean = sizes / count, seconds / count
         spread = (size / 2) ** 2 / count
-        slope = (products / count - size * mean + spread * GROWING * mean / size) / (squares / count - size**2 + spread)
+        expected = min(self._prompt_token, mean / size) or GROWING * mean / size
+        slope = (products / count - size * mean + spread * expected) / (squares / count - size**2 + spread)
         slope = max(slope, 0.0)
         return mean - slope * size, slope

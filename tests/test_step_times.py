@@ -50,3 +50,12 @@ def test_one_slow_step_is_not_believed() -> None:
     assert of(times, 40)[0] < 0.12
     times.observe(40, 0.034)
     assert of(times, 40)[0] == pytest.approx(0.034, rel=0.1), "its first step made the kernels"
+
+
+def test_prompts_tell_what_a_token_more_will_cost() -> None:
+    cheap, dear = StepTimes(), StepTimes()
+    for times, seconds in ((cheap, 0.05), (dear, 1.0)):
+        times.observe_prompts(500, seconds)
+        times.observe(8, 0.02)
+    assert of(cheap, 16) == pytest.approx([0.0208])
+    assert of(dear, 16) == pytest.approx([0.036])

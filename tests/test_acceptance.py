@@ -1,0 +1,42 @@
+"""How likely drafts are right: by evidence, by what came of the last ones, and the first apart from those behind it."""
+
+import numpy as np
+import pytest
+
+from batchinfer.acceptance import Acceptance
+
+
+def test_where_the_first_is_right_the_others_mostly_are() -> None:
+    """Half of the drafts are wrong from the first token on, half are right to the end: not 71 % of each token."""
+    acceptance = Acceptance(1, 4)
+    place, kind = np.array([0]), np.array([0])
+    for i in range(1000):
+        acceptance.of(place, np.array([i]), kind, 8)  # another sequence each time
+        acceptance.observe(place, kind, np.array([8]), np.array([8 * (i % 2)]))
+    likely = acceptance.of(place, np.array([1000]), kind, 8)[0]
+    assert likely == pytest.approx([0.5] * 8, abs=0.03)
+
+
+def test_evidence_and_history_are_told_apart() -> None:
+    acceptance = Acceptance(2, 2)
+    places, epochs, kinds = np.array([0, 1]), np.array([7, 8]), np.array([0, 1])
+    for _ in range(200):
+        acceptance.of(places, epochs, kinds, 4)
+        acceptance.observe(places, kinds, np.array([4, 4]), np.array([4, 0]))
+    right, wrong = acceptance.of(places, epochs, kinds, 4)
+    assert right.min() > 0.9 and wrong.max() < 0.05
+    new = acceptance.of(places, epochs + 2, kinds, 4)
+    assert new[:, 0] == pytest.approx([3.4 / 5, 2.4 / 5]), "of sequences that begin one draft was seen, and the prior"
+
+
+def test_what_was_wrong_is_tried_again_some_day() -> None:
+    acceptance = Acceptance(1, 1)
+    place, epoch, kind = np.array([0]), np.array([0]), np.array([0])
+    for _ in range(50):
+        acceptance.of(place, epoch, kind, 1)
+        acceptance.observe(place, kind, np.array([1]), np.array([0]))
+        acceptance.fade()
+    before = acceptance.of(place, epoch, kind, 1)[0, 0]
+    for _ in range(3000):
+        acceptance.fade()
+    assert before < 0.1 and acceptance.of(place, epoch, kind, 1)[0, 0] > 0.5
