@@ -21,7 +21,8 @@ from batchinfer.sequence import SequenceTable
 from batchinfer.speculation import Speculation
 from batchinfer.step_times import StepTimes
 
-LEAST_GAIN = 1.02  # below that nothing is drafted
+LEAST_GAIN = 1.05  # below that nothing is drafted: of many expectations the best is one of the too good ones
+APART = 1.2  # sizes of steps that are compared, each by so much larger than the one before
 LONGEST_REST = 16  # steps without a look, after looks that found nothing worth it, where steps overlap
 
 PROMPTS = 4  # prompt tokens beside one that decodes, from where on a step tells what a prompt token costs
@@ -142,7 +143,7 @@ class Speculator:
         order = np.argsort(-worth, kind="stable")[: min(budget, int(counts.sum()))]
         gained = np.concatenate([[0.0], np.cumsum(worth[order])])
         # A step that is filled up anyway takes more drafts for nothing.
-        sizes = np.unique([self.padded(n + j) for j in range(len(gained))])
+        sizes = _apart(np.unique([self.padded(n + j) for j in range(len(gained))]))
         taken = np.minimum(sizes - n, len(gained) - 1)
         seconds = np.maximum(self.times.of(sizes), 1e-9)
         plain = n / seconds[0]
@@ -164,3 +165,12 @@ class Speculator:
         owner = np.repeat(np.arange(len(places)), counts)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         self.table.tokens[places[owner], self.table.length[places[owner]] + within] = tokens[owner, within]
+
+
+def _apart(sizes: Ints) -> Ints:
+    """Of sizes [n], in order, the first and those that are `APART`: so many more to learn the times of are no use."""
+    kept = [int(sizes[0])]
+    for size in sizes.tolist():
+        if size >= APART * kept[-1]:
+            kept.append(size)
+    return np.array(kept)

@@ -148,13 +148,19 @@ class StepCost:
     error: float = 0.0  # of the steps that it was fitted to, relative: half of them are as near or nearer
 
     @classmethod
-    def fit(cls, measured: list[tuple[dict[str, Floats], Floats]]) -> "StepCost":
-        """The constants, none below 0, that come nearest to measured seconds [n] of steps, by relative error."""
+    def fit(cls, measured: list[tuple[dict[str, Floats], Floats]], operations_per_second: float) -> "StepCost":
+        """The constants that come nearest to measured seconds [n] of steps, by relative error.
+
+        None is below 0, and no product is faster than the device's fastest: a few shapes do not tell apart all that
+        grows with the tokens.
+        """
         names = sorted({name for steps, _ in measured for name in steps})
         rows = [np.stack([steps.get(name, np.zeros(len(taken))) for name in names], 1) for steps, taken in measured]
         taken = np.concatenate([taken for _, taken in measured])
         relative = np.concatenate(rows) / taken[:, None]
-        found = nonnegative_least_squares(relative, np.ones(len(taken)))
+        fastest = {f"weight by {count} rows": 2 * count / operations_per_second for count in ROWS}
+        least = np.array([fastest.get(name, 0.0) for name in names])
+        found = least + nonnegative_least_squares(relative, 1 - relative @ least)
         error = float(np.median(np.abs(relative @ found - 1)))
         return cls(dict(zip(names, found.tolist(), strict=True)), error)
 

@@ -97,10 +97,10 @@ def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
                 for lengths, params, sampling in workloads:
                     work, seconds = _fastest(engine, lengths, params)
                     measured.append((quantities(work, shape, weights, kv_cache, sampling), seconds))
-            costs[name] = StepCost.fit(measured)
             stats = engine.stats()  # of the largest model
             load_seconds[name] = stats.load_seconds / (shape.layers * layer_weights(shape))
             operations[name] = stats.peak_operations_per_second
+            costs[name] = StepCost.fit(measured, operations[name])
     return DeviceCost(costs, load_seconds, _start_seconds(), operations, _copy_rate(device), cache_bytes)
 
 

@@ -63,14 +63,14 @@ def workloads(folder: Path) -> dict[str, list[str]]:
         pq.write_table(pa.table({"prompt": prompts}), folder / f"{name}.parquet")
     noise = write_random_checkpoint(SHAPE, folder / "noise")
     target = ["--model", str(TARGET), "--quantization", "none", "--dtype", "bfloat16"]
+    few = [str(folder / "few.parquet"), *target, "--ignore-eos", "--max-tokens", "800"]
     eight_bits = ["--quantization", "w8a8-int8", "--ignore-eos", "--max-tokens", "24"]
     return {
         "the demo": ["--config", str(DEMO_JOB)],
         "852M parameters, w8a8-int8": [str(folder / "middle.parquet"), "--model", str(noise), *eight_bits],
         "long prompts, 8 new tokens, bfloat16": [str(folder / "long.parquet"), *target, "--max-tokens", "8"],
-        "4 rows, 800 new tokens, bfloat16": [
-            *[str(folder / "few.parquet"), *target, "--ignore-eos", "--max-tokens", "800"]
-        ],
+        "4 rows, 800 new tokens, bfloat16": [*few, "--speculative-config", "off"],
+        "the same with drafts, which are not predicted": few,
     }
 
 

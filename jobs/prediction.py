@@ -8,6 +8,7 @@ expanded, and what a job's other process takes of the cores is left out.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,9 @@ SAMPLE_ROWS = 2048
 PROMPT_STEPS = 4_000  # a sample of very long prompts or answers has fewer rows
 DECODING_STEPS = 100_000
 DRAFTS = 4  # of a row in a step, where it is asked whether they pay
+USUAL, DEVIATION = 322.0, 244.0
+"""New tokens of an answer that may end by itself, before anything is known: those of ShareGPT's answers, as Kwon et al.
+2023 used them; lognormal."""
 LEAST_SHARE = 0.1  # of the tokens that a row may have, for the low end
 GOLDEN = (5**0.5 - 1) / 2
 
@@ -146,7 +150,7 @@ class Job:
         self.high = self._steps(prompts, most)
         self.central = self.low = self.high
         if not shape.sampling.ignore_eos:
-            self.central = self._steps(prompts, 1 + (_spread(len(prompts)) * most).astype(np.int64))
+            self.central = self._steps(prompts, np.clip(_usual_lengths(len(prompts)), 1, most))
             self.low = self._steps(prompts, np.ceil(LEAST_SHARE * most).astype(np.int64))
 
     def measured(self, cost: DeviceCost, setting: Setting) -> bool:
@@ -234,6 +238,13 @@ def _even(n: int) -> Floats:
 def _spread(n: int) -> Floats:
     """[n] shares from 0 to 1, evenly spread, neighbours far from each other."""
     return np.asarray((np.arange(1, n + 1) * GOLDEN) % 1.0, np.float64)
+
+
+def _usual_lengths(n: int) -> Ints:
+    """[n] new tokens, neighbours far from each other."""
+    variance = float(np.log(1 + (DEVIATION / USUAL) ** 2))
+    drawn = NormalDist(np.log(USUAL) - variance / 2, variance**0.5)
+    return np.exp([drawn.inv_cdf(share) for share in np.clip(_spread(n), 1e-4, 1 - 1e-4).tolist()]).astype(np.int64)
 
 
 def _quantiles(histogram: Ints, shares: Floats) -> Ints:

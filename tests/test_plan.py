@@ -115,11 +115,14 @@ def test_a_measured_device_has_times_and_candidates(
 
 
 def test_unknown_lengths_give_a_range(model: Path) -> None:
-    config = EngineConfig(model, max_model_len=64)
-    shape = JobShape(np.bincount(np.full(100, 20)), SamplingParams(max_tokens=40), 64)
+    config = EngineConfig(model, max_model_len=1100)
+    shape = JobShape(np.bincount(np.full(100, 20)), SamplingParams(max_tokens=1000), 1100)
     found = Job(shape, config).predict(cost_of(model), Setting("bfloat16", "bfloat16"))
     assert found.low < 0.7 * found.generate_seconds < 0.5 * found.high
-    exact = replace(shape, sampling=SamplingParams(max_tokens=40, ignore_eos=True))
+    short = Job(replace(shape, sampling=SamplingParams(max_tokens=40)), config)
+    cut = short.predict(cost_of(model), Setting("bfloat16", "bfloat16"))
+    assert cut.low < 0.9 * cut.high < cut.generate_seconds <= cut.high, "few answers end before 40 tokens"
+    exact = replace(shape, sampling=SamplingParams(max_tokens=1000, ignore_eos=True))
     same = Job(exact, config).predict(cost_of(model), Setting("bfloat16", "bfloat16"))
     assert same.low == same.generate_seconds == same.high == found.high
     known = Job(shape, config).seconds_for({40: 100}, cost_of(model), Setting("bfloat16", "bfloat16"))
