@@ -164,6 +164,10 @@ class StepCost:
         error = float(np.median(np.abs(relative @ found - 1)))
         return cls(dict(zip(names, found.tolist(), strict=True)), error)
 
+    def times(self, factor: float) -> "StepCost":
+        """The same, all of it longer."""
+        return StepCost({name: factor * seconds for name, seconds in self.seconds.items()}, self.error)
+
     def of(self, quantities: dict[str, Floats]) -> Floats:
         """Seconds [n] of steps. A `KeyError` names a quantity that was not measured."""
         total: Floats = np.sum([self.seconds[name] * values for name, values in quantities.items()], axis=0)
@@ -208,8 +212,9 @@ def nonnegative_least_squares(a: Floats, b: Floats) -> Floats:
             if not below.any():
                 break
             # As far towards it as the first number that reaches 0, which is held there from then on.
-            x += (wanted - x) * np.min(x[below] / np.maximum(x[below] - wanted[below], 1e-300))
-            free &= x > 1e-15
+            shares = np.where(below, x / np.maximum(x - wanted, 1e-300), np.inf)
+            x += (wanted - x) * shares.min()
+            free &= (shares > shares.min()) & (x > 0)
             x[~free] = 0.0
         x = wanted
     return np.asarray(x / scale, np.float64)

@@ -32,7 +32,7 @@ from batchinfer.step_cost import (
 )
 from batchinfer.tokenizer import Tokenizer
 
-REPEATS = 2  # of each step at least; the fastest counts, for what else runs on a machine only ever adds
+REPEATS = 2  # of each step at least
 REPEAT_SECONDS = 0.1
 COPY_BYTES = 1 << 28
 
@@ -59,6 +59,8 @@ BY_ROWS: list[Workload] = [
 ]
 BY_CONTEXT: list[Workload] = [(lengths, _greedy(4), "greedy") for lengths in ([1000], [480] * 4, [96] * 32)]
 # To noise all tokens are about as likely; top_k leaves as few of them as filters leave of a trained model's.
+# Long enough that all decode side by side in the end.
+MANY_KEYS: list[Workload] = [([480] * 24, _greedy(26), "greedy")]
 BY_SAMPLING: list[Workload] = [([1] * 64, _drawn(0, 1.0), "drawn"), ([1] * 64, _drawn(20, 0.8), "filtered")]
 
 
@@ -80,6 +82,9 @@ class _TimedEngine(Engine):
 def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
     """Time steps on the device and fit the constants to them: about a minute on a CPU. `say` hears how far it is.
 
+    They are fitted to the fastest repeats, for what else runs on a machine only ever adds; and then made longer by as
+    much as the middle repeat usually takes longer, for jobs take as long as usual and not as at best.
+
     A `ValueError` says what the device lacks.
     """
     costs: dict[str, StepCost] = {}
@@ -89,18 +94,19 @@ def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
         models = [_write_shape(Path(folder) / str(i), shape) for i, shape in enumerate(SHAPES)]
         for name, products in PRODUCTS.items():
             say(f"timing steps in {name}")
-            measured = []
+            measured, longer = [], list[float]()
             for model, kv_cache, workloads in _plan(models, products.kv_cache(device)):
                 engine = _engine(model, device, products, kv_cache)
                 shape = engine.runner.decoder.config
                 weights = Weights(products.layer_bytes, products.head_bytes, cache_bytes)
                 for lengths, params, sampling in workloads:
-                    work, seconds = _fastest(engine, lengths, params)
+                    work, seconds, middle = _timed(engine, lengths, params)
+                    longer += (middle / seconds).tolist()
                     measured.append((quantities(work, shape, weights, kv_cache, sampling), seconds))
             stats = engine.stats()  # of the largest model
             load_seconds[name] = stats.load_seconds / (shape.layers * layer_weights(shape))
             operations[name] = stats.peak_operations_per_second
-            costs[name] = StepCost.fit(measured, operations[name])
+            costs[name] = StepCost.fit(measured, operations[name]).times(float(np.median(longer)))
     return DeviceCost(costs, load_seconds, _start_seconds(), operations, _copy_rate(device), cache_bytes)
 
 
@@ -110,7 +116,8 @@ def _plan(models: list[Path], automatic: str) -> Iterator[tuple[Path, str, list[
         if kv_cache != automatic:
             yield models[0], kv_cache, BY_CONTEXT
     for model in models[:-1]:
-        yield model, automatic, [*BY_ROWS, *BY_CONTEXT, *BY_SAMPLING]
+        keys = MANY_KEYS if model == models[0] else []
+        yield model, automatic, [*BY_ROWS, *BY_CONTEXT, *keys, *BY_SAMPLING]
     yield models[-1], automatic, BY_ROWS
 
 
@@ -151,8 +158,8 @@ def _engine(model: Path, device: str, products: Products, kv_cache: str) -> _Tim
     return _TimedEngine(config, _NoText())
 
 
-def _fastest(engine: _TimedEngine, lengths: list[int], params: SamplingParams) -> tuple[Work, Floats]:
-    """The steps of these rows, each with its shortest time of some repeats, behind one that is not timed."""
+def _timed(engine: _TimedEngine, lengths: list[int], params: SamplingParams) -> tuple[Work, Floats, Floats]:
+    """The steps of these rows, each with its shortest and its middle time of some repeats, behind one not timed."""
     runs: list[list[float]] = []
     until = time.perf_counter() + REPEAT_SECONDS
     while len(runs) <= REPEATS or time.perf_counter() < until:
@@ -165,7 +172,7 @@ def _fastest(engine: _TimedEngine, lengths: list[int], params: SamplingParams) -
             batches.append(engine.batch)
         runs.append(seconds)
     work = [_work(batch, engine.table.block_size) for batch in batches]
-    return Work(*np.array(work).T), np.min(runs[1:], axis=0)
+    return Work(*np.array(work).T), np.min(runs[1:], axis=0), np.median(runs[1:], axis=0)
 
 
 def _work(batch: Batch, block: int) -> list[int]:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -128,9 +128,9 @@ def in_turns(
 ) -> Iterator[tuple[str, Measured]]:
     """A B C A B C, so that a slow minute of the machine falls on all alike. `SystemExit` where answers differ."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder, table = Path(scratch), Path(scratch) / "rows.parquet"
+        folder, path = Path(scratch), Path(scratch) / "rows.parquet"
         rows = workload.rows(text)
-        write_rows(rows, table)
+        write_rows(rows, path)
         write_jsonl(rows, folder / "rows.jsonl")
         tokens = sum(len(prompt) + new for prompt, new in rows)
         first: pa.Table | None = None
@@ -138,7 +138,7 @@ def in_turns(
             for name, fields in variants(draft).items():
                 if name not in chosen:
                     continue
-                measured = measure(workload, table, model, fields, folder)
+                measured = measure(workload, path, model, fields, folder)
                 answers = pq.read_table(folder / "answers.parquet")
                 first = answers if first is None else first
                 if not answers.equals(first):
@@ -151,22 +151,16 @@ def in_turns(
                 yield PEER, Measured(seconds, tokens / seconds, None)
 
 
-def counts(report: Report | None) -> str:
-    """The last columns of a row."""
-    if report is None:
-        return "- | - | - | -"
-    drafts = f"{report.accepted:,} of {report.drafted:,}" if report.drafted else "-"
-    return f"{report.steps:,} | {report.prompt_tokens_computed:,} | {drafts} | {report.preemptions}"
+def counts(report: Report | None) -> dict[str, int]:
+    """What a run computed; nothing is known of another engine's."""
+    names = ("steps", "prompt_tokens_computed", "drafted", "accepted", "preemptions")
+    return {} if report is None else {name: getattr(report, name) for name in names}
 
 
-def section(model: Path, workload: Workload, runs: dict[str, list[Measured]]) -> list[str]:
-    """A table in Markdown; each variant beside the first in the same turn."""
+def table(runs: dict[str, list[Measured]]) -> list[str]:
+    """In Markdown; each variant beside the first in the same turn."""
     plain = next(iter(runs.values()))
     lines = [
-        f"## {model.name}, {workload.name}",
-        "",
-        f"{workload.about[0].upper()}{workload.about[1:]}.",
-        "",
         "| variant | seconds | spread | tokens/s | of plain | spread | steps | prompt tokens computed | drafts right "
         "| preempted |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -174,18 +168,34 @@ def section(model: Path, workload: Workload, runs: dict[str, list[Measured]]) ->
     for name, measured in runs.items():
         seconds = [m.seconds for m in measured]
         ratios = [before.seconds / m.seconds for before, m in zip(plain, measured, strict=False)]
-        report = measured[-1].report
+        known = counts(measured[-1].report)
+        steps, prompt, drafted, accepted, preempted = (f"{n:,}" for n in known.values()) if known else "-" * 5
         lines.append(
             f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} | "
             f"{statistics.median(m.tokens_per_second for m in measured):,.0f} | {statistics.median(ratios):.2f} | "
-            f"{min(ratios):.2f} to {max(ratios):.2f} | {counts(report)} |"
+            f"{min(ratios):.2f} to {max(ratios):.2f} | {steps} | {prompt} | {accepted} of {drafted} | {preempted} |"
         )
-    return [*lines, ""]
+    return lines
+
+
+def page(sections: dict[str, dict[str, Any]]) -> str:
+    """All workloads that were ever measured, each with its conditions."""
+    lines = [
+        "# What knowing the whole job is worth",
+        "",
+        "Seconds from the engine's being ready to its last row, median of the runs in turns; tokens are prompts and "
+        "answers, as if none had been shared. Each variant has what those before it have, but of the drafters there "
+        'is one at a time, at every step; "all" chooses. The answers are the same in all of them.',
+        "",
+    ]
+    for name, found in sections.items():
+        lines += [f"## {name}", "", found["about"], "", *found["table"], ""]
+    return "\n".join(lines)
 
 
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
-    only: Annotated[str, typer.Option(help="Workloads, with commas between: MODEL/NAME.")] = "",
+    only: Annotated[str, typer.Option(help="Workloads, with commas between: MODEL/NAME. Results of others stay.")] = "",
     chosen: Annotated[str, typer.Option("--variants", help="Variants, with commas between.")] = "",
     peer: Annotated[
         bool, typer.Option(help=f"Also {PEER}, on the large shape; installed first where missing.")
@@ -193,30 +203,28 @@ def main(
     output: Annotated[Path, typer.Option(help="Written with .json and .md.")] = RESULTS / "offline",
 ) -> None:
     """Measure what each feature adds, workload by workload, and write one table."""
-    found = conditions()
-    if peer:
-        found["peer"] = openvino_int8.prepare()
+    versions = [openvino_int8.prepare()] if peer else []
+    before = output.with_suffix(".json")
+    sections: dict[str, dict[str, Any]] = json.loads(before.read_text()) if before.exists() else {}
     jobs = [(TARGET, DRAFT, workload) for workload in DEMO_MODEL] + [(SHAPE, None, w) for w in LARGE_SHAPE]
-    lines = ["# What knowing the whole job is worth", "", *(f"- {value}" for value in found.values()), ""]
-    lines += [
-        "Seconds from the engine's being ready to its last row, median of the runs in turns; tokens are prompts and "
-        "answers, as if none had been shared. Each variant has what those before it have, but of the drafters there "
-        'is one at a time, at every step; "all" chooses. The answers are the same in all of them.',
-        "",
-    ]
-    values: list[dict[str, Any]] = []
     for model, draft, workload in jobs:
-        if only and f"{model.name}/{workload.name}" not in only.split(","):
+        label = f"{model.name}/{workload.name}"
+        if only and label not in only.split(","):
             continue
+        ran = "; ".join([*conditions().values(), *versions])
         runs: dict[str, list[Measured]] = {}
         names = chosen.split(",") if chosen else list(variants(draft))
         for name, measured in in_turns(workload, model, draft, names, repeats, Text(), peer and draft is None):
             runs.setdefault(name, []).append(measured)
-            values.append({"model": model.name, "workload": workload.name, "variant": name, **asdict(measured)})
-        lines += section(model, workload, runs)
-        output.with_suffix(".md").write_text("\n".join(lines))
-        output.with_suffix(".json").write_text(json.dumps({**found, "runs": values}, indent=1) + "\n")
-    typer.echo("\n".join(lines))
+        sections[label] = {
+            "about": f"{workload.about[0].upper()}{workload.about[1:]}. {repeats} turns; {ran}.",
+            "table": table(runs),
+            "seconds": {name: [m.seconds for m in measured] for name, measured in runs.items()},
+            "counts": {name: counts(measured[-1].report) for name, measured in runs.items()},
+        }
+        before.write_text(json.dumps(sections, indent=1) + "\n")
+        output.with_suffix(".md").write_text(page(sections))
+    typer.echo(page(sections))
 
 
 if __name__ == "__main__":

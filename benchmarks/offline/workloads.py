@@ -96,8 +96,8 @@ def tail(rows: int, new: int) -> Callable[[Text], Rows]:
 
 DEMO_MODEL = (
     Workload("demo", "the demo job", demo, {"temperature": 0.7, "top_p": 0.8, "stop": STOP}),
-    Workload("template", "384 rows, 60 % of the prompt tokens of 4 templates", template(384, 384, 256, 48)),
-    Workload("sharegpt", "192 rows of ShareGPT's lengths", sharegpt(192, 1152)),
+    Workload("template", "256 rows, 60 % of the prompt tokens of 4 templates", template(256, 384, 256, 48)),
+    Workload("sharegpt", "128 rows of ShareGPT's lengths", sharegpt(128, 1152)),
     Workload(
         "tight",
         "256 rows of the demo that may have 384 new tokens and need few; keys and values of 8,192 tokens",
@@ -107,14 +107,14 @@ DEMO_MODEL = (
     ),
     Workload("tail", "8 rows, 512 new tokens each, greedy", tail(8, 512)),
     Workload(
-        "tail, sampled",
+        "tail sampled",
         "the same at temperature 0.7, top-p 0.8",
         tail(8, 512),
         {"temperature": 0.7, "top_p": 0.8, "ignore_eos": True},
     ),
 )
 LARGE_SHAPE = (
-    Workload("template", "48 rows, 60 % of the prompt tokens of 4 templates", template(48, 384, 256, 24)),
+    Workload("template", "32 rows, 60 % of the prompt tokens of 4 templates", template(32, 384, 256, 24)),
     Workload("sharegpt", "24 rows of ShareGPT's lengths, at most 256", sharegpt(24, 512)),
     Workload("tail", "4 rows, 96 new tokens each, greedy", tail(4, 96)),
 )
