@@ -22,6 +22,7 @@ from batchinfer.scheduler import Scheduler
 from batchinfer.sequence import SequenceTable
 from batchinfer.step_times import StepTimes
 
+LEAST_SHARE = 0.3  # of a step of the target, however much smaller the model is: of launching, not of computing
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
@@ -37,11 +38,11 @@ class DraftModel:
     """The sequences of `table`, a little further on, in a table and in blocks of its own."""
 
     def __init__(
-        self, runner: ModelRunner, config: EngineConfig, table: SequenceTable, blocks: int, vocabulary: int
+        self, runner: ModelRunner, config: EngineConfig, table: SequenceTable, blocks: int, target: ModelRunner
     ) -> None:
-        """Of the engine of `config`, with so many blocks for its keys and values; the target's embedding has so many
-        tokens."""
-        self._vocabulary, self._target_vocabulary = runner.decoder.config.vocab_size, vocabulary
+        """Of the engine of `config`, with so many blocks for its keys and values."""
+        self._vocabulary, self._target_vocabulary = (r.decoder.config.vocab_size for r in (runner, target))
+        self._share = max(LEAST_SHARE, runner.decoder.weight_bytes / target.decoder.weight_bytes)
         self.runner = runner
         runner.allocate(blocks, config.block_size)
         self.target = table
@@ -56,9 +57,9 @@ class DraftModel:
         self.scheduler = Scheduler(self.table, self.manager, admission, inputs, budget, grain, np.empty(0, np.int64))
         self._times = StepTimes()
 
-    def seconds(self, sequences: int) -> float:
-        """Of one more draft for each of so many; 0 before it has drafted."""
-        return float(self._times.of(np.array([sequences]))[0])
+    def seconds(self, sequences: int, target_seconds: float) -> float:
+        """Of one more draft for each of so many, where the target's step takes so long."""
+        return float(self._times.of(np.array([sequences]))[0]) or self._share * target_seconds
 
     def draft(self, places: Ints, most: Ints) -> Proposals:
         """Drafts [n, K] for sequences at these places [n], `most` [n] for each, or none where memory has no blocks."""

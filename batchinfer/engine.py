@@ -212,11 +212,7 @@ class Engine:
             return None
         grain = self.runner.decoder.row_grain
         padded = padded_count if self.runner.late else partial(padded_size, row_grain=grain)
-        model = (
-            None
-            if runner is None
-            else DraftModel(runner, config, self.table, blocks, self.runner.decoder.config.vocab_size)
-        )
+        model = None if runner is None else DraftModel(runner, config, self.table, blocks, self.runner)
         return Speculator(self.table, config.speculation, padded, model, self.runner.late > 0)
 
     def _room(self, config: EngineConfig) -> Room:

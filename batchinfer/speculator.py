@@ -127,7 +127,8 @@ class Speculator:
         likely = self.acceptance.of(places, self.table.epoch[places], model, len(depths))
         worth = (likely * (depths <= most[:, None])).sum(0).cumsum()
         sizes = np.array([self.padded(n * (1 + d)) for d in depths.tolist()], np.int64)
-        seconds = self.times.of(sizes) + depths * self.model.seconds(n)
+        plain = float(self.times.of(np.array([self.padded(n)]))[0])
+        seconds = self.times.of(sizes) + depths * self.model.seconds(n, plain)
         rates = np.append((n + worth) / np.maximum(seconds, 1e-9), 0.0)
         _, rate = self._best(places, found.counts, self._kinds(found), budget)
         return int(rates.argmax()) + 1 if rates.max() > LEAST_GAIN * rate else 0

@@ -115,7 +115,7 @@ class Outlook:
             before = p.start_seconds + p.load_seconds
             low, high = _seconds(before + p.low), _seconds(before + p.high)
             lines = [
-                ("predicted", f"{_seconds(p.wall_seconds)} ({low} to {high})"),
+                ("predicted", f"{_seconds(p.wall_seconds)} without drafts ({low} to {high})"),
                 ("  start, load", f"{_seconds(p.start_seconds)}, {_seconds(p.load_seconds)}"),
                 ("  prefill, decode", f"{_seconds(p.prefill_seconds)}, {_seconds(p.decode_seconds)}"),
             ]

@@ -18,7 +18,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of generating that were to be expected, to stand beside `generate_seconds`."""
+    """Seconds of generating that were to be expected if no draft were right, to stand beside `generate_seconds`."""
 
     seconds: float  # before the run, by the central estimate of output lengths
     low: float
@@ -29,7 +29,7 @@ class Forecast:
         """Of the report's table."""
         range_ = f"{_seconds(self.low)} to {_seconds(self.high)}"
         return [
-            ("predicted", f"{_seconds(self.seconds)} of generating ({range_})"),
+            ("predicted", f"{_seconds(self.seconds)} of generating without drafts ({range_})"),
             ("  for the lengths", f"{_seconds(self.seconds_for_lengths)}, had they been known"),
         ]
 

@@ -79,7 +79,7 @@ def test_what_was_expected_stands_beside_the_result(tmp_path: Path) -> None:
     assert read_report(save(tmp_path, asdict(report))) == report
     lines = report.table().splitlines()
     assert [line.split(None, 1)[1] for line in lines if line.startswith("predicted ")] == [
-        "0:01:30 of generating (30.00 s to 0:02:30)"
+        "0:01:30 of generating without drafts (30.00 s to 0:02:30)"
     ]
     assert any("for the lengths" in line and "0:01:38" in line for line in lines)
     assert "predicted" not in REPORT.table()
