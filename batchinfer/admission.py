@@ -57,14 +57,18 @@ class Admission:
         """Forget the rows that wait."""
         self._waiting.clear()
         self._preempted.clear()
-        self._tree.drop()
+        self.wiped.append(self._tree.drop())
         self.waiting_rows, self.admitted = 0, []
 
     def admit(self) -> list[int]:
         """The places of the rows that begin now."""
         places: list[int] = []
         for place in np.flatnonzero(~self._table.active).tolist():
-            if not (self._readmit(place) if self._preempted else self._admit_next(place)):
+            began = bool(self._preempted) and self._readmit(place)
+            # Where nobody runs who would free blocks, those that are held for the next row are only freed by it.
+            if not began and (not self._preempted or not self._table.active.any()):
+                began = self._admit_next(place)
+            if not began:
                 break
             places.append(place)
             self.waiting_rows -= 1

@@ -14,6 +14,7 @@ half their speed, and from 8 rows on that is more than the gain where a row has 
 """
 
 LEAST_BATCHED_TOKENS = 64  # a tile of a prompt
+BLOCK_SIZES = (8, 16, 32, 64)
 
 
 @dataclass(frozen=True)

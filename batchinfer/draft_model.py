@@ -74,7 +74,7 @@ class DraftModel:
         counts = np.where(drafting, most, 0)
         o_k = np.minimum(np.arange(most.max(initial=0)), np.maximum(counts - 1, 0)[:, None])
         tokens = np.minimum(table.tokens[places[:, None], known[:, None] + o_k], self._target_vocabulary - 1)
-        if len(o_k.T):
+        if drafting.any():
             self._times.observe(len(places), (time.perf_counter() - started) / o_k.shape[1])
         return Proposals(counts, tokens, np.zeros_like(counts), np.zeros(len(places), np.bool_))
 

@@ -1,6 +1,5 @@
 """`Engine`: requests in, completions out. Schedule, launch, update."""
 
-import contextlib
 import os
 import time
 from collections import deque
@@ -15,7 +14,7 @@ from batchinfer import allocator
 from batchinfer.admission import Admission
 from batchinfer.batch import Batch
 from batchinfer.block_manager import BlockManager
-from batchinfer.config import LEAST_BATCHED_TOKENS, EngineConfig, EngineStats
+from batchinfer.config import BLOCK_SIZES, LEAST_BATCHED_TOKENS, EngineConfig, EngineStats
 from batchinfer.device_steps import padded_count
 from batchinfer.draft_model import DraftModel, load_draft_model
 from batchinfer.gains import Gains
@@ -184,10 +183,12 @@ class Engine:
         """What was counted so far; the device's peak is measured when all is done, so that no start waits for it."""
         stats = self._stats
         if stats.steps and not self.unfinished and not stats.peak_operations_per_second:
-            # A device whose memory is taken has no room for it: then the report has no percentage.
-            with contextlib.suppress(torch.OutOfMemoryError):
+            try:
                 peak = measure_peak(self.runner.scheme, self.runner.dtype, self.runner.backend)
                 stats.peak_operations_per_second = peak
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):  # what has no room for it has no percentage in its report
+                    raise
         admission = self.scheduler.admission
         stats.preemptions, stats.shared_tokens = admission.preemptions, admission.shared_tokens
         stats.weight_bytes = self.runner.decoder.weight_bytes
@@ -213,7 +214,7 @@ class Engine:
         grain = self.runner.decoder.row_grain
         padded = padded_count if self.runner.late else partial(padded_size, row_grain=grain)
         model = None if runner is None else DraftModel(runner, config, self.table, blocks, self.runner)
-        return Speculator(self.table, config.speculation, padded, model, self.runner.late > 0)
+        return Speculator(self.table, config.speculation, padded, model, self.runner.late > 0, self._stats.notes)
 
     def _room(self, config: EngineConfig) -> Room:
         """For keys and values; on a GPU a step as large as any is computed first, to see what it takes."""
@@ -305,7 +306,7 @@ class Engine:
 
 
 def _check(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
-    if config.block_size not in (8, 16, 32, 64):
+    if config.block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size is {config.block_size}; it must be 8, 16, 32 or 64")
     if config.max_num_batched_tokens < LEAST_BATCHED_TOKENS:
         raise ValueError(

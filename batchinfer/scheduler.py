@@ -111,10 +111,9 @@ class Scheduler:
         # The last token of a sequence is sampled and never computed.
         unended = (table.computed >= table.prompt_length) & (table.computed + 1 < table.end)
         places = np.flatnonzero(table.active & unended)[: self.budget - used]
-        counts = np.maximum(table.length[places] - table.computed[places], 1)
-        if len(over := np.flatnonzero(np.cumsum(counts) > self.budget - used)):
-            counts[over] = 1
-            counts[over[0]] += max(0, self.budget - used - int(counts.sum()))
+        more = np.maximum(table.length[places] - table.computed[places], 1) - 1
+        room = self.budget - used - len(places)
+        counts = 1 + np.clip(room - (np.cumsum(more) - more), 0, more)
         running = self.admission.extend(places, table.computed[places] + counts - 1)
         places, counts = places[running], counts[running]
         drafts = np.zeros_like(counts)

@@ -16,6 +16,7 @@ from batchinfer.batch import Batch, Ints
 from batchinfer.draft_model import DraftModel
 from batchinfer.gains import Gains
 from batchinfer.lookup import LookupDrafter, Proposals
+from batchinfer.memory import is_out_of_memory
 from batchinfer.request import Completions
 from batchinfer.sequence import SequenceTable
 from batchinfer.speculation import Speculation
@@ -40,9 +41,11 @@ class Speculator:
         padded: Callable[[int], int],
         model: DraftModel | None,
         overlapping: bool,
+        notes: list[str],
     ) -> None:
         """`padded` tells how many tokens a step of so many computes. Where steps are `overlapping`, a look makes one
-        wait for the other."""
+        wait for the other. `notes` are for the report."""
+        self._notes = notes
         self.table, self.speculation, self.padded, self.model = table, speculation, padded, model
         self.lookup = LookupDrafter(table, speculation) if speculation.looks_up else None
         self.longest = speculation.prompt_lookup_max
@@ -64,15 +67,17 @@ class Speculator:
         none = np.zeros_like(places)
         self._drafted = None
         if self.speculation.gate and (prompt_tokens or self._rest):
+            # Prompts come in many steps one after the other.
+            self._rest = self._rest or self._longest_rest
             return none
         most = np.minimum(np.maximum(room, 0), self.speculation.num_speculative_tokens)
         started = time.perf_counter()
         found = self._look_up(places, most)
         self._look_seconds += 0.2 * (time.perf_counter() - started - self._look_seconds)
         depth = self._depth(places, most, budget, found)
-        if depth and self.model is not None:
-            found = self.model.draft(places, np.minimum(most, depth))
-            kinds = np.full(len(places), 2 * self.longest + 2)
+        drafted = self._ask(places, np.minimum(most, depth)) if depth else None
+        if drafted is not None:
+            found, kinds = drafted, np.full(len(places), 2 * self.longest + 2)
             counts = self._within(found.counts, budget)
         else:
             kinds = self._kinds(found)
@@ -104,6 +109,19 @@ class Speculator:
         """Rows have ended."""
         if self.lookup is not None and len(done):
             self.lookup.remember(done.token_ids, done.offsets)
+
+    def _ask(self, places: Ints, most: Ints) -> Proposals | None:
+        """The model's drafts; None where it has no memory for any."""
+        assert self.model is not None
+        try:
+            found = self.model.draft(places, most)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.model = None
+            self._notes.append(f"memory does not hold the draft model's steps ({error}): it drafted no more")
+            return None
+        return found if found.counts.any() else None
 
     def _look_up(self, places: Ints, most: Ints) -> Proposals:
         if self.lookup is not None:

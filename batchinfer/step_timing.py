@@ -17,7 +17,7 @@ from batchinfer.batch import Batch
 from batchinfer.config import EngineConfig
 from batchinfer.engine import Engine
 from batchinfer.kernels.grain import TILE
-from batchinfer.request import Requests, SamplingParams
+from batchinfer.request import Completions, Requests, SamplingParams
 from batchinfer.speculation import Speculation
 from batchinfer.step_cost import (
     PRODUCTS,
@@ -72,7 +72,11 @@ class _NoText(Tokenizer):
 
 
 class _TimedEngine(Engine):
-    """Remembers what the steps computed."""
+    """Steps one after the other, and what they computed."""
+
+    def step(self) -> Completions:
+        self._begin()
+        return self._end(self.steps.popleft())
 
     def _count(self, batch: Batch, seconds: float) -> None:
         super()._count(batch, seconds)
@@ -80,7 +84,7 @@ class _TimedEngine(Engine):
 
 
 def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
-    """Time steps on the device and fit the constants to them: about a minute on a CPU. `say` hears how far it is.
+    """Time steps on the device and fit the constants to them: about two minutes on a CPU. `say` hears how far it is.
 
     They are fitted to the fastest repeats, for what else runs on a machine only ever adds; and then made longer by as
     much as the middle repeat usually takes longer, for jobs take as long as usual and not as at best.

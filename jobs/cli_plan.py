@@ -32,7 +32,8 @@ def plan(
 @app.command()
 def doctor(
     calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Measure the device: about a minute, best while nothing else runs.")
+        bool,
+        typer.Option("--calibrate", help="Measure the device, in two minutes; best while nothing else runs."),
     ] = False,
     device: Device = "auto",
 ) -> None:

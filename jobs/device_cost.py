@@ -51,15 +51,19 @@ def read_device_cost(key: DeviceKey) -> tuple[DeviceCost | None, str | None]:
     """(what is known of the device, or None; why it is None). A file that is damaged, or another device's, is not
     used, and that is said."""
     try:
-        values = json.loads(key.path.read_bytes())
+        path = key.path
+    except RuntimeError as error:  # nobody's home
+        return None, f"figures of devices have no place here ({error}): set XDG_CACHE_HOME; {REMEDY}"
+    try:
+        values = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None, f"this device was not measured yet; {REMEDY}"
     except (OSError, ValueError, RecursionError) as error:
-        return None, f"{key.path} cannot be read ({error}); {REMEDY}"
+        return None, f"{path} cannot be read ({error}); {REMEDY}"
     try:
         return _parsed(values, key), None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        return None, f"{key.path} is not what was written there ({error!r}); {REMEDY}"
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        return None, f"{path} is not what was written there ({error!r}); {REMEDY}"
 
 
 def _parsed(values: Any, key: DeviceKey) -> DeviceCost:
@@ -73,6 +77,8 @@ def _parsed(values: Any, key: DeviceKey) -> DeviceCost:
     }
     tables = {name: _numbers(values.pop(name)) for name in ("load_seconds", "operations_per_second")}
     numbers = _numbers(values)
+    if not numbers["cache_bytes"]:
+        raise ValueError("cache_bytes is 0")
     if tables["load_seconds"].keys() != steps.keys() or tables["operations_per_second"].keys() != steps.keys():
         raise ValueError("figures of different kinds of products")
     return DeviceCost(steps=steps, **tables, **numbers)  # type: ignore[arg-type]

@@ -13,12 +13,15 @@ from batchinfer.jobs.progress import Progress
 from batchinfer.jobs.results import Results
 from batchinfer.jobs.spec import EngineFailed, Interrupted, JobSpec, Refused
 from batchinfer.jobs.supervisor import Supervisor
+from batchinfer.jobs.token_file import cut
 from batchinfer.jobs.under_way import UnderWay
 from batchinfer.jobs.windows import Windows
 from batchinfer.jobs.worker import Admitted, Completed, Heartbeat, Load, Message, Ready, Worker
 from batchinfer.request import Completions
 
 POLL_SECONDS = 0.2
+FOLLOWERS = 4096  # that are given their results at a time
+FOLLOWERS_TOKENS = 1 << 20
 STOP_SHARE = 0.7  # of the time until the job must have ended: for the engine to end its step
 
 
@@ -160,11 +163,14 @@ class Loop:
         self._results.add(completions, prompt_tokens)
         samples = np.arange(self._spec.computed_samples)
         places, followers = self._windows.followers.take(completions.rows[:: len(samples)])
-        if len(followers):
-            theirs = (places[:, None] * len(samples) + samples).ravel()
-            given = completions.given_to(np.repeat(followers, len(samples)), theirs)
-            self._results.add(given, prompt_tokens[theirs])
-            self.duplicates += len(followers)
+        theirs = (places[:, None] * len(samples) + samples).reshape(-1, len(samples))
+        tokens = np.diff(completions.offsets)[theirs].sum(1)
+        # One row may have the result of a million: they are written as they would be had they come one by one.
+        for some in cut(tokens, FOLLOWERS, FOLLOWERS_TOKENS):
+            given = completions.given_to(np.repeat(followers[some], len(samples)), theirs[some].ravel())
+            self._results.add(given, prompt_tokens[theirs[some].ravel()])
+            self.duplicates += len(followers[some])
+            self._results.commit_if_due()
         self._end(set(completions.rows.tolist()))
 
     def _end(self, rows: set[int]) -> None:

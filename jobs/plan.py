@@ -142,6 +142,8 @@ def plan(spec: JobSpec) -> Outlook:
     key = DeviceKey.of(job.config.device)
     cost, missing = read_device_cost(key)
     setting, notes = Setting.of(job.config), [] if missing is None else [missing]
+    if spec.incremental:
+        notes.append("all rows are planned: those that an earlier run has done are among them")
     simulated = Job(shape, job.config) if windows.plan.rows else None
     prediction, candidates, drafts_pay = None, [], {}
     if simulated is not None and cost is not None:
@@ -170,7 +172,7 @@ def plan(spec: JobSpec) -> Outlook:
         drafts_pay=drafts_pay,
         notes=notes,
         **_lengths(windows.plan),
-        **_demands(simulated, windows.plan, job.config, setting),
+        **_demands(simulated, windows.plan, job.config, setting, spec.computed_samples),
     )
 
 
@@ -200,21 +202,23 @@ def _lengths(plan: JobPlan) -> dict[str, Any]:
     }
 
 
-def _demands(job: Job | None, plan: JobPlan, config: EngineConfig, setting: Setting) -> dict[str, Any]:
-    """New tokens, memory and work, whatever the device takes for it; nothing where no row can run."""
+def _demands(job: Job | None, plan: JobPlan, config: EngineConfig, setting: Setting, samples: int) -> dict[str, Any]:
+    """New tokens, memory and work as if nothing were shared, whatever the device takes for it; nothing where no row
+    can run."""
     if job is None:
         return {"most_new_tokens": 0, "kv_cache_bytes": 0, "operations": 0.0, "kv_bytes_read": 0.0}
     lengths = np.arange(len(job.shape.lengths))
     most = np.maximum(job.shape.most_tokens(lengths), 0)
     model = CostModel.of(job.model, weight_bytes=1, kv_bytes=_kv_element_bytes(job.model, setting.kv_cache))
     total = int(most @ job.shape.lengths)
+    tokens = samples * plan.kv_cache_tokens(-(-config.max_num_seqs // samples))
     each = [
         (Requests(length, int(most[length])), int(job.shape.lengths[length]))
         for length in np.flatnonzero(plan.lengths).tolist()
     ]
     return {
         "most_new_tokens": total,
-        "kv_cache_bytes": round(plan.kv_cache_tokens(config.max_num_seqs) * model.kv_bytes_per_token),
+        "kv_cache_bytes": round(tokens * model.kv_bytes_per_token),
         "operations": sum(rows * model.operations(requests) for requests, rows in each),
         "kv_bytes_read": sum(rows * model.bytes_read(requests, 1) for requests, rows in each),
     }

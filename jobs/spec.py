@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from batchinfer.config import BLOCK_SIZES, LEAST_BATCHED_TOKENS
 from batchinfer.quantize.scheme import QUANTIZATIONS
 from batchinfer.request import SamplingParams
 from batchinfer.speculation import Speculation
@@ -158,14 +159,15 @@ class JobSpec:
         if not 1 <= self.n <= MAX_SAMPLES:
             raise UsageError(f"--n is {self.n}; it must be from 1 to {MAX_SAMPLES}")
         _at_least("--seed", self.seed, 0)
-        _at_least("--block-size", self.block_size, 1)
+        if self.block_size not in BLOCK_SIZES:
+            raise UsageError(f"--block-size is {self.block_size}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
         _at_least("--commit-rows", self.commit_rows, 1)
         _at_least("--canary", self.canary, 0)
         if self.canary_reference is not None and not self.canary:
             raise UsageError("--canary-reference needs --canary N, with the number of rows to compare")
         for flag, number, bound in (
             ("--max-num-seqs", self.max_num_seqs, 1),
-            ("--max-num-batched-tokens", self.max_num_batched_tokens, 1),
+            ("--max-num-batched-tokens", self.max_num_batched_tokens, LEAST_BATCHED_TOKENS),
             ("--max-model-len", self.max_model_len, 2),
             ("--kv-cache-memory-bytes", self.kv_cache_memory_bytes, 1),
         ):

@@ -115,7 +115,7 @@ class Windows:
 
     def pass_over(self) -> None:
         """The window that waits, if there is one, is not sent."""
-        self._waiting = None
+        self._waiting, self.followers = None, Followers()
 
     def close(self) -> None:
         """Leave no file behind."""

@@ -64,6 +64,8 @@ def _remedy() -> str:
         ('"start_seconds": 1.5,', ""),
         ('"start_seconds": 1.5', '"start_seconds": 1.5, "more": 1'),
         ('"token": 2e-06', '"token": Infinity'),
+        ('"token": 2e-06', '"token": 1' + "0" * 400),
+        ('"cache_bytes": 33554432.0', '"cache_bytes": 0'),
         ('"w8a8-int8": 1e-08', '"w4": 1e-08'),
         ('"seconds": {', '"seconds": [{'),
     ],

@@ -196,3 +196,15 @@ def test_a_real_engine_gives_what_it_gives_without_duplicates(
     assert resumed.prompt_tokens == plain.prompt_tokens == plain.prompt_tokens_computed
     lengths = dict(zip(texts, truth["prompt_tokens"].to_pylist(), strict=True))
     assert resumed.prompt_tokens_computed == sum(lengths[text] for text in {texts[row] for row in lost})
+
+
+def test_one_row_has_many_followers_and_memory_only_some_at_a_time(
+    tmp_path: Path, model: Path, engine: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("batchinfer.jobs.loop.FOLLOWERS", 64)
+    path = write(tmp_path / "in.parquet", prompt=["the same"] * 1000)
+    report = run(spec(model, path, commit_rows=100), engine("Records"))
+    assert computed(tmp_path) == [0] and report.rows_duplicate == 999
+    assert len(list((tmp_path / "out.run" / "parts").iterdir())) >= 7, "followers are committed as they come"
+    assert pq.read_table(tmp_path / "out.parquet")["generated_text"].to_pylist() == expected(model, ["the same"]) * 1000
+    verify(tmp_path / "out.parquet")

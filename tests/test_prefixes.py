@@ -202,3 +202,44 @@ def test_memory_for_keys_and_values_can_be_limited(make_model: Callable[..., Pat
     assert note.endswith("fewer rows run side by side (--kv-cache-memory-bytes 460800)")
     with pytest.raises(ValueError, match=r"max_model_len 512 needs .* are available: --kv-cache-memory-bytes 1000;"):
         engine_of(model, kv_cache_memory_bytes=1000)
+
+
+def test_a_preempted_row_does_not_wait_for_a_prefix_that_waits_for_it(make_model: Callable[..., Path]) -> None:
+    """The pool holds the prefix that the next row wants, or the row that was preempted, whose prompt is all its own:
+    with nobody running neither would ever be freed."""
+    model = make_model("llama")
+    rng = np.random.default_rng(0)
+    template = rng.integers(2, 320, 320).tolist()
+    prompts = [template + rng.integers(2, 320, 10).tolist() for _ in range(44)]
+    params = tuple(SamplingParams(max_tokens=182, ignore_eos=ignore) for ignore in (False, True))
+    # Of the first 32 all end at once, so that little is expected of the others, which do not end at all.
+    plain = Requests.of(prompts, params[1])
+    free = tokens(engine_of(model, kv_cache_tokens=512 * 16), plain)
+    ends = IdsAsText(eos_ids=tuple({free[row][3] for row in range(32)}))
+    index = np.array([0] * 32 + [1] * 12, np.int32)
+    requests = Requests(plain.rows, plain.token_ids, plain.offsets, plain.seeds, params, index)
+    expected = tokens(engine_of(model, ends, kv_cache_tokens=512 * 16, learned_admission=False), requests)
+    engine = engine_of(model, ends, kv_cache_tokens=512)
+    engine.add(requests)
+    done: dict[int, list[int]] = {}
+    for _ in range(20_000):
+        completions = engine.step()
+        done |= {row: completions.tokens_of(i) for i, row in enumerate(completions.rows.tolist())}
+        if not engine.unfinished:
+            break
+    assert done == expected and engine.stats().preemptions > 0
+    engine.scheduler.manager.check_integrity()
+
+
+def test_a_step_of_rows_that_are_computed_again_keeps_to_the_budget(make_model: Callable[..., Path]) -> None:
+    engine = engine_of(make_model("llama"), max_num_batched_tokens=64, max_num_seqs=20, kv_cache_tokens=20 * 512)
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    engine.add(Requests.of([[5, 6, k] for k in range(2, 22)], params))
+    for _ in range(100):
+        engine.step()
+    # As after a preemption: a prompt that is there, and new tokens that are not.
+    engine.table.computed[[0, 3]] = engine.table.prompt_length[[0, 3]]
+    while (engine.table.computed[[0, 3]] + 1 < engine.table.length[[0, 3]]).any():
+        batch = engine.scheduler.schedule()
+        assert batch is not None and batch.query_tokens <= 64
+        engine.scheduler.update(batch, np.zeros(len(batch.sequences), np.int64))

@@ -265,9 +265,9 @@ def test_samples_count_for_what_the_engine_is_sent_at_once(
 
 def test_the_engine_is_made_for_all_samples(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
     path = write(tmp_path / "in.parquet", prompt=[f"{i:010}" for i in range(10)])
-    job = spec(model, path, sampling=WARM, n=3, overwrite=True, block_size=9)
+    job = spec(model, path, sampling=WARM, n=3, overwrite=True, block_size=16)
     notes = [run(replace(job, **fields), engine("Remembers")).notes[0] for fields in ({}, {"max_num_seqs": 5})]
-    assert notes == [f"{rows * 18} tokens of KV" for rows in (30, 6)], "two blocks for each; of whole rows"
+    assert notes == [f"{rows * 32} tokens of KV" for rows in (30, 6)], "two blocks for each; of whole rows"
     resolved = json.loads((tmp_path / "out.run" / "run.json").read_text())
     assert run(job, engine("Remembers")).rows == 10 and resolved["engine"]["expected_batch"] == 5
     assert json.loads((tmp_path / "out.run" / "run.json").read_text())["engine"]["expected_batch"] == 30
