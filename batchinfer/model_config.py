@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from batchinfer.rope import Rope, yarn_attention_factor
 if TYPE_CHECKING:  # formats unpack tensors: only who meets one waits for torch
     from batchinfer.quantize.checkpoint import Format
 
+MOST = sys.float_info.max  # JSON has whole numbers beyond it
 MAX_MESSAGE = 1000  # characters: a value that is refused may be of any size
 
 ARCHITECTURES = {
@@ -148,7 +150,7 @@ def _refuse_unknown(raw: dict[str, Any]) -> None:
 def _number(raw: dict[str, Any], key: str, default: float) -> float:
     value = raw.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST:
         raise ValueError(f"config.json: {key} is {value!r}; it must be a positive number")
     return float(value)
 
