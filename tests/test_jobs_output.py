@@ -76,7 +76,7 @@ def test_no_rows_make_a_folder_with_the_columns(tmp_path: Path, model: Path) -> 
 
 
 def test_a_folder_is_absent_until_all_rows_are_done(job: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left on device: .*part-000001"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: .*part-000001"):
         patch.setattr(output.OutputWriter, "write", full)
         run_job(job)
     assert not job.output.exists() and not list((job.output.with_suffix(".run") / "tmp").iterdir())

@@ -98,6 +98,7 @@ def test_a_head_dim_that_is_not_hidden_over_heads() -> None:
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"vocab_size": 1 << 40}, "vocab_size is 1099511627776"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "'longrope'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "wobble": 1}}, "'wobble'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor is 0.0"),
