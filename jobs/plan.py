@@ -13,6 +13,7 @@ import numpy as np
 
 from batchinfer.config import EngineConfig
 from batchinfer.cost_model import CostModel, Requests
+from batchinfer.jobs.amounts import in_bytes, in_seconds, most_frequent
 from batchinfer.jobs.device_cost import DeviceKey, read_device_cost
 from batchinfer.jobs.histogram import bars
 from batchinfer.jobs.job_plan import JobPlan
@@ -99,9 +100,10 @@ class Outlook:
                 f"{self.shared_tokens:,} tokens; {self.groups:,} groups of {self.grouped_rows:,} rows begin alike",
             ),
             ("new tokens", f"{self.most_new_tokens:,} at most"),
-            ("KV cache", f"{_bytes(self.kv_cache_bytes)} in {self.kv_cache} at its fullest"),
-            ("steps", _sizes(self.step_sizes)),
-            ("operations", f"{self.operations:.3g} with all new tokens; KV read {_bytes(self.kv_bytes_read)}"),
+            ("KV cache", f"{in_bytes(self.kv_cache_bytes)} in {self.kv_cache} at its fullest"),
+            ("steps", f"{sum(self.step_sizes.values()):,}"),
+            ("  tokens: steps", most_frequent(self.step_sizes)),
+            ("operations", f"{self.operations:.3g} with all new tokens; KV read {in_bytes(self.kv_bytes_read)}"),
             *self._times(),
             *[("note", note) for note in self.notes],
         ]
@@ -113,15 +115,15 @@ class Outlook:
         lines = []
         if (p := self.prediction) is not None:
             before = p.start_seconds + p.load_seconds
-            low, high = _seconds(before + p.low), _seconds(before + p.high)
+            low, high = in_seconds(before + p.low), in_seconds(before + p.high)
             lines = [
-                ("predicted", f"{_seconds(p.wall_seconds)} without drafts ({low} to {high})"),
-                ("  start, load", f"{_seconds(p.start_seconds)}, {_seconds(p.load_seconds)}"),
-                ("  prefill, decode", f"{_seconds(p.prefill_seconds)}, {_seconds(p.decode_seconds)}"),
+                ("predicted", f"{in_seconds(p.wall_seconds)} without drafts ({low} to {high})"),
+                ("  start, load", f"{in_seconds(p.start_seconds)}, {in_seconds(p.load_seconds)}"),
+                ("  prefill, decode", f"{in_seconds(p.prefill_seconds)}, {in_seconds(p.decode_seconds)}"),
             ]
         for c in self.candidates:
             mark = " <- this job" if (c.products, c.kv_cache) == (self.products, self.kv_cache) else ""
-            lines.append((f"  {c.products}, KV {c.kv_cache}", f"{_seconds(c.generate_seconds)} of generating{mark}"))
+            lines.append((f"  {c.products}, KV {c.kv_cache}", f"{in_seconds(c.generate_seconds)} of generating{mark}"))
         if self.drafts_pay:
             shares = [
                 f"{rows} rows: {'never' if right is None else f'from {right:.0%} right'}"
@@ -250,21 +252,3 @@ def _candidates(job: Job, config: EngineConfig, cost: DeviceCost) -> list[Candid
 def _labelled(buckets: Mapping[str, int]) -> dict[str, int]:
     edges = [0, *map(int, buckets)]
     return {f"{below + 1}-{edge}": buckets[str(edge)] for below, edge in pairwise(edges)}
-
-
-def _sizes(sizes: Mapping[str, int], most: int = 4) -> str:
-    """The most frequent ones."""
-    frequent = sorted(Counter(sizes).most_common(most), key=lambda item: int(item[0]))
-    shown = ", ".join(f"{count:,} of {size} tokens" for size, count in frequent)
-    return f"{sum(sizes.values()):,}: {shown}{', and others' if len(sizes) > most else ''}" if sizes else "-"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

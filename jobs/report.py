@@ -3,11 +3,11 @@
 import importlib.metadata
 import json
 import platform
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from batchinfer import __version__
+from batchinfer.jobs.amounts import in_bytes, in_seconds, most_frequent
 from batchinfer.jobs.canary import Canary
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.parts import RunFolder, grown_files
@@ -27,10 +27,10 @@ class Forecast:
 
     def lines(self) -> list[tuple[str, str]]:
         """Of the report's table."""
-        range_ = f"{_seconds(self.low)} to {_seconds(self.high)}"
+        range_ = f"{in_seconds(self.low)} to {in_seconds(self.high)}"
         return [
-            ("predicted", f"{_seconds(self.seconds)} of generating without drafts ({range_})"),
-            ("  for the lengths", f"{_seconds(self.seconds_for_lengths)}, had they been known"),
+            ("predicted", f"{in_seconds(self.seconds)} of generating without drafts ({range_})"),
+            ("  for the lengths", f"{in_seconds(self.seconds_for_lengths)}, had they been known"),
         ]
 
 
@@ -102,8 +102,8 @@ class Report:
             ("prompt tokens", f"{self.prompt_tokens:,} ({sources})"),
             ("completion tokens", f"{self.completion_tokens:,}"),
             *([("drafts", f"{self.drafted:,} drafted, {right}")] if self.drafted else []),
-            ("wall time", f"{_seconds(self.wall_seconds)}, of which generating {_seconds(self.generate_seconds)}"),
-            *[(f"  {name}", _seconds(seconds)) for name, seconds in self.phases.items()],
+            ("wall time", f"{in_seconds(self.wall_seconds)}, of which generating {in_seconds(self.generate_seconds)}"),
+            *[(f"  {name}", in_seconds(seconds)) for name, seconds in self.phases.items()],
             *([] if self.predicted is None else self.predicted.lines()),
             ("rows/s", f"{self.rows_per_second:,.2f}"),
             ("tokens/s", f"input {rate['input']:,.1f}, output {rate['output']:,.1f}, total {rate['total']:,.1f}"),
@@ -113,11 +113,11 @@ class Report:
             peak = f"{self.percent_of_peak:.1f} % of {self.peak_operations_per_second / 1e9:,.0f} GOP/s as measured"
             lines.append(("arithmetic", peak))
         lines += [
-            ("peak memory", ", ".join(f"{name} {_bytes(size)}" for name, size in memory.items())),
-            ("  of the engine's", f"weights {_bytes(self.weight_bytes)}, KV cache {_bytes(self.kv_cache_bytes)}"),
+            ("peak memory", ", ".join(f"{name} {in_bytes(size)}" for name, size in memory.items())),
+            ("  of the engine's", f"weights {in_bytes(self.weight_bytes)}, KV cache {in_bytes(self.kv_cache_bytes)}"),
             ("steps", f"{self.steps:,}, preemptions {self.preemptions:,}"),
-            ("  tokens: steps", _histogram(self.step_sizes)),
-            ("prompt lengths", _histogram(self.buckets)),
+            ("  tokens: steps", most_frequent(self.step_sizes)),
+            ("prompt lengths", most_frequent(self.buckets)),
             ("padding", f"{_percent(self.padded_tokens, computed + self.padded_tokens)} of the tokens computed"),
             *([] if self.canary is None else self.canary.lines()),
             *[("kernel " + op, path) for op, path in self.kernels.items()],
@@ -180,21 +180,3 @@ def _distribution(name: str) -> importlib.metadata.Distribution | None:
 
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole if whole else 0:.1f} %"
-
-
-def _seconds(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.2f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
-
-
-def _histogram(counts: dict[str, int], most: int = 6) -> str:
-    """The most frequent sizes, by size."""
-    frequent = sorted(Counter(counts).most_common(most), key=lambda item: int(item[0]))
-    shown = ", ".join(f"{size}: {count:,}" for size, count in frequent)
-    return (shown or "-") + (f", {len(counts) - most} more sizes" if len(counts) > most else "")

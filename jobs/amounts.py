@@ -1,0 +1,24 @@
+"""Amounts as a person reads them: seconds, bytes, and how often something was met."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+
+def in_seconds(seconds: float) -> str:
+    """Like 12.34 s, or 1:02:03."""
+    if seconds < 60:
+        return f"{seconds:.2f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def in_bytes(size: float) -> str:
+    """In MB or GB of a thousand."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+
+
+def most_frequent(counts: Mapping[str, int], most: int = 6) -> str:
+    """The most frequent sizes, by size."""
+    frequent = sorted(Counter(counts).most_common(most), key=lambda item: int(item[0]))
+    shown = ", ".join(f"{size}: {count:,}" for size, count in frequent)
+    return (shown or "-") + (f", {len(counts) - most} more sizes" if len(counts) > most else "")
