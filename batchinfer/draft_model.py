@@ -42,7 +42,7 @@ class DraftModel:
     ) -> None:
         """Of the engine of `config`, with so many blocks for its keys and values."""
         self._vocabulary, self._target_vocabulary = (r.decoder.config.vocab_size for r in (runner, target))
-        self._share = max(LEAST_SHARE, runner.decoder.weight_bytes / target.decoder.weight_bytes)
+        self.share = max(LEAST_SHARE, runner.decoder.weight_bytes / target.decoder.weight_bytes)
         self.runner = runner
         runner.allocate(blocks, config.block_size)
         self.target = table
@@ -59,7 +59,12 @@ class DraftModel:
 
     def seconds(self, sequences: int, target_seconds: float) -> float:
         """Of one more draft for each of so many, where the target's step takes so long."""
-        return float(self._times.of(np.array([sequences]))[0]) or self._share * target_seconds
+        return float(self._times.of(np.array([sequences]))[0]) or self.share * target_seconds
+
+    def behind(self, places: Ints) -> int:
+        """Tokens of these sequences that it has not read."""
+        known = np.where(self.table.epoch[places] == self.target.epoch[places], self.table.computed[places], 0)
+        return int(np.maximum(self.target.length[places] - known, 0).sum())
 
     def draft(self, places: Ints, most: Ints) -> Proposals:
         """Drafts [n, K] for sequences at these places [n], `most` [n] for each, or none where memory has no blocks."""

@@ -74,14 +74,12 @@ class Speculator:
         started = time.perf_counter()
         found = self._look_up(places, most)
         self._look_seconds += 0.2 * (time.perf_counter() - started - self._look_seconds)
-        depth = self._depth(places, most, budget, found)
-        drafted = self._ask(places, np.minimum(most, depth)) if depth else None
-        if drafted is not None:
+        kinds = self._kinds(found)
+        counts, rate = self._best(places, found.counts, kinds, budget)
+        depth = 0 if counts.any() and not self.speculation.gate else self._depth(places, most, budget, rate)
+        if depth and (drafted := self._ask(places, np.minimum(most, depth))) is not None:
             found, kinds = drafted, np.full(len(places), 2 * self.longest + 2)
             counts = self._within(found.counts, budget)
-        else:
-            kinds = self._kinds(found)
-            counts = self._best(places, found.counts, kinds, budget)[0]
         if not counts.any():
             self._rest = self._last_rest = min(2 * self._last_rest, self._longest_rest)
             return none
@@ -133,12 +131,13 @@ class Speculator:
         kinds: Ints = np.minimum(found.matched, self.longest) + found.from_library * (self.longest + 1)
         return kinds
 
-    def _depth(self, places: Ints, most: Ints, budget: int, found: Proposals) -> int:
-        """How many tokens of each sequence the model is to draft; 0 where looking them up is better, or nothing."""
+    def _depth(self, places: Ints, most: Ints, budget: int, rate: float) -> int:
+        """How many tokens of each sequence the model is to draft; 0 where `rate`, new tokens a second without it, is
+        better."""
         if self.model is None:
             return 0
         if not self.speculation.gate:
-            return 0 if found.counts.any() else int(most.max(initial=0))
+            return int(most.max(initial=0))
         n, depths = len(places), np.arange(1, self.speculation.num_speculative_tokens + 1)
         depths = depths[n * depths <= budget]
         model = np.full(n, 2 * self.longest + 2)
@@ -147,8 +146,10 @@ class Speculator:
         sizes = np.array([self.padded(n * (1 + d)) for d in depths.tolist()], np.int64)
         plain = float(self.times.of(np.array([self.padded(n)]))[0])
         seconds = self.times.of(sizes) + depths * self.model.seconds(n, plain)
+        # What it has not read yet is paid back over the tokens that these rows may still get.
+        left = np.maximum(self.table.end[places] - self.table.length[places], 1).mean()
+        seconds += self.model.behind(places) * self.model.share * self.times.prompt_token / left
         rates = np.append((n + worth) / np.maximum(seconds, 1e-9), 0.0)
-        _, rate = self._best(places, found.counts, self._kinds(found), budget)
         return int(rates.argmax()) + 1 if rates.max() > LEAST_GAIN * rate else 0
 
     def _best(self, places: Ints, counts: Ints, kinds: Ints, budget: int) -> tuple[Ints, float]:

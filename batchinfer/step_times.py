@@ -15,7 +15,7 @@ class StepTimes:
     def __init__(self) -> None:
         self._means: dict[int, tuple[float, int]] = {}  # size -> seconds, how many were seen
         self._sums = np.zeros(5)  # of 1, size, seconds, size ** 2, size * seconds; the newest weigh most
-        self._prompt_token = 0.0  # seconds of a token in steps of prompts; 0 before any was seen
+        self.prompt_token = 0.0  # seconds of a token in steps of prompts; 0 before any was seen
 
     def observe(self, size: int, seconds: float) -> None:
         """A step of that size took so long."""
@@ -31,8 +31,8 @@ class StepTimes:
         """A step of prompts took so long. Before steps of several sizes were seen, a token more is taken to cost what
         it costs there."""
         each = seconds / tokens
-        before = self._prompt_token or each
-        self._prompt_token = min(each, before + WEIGHT * (each - before))
+        before = self.prompt_token or each
+        self.prompt_token = min(each, before + WEIGHT * (each - before))
 
     def of(self, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
         """Expected seconds [n] of steps of these sizes [n]; 0 before any was seen."""
@@ -52,7 +52,7 @@ class StepTimes:
         count, sizes, seconds, squares, products = self._sums.tolist()
         size, mean = sizes / count, seconds / count
         spread = (size / 2) ** 2 / count
-        expected = min(self._prompt_token, mean / size) or GROWING * mean / size
+        expected = min(self.prompt_token, mean / size) or GROWING * mean / size
         slope = (products / count - size * mean + spread * expected) / (squares / count - size**2 + spread)
         slope = max(slope, 0.0)
         return mean - slope * size, slope

@@ -125,6 +125,21 @@ def test_a_draft_model_that_is_the_target_is_nearly_always_right(make_model: Cal
     assert stats.accepted > 0.95 * stats.drafted > 200
 
 
+def test_a_draft_model_knows_how_much_it_has_yet_to_read(make_model: Callable[..., Path]) -> None:
+    """A gate that took long prompts for read would pay for reading them in its first draft."""
+    model = make_model("llama")
+    requests = Requests.of([[5, 6, 7] * 30, [8, 9] * 20], SamplingParams(max_tokens=60, ignore_eos=True))
+    engine = engine_of(model, speculation=Speculation("draft_model", 4, model, gate=False), max_num_seqs=2)
+    assert engine.drafter is not None and engine.drafter.model is not None
+    engine.add(requests)
+    engine.step()
+    places = np.array([0, 1])
+    assert engine.drafter.model.behind(places) == 90 + 1 + 40 + 1, "nothing was drafted for so far"
+    for _ in range(3):
+        engine.step()
+    assert engine.drafter.model.behind(places) <= 2 * 2
+
+
 def test_rows_that_are_preempted_are_drafted_for_again(make_model: Callable[..., Path]) -> None:
     model = make_model("llama")
     rng = np.random.default_rng(0)
