@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from batchinfer.batch import Ints
 
 PRIOR = np.array([0.6, 0.8])  # before anything is known: high enough for a try
-PRIOR_TOKENS = 4  # what that is worth
+PRIOR_TOKENS = 4  # what that is worth, and what all kinds together are beside one of them
 KEPT = 0.998  # of what was learned, from step to step: what did not pay is tried again some day
 HISTORIES = 4  # of a sequence: nothing drafted yet; of its last drafts none were right; some; all
 
@@ -14,7 +14,8 @@ HISTORIES = 4  # of a sequence: nothing drafted yet; of its last drafts none wer
 class Acceptance:
     """By kind of evidence, and by what became of the sequence's last drafts: text that repeats itself goes on so.
 
-    The first draft and those behind it apart, for where the first is right, it mostly goes on.
+    The first draft and those behind it apart, for where the first is right, it mostly goes on. A kind of which little
+    was seen is taken to be like the others: where none of them is right, it is not worth many tries.
     """
 
     def __init__(self, kinds: int, capacity: int) -> None:
@@ -29,7 +30,9 @@ class Acceptance:
         self._history[places] = np.where(self._epochs[places] == epochs, self._history[places], 0)
         self._epochs[places] = epochs
         at = kinds, self._history[places]
-        likely = (self._right[at] + PRIOR * PRIOR_TOKENS) / (self._tried[at] + PRIOR_TOKENS)
+        of_all = (self._right.sum(0) + PRIOR * PRIOR_TOKENS) / (self._tried.sum(0) + PRIOR_TOKENS)  # [histories, 2]
+        expected = of_all[self._history[places]]
+        likely = (self._right[at] + expected * PRIOR_TOKENS) / (self._tried[at] + PRIOR_TOKENS)
         found: NDArray[np.float64] = likely[:, :1] * likely[:, 1:] ** np.arange(depth)
         return found
 

@@ -22,7 +22,7 @@ from batchinfer.sequence import SequenceTable
 from batchinfer.speculation import Speculation
 from batchinfer.step_times import StepTimes
 
-LEAST_GAIN = 1.05  # below that nothing is drafted: of many expectations the best is one of the too good ones
+LEAST_GAIN = 1.1  # below that nothing is drafted: of many expectations the best is one of the too good ones
 APART = 1.2  # sizes of steps that are compared, each by so much larger than the one before
 LONGEST_REST = 16  # steps without a look, after looks that found nothing worth it, where steps overlap
 
@@ -49,11 +49,12 @@ class Speculator:
         self.table, self.speculation, self.padded, self.model = table, speculation, padded, model
         self.lookup = LookupDrafter(table, speculation) if speculation.looks_up else None
         self.longest = speculation.prompt_lookup_max
-        # Kinds of evidence: tokens that agree in the row itself; in earlier answers; the model's.
-        self.acceptance = Acceptance(2 * self.longest + 3, len(table.active))
+        # Kinds of evidence: tokens that agree in the row itself; in earlier answers.
+        self.looked_up = Acceptance(2 * self.longest + 2, len(table.active))
+        self.modelled = Acceptance(1, len(table.active))
         self.times = StepTimes()
         self._look_seconds = 0.0
-        self._drafted: tuple[Ints, Ints, Ints] | None = None  # places, kinds, drafts of the step under way
+        self._drafted: tuple[Acceptance, Ints, Ints, Ints] | None = None  # places, kinds, drafts of the step under way
         self._longest_rest = LONGEST_REST if overlapping else 1
         self._rest, self._last_rest = 0, 1
 
@@ -72,36 +73,37 @@ class Speculator:
             return none
         most = np.minimum(np.maximum(room, 0), self.speculation.num_speculative_tokens)
         started = time.perf_counter()
-        found = self._look_up(places, most)
+        found, acceptance = self._look_up(places, most), self.looked_up
         self._look_seconds += 0.2 * (time.perf_counter() - started - self._look_seconds)
         kinds = self._kinds(found)
         counts, rate = self._best(places, found.counts, kinds, budget)
         depth = 0 if counts.any() and not self.speculation.gate else self._depth(places, most, budget, rate)
         if depth and (drafted := self._ask(places, np.minimum(most, depth))) is not None:
-            found, kinds = drafted, np.full(len(places), 2 * self.longest + 2)
+            found, kinds, acceptance = drafted, none, self.modelled
             counts = self._within(found.counts, budget)
         if not counts.any():
             self._rest = self._last_rest = min(2 * self._last_rest, self._longest_rest)
             return none
         self._last_rest = 1
         self._write(places, counts, found.tokens)
-        self._drafted = places, kinds, counts
+        self._drafted = acceptance, places, kinds, counts
         return counts
 
     def settle(self, batch: Batch, gains: Gains, seconds: float) -> None:
         """A step has ended."""
         self._rest = max(0, self._rest - 1)
-        self.acceptance.fade()
+        self.looked_up.fade()
+        self.modelled.fade()
         if batch.prompt_tokens > PROMPTS * batch.query_tokens:
             self.times.observe_prompts(batch.prompt_tokens, seconds)
         if not batch.prompt_tokens:
             self.times.observe(self.padded(batch.query_tokens), seconds)
         if batch.drafted and self._drafted is not None:
-            places, kinds, counts = self._drafted
+            acceptance, places, kinds, counts = self._drafted
             right = np.zeros(len(self.table.active), np.int64)
             right[gains.places] = gains.tokens - 1
             tried = counts > 0
-            self.acceptance.observe(places[tried], kinds[tried], counts[tried], right[places[tried]])
+            acceptance.observe(places[tried], kinds[tried], counts[tried], right[places[tried]])
 
     def remember(self, done: Completions) -> None:
         """Rows have ended."""
@@ -140,8 +142,7 @@ class Speculator:
             return int(most.max(initial=0))
         n, depths = len(places), np.arange(1, self.speculation.num_speculative_tokens + 1)
         depths = depths[n * depths <= budget]
-        model = np.full(n, 2 * self.longest + 2)
-        likely = self.acceptance.of(places, self.table.epoch[places], model, len(depths))
+        likely = self.modelled.of(places, self.table.epoch[places], np.zeros_like(places), len(depths))
         worth = (likely * (depths <= most[:, None])).sum(0).cumsum()
         sizes = np.array([self.padded(n * (1 + d)) for d in depths.tolist()], np.int64)
         plain = float(self.times.of(np.array([self.padded(n)]))[0])
@@ -158,7 +159,7 @@ class Speculator:
             return self._within(counts, budget), 0.0
         n = len(places)
         o_k = np.arange(counts.max(initial=0))
-        likely = self.acceptance.of(places, self.table.epoch[places], kinds, len(o_k))
+        likely = self.looked_up.of(places, self.table.epoch[places], kinds, len(o_k))
         worth = np.where(o_k < counts[:, None], likely, 0.0).ravel()
         order = np.argsort(-worth, kind="stable")[: min(budget, int(counts.sum()))]
         gained = np.concatenate([[0.0], np.cumsum(worth[order])])

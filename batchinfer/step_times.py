@@ -3,29 +3,41 @@
 import numpy as np
 from numpy.typing import NDArray
 
-WEIGHT = 0.2  # of the newest step in the mean of its size
-KEPT = 0.98  # of the line, from step to step
+WEIGHT = 0.2  # of the newest step in the means
+KEPT = 0.95  # of what a token more was seen to cost, from step to step: a slow one must not end all drafting
 GROWING = 0.5  # the share of a step's time that grows with its tokens, as long as nothing tells
 LINE = 2.0  # steps that the line counts for, beside those of a size itself
 
+Floats = NDArray[np.float64]
+
 
 class StepTimes:
-    """Seconds by size: of what was seen of a size itself, and of the straight line through all steps."""
+    """Seconds by size: a straight line through the newest steps, and how far off it steps of a size are.
+
+    What a token costs is seen from one step to the next. Over many, sequences grow and machines slow down, and the
+    steps of the last few rows would seem to take longer for being small.
+    """
 
     def __init__(self) -> None:
-        self._means: dict[int, tuple[float, int]] = {}  # size -> seconds, how many were seen
-        self._sums = np.zeros(5)  # of 1, size, seconds, size ** 2, size * seconds; the newest weigh most
+        self._off: dict[int, tuple[float, int]] = {}  # size -> seconds beside the line, how many steps were seen
+        self._mean = self._last = np.zeros(2)  # (size, seconds) of the newest steps, and of the last
+        self._sums = np.zeros(2)  # of size ** 2 and size * seconds, differences from step to step
         self.prompt_token = 0.0  # seconds of a token in steps of prompts; 0 before any was seen
 
     def observe(self, size: int, seconds: float) -> None:
         """A step of that size took so long."""
-        mean, seen = self._means.get(size, (seconds, 0))
-        mean = min(mean, seconds) if seen == 1 else mean
-        mean += WEIGHT * (seconds - mean)
-        first = not self._means
-        self._means[size] = mean, seen + 1
-        if seen or first:  # the first step of a size makes its kernels
-            self._sums = KEPT * self._sums + np.array([1, size, mean, size * size, size * mean])
+        step = np.array([size, seconds])
+        if not self._off:
+            self._mean = self._last = step
+        off = seconds - float(self._on_line(np.array([size]))[0])
+        mean, seen = self._off.get(size, (off, 0))
+        mean = min(mean, off) if seen == 1 else mean
+        self._off[size] = mean + WEIGHT * (off - mean), seen + 1
+        if seen:  # the first step of a size makes its kernels
+            more = step - self._last
+            self._sums = KEPT * self._sums + more[0] * more
+            self._mean = self._mean + WEIGHT * (step - self._mean)
+            self._last = step
 
     def observe_prompts(self, tokens: int, seconds: float) -> None:
         """A step of prompts took so long. Before steps of several sizes were seen, a token more is taken to cost what
@@ -34,25 +46,21 @@ class StepTimes:
         before = self.prompt_token or each
         self.prompt_token = min(each, before + WEIGHT * (each - before))
 
-    def of(self, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
+    def of(self, sizes: NDArray[np.int64]) -> Floats:
         """Expected seconds [n] of steps of these sizes [n]; 0 before any was seen."""
-        if not self._means:
+        if not self._off:
             return np.zeros(len(sizes))
-        intercept, slope = self._line()
-        expected: NDArray[np.float64] = np.maximum(intercept + slope * sizes, 0.0)
-        for i, size in enumerate(sizes.tolist()):
-            if size in self._means:
-                mean, seen = self._means[size]
-                weight = min(seen, 1 / WEIGHT)
-                expected[i] = (weight * mean + LINE * expected[i]) / (weight + LINE)
+        off, seen = np.array([self._off.get(size, (0.0, 0)) for size in sizes.tolist()]).T
+        weight = np.minimum(seen, 1 / WEIGHT)
+        expected: Floats = np.maximum(self._on_line(sizes) + weight / (weight + LINE) * off, 0.0)
         return expected
 
-    def _line(self) -> tuple[float, float]:
-        """(intercept, slope): least squares, with a step of half the mean size more that has the slope of prompts."""
-        count, sizes, seconds, squares, products = self._sums.tolist()
-        size, mean = sizes / count, seconds / count
-        spread = (size / 2) ** 2 / count
-        expected = min(self.prompt_token, mean / size) or GROWING * mean / size
-        slope = (products / count - size * mean + spread * expected) / (squares / count - size**2 + spread)
-        slope = max(slope, 0.0)
-        return mean - slope * size, slope
+    def _on_line(self, sizes: NDArray[np.int64]) -> Floats:
+        """As if a step of half the mean size more had been seen that has the slope of prompts."""
+        size, seconds = self._mean
+        squares, products = self._sums
+        spread = (size / 2) ** 2
+        expected = min(self.prompt_token, seconds / size) or GROWING * seconds / size
+        slope = max((products + spread * expected) / (squares + spread), 0.0)
+        on_line: Floats = np.maximum(seconds + slope * (sizes - size), 0.0)
+        return on_line

@@ -25,8 +25,19 @@ def test_evidence_and_history_are_told_apart() -> None:
         acceptance.observe(places, kinds, np.array([4, 4]), np.array([4, 0]))
     right, wrong = acceptance.of(places, epochs, kinds, 4)
     assert right.min() > 0.9 and wrong.max() < 0.05
-    new = acceptance.of(places, epochs + 2, kinds, 4)
-    assert new[:, 0] == pytest.approx([3.4 / 5, 2.4 / 5]), "of sequences that begin one draft was seen, and the prior"
+    new = acceptance.of(places, epochs + 2, kinds, 4)[:, 0]
+    both = (1 + 2.4) / (2 + 4)  # of sequences that begin two drafts were seen, one of each kind, and the prior
+    assert new == pytest.approx([(1 + 4 * both) / 5, 4 * both / 5])
+
+
+def test_of_what_nothing_was_seen_is_taken_to_be_like_the_others() -> None:
+    acceptance = Acceptance(3, 1)
+    place, epoch, unseen = np.array([0]), np.array([0]), np.array([2])
+    assert acceptance.of(place, epoch, unseen, 1)[0, 0] == 0.6
+    for i in range(40):
+        acceptance.of(place, epoch, np.array([i % 2]), 1)
+        acceptance.observe(place, np.array([i % 2]), np.array([1]), np.array([0]))
+    assert acceptance.of(place, epoch, unseen, 1)[0, 0] < 0.1
 
 
 def test_what_was_wrong_is_tried_again_some_day() -> None:

@@ -35,7 +35,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return texts[:: len(texts) // ROWS][:ROWS]
 
 
-@pytest.mark.long(3)
+@pytest.mark.long(minutes=3)
 @pytest.mark.parametrize(("dtype", "quantization"), [("float32", "none"), ("bfloat16", "w8a8-int8")])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_the_answers_are_the_same_whoever_drafts(

@@ -41,6 +41,17 @@ def test_a_size_with_a_time_of_its_own_keeps_it() -> None:
     assert of(times, 64)[0] == pytest.approx(0.030, rel=0.1)
 
 
+def test_what_a_token_costs_is_seen_from_one_step_to_the_next() -> None:
+    """Rows end and the others grow: fewer tokens take longer, and yet a token more costs something."""
+    times = StepTimes()
+    times.observe_prompts(500, 1.0)
+    for step in range(200):
+        size = 24 - step // 10
+        times.observe(size, 0.1 + 0.0005 * step + 0.002 * size)
+    five, twenty = of(times, 5, 20)
+    assert five == pytest.approx(0.2095, rel=0.02) and twenty == pytest.approx(0.2095 + 15 * 0.002, rel=0.05)
+
+
 def test_one_slow_step_is_not_believed() -> None:
     times = StepTimes()
     for _ in range(50):
@@ -50,6 +61,19 @@ def test_one_slow_step_is_not_believed() -> None:
     assert of(times, 40)[0] < 0.12
     times.observe(40, 0.034)
     assert of(times, 40)[0] == pytest.approx(0.034, rel=0.1), "its first step made the kernels"
+
+
+def test_one_slow_step_is_forgotten_while_nothing_is_drafted() -> None:
+    """Or nothing would ever be drafted again: what it costs would not be seen."""
+    times = StepTimes()
+    times.observe_prompts(500, 0.05)
+    for seconds in (0.02, 0.02, 0.12):
+        times.observe(8, 0.02)
+        times.observe(40, seconds)
+    dear = of(times, 24)[0]
+    for _ in range(200):
+        times.observe(8, 0.02)
+    assert dear > 0.035 and of(times, 24)[0] < 0.025
 
 
 def test_prompts_tell_what_a_token_more_will_cost() -> None:
