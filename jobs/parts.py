@@ -107,6 +107,12 @@ class RunFolder:
         self._listed = done.parts
         return done
 
+    def read(self, fingerprints: dict[str, str], num_rows: int, retry_errors: bool) -> Done:
+        """What an earlier run has done, if there was one; nothing is changed. Raises `Refused` as `open` does."""
+        if self.begun:
+            self._refuse_another_job(fingerprints)
+        return read_done(self.parts, num_rows, fingerprints, retry_errors)
+
     @property
     def taken(self) -> bool:
         """True if another run is at work here."""

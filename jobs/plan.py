@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchinfer.config import EngineConfig
 from batchinfer.cost_model import CostModel, Requests
@@ -18,8 +19,9 @@ from batchinfer.jobs.device_cost import DeviceKey, read_device_cost
 from batchinfer.jobs.histogram import bars
 from batchinfer.jobs.job_plan import JobPlan
 from batchinfer.jobs.log import printable
+from batchinfer.jobs.parts import RunFolder
 from batchinfer.jobs.prediction import Job, JobShape, Prediction, Setting
-from batchinfer.jobs.preflight import preflight
+from batchinfer.jobs.preflight import Preflight, preflight
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.windows import Windows
 from batchinfer.model_config import ModelConfig
@@ -56,6 +58,7 @@ class Outlook:
     model: str
     device: str
     rows: int
+    rows_done: int  # by an earlier run
     rows_to_run: int
     rows_failing: dict[str, Failing]  # by error_code
     duplicates: int  # rows that get the result of another one
@@ -89,6 +92,7 @@ class Outlook:
             ("model", self.model),
             ("device", self.device),
             ("rows", f"{self.rows:,}, of which {self.rows_to_run:,} can run"),
+            *([("  done before", f"{self.rows_done:,}")] if self.rows_done else []),
             *[(f"  {code}", f"{f.rows:,} rows, the first is row {f.first}") for code, f in self.rows_failing.items()],
             (
                 "prompt tokens",
@@ -134,10 +138,11 @@ class Outlook:
 
 
 def plan(spec: JobSpec) -> Outlook:
-    """Read and tokenize all rows; no weight is looked at. Raises what `run` would before its first row."""
+    """Read and tokenize all rows that are left to do; no weight is looked at. Raises what `run` would before its first
+    row."""
     job = preflight(spec)
+    done = _done(spec, job)
     with TemporaryDirectory(prefix="batchinfer-plan-") as folder:
-        done = np.zeros(job.table.num_rows, np.bool_)
         windows = Windows(job.table, job.source, spec.block_size, done, Path(folder))
         failing = _read(windows)
     shape = JobShape.of(windows.plan, spec.sampling, job.config.max_model_len, spec.computed_samples)
@@ -164,6 +169,7 @@ def plan(spec: JobSpec) -> Outlook:
         model=spec.model,
         device=f"{key.device}, {key.cores} cores" if job.config.device == "cpu" else key.device,
         rows=job.table.num_rows,
+        rows_done=int(done.sum()),
         rows_to_run=windows.plan.rows,
         rows_failing=failing,
         kv_cache=setting.kv_cache,
@@ -176,6 +182,15 @@ def plan(spec: JobSpec) -> Outlook:
         **_lengths(windows.plan),
         **_demands(simulated, windows.plan, job.config, setting, spec.computed_samples),
     )
+
+
+def _done(spec: JobSpec, job: Preflight) -> NDArray[np.bool_]:
+    """[rows] those that an earlier run of this job has done."""
+    if spec.overwrite or spec.incremental:
+        return np.zeros(job.table.num_rows, np.bool_)
+    folder = RunFolder(spec.output)
+    folder.refuse_foreign()
+    return folder.read(job.fingerprints, job.table.num_rows, spec.retry_errors).rows
 
 
 def _read(windows: Windows) -> dict[str, Failing]:

@@ -89,13 +89,17 @@ class Supervisor:
             raise EngineFailed(f"the engine took no step for {waited:.0f} s (--step-timeout {self._step_timeout})")
 
     def replace(self, under_way: UnderWay, error: EngineFailed) -> None:
-        """Another engine goes on, without the rows that kill it. Raises `error` where no row can be to blame."""
+        """Another engine goes on, without the rows that kill it.
+
+        Raises `error` where no row can be to blame: before the first engine was loaded, or without any where an engine
+        before it said the same.
+        """
         # A step says what it began when it ends: of the first one nothing is known.
         rows = under_way.begun or [row for rest in under_way.requests([]) for row in rest.rows.tolist()]
-        if not rows or not self.ready:
+        said = str(error).splitlines()[0]
+        if not self.ready or (not rows and self._deaths[said]):
             raise error
         self._worker.close()
-        said = str(error).splitlines()[0]
         self._deaths[said] += 1
         given_up = self._suspects.died(rows)
         code = RowError("engine_died", f"the engine died over this row alone: {said}"[:500])

@@ -1,6 +1,7 @@
 """`batchinfer plan` by the real command line: what a table holds, and how long the job will take."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,9 +18,11 @@ from batchinfer.config import EngineConfig
 from batchinfer.jobs import cli
 from batchinfer.jobs.device_cost import DeviceKey, write_device_cost
 from batchinfer.jobs.histogram import bars
+from batchinfer.jobs.plan import plan
 from batchinfer.jobs.prediction import Job, JobShape, Setting
 from batchinfer.jobs.report import Forecast, read_report
 from batchinfer.jobs.runner import run
+from batchinfer.jobs.spec import Refused
 from batchinfer.request import SamplingParams
 from batchinfer.step_cost import PRODUCTS, DeviceCost, StepCost, Weights, Work, quantities
 
@@ -178,6 +181,23 @@ def test_the_report_has_what_was_to_be_expected(model: Path, table: Path, tmp_pa
     seconds = pytest.approx(1e-3 * (64 + 19 * 8))
     assert report.predicted == Forecast(seconds, seconds, seconds, seconds)  # type: ignore[arg-type]
     assert read_report(job.output) == report
+
+
+def test_what_an_earlier_run_has_done_is_left_out(model: Path, table: Path) -> None:
+    """Its last part is gone, and the output: those rows are to run again."""
+    job = spec(model, table, random_weights=True, device="cpu", commit_rows=3, sampling=SamplingParams(max_tokens=4))
+    run(job)
+    parts = sorted((job.output.with_suffix(".run") / "parts").iterdir())
+    rows = len(pq.read_table(parts[-1]))
+    assert len(parts) > 1 and plan(job).rows_done == 7
+    parts[-1].unlink()
+    job.output.unlink()
+    found = plan(job)
+    assert (found.rows_done, found.rows_to_run) == (7 - rows, rows)
+    assert re.search(rf"done before +{7 - rows}\n", found.text(None))
+    assert plan(replace(job, overwrite=True)).rows_done == 0
+    with pytest.raises(Refused, match="was begun with another sampling"):
+        plan(replace(job, sampling=SamplingParams(max_tokens=5)))
 
 
 def test_errors_are_those_of_a_run(model: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
