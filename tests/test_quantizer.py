@@ -314,20 +314,25 @@ def test_a_recipe_sets_what_the_flags_leave_open(make_model: Callable[..., Path]
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=pytest.mark.long(minutes=n)) for name, n in (("rtn-mse", 2), ("gptq", 9), ("awq", 8))],
+    [pytest.param(name, marks=pytest.mark.long(minutes=n)) for name, n in (("rtn-mse", 2), ("gptq", 4), ("awq", 4))],
 )
 def test_one_layer_at_a_time_is_in_memory(tmp_path: Path, method: str) -> None:
-    """The 852M shape, in one file: the peak stays under 40 % of its size and a gigabyte.
+    """Layers of the 852M shape: four more of them add 360 MB to the file, and to the peak next to nothing.
 
     Activations pass in pieces through files, so that a few pieces of calibration show what a thousand take.
     """
-    shape = Path(__file__).parents[1] / "benchmarks/shapes/llama-852m/config.json"
-    model = write_random_checkpoint(shape, tmp_path / "model")
+    shape = json.loads((Path(__file__).parents[1] / "benchmarks/shapes/llama-852m/config.json").read_text())
     program = Path(sys.executable).with_name("batchinfer")
-    command = [program, "quantize", model, "-o", tmp_path / "out", "--method", method, "--calibration-rows", "12"]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    print(printed)
-    peak = float(re.search(r"peak memory +([\d,]+) MB", printed)[1].replace(",", "")) * 1e6  # type: ignore[index]
-    size = (model / "model.safetensors").stat().st_size
-    assert peak < 0.4 * size + 1e9
-    assert 0.4 * size + 1e9 < size + 0.2e9, "or one that holds the whole model would pass"
+    sizes, peaks = [], []
+    for layers in (2, 6):
+        folder = tmp_path / str(layers)
+        (tmp_path / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": layers}))
+        model = write_random_checkpoint(tmp_path / "config.json", folder)
+        command = [program, "quantize", model, "-o", tmp_path / "out", "--method", method, "--calibration-rows", "12"]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        print(printed)
+        peaks.append(float(re.findall(r"peak memory +([\d,]+) MB", printed)[0].replace(",", "")) * 1e6)
+        sizes.append((model / "model.safetensors").stat().st_size)
+        shutil.rmtree(tmp_path / "out")
+    assert peaks[1] < 1.6e9
+    assert peaks[1] - peaks[0] < 0.2 * (sizes[1] - sizes[0])
