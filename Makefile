@@ -1,5 +1,5 @@
-# make demo | test | test-long | check | bench | bench-offline | bench-prediction | chaos | compile-check |
-# quantize-demo: each makes $(VENV) where it is missing and installs what it needs.
+# make demo | test | test-long | check | bench | bench-offline | bench-drafts | bench-prediction | chaos |
+# compile-check | quantize-demo: each makes $(VENV) where it is missing and installs what it needs.
 # PIP_FLAGS goes to pip as it stands; pip's own PIP_* environment variables work too.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 WORKERS = -n auto --maxprocesses 8 --dist worksteal
 INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test test-long check bench bench-offline bench-prediction chaos compile-check gpu-check quantize quantize-demo recipes
+.PHONY: demo test test-long check bench bench-offline bench-drafts bench-prediction chaos compile-check gpu-check quantize quantize-demo recipes
 
 demo: demo/prompts.parquet
 	$(BIN)/batchinfer run --config examples/stdlib/job.toml --overwrite
@@ -22,7 +22,7 @@ test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest $(WORKERS) -m 'not long'
 
 test-long: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest $(WORKERS) --dist load --maxschedchunk 1 -m long
+	$(BIN)/python -m pytest $(WORKERS) --dist load --maxschedchunk 1 --durations 12 -m long
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check
@@ -36,6 +36,10 @@ bench: $(VENV)/dev.stamp
 # What planning, sharing and speculation are worth. PEER=--peer also runs OpenVINO, which is installed first.
 bench-offline: $(VENV)/dev.stamp demo/prompts.parquet
 	$(BIN)/python benchmarks/offline/run.py $(PEER)
+
+# What drafts are worth, the engines side by side in one process: for ratios near one.
+bench-drafts: $(VENV)/dev.stamp demo/prompts.parquet
+	$(BIN)/python benchmarks/offline/drafts.py
 
 # How long jobs take beside what was predicted; measures the device first.
 bench-prediction: $(VENV)/dev.stamp demo/prompts.parquet

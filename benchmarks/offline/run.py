@@ -4,7 +4,6 @@ The same tables through the whole path of a job, each feature added to those bef
 engine's being ready to its last row. Outputs must be the same in all of them.
 """
 
-import json
 import statistics
 import sys
 import tempfile
@@ -25,15 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "peers"))
 
 import openvino_int8
 from conditions import conditions
+from sections import Sections, jobs
 from workloads import (
-    DEMO_MODEL,
-    DRAFT,
-    LARGE_SHAPE,
     REPOSITORY,
-    SHAPE,
     TARGET,
     Text,
     Workload,
+    fixed_drafters,
     sampling_of,
     write_jsonl,
     write_rows,
@@ -49,6 +46,11 @@ from batchinfer.tokenizer import Tokenizer
 
 PEER = "OpenVINO GenAI int8"
 RESULTS = REPOSITORY / "benchmarks" / "results"
+ABOUT = (
+    "Seconds from the engine's being ready to its last row, median of the runs in turns; tokens are prompts and "
+    "answers, as if none had been shared. Each variant has what those before it have, but of the drafters there is one "
+    'at a time, at every step; "all" chooses. The answers are the same in all of them.'
+)
 OFF = Speculation("off")
 PLAIN = {"deduplicate": False, "prefix_sharing": False, "learned_admission": False, "speculation": OFF}
 DUPLICATES = PLAIN | {"deduplicate": True}
@@ -58,15 +60,12 @@ LEARNED = PREFIX | {"learned_admission": True}
 
 def variants(draft: Path | None) -> dict[str, dict[str, Any]]:
     """Names to fields of `JobSpec`."""
-    fixed = {"n-grams": Speculation("ngram", gate=False), "suffix": Speculation("suffix", gate=False)}
-    if draft is not None:
-        fixed["draft model"] = Speculation("draft_model", 4, draft, gate=False)
     return {
         "plain": PLAIN,
         "+ duplicates": DUPLICATES,
         "+ prefix": PREFIX,
         "+ learned admission": LEARNED,
-        **{f"+ {name}": LEARNED | {"speculation": speculation} for name, speculation in fixed.items()},
+        **{f"+ {name}": LEARNED | {"speculation": speculation} for name, speculation in fixed_drafters(draft).items()},
         "all": LEARNED | {"speculation": Speculation("auto", model=draft)},
     }
 
@@ -178,21 +177,6 @@ def table(runs: dict[str, list[Measured]]) -> list[str]:
     return lines
 
 
-def page(sections: dict[str, dict[str, Any]]) -> str:
-    """All workloads that were ever measured, each with its conditions."""
-    lines = [
-        "# What knowing the whole job is worth",
-        "",
-        "Seconds from the engine's being ready to its last row, median of the runs in turns; tokens are prompts and "
-        "answers, as if none had been shared. Each variant has what those before it have, but of the drafters there "
-        'is one at a time, at every step; "all" chooses. The answers are the same in all of them.',
-        "",
-    ]
-    for name, found in sections.items():
-        lines += [f"## {name}", "", found["about"], "", *found["table"], ""]
-    return "\n".join(lines)
-
-
 def main(
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 3,
     only: Annotated[str, typer.Option(help="Workloads, with commas between: MODEL/NAME. Results of others stay.")] = "",
@@ -204,27 +188,21 @@ def main(
 ) -> None:
     """Measure what each feature adds, workload by workload, and write one table."""
     versions = [openvino_int8.prepare()] if peer else []
-    before = output.with_suffix(".json")
-    sections: dict[str, dict[str, Any]] = json.loads(before.read_text()) if before.exists() else {}
-    jobs = [(TARGET, DRAFT, workload) for workload in DEMO_MODEL] + [(SHAPE, None, w) for w in LARGE_SHAPE]
-    for model, draft, workload in jobs:
-        label = f"{model.name}/{workload.name}"
-        if only and label not in only.split(","):
-            continue
+    sections = Sections(output, "What knowing the whole job is worth", ABOUT)
+    for label, model, draft, workload in jobs(only):
         ran = "; ".join([*conditions().values(), *versions])
         runs: dict[str, list[Measured]] = {}
         names = chosen.split(",") if chosen else list(variants(draft))
         for name, measured in in_turns(workload, model, draft, names, repeats, Text(), peer and draft is None):
             runs.setdefault(name, []).append(measured)
-        sections[label] = {
-            "about": f"{workload.about[0].upper()}{workload.about[1:]}. {repeats} turns; {ran}.",
-            "table": table(runs),
-            "seconds": {name: [m.seconds for m in measured] for name, measured in runs.items()},
-            "counts": {name: counts(measured[-1].report) for name, measured in runs.items()},
-        }
-        before.write_text(json.dumps(sections, indent=1) + "\n")
-        output.with_suffix(".md").write_text(page(sections))
-    typer.echo(page(sections))
+        sections.put(
+            label,
+            f"{workload.about}. {repeats} turns; {ran}.",
+            table(runs),
+            seconds={name: [m.seconds for m in measured] for name, measured in runs.items()},
+            counts={name: counts(measured[-1].report) for name, measured in runs.items()},
+        )
+    typer.echo(sections.text())
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from batchinfer.jobs.bench import TOKEN_IDS
 from batchinfer.request import SamplingParams
+from batchinfer.speculation import Speculation
 from batchinfer.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -36,6 +37,14 @@ class Workload:
     sampling: dict[str, Any] = field(default_factory=lambda: {"ignore_eos": True})
     max_num_seqs: int = 64
     kv_cache_memory_bytes: int | None = None
+
+
+def fixed_drafters(draft: Path | None) -> dict[str, Speculation]:
+    """Each drafter at every step; a draft model where there is one."""
+    found = {"n-grams": Speculation("ngram", gate=False), "suffix": Speculation("suffix", gate=False)}
+    if draft is not None:
+        found["draft model"] = Speculation("draft_model", 4, draft, gate=False)
+    return found
 
 
 class Text:
@@ -101,7 +110,7 @@ DEMO_MODEL = (
     Workload(
         "tight",
         "256 rows of the demo that may have 384 new tokens and need few; keys and values of 8,192 tokens",
-        lambda text: [(prompt, 384) for prompt in text.prompts[:256]],
+        lambda text: [(prompt[-768:], 384) for prompt in text.prompts[:256]],
         {"temperature": 0.7, "top_p": 0.8, "stop": STOP},
         kv_cache_memory_bytes=8192 * 6 * 2 * 2 * 64 * 4,
     ),
