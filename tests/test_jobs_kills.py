@@ -1,8 +1,9 @@
 """A job that is killed, or whose disk fails, at any of its system calls that change or sync a file of its run.
 
-strace counts the calls of an undisturbed run, which are the same each time, and injects a signal or an error at one of
-them in later runs. After each the same command ends with the same output, and computes again at most what one part
-holds. The engine computes nothing, and keeps a list of what it was given.
+strace counts the calls of an undisturbed run, which are nearly the same each time, and injects a signal or an error at
+one of them in later runs; one that hit another file is run again. After each the same command ends with the same
+output, and computes again at most what one part holds. The engine computes nothing, and keeps a list of what it was
+given.
 """
 
 import errno
@@ -49,6 +50,11 @@ class Call:
     name: str
     number: int
     text: str
+
+    @property
+    def about(self) -> set[str]:
+        """The files of the run that it names, without the process ids in their names."""
+        return set(re.findall(r"out\.[\w./]*(?:-\d+)?", self.text))
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,7 @@ def calls(job: Job) -> list[Call]:
         if (name := re.match(r"\w+", line)) is not None:
             numbers[name[0]] += 1
             if "out.run" in line or "out.parquet" in line:
-                found.append(Call(name[0], numbers[name[0]], line[:100]))
+                found.append(Call(name[0], numbers[name[0]], line))
     assert set(CHANGING) == {call.name for call in found}
     return found
 
@@ -141,8 +147,22 @@ def changes(call: Call) -> bool:
 
 
 def inject(job: Job, call: Call, what: str) -> int:
-    job.clear()
-    return job.run("strace", "-o", "/dev/null", "-e", f"inject={call.name}:{what}:when={call.number}")
+    """The exit code of a run in which `what` was done to `call`. Between two runs, pipes closed sooner or later can
+    move its number by one."""
+    log = job.folder / "injected"
+    for moved in 3 * (0, -1, 1):
+        job.clear()
+        when = f"inject={call.name}:{what}:when={call.number + moved}"
+        code = job.run("strace", "-y", "-o", str(log), "-e", f"trace={call.name}", "-e", when)
+        if Call(call.name, call.number, hit(log)).about == call.about:
+            return code
+    raise AssertionError(f"not hit in nine runs: {call}, but {hit(log)}")
+
+
+def hit(log: Path) -> str:
+    """The call that was injected into: the last one where that killed the process."""
+    lines = [line for line in log.read_text().splitlines() if line[0].isalpha()]
+    return next((line for line in lines if "(INJECTED)" in line), lines[-1])
 
 
 def test_killed_at_any_call(job: Job, calls: list[Call]) -> None:
