@@ -8,6 +8,8 @@ import numpy as np
 from batchinfer.ngram_index import INDEXED_AT_ONCE, Hashes, Ints, NgramIndex, Tokens, agreement, longest_match, windows
 
 LIBRARY_TOKENS = 1 << 20
+FIRST_TOKENS = 1 << 14  # that there is an index for at first: memory that nothing was written to yet is slow
+GROWTH = 4
 END_OF_ROW = -1
 
 
@@ -16,7 +18,7 @@ class Library:
 
     def __init__(self, shortest: int, longest: int) -> None:
         self.text = np.full(LIBRARY_TOKENS, END_OF_ROW, np.int32)
-        self.index = NgramIndex(shortest, longest, LIBRARY_TOKENS)
+        self.index = NgramIndex(shortest, longest, FIRST_TOKENS)
         self.written = 0  # tokens and ends of rows, since the job began
         self.indexed = 0
 
@@ -37,6 +39,11 @@ class Library:
         return self.text.take(ends[:, None] + np.arange(count), mode="wrap")
 
     def _index_new(self) -> None:
+        size = self.index.size
+        while size < min(self.written, LIBRARY_TOKENS):
+            size *= GROWTH
+        if size > self.index.size:
+            self.index, self.indexed = NgramIndex(self.index.shortest, self.index.longest, size), 0
         first = max(self.indexed, self.written - LIBRARY_TOKENS)
         for start in range(first, self.written, INDEXED_AT_ONCE):
             ends = np.arange(start, min(start + INDEXED_AT_ONCE, self.written)) % LIBRARY_TOKENS + 1

@@ -22,7 +22,7 @@ class NgramIndex:
     """
 
     def __init__(self, shortest: int, longest: int, size: int) -> None:
-        self.longest = longest
+        self.shortest, self.longest, self.size = shortest, longest, size
         self.lengths = np.arange(longest, shortest - 1, -1)  # [L]
         bits = min(MOST_SLOT_BITS, (2 * size * (longest - shortest + 1)).bit_length())
         self._ends = np.zeros(1 << bits, np.int32)

@@ -217,6 +217,21 @@ def test_answers_are_forgotten_when_the_library_is_full(monkeypatch: pytest.Monk
     assert hits > 60
 
 
+def test_nothing_is_forgotten_when_the_index_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "FIRST_TOKENS", 8)
+    rows = Rows(Speculation("suffix", 4))
+    sizes = set()
+    for i in range(0, 600, 6):
+        rows.end([list(range(i, i + 6))])
+        rows.begin(0, i, [3, 4])
+        assert rows.draft([0], [4]).tokens[0, :1].tolist() == [5]
+        rows.begin(0, i + 1, [i + 1, i + 2])
+        assert rows.draft([0], [4]).tokens[0, :3].tolist() == [i + 3, i + 4, i + 5]
+        assert rows.drafter.library is not None
+        sizes.add(rows.drafter.library.index.size)
+    assert sizes == {8, 32, 128, 512, 2048}
+
+
 def test_an_answer_longer_than_the_library_leaves_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "LIBRARY_TOKENS", 64)
     rows = Rows(Speculation("suffix", 4))
