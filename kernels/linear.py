@@ -5,7 +5,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchinfer.kernels.grain import MIN_ROWS
+from batchinfer.kernels.processor import keep_bits, least_rows_in_bfloat16
 from batchinfer.kernels.rows import Rows
+
+keep_bits()
 
 
 class Linear:
@@ -15,6 +18,7 @@ class Linear:
         self.weight = weight_NK
         self.bias = bias_N
         self.row_grain = MIN_ROWS
+        self._least_rows = least_rows_in_bfloat16() if weight_NK.dtype == torch.bfloat16 else 1
 
     @property
     def takes(self) -> torch.dtype:
@@ -34,6 +38,10 @@ class Linear:
     def __call__(self, x: Rows) -> Rows:
         """[M, K] to [M, N], in the weight's dtype, dense."""
         x_MK = x.dense()
-        if x_MK.shape[0] % MIN_ROWS:
-            raise ValueError(f"linear got {x_MK.shape[0]} rows; pad them to a multiple of {MIN_ROWS}")
-        return Rows(F.linear(x_MK.to(self.weight.dtype), self.weight, self.bias))
+        rows = x_MK.shape[0]
+        if rows % MIN_ROWS:
+            raise ValueError(f"linear got {rows} rows; pad them to a multiple of {MIN_ROWS}")
+        x_MK = x_MK.to(self.weight.dtype)
+        if rows < self._least_rows:
+            x_MK = F.pad(x_MK, (0, 0, 0, self._least_rows - rows))
+        return Rows(F.linear(x_MK, self.weight, self.bias)[:rows])
