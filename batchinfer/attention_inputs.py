@@ -106,7 +106,7 @@ def _decode_blocks(
     most = np.arange(int(counts.max()))
     padded = np.where(most < counts[:, None], most, 0) + offsets[:-1, None]
     return DecodeBlocks(
-        rows=torch.arange(first_row, first_row + len(places)),
+        rows=slice(first_row, first_row + len(places)),
         users=users,
         owner=torch.cat([u.queries.flatten() for u in users]),
         edges=_tensor(entry[edges]),

@@ -48,7 +48,7 @@ class DecodeBlocks:
     Sequences that share blocks, and several queries of one sequence, differ in nothing from single ones.
     """
 
-    rows: Tensor  # [n] int64, where the queries are in the step's tokens
+    rows: slice  # where the queries are in the step's tokens
     users: tuple[BlockUsers, ...]  # the entries, one after the other
     owner: Tensor  # [e] int64, the query of each entry
     edges: Tensor  # [m] int64, entries whose query sees a part of the block only

@@ -68,12 +68,14 @@ class CpuBackend:
         eps: float,
     ) -> Tensor:
         by_head = qkv_TX.view(len(qkv_TX), -1, cache.key.shape[-1])
-        query, (key, value) = by_head[:, :heads], by_head[:, heads:].chunk(2, 1)
+        turned, value = by_head.tensor_split((by_head.shape[1] - cache.key.shape[1],), 1)
         if norms is not None:
-            query, key = rms_norm(query, norms[0], eps), rms_norm(key, norms[1], eps)
-        query, key = rotate(query, cos_Td, sin_Td), rotate(key, cos_Td, sin_Td)
-        cache.store(key, value, places)
-        return query
+            turned = torch.cat(
+                [rms_norm(turned[:, :heads], norms[0], eps), rms_norm(turned[:, heads:], norms[1], eps)], 1
+            )
+        turned = rotate(turned, cos_Td, sin_Td)
+        cache.store(turned[:, heads:], value, places)
+        return turned[:, :heads]
 
     def attention(self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
         assert isinstance(batch, TiledBatch)
