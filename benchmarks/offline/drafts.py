@@ -103,8 +103,8 @@ def measure(workload: Workload, model: Path, draft: Path | None) -> dict[str, Ru
 def table(runs: list[dict[str, Runner]]) -> list[str]:
     """In Markdown: seconds, and beside those of the plain engine and of no drafts in the same run."""
     lines = [
-        "| engine | seconds | spread | plain / this | no drafts / this | spread | steps | drafts right |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| engine | seconds | spread | plain / this | no drafts / this | spread | steps | drafts right | preempted |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name in runs[0]:
         seconds = [run[name].seconds for run in runs]
@@ -113,7 +113,8 @@ def table(runs: list[dict[str, Runner]]) -> list[str]:
         lines.append(
             f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} | "
             f"{statistics.median(whole):.2f} | {statistics.median(ratios):.3f} | "
-            f"{min(ratios):.3f} to {max(ratios):.3f} | {stats.steps} | {stats.accepted:,} of {stats.drafted:,} |"
+            f"{min(ratios):.3f} to {max(ratios):.3f} | {stats.steps} | {stats.accepted:,} of {stats.drafted:,} | "
+            f"{stats.preemptions} |"
         )
     return lines
 
@@ -122,7 +123,11 @@ def summary(runs: list[dict[str, Runner]]) -> str:
     """What the gate made of it."""
     seconds = {name: statistics.median(run[name].seconds for run in runs) for name in runs[0]}
     best = min((name for name in seconds if name not in (PLAIN, AUTO)), key=seconds.__getitem__)
-    return f"The best of the others is {best}; auto has {seconds[best] / seconds[AUTO]:.0%} of its speed."
+    shares = [run[best].seconds / run[AUTO].seconds for run in runs]
+    spread = f" ({min(shares):.1%} to {max(shares):.1%})" if len(shares) > 1 else ""
+    return (
+        f"The best of the others is {best}; auto has {statistics.median(shares):.1%} of its speed{spread}, run by run."
+    )
 
 
 def main(
