@@ -17,7 +17,7 @@ from batchinfer.config import EngineConfig
 from batchinfer.jobs.hub import read_config
 from batchinfer.jobs.job_plan import JobPlan
 from batchinfer.jobs.spec import Refused
-from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_size
+from batchinfer.kernels.grain import MIN_ROWS, padded_size
 from batchinfer.model_config import ModelConfig, parse_model_config
 from batchinfer.request import SamplingParams
 from batchinfer.simulation import Steps, simulate
@@ -204,7 +204,7 @@ class Job:
 
     def _steps(self, prompts: Ints, outputs: Ints) -> Steps:
         rows = max(int(self.shape.lengths.sum()), 1)
-        first = self.shape.shared_tokens // rows // TILE * TILE
+        first = self.shape.shared_tokens // rows
         return simulate(prompts, outputs, self.config, first)
 
     def _seconds(self, steps: Steps, cost: DeviceCost, setting: Setting) -> tuple[float, float]:
