@@ -16,6 +16,7 @@ class JobPlan:
 
     block_size: int
     lengths: NDArray[np.int64]  # [longest prompt + 1] how many prompts have so many tokens, duplicates too
+    run_lengths: NDArray[np.int64]  # the same of the rows that run
     reservations: NDArray[np.int64]  # [most blocks + 1] how many rows that run may come to hold so many KV blocks
     duplicates: int = 0  # rows that get the result of another one
     duplicate_tokens: int = 0  # of their prompts
@@ -34,6 +35,7 @@ class JobPlan:
         return JobPlan(
             block_size,
             np.bincount(prompts.lengths, minlength=1),
+            np.bincount(prompts.lengths[order], minlength=1),
             np.bincount(blocks, minlength=1),
             duplicates=len(prompts) - len(order),
             duplicate_tokens=int(prompts.lengths.sum() - prompts.lengths[order].sum()),
@@ -48,6 +50,7 @@ class JobPlan:
         return JobPlan(
             self.block_size,
             _sum(self.lengths, other.lengths),
+            _sum(self.run_lengths, other.run_lengths),
             _sum(self.reservations, other.reservations),
             self.duplicates + other.duplicates,
             self.duplicate_tokens + other.duplicate_tokens,

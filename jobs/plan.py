@@ -220,8 +220,8 @@ def _lengths(plan: JobPlan) -> dict[str, Any]:
 
 
 def _demands(job: Job | None, plan: JobPlan, config: EngineConfig, setting: Setting, samples: int) -> dict[str, Any]:
-    """New tokens, memory and work as if nothing were shared, whatever the device takes for it; nothing where no row
-    can run."""
+    """New tokens, memory and work of the rows that run, as if no prompt were shared, whatever the device takes for it;
+    nothing where no row can run."""
     if job is None:
         return {"most_new_tokens": 0, "kv_cache_bytes": 0, "operations": 0.0, "kv_bytes_read": 0.0}
     lengths = np.arange(len(job.shape.lengths))
@@ -231,7 +231,7 @@ def _demands(job: Job | None, plan: JobPlan, config: EngineConfig, setting: Sett
     tokens = samples * plan.kv_cache_tokens(-(-config.max_num_seqs // samples))
     each = [
         (Requests(length, int(most[length])), int(job.shape.lengths[length]))
-        for length in np.flatnonzero(plan.lengths).tolist()
+        for length in np.flatnonzero(job.shape.lengths).tolist()
     ]
     return {
         "most_new_tokens": total,

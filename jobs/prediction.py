@@ -40,28 +40,26 @@ GOLDEN = (5**0.5 - 1) / 2
 class JobShape:
     """What the time of a job depends on, beside model and device."""
 
-    lengths: Ints  # [longest prompt + 1] how many prompts have so many tokens
+    lengths: Ints  # [longest prompt + 1] how many prompts that are computed have so many tokens
     sampling: SamplingParams
     max_model_len: int
-    duplicates: int = 0  # of the rows, answered by another row's result
     shared_tokens: int = 0  # of the prompts, computed once for several rows
 
     @classmethod
     def of(cls, plan: JobPlan, sampling: SamplingParams, max_model_len: int, samples: int) -> "JobShape":
         """Of a job whose rows are all read, with so many samples to compute of each."""
-        all_tokens = int(plan.lengths @ np.arange(len(plan.lengths)))
+        all_tokens = int(plan.run_lengths @ np.arange(len(plan.run_lengths)))
         shared = plan.shared_tokens + (samples - 1) * all_tokens  # a second sample has all of the first one's prompt
-        return cls(samples * plan.lengths, sampling, max_model_len, samples * plan.duplicates, shared)
+        return cls(samples * plan.run_lengths, sampling, max_model_len, shared)
 
     @property
     def rows(self) -> int:
         """That are computed."""
-        return max(int(self.lengths.sum()) - self.duplicates, 0)
+        return int(self.lengths.sum())
 
     def sample(self, config: EngineConfig) -> Ints:
         """Prompt lengths of the job, or of a sample of its rows: [n], longest first."""
-        total = int(self.lengths.sum())
-        prompt = max(int(self.lengths @ np.arange(len(self.lengths))) / max(total, 1), 1)
+        prompt = max(int(self.lengths @ np.arange(len(self.lengths))) / max(self.rows, 1), 1)
         answer = min(self.sampling.max_tokens, self.max_model_len)
         most = min(
             SAMPLE_ROWS,
@@ -203,9 +201,8 @@ class Job:
         return {int(size): round(count) for size, count in zip(sizes, counts, strict=True)}
 
     def _steps(self, prompts: Ints, outputs: Ints) -> Steps:
-        rows = max(int(self.shape.lengths.sum()), 1)
-        first = self.shape.shared_tokens // rows
-        return simulate(prompts, outputs, self.config, first)
+        shared = self.shape.shared_tokens // max(self.shape.rows, 1)
+        return simulate(prompts, outputs, self.config, shared)
 
     def _seconds(self, steps: Steps, cost: DeviceCost, setting: Setting) -> tuple[float, float]:
         """(prefill, decode): a step of both is shared out by tokens, as the engine's report does it."""

@@ -77,7 +77,7 @@ class Windows:
         self._sending: _Window | None = None
         self._read_all = False
         self.rows_read = 0
-        self.plan = JobPlan(block_size, np.zeros(1, np.int64), np.zeros(1, np.int64))  # of the windows so far
+        self.plan = JobPlan(block_size, *np.zeros((3, 1), np.int64))  # of the windows so far
         self.followers = Followers()  # of their rows
         self.seconds = 0.0  # spent reading, tokenizing and planning
 

@@ -1,5 +1,6 @@
 """The order of rows against a plain recursion over the tree of tiles, and which rows are computed once."""
 
+import json
 from collections.abc import Sequence
 from itertools import chain, pairwise
 from pathlib import Path
@@ -8,13 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stub_jobs import make_model, spec, write
 
 from batchinfer.jobs.duplicates import Followers, leaders
 from batchinfer.jobs.job_plan import JobPlan
 from batchinfer.jobs.planner import depth_first, shared_tiles
+from batchinfer.jobs.preflight import preflight
 from batchinfer.jobs.token_file import StoredRequests, TokenFile, cut
+from batchinfer.jobs.windows import Limits, Windows
 from batchinfer.kernels.grain import TILE
-from batchinfer.request import Requests, SamplingParams
+from batchinfer.request import Requests, RowError, SamplingParams
 
 Prompt = list[int]
 
@@ -179,3 +183,58 @@ def test_pieces_are_as_large_as_they_may_be(lengths: list[int], most_rows: int, 
     assert all(len(piece) <= most_rows and (sum(piece) <= most_tokens or len(piece) == 1) for piece in pieces)
     for piece, after in pairwise(pieces):
         assert len(piece) == most_rows or sum(piece) + after[0] > most_tokens
+
+
+def windows_by_tokens(lengths: Sequence[int], slice_rows: int, window_tokens: int) -> list[list[int]]:
+    """The rows of each: slice by slice, until it has as many tokens as make it full."""
+    windows: list[list[int]] = [[]]
+    for first in range(0, len(lengths), slice_rows):
+        if sum(lengths[row] for row in windows[-1]) >= window_tokens:
+            windows.append([])
+        windows[-1] += range(first, min(first + slice_rows, len(lengths)))
+    return windows
+
+
+@pytest.mark.parametrize("window_tokens", [1, 2000, 5001, 1 << 28])
+def test_windows_that_are_full_by_tokens_lose_no_row(tmp_path: Path, window_tokens: int) -> None:
+    """From a table through the real tokenizer. Each window has its own order and its own duplicates; a row that cannot
+    run and those that an earlier run has done are not sent."""
+    (model := tmp_path / "model").mkdir()
+    config = json.loads((make_model(model) / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    generator = np.random.default_rng(0)
+    heads = ["A" * 130, "B" * 70, "B" * 64 + "C" * 70, ""]
+    texts = [heads[i % 4] + "D" * int(n) for i, n in enumerate(generator.integers(1, 90, 150))]
+    texts[10:12] = texts[40:42] = texts[100:102] = texts[:2]
+    texts[77] = ""
+    job = preflight(spec(model, write(tmp_path / "in.parquet", prompt=texts)))
+    done = np.isin(np.arange(150), [3, 40, 41, 90])
+    (folder := tmp_path / "ids").mkdir()
+    limits = Limits(slice_rows=7, piece_rows=9, window_tokens=window_tokens)
+    windows = Windows(job.table, job.source, 32, done, folder, limits=limits)
+    errors: dict[int, RowError] = {}
+    sent: list[int] = []
+    followed: list[int] = []
+    while not windows.over:
+        if windows.reading:
+            errors |= windows.read()
+        elif (piece := windows.next_piece()) is not None:
+            assert [len(texts[row]) for row in piece.rows] == np.diff(piece.offsets).tolist()
+            sent += piece.rows.tolist()
+            followed += windows.followers.take(piece.rows)[1].tolist()
+    windows.close()
+    left = [0 if done[row] else len(text) for row, text in enumerate(texts)]
+    prompts = [[ord(sign) for sign in text] for text in texts]
+    expected: list[int] = []
+    duplicates = 0
+    for window in windows_by_tokens(left, 7, window_tokens):
+        rows = [row for row in window if left[row]]
+        first = sorted({texts[row]: row for row in reversed(rows)}.values())
+        expected += recursion(prompts, first)
+        duplicates += len(rows) - len(first)
+    assert sent == expected
+    assert sorted(sent + followed) == [row for row in range(150) if left[row]]
+    assert {row: error.code for row, error in errors.items()} == {77: "empty_prompt"}
+    assert (windows.plan.rows, windows.plan.prompt_tokens) == (145, sum(left))
+    assert (windows.plan.duplicates, len(followed)) == (duplicates, duplicates)
+    assert windows.rows_read == 150 and not list(folder.iterdir())
