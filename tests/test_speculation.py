@@ -1,6 +1,7 @@
 """With drafts and without: the same output, whoever drafts and however badly."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from batchinfer.engine import Engine
 from batchinfer.gains import Gains
 from batchinfer.request import Completions, FinishReason, Requests, SamplingParams
 from batchinfer.speculation import Speculation
+from batchinfer.speculator import Speculator
 
 Done = dict[int, tuple[list[int], FinishReason]]
 
@@ -65,7 +67,11 @@ def test_no_drafts_change_a_row(
     temperature: float,
     adversary: str,
 ) -> None:
-    """Ends of text and stop strings inside drafts, contexts that end, blocks that begin in the middle of a draft."""
+    """Ends of text and stop strings inside drafts, blocks that begin in the middle of a draft, ragged drafts.
+
+    What is wrong is never accepted, by no draw of luck either (vllm-ascend#13730); a draw is not spoiled by the drafts
+    before it (vllm-ascend#2881); a greedy token is the same however many tokens are computed beside it (vllm#54506).
+    """
     model = make_model("mistral", sliding_window=100)
     prompts = [*prompts_of(14, 120), [2] * 31, [3] * 32, [4] * 63, [5] * 64]
     params = SamplingParams(max_tokens=60, temperature=temperature, ignore_eos=True, top_p=0.95)
@@ -88,7 +94,105 @@ def test_no_drafts_change_a_row(
     assert {reason for _, reason in truth.values()} == {FinishReason.STOP, FinishReason.LENGTH}
 
 
+MIXED = (
+    SamplingParams(),
+    SamplingParams(temperature=1.0),
+    SamplingParams(temperature=0.5),
+    SamplingParams(temperature=1.0, top_k=4),
+    SamplingParams(temperature=1.0, top_p=0.4),
+    SamplingParams(temperature=1.0, min_p=0.3),
+    SamplingParams(temperature=2.0, top_k=40, top_p=0.8, min_p=0.05),
+)
+
+
+@pytest.mark.parametrize("adversary", ADVERSARIES)
+def test_rows_keep_their_own_parameters_beside_others(make_model: Callable[..., Path], adversary: str) -> None:
+    """Each token of a draft is verified by the parameters of its own row (vllm#10198).
+
+    The truth is of rows that run alone: side by side without drafts, the same ones may be mistaken for others'.
+    """
+    model = make_model("llama")
+    first, second = prompts_of(2, 60)
+    rows = [(prompt, seed, i) for prompt in (first, second) for seed in (7, 8) for i in range(len(MIXED))]
+    params = tuple(replace(p, max_tokens=24, ignore_eos=True) for p in MIXED)
+    requests = Requests.of([prompt for prompt, _, _ in rows], params[0], [seed for _, seed, _ in rows])
+    requests = replace(requests, params=params, param_index=np.array([i for _, _, i in rows], np.int32))
+    truth = run(off(model, max_num_seqs=1), requests)
+    of_row = {(tuple(prompt), seed, i): tuple(truth[row][0]) for row, (prompt, seed, i) in enumerate(rows)}
+    for prompt in (tuple(first), tuple(second)):
+        assert all(len({of_row[prompt, seed, i] for i in range(len(MIXED))}) == len(MIXED) for seed in (7, 8))
+        assert [of_row[prompt, 7, i] == of_row[prompt, 8, i] for i in range(len(MIXED))] == [True, *[False] * 6]
+    for order in (np.arange(len(rows)), np.random.default_rng(0).permutation(len(rows))):
+        engine = off(model)
+        engine.drafter = Adversary(engine, truth, *ADVERSARIES[adversary])  # type: ignore[assignment]
+        assert run(engine, requests.take(order)) == truth
+        assert engine.stats().drafted > 100
+
+
+class ToTheEnd(Adversary):
+    """As many drafts as there is room for; keeps how far they went."""
+
+    reach = 0
+
+    def draft(self, places: Ints, room: Ints, prompt_tokens: int, budget: int) -> Ints:
+        counts = super().draft(places, room, prompt_tokens, budget)
+        ends = self.table.length[places] + counts
+        assert (ends < self.table.end[places]).all(), "the last token of a row is drawn and never computed"
+        self.reach = max(self.reach, int(ends.max()))
+        return counts
+
+
+@pytest.mark.parametrize("share_right", [1.0, 0.7])
+@pytest.mark.parametrize("longest", [96, 100, 128, 129])
+def test_drafts_go_as_far_as_the_context(make_model: Callable[..., Path], longest: int, share_right: float) -> None:
+    """Prompt and new tokens fill the table to its last column, in a last block that is full, begun or has one token.
+
+    Positions behind a draft that was cut off are taken again, up to the last (transformers#30042, transformers#30413).
+    """
+    model = make_model("llama")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 320, n).tolist() for n in (1, 31, 40, 64, 65, longest - 3, longest - 2, longest - 1)]
+    params = tuple(SamplingParams(max_tokens=longest - len(p), temperature=0.7, ignore_eos=True) for p in prompts)
+    requests = Requests.of(prompts, params[0], seeds=range(len(prompts)))
+    requests = replace(requests, params=params, param_index=np.arange(len(prompts), dtype=np.int32))
+    truth = run(off(model, max_model_len=longest), requests)
+    assert all(len(p) + len(truth[row][0]) == longest for row, p in enumerate(prompts))
+    engine = off(model, max_model_len=longest)
+    drafter = ToTheEnd(engine, truth, share_right, 70, 70)
+    engine.drafter = drafter  # type: ignore[assignment]
+    assert run(engine, requests) == truth
+    assert drafter.reach == longest - 1 and engine.stats().drafted > 100
+    engine = engine_of(model, max_model_len=longest, speculation=Speculation("draft_model", 9, model, gate=False))
+    assert run(engine, requests) == truth
+    assert engine.stats().accepted > 50
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_stop_string_that_a_draft_completes_ends_the_row(make_model: Callable[..., Path], temperature: float) -> None:
+    """The drafts go on behind it, to what the row would have had without it, an end of text among that."""
+    model = make_model("llama")
+    prompts = prompts_of(10, 60)
+    params = SamplingParams(max_tokens=40, temperature=temperature, ignore_eos=True)
+    free = run(off(model), Requests.of(prompts, params, seeds=range(10)))
+    text = {row: "".join(chr(256 + t) for t in new) for row, (new, _) in free.items()}
+    # Steps end with the tokens 1, 11, 21, ...: inside a draft, across the border of two, and right before a border.
+    stops = {row: text[row][a:b] for row, a, b in ((1, 13, 16), (3, 19, 23), (6, 26, 30))}
+    tokenizer = IdsAsText(eos_ids=(free[1][0][18],))
+    requests = Requests.of(prompts, replace(params, ignore_eos=False, stop=tuple(stops.values())), seeds=range(10))
+    truth = run(off(model, tokenizer), requests)
+    engine = off(model, tokenizer)
+    engine.drafter = Adversary(engine, free, 1.0, 9, 9)  # type: ignore[assignment]
+    found = run(engine, requests)
+    assert found == truth
+    for row, stop in stops.items():
+        new, reason = found[row]
+        assert reason is FinishReason.STOP and new == free[row][0][: len(new)]
+        assert "".join(chr(256 + t) for t in new).endswith(stop) and len(new) % 10 != 1
+    assert FinishReason.LENGTH in {reason for _, reason in found.values()}
+
+
 def test_oracles_save_the_steps_that_they_should(make_model: Callable[..., Path]) -> None:
+    """Each step goes on where the last accepted draft ended, not where the drafts did (transformers#30042)."""
     requests = Requests.of([[5, 6, 7]], SamplingParams(max_tokens=41, ignore_eos=True))
     truth = run(off(make_model("llama")), requests)
     engine = off(make_model("llama"))
@@ -104,6 +208,7 @@ def test_oracles_save_the_steps_that_they_should(make_model: Callable[..., Path]
 def test_every_drafter_gives_the_same_rows(
     make_model: Callable[..., Path], method: str, gate: bool, temperature: float
 ) -> None:
+    """However many tokens a step has, a row gets the same (vllm#54506, vllm#41758)."""
     model, small = make_model("llama"), make_model("qwen3")
     prompts = [[*p, *p[:10], *p] for p in prompts_of(12, 40)] * 2
     requests = Requests.of(prompts, SamplingParams(max_tokens=80, temperature=temperature), seeds=range(24))
@@ -114,15 +219,75 @@ def test_every_drafter_gives_the_same_rows(
     assert gate or engine.stats().drafted > 50
 
 
-def test_a_draft_model_that_is_the_target_is_nearly_always_right(make_model: Callable[..., Path]) -> None:
-    """Sampled at temperature 1: an independent draw would hardly ever be the same."""
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0.4}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}])
+def test_a_draft_model_that_is_the_target_is_nearly_always_right(
+    make_model: Callable[..., Path], changes: dict[str, Any]
+) -> None:
+    """Sampled at temperature 1: an independent draw would hardly ever be the same.
+
+    A drafter that ignores a parameter would be wrong wherever that matters (dflash#74).
+    """
     model = make_model("llama")
-    params = SamplingParams(max_tokens=60, temperature=1.0, ignore_eos=True)
+    params = replace(SamplingParams(max_tokens=60, temperature=1.0, ignore_eos=True), **changes)
     requests = Requests.of(prompts_of(8, 150), params, seeds=range(8))
     engine = engine_of(model, speculation=Speculation("draft_model", 4, model, gate=False), max_num_seqs=3)
     assert tokens(engine, requests) == tokens(off(model), requests)
     stats = engine.stats()
     assert stats.accepted > 0.95 * stats.drafted > 200
+
+
+class Interrupted:
+    """A `Speculator` whose model draws with other seeds in one step, is not asked for some, and then drafts again."""
+
+    wanted = True
+
+    def __init__(self, drafter: Speculator, pause: int) -> None:
+        assert drafter.model is not None
+        self.drafter, self.model, self.pause = drafter, drafter.model, pause
+        self.steps = self.drafted = self.accepted = self.misled = 0
+        self.back = False
+
+    def draft(self, places: Ints, room: Ints, prompt_tokens: int, budget: int) -> Ints:
+        self.steps += 1
+        within = self.steps % (self.pause + 4)
+        self.back = within > self.pause
+        if 0 < within <= self.pause:
+            room = np.zeros_like(room)
+        seeds = self.model.table.seed
+        if within == 0:
+            self.model.table.seed = seeds + 1000
+        counts = self.drafter.draft(places, room, prompt_tokens, budget)
+        self.model.table.seed = seeds
+        return counts
+
+    def settle(self, batch: Batch, gains: Gains, seconds: float) -> None:
+        self.drafter.settle(batch, gains, seconds)
+        if self.back:
+            self.drafted += batch.drafted
+            self.accepted += gains.accepted
+        else:
+            self.misled += batch.drafted - gains.accepted
+
+    def remember(self, done: Completions) -> None:
+        self.drafter.remember(done)
+
+
+@pytest.mark.parametrize("pause", [20, 80])
+def test_a_draft_model_that_paused_is_right_again_at_once(make_model: Callable[..., Path], pause: int) -> None:
+    """What it had drafted last is not what followed, and of what followed it has seen nothing (TensorRT-LLM#16888).
+
+    Up to a tile it reads token by token, more in tiles.
+    """
+    model = make_model("llama")
+    params = SamplingParams(max_tokens=300, temperature=1.0, ignore_eos=True)
+    requests = Requests.of(prompts_of(6, 100), params, seeds=range(6))
+    engine = engine_of(model, speculation=Speculation("draft_model", 8, model, gate=False), max_num_seqs=3)
+    assert engine.drafter is not None
+    drafter = Interrupted(engine.drafter, pause)
+    engine.drafter = drafter  # type: ignore[assignment]
+    assert tokens(engine, requests) == tokens(off(model), requests)
+    assert drafter.accepted > 0.95 * drafter.drafted > 200
+    assert drafter.misled > 50
 
 
 def test_a_draft_model_knows_how_much_it_has_yet_to_read(make_model: Callable[..., Path]) -> None:
@@ -141,6 +306,7 @@ def test_a_draft_model_knows_how_much_it_has_yet_to_read(make_model: Callable[..
 
 
 def test_rows_that_are_preempted_are_drafted_for_again(make_model: Callable[..., Path]) -> None:
+    """In another place, behind what they had, with nothing left of who was there before."""
     model = make_model("llama")
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, 320, int(rng.integers(5, 40))).tolist() for _ in range(80)]
