@@ -138,7 +138,7 @@ class ToTheEnd(Adversary):
         counts = super().draft(places, room, prompt_tokens, budget)
         ends = self.table.length[places] + counts
         assert (ends < self.table.end[places]).all(), "the last token of a row is drawn and never computed"
-        self.reach = max(self.reach, int(ends.max()))
+        self.reach = max(self.reach, int(ends[counts > 0].max(initial=0)))
         return counts
 
 
