@@ -150,6 +150,15 @@ def in_turns(
                 yield PEER, Measured(seconds, tokens / seconds, None)
 
 
+def write_workloads(only: str, folder: Path) -> None:
+    """The rows that other engines' runners take: a file `MODEL-NAME.jsonl` for each workload."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for label, _, _, workload in jobs(only):
+        path = folder / f"{label.replace('/', '-').replace(' ', '-')}.jsonl"
+        write_jsonl(workload.rows(Text()), path)
+        typer.echo(path)
+
+
 def counts(report: Report | None) -> dict[str, int]:
     """What a run computed; nothing is known of another engine's."""
     names = ("steps", "prompt_tokens_computed", "drafted", "accepted", "preemptions")
@@ -185,8 +194,14 @@ def main(
         bool, typer.Option(help=f"Also {PEER}, on the large shape; installed first where missing.")
     ] = False,
     output: Annotated[Path, typer.Option(help="Written with .json and .md.")] = RESULTS / "offline",
+    rows: Annotated[
+        Path | None, typer.Option(help="Measure nothing; write each workload's rows to this folder, as JSONL.")
+    ] = None,
 ) -> None:
     """Measure what each feature adds, workload by workload, and write one table."""
+    if rows is not None:
+        write_workloads(only, rows)
+        return
     versions = [openvino_int8.prepare()] if peer else []
     sections = Sections(output, "What knowing the whole job is worth", ABOUT)
     for label, model, draft, workload in jobs(only):
