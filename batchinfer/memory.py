@@ -22,7 +22,7 @@ class Room:
     @classmethod
     def on_cpu(cls) -> "Room":
         """Nine tenths of what is available."""
-        available = _status_bytes("/proc/meminfo", "MemAvailable") or 1 << 34
+        available = available_bytes()
         return cls(int(available * CPU_SHARE), f"{CPU_SHARE:.0%} of {_gb(available)} available")
 
     @classmethod
@@ -83,6 +83,11 @@ def is_out_of_memory(error: Exception) -> bool:
     """On a device or on the host, of whose memory torch tells in words only."""
     said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
+def available_bytes() -> int:
+    """Of memory that the system can still give; 16 GiB where it does not tell."""
+    return _status_bytes("/proc/meminfo", "MemAvailable") or 1 << 34
 
 
 def peak_memory_bytes() -> int:

@@ -148,18 +148,21 @@ class StepCost:
     error: float = 0.0  # of the steps that it was fitted to, relative: half of them are as near or nearer
 
     @classmethod
-    def fit(cls, measured: list[tuple[dict[str, Floats], Floats]], operations_per_second: float) -> "StepCost":
+    def fit(
+        cls, measured: list[tuple[dict[str, Floats], Floats]], operations_per_second: float, byte_seconds: float
+    ) -> "StepCost":
         """The constants that come nearest to measured seconds [n] of steps, by relative error.
 
-        None is below 0, and no product is faster than the device's fastest: a few shapes do not tell apart all that
-        grows with the tokens.
+        None is below 0, no product is faster than the device's fastest, and no byte from memory costs less than the
+        `byte_seconds` measured: a few small shapes do not tell apart all that grows with the tokens, or the weights.
         """
         names = sorted({name for steps, _ in measured for name in steps})
         rows = [np.stack([steps.get(name, np.zeros(len(taken))) for name in names], 1) for steps, taken in measured]
         taken = np.concatenate([taken for _, taken in measured])
         relative = np.concatenate(rows) / taken[:, None]
-        fastest = {f"weight by {count} rows": 2 * count / operations_per_second for count in ROWS}
-        least = np.array([fastest.get(name, 0.0) for name in names])
+        bounds = {f"weight by {count} rows": 2 * count / operations_per_second for count in ROWS}
+        bounds |= {"weight from memory": byte_seconds, "head from memory": byte_seconds}
+        least = np.array([bounds.get(name, 0.0) for name in names])
         found = least + nonnegative_least_squares(relative, 1 - relative @ least)
         error = float(np.median(np.abs(relative @ found - 1)))
         return cls(dict(zip(names, found.tolist(), strict=True)), error)

@@ -7,16 +7,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from batchinfer.batch import Batch
 from batchinfer.config import EngineConfig
 from batchinfer.engine import Engine
 from batchinfer.kernels.grain import TILE
+from batchinfer.memory_speed import measure_memory
 from batchinfer.request import Completions, Requests, SamplingParams
 from batchinfer.speculation import Speculation
 from batchinfer.step_cost import (
@@ -34,10 +33,9 @@ from batchinfer.tokenizer import Tokenizer
 
 REPEATS = 2  # of each step at least
 REPEAT_SECONDS = 0.1
-COPY_BYTES = 1 << 28
 
 # hidden, intermediate, layers, heads, key heads, head size, vocabulary. The first is for attention, and tells what a
-# layer takes from what a step takes; the last is larger than processors' caches.
+# layer takes from what a step takes; the last is about as large as processors' caches.
 SHAPES = ((256, 768, 6, 8, 4, 32, 2048), (640, 1728, 3, 10, 5, 64, 6144), (1536, 4096, 2, 16, 4, 96, 10240))
 KV_CACHES = ("float32", "bfloat16", "int8", "fp8")
 
@@ -93,7 +91,8 @@ def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
     """
     costs: dict[str, StepCost] = {}
     load_seconds, operations = {}, {}
-    cache_bytes = last_cache_bytes(device)
+    say("timing reads of memory")
+    memory = measure_memory(device)
     with tempfile.TemporaryDirectory() as folder:
         models = [_write_shape(Path(folder) / str(i), shape) for i, shape in enumerate(SHAPES)]
         for name, products in PRODUCTS.items():
@@ -102,7 +101,7 @@ def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
             for model, kv_cache, workloads in _plan(models, products.kv_cache(device)):
                 engine = _engine(model, device, products, kv_cache)
                 shape = engine.runner.decoder.config
-                weights = Weights(products.layer_bytes, products.head_bytes, cache_bytes)
+                weights = Weights(products.layer_bytes, products.head_bytes, memory.cache_bytes)
                 for lengths, params, sampling in workloads:
                     work, seconds, middle = _timed(engine, lengths, params)
                     longer += (middle / seconds).tolist()
@@ -110,8 +109,9 @@ def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
             stats = engine.stats()  # of the largest model
             load_seconds[name] = stats.load_seconds / (shape.layers * layer_weights(shape))
             operations[name] = stats.peak_operations_per_second
-            costs[name] = StepCost.fit(measured, operations[name]).times(float(np.median(longer)))
-    return DeviceCost(costs, load_seconds, _start_seconds(), operations, _copy_rate(device), cache_bytes)
+            fitted = StepCost.fit(measured, operations[name], memory.byte_seconds[name])
+            costs[name] = fitted.times(float(np.median(longer)))
+    return DeviceCost(costs, load_seconds, _start_seconds(), operations, memory.bytes_per_second, memory.cache_bytes)
 
 
 def _plan(models: list[Path], automatic: str) -> Iterator[tuple[Path, str, list[Workload]]]:
@@ -198,27 +198,3 @@ def _start_seconds() -> float:
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import batchinfer.engine"], check=True, env={**os.environ})
     return time.perf_counter() - started
-
-
-def _copy_rate(device: str) -> float:
-    """Bytes a second, read and written, of the fastest of some copies."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * COPY_BYTES / best
-
-
-def last_cache_bytes(device: str) -> float:
-    """Of the device's last cache; 32 MiB where the system does not tell."""
-    if device == "cuda":
-        return float(torch.cuda.get_device_properties(0).L2_cache_size)
-    with suppress(OSError, ValueError):
-        sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-        return max(float(path.read_text().strip().removesuffix("K")) * 1024 for path in sizes)
-    return float(32 << 20)

@@ -85,4 +85,5 @@ def _ceilings(cost: DeviceCost, path: Path) -> Iterator[Line]:
         doubt = "; measure again while nothing else runs" if error > LARGEST_ERROR else ""
         yield f"{products} products", f"{operations / 1e9:,.0f} GOP/s; steps fitted to {100 * error:.0f} %{doubt}"
     yield "memory copies", f"{cost.bytes_per_second / 1e9:,.1f} GB/s"
+    yield "last cache", f"{cost.cache_bytes / 1e6:,.0f} MB of weights stay there"
     yield "measured", str(path)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from command_line import call
 
-from batchinfer import step_timing
+from batchinfer import memory_speed, step_timing
 from batchinfer.jobs import cli, device
 from batchinfer.jobs.device_cost import DeviceKey, read_device_cost, write_device_cost
 from batchinfer.step_cost import PRODUCTS, DeviceCost, StepCost
@@ -97,7 +97,7 @@ def test_the_machine_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> 
     assert _remedy() in out
     write_device_cost(DeviceKey.of("cpu"), COST)
     out = printed(capsys, "--device", "cpu")
-    assert "800 GOP/s" in out and "25.0 GB/s" in out and "fitted to 5 %" in out
+    assert "800 GOP/s" in out and "25.0 GB/s" in out and "34 MB of weights" in out and "fitted to 5 %" in out
     assert _remedy() not in out and "measure again" not in out
 
 
@@ -122,7 +122,8 @@ def test_measuring_keeps_what_it_finds(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr(step_timing, "PRODUCTS", {"w8a8-int8": PRODUCTS["w8a8-int8"]})
     monkeypatch.setattr(step_timing, "KV_CACHES", ("float32", "int8"))
     monkeypatch.setattr(step_timing, "REPEAT_SECONDS", 0.0)
-    monkeypatch.setattr(step_timing, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(memory_speed, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(memory_speed, "LARGEST", 32 << 20)
     out = printed(capsys, "--device", "cpu", "--calibrate")
     key = DeviceKey.of("cpu")
     cost, why = read_device_cost(key)

@@ -61,12 +61,12 @@ def test_a_fit_finds_the_constants_again() -> None:
     truth = {name: rng.uniform(0.5, 2) * 1e-3 / max(steps[0][name].max(), 1.0) for name in steps[0]}
     truth["token"] = 0.0
     seconds = [StepCost(truth).of(s) for s in steps]
-    fitted = StepCost.fit(list(zip(steps, seconds, strict=True)), 1e18)
+    fitted = StepCost.fit(list(zip(steps, seconds, strict=True)), 1e18, 0.0)
     assert fitted.seconds["token"] == pytest.approx(0, abs=1e-9)
     unseen = quantities(random_work(50, 99), MODELS[1], WEIGHTS, "int8", "drawn")
     np.testing.assert_allclose(fitted.of(unseen), StepCost(truth).of(unseen), rtol=1e-4)
     assert fitted.error < 1e-6
-    noisy = StepCost.fit([(s, t * rng.normal(1, 0.05, len(t))) for s, t in zip(steps, seconds, strict=True)], 1e18)
+    noisy = StepCost.fit([(s, t * rng.normal(1, 0.05, len(t))) for s, t in zip(steps, seconds, strict=True)], 1e18, 0.0)
     np.testing.assert_allclose(noisy.of(unseen), StepCost(truth).of(unseen), rtol=0.15)
     assert 0.02 < noisy.error < 0.05
 
@@ -75,9 +75,16 @@ def test_no_product_is_faster_than_the_fastest() -> None:
     """Of one shape, in which all that grows with the tokens grows alike, nothing else tells products apart."""
     steps = quantities(random_work(120), MODELS[0], WEIGHTS, "int8", "greedy")
     seconds = steps["token"] * 1e-4
-    fitted = StepCost.fit([(steps, seconds)], 1e12).seconds
+    fitted = StepCost.fit([(steps, seconds)], 1e12, 0.0).seconds
     assert all(fitted[f"weight by {rows} rows"] >= 2 * rows / 1e12 for rows in ROWS)
     assert fitted["token"] < 1e-4 and StepCost(fitted).of(steps) == pytest.approx(seconds, rel=0.3)
+
+
+def test_a_byte_from_memory_costs_what_was_measured() -> None:
+    """Of models that a cache holds, nothing else tells what it costs."""
+    steps = quantities(random_work(120), MODELS[0], WEIGHTS, "int8", "greedy")
+    fitted = StepCost.fit([(steps, steps["token"] * 1e-4)], 1e12, 3e-11).seconds
+    assert fitted["weight from memory"] == fitted["head from memory"] == pytest.approx(3e-11)
 
 
 def test_what_was_not_measured_is_named() -> None:
