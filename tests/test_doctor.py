@@ -14,7 +14,7 @@ from batchinfer.jobs.device_cost import DeviceKey, read_device_cost, write_devic
 from batchinfer.step_cost import PRODUCTS, DeviceCost, StepCost
 
 COST = DeviceCost(
-    steps={name: StepCost({"step": 1e-3, "token": 2e-6}, 0.05) for name in PRODUCTS},
+    steps={name: StepCost({"step": 1e-3, "number": 2e-6}, 0.05) for name in PRODUCTS},
     load_seconds=dict.fromkeys(PRODUCTS, 1e-8),
     start_seconds=1.5,
     operations_per_second={"float32": 1e11, "bfloat16": 2e11, "w8a8-int8": 8e11},
@@ -63,8 +63,8 @@ def _remedy() -> str:
         ('"start_seconds": 1.5', '"start_seconds": "1.5"'),
         ('"start_seconds": 1.5,', ""),
         ('"start_seconds": 1.5', '"start_seconds": 1.5, "more": 1'),
-        ('"token": 2e-06', '"token": Infinity'),
-        ('"token": 2e-06', '"token": 1' + "0" * 400),
+        ('"number": 2e-06', '"number": Infinity'),
+        ('"number": 2e-06', '"number": 1' + "0" * 400),
         ('"cache_bytes": 33554432.0', '"cache_bytes": 0'),
         ('"w8a8-int8": 1e-08', '"w4": 1e-08'),
         ('"seconds": {', '"seconds": [{'),

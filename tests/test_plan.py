@@ -63,7 +63,8 @@ def cost_of(model: Path, per_token: float = 1e-3) -> DeviceCost:
             config = EngineConfig(model)
             shape = Job(JobShape(np.array([0, 1]), SamplingParams(), 64), config).model
             seconds |= dict.fromkeys(quantities(nothing, shape, Weights(1, 1, 3e7), kv_cache, "filtered"), 0.0)
-        steps[name] = StepCost(seconds | {"token": per_token * factor, "stored key in int8": per_token * factor / 64})
+        stored = {key: per_token * factor / 64 for key in seconds if key.startswith("stored key")}
+        steps[name] = StepCost(seconds | stored | {"stored key in int8": per_token * factor / 32})
     rates = dict.fromkeys(PRODUCTS, 1e11)
     return DeviceCost(steps, dict.fromkeys(PRODUCTS, 1e-9), 2.0, rates, 1e10, 3e7)
 

@@ -182,7 +182,7 @@ def test_drafts_always_pay_where_steps_are_flat(model: Path) -> None:
 def test_drafts_never_pay_where_time_is_in_proportion(model: Path) -> None:
     """Five times the seconds for five tokens at best. Tokens are padded to 8, so that with few rows they are free."""
     assert drafts_pay(model, {"decoding key in bfloat16": 2**-10}) == dict.fromkeys(("1", "4", "16", "64"))
-    by_token = drafts_pay(model, {"token": 2**-10})
+    by_token = drafts_pay(model, {"stored key in bfloat16": 2**-16})
     assert (by_token["16"], by_token["64"]) == (None, None)
     assert by_token["1"] == 0.01
     text = planned(model, [f"{i:010}" for i in range(64)]).text(None)
@@ -198,7 +198,10 @@ def expected_tokens(right: float) -> float:
     ("seconds", "taken"),
     [
         # As long as 32 tokens, and 1 for each token, padded.
-        ({"step": 32, "token": 1}, {"1": (40, 40), "4": (40, 56), "16": (48, 112), "64": (96, 352)}),
+        (
+            {"step": 32, "stored key in bfloat16": 1 / 64},
+            {"1": (40, 40), "4": (40, 56), "16": (48, 112), "64": (96, 352)},
+        ),
         # As long as 100 positions, and 1 for each that a token sees: 10 of the prompt, and half of 5 new ones.
         (
             {"step": 100, "decoding key in bfloat16": 2 / KV_TOKEN},

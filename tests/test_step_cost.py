@@ -59,10 +59,10 @@ def test_a_fit_finds_the_constants_again() -> None:
     steps = [quantities(random_work(120, seed), model, WEIGHTS, "int8", "drawn") for seed, model in enumerate(MODELS)]
     # As long as about a millisecond each, in a step of the first model.
     truth = {name: rng.uniform(0.5, 2) * 1e-3 / max(steps[0][name].max(), 1.0) for name in steps[0]}
-    truth["token"] = 0.0
+    truth["tile score"] = 0.0
     seconds = [StepCost(truth).of(s) for s in steps]
     fitted = StepCost.fit(list(zip(steps, seconds, strict=True)), 1e18, 0.0)
-    assert fitted.seconds["token"] == pytest.approx(0, abs=1e-9)
+    assert fitted.seconds["tile score"] == pytest.approx(0, abs=1e-12)
     unseen = quantities(random_work(50, 99), MODELS[1], WEIGHTS, "int8", "drawn")
     np.testing.assert_allclose(fitted.of(unseen), StepCost(truth).of(unseen), rtol=1e-4)
     assert fitted.error < 1e-6
@@ -74,16 +74,16 @@ def test_a_fit_finds_the_constants_again() -> None:
 def test_no_product_is_faster_than_the_fastest() -> None:
     """Of one shape, in which all that grows with the tokens grows alike, nothing else tells products apart."""
     steps = quantities(random_work(120), MODELS[0], WEIGHTS, "int8", "greedy")
-    seconds = steps["token"] * 1e-4
+    seconds = steps["stored key in int8"] * 4e-7
     fitted = StepCost.fit([(steps, seconds)], 1e12, 0.0).seconds
     assert all(fitted[f"weight by {rows} rows"] >= 2 * rows / 1e12 for rows in ROWS)
-    assert fitted["token"] < 1e-4 and StepCost(fitted).of(steps) == pytest.approx(seconds, rel=0.3)
+    assert fitted["stored key in int8"] < 4e-7 and StepCost(fitted).of(steps) == pytest.approx(seconds, rel=0.3)
 
 
 def test_a_byte_from_memory_costs_what_was_measured() -> None:
     """Of models that a cache holds, nothing else tells what it costs."""
     steps = quantities(random_work(120), MODELS[0], WEIGHTS, "int8", "greedy")
-    fitted = StepCost.fit([(steps, steps["token"] * 1e-4)], 1e12, 3e-11).seconds
+    fitted = StepCost.fit([(steps, steps["stored key in int8"] * 4e-7)], 1e12, 3e-11).seconds
     assert fitted["weight from memory"] == fitted["head from memory"] == pytest.approx(3e-11)
 
 

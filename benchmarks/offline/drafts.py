@@ -21,7 +21,7 @@ from conditions import conditions
 from sections import Sections, jobs
 from workloads import REPOSITORY, TARGET, Rows, Text, Workload, fixed_drafters, sampling_of
 
-from batchinfer.config import EngineConfig
+from batchinfer.config import EngineConfig, EngineStats
 from batchinfer.engine import Engine
 from batchinfer.request import Requests
 from batchinfer.speculation import Speculation
@@ -73,7 +73,15 @@ def side_by_side(engines: dict[str, Engine], requests: Requests) -> dict[str, Ru
     return runners
 
 
-def measure(workload: Workload, model: Path, draft: Path | None) -> dict[str, Runner]:
+@dataclass(frozen=True)
+class Run:
+    """What is kept of an engine that is done."""
+
+    seconds: float
+    stats: EngineStats
+
+
+def measure(workload: Workload, model: Path, draft: Path | None) -> dict[str, Run]:
     """All ways of one workload. `SystemExit` where their answers differ."""
     requests = requests_of(workload.rows(Text()), workload)
     new = np.array([params.max_tokens for params in requests.params])[requests.param_index]
@@ -97,10 +105,10 @@ def measure(workload: Workload, model: Path, draft: Path | None) -> dict[str, Ru
     for name, runner in runners.items():
         if runner.answers != runners[PLAIN].answers:
             raise SystemExit(f"{workload.name}: {name} gives other answers than {PLAIN}")
-    return runners
+    return {name: Run(runner.seconds, runner.engine.stats()) for name, runner in runners.items()}
 
 
-def table(runs: list[dict[str, Runner]]) -> list[str]:
+def table(runs: list[dict[str, Run]]) -> list[str]:
     """In Markdown: seconds, and beside those of the plain engine and of no drafts in the same run."""
     lines = [
         "| engine | seconds | spread | plain / this | no drafts / this | spread | steps | drafts right | preempted |",
@@ -109,7 +117,7 @@ def table(runs: list[dict[str, Runner]]) -> list[str]:
     for name in runs[0]:
         seconds = [run[name].seconds for run in runs]
         whole, ratios = ([run[base].seconds / run[name].seconds for run in runs] for base in (PLAIN, OFF))
-        stats = runs[-1][name].engine.stats()
+        stats = runs[-1][name].stats
         lines.append(
             f"| {name} | {statistics.median(seconds):.2f} | {min(seconds):.2f} to {max(seconds):.2f} | "
             f"{statistics.median(whole):.2f} | {statistics.median(ratios):.3f} | "
@@ -119,7 +127,7 @@ def table(runs: list[dict[str, Runner]]) -> list[str]:
     return lines
 
 
-def summary(runs: list[dict[str, Runner]]) -> str:
+def summary(runs: list[dict[str, Run]]) -> str:
     """What the gate made of it."""
     seconds = {name: statistics.median(run[name].seconds for run in runs) for name in runs[0]}
     best = min((name for name in seconds if name not in (PLAIN, AUTO)), key=seconds.__getitem__)
