@@ -16,10 +16,11 @@ from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.memory import available_bytes
 from batchinfer.step_cost import PRODUCTS, Floats, Products
 
-SIDE = 2048  # of the matrices: 4 to 16 MB, which every last cache holds
+SIDE = 2048  # of the matrices: 4 to 16 MB, which most last caches hold
 ROWS = 32  # that they are multiplied with: between a step of a few rows and one of many
 LARGEST = 1 << 30  # bytes of weights, which no processor's part of a cache holds
-PASSES = 4  # over each number of matrices that are timed
+PASSES = 4  # timed, over each number of matrices; fewer where they take longer than
+PASSES_SECONDS = 0.5  # together, which on slow processors they do
 COPY_BYTES = 1 << 28
 
 Curve = tuple[Floats, Floats]
@@ -76,8 +77,8 @@ def _product(kind: Products) -> Callable[[], object]:
 
 def _fastest_pass(products: list[Callable[[], object]]) -> float:
     """Seconds of one over all of them; the first is not timed."""
-    times = []
-    for _ in range(1 + PASSES):
+    times = list[float]()
+    while len(times) < 2 or (len(times) <= PASSES and sum(times) < PASSES_SECONDS):
         started = time.perf_counter()
         for product in products:
             product()
