@@ -62,7 +62,8 @@ def _about(rows: list[Row], conditions: dict[str, Any]) -> str:
     lines = [
         f"{NUM_PROMPTS} prompts of {INPUT_LEN} tokens, {OUTPUT_LEN} new tokens each, shape "
         f"`{conditions['shape']}` with random weights. Tokens per second, median of {len(rows[0].runs)} runs in turns; "
-        "spread is the slowest and the fastest total. How each number is taken: `benchmarks/README.md`.",
+        "spread is the slowest and the fastest total. How each number is taken: `benchmarks/README.md`. Jobs with "
+        "templates, ShareGPT's lengths or few rows, beside OpenVINO: `offline.md`.",
         f"- {conditions['date']}, commit {conditions['commit']}",
         f"- {machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
         f"{machine['system']}; load average before the run {machine['load_average']:.2f}",
