@@ -14,7 +14,7 @@ from batchinfer.jobs.device import device_name
 from batchinfer.jobs.durable import write_json
 from batchinfer.step_cost import DeviceCost, StepCost
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: with a term for a token by itself, and the last cache as the system tells it
 REMEDY = "measure this device with 'batchinfer doctor --calibrate'"
 
 

@@ -56,7 +56,7 @@ def _remedy() -> str:
 @pytest.mark.parametrize(
     ("before", "after"),
     [
-        ('"schema_version": 1', '"schema_version": 2'),
+        ('"schema_version": 2', '"schema_version": 1'),
         ('"cores": ', '"cores": 1'),
         ('"start_seconds": 1.5', '"start_seconds": -1.5'),
         ('"start_seconds": 1.5', '"start_seconds": NaN'),
@@ -81,7 +81,7 @@ def test_a_damaged_file_is_not_used_and_that_is_said(before: str, after: str) ->
     assert str(path) in why and "doctor --calibrate" in why
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"schema_version": 1}'])
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"schema_version": 2}'])
 def test_another_file_is_not_used(content: bytes) -> None:
     key = DeviceKey.of("cpu")
     write_device_cost(key, COST).write_bytes(content)
