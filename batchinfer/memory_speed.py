@@ -37,7 +37,7 @@ class MemorySpeed:
 
 
 def measure_memory(device: str) -> MemorySpeed:
-    """About ten seconds on a CPU. Of a GPU the driver tells the cache; models that steps are timed on exceed it."""
+    """Five seconds on two cores. Of a GPU the driver tells the cache; models that steps are timed on exceed it."""
     if device == "cuda":
         cache_bytes = float(torch.cuda.get_device_properties(0).L2_cache_size)
         return MemorySpeed(_copy_rate(device), cache_bytes, dict.fromkeys(PRODUCTS, 0.0))

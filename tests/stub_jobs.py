@@ -127,6 +127,12 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
+def write_json_lines(path: Path, *values: Any) -> Path:
+    """A JSONL file of these values."""
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
 def write(path: Path, **columns: Any) -> Path:
     pq.write_table(pa.table(columns), path, row_group_size=100)
     return path
