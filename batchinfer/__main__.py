@@ -1,6 +1,6 @@
 """`python -m batchinfer`: the command line, by the interpreter that runs it."""
 
-from batchinfer.jobs.cli import main
+from batchinfer.jobs.cli.main import main
 
 if __name__ == "__main__":
     main()

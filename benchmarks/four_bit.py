@@ -68,10 +68,10 @@ def run_engine(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """One engine: for each number of rows, tokens a second of prompts and of steps in which all rows decode."""
     import numpy as np
 
-    from batchinfer.config import EngineConfig
-    from batchinfer.engine import Engine
-    from batchinfer.request import Requests, SamplingParams
-    from batchinfer.tokenizer import Tokenizer
+    from batchinfer.engine.config import EngineConfig
+    from batchinfer.engine.engine import Engine
+    from batchinfer.engine.request import Requests, SamplingParams
+    from batchinfer.text.tokenizer import Tokenizer
 
     class Numbers(Tokenizer):
         def __init__(self) -> None:

@@ -20,12 +20,12 @@ import pyarrow.parquet as pq
 from conditions import conditions
 from numpy.typing import NDArray
 
+from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.jobs.bench import TOKEN_IDS, TokenIdPrompts
-from batchinfer.jobs.reader import Table
-from batchinfer.jobs.report import peak_memory_bytes
+from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec
-from batchinfer.jobs.windows import Windows
-from batchinfer.tokenizer import Tokenizer
+from batchinfer.jobs.tables.table import Table
+from batchinfer.text.tokenizer import Tokenizer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "plan_speed.json"
 GROUP_ROWS = 50_000

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from batchinfer.engine import Engine
-from batchinfer.evaluator import Scores, all_logits
+from batchinfer.engine.engine import Engine
 from batchinfer.jobs.evaluate import engine_for_windows, windows_of
 from batchinfer.jobs.quantize import CalibrationRows, quantize
-from batchinfer.jobs.reader import Table
-from batchinfer.tokenizer import Tokenizer
+from batchinfer.jobs.tables.table import Table
+from batchinfer.quality.evaluator import Scores, all_logits
+from batchinfer.text.tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 MODEL = HERE.parent / "examples" / "stdlib" / "target"

@@ -13,15 +13,16 @@ import pyarrow.parquet as pq
 import tokenizers
 from tokenizers.models import WordLevel
 
-from batchinfer.jobs.hub import read_config, resolve_model
+from batchinfer.engine.request import Requests, RowError, SamplingParams
+from batchinfer.errors import EngineFailed, Refused, UsageError
+from batchinfer.jobs.job import run
+from batchinfer.jobs.process.messages import TORCH_ENGINE
 from batchinfer.jobs.report import Report
-from batchinfer.jobs.runner import run
-from batchinfer.jobs.spec import EngineFailed, JobSpec, Refused, UsageError
-from batchinfer.jobs.worker import TORCH_ENGINE
-from batchinfer.request import Requests, RowError, SamplingParams
-from batchinfer.tokenizer import Tokenizer
+from batchinfer.jobs.spec import JobSpec
+from batchinfer.models.hub import read_config, resolve_model
+from batchinfer.text.tokenizer import Tokenizer
 
-STUB_ENGINE = "batchinfer.jobs.stub:StubEngine"
+STUB_ENGINE = "batchinfer.jobs.process.stub_engine:StubEngine"
 STUB_VOCABULARY = 32_000
 GROUP_TOKENS = 1 << 20
 TOKEN_IDS = "prompt_token_ids"

@@ -12,22 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from batchinfer.config import EngineConfig
-from batchinfer.gguf import WEIGHTS
-from batchinfer.jobs.hub import read_config, resolve_model
-from batchinfer.jobs.interruption import Interruption
-from batchinfer.jobs.job_plan import JobPlan
+from batchinfer.engine.config import EngineConfig, Speculation
+from batchinfer.engine.request import Requests
+from batchinfer.errors import Interrupted, Refused, UsageError
+from batchinfer.formats.gguf_file import GGUFFile
 from batchinfer.jobs.log import printable, say
-from batchinfer.jobs.reader import Table
-from batchinfer.jobs.results import before_stop
-from batchinfer.jobs.spec import Interrupted, JobSpec, Refused, UsageError
-from batchinfer.jobs.token_file import StoredRequests
-from batchinfer.jobs.windows import Prompts
-from batchinfer.jobs.worker import Fault, Found, Worker
-from batchinfer.quantize.formats.gguf_file import GGUFFile
-from batchinfer.request import Requests
-from batchinfer.speculation import Speculation
-from batchinfer.tokenizer import Tokenizer
+from batchinfer.jobs.process.interruption import Interruption
+from batchinfer.jobs.process.messages import Fault, Found
+from batchinfer.jobs.process.worker import Worker
+from batchinfer.jobs.results.collector import before_stop
+from batchinfer.jobs.rows.length_figures import JobPlan
+from batchinfer.jobs.rows.token_file import StoredRequests
+from batchinfer.jobs.rows.windows import Prompts
+from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.tables.table import Table
+from batchinfer.models.gguf_folder import WEIGHTS
+from batchinfer.models.hub import read_config, resolve_model
+from batchinfer.text.tokenizer import Tokenizer
 
 POLL_SECONDS = 0.2
 BATCH_ROWS = 64  # tokenized for the sake of one
@@ -179,8 +180,8 @@ def same_beginning(ours: list[int], theirs: list[int]) -> float:
 
 def compare(pipe: Any, comparison: Comparison) -> None:
     """The child's life: both engines at once, row by row."""
-    from batchinfer.engine import Engine
-    from batchinfer.evaluator import answers, check_vocabularies, distance_along
+    from batchinfer.engine.engine import Engine
+    from batchinfer.quality.evaluator import answers, check_vocabularies, distance_along
 
     started = time.monotonic()
     spec, requests = comparison.spec, comparison.requests

@@ -4,12 +4,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from batchinfer.jobs.device import device_of, has_gpu
-from batchinfer.jobs.device_cost import DeviceKey, read_device_cost, write_device_cost
+from batchinfer.cost.step_cost import DeviceCost
+from batchinfer.errors import Refused, UsageError
+from batchinfer.host.device import device_of, has_gpu
 from batchinfer.jobs.log import printable, say
+from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost, write_device_cost
 from batchinfer.jobs.report import versions
-from batchinfer.jobs.spec import Refused, UsageError
-from batchinfer.step_cost import DeviceCost
 
 Line = tuple[str, str]
 
@@ -27,7 +27,7 @@ def examine(device: str, calibrate: bool) -> str:
     key = DeviceKey.of(found)
     kernels = list(_kernels(found))
     if calibrate:
-        from batchinfer.step_timing import measure
+        from batchinfer.cost.calibrate import measure
 
         say(f"measuring {key.device}; figures are too low where other programs run meanwhile")
         try:

@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from batchinfer.gguf import WEIGHTS
-from batchinfer.jobs.hub import resolve_model
-from batchinfer.jobs.reader import Table
-from batchinfer.jobs.spec import Refused, UsageError
-from batchinfer.tokenizer import Tokenizer
+from batchinfer.errors import Refused, UsageError
+from batchinfer.jobs.tables.table import Table
+from batchinfer.models.gguf_folder import WEIGHTS
+from batchinfer.models.hub import resolve_model
+from batchinfer.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from batchinfer.engine import Engine
-    from batchinfer.model_config import ModelConfig
+    from batchinfer.engine.engine import Engine
+    from batchinfer.models.config import ModelConfig
 
 CONTEXT = 512
 """Tokens of a window, if nothing is said."""
@@ -100,7 +100,7 @@ def evaluate(
     table.check([column])
     folder = resolve_model(model, None)
     reference_folder = None if reference is None else resolve_model(reference, None)
-    from batchinfer.evaluator import Evaluator
+    from batchinfer.quality.evaluator import Evaluator
 
     started = time.monotonic()
     context = _context(folder, asked)
@@ -147,7 +147,7 @@ def _scheme(quantization: str, config: "ModelConfig", folder: Path) -> str:
 
 
 def _context(model: Path, asked: int | None) -> int:
-    from batchinfer.model_config import read_model_config
+    from batchinfer.models.config import read_model_config
 
     try:
         # A window is followed by a token that is never computed, but has its place.
@@ -162,8 +162,8 @@ def _context(model: Path, asked: int | None) -> int:
 
 def engine_for_windows(model: Path, quantization: str, context: int, tokenizer: Tokenizer) -> "Engine":
     """An engine that takes a window of `context` tokens in one step. A `ValueError` names what does not fit."""
-    from batchinfer.config import EngineConfig
-    from batchinfer.engine import Engine
+    from batchinfer.engine.config import EngineConfig
+    from batchinfer.engine.engine import Engine
 
     config = EngineConfig(
         model,

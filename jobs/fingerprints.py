@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer import __version__
-from batchinfer.checksums import sha256
-from batchinfer.config import EngineConfig
+from batchinfer.engine.config import EngineConfig
+from batchinfer.host.files import sha256
 from batchinfer.jobs.spec import JobSpec
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16

@@ -9,12 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchinfer.jobs.done import differences
-from batchinfer.jobs.durable import lock
-from batchinfer.jobs.output import OutputWriter, files_of, is_there, publish, refuse_foreign, remove_left
-from batchinfer.jobs.parts import RunFolder
+from batchinfer.errors import Interrupted, Refused
 from batchinfer.jobs.report import read_report
-from batchinfer.jobs.spec import Interrupted, Refused, is_folder
+from batchinfer.jobs.results.done import differences
+from batchinfer.jobs.results.durable import lock
+from batchinfer.jobs.results.output_writer import OutputWriter, files_of, is_there, publish, refuse_foreign, remove_left
+from batchinfer.jobs.results.run_folder import RunFolder
+from batchinfer.jobs.spec import is_folder
 from batchinfer.jobs.verify import verify
 
 MERGE_ROWS = 8192

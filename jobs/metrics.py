@@ -5,11 +5,12 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from batchinfer.jobs.durable import write_whole
+from batchinfer.errors import Refused, exit_code
 from batchinfer.jobs.log import say
-from batchinfer.jobs.parts import RunFolder
-from batchinfer.jobs.results import Results
-from batchinfer.jobs.spec import JobSpec, Refused, exit_code
+from batchinfer.jobs.results.collector import Results
+from batchinfer.jobs.results.durable import write_whole
+from batchinfer.jobs.results.run_folder import RunFolder
+from batchinfer.jobs.spec import JobSpec
 
 PREFIX = "batchinfer_job_"
 HELP = {

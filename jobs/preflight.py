@@ -6,19 +6,19 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from batchinfer.config import EngineConfig
-from batchinfer.jobs.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
+from batchinfer.engine.config import EngineConfig, Speculation
+from batchinfer.errors import Refused
+from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.jobs.fingerprints import fingerprints
-from batchinfer.jobs.hub import TOKENIZER_FILES, context_length, read_config, resolve_model
-from batchinfer.jobs.ids import check_ids
-from batchinfer.jobs.prompts import PromptSource
-from batchinfer.jobs.reader import Table
-from batchinfer.jobs.schema import result_fields
-from batchinfer.jobs.spec import JobSpec, Refused
-from batchinfer.jobs.template_check import check_template
-from batchinfer.jobs.windows import Prompts
-from batchinfer.speculation import Speculation
-from batchinfer.tokenizer import Tokenizer
+from batchinfer.jobs.results.schema import result_fields
+from batchinfer.jobs.rows.prompts import PromptSource
+from batchinfer.jobs.rows.template_check import check_template
+from batchinfer.jobs.rows.windows import Prompts
+from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.tables.ids import check_ids
+from batchinfer.jobs.tables.table import Table
+from batchinfer.models.hub import TOKENIZER_FILES, context_length, read_config, resolve_model
+from batchinfer.text.tokenizer import Tokenizer
 
 PromptsFactory = Callable[[JobSpec, Tokenizer, int, pa.Schema], Prompts]
 

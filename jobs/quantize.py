@@ -9,17 +9,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-import batchinfer
-from batchinfer.jobs.calibration import TokenIds, calibration_sequences
-from batchinfer.jobs.hub import resolve_model
-from batchinfer.jobs.interruption import Interruption
-from batchinfer.jobs.report import peak_memory_bytes
-from batchinfer.jobs.spec import Interrupted, Refused, UsageError, read_job_file
-from batchinfer.tokenizer import Tokenizer
+import batchinfer.quantize
+from batchinfer.errors import Interrupted, Refused, UsageError
+from batchinfer.host.memory import peak_memory_bytes
+from batchinfer.jobs.calibration_rows import TokenIds, calibration_sequences
+from batchinfer.jobs.flag_values import read_job_file
+from batchinfer.jobs.process.interruption import Interruption
+from batchinfer.models.hub import resolve_model
+from batchinfer.text.tokenizer import Tokenizer
 
 TOKENS = 512
 """Of a calibration row, if nothing is said."""
-RECIPES = Path(batchinfer.__file__).parent / "quantize" / "recipes"
+RECIPES = Path(batchinfer.quantize.__path__[0]) / "recipes"
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -96,9 +97,9 @@ def quantize(
 
     Ctrl-C and SIGTERM end it by `Interrupted` when the layer under way is written.
     """
+    from batchinfer.formats.scheme import weight_scheme
     from batchinfer.quantize import methods
-    from batchinfer.quantize.scheme import weight_scheme
-    from batchinfer.quantizer import Quantizer
+    from batchinfer.quantize.walk import Quantizer
 
     try:
         chosen = weight_scheme(scheme, group_size)
@@ -149,7 +150,7 @@ def quantize(
 
 
 def _sequences(model: Path, rows: CalibrationRows) -> list[TokenIds]:
-    from batchinfer.model_config import read_model_config
+    from batchinfer.models.config import read_model_config
 
     longest = read_model_config(model).max_positions
     tokens = min(TOKENS, longest) if rows.tokens is None else rows.tokens

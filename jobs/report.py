@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from batchinfer import __version__
+from batchinfer.errors import Refused
 from batchinfer.jobs.amounts import in_bytes, in_seconds, most_frequent
 from batchinfer.jobs.canary import Canary
 from batchinfer.jobs.log import printable
-from batchinfer.jobs.parts import RunFolder, grown_files
-from batchinfer.jobs.spec import Refused
+from batchinfer.jobs.results.run_folder import RunFolder, grown_files
 
 SCHEMA_VERSION = 1
 
@@ -153,15 +153,6 @@ def read_report(output: Path) -> Report:
 def rates(tokens: dict[str, int], seconds: dict[str, float]) -> dict[str, float]:
     """Tokens a second by kind; 0 where no time passed."""
     return {kind: tokens[kind] / seconds[kind] if seconds[kind] > 0 else 0.0 for kind in tokens}
-
-
-def peak_memory_bytes() -> int:
-    """The most that this process had resident; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def versions() -> dict[str, str]:

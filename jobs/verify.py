@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from batchinfer.checksums import sha256
-from batchinfer.jobs.done import Part, completion_tokens, counted, counts, read_part
-from batchinfer.jobs.output import digest_of, files_of, is_there
-from batchinfer.jobs.parts import RunFolder, grown_files
+from batchinfer.errors import Refused
+from batchinfer.host.files import sha256
 from batchinfer.jobs.report import read_report
-from batchinfer.jobs.schema import ROW
-from batchinfer.jobs.spec import Refused
+from batchinfer.jobs.results.done import Part, completion_tokens, counted, counts, read_part
+from batchinfer.jobs.results.output_writer import digest_of, files_of, is_there
+from batchinfer.jobs.results.run_folder import RunFolder, grown_files
+from batchinfer.jobs.results.schema import ROW
 
 
 @dataclass

@@ -8,11 +8,11 @@ what it will cost.
 import torch
 from torch import Tensor
 
+from batchinfer.formats.matrix import QuantizedMatrix
+from batchinfer.formats.scheme import WeightScheme
 from batchinfer.quantize.inputs import Inputs
-from batchinfer.quantize.matrix import QuantizedMatrix
 from batchinfer.quantize.rounding import Grid, stored_scale
 from batchinfer.quantize.rtn import grouped
-from batchinfer.quantize.scheme import WeightScheme
 
 DAMPING = (0.01, 0.1, 1.0)
 """Added to the Hessian's diagonal, as a part of its mean: the first that leaves it positive in spite of rounding."""

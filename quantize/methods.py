@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from batchinfer.formats.matrix import QuantizedMatrix
+from batchinfer.formats.scheme import WeightScheme
 from batchinfer.quantize.gptq import gptq
 from batchinfer.quantize.inputs import Inputs
-from batchinfer.quantize.matrix import QuantizedMatrix
 from batchinfer.quantize.rtn import round_to_nearest
-from batchinfer.quantize.scheme import WeightScheme
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchinfer.quantize.scheme import WeightScheme
+from batchinfer.formats.scheme import WeightScheme
 
 SHRINK = torch.linspace(1.0, 0.5, 26)
 """Parts of the largest value that a clip search tries as the largest that is kept."""

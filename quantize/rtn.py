@@ -3,23 +3,9 @@
 import torch
 from torch import Tensor
 
-from batchinfer.quantize.matrix import QuantizedMatrix
+from batchinfer.formats.matrix import FP8_MOST, QuantizedMatrix
+from batchinfer.formats.scheme import WeightScheme
 from batchinfer.quantize.rounding import Grid, stored_scale
-from batchinfer.quantize.scheme import WeightScheme
-
-FP8_MOST = torch.finfo(torch.float8_e4m3fn).max
-
-
-def quantize_channels(weight_NK: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """8 bits per output channel, symmetric: (values [N, K], scale float32 [N]) with weight about values * scale.
-
-    `dtype` is int8 or float8_e4m3fn.
-    """
-    weight = weight_NK.to(torch.float32, copy=True)
-    whole = dtype == torch.int8
-    scale = weight.abs().amax(-1).div_(127.0 if whole else FP8_MOST).clamp_(min=1e-30)
-    weight.div_(scale[:, None])
-    return (weight.round_() if whole else weight.clamp_(-FP8_MOST, FP8_MOST)).to(dtype), scale
 
 
 def round_to_nearest(weight_NK: Tensor, scheme: WeightScheme, importance_K: Tensor | None = None) -> QuantizedMatrix:

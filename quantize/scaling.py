@@ -8,10 +8,10 @@ operation that makes the inputs, so that nothing is added when the model runs.
 import torch
 from torch import Tensor
 
+from batchinfer.formats.scheme import WeightScheme
 from batchinfer.kernels.rows import quantize_rows
 from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.rtn import round_to_nearest
-from batchinfer.quantize.scheme import WeightScheme
 
 STRENGTHS = torch.linspace(0.1, 1.0, 10)
 """Exponents tried for the inputs' size."""

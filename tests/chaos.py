@@ -14,13 +14,12 @@ from subprocess import TimeoutExpired
 
 import pyarrow.parquet as pq
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "support"))
 
-from stub_jobs import expected, prompts  # noqa: E402
-from test_jobs_kills import PART_ROWS, ROWS, STEPS_AHEAD, Job, make_job  # noqa: E402
+from killed_jobs import PART_ROWS, ROWS, STEPS_AHEAD, Job, make_job
+from stub_jobs import expected, prompts
 
-from batchinfer.jobs.verify import verify  # noqa: E402
+from batchinfer.jobs.verify import verify
 
 
 def undisturbed_seconds(job: Job) -> float:

@@ -11,9 +11,9 @@ from gpu_check.engines import Ran, drive, engine_of, random_prompts, release, re
 from gpu_check.session import SHAPES, Session
 from gpu_check.steady import steady_steps
 
-from batchinfer.cost_model import CostModel, Device, Requests
-from batchinfer.engine import Engine
-from batchinfer.model_config import ModelConfig, read_model_config
+from batchinfer.cost.roofline import CostModel, Device, Requests
+from batchinfer.engine.engine import Engine
+from batchinfer.models.config import ModelConfig, read_model_config
 
 TITLE = "Llama-3-8B's shape, random weights, random prompts, no end of text"
 VARIANT_SECONDS = 6.0

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from gpu_check.session import Session
 
-from batchinfer.config import EngineConfig
-from batchinfer.engine import Engine
-from batchinfer.request import Requests, SamplingParams
-from batchinfer.tokenizer import Tokenizer
+from batchinfer.engine.config import EngineConfig
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.request import Requests, SamplingParams
+from batchinfer.text.tokenizer import Tokenizer
 
 SMALLER = {
     "vocab_size": 320,

@@ -11,7 +11,7 @@ from gpu_check.engines import drive, random_prompts, release, requests_of, shape
 from gpu_check.session import SHAPES, Session
 from gpu_check.steady import Steady, steady_steps, watch_graphs
 
-from batchinfer.engine import Engine
+from batchinfer.engine.engine import Engine
 
 MEMORY = "Memory of the device, GB"
 STEPS = "A steady decoding step"
@@ -69,7 +69,7 @@ def run_replayed(session: Session) -> None:
 
 def run_eager(session: Session) -> None:
     """The same steps, never recorded."""
-    import batchinfer.device_steps as device_steps
+    import batchinfer.engine.cuda_graphs as device_steps
 
     device_steps.RECORD_AFTER = 1 << 60
     with _engine(session) as engine:

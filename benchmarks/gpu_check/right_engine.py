@@ -14,7 +14,7 @@ from gpu_check.engines import engine_of, release, requests_of, tokens_of
 from gpu_check.session import ROOT, Session, name_of
 from torch import Tensor
 
-from batchinfer.engine import Engine
+from batchinfer.engine.engine import Engine
 
 TARGET = ROOT / "examples" / "stdlib" / "target"
 WORSE = 1.5
@@ -58,7 +58,7 @@ def run_logits(session: Session) -> None:
 
 def run_greedy(session: Session) -> None:
     """The trained model of the examples: greedy tokens beside those of transformers in float32."""
-    from batchinfer.tokenizer import Tokenizer
+    from batchinfer.text.tokenizer import Tokenizer
 
     rows, new = session.pick((48, 48), (2, 2))
     text = (ROOT / "batchinfer" / "tokenizer.py").read_text()  # of the kind that it was trained on
@@ -103,7 +103,7 @@ def _agreement(session: Session, engine: str, found: list[list[int]], expected: 
 
 def run_graphs(session: Session) -> None:
     """Steps recorded and replayed give the tokens of steps that are not."""
-    import batchinfer.device_steps as device_steps
+    import batchinfer.engine.cuda_graphs as device_steps
 
     with tempfile.TemporaryDirectory() as name:
         model = write_model(session, Path(name))
@@ -146,7 +146,7 @@ def run_graphs(session: Session) -> None:
 
 @contextmanager
 def _recorded_after(often: int) -> Iterator[None]:
-    import batchinfer.device_steps as device_steps
+    import batchinfer.engine.cuda_graphs as device_steps
 
     before, device_steps.RECORD_AFTER = device_steps.RECORD_AFTER, often
     try:

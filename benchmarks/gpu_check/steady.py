@@ -13,8 +13,8 @@ from gpu_check.engines import drop, random_prompts, requests_of
 from gpu_check.session import Session
 from gpu_check.traces import STEP, Trace, read_trace
 
-from batchinfer.engine import Engine
-from batchinfer.transfer import Sampled
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.transfer import Sampled
 
 STEPS = 20
 SETTLED = 24

@@ -21,11 +21,10 @@ from conditions import conditions
 from sections import Sections, jobs
 from workloads import REPOSITORY, TARGET, Rows, Text, Workload, fixed_drafters, sampling_of
 
-from batchinfer.config import EngineConfig, EngineStats
-from batchinfer.engine import Engine
-from batchinfer.request import Requests
-from batchinfer.speculation import Speculation
-from batchinfer.tokenizer import Tokenizer
+from batchinfer.engine.config import EngineConfig, EngineStats, Speculation
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.request import Requests
+from batchinfer.text.tokenizer import Tokenizer
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 ABOUT = (

@@ -36,13 +36,13 @@ from workloads import (
     write_rows,
 )  # fmt: skip
 
+from batchinfer.engine.config import Speculation
+from batchinfer.engine.request import Requests, RowError
 from batchinfer.jobs.bench import TOKEN_IDS
+from batchinfer.jobs.job import run
 from batchinfer.jobs.report import Report
-from batchinfer.jobs.runner import run
 from batchinfer.jobs.spec import JobSpec
-from batchinfer.request import Requests, RowError
-from batchinfer.speculation import Speculation
-from batchinfer.tokenizer import Tokenizer
+from batchinfer.text.tokenizer import Tokenizer
 
 PEER = "OpenVINO GenAI int8"
 RESULTS = REPOSITORY / "benchmarks" / "results"

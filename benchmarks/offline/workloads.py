@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchinfer.engine.config import Speculation
+from batchinfer.engine.request import SamplingParams
 from batchinfer.jobs.bench import TOKEN_IDS
-from batchinfer.request import SamplingParams
-from batchinfer.speculation import Speculation
-from batchinfer.tokenizer import Tokenizer
+from batchinfer.text.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "demo" / "prompts.parquet"

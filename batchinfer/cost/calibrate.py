@@ -1,0 +1,199 @@
+"""Steps of small decoders of random weights, timed: what a device's `StepCost` is fitted to."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from batchinfer.cost.memory_speed import measure_memory
+from batchinfer.cost.step_cost import (
+    PRODUCTS,
+    DeviceCost,
+    Floats,
+    Products,
+    StepCost,
+    Weights,
+    Work,
+    layer_weights,
+    quantities,
+)
+from batchinfer.engine.config import EngineConfig, Speculation
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.request import Completions, Requests, SamplingParams
+from batchinfer.kernels.grain import TILE
+from batchinfer.models.batch import Batch
+from batchinfer.text.tokenizer import Tokenizer
+
+REPEATS = 2  # of each step at least
+REPEAT_SECONDS = 0.1
+
+# hidden, intermediate, layers, heads, key heads, head size, vocabulary. The first is for attention, and tells what a
+# layer takes from what a step takes; the last is about as large as processors' caches.
+SHAPES = ((256, 768, 6, 8, 4, 32, 2048), (640, 1728, 3, 10, 5, 64, 6144), (1536, 4096, 2, 16, 4, 96, 10240))
+KV_CACHES = ("float32", "bfloat16", "int8", "fp8")
+
+
+def _greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+
+
+def _drawn(top_k: int, top_p: float) -> SamplingParams:
+    return SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.7, top_k=top_k, top_p=top_p)
+
+
+# What is run together: lengths of prompts, how they are answered, and what that is called.
+Workload = tuple[list[int], SamplingParams, str]
+
+BY_ROWS: list[Workload] = [
+    *(([length], _greedy(1), "greedy") for length in (8, 16, 32, 64, 128, 256, 512)),
+    *(([1] * count, _greedy(4), "greedy") for count in (1, 8, 16, 32, 64)),
+]
+BY_CONTEXT: list[Workload] = [(lengths, _greedy(4), "greedy") for lengths in ([1000], [480] * 4, [96] * 32)]
+# To noise all tokens are about as likely; top_k leaves as few of them as filters leave of a trained model's.
+# Long enough that all decode side by side in the end.
+MANY_KEYS: list[Workload] = [([480] * 24, _greedy(26), "greedy")]
+BY_SAMPLING: list[Workload] = [([1] * 64, _drawn(0, 1.0), "drawn"), ([1] * 64, _drawn(20, 0.8), "filtered")]
+
+
+class _NoText(Tokenizer):
+    """Token ids are never turned into text."""
+
+    def __init__(self) -> None:
+        self.vocab_size, self.eos_ids = 1, ()
+
+
+class _TimedEngine(Engine):
+    """Steps one after the other, and what they computed."""
+
+    def step(self) -> Completions:
+        self._begin()
+        return self._end(self.steps.popleft())
+
+    def _count(self, batch: Batch, seconds: float) -> None:
+        super()._count(batch, seconds)
+        self.batch = batch
+
+
+def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
+    """Time steps on the device and fit the constants to them: about two minutes on a CPU. `say` hears how far it is.
+
+    They are fitted to the fastest repeats, for what else runs on a machine only ever adds; and then made longer by as
+    much as the middle repeat usually takes longer, for jobs take as long as usual and not as at best.
+
+    A `ValueError` says what the device lacks.
+    """
+    costs: dict[str, StepCost] = {}
+    load_seconds, operations = {}, {}
+    say("timing reads of memory")
+    memory = measure_memory(device)
+    with tempfile.TemporaryDirectory() as folder:
+        models = [_write_shape(Path(folder) / str(i), shape) for i, shape in enumerate(SHAPES)]
+        for name, products in PRODUCTS.items():
+            say(f"timing steps in {name}")
+            measured, longer = [], list[float]()
+            for model, kv_cache, workloads in _plan(models, products.kv_cache(device)):
+                engine = _engine(model, device, products, kv_cache)
+                shape = engine.runner.decoder.config
+                weights = Weights(products.layer_bytes, products.head_bytes, memory.cache_bytes)
+                for lengths, params, sampling in workloads:
+                    work, seconds, middle = _timed(engine, lengths, params)
+                    longer += (middle / seconds).tolist()
+                    measured.append((quantities(work, shape, weights, kv_cache, sampling), seconds))
+            stats = engine.stats()  # of the largest model
+            load_seconds[name] = stats.load_seconds / (shape.layers * layer_weights(shape))
+            operations[name] = stats.peak_operations_per_second
+            fitted = StepCost.fit(measured, operations[name], memory.byte_seconds[name])
+            costs[name] = fitted.times(float(np.median(longer)))
+    return DeviceCost(costs, load_seconds, _start_seconds(), operations, memory.bytes_per_second, memory.cache_bytes)
+
+
+def _plan(models: list[Path], automatic: str) -> Iterator[tuple[Path, str, list[Workload]]]:
+    """(model, type of keys and values, workloads), the largest model last; `automatic` is the type of most jobs."""
+    for kv_cache in KV_CACHES:
+        if kv_cache != automatic:
+            yield models[0], kv_cache, BY_CONTEXT
+    for model in models[:-1]:
+        keys = MANY_KEYS if model == models[0] else []
+        yield model, automatic, [*BY_ROWS, *BY_CONTEXT, *keys, *BY_SAMPLING]
+    yield models[-1], automatic, BY_ROWS
+
+
+def _write_shape(folder: Path, shape: tuple[int, ...]) -> Path:
+    hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary = shape
+    config = {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 2048,
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _engine(model: Path, device: str, products: Products, kv_cache: str) -> _TimedEngine:
+    config = EngineConfig(
+        model=model,
+        device=device,
+        dtype=products.dtype,
+        quantization=products.quantization,
+        kv_cache_dtype=kv_cache,
+        max_model_len=1024,
+        max_num_seqs=64,
+        max_num_batched_tokens=512,
+        kv_cache_tokens=64 * 1024,
+        random_weights=True,
+        speculation=Speculation("off"),
+        prefix_sharing=False,
+        learned_admission=False,
+    )
+    return _TimedEngine(config, _NoText())
+
+
+def _timed(engine: _TimedEngine, lengths: list[int], params: SamplingParams) -> tuple[Work, Floats, Floats]:
+    """The steps of these rows, each with its shortest and its middle time of some repeats, behind one not timed."""
+    runs: list[list[float]] = []
+    until = time.perf_counter() + REPEAT_SECONDS
+    while len(runs) <= REPEATS or time.perf_counter() < until:
+        engine.add(Requests.of([[0] * length for length in lengths], params))
+        batches, seconds = [], []
+        while engine.unfinished:
+            started = time.perf_counter()
+            engine.step()
+            seconds.append(time.perf_counter() - started)
+            batches.append(engine.batch)
+        runs.append(seconds)
+    work = [_work(batch, engine.table.block_size) for batch in batches]
+    return Work(*np.array(work).T), np.min(runs[1:], axis=0), np.median(runs[1:], axis=0)
+
+
+def _work(batch: Batch, block: int) -> list[int]:
+    """The fields of `Work` of one step."""
+    contexts = batch.positions[batch.prompt_tokens : batch.prompt_tokens + batch.query_tokens] + 1
+    tiles = [place for piece in batch.pieces for place in range(piece.start // TILE, (piece.end - 1) // TILE + 1)]
+    return [
+        len(batch.tokens),
+        len(batch.sampled),
+        batch.query_tokens,
+        int((-(-contexts // block) * block).sum()),
+        len(tiles),
+        sum(place + 1 for place in tiles) * TILE,
+        len(set(tiles)),
+    ]
+
+
+def _start_seconds() -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import batchinfer.engine.engine"], check=True, env={**os.environ})
+    return time.perf_counter() - started

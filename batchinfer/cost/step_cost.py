@@ -1,0 +1,222 @@
+"""Seconds of one step of the engine, from what it computes: some constants of a device, fitted once to measured steps.
+
+A step's time is taken to be a sum: so long for each step and layer, for each number that passes through norms and
+activations, for each weight by the number of rows that it is multiplied with, for what attention reads and computes,
+and for each logit. What overlaps on a device, or depends on more than that, the constants hold on average.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchinfer.kernels.grain import TILE
+from batchinfer.models.config import ModelConfig
+
+Floats = NDArray[np.float64]
+
+ROWS = (8, 16, 32, 64, 128, 256, 512)
+"""Rows of a product for which the seconds of a weight are fitted; between them they are interpolated, and beyond them
+in proportion."""
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """What each of n steps computes, [n] each; padding is counted, since it is computed too."""
+
+    tokens: Floats
+    sampled: Floats  # rows of logits
+    decoding: Floats  # sequences with one new token
+    decode_keys: Floats  # positions that those see, in whole blocks
+    tiles: Floats  # of prompts
+    tile_keys: Floats  # positions that those tiles see, each tile's own included
+    tile_places: Floats  # different places of tiles in their sequences
+
+    def __post_init__(self) -> None:
+        assert len({len(getattr(self, field.name)) for field in fields(self)}) == 1
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Products:
+    """One kind of matrix products: how an engine is asked for it, and the bytes of what it holds."""
+
+    quantization: str
+    dtype: str
+    layer_bytes: float  # of an element of the layers' matrices
+    head_bytes: float
+
+    def kv_cache(self, device: str) -> str:
+        """The type of keys and values where nothing else is said: that of the stream between products."""
+        return "float32" if device == "cpu" and self.quantization != "none" else self.dtype
+
+
+PRODUCTS = {
+    "float32": Products("none", "float32", 4, 4),
+    "bfloat16": Products("none", "bfloat16", 2, 2),
+    "w8a8-int8": Products("w8a8-int8", "bfloat16", 1, 2),
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How a decoder's matrices are held where it runs, and what of them a step reads from memory."""
+
+    layer_bytes: float  # of an element of the layers' matrices
+    head_bytes: float
+    cache_bytes: float  # of the processor's last cache: weights that fit stay there from step to step
+
+    def streamed(self, model: ModelConfig) -> float:
+        """The share that comes from memory; it grows from 0 to 1 around the cache's size."""
+        nbytes = layer_weights(model) * model.layers * self.layer_bytes
+        nbytes += model.vocab_size * model.hidden_size * self.head_bytes
+        return float(np.clip(nbytes / self.cache_bytes - 0.5, 0.0, 1.0))
+
+
+def layer_weights(model: ModelConfig) -> int:
+    """Elements of a layer's matrices."""
+    return _qkv_weights(model) + _other_weights(model)
+
+
+def _qkv_weights(m: ModelConfig) -> int:
+    return m.hidden_size * (m.heads + 2 * m.kv_heads) * m.head_dim
+
+
+def _other_weights(m: ModelConfig) -> int:
+    return m.hidden_size * m.heads * m.head_dim + 3 * m.hidden_size * m.intermediate_size
+
+
+def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, sampling: str) -> dict[str, Floats]:
+    """What a step's seconds are a sum of, by name: [n] each.
+
+    `kv_cache` is the type of keys and values; `sampling` is greedy, drawn or filtered.
+    """
+    m, w = model, work
+    qkv, other = _qkv_weights(m), _other_weights(m)
+    # The last layer computes what follows attention for sampled rows only.
+    inner_layers = m.layers - 1
+    width = (m.heads + 2 * m.kv_heads) * m.head_dim
+    behind = 2 * m.hidden_size + 3 * m.intermediate_size
+    moved = w.tokens * (m.layers * (2 * m.hidden_size + 2 * width) + inner_layers * behind) + w.sampled * behind
+    all_rows = qkv * m.layers + other * inner_layers
+    head = m.vocab_size * m.hidden_size
+    streamed = weights.streamed(m)
+    kv = m.layers * m.kv_heads * m.head_dim
+    named = {
+        "step": np.ones(len(w)),
+        "layer": np.full(len(w), float(m.layers)),
+        "decoding layer": m.layers * (w.decoding > 0),
+        "number": moved,
+        "weight from memory": streamed * weights.layer_bytes * (all_rows + other * (w.sampled > 0)),
+        "head": head * (w.sampled > 0),
+        "head from memory": streamed * weights.head_bytes * head * (w.sampled > 0),
+        "head by row": head * w.sampled,
+        "logit": m.vocab_size * w.sampled,
+        "place of tiles": m.layers * w.tile_places,
+        "tile operation": m.layers * w.tile_keys * TILE * m.heads * m.head_dim,
+        "tile score": m.layers * w.tile_keys * TILE * m.heads,
+        f"tile key in {kv_cache}": kv * w.tile_keys,
+        "decoding sequence": m.layers * w.decoding,
+        "decoding score": m.layers * m.heads * w.decode_keys,
+        f"decoding key in {kv_cache}": kv * w.decode_keys,
+        f"stored key in {kv_cache}": kv * w.tokens,
+    }
+    if sampling != "greedy":
+        named[f"{sampling} logit"] = m.vocab_size * w.sampled
+    for rows, all_share, last_share in zip(ROWS, _shares(w.tokens), _shares(w.sampled), strict=True):
+        named[f"weight by {rows} rows"] = all_rows * all_share + other * last_share
+    return {name: np.asarray(values, np.float64) for name, values in named.items()}
+
+
+def _shares(rows: Floats) -> Floats:
+    """[len(ROWS), n]: how much of each number of rows a product of `rows` is; none of any for no rows."""
+    inside = np.clip(rows, ROWS[0], ROWS[-1])
+    shares: Floats = np.array([np.interp(inside, ROWS, one) for one in np.eye(len(ROWS))])
+    shares[-1] *= np.maximum(rows, ROWS[-1]) / ROWS[-1]
+    shares[:, rows == 0] = 0.0
+    return shares
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one device and one kind of products: seconds of each quantity, by its name."""
+
+    seconds: dict[str, float]
+    error: float = 0.0  # of the steps that it was fitted to, relative: half of them are as near or nearer
+
+    @classmethod
+    def fit(
+        cls, measured: list[tuple[dict[str, Floats], Floats]], operations_per_second: float, byte_seconds: float
+    ) -> "StepCost":
+        """The constants that come nearest to measured seconds [n] of steps, by relative error.
+
+        None is below 0, no product is faster than the device's fastest, and no byte from memory costs less than the
+        `byte_seconds` measured: a few small shapes do not tell apart all that grows with the tokens, or the weights.
+        """
+        names = sorted({name for steps, _ in measured for name in steps})
+        rows = [np.stack([steps.get(name, np.zeros(len(taken))) for name in names], 1) for steps, taken in measured]
+        taken = np.concatenate([taken for _, taken in measured])
+        relative = np.concatenate(rows) / taken[:, None]
+        bounds = {f"weight by {count} rows": 2 * count / operations_per_second for count in ROWS}
+        bounds |= {"weight from memory": byte_seconds, "head from memory": byte_seconds}
+        least = np.array([bounds.get(name, 0.0) for name in names])
+        found = least + nonnegative_least_squares(relative, 1 - relative @ least)
+        error = float(np.median(np.abs(relative @ found - 1)))
+        return cls(dict(zip(names, found.tolist(), strict=True)), error)
+
+    def times(self, factor: float) -> "StepCost":
+        """The same, all of it longer."""
+        return StepCost({name: factor * seconds for name, seconds in self.seconds.items()}, self.error)
+
+    def of(self, quantities: dict[str, Floats]) -> Floats:
+        """Seconds [n] of steps. A `KeyError` names a quantity that was not measured."""
+        total: Floats = np.sum([self.seconds[name] * values for name, values in quantities.items()], axis=0)
+        return total
+
+
+@dataclass(frozen=True)
+class DeviceCost:
+    """What was measured on a device, by the name of `PRODUCTS` where it depends on them."""
+
+    steps: dict[str, StepCost]
+    load_seconds: dict[str, float]  # of an element of the layers' matrices
+    start_seconds: float  # of a process until the engine's code is there
+    operations_per_second: dict[str, float]  # of the product at its best
+    bytes_per_second: float  # of a copy, read and written bytes counted
+    cache_bytes: float  # of the last cache
+
+    def seconds(self, products: str, work: Work, model: ModelConfig, kv_cache: str, sampling: str) -> Floats:
+        """[n] of steps. A `KeyError` names what was not measured."""
+        kind = PRODUCTS[products]
+        weights = Weights(kind.layer_bytes, kind.head_bytes, self.cache_bytes)
+        return self.steps[products].of(quantities(work, model, weights, kv_cache, sampling))
+
+
+def nonnegative_least_squares(a: Floats, b: Floats) -> Floats:
+    """The x >= 0 that makes |a x - b| least (Lawson and Hanson 1974), for a [m, n] and b [m]."""
+    scale = np.linalg.norm(a, axis=0)
+    scale[scale == 0] = 1.0
+    a = a / scale
+    x = np.zeros(a.shape[1])
+    free = np.zeros(len(x), np.bool_)
+    for _ in range(10 * len(x)):
+        gradient = a.T @ (b - a @ x)
+        gradient[free] = -np.inf
+        if gradient.max() <= 1e-10 * len(b):
+            break
+        free[gradient.argmax()] = True
+        while True:
+            wanted = np.zeros_like(x)
+            wanted[free] = np.linalg.lstsq(a[:, free], b, rcond=None)[0]
+            below = free & (wanted <= 0)
+            if not below.any():
+                break
+            # As far towards it as the first number that reaches 0, which is held there from then on.
+            shares = np.where(below, x / np.maximum(x - wanted, 1e-300), np.inf)
+            x += (wanted - x) * shares.min()
+            free &= (shares > shares.min()) & (x > 0)
+            x[~free] = 0.0
+        x = wanted
+    return np.asarray(x / scale, np.float64)

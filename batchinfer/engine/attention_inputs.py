@@ -1,0 +1,142 @@
+"""What attention reads of a step, put together on the host: one way for each backend."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from batchinfer.engine.sequence import SequenceTable
+from batchinfer.kernels.attention import BlockUsers, DecodeBlocks, PromptTiles, TiledBatch
+from batchinfer.kernels.attention_plan import Tiling, plan_attention
+from batchinfer.kernels.backend import AttentionBatch
+from batchinfer.kernels.grain import TILE
+from batchinfer.kernels.ragged_attention import RaggedBatch
+from batchinfer.models.batch import Ints, Piece
+
+
+class AttentionInputs(Protocol):
+    """A step's attention, by the layers' windows."""
+
+    def __call__(
+        self, table: SequenceTable, pieces: list[Piece], decoding: Ints, positions: Ints
+    ) -> dict[int | None, AttentionBatch]:
+        """Of pieces of prompts, and of the places that decode, with the positions of their tokens behind them."""
+        ...
+
+
+class TiledInputs:
+    """For the CPU: prompts in tiles of the same place in their sequences, single queries with the blocks they walk."""
+
+    def __init__(self, windows: set[int | None]) -> None:
+        self.windows = windows
+
+    def __call__(
+        self, table: SequenceTable, pieces: list[Piece], decoding: Ints, positions: Ints
+    ) -> dict[int | None, AttentionBatch]:
+        groups: dict[int, list[tuple[int, int, int]]] = {}
+        for p in pieces:
+            for start in range(p.start, p.end, TILE):
+                tile = (p.place, p.row + start - p.start, min(TILE, p.end - start))
+                groups.setdefault(start // TILE, []).append(tile)
+        tiles = tuple(_tile_group(table, index, tiles) for index, tiles in sorted(groups.items()))
+        prompt_tokens = sum(p.end - p.start for p in pieces)
+
+        def decode(window: int | None) -> DecodeBlocks | None:
+            return _decode_blocks(table, decoding, positions, prompt_tokens, window) if len(decoding) else None
+
+        return {window: TiledBatch(window, tiles, decode(window)) for window in self.windows}
+
+
+class RaggedInputs:
+    """For a GPU: all sequences alike, with their new tokens, planned for one kernel."""
+
+    def __init__(
+        self, windows: set[int | None], heads: int, kv_heads: int, tiling: Tiling, processors: int | None
+    ) -> None:
+        """`processors` None: a token's bits do not depend on the batch."""
+        self.windows, self.heads, self.kv_heads = windows, heads, kv_heads
+        self.tiling, self.processors = tiling, processors
+
+    def __call__(
+        self, table: SequenceTable, pieces: list[Piece], decoding: Ints, positions: Ints
+    ) -> dict[int | None, AttentionBatch]:
+        prompts = np.array([(p.place, p.end - p.start, p.end) for p in pieces], np.int64).reshape(-1, 3)
+        first = np.flatnonzero(np.diff(decoding, prepend=-1))  # queries of one sequence are neighbours
+        counts = np.diff(np.append(first, len(decoding)))
+        queries = np.stack([decoding[first], counts, positions[first] + counts], 1)
+        sequences = np.concatenate([prompts, queries])
+        places, lengths, contexts = sequences[:, 0], sequences[:, 1], sequences[:, 2]
+        most = table.blocks_for(int(contexts.max()))
+        blocks = torch.from_numpy(table.blocks[places, :most].astype(np.int32))
+        batch = RaggedBatch(np.concatenate([[0], np.cumsum(lengths)]), contexts, blocks)
+        return {
+            window: plan_attention(batch, self.heads, self.kv_heads, window, self.tiling, self.processors)
+            for window in self.windows
+        }
+
+
+def _tile_group(table: SequenceTable, index: int, tiles: list[tuple[int, int, int]]) -> PromptTiles:
+    place, row, size = (np.array(column, np.int64)[:, None] for column in zip(*tiles, strict=True))
+    within = np.arange(TILE)
+    real = within < size
+    blocks = table.blocks[place[:, 0], : (index + 1) * TILE // table.block_size]
+    return PromptTiles(
+        index, _tensor(np.where(real, row + within, row)), _tensor(blocks), _tensor(np.flatnonzero(real))
+    )
+
+
+def _decode_blocks(
+    table: SequenceTable, places: Ints, positions: Ints, first_row: int, window: int | None
+) -> DecodeBlocks:
+    """Of single queries; several may be of one sequence."""
+    size = table.block_size
+    start = np.zeros_like(positions) if window is None else np.maximum(positions + 1 - window, 0)
+    counts = positions // size + 1 - start // size
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    query = np.repeat(np.arange(len(places)), counts)
+    index = np.arange(offsets[-1]) - offsets[query] + (start // size)[query]  # of the block in its sequence
+    pool = table.blocks[places[query], index]
+    key_positions = index[:, None] * size + np.arange(size)
+    hidden = (key_positions > positions[query, None]) | (key_positions < start[query, None])
+    edges = np.flatnonzero(hidden.any(1))
+
+    users, entry = _group_by_users(pool, query)
+    most = np.arange(int(counts.max()))
+    padded = np.where(most < counts[:, None], most, 0) + offsets[:-1, None]
+    return DecodeBlocks(
+        rows=slice(first_row, first_row + len(places)),
+        users=users,
+        owner=torch.cat([u.queries.flatten() for u in users]),
+        edges=_tensor(entry[edges]),
+        hidden=_tensor(hidden[edges, None]),
+        table=_tensor(entry[padded]),
+        order=_tensor(entry),
+        offsets=_tensor(offsets),
+    )
+
+
+def _group_by_users(pool: Ints, query: Ints) -> tuple[tuple[BlockUsers, ...], Ints]:
+    """Pairs of a block and a query, by how many queries a block has; and where each pair [n] has gone."""
+    uses = np.bincount(pool)[pool]
+    groups: list[BlockUsers] = []
+    entry, base = np.empty_like(pool), 0
+    for u in np.unique(uses).tolist():
+        used = np.flatnonzero(uses == u)
+        pairs = used[np.argsort(pool[used], kind="stable")].reshape(-1, u)
+        ids = pool[pairs[:, 0]]
+        low, span = int(ids[0]), int(ids[-1] - ids[0]) + 1
+        # Single blocks are read where they lie if they lie close enough; what many queries share is worth no gap.
+        in_place = span <= (2 * len(ids) if u == 1 else len(ids))
+        at = ids - low if in_place else np.arange(len(ids))
+        queries = np.zeros((span if in_place else len(ids), u), np.int64)
+        queries[at] = query[pairs]
+        entry[pairs] = base + at[:, None] * u + np.arange(u)
+        base += queries.size
+        groups.append(BlockUsers(slice(low, low + span) if in_place else _tensor(ids), _tensor(queries)))
+    return tuple(groups), entry
+
+
+def _tensor(array: NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -1,0 +1,169 @@
+"""Steps on a GPU: decoding steps of a size are recorded as a CUDA graph once, and replayed.
+
+A launch costs the host about ten microseconds, and a step has hundreds: for few rows that takes longer than the device
+computes. A recording needs the same shapes and addresses at each replay, so that decoding steps are padded to some
+sizes, and travel to the same place in memory.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchinfer.engine.transfer import Transfer, tensors_of
+from batchinfer.kernels.attention_plan import ITEM, AttentionPlan
+from batchinfer.models.batch import Batch
+
+Compute = Callable[[Batch], tuple[Tensor, Tensor]]
+"""A batch on the device to (token ids [r] int64, finite [r] bool) there."""
+
+RECORD_AFTER = 8
+"""A shape is recorded when it has been met so often: shapes that a job seldom meets never repay the recording, which
+passes through the text twice, with the driver's own part on top. Unmeasured."""
+MOST_SEQUENCES = 512
+"""Larger steps compute for longer than they are launched. Unmeasured."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A step of one shape: where its tensors lie, what is run for it, and where its results appear."""
+
+    place: Tensor  # bytes
+    replay: Callable[[], None]
+    tokens: Tensor
+    finite: Tensor
+
+
+class DeviceSteps:
+    """`run(batch)` sends a batch to the device and computes it, by replay if there is a recording of its shape."""
+
+    def __init__(self, compute: Compute, device: torch.device, notes: list[str]) -> None:
+        """`notes` are for the report: what could not be done."""
+        self.compute, self.device, self.notes = compute, device, notes
+        self.recording = True
+        self.transfer = Transfer(device)
+        self.met: Counter[tuple[object, ...]] = Counter()
+        self.recordings: dict[tuple[object, ...], Recording] = {}
+        self.replays = 0
+        if device.type == "cuda":  # recordings share their memory: no two of them run at the same time
+            self.graph_memory = torch.cuda.graph_pool_handle()
+
+    def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(token ids [r], finite [r]) on the device, not yet there when this returns."""
+        rows = len(batch.sequences)
+        if batch.prompt_tokens or batch.query_tokens > rows or rows > MOST_SEQUENCES or not self.recording:
+            return self.compute(self.transfer.send(batch))
+        padded = padded_step(batch)
+        shape = shape_of(padded)
+        self.met[shape] += 1
+        if (recording := self.recordings.get(shape)) is not None:
+            self.transfer.send(padded, recording.place)
+            recording.replay()
+            self.replays += 1
+            return recording.tokens[:rows], recording.finite[:rows]
+        if self.met[shape] < RECORD_AFTER:
+            return self.compute(self.transfer.send(batch))
+        tokens, finite = self._record(padded, shape)
+        return tokens[:rows], finite[:rows]
+
+    def _record(self, padded: Batch, shape: tuple[object, ...]) -> tuple[Tensor, Tensor]:
+        """Compute the step, and record it for the steps to come."""
+        place = torch.empty(sum(t.nbytes + 16 for t in tensors_of(padded)), dtype=torch.uint8, device=self.device)
+        there = self.transfer.send(padded, place)
+        computed = self.compute(there)  # first, for kernels are compiled at their first call
+        if self.device.type == "cuda":
+            try:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=self.graph_memory):
+                    tokens, finite = self.compute(there)
+            except torch.OutOfMemoryError:
+                self.recording = False
+                self.recordings.clear()
+                self.notes.append(
+                    "the device's memory did not hold recorded steps: all were launched kernel by kernel from then on; "
+                    "a lower --gpu-memory-utilization avoids it"
+                )
+            else:
+                self.recordings[shape] = Recording(place, graph.replay, tokens, finite)
+        else:  # the same text, without the graph
+            tokens, finite = (torch.empty_like(t) for t in computed)
+
+            def replay() -> None:
+                for into, new in zip((tokens, finite), self.compute(there), strict=True):
+                    into.copy_(new)
+
+            self.recordings[shape] = Recording(place, replay, tokens, finite)
+        return computed
+
+
+def padded_step(batch: Batch) -> Batch:
+    """A decoding step with as many sequences as steps of some sizes have; those that are added write to block 0."""
+    rows = len(batch.sequences)
+    size = padded_count(rows)
+    more = size - rows
+    sampling = batch.sampling
+    if sampling is not None:
+        columns = {name: _pad(getattr(sampling, name), more) for name in sampling.__dataclass_fields__}
+        sampling = replace(sampling, **columns)
+    return replace(
+        batch,
+        tokens=_pad(batch.tokens[:rows], more),
+        positions=_pad(batch.positions[:rows], more),
+        slots=_pad(batch.slots[:rows], more),
+        sampled=torch.arange(size),
+        places=F.pad(batch.places, (0, more), value=-1),
+        late_rows=_pad_late(batch.late_rows, torch.arange(rows, size)),
+        late_places=_pad_late(batch.late_places, torch.full((more,), -1)),
+        sampling=sampling,
+        attention={w: _padded_plan(plan, size) for w, plan in _plans(batch).items()},
+    )
+
+
+def padded_count(count: int) -> int:
+    """The next of 1, 2, 4, 8, then in steps of an eighth to a quarter of itself: never a third more than there are."""
+    if count <= 8:
+        return 1 << max(count - 1, 0).bit_length()
+    grain = 1 << (count - 1).bit_length() - 3
+    return -(-count // grain) * grain
+
+
+def _padded_plan(plan: AttentionPlan, size: int) -> AttentionPlan:
+    """Items for the tokens that are added, which see one key of somebody's, and items for none; room for partials."""
+    table = plan.table
+    columns = 1 << (table.shape[1] - 1).bit_length()
+    wider = F.pad(table, (0, columns - table.shape[1], 0, size - len(table)))
+    idle = torch.zeros(size - plan.tokens, ITEM, dtype=torch.int32)
+    idle[:, 0], idle[:, 1], idle[:, 4], idle[:, 6] = torch.arange(plan.tokens, size), 1, 1, -1
+    launches = []
+    for tile, items in plan.launches:
+        moved = torch.cat([items, idle])
+        moved[:, 2] = moved[:, 2] // table.shape[1] * columns  # where a sequence's blocks begin
+        launches.append((tile, F.pad(moved, (0, 0, 0, padded_count(len(moved)) - len(moved)))))
+    merged = plan.merged
+    if len(merged):
+        merged = torch.cat([merged, merged[:1].expand(size - len(merged))])  # some are merged twice: the same numbers
+    first = torch.cat([plan.first, plan.first[-1:].expand(size + 1 - len(plan.first))])
+    partials = padded_count(plan.partials) if plan.partials else 0
+    return replace(plan, table=wider, launches=tuple(launches), first=first, merged=merged, partials=partials)
+
+
+def shape_of(batch: Batch) -> tuple[object, ...]:
+    """What two steps must have in common for one to run in the other's place."""
+    layout = tuple((tuple(t.shape), t.dtype) for t in tensors_of(batch))
+    return (layout, tuple((plan.partials, *(tile for tile, _ in plan.launches)) for plan in _plans(batch).values()))
+
+
+def _plans(batch: Batch) -> dict[int | None, AttentionPlan]:
+    return {window: plan for window, plan in batch.attention.items() if isinstance(plan, AttentionPlan)}
+
+
+def _pad_late(column: Tensor, more: Tensor) -> Tensor:
+    """Of tokens that only the device knows; those that are added are among them where there are any."""
+    return torch.cat([column, more]) if len(column) else column
+
+
+def _pad(column: Tensor, more: int) -> Tensor:
+    return F.pad(column, (0, more))

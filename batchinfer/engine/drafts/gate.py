@@ -1,0 +1,197 @@
+"""`Speculator`: whether to draft in a step, whose drafts, and how many.
+
+A draft costs one more token in the step, and is worth the probability that it is right, together with all drafts before
+it. So drafts are taken in the order of their worth, as many as give the most new tokens a second: none where the device
+is saturated, many where a step takes as long for sixteen tokens as for one.
+"""
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchinfer.engine.config import Speculation
+from batchinfer.engine.drafts.acceptance import Acceptance
+from batchinfer.engine.drafts.draft_model import DraftModel
+from batchinfer.engine.drafts.lookup import LookupDrafter, Proposals
+from batchinfer.engine.drafts.step_times import StepTimes
+from batchinfer.engine.pool_size import is_out_of_memory
+from batchinfer.engine.request import Completions
+from batchinfer.engine.sequence import SequenceTable
+from batchinfer.engine.verified import Gains
+from batchinfer.models.batch import Batch, Ints
+
+LEAST_GAIN = 1.1  # below that nothing is drafted: of many expectations the best is one of the too good ones
+APART = 1.2  # sizes of steps that are compared, each by so much larger than the one before
+LONGEST_REST = 16  # steps without a look, after looks that found nothing worth it, where steps overlap
+
+PROMPTS = 4  # prompt tokens beside one that decodes, from where on a step tells what a prompt token costs
+
+Floats = NDArray[np.float64]
+
+
+class Speculator:
+    """The `Drafter` of an engine. With `gate` off, all drafts that there are go into every step."""
+
+    def __init__(
+        self,
+        table: SequenceTable,
+        speculation: Speculation,
+        padded: Callable[[int], int],
+        model: DraftModel | None,
+        overlapping: bool,
+        notes: list[str],
+    ) -> None:
+        """`padded` tells how many tokens a step of so many computes. Where steps are `overlapping`, a look makes one
+        wait for the other. `notes` are for the report."""
+        self._notes = notes
+        self.table, self.speculation, self.padded, self.model = table, speculation, padded, model
+        self.lookup = LookupDrafter(table, speculation) if speculation.looks_up else None
+        self.longest = speculation.prompt_lookup_max
+        # Kinds of evidence: tokens that agree in the row itself; in earlier answers.
+        self.looked_up = Acceptance(2 * self.longest + 2, len(table.active))
+        self.modelled = Acceptance(1, len(table.active))
+        self.times = StepTimes()
+        self._look_seconds = 0.0
+        self._drafted: tuple[Acceptance, Ints, Ints, Ints] | None = None  # places, kinds, drafts of the step under way
+        self._longest_rest = LONGEST_REST if overlapping else 1
+        self._rest, self._last_rest = 0, 1
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the next step is to be looked at: then all that earlier ones sampled must be known."""
+        return not self.speculation.gate or self._rest == 0
+
+    def draft(self, places: Ints, room: Ints, prompt_tokens: int, budget: int) -> Ints:
+        """As `Drafter` says."""
+        none = np.zeros_like(places)
+        self._drafted = None
+        if self.speculation.gate and (prompt_tokens or self._rest):
+            # Prompts come in many steps one after the other.
+            self._rest = self._rest or self._longest_rest
+            return none
+        most = np.minimum(np.maximum(room, 0), self.speculation.num_speculative_tokens)
+        started = time.perf_counter()
+        found, acceptance = self._look_up(places, most), self.looked_up
+        self._look_seconds += 0.2 * (time.perf_counter() - started - self._look_seconds)
+        kinds = self._kinds(found)
+        counts, rate = self._best(places, found.counts, kinds, budget)
+        depth = 0 if counts.any() and not self.speculation.gate else self._depth(places, most, budget, rate)
+        if depth and (drafted := self._ask(places, np.minimum(most, depth))) is not None:
+            found, kinds, acceptance = drafted, none, self.modelled
+            counts = self._within(found.counts, budget)
+        if not counts.any():
+            self._rest = self._last_rest = min(2 * self._last_rest, self._longest_rest)
+            return none
+        self._last_rest = 1
+        self._write(places, counts, found.tokens)
+        self._drafted = acceptance, places, kinds, counts
+        return counts
+
+    def settle(self, batch: Batch, gains: Gains, seconds: float) -> None:
+        """A step has ended."""
+        self._rest = max(0, self._rest - 1)
+        self.looked_up.fade()
+        self.modelled.fade()
+        if batch.prompt_tokens > PROMPTS * batch.query_tokens:
+            self.times.observe_prompts(batch.prompt_tokens, seconds)
+        if not batch.prompt_tokens:
+            self.times.observe(self.padded(batch.query_tokens), seconds)
+        if batch.drafted and self._drafted is not None:
+            acceptance, places, kinds, counts = self._drafted
+            right = np.zeros(len(self.table.active), np.int64)
+            right[gains.places] = gains.tokens - 1
+            tried = counts > 0
+            acceptance.observe(places[tried], kinds[tried], counts[tried], right[places[tried]])
+
+    def remember(self, done: Completions) -> None:
+        """Rows have ended."""
+        if self.lookup is not None and len(done):
+            self.lookup.remember(done.token_ids, done.offsets)
+
+    def _ask(self, places: Ints, most: Ints) -> Proposals | None:
+        """The model's drafts; None where it has no memory for any."""
+        assert self.model is not None
+        try:
+            found = self.model.draft(places, most)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.model = None
+            self._notes.append(f"memory does not hold the draft model's steps ({error}): it drafted no more")
+            return None
+        return found if found.counts.any() else None
+
+    def _look_up(self, places: Ints, most: Ints) -> Proposals:
+        if self.lookup is not None:
+            return self.lookup.draft(places, most)
+        none = np.zeros_like(places)
+        return Proposals(none, np.zeros((len(places), 0), np.int32), none, none > 0)
+
+    def _kinds(self, found: Proposals) -> Ints:
+        kinds: Ints = np.minimum(found.matched, self.longest) + found.from_library * (self.longest + 1)
+        return kinds
+
+    def _depth(self, places: Ints, most: Ints, budget: int, rate: float) -> int:
+        """How many tokens of each sequence the model is to draft; 0 where `rate`, new tokens a second without it, is
+        better."""
+        if self.model is None:
+            return 0
+        if not self.speculation.gate:
+            return int(most.max(initial=0))
+        n, depths = len(places), np.arange(1, self.speculation.num_speculative_tokens + 1)
+        depths = depths[n * depths <= budget]
+        likely = self.modelled.of(places, self.table.epoch[places], np.zeros_like(places), len(depths))
+        worth = (likely * (depths <= most[:, None])).sum(0).cumsum()
+        sizes = np.array([self.padded(n * (1 + d)) for d in depths.tolist()], np.int64)
+        plain = float(self.times.of(np.array([self.padded(n)]))[0])
+        seconds = self.times.of(sizes) + depths * self.model.seconds(n, plain)
+        # What it has not read yet is paid back over the tokens that these rows may still get.
+        left = np.maximum(self.table.end[places] - self.table.length[places], 1).mean()
+        seconds += self.model.behind(places) * self.model.share * self.times.prompt_token / left
+        rates = np.append((n + worth) / np.maximum(seconds, 1e-9), 0.0)
+        return int(rates.argmax()) + 1 if rates.max() > LEAST_GAIN * rate else 0
+
+    def _best(self, places: Ints, counts: Ints, kinds: Ints, budget: int) -> tuple[Ints, float]:
+        """How many of each sequence's drafts to verify, and the new tokens a second that are expected of that."""
+        if not self.speculation.gate:
+            return self._within(counts, budget), 0.0
+        n = len(places)
+        o_k = np.arange(counts.max(initial=0))
+        likely = self.looked_up.of(places, self.table.epoch[places], kinds, len(o_k))
+        worth = np.where(o_k < counts[:, None], likely, 0.0).ravel()
+        order = np.argsort(-worth, kind="stable")[: min(budget, int(counts.sum()))]
+        gained = np.concatenate([[0.0], np.cumsum(worth[order])])
+        # A step that is filled up anyway takes more drafts for nothing.
+        sizes = _apart(np.unique([self.padded(n + j) for j in range(len(gained))]))
+        taken = np.minimum(sizes - n, len(gained) - 1)
+        seconds = np.maximum(self.times.of(sizes), 1e-9)
+        plain = n / seconds[0]
+        rates = (n + gained[taken]) / (seconds + self._look_seconds)
+        best = int(rates.argmax())
+        if rates[best] < LEAST_GAIN * plain:
+            return np.zeros_like(counts), plain
+        chosen = np.bincount(order[: taken[best]] // max(len(o_k), 1), minlength=n)
+        return chosen, float(rates[best])
+
+    def _within(self, counts: Ints, budget: int) -> Ints:
+        """As many as there are, the first sequences' first."""
+        left = budget - (np.cumsum(counts) - counts)
+        within: Ints = np.clip(left, 0, counts)
+        return within
+
+    def _write(self, places: Ints, counts: Ints, tokens: NDArray[np.int32]) -> None:
+        """Behind the newest token of each sequence."""
+        owner = np.repeat(np.arange(len(places)), counts)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self.table.tokens[places[owner], self.table.length[places[owner]] + within] = tokens[owner, within]
+
+
+def _apart(sizes: Ints) -> Ints:
+    """Of sizes [n], in order, the first and those that are `APART`: so many more to learn the times of are no use."""
+    kept = [int(sizes[0])]
+    for size in sizes.tolist():
+        if size >= APART * kept[-1]:
+            kept.append(size)
+    return np.array(kept)

@@ -1,0 +1,328 @@
+"""`Engine`: requests in, completions out. Schedule, launch, update."""
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from batchinfer.engine.admission import Admission
+from batchinfer.engine.block_manager import BlockManager
+from batchinfer.engine.config import BLOCK_SIZES, LEAST_BATCHED_TOKENS, EngineConfig, EngineStats
+from batchinfer.engine.cuda_graphs import padded_count
+from batchinfer.engine.drafts.draft_model import DraftModel, load_draft_model
+from batchinfer.engine.drafts.gate import Speculator
+from batchinfer.engine.model_runner import ModelRunner, measure_peak
+from batchinfer.engine.output_lengths import OutputLengths
+from batchinfer.engine.pool_size import Room, is_out_of_memory, pool_blocks
+from batchinfer.engine.request import Completions, FinishReason, Requests, RowError, SamplingParams
+from batchinfer.engine.scheduler import Scheduler
+from batchinfer.engine.sequence import SequenceTable
+from batchinfer.engine.transfer import Sampled
+from batchinfer.engine.verified import Gains
+from batchinfer.host import allocator
+from batchinfer.host.memory import peak_memory_bytes
+from batchinfer.kernels import dispatch
+from batchinfer.kernels.grain import TILE, padded_size
+from batchinfer.models.batch import Batch
+from batchinfer.models.config import ModelConfig, read_model_config
+from batchinfer.text.tokenizer import Tokenizer
+
+NOT_FINITE = RowError("not_finite", "the model computed values that are not finite for this row")
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step under way."""
+
+    batch: Batch
+    sampled: Sampled
+    started: float
+
+
+class Engine:
+    """One model on one device. `add()` requests, then `step()` until nothing is `unfinished`.
+
+    On a GPU the host schedules a step while the one before it still runs, and learns what that one sampled afterwards.
+    """
+
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
+        """Load the model. A `ValueError` says which setting, field or tensor does not fit."""
+        started = time.perf_counter()
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        model = read_model_config(config.model)
+        _check(config, model, tokenizer)
+        self.tokenizer = tokenizer
+        allocator.return_freed_memory()
+        try:
+            self.runner = ModelRunner(config, model)
+            draft_runner = load_draft_model(config)
+            allocator.keep_freed_memory()
+            room = self._room(config).limited(config.kv_cache_memory_bytes)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"memory does not hold the weights and a step of {config.max_num_batched_tokens} tokens ({error}); "
+                "take weights in fewer bits (--quantization), lower --max-num-batched-tokens or --max-num-seqs, or end "
+                f"what else runs on {config.device}"
+            ) from error
+        self._stats = EngineStats(device=self.runner.device_name, notes=self.runner.notes)
+        a_token = sum(runner.bytes_per_token for runner in (self.runner, draft_runner) if runner is not None)
+        blocks, note = pool_blocks(config, a_token, self.runner.kv_dtype, room)
+        self._stats.notes += [note] if note else []
+        self.runner.allocate(blocks, config.block_size)
+        lengths = OutputLengths(config.max_model_len) if config.learned_admission else None
+        self.table, self.scheduler = self._scheduler(config, blocks, lengths)
+        self.drafter = self._speculator(config, draft_runner, blocks)
+        self.steps: deque[_Step] = deque()  # under way, the oldest first
+        self._settled = 0.0  # when the last one before them ended
+        self._stats.load_seconds = time.perf_counter() - started
+
+    def add(self, requests: Requests) -> None:
+        """Queue requests. A `ValueError` names a row whose prompt and new tokens do not fit the context."""
+        lengths = np.diff(requests.offsets)
+        most = np.array([p.max_tokens for p in requests.params], np.int64)[requests.param_index]
+        for i in np.flatnonzero((lengths < 1) | (lengths + most > self.table.max_tokens))[:1]:
+            raise ValueError(
+                f"row {requests.rows[i]} has {lengths[i]} prompt tokens and max_tokens {most[i]}; there must be a "
+                f"prompt, and both together must be at most max_model_len {self.table.max_tokens}"
+            )
+        self.scheduler.add(requests)
+
+    @property
+    def unfinished(self) -> int:
+        """Rows that wait or run."""
+        return self.scheduler.unfinished
+
+    def take_admitted(self) -> list[int]:
+        """Rows that began since the last call."""
+        admission = self.scheduler.admission
+        admitted, admission.admitted = admission.admitted, []
+        return admitted
+
+    def step(self) -> Completions:
+        """Begin one step, and end the oldest if as many are under way as may be; the rows that ended, often none."""
+        if self.steps and self.drafter is not None and self.drafter.wanted:
+            return self._end(self.steps.popleft())
+        begun = self._begin()
+        if not self.steps or (begun and len(self.steps) <= self.runner.late and not self.steps[-1].batch.drafted):
+            return self._completions([], {})
+        return self._end(self.steps.popleft())
+
+    def _begin(self) -> bool:
+        """Launch the next step, smaller if the device's memory does not hold it; False if there is none."""
+        drafter = None if self.steps else self.drafter
+        while (batch := self.scheduler.schedule(drafter)) is not None:
+            self._wipe()
+            started = time.perf_counter()
+            try:
+                self.steps.append(_Step(batch, self.runner.launch(batch), started))
+                return True
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.scheduler.withdraw(batch)
+                self._shrink(batch, error)
+        return False
+
+    def _wipe(self) -> None:
+        """Nobody may get blocks with values that are not finite: a weight of zero is no help against them."""
+        admission = self.scheduler.admission
+        for blocks in admission.wiped:
+            self.runner.clear_blocks(blocks)
+        admission.wiped = []
+
+    def _shrink(self, batch: Batch, error: Exception) -> None:
+        on_gpu = self.runner.backend.device.type == "cuda"
+        # Of a GPU's memory keys and values have all that nothing else needs.
+        remedies = ("--gpu-memory-utilization, " if on_gpu else "") + "--max-num-seqs or --max-num-batched-tokens"
+        tokens = batch.prompt_tokens + batch.query_tokens
+        budget = tokens // 2 // TILE * TILE
+        if not budget:
+            raise MemoryError(f"memory does not hold a step of {tokens} tokens ({error}); lower {remedies}") from error
+        self.scheduler.budget = budget
+        self._stats.notes.append(
+            f"a step of {tokens} tokens did not fit into memory: steps have at most {budget} from then on; lower "
+            f"{remedies} to avoid it"
+        )
+        torch.cuda.empty_cache()
+
+    def _end(self, step: _Step) -> Completions:
+        """Wait for a step, and take what it sampled."""
+        batch = step.batch
+        gains = self.scheduler.update(batch, *step.sampled.wait())
+        if gains.spoiled is not None:
+            self.runner.clear_slots(gains.spoiled)
+        done = self._finished(gains)
+        completions = self._completions(list(done), done)
+        for place, reason in done.items():
+            self.scheduler.finish(place, reason is FinishReason.ERROR)
+        self._stats.accepted += gains.accepted
+        now = time.perf_counter()
+        seconds = now - max(step.started, self._settled)
+        if self.drafter is not None:
+            self.drafter.settle(batch, gains, seconds)
+            self.drafter.remember(completions)
+        self._count(batch, seconds)
+        self._settled = now
+        return completions
+
+    def generate(self, requests: Requests) -> Iterator[Completions]:
+        """Run requests to the end; completions as they come."""
+        self.add(requests)
+        while self.unfinished:
+            completions = self.step()
+            if len(completions):
+                yield completions
+
+    def stats(self) -> EngineStats:
+        """What was counted so far; the device's peak is measured when all is done, so that no start waits for it."""
+        stats = self._stats
+        if stats.steps and not self.unfinished and not stats.peak_operations_per_second:
+            try:
+                peak = measure_peak(self.runner.scheme, self.runner.dtype, self.runner.backend)
+                stats.peak_operations_per_second = peak
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):  # what has no room for it has no percentage in its report
+                    raise
+        admission = self.scheduler.admission
+        stats.preemptions, stats.shared_tokens = admission.preemptions, admission.shared_tokens
+        stats.weight_bytes = self.runner.decoder.weight_bytes
+        stats.kv_cache_bytes = self.runner.kv_cache_bytes
+        stats.peak_memory_bytes = peak_memory_bytes()
+        stats.peak_device_bytes = self.runner.peak_device_bytes
+        stats.kernels = dict(dispatch.chosen)
+        return stats
+
+    def _scheduler(
+        self, config: EngineConfig, blocks: int, lengths: OutputLengths | None
+    ) -> tuple[SequenceTable, Scheduler]:
+        table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
+        manager = BlockManager(blocks)
+        admission = Admission(table, manager, config.prefix_sharing, lengths)
+        grain, inputs = self.runner.decoder.row_grain, self.runner.attention_inputs
+        budget, eos_ids = config.max_num_batched_tokens, np.array(self.tokenizer.eos_ids, np.int64)
+        return table, Scheduler(table, manager, admission, inputs, budget, grain, eos_ids)
+
+    def _speculator(self, config: EngineConfig, runner: ModelRunner | None, blocks: int) -> Speculator | None:
+        if config.speculation.method == "off":
+            return None
+        grain = self.runner.decoder.row_grain
+        padded = padded_count if self.runner.late else partial(padded_size, row_grain=grain)
+        model = None if runner is None else DraftModel(runner, config, self.table, blocks, self.runner)
+        return Speculator(self.table, config.speculation, padded, model, self.runner.late > 0, self._stats.notes)
+
+    def _room(self, config: EngineConfig) -> Room:
+        """For keys and values; on a GPU a step as large as any is computed first, to see what it takes."""
+        if config.device == "cpu":
+            return Room.on_cpu()
+        length = max(1, min(config.max_num_batched_tokens // config.max_num_seqs, config.max_model_len - 1))
+        prompts = [[0] * length] * min(config.max_num_seqs, config.max_num_batched_tokens)
+        blocks = len(prompts) * (length // config.block_size + 2)
+        self.runner.allocate(blocks, config.block_size)
+        _, scheduler = self._scheduler(replace(config, prefix_sharing=False), blocks, None)
+        scheduler.add(Requests.of(prompts, SamplingParams(max_tokens=1, temperature=1.0)))
+        batch = scheduler.schedule()
+        assert batch is not None
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.runner.launch(batch).wait()
+        activations = torch.cuda.max_memory_allocated() - before
+        self.runner.caches.clear()
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info()
+        return Room.on_device(total, free, activations, config.gpu_memory_utilization)
+
+    def _finished(self, gains: Gains) -> dict[int, FinishReason]:
+        """The sequences that end with these tokens, and why; of several reasons the last named here wins.
+
+        Tokens behind a stop string are dropped.
+        """
+        table, places = self.table, gains.places
+        stopped = self._stopped(gains)
+        newest = table.tokens[places, table.length[places] - 1]
+        ended = np.isin(newest, self.scheduler.eos_ids) & ~table.ignore_eos[places]
+        done = {int(p): FinishReason.LENGTH for p in places[table.length[places] >= table.end[places]]}
+        done |= dict.fromkeys(stopped, FinishReason.STOP)
+        done |= {int(p): FinishReason.STOP for p in places[ended]}
+        done |= {int(p): FinishReason.ERROR for p in places[~gains.finite]}
+        return done
+
+    def _stopped(self, gains: Gains) -> list[int]:
+        """Of sequences with stop strings, those in which a new token completes one; it becomes their last."""
+        table = self.table
+        candidates = [
+            (place, length)
+            for place, count in zip(gains.places.tolist(), gains.tokens.tolist(), strict=True)
+            if place in table.stop
+            for length in range(int(table.length[place]) - count + 1, int(table.length[place]) + 1)
+        ]
+        # A token is a byte or more, so a stop string ends within as many tokens; some before them for context.
+        longest = [max(len(stop.encode()) for stop in table.stop[p]) + 8 for p, _ in candidates]
+        tails = [
+            table.tokens[p, max(int(table.prompt_length[p]), length - most) : length]
+            for (p, length), most in zip(candidates, longest, strict=True)
+        ]
+        if not tails:
+            return []
+        texts = self.tokenizer.decode_batch(np.concatenate(tails), np.cumsum([0, *map(len, tails)]))
+        stopped: dict[int, int] = {}
+        for (place, length), text in zip(candidates, texts, strict=True):
+            if place not in stopped and any(stop in text for stop in table.stop[place]):
+                stopped[place] = length
+        for place, length in stopped.items():
+            table.length[place] = length
+        return list(stopped)
+
+    def _completions(self, places: list[int], done: dict[int, FinishReason]) -> Completions:
+        failed = [p for p in places if done[p] is FinishReason.ERROR]
+        new = [self.table.generated(p) if p not in failed else np.empty(0, np.int32) for p in places]
+        self._stats.completion_tokens += sum(map(len, new))
+        return Completions(
+            rows=self.table.row[places],
+            token_ids=np.concatenate(new) if new else np.empty(0, np.int32),
+            offsets=np.cumsum([0, *map(len, new)]),
+            finish_reasons=np.array([done[p] for p in places], np.int8),
+            errors={int(self.table.row[p]): NOT_FINITE for p in failed},
+        )
+
+    def _count(self, batch: Batch, seconds: float) -> None:
+        stats, decoder = self._stats, self.runner.decoder
+        tokens = batch.prompt_tokens + batch.query_tokens
+        share = batch.prompt_tokens / tokens
+        stats.steps += 1
+        stats.prompt_tokens += batch.prompt_tokens
+        stats.prefill_seconds += seconds * share
+        stats.decode_seconds += seconds * (1 - share)
+        stats.drafted += batch.drafted
+        stats.padded_tokens += len(batch.tokens) - tokens
+        stats.step_sizes[len(batch.tokens)] = stats.step_sizes.get(len(batch.tokens), 0) + 1
+        stats.operations += tokens * decoder.operations_per_token
+        stats.operations += len(batch.sequences) * decoder.head.operations_per_row
+
+
+def _check(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
+    if config.block_size not in BLOCK_SIZES:
+        raise ValueError(f"block_size is {config.block_size}; it must be 8, 16, 32 or 64")
+    if config.max_num_batched_tokens < LEAST_BATCHED_TOKENS:
+        raise ValueError(
+            f"max_num_batched_tokens is {config.max_num_batched_tokens}; it must be at least {LEAST_BATCHED_TOKENS}"
+        )
+    if not 0.05 <= config.gpu_memory_utilization <= 1:
+        raise ValueError(f"gpu_memory_utilization is {config.gpu_memory_utilization}; it must be from 0.05 to 1")
+    if config.max_num_seqs < 1:
+        raise ValueError(f"max_num_seqs is {config.max_num_seqs}; it must be at least 1")
+    if not 2 <= config.max_model_len <= model.max_positions:
+        raise ValueError(
+            f"max_model_len is {config.max_model_len}; it must be from 2 to {model.max_positions} for this model"
+        )
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}: they do not belong "
+            "together"
+        )

@@ -1,0 +1,225 @@
+"""`ModelRunner`: a `Batch` to sampled tokens, on one device."""
+
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from batchinfer.engine.attention_inputs import AttentionInputs, RaggedInputs, TiledInputs
+from batchinfer.engine.config import EngineConfig
+from batchinfer.engine.cuda_graphs import DeviceSteps
+from batchinfer.engine.four_bit_path import FourBitPath
+from batchinfer.engine.pool_size import bytes_per_token
+from batchinfer.engine.transfer import Sampled
+from batchinfer.formats.matrix import quantize_channels
+from batchinfer.formats.scheme import QuantScheme, scheme
+from batchinfer.kernels.backend import Backend, Product
+from batchinfer.kernels.backend_cpu import CpuBackend
+from batchinfer.kernels.backends import choose_backend
+from batchinfer.kernels.kv_cache import KV_DTYPES, MOST
+from batchinfer.kernels.rows import Rows
+from batchinfer.models import gguf_folder
+from batchinfer.models.batch import Batch
+from batchinfer.models.config import ModelConfig
+from batchinfer.models.gguf_weights import GGUFWeights
+from batchinfer.models.loader import load_decoder
+from batchinfer.models.weights import RandomWeights, SafetensorsWeights, WeightSource
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelRunner:
+    """Weights and the pool of keys and values; `launch(batch)` is one step.
+
+    On a GPU a step's tokens reach the host while the next one runs, and stay on the device for it: `late` tells how
+    many steps may be under way when their tokens are needed. A `ValueError` names what cannot be: an unknown type or
+    scheme, a checkpoint that does not fit its config.
+    """
+
+    def __init__(self, config: EngineConfig, model: ModelConfig) -> None:
+        self.backend = choose_backend(config.device, config.deterministic)
+        made_for = frozenset[str]() if model.form is None else model.form.eight_bit_inputs
+        self.scheme: QuantScheme = scheme(config.quantization, bool(made_for & self.backend.eight_bits))
+        _check_scheme(self.scheme, self.backend)
+        self.dtype = _dtype(config.dtype, model.dtype, self.backend)
+        weights = _weights(config, model, self.dtype, self.backend.device)
+        path = FourBitPath.choose(config, self.scheme, self.dtype, self.backend)
+        loaded = load_decoder(model, self.scheme, self.dtype, weights, self.backend, path.packed)
+        self.decoder = loaded.decoder
+        self.kv_dtype = _kv_dtype(config.kv_cache_dtype, self.decoder.stream, self.backend)
+        self.notes: list[str] = []
+        if weights.stored_as is not None:
+            held = _held(self.scheme, self.dtype, path if loaded.four_bits else None)
+            self.notes.append(f"the checkpoint is {weights.stored_as}: {held}")
+        if loaded.unpacked:
+            self.notes.append(
+                f"the 4-bit kernel does not take {len(loaded.unpacked)} of the products, which are expanded: the first "
+                f"is {loaded.unpacked[0]}"
+            )
+        self.late = 0
+        if not isinstance(self.backend, CpuBackend):
+            self.late = 1
+            self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.backend.device)
+            self.steps = DeviceSteps(self._compute, self.backend.device, self.notes)
+
+    @property
+    def attention_inputs(self) -> AttentionInputs:
+        """How the scheduler describes a step's attention."""
+        c = self.decoder.config
+        if isinstance(self.backend, CpuBackend):
+            return TiledInputs(set(c.windows))
+        from batchinfer.kernels.attention_triton import tiling
+        from batchinfer.kernels.backend_triton import TritonBackend
+
+        assert isinstance(self.backend, TritonBackend)
+        processors = None if self.backend.deterministic else self.backend.processors
+        tiles = tiling(c.head_dim, c.heads // c.kv_heads, self.kv_dtype in MOST)
+        return RaggedInputs(set(c.windows), c.heads, c.kv_heads, tiles, processors)
+
+    @property
+    def device_name(self) -> str:
+        """For the report."""
+        if self.backend.device.type == "cuda":
+            return torch.cuda.get_device_name(self.backend.device)
+        return f"cpu, {torch.get_num_threads()} threads"
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Of keys and values in all layers."""
+        return bytes_per_token(self.decoder.config, self.kv_dtype)
+
+    @property
+    def peak_device_bytes(self) -> int:
+        """The most that was taken of a GPU's memory, weights and pool included; 0 on the CPU."""
+        return torch.cuda.max_memory_reserved() if self.backend.device.type == "cuda" else 0
+
+    def allocate(self, blocks: int, block_size: int) -> None:
+        """Make the pool, of `blocks` blocks for all layers."""
+        self.caches = self.decoder.caches(blocks, block_size, self.kv_dtype)
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Sampled:
+        """Compute a step, or begin to; the result waits for it."""
+        if not self.late:
+            return Sampled.fetch(*self._sample(batch))
+        return Sampled.fetch(*self.steps.run(batch))
+
+    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """A step whose tensors are on the device, where the newest tokens are too."""
+        if len(batch.late_rows):
+            batch.tokens[batch.late_rows] = self.newest[batch.late_places]
+        tokens, finite = self._sample(batch)
+        self.newest[batch.places] = tokens
+        return tokens, finite
+
+    def _sample(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits = self.decoder.forward(batch, self.caches)[: len(batch.places)]
+        if len(batch.copies):
+            for cache in self.caches:
+                cache.copy(batch.copied, batch.copies)
+        return self.backend.sample(logits, batch.sampling)
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> Tensor:
+        """float32 [S, V], on the device, of a step whose tokens the host knows."""
+        return self.decoder.forward(self.steps.transfer.send(batch) if self.late else batch, self.caches)
+
+    def clear_blocks(self, blocks: NDArray[np.int64]) -> None:
+        """Wipe blocks that hold values that are not finite."""
+        places = torch.from_numpy(blocks).to(self.backend.device)
+        for cache in self.caches:
+            cache.clear(places)
+
+    def clear_slots(self, slots: NDArray[np.int64]) -> None:
+        """Wipe single positions that hold values that are not finite."""
+        places = torch.from_numpy(slots).to(self.backend.device)
+        for cache in self.caches:
+            cache.clear_slots(places)
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Bytes of the pool; on the CPU pages that were never written take no memory."""
+        return sum(cache.nbytes for cache in self.caches)
+
+
+def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> WeightSource:
+    if config.random_weights:
+        return RandomWeights(dtype, device, model.form)
+    if (config.model / gguf_folder.WEIGHTS).exists():
+        return GGUFWeights(config.model / gguf_folder.WEIGHTS, model)
+    return SafetensorsWeights(config.model, model.form)
+
+
+def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None) -> str:
+    """What becomes of weights in a checkpoint's format; `path` is that of weight-only 4-bit matrices, if there are."""
+    if scheme.as_stored:
+        return "8-bit products"
+    if scheme.quantized:
+        return "its matrices are rounded to 8 bits by channel at load"
+    if path is not None and path.packed:
+        return f"its matrices stay in 4 bits, {path.reason}"
+    expanded = f"its matrices are expanded to {str(dtype).removeprefix('torch.')} at load"
+    return expanded if path is None else f"{expanded}: {path.reason}"
+
+
+@torch.inference_mode()
+def measure_peak(scheme: QuantScheme, dtype: torch.dtype, backend: Backend, seconds: float = 0.3) -> float:
+    """Operations a second of the scheme's own matrix product, the best of some repeats.
+
+    At 512 x 4096 x 2048 on the CPU, and 4096 x 4096 x 4096 on a GPU.
+    """
+    m, n, k = (512, 4096, 2048) if backend.device.type == "cpu" else (4096, 4096, 4096)
+    weight = torch.randn(n, k, device=backend.device)
+    x = torch.randn(m, k, device=backend.device)
+    if scheme.quantized:
+        kind = torch.float8_e4m3fn if scheme.activations == "fp8" else torch.int8
+        product: Product = backend.linear_w8a8(*quantize_channels(weight, kind), out=dtype)
+    else:
+        product, x = backend.linear(weight.to(dtype)), x.to(dtype)
+    rows = backend.rows(x, product.takes)
+
+    def once() -> None:
+        product(Rows(rows.values, rows.scale))
+        if backend.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    once()
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        once()
+        best = min(best, time.perf_counter() - started)
+    return 2 * m * n * k / best
+
+
+def _check_scheme(scheme: QuantScheme, backend: Backend) -> None:
+    if scheme.quantized and not scheme.as_stored and scheme.activations not in backend.eight_bits:
+        raise ValueError(
+            f"quantization is {scheme.name!r}, and {_name(backend)} multiplies no {scheme.activations}: float8 needs a "
+            "GPU of compute capability 8.9 or more; take w8a8-int8"
+        )
+
+
+def _name(backend: Backend) -> str:
+    return torch.cuda.get_device_name(backend.device) if backend.device.type == "cuda" else "the CPU"
+
+
+def _dtype(asked: str, checkpoint: str, backend: Backend) -> torch.dtype:
+    name = checkpoint if asked == "auto" else asked
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {name!r}; it must be one of auto, {', '.join(DTYPES)}")
+    # CPUs have no float16 arithmetic; its checkpoints hold nothing that float32 cannot.
+    halved = asked == "auto" and name == "float16" and isinstance(backend, CpuBackend)
+    return torch.float32 if halved else DTYPES[name]
+
+
+def _kv_dtype(asked: str, computed: torch.dtype, backend: Backend) -> torch.dtype:
+    if asked == "auto":
+        return computed  # as they are computed: nothing is lost, and nothing converted at each step
+    if asked not in KV_DTYPES:
+        raise ValueError(f"kv_cache_dtype is {asked!r}; it must be one of auto, {', '.join(KV_DTYPES)}")
+    if asked == "fp8" and backend.device.type == "cuda" and "fp8" not in backend.eight_bits:
+        raise ValueError(f"kv_cache_dtype is 'fp8', and {_name(backend)} has no float8; take int8")
+    return KV_DTYPES[asked]

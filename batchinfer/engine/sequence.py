@@ -1,0 +1,98 @@
+"""`SequenceTable`: the requests under way, as arrays; a place in the table is a sequence."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchinfer.engine.prefix_tree import SharedTile
+from batchinfer.engine.request import Requests, SamplingParams
+from batchinfer.kernels.grain import TILE
+
+
+class SequenceTable:
+    """Up to `capacity` sequences of up to `max_tokens` tokens, in blocks of `block_size`."""
+
+    def __init__(self, capacity: int, max_tokens: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.max_tokens = max_tokens
+        self.active = np.zeros(capacity, np.bool_)
+        self.row = np.zeros(capacity, np.int64)
+        self.tokens = np.zeros((capacity, max_tokens), np.int32)  # prompt, then what was generated
+        self.prompt_length = np.zeros(capacity, np.int64)
+        self.length = np.zeros(capacity, np.int64)  # tokens known
+        self.computed = np.zeros(capacity, np.int64)  # tokens whose keys and values are in the cache
+        self.end = np.zeros(capacity, np.int64)  # the length at which it stops at the latest
+        # Whole tiles, for a prompt's last one reads past its end; 0 where none is taken.
+        self.blocks = np.zeros((capacity, -(-max_tokens // TILE) * (TILE // block_size)), np.int64)
+        self.block_count = np.zeros(capacity, np.int64)
+        self.own_from = np.zeros(capacity, np.int64)  # blocks before this one belong to shared tiles
+        self.promised = np.zeros(capacity, np.int64)  # blocks of its own
+        self.epoch = np.zeros(capacity, np.int64)  # which of all sequences that ever ran it is, in order of admission
+        # The place of a sequence with the same prompt that computes the last of it for both; -1 where there is none.
+        self.twin_of = np.full(capacity, -1, np.int64)
+        self.template = np.full(capacity, -1, np.int64)  # the same number for rows that begin alike
+        self.tiles: list[list[SharedTile]] = [[] for _ in range(capacity)]
+        self.request: list[tuple[Requests, int] | None] = [None] * capacity
+        self.seed = np.zeros(capacity, np.int64)
+        self.temperature = np.zeros(capacity, np.float32)
+        self.top_k = np.zeros(capacity, np.int64)
+        self.top_p = np.ones(capacity, np.float32)
+        self.min_p = np.zeros(capacity, np.float32)
+        self.ignore_eos = np.zeros(capacity, np.bool_)
+        self.undrafted = np.zeros(capacity, np.bool_)  # a draft of it has made values that are not finite
+        self.stop: dict[int, tuple[str, ...]] = {}  # of sequences that have stop strings
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-tokens // self.block_size)
+
+    def add(self, place: int, requests: Requests, i: int, generated: NDArray[np.int32]) -> None:
+        """Put the i-th request into a free place, with new tokens that it has from an earlier one."""
+        prompt = requests.token_ids[requests.offsets[i] : requests.offsets[i + 1]]
+        params: SamplingParams = requests.params[requests.param_index[i]]
+        self.active[place] = True
+        self.request[place] = (requests, i)
+        self.row[place] = requests.rows[i]
+        self.prompt_length[place] = len(prompt)
+        self.length[place] = len(prompt) + len(generated)
+        self.tokens[place, : len(prompt)] = prompt
+        self.tokens[place, len(prompt) : len(prompt) + len(generated)] = generated
+        self.computed[place] = 0
+        self.twin_of[place] = -1
+        self.undrafted[place] = False
+        self.end[place] = len(prompt) + params.max_tokens
+        self.seed[place] = requests.seeds[i].astype(np.int64)
+        self.temperature[place] = params.temperature
+        self.top_k[place] = params.top_k
+        self.top_p[place] = params.top_p
+        self.min_p[place] = params.min_p
+        self.ignore_eos[place] = params.ignore_eos
+        if params.stop:
+            self.stop[place] = params.stop
+
+    def share(self, place: int, tiles: list[SharedTile]) -> None:
+        """These tiles are the first of the sequence in this place."""
+        blocks = np.concatenate([tile.blocks for tile in tiles]) if tiles else np.empty(0, np.int64)
+        self.tiles[place] = tiles
+        self.blocks[place, : len(blocks)] = blocks
+        self.block_count[place] = self.own_from[place] = len(blocks)
+
+    def remove(self, place: int) -> NDArray[np.int64]:
+        """Free a place; returns the blocks that were its own."""
+        self.active[place] = False
+        self.stop.pop(place, None)
+        self.request[place] = None
+        own: NDArray[np.int64] = self.blocks[place, self.own_from[place] : self.block_count[place]].copy()
+        self.tiles[place] = []
+        self.blocks[place] = 0
+        self.block_count[place] = self.own_from[place] = 0
+        return own
+
+    def slots(self, places: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in the pool the tokens at these positions of these sequences lie."""
+        block = self.blocks[places, positions // self.block_size]
+        return block * self.block_size + positions % self.block_size
+
+    def generated(self, place: int) -> NDArray[np.int32]:
+        """The new tokens so far."""
+        new: NDArray[np.int32] = self.tokens[place, self.prompt_length[place] : self.length[place]]
+        return new

@@ -1,0 +1,115 @@
+"""Steps between host and device: all tensors of a batch in one copy, what was sampled in another, nobody waiting."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TypeVar, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from batchinfer.models.batch import Batch
+
+ALIGNMENT = 16  # bytes: what Triton's kernels take for granted of a pointer, once they have seen it
+T = TypeVar("T")
+
+
+class Transfer:
+    """Two pinned buffers take turns, so that one is written while the other is still read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._host = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
+        self._read: list[torch.cuda.Event | None] = [None, None]  # when the device has read them
+
+    def send(self, batch: Batch, into: Tensor | None = None) -> Batch:
+        """The same batch on the device; its tensors are views of `into`, bytes there, or of a new tensor."""
+        tensors = tensors_of(batch)
+        offsets = np.cumsum([0, *(-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in tensors)]).tolist()
+        if (read := self._read[0]) is not None:
+            read.synchronize()
+        host = self._host[0] = self._room(self._host[0], offsets[-1])
+        for tensor, offset in zip(tensors, offsets, strict=False):
+            _view(host, offset, tensor).copy_(tensor)
+        if into is None:
+            into = torch.empty(offsets[-1], dtype=torch.uint8, device=self.device)
+        into[: offsets[-1]].copy_(host[: offsets[-1]], non_blocking=True)
+        self._read[0] = _event(self.device)
+        self._host.reverse()
+        self._read.reverse()
+        there = {id(tensor): _view(into, offset, tensor) for tensor, offset in zip(tensors, offsets, strict=False)}
+        return with_tensors(batch, lambda tensor: there[id(tensor)])
+
+    def _room(self, buffer: Tensor, size: int) -> Tensor:
+        if len(buffer) >= size:
+            return buffer
+        return torch.empty(2 * size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+
+def _view(place: Tensor, offset: int, like: Tensor) -> Tensor:
+    """A tensor of that shape and type in these bytes."""
+    return place[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Tokens and flags on their way to the host."""
+
+    tokens: Tensor  # [r] int64
+    finite: Tensor  # [r] bool
+    there: torch.cuda.Event | None  # None: they have arrived
+
+    @classmethod
+    def fetch(cls, tokens: Tensor, finite: Tensor) -> "Sampled":
+        """Begin to copy them from their device."""
+        device = tokens.device
+        if device.type == "cpu":
+            return cls(tokens.clone(), finite.clone(), None)  # a replay writes to the same place again
+        pinned = (torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (tokens, finite))
+        tokens, finite = (p.copy_(t, non_blocking=True) for p, t in zip(pinned, (tokens, finite), strict=True))
+        return cls(tokens, finite, _event(device))
+
+    def wait(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """(token ids [r], finite [r]), once the step has ended."""
+        if self.there is not None:
+            self.there.synchronize()
+        return self.tokens.numpy(), self.finite.numpy()
+
+
+def _event(device: torch.device) -> torch.cuda.Event | None:
+    """Happens when the device has done all that it was given so far; None: it has already."""
+    if device.type == "cpu":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def tensors_of(value: object) -> list[Tensor]:
+    """All tensors of a batch, each once, in an order that depends on its shape alone."""
+    found: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.setdefault(id(tensor), tensor)
+        return tensor
+
+    with_tensors(value, keep)
+    return list(found.values())
+
+
+def with_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """The same dataclass, tuple or dict of such, with every tensor in it changed."""
+    return cast(T, _changed(value, change))
+
+
+def _changed(value: object, change: Callable[[Tensor], Tensor]) -> object:
+    if isinstance(value, Tensor):
+        return change(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _changed(getattr(value, f.name), change) for f in fields(value)})
+    if isinstance(value, tuple):
+        return tuple(_changed(part, change) for part in value)
+    if isinstance(value, dict):
+        return {key: _changed(part, change) for key, part in value.items()}
+    return value

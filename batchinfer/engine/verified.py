@@ -1,0 +1,77 @@
+"""`Gains`: what a step has given to its sequences."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from batchinfer.engine.sequence import SequenceTable
+from batchinfer.kernels.speculative import Drafts, verify
+from batchinfer.models.batch import Batch, Ints
+
+
+@dataclass(frozen=True)
+class Gains:
+    """New tokens of g sequences, which are in the table by now."""
+
+    places: Ints  # [g]
+    tokens: Ints  # [g] how many
+    finite: NDArray[np.bool_]  # [g] whether the logits were finite that they come from
+    accepted: int = 0  # drafts among them
+    spoiled: Ints | None = None  # slots of drafts whose values are not finite
+
+
+def verified_gains(
+    table: SequenceTable, batch: Batch, targets: Ints, finite: NDArray[np.bool_], eos_ids: Ints
+) -> Gains:
+    """Of a step with drafts: of each sequence those that are what the target draws in their place, and one token more.
+
+    `targets` [r] and `finite` [r] are of all sampled rows. Attention gives what a token does not see a weight of zero,
+    which is no help against values that are not finite: a sequence whose drafts have any goes on without them.
+    """
+    first = np.flatnonzero(np.diff(batch.sequences, prepend=-1))
+    offsets = np.append(first, len(batch.sequences))
+    places = batch.sequences[first]
+    drafts = np.diff(offsets) - 1
+    found = verify(
+        Drafts(
+            offsets=torch.from_numpy(offsets),
+            tokens=batch.tokens[batch.sampled[: len(batch.sequences)]],
+            lengths=torch.from_numpy(table.length[places]),
+            room=torch.from_numpy(table.end[places] - table.length[places]),
+            ignore_eos=torch.from_numpy(table.ignore_eos[places]),
+            eos_ids=torch.from_numpy(eos_ids),
+            most=int(drafts.max()),
+        ),
+        torch.from_numpy(targets),
+        torch.from_numpy(finite),
+    )
+    new = found.new_tokens.numpy()
+    counts = (new >= 0).sum(1)
+    right = found.finite.numpy()
+    again = ~right & (drafts > 0)
+    table.undrafted[places[again]] = True
+    table.computed[places[again]] -= 1
+    counts[again] = 0
+    for place, tokens, count in zip(places.tolist(), new, counts.tolist(), strict=True):
+        length = int(table.length[place])
+        table.tokens[place, length : length + count] = tokens[:count]
+    table.length[places] += counts
+    drafted = drafts > 0
+    table.computed[places[drafted & ~again]] = table.length[places[drafted & ~again]] - 1
+    kept = ~again
+    return Gains(
+        places[kept],
+        counts[kept],
+        right[kept],
+        int(np.maximum(counts - 1, 0)[drafted].sum()),
+        _spoiled_slots(table, batch, finite),
+    )
+
+
+def _spoiled_slots(table: SequenceTable, batch: Batch, finite: NDArray[np.bool_]) -> Ints | None:
+    """Slots of drafts that made values that are not finite, and that are no part of their sequences."""
+    places, positions = batch.queries.all_places, batch.queries.positions
+    odd = np.isin(places, batch.sequences[~finite]) & (positions >= table.computed[places])
+    return table.slots(places[odd], positions[odd]) if odd.any() else None

@@ -1,0 +1,42 @@
+"""Block FP8 checkpoints in the Hugging Face layout (`quant_method: fp8`, as DeepSeek-V3 and Qwen3 publish them).
+
+`weight` float8_e4m3fn [N, K]; `weight_scale_inv` [ceil(N / rows), ceil(K / columns)], a multiplier despite its name.
+"""
+
+from typing import Any
+
+import torch
+
+from batchinfer.formats.matrix import QuantizedMatrix, Tensors, checked_scale
+
+
+class BlockFP8:
+    """The format of one checkpoint, from its `quantization_config`. A `ValueError` names what is not supported."""
+
+    name = "block FP8"
+    eight_bit_inputs: frozenset[str] = frozenset()
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        block = config.get("weight_block_size")
+        if not (
+            isinstance(block, list) and len(block) == 2 and all(type(b) is int and 0 < b <= 1 << 16 for b in block)
+        ):
+            raise ValueError(
+                f"config.json: quantization_config: weight_block_size is {block!r}; expected two whole numbers"
+            )
+        if (scheme := config.get("activation_scheme", "dynamic")) != "dynamic":
+            raise ValueError(
+                f"config.json: quantization_config: activation_scheme is {scheme!r}; supported is 'dynamic'"
+            )
+        self.block = (block[0], block[1])
+        self.left_out = [str(name) for name in config.get("modules_to_not_convert") or []]
+
+    def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
+        """The module's weight [N, K]; None where it is not quantized."""
+        if module == "lm_head" or module in self.left_out:
+            return None
+        (n, k), (rows, columns) = shape, self.block
+        values = tensors.take(f"{module}.weight", shape, torch.float8_e4m3fn)
+        name = f"{module}.weight_scale" if tensors.has(f"{module}.weight_scale") else f"{module}.weight_scale_inv"
+        scale = checked_scale(tensors.take(name, (-(-n // rows), -(-k // columns))), name)
+        return QuantizedMatrix(values, scale, self.block, 8, "fp8")

@@ -1,0 +1,41 @@
+"""Which format a checkpoint's weights are in: as its `quantization_config` says, never guessed from names."""
+
+from typing import Any, Protocol
+
+from batchinfer.formats.awq import AWQ
+from batchinfer.formats.compressed_tensors import CompressedTensors
+from batchinfer.formats.fp8 import BlockFP8
+from batchinfer.formats.gptq import GPTQ
+from batchinfer.formats.matrix import QuantizedMatrix, Tensors
+
+
+class Format(Protocol):
+    """How a checkpoint holds its matrices."""
+
+    name: str  # for the report
+    eight_bit_inputs: frozenset[str]  # int8, fp8: what it was made to be multiplied with, by channel
+
+    def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
+        """The module's weight [N, K]; None where it is in floating point. A `ValueError` names what is damaged."""
+        ...
+
+
+_FORMATS: dict[str, type[CompressedTensors] | type[GPTQ] | type[AWQ] | type[BlockFP8]] = {
+    "compressed-tensors": CompressedTensors,
+    "gptq": GPTQ,
+    "awq": AWQ,
+    "fp8": BlockFP8,
+}
+
+
+def checkpoint_format(config: Any) -> Format:
+    """The format that a `quantization_config` names. A `ValueError` names the field that is not supported."""
+    if not isinstance(config, dict):
+        raise ValueError(f"config.json: quantization_config is a {type(config).__name__}; expected an object")
+    method = config.get("quant_method")
+    if not isinstance(method, str) or method not in _FORMATS:
+        raise ValueError(
+            f"config.json: quantization_config: quant_method is {method!r}; supported are {', '.join(_FORMATS)}: take "
+            "another checkpoint of the model, or its floating-point one and --quantization w8a8-int8"
+        )
+    return _FORMATS[method](config)

@@ -1,0 +1,112 @@
+"""A GGUF file as a checkpoint folder: hyperparameters and tokenizer in the Hugging Face layout, the file beside them.
+
+All that reads checkpoints then reads this one too. Free of torch: the parent process of a job imports this module.
+"""
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from batchinfer.formats.gguf_file import GGUFFile
+from batchinfer.models.gguf_tokenizer import tokenizer_files
+
+WEIGHTS = "model.gguf"
+FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+
+
+def unpack_gguf(path: Path, folder: Path, tokenizer: bool = True) -> None:
+    """Write config.json, generation_config.json and the tokenizer's files to `folder`, and a link to the file.
+
+    Without `tokenizer`, the one in the file is left alone. A `ValueError` says what in the file is damaged or not
+    supported.
+    """
+    file = GGUFFile(path)
+    files = {"config.json": _config(file), **(tokenizer_files(file) if tokenizer else {})}
+    eos_ids = _eos_ids(file)
+    files["generation_config.json"] = {"eos_token_id": eos_ids} if eos_ids else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    # Each put there by rename: another job may be reading the same folder.
+    with TemporaryDirectory(dir=folder) as scratch:
+        for name, value in files.items():
+            (Path(scratch) / name).write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+        (Path(scratch) / WEIGHTS).symlink_to(path.resolve())
+        for name in (*files, WEIGHTS):
+            (Path(scratch) / name).replace(folder / name)
+
+
+def _config(file: GGUFFile) -> dict[str, Any]:
+    architecture = _entry(file, "general.architecture", str)
+    if architecture not in FAMILIES:
+        raise ValueError(
+            f"{file.path}: general.architecture is {_shown(architecture)}; supported are "
+            f"{', '.join(FAMILIES)} (Mistral models say llama)"
+        )
+    tensors = file.tensors
+    for name in ("token_embd.weight", "blk.0.ffn_gate.weight"):
+        if name not in tensors:
+            raise ValueError(f"{file.path} has no tensor {name}")
+
+    def number(key: str, default: float | None = None) -> Any:
+        value = file.metadata.get(f"{architecture}.{key}", default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{file.path}: {architecture}.{key} is {_shown(value)}; expected a number")
+        return value
+
+    heads = number("attention.head_count")
+    window = file.metadata.get(f"{architecture}.attention.sliding_window")
+    config: dict[str, Any] = {
+        "model_type": "mistral" if architecture == "llama" and window else FAMILIES[architecture],
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "hidden_size": number("embedding_length"),
+        "intermediate_size": number("feed_forward_length"),
+        "num_hidden_layers": number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "max_position_embeddings": number("context_length"),
+        "rms_norm_eps": number("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "rope_parameters": _rope(file, architecture, number),
+        "dtype": "float32" if all(t.type == "F32" for t in tensors.values()) else "bfloat16",
+    }
+    if f"{architecture}.attention.key_length" in file.metadata:
+        config["head_dim"] = number("attention.key_length")
+    if config["model_type"] == "mistral":
+        config["sliding_window"] = window
+    return config
+
+
+def _rope(file: GGUFFile, architecture: str, number: Any) -> dict[str, Any]:
+    """Llama 3.1's scaling is a tensor of divisors in these files; the others are entries."""
+    theta = number("rope.freq_base", 10000.0)
+    if "rope_freqs.weight" in file.tensors:
+        stored = file.tensors["rope_freqs.weight"]
+        if stored.type != "F32":
+            raise ValueError(f"{file.path}: tensor rope_freqs.weight is {stored.type}; expected F32")
+        divisors = file.read(stored).view("<f4").tolist()
+        return {"rope_type": "divided", "rope_theta": theta, "divisors": divisors}
+    kind = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
+    if kind == "none":
+        return {"rope_type": "default", "rope_theta": theta}
+    rope = {"rope_type": kind, "rope_theta": theta, "factor": number("rope.scaling.factor")}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = number("rope.scaling.original_context_length")
+    return rope
+
+
+def _eos_ids(file: GGUFFile) -> list[int]:
+    """End of text, of a turn and of a message: whatever of them the file names."""
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    return sorted({file.metadata[key] for key in keys if isinstance(file.metadata.get(key), int)})
+
+
+def _entry(file: GGUFFile, key: str, kind: type) -> Any:
+    value = file.metadata.get(key)
+    if not isinstance(value, kind):
+        raise ValueError(f"{file.path}: {key} is {_shown(value)}; expected a {kind.__name__}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value from the file in one line, whatever it is."""
+    return ascii(str(value)[:50])

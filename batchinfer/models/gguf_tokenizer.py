@@ -1,0 +1,129 @@
+"""The tokenizer inside a GGUF file, in the form of the tokenizers library. Free of torch."""
+
+import json
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from batchinfer.formats.gguf_file import GGUFFile
+
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
+
+# How text is cut before its pieces are merged, by the name that the file gives it. The patterns are those that the
+# models' own tokenizer.json have.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PATTERNS = {"llama-bpe": _WORDS % "{1,3}", "qwen2": _WORDS % ""}
+_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+_BYTE_LEVEL = ("gpt-2", "default")
+_REMEDY = "give the original tokenizer with --tokenizer"
+
+
+def tokenizer_files(file: GGUFFile) -> dict[str, Any]:
+    """tokenizer.json and tokenizer_config.json as objects. A `ValueError` names what is damaged or not supported."""
+    try:
+        return _files(file)
+    except ValueError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file.path}: its tokenizer is damaged ({str(error)[:100]!a}); {_REMEDY}") from error
+
+
+def _files(file: GGUFFile) -> dict[str, Any]:
+    tokens = _column(file, "tokens", list)
+    kinds = file.metadata.get("tokenizer.ggml.token_type")
+    kinds = [_NORMAL] * len(tokens) if kinds is None else list(map(int, kinds))
+    if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
+        raise ValueError(f"{file.path}: tokenizer.ggml.tokens and token_type do not fit together, or tokens repeat")
+    kind = file.metadata.get("tokenizer.ggml.model")
+    if kind == "gpt2":
+        made = _byte_level(file, tokens)
+    elif kind == "llama":
+        made = _sentencepiece(file, tokens, kinds)
+    else:
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.model is {str(kind)[:50]!a}; supported are gpt2 and llama: {_REMEDY}"
+        )
+    made.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == _CONTROL]
+    )
+    made.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == _USER_DEFINED])
+    config: dict[str, Any] = {}
+    for name in ("bos", "eos", "unknown", "padding"):
+        index = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if isinstance(index, int) and index < len(tokens):
+            config[{"unknown": "unk", "padding": "pad"}.get(name, name) + "_token"] = tokens[index]
+    adds_bos = file.metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")
+    if adds_bos and "bos_token" in config:
+        bos = config["bos_token"]
+        made.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
+        )
+    if "tokenizer.chat_template" in file.metadata:
+        config["chat_template"] = file.metadata["tokenizer.chat_template"]
+    return {"tokenizer.json": json.loads(made.to_str()), "tokenizer_config.json": config}
+
+
+def _byte_level(file: GGUFFile, tokens: list[str]) -> tokenizers.Tokenizer:
+    merges = [tuple(merge.split(" ", 1)) for merge in _column(file, "merges", list)]
+    name = file.metadata.get("tokenizer.ggml.pre", "default")
+    name = _ALIASES.get(name, name)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))
+    if name in _PATTERNS:
+        cut = pre_tokenizers.Split(Regex(_PATTERNS[name]), "isolated")
+        whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.pre_tokenizer = pre_tokenizers.Sequence([cut, whole])
+    elif name in _BYTE_LEVEL:
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        known = ", ".join([*_PATTERNS, *_ALIASES, *_BYTE_LEVEL])
+        raise ValueError(f"{file.path}: tokenizer.ggml.pre is {str(name)[:50]!a}; supported are {known}: {_REMEDY}")
+    if name == "qwen2":
+        made.normalizer = normalizers.NFC()
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def _sentencepiece(file: GGUFFile, tokens: list[str], kinds: list[int]) -> tokenizers.Tokenizer:
+    """SentencePiece BPE: a merge for every pair of pieces that make a piece, in the order of the pieces' scores."""
+    scores = [float(score) for score in _column(file, "scores", object)]
+    if len(scores) != len(tokens):
+        raise ValueError(f"{file.path}: tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    plain = [i for i, kind in enumerate(kinds) if kind in (_NORMAL, _USER_DEFINED)]
+    ranked = []
+    for i in plain:
+        piece = tokens[i]
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        inside = [(left, right) for left, right in pairs if left in vocabulary and right in vocabulary]
+        inside.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        ranked += [(-scores[i], -len(left), -len(right), left, right) for left, right in inside]
+    ranked.sort(key=lambda entry: entry[:3])
+    unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN), None)
+    made = tokenizers.Tokenizer(
+        models.BPE(
+            vocabulary,
+            [(left, right) for *_, left, right in ranked],
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=_BYTE in kinds,
+        )
+    )
+    prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    steps = [normalizers.Prepend("▁")] if prefix else []
+    made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        + ([decoders.Strip(" ", 1, 0)] if prefix else [])
+    )
+    return made
+
+
+def _column(file: GGUFFile, name: str, kind: type) -> Any:
+    value = file.metadata.get(f"tokenizer.ggml.{name}")
+    if value is None or not isinstance(value, kind):
+        raise ValueError(f"{file.path} has no tokenizer.ggml.{name}; {_REMEDY}")
+    return value

@@ -1,0 +1,123 @@
+"""Where a model lies: a directory as it is, or a Hub id in the local cache."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from batchinfer.errors import Refused
+from batchinfer.host.files import read_object
+
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"]
+MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]  # never a pickle
+
+
+def resolve_model(model: str, revision: str | None, files: list[str] = MODEL_FILES, tokenizer: bool = True) -> Path:
+    """The directory of `model`: a directory, a GGUF file, or one of the two on the Hub (`ORG/NAME`,
+    `ORG/NAME/FILE.gguf`), which is downloaded unless the cache has it.
+
+    Without `tokenizer` the one in a GGUF file is not looked at. Raises `Refused` where there is no such model.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise Refused(f"--revision {revision} is for Hub ids; {model} is a directory")
+        return path
+    if path.suffix == ".gguf" and path.is_file():
+        if revision is not None:
+            raise Refused(f"--revision {revision} is for Hub ids; {model} is a file")
+        return _unpacked(path, tokenizer)
+    if path.exists():
+        raise Refused(f"model {model} is a file; expected a directory with config.json, a .gguf file, or a Hub id")
+    file = _file_in_repository(model)
+    if model.startswith(("/", ".", "~")) or (model.count("/") > 1 and file is None):
+        raise Refused(f"model {model}: no such directory" + (" or file" if path.suffix == ".gguf" else ""))
+    found = _download(model, revision, files, None)
+    return found if file is None else _unpacked(found, tokenizer)
+
+
+def _file_in_repository(model: str) -> tuple[str, str] | None:
+    """("ORG/NAME", "FILE.gguf") of a GGUF file on the Hub; in the repository it may lie in a folder."""
+    organization, _, rest = model.partition("/")
+    name, _, file = rest.partition("/")
+    return (f"{organization}/{name}", file) if file.endswith(".gguf") else None
+
+
+def _unpacked(path: Path, tokenizer: bool) -> Path:
+    """A folder in the cache with the file's config and tokenizer, made anew each time: reading them takes a second."""
+    from batchinfer.models.gguf_folder import unpack_gguf
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    folder = cache / "batchinfer" / "gguf" / f"{path.stem}-{digest}"
+    try:
+        unpack_gguf(path, folder, tokenizer)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    return folder
+
+
+def fetch_model(model: str, revision: str | None, folder: Path | None) -> Path:
+    """Download a Hub model, or a GGUF file, into the cache, or into `folder`, for a machine without internet.
+
+    Returns the folder with the model, or the file. Raises `Refused`.
+    """
+    return _download(model, revision, MODEL_FILES, folder)
+
+
+def _download(model: str, revision: str | None, files: list[str], folder: Path | None) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    file = _file_in_repository(model)
+    try:
+        if file is not None:
+            return Path(hf_hub_download(*file, revision=revision, local_dir=folder))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=files, local_dir=folder))
+    except HFValidationError as error:
+        raise Refused(f"model {model}: neither a directory nor the name of a Hub model") from error
+    except GatedRepoError as error:
+        raise Refused(f"model {model} has a licence to accept: do that on its Hub page, then hf auth login") from error
+    except RepositoryNotFoundError as error:
+        raise Refused(f"model {model}: no such directory, nor a public model on the Hub (try hf auth login)") from error
+    except RevisionNotFoundError as error:
+        raise Refused(f"model {model} has no revision {revision}") from error
+    except (EntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
+        if (
+            file is not None
+            and isinstance(error, EntryNotFoundError)
+            and not isinstance(error, LocalEntryNotFoundError)
+        ):
+            raise Refused(f"model {model}: the Hub's {file[0]} has no file {file[1]}") from error
+        raise Refused(
+            f"model {model}: no such directory, not in the cache, and the Hub cannot be reached; run "
+            f"'batchinfer fetch {model}' on a machine with internet, with --to DIR to carry it over"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model. Raises `Refused` where it is missing or no JSON object."""
+    try:
+        return read_object(folder / "config.json")
+    except OSError as error:
+        raise Refused(f"model {folder}: cannot read config.json ({error.strerror})") from error
+    except ValueError as error:
+        raise Refused(f"model {error}") from error
+
+
+def context_length(folder: Path, asked: int | None) -> int:
+    """The most tokens of a row, prompt and answer together: as asked, else what the checkpoint was made for."""
+    if asked is not None:
+        return asked
+    length = read_config(folder).get("max_position_embeddings")
+    if type(length) is not int or length < 2:
+        raise Refused(f"model {folder}: config.json has no max_position_embeddings; give --max-model-len")
+    return length

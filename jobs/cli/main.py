@@ -1,0 +1,65 @@
+"""The command line. An error is one line on stderr and an exit code, never a traceback.
+
+The engine's process imports this module again, as part of the program that started it: so each command imports for
+itself what is large.
+"""
+
+import os
+import sys
+import tempfile
+from typing import Annotated, NoReturn
+
+import typer
+
+from batchinfer import __version__
+from batchinfer.errors import EXIT_CODES, EngineFailed, Interrupted, Refused, UsageError, exit_code
+from batchinfer.jobs.cli import cron, models, outputs, plan, ray, run, slurm
+from batchinfer.jobs.log import printable
+from batchinfer.jobs.process.safe_errors import described, traced
+
+# The system's own allocator gives large cells back at once; pyarrow's, which it takes as it is loaded, keeps them.
+os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+for part in (run, plan, models, outputs, cron, ray):
+    app.add_typer(part.app)
+app.add_typer(slurm.app, name="slurm")
+
+
+def main() -> NoReturn:
+    """The entry point: runs a command and exits with its code."""
+    try:
+        sys.exit(app(prog_name="batchinfer", standalone_mode=False))
+    except typer.TyperException as error:
+        _fail(error.format_message(), EXIT_CODES[UsageError])
+    except (UsageError, Refused, EngineFailed, Interrupted) as error:
+        _fail(str(error), exit_code(error))
+    except OSError as error:
+        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", exit_code(error))
+    except Exception as error:
+        with tempfile.NamedTemporaryFile("w", prefix="batchinfer-", suffix=".log", delete=False) as log:
+            log.writelines(traced(error))
+        _fail(f"internal: {described(error)}; the traceback is in {log.name}", exit_code(error))
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"batchinfer: error: {printable(message)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"batchinfer {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Run an LLM over a table of prompts, on one device: a table of prompts goes in, it comes out with answers."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())

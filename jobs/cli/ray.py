@@ -1,0 +1,75 @@
+"""The command that runs the shards of a job on a Ray cluster. It imports for itself what is large."""
+
+from typing import Annotated
+
+import typer
+
+from batchinfer.errors import EXIT_CODES, EngineFailed, Refused, UsageError
+from batchinfer.jobs.cli.run import job_of
+from batchinfer.jobs.spec import JobSpec, sharded
+
+app = typer.Typer()
+
+
+@app.command()
+def ray(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="RUN_ARGUMENTS...", help="After --: those of `batchinfer run`.")
+    ],
+    shards: Annotated[int, typer.Option(metavar="N", help="Into how many the rows are divided; each is one task.")],
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto|local",
+            help="The cluster's head; auto: a Ray that runs here; local: one started for the job. Else $RAY_ADDRESS, "
+            "or one that runs here, or one started for the job.",
+        ),
+    ] = None,
+    gpus_per_shard: Annotated[
+        int | None, typer.Option(metavar="K", help="1 if the cluster has GPUs and --device allows it.")
+    ] = None,
+    cpus_per_shard: Annotated[
+        int | None, typer.Option(metavar="K", help="For jobs on the CPU; else all of the smallest node.")
+    ] = None,
+    max_retries: Annotated[
+        int, typer.Option(metavar="R", help="How often a shard that was stopped, or whose worker died, runs again.")
+    ] = 3,
+) -> None:
+    """Run the shards of a job as tasks of a Ray cluster, one worker a device, and put their outputs together.
+
+    Every node has the same batchinfer, and sees the same files under the same paths. A shard whose worker dies runs
+    again, on any node, and goes on where it was. What a shard writes to the terminal is in OUT-I-of-N.log.
+    """
+    from batchinfer.jobs.launch import ray_tasks
+    from batchinfer.jobs.merge_shards import merge_shards
+
+    if shards < 1:
+        raise UsageError(f"--shards is {shards}; it must be 1 or more")
+    cluster = ray_tasks.Cluster(address, gpus_per_shard, cpus_per_shard, max_retries)
+    spec = job_of(arguments)
+    _refuse_what_shards_cannot_have(spec)
+    if spec.output.exists():
+        raise Refused(f"output {spec.output} exists; choose another one, or remove it to have it merged again")
+    failed = ray_tasks.run_shards(spec, arguments, shards, cluster)
+    if failed:
+        first, end = next(iter(failed.items()))
+        kinds = {code: kind for kind, code in EXIT_CODES.items()}
+        raise kinds.get(end.code, EngineFailed)(
+            f"{len(failed)} of {shards} shards failed, first shard {first}: {end}; nothing was merged, and the "
+            "same command goes on"
+        )
+    outputs = [sharded(spec.output, shard, shards) for shard in range(shards)]
+    print(f"{spec.output}: {merge_shards(outputs, spec.output, overwrite=False):,} rows of {shards} shards")
+
+
+def _refuse_what_shards_cannot_have(spec: JobSpec) -> None:
+    """Each shard's command is the same at every try."""
+    for flag, given, remedy in (
+        ("--shard", spec.shard is not None, "--shards N makes them"),
+        ("--incremental", spec.incremental, "what is new is one job, and small: run it as one"),
+        ("--overwrite", spec.overwrite, "each try would begin anew: remove the outputs and run folders of the shards"),
+        ("--no-resume", not spec.resume, "no try could go on: choose an output that is not there"),
+        ("--time-limit", spec.time_limit is not None, "each try would have it for itself: interrupt this command"),
+    ):
+        if given:
+            raise UsageError(f"leave {flag} out of the arguments after --: {remedy}")

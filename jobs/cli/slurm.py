@@ -1,0 +1,55 @@
+"""The commands about Slurm."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from batchinfer.errors import UsageError
+from batchinfer.jobs.cli.run import job_of
+
+app = typer.Typer(help="A job on a Slurm cluster.")
+
+
+@app.command()
+def submit(
+    arguments: Annotated[
+        list[str], typer.Argument(metavar="-- ARGUMENTS...", help="What `batchinfer run` would be given.")
+    ],
+    array: Annotated[int, typer.Option(metavar="N", help="Tasks of the array: so many shards.")],
+    time: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Limit of a task: minutes, or [DAYS-]HH:MM:SS.")
+    ] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
+    gres: Annotated[str | None, typer.Option(help="What each shard needs, as 'gpu:1'.")] = None,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="OPTION", help="More for sbatch, as --sbatch=--account=me; repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted.")] = False,
+) -> None:
+    """Run a job as an array of shards, and merge them. The same command goes on with what is left."""
+    from batchinfer.jobs.launch import slurm
+
+    if array < 1:
+        raise UsageError(f"--array is {array}; it must be 1 or more")
+    if wrong := [option for option in sbatch or () if not option.startswith("-")]:
+        raise UsageError(f"--sbatch is {wrong[0]!r}; it must be an option of sbatch, as --sbatch=--account=me")
+    spec = job_of(arguments)
+    slurm.check_job(spec, time)
+    options = {"--time": time, "--partition": partition}
+    submission = slurm.Submission(
+        command=[sys.executable, "-P", "-m", "batchinfer"],  # -P: nothing is imported from where it is submitted
+        arguments=arguments,
+        folder=Path.cwd(),
+        output=Path.cwd() / spec.output,
+        count=array,
+        options=[*(f"{flag}={value}" for flag, value in options.items() if value is not None), *(sbatch or ())],
+        shard_options=[] if gres is None else [f"--gres={gres}"],
+    )
+    if dry_run:
+        print(slurm.dry_run(submission))
+        return
+    shards, merge = slurm.submit(submission)
+    print(f"array {shards}: {array} shards; job {merge} merges them into {submission.output} when all are done")
+    print(f"logs: {submission.place}/shard-*.log and merge.log")

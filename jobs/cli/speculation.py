@@ -1,0 +1,87 @@
+"""`--speculative-config` and `--draft-model`: who drafts tokens, in the JSON of other engines, or by name alone."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from batchinfer.engine.config import Speculation
+from batchinfer.errors import UsageError
+
+FLAG = "--speculative-config"
+_KINDS: dict[str, tuple[type, str]] = {
+    "method": (str, "a text"),
+    "num_speculative_tokens": (int, "a whole number"),
+    "model": (str, "a text"),
+    "prompt_lookup_min": (int, "a whole number"),
+    "prompt_lookup_max": (int, "a whole number"),
+    "gate": (bool, "true or false"),
+}
+# What other engines call it.
+_METHODS_ELSEWHERE = {
+    "draft": "draft_model",
+    "none": "off",
+    "prompt_lookup": "ngram",
+    "suffix_decoding": "suffix",
+}
+_KEYS_ELSEWHERE = {
+    "draft_model": "model",
+    "speculative_model": "model",
+    "num_draft_tokens": "num_speculative_tokens",
+    "prompt_lookup_num_tokens": "num_speculative_tokens",
+    "max_matching_ngram_size": "prompt_lookup_max",
+    "ngram_prompt_lookup_min": "prompt_lookup_min",
+    "ngram_prompt_lookup_max": "prompt_lookup_max",
+}
+
+
+def speculation_of(text: str | None, draft_model: str | None) -> Speculation:
+    """What the two flags say: a JSON object or the name of a method, and a model; its path is as the user gave it.
+
+    Raises `UsageError` for anything else, naming the key, and the nearest known one of a key that is unknown.
+    """
+    values = {} if text is None else _values(text)
+    if draft_model is not None:
+        if "model" in values:
+            raise UsageError(f"--draft-model is {draft_model!r}, and {FLAG} names a model too; leave one of them out")
+        values["model"] = draft_model
+    for key, value in values.items():
+        _check(key, value)
+    method, model = values.get("method", "auto"), values.get("model")
+    if model is not None:
+        if method not in ("auto", "draft_model"):
+            raise UsageError(f"{FLAG}: method {method!r} has no use for the model {model!r}; leave one of them out")
+        values["model"] = Path(model)
+    try:
+        return Speculation(**values)
+    except ValueError as error:
+        raise UsageError(f"{FLAG}: {error}") from error
+
+
+def _values(text: str) -> dict[str, Any]:
+    if not text.lstrip().startswith("{"):
+        return {"method": text.strip()}
+    try:
+        return json.loads(text, object_pairs_hook=_once)  # type: ignore[no-any-return]
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{FLAG} is no JSON object: {error}") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key is there twice")
+    return values
+
+
+def _check(key: str, value: Any) -> None:
+    if key not in _KINDS:
+        near = _KEYS_ELSEWHERE.get(key) or difflib.get_close_matches(key, _KINDS, n=1, cutoff=0.0)[0]
+        raise UsageError(f"{FLAG} has an unknown key {key!r}; the nearest known key is {near!r}")
+    kind, name = _KINDS[key]
+    if type(value) is not kind:
+        raise UsageError(f"{FLAG}: {key} is {str(value)[:50]!r}; it must be {name}")
+    if key == "method" and value in _METHODS_ELSEWHERE:
+        raise UsageError(f"{FLAG}: method is {value!r}; here its name is {_METHODS_ELSEWHERE[value]!r}")
+    if key == "model" and (not value or "\0" in str(value)):
+        raise UsageError(f"{FLAG}: model is {value!r}; name a directory, a GGUF file or a model on the Hub")

@@ -1,0 +1,203 @@
+"""A table that grows: the rows that are new since the last run become one more file of the output folder.
+
+`OUT/` has a file a run, part-N.parquet. Beside it, `OUT.run/part-N.rows.parquet` holds the rows of that run, set aside
+before it begins: however the input changes, the run goes on with them. `OUT.run/part-N.run/` is its run folder.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from batchinfer.errors import Interrupted, Refused, UsageError
+from batchinfer.jobs.log import say
+from batchinfer.jobs.metrics import Metrics
+from batchinfer.jobs.preflight import Preflight, preflight
+from batchinfer.jobs.report import Report, read_report
+from batchinfer.jobs.results.done import differences
+from batchinfer.jobs.results.durable import lock, sync_folder, write_json
+from batchinfer.jobs.results.output_writer import OutputWriter, refuse_foreign
+from batchinfer.jobs.results.run_folder import RunFolder, grown_files, rows_of, run_folder
+from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.tables.ids import as_text, check_ids
+from batchinfer.jobs.tables.json_lines import places_not_text
+from batchinfer.jobs.tables.table import Table
+
+BATCH_ROWS = 8192
+KEY_BYTES = 16
+
+Keys = NDArray[np.bytes_]  # [n] of KEY_BYTES each
+
+
+def run_new_rows(spec: JobSpec, run: Callable[[JobSpec], Report]) -> Report:
+    """Finish what an earlier run began, then run the rows whose id and content no run has had; the last run's report.
+
+    With `retry_errors` rows that failed in earlier runs run again, in their files. Raises what `run` raises, and
+    `Refused` where a run would differ from those before it in more than its rows.
+    """
+    if not spec.grows:
+        raise UsageError(f"--incremental adds a file a run: --output {spec.output} must be a folder, without a suffix")
+    until = None if spec.time_limit is None else time.monotonic() + spec.time_limit
+    folder = run_folder(spec.output)
+    with _alone(folder):
+        with _told(spec):
+            refuse_foreign(spec.output)
+            job = preflight(spec)
+            _refuse_another_job(spec.output, job)
+            spec.output.mkdir(exist_ok=True)
+        report = None
+        for part in grown_files(spec.output):
+            if not part.exists() or (spec.retry_errors and read_report(part).rows_failed):
+                report = run(_run_of(spec, job, part, until))
+        part = spec.output / f"part-{len(grown_files(spec.output)) + 1:06d}.parquet"
+        with _told(spec):
+            begun = _set_aside_new_rows(job, spec, rows_of(part))
+        if begun:
+            return run(_run_of(spec, job, part, until))
+        if report is None:
+            last = grown_files(spec.output)[-1]
+            say(f"no new rows since {last}")
+            report = run(_run_of(spec, job, last, until))  # which is complete: to be seen as a run like any other
+        return report
+
+
+@contextmanager
+def _told(spec: JobSpec) -> Iterator[None]:
+    """What happens before there is a run is in the metrics too."""
+    try:
+        yield
+    except BaseException as error:
+        Metrics(spec, RunFolder(spec.output)).failed(error)
+        raise
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    if (folder / "run.json").exists():
+        raise Refused(f"{folder} was begun without --incremental; give the same command to go on, or another output")
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = lock(folder / "lock")
+    if descriptor is None:
+        raise Interrupted(f"another run is at work in {folder}; nothing was done")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _run_of(spec: JobSpec, job: Preflight, part: Path, until: float | None) -> JobSpec:
+    left = None if until is None else max(0.001, until - time.monotonic())
+    return replace(spec, inputs=(rows_of(part),), output=part, columns=tuple(job.kept), time_limit=left)
+
+
+def _refuse_another_job(output: Path, job: Preflight) -> None:
+    folder = run_folder(output)
+    file = folder / "growth.json"
+    types = {name: str(job.table.schema.field(name).type) for name in _columns(job)}
+    now = {"fingerprints": job.fingerprints, "types": types}
+    if not grown_files(output):
+        write_json(file, now)
+        return
+    try:
+        before = json.loads(file.read_text("utf-8"))
+        differing = differences(before["fingerprints"], now["fingerprints"])
+        drifted = [name for name in types if before["types"].get(name) != types[name]]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Refused(f"{file} is damaged: give another output to start anew") from error
+    if differing:
+        raise Refused(
+            f"{folder} was begun with another {' and '.join(differing)}; give the same command to go on, or another "
+            "output"
+        )
+    if drifted:
+        name = drifted[0]
+        raise Refused(
+            f"column {name!r} is {types[name]}; in earlier runs it was {before['types'].get(name, 'not kept')}"
+        )
+
+
+def _columns(job: Preflight) -> list[str]:
+    return list(dict.fromkeys([*job.kept, *job.source.columns]))
+
+
+def _set_aside_new_rows(job: Preflight, spec: JobSpec, target: Path) -> bool:
+    """Write the rows that no run has had to `target`, whole; False if there are none, unless it is the first run."""
+    seen = _seen(job, spec)
+    schema = pa.schema([job.table.schema.field(name) for name in _columns(job)])
+    aside = target.with_name("aside.parquet")
+    aside.unlink(missing_ok=True)
+    count = 0
+    with OutputWriter(aside, schema, folder=False) as writer:
+        for _, batch in job.table.batches(_columns(job), BATCH_ROWS):
+            batch = _as_stored(batch, job.source.columns)
+            new = batch.filter(pa.array(~_among(row_keys(batch, job.source.columns), seen)))
+            writer.write(pa.Table.from_arrays(new.columns, schema=schema))
+            count += len(new)
+    if not count and grown_files(spec.output):
+        aside.unlink()
+        return False
+    check_ids(Table.open([aside]), str(spec.id_column))  # the input may have grown since it was looked at
+    aside.rename(target)
+    sync_folder(target.parent)
+    return True
+
+
+def _seen(job: Preflight, spec: JobSpec) -> Keys:
+    keys = [np.empty(0, f"S{KEY_BYTES}")]
+    for part in grown_files(spec.output):
+        rows = Table.open([rows_of(part)])
+        keys += [row_keys(batch, job.source.columns) for _, batch in rows.batches(job.source.columns, BATCH_ROWS)]
+    return np.sort(np.concatenate(keys))
+
+
+def _among(keys: Keys, known: Keys) -> NDArray[np.bool_]:
+    """[n] which of the keys are in `known`, which is sorted."""
+    if not len(known):
+        return np.zeros(len(keys), np.bool_)
+    places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return np.asarray(known[places] == keys)
+
+
+def row_keys(batch: pa.RecordBatch, columns: list[str]) -> Keys:
+    """[rows] a digest of these columns' values; a text is the same in whatever type of text it is stored."""
+    digests = [hashlib.blake2b(digest_size=KEY_BYTES) for _ in range(len(batch))]
+    for name in columns:
+        for digest, value in zip(digests, _values(batch.column(name)), strict=True):
+            digest.update(b"-" if value is None else b"%d:" % len(value))
+            digest.update(value or b"")
+    return np.array([digest.digest() for digest in digests], f"S{KEY_BYTES}")
+
+
+def _values(column: pa.Array) -> list[bytes | None]:
+    if pa.types.is_nested(column.type):
+        return [None if not value.is_valid else _json(value) for value in column]
+    values: list[bytes | None] = as_text(column).cast(pa.large_binary()).to_pylist()
+    return values
+
+
+def _json(value: pa.Scalar) -> bytes:
+    try:
+        return json.dumps(value.as_py(), sort_keys=True, default=str).encode()
+    except UnicodeDecodeError:
+        return b"no UTF-8"  # an error of its row, whatever it holds
+
+
+def _as_stored(batch: pa.RecordBatch, columns: list[str]) -> pa.RecordBatch:
+    """Values of columns of text that were no text in JSON are nulls in Parquet: an error of their rows either way."""
+    arrays = []
+    for name, array in zip(batch.schema.names, batch.columns, strict=True):
+        places = places_not_text(batch, name) if name in columns else []
+        if places:
+            wrong = np.isin(np.arange(len(array)), places)
+            array = pc.if_else(pa.array(wrong), pa.scalar(None, array.type), array)
+        arrays.append(array)
+    return pa.record_batch(arrays, batch.schema.remove_metadata())

@@ -1,0 +1,227 @@
+"""A job from its spec to its report: open, check, run, merge; nothing is written before all is known to fit."""
+
+import shlex
+import sys
+import time
+from contextlib import closing
+from dataclasses import asdict, replace
+from functools import partial
+
+import pyarrow as pa
+
+from batchinfer.engine.config import EngineConfig, EngineStats
+from batchinfer.errors import EngineFailed, Refused
+from batchinfer.host import allocator
+from batchinfer.host.memory import peak_memory_bytes
+from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
+from batchinfer.jobs.feed import Loop
+from batchinfer.jobs.log import say
+from batchinfer.jobs.metrics import Metrics
+from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost
+from batchinfer.jobs.plan.prediction import Job, JobShape, Setting
+from batchinfer.jobs.preflight import PromptsFactory, preflight
+from batchinfer.jobs.process.interruption import Interruption
+from batchinfer.jobs.process.messages import TORCH_ENGINE, Load
+from batchinfer.jobs.process.worker import Worker, run_engine
+from batchinfer.jobs.progress import Progress
+from batchinfer.jobs.report import SCHEMA_VERSION, Forecast, Report, rates, read_report, versions
+from batchinfer.jobs.results.collector import Results
+from batchinfer.jobs.results.done import Done
+from batchinfer.jobs.results.durable import write_json
+from batchinfer.jobs.results.output_writer import digest_of
+from batchinfer.jobs.results.run_folder import RunFolder
+from batchinfer.jobs.rows.length_figures import JobPlan
+from batchinfer.jobs.rows.prompts import PromptSource
+from batchinfer.jobs.rows.windows import Windows
+from batchinfer.jobs.spec import JobSpec
+
+MERGE_ROWS = 8192
+
+
+def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = PromptSource) -> Report:
+    """Run a job to its end, or go on with one: when this returns, `spec.output` is there, whole.
+
+    Raises `Refused` (the data, the model or the output), `EngineFailed`, `Interrupted`, `OSError` (the disk). Then the
+    output is absent, and the parts that were committed stay.
+    """
+    allocator.return_freed_memory()
+    with closing(RunFolder(spec.output)) as folder, Metrics(spec, folder) as metrics:
+        return _run(folder, metrics, spec, engine, prompts)
+
+
+def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompts: PromptsFactory) -> Report:
+    started = time.monotonic()
+    folder.refuse_foreign()
+    if not (spec.resume or spec.overwrite) and folder.begun:
+        raise Refused(f"{folder.path} or {spec.output} is there, and --no-resume starts only in an empty place")
+    job = preflight(spec, prompts)
+    table, source, config, digests = job.table, job.source, job.config, job.fingerprints
+    reference = reference_config(spec, config) if spec.canary else None
+    resolved = {
+        "command": shlex.join(sys.argv),
+        "spec": asdict(spec),
+        "engine": asdict(config),
+        "canary_engine": None if reference is None else asdict(reference),
+        "versions": versions(),
+    }
+
+    canary = None
+    if reference is not None and (spec.overwrite or not folder.begun):  # before what an earlier run left is removed
+        comparison = Comparison(spec, config, reference, job.tokenizer_folder, canary_rows(table, source, spec.canary))
+        with Interruption() as interruption:
+            canary = run_canary(comparison, interruption)
+
+    done = folder.open(resolved, digests, table.num_rows, spec.overwrite, spec.retry_errors)
+    results = Results(spec, job.tokenizer, folder, done)
+    metrics.begin(results, table.num_rows)
+    if folder.published and done.complete:
+        say(f"{spec.output} is complete already")
+        return read_report(spec.output)
+    stats, generating, duplicates = EngineStats(notes=_resumed(done, digests) + _sampled(spec)), 0.0, 0
+    try:
+        windows = Windows(
+            table, source, spec.block_size, done.rows, folder.temporary, spec.deduplicate, spec.computed_samples
+        )
+        progress = Progress(results, table.num_rows, metrics)
+        if not done.complete:
+            say(f"loading {spec.model}")
+            deadline = None if spec.time_limit is None else started + spec.time_limit
+            with Interruption(deadline) as interruption:
+                start_worker = partial(Worker, folder.log, run_engine, engine)
+                loop = Loop(spec, windows, results, progress, start_worker, table.num_rows)
+                found = loop.run(Load(config, job.tokenizer_folder, spec.computed_samples), interruption)
+            stats = replace(found, notes=found.notes + stats.notes)
+            generating, duplicates = loop.generate_seconds, loop.duplicates
+        results.refuse_too_many_errors(table.num_rows)
+        folder.write_manifest(table.num_rows)
+        merging = time.monotonic()
+        input_columns = pa.schema([table.schema.field(c) for c in job.kept])
+        batches = table.batches(job.kept, max(1, MERGE_ROWS // spec.n))
+        merged = folder.merge(input_columns, progress.merging(batches), table.num_rows, spec.n)
+    except EngineFailed:
+        raise  # its log is in the folder
+    except BaseException:
+        folder.remove_if_empty()
+        raise
+    finished = time.monotonic()
+    phases = {
+        "load": stats.load_seconds,
+        "tokenize": windows.seconds,
+        "prefill": stats.prefill_seconds,
+        "decode": stats.decode_seconds,
+        "commit": results.commit_seconds,
+        "merge": finished - merging,
+    }
+    wall = finished - started
+    report = _report(
+        spec, results, done, duplicates, windows.plan, stats, phases, generating, wall, canary, digest_of(merged)
+    )
+    if engine == TORCH_ENGINE and results.new_tokens:
+        report = replace(report, predicted=_forecast(spec, config, windows.plan, results))
+    write_json(folder.report, asdict(report))
+    folder.publish(merged)
+    return report
+
+
+def _forecast(spec: JobSpec, config: EngineConfig, plan: JobPlan, results: Results) -> Forecast | None:
+    """What was to be expected of the rows that this run computed."""
+    cost, _ = read_device_cost(DeviceKey.of(config.device))
+    if cost is None:
+        return None
+    setting, job = (
+        Setting.of(config),
+        Job(JobShape.of(plan, spec.sampling, config.max_model_len, spec.computed_samples), config),
+    )
+    if not job.measured(cost, setting):
+        return None
+    before = job.predict(cost, setting)
+    after = job.seconds_for(results.new_tokens, cost, setting)
+    return Forecast(before.generate_seconds, before.low, before.high, after)
+
+
+def _resumed(done: Done, digests: dict[str, str]) -> list[str]:
+    """For the report: that rows were there before, and whether another engine computed them."""
+    if not done.count:
+        return []
+    others = done.engines - {digests["engine"]}
+    by = ", some by another version or device of batchinfer" if others else ""
+    return [f"{done.count:,} of the rows were done when this run began{by}: times and rates are of the others"]
+
+
+def _sampled(spec: JobSpec) -> list[str]:
+    """For the report: how many answers its completion tokens are of."""
+    if spec.n == 1:
+        return []
+    said = f"every row has {spec.n} samples (--n), and completion tokens are those of all"
+    same = "; at temperature 0 they are all the same, so that one is computed"
+    return [said + (same if spec.computed_samples == 1 else "")]
+
+
+def _report(
+    spec: JobSpec,
+    results: Results,
+    done: Done,
+    duplicates: int,
+    plan: JobPlan,
+    stats: EngineStats,
+    phases: dict[str, float],
+    generating: float,
+    wall: float,
+    canary: Canary | None,
+    digest: str,
+) -> Report:
+    new_input = results.prompt_tokens - done.prompt_tokens
+    new_output = results.completion_tokens - done.completion_tokens
+    tokens = {
+        "prefill": stats.prompt_tokens,
+        "decode": stats.completion_tokens,
+        "input": new_input,
+        "output": new_output,
+        "total": new_input + new_output,
+    }
+    seconds = {kind: phases.get(kind, generating) for kind in tokens}
+    busy = stats.prefill_seconds + stats.decode_seconds
+    ideal = busy * stats.peak_operations_per_second
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        output=str(spec.output),
+        model=spec.model,
+        rows=results.rows,
+        rows_ok=results.rows - results.failed,
+        rows_failed=results.failed,
+        rows_resumed=done.count,
+        rows_computed=results.rows - done.count,
+        rows_duplicate=duplicates,
+        rows_by_finish_reason=dict(results.by_reason),
+        rows_by_error=dict(results.by_error),
+        prompt_tokens=results.prompt_tokens,
+        prompt_tokens_computed=stats.prompt_tokens,
+        prompt_tokens_shared=stats.shared_tokens,
+        completion_tokens=results.completion_tokens,
+        drafted=stats.drafted,
+        accepted=stats.accepted,
+        steps=stats.steps,
+        preemptions=stats.preemptions,
+        padded_tokens=stats.padded_tokens,
+        step_sizes={str(size): count for size, count in sorted(stats.step_sizes.items())},
+        buckets={str(edge): rows for edge, rows in plan.buckets.items() if rows},
+        phases=phases,
+        generate_seconds=generating,
+        wall_seconds=wall,
+        tokens_per_second=rates(tokens, seconds),
+        rows_per_second=(results.rows - done.count) / generating if generating > 0 else 0.0,
+        operations=stats.operations,
+        peak_operations_per_second=stats.peak_operations_per_second,
+        percent_of_peak=100 * stats.operations / ideal if ideal > 0 else None,
+        peak_memory_bytes={"parent": peak_memory_bytes(), "engine": stats.peak_memory_bytes}
+        | ({"gpu": stats.peak_device_bytes} if stats.peak_device_bytes else {}),
+        weight_bytes=stats.weight_bytes,
+        kv_cache_bytes=stats.kv_cache_bytes,
+        device=stats.device,
+        kernels=stats.kernels,
+        notes=stats.notes,
+        versions=versions(),
+        command=shlex.join(sys.argv),
+        canary=canary,
+        output_sha256=digest,
+    )

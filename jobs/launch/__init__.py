@@ -1,0 +1,1 @@
+"""Jobs that something else starts: Slurm, Ray, cron, systemd."""

@@ -1,0 +1,269 @@
+"""What a job will be, before a weight is loaded: which rows can run, how long they are, what they will take."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchinfer.cost.roofline import CostModel, Requests
+from batchinfer.cost.step_cost import PRODUCTS, DeviceCost
+from batchinfer.engine.config import EngineConfig
+from batchinfer.jobs.amounts import in_bytes, in_seconds, most_frequent
+from batchinfer.jobs.log import printable
+from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost
+from batchinfer.jobs.plan.histogram import bars
+from batchinfer.jobs.plan.prediction import Job, JobShape, Prediction, Setting
+from batchinfer.jobs.preflight import Preflight, preflight
+from batchinfer.jobs.results.run_folder import RunFolder
+from batchinfer.jobs.rows.length_figures import JobPlan
+from batchinfer.jobs.rows.windows import Windows
+from batchinfer.jobs.spec import JobSpec
+from batchinfer.models.config import ModelConfig
+
+SCHEMA_VERSION = 1
+NOWHERE = Path(os.devnull) / "plan.parquet"  # a plan has no output; this one is in no folder of the input
+KV_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
+SCALE_BYTES = 4  # of a token and head, where keys and values are in 8 bits
+
+
+@dataclass(frozen=True)
+class Failing:
+    """Rows that cannot run, of one reason."""
+
+    rows: int
+    first: int  # the first one's ordinal
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run the job, and seconds of generating by it."""
+
+    products: str
+    kv_cache: str
+    generate_seconds: float
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """The fields of `plan --json`. Times are None, with a note, where the device was not measured."""
+
+    schema_version: int
+    model: str
+    device: str
+    rows: int
+    rows_done: int  # by an earlier run
+    rows_to_run: int
+    rows_failing: dict[str, Failing]  # by error_code
+    duplicates: int  # rows that get the result of another one
+    duplicate_tokens: int  # of their prompts
+    groups: int  # of rows whose prompts begin with the same tile
+    grouped_rows: int
+    shared_tokens: int  # of prompts, computed once for neighbours
+    prompt_tokens: int
+    longest_prompt: int
+    median_prompt: int
+    prompt_lengths: dict[str, int]  # longest prompt of a bucket -> rows
+    most_new_tokens: int
+    kv_cache: str  # its type
+    kv_cache_bytes: int  # at most in use at once
+    step_sizes: dict[str, int]  # tokens of a step, padded -> steps, by the central estimate
+    operations: float  # if each row takes all tokens that it may, and none less
+    kv_bytes_read: float
+    products: str
+    prediction: Prediction | None
+    candidates: list[Candidate]  # the fastest first
+    drafts_pay: dict[str, float | None]  # rows side by side -> how likely drafts must be right; None: they never pay
+    notes: list[str]
+
+    def json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+    def text(self, width: int | None) -> str:
+        """Aligned lines and a histogram in `width` columns, or in plain signs for None."""
+        lines = [
+            ("model", self.model),
+            ("device", self.device),
+            ("rows", f"{self.rows:,}, of which {self.rows_to_run:,} can run"),
+            *([("  done before", f"{self.rows_done:,}")] if self.rows_done else []),
+            *[(f"  {code}", f"{f.rows:,} rows, the first is row {f.first}") for code, f in self.rows_failing.items()],
+            (
+                "prompt tokens",
+                f"{self.prompt_tokens:,}; median {self.median_prompt:,}, longest {self.longest_prompt:,}",
+            ),
+            ("  computed once", f"{self.duplicates:,} duplicates ({self.duplicate_tokens:,} tokens)"),
+            (
+                "  shared",
+                f"{self.shared_tokens:,} tokens; {self.groups:,} groups of {self.grouped_rows:,} rows begin alike",
+            ),
+            ("new tokens", f"{self.most_new_tokens:,} at most"),
+            ("KV cache", f"{in_bytes(self.kv_cache_bytes)} in {self.kv_cache} at its fullest"),
+            ("steps", f"{sum(self.step_sizes.values()):,}"),
+            ("  tokens: steps", most_frequent(self.step_sizes)),
+            ("operations", f"{self.operations:.3g} with all new tokens; KV read {in_bytes(self.kv_bytes_read)}"),
+            *self._times(),
+            *[("note", note) for note in self.notes],
+        ]
+        wide = max(len(name) for name, _ in lines)
+        table = [printable(f"{name:<{wide}}  {value}".rstrip()) for name, value in lines]
+        return "\n".join([*table, "", "prompt lengths", *bars(_labelled(self.prompt_lengths), width)])
+
+    def _times(self) -> list[tuple[str, str]]:
+        lines = []
+        if (p := self.prediction) is not None:
+            before = p.start_seconds + p.load_seconds
+            low, high = in_seconds(before + p.low), in_seconds(before + p.high)
+            lines = [
+                ("predicted", f"{in_seconds(p.wall_seconds)} without drafts ({low} to {high})"),
+                ("  start, load", f"{in_seconds(p.start_seconds)}, {in_seconds(p.load_seconds)}"),
+                ("  prefill, decode", f"{in_seconds(p.prefill_seconds)}, {in_seconds(p.decode_seconds)}"),
+            ]
+        for c in self.candidates:
+            mark = " <- this job" if (c.products, c.kv_cache) == (self.products, self.kv_cache) else ""
+            lines.append((f"  {c.products}, KV {c.kv_cache}", f"{in_seconds(c.generate_seconds)} of generating{mark}"))
+        if self.drafts_pay:
+            shares = [
+                f"{rows} rows: {'never' if right is None else f'from {right:.0%} right'}"
+                for rows, right in self.drafts_pay.items()
+            ]
+            lines.append(("drafts pay", "; ".join(shares)))
+        return lines
+
+
+def plan(spec: JobSpec) -> Outlook:
+    """Read and tokenize all rows that are left to do; no weight is looked at. Raises what `run` would before its first
+    row."""
+    job = preflight(spec)
+    done = _done(spec, job)
+    with TemporaryDirectory(prefix="batchinfer-plan-") as folder:
+        windows = Windows(job.table, job.source, spec.block_size, done, Path(folder))
+        failing = _read(windows)
+    shape = JobShape.of(windows.plan, spec.sampling, job.config.max_model_len, spec.computed_samples)
+    key = DeviceKey.of(job.config.device)
+    cost, missing = read_device_cost(key)
+    setting, notes = Setting.of(job.config), [] if missing is None else [missing]
+    if spec.incremental:
+        notes.append("all rows are planned: those that an earlier run has done are among them")
+    simulated = Job(shape, job.config) if windows.plan.rows else None
+    prediction, candidates, drafts_pay = None, [], {}
+    if simulated is not None and cost is not None:
+        candidates = _candidates(simulated, job.config, cost)
+        if simulated.measured(cost, setting):
+            prediction = simulated.predict(cost, setting)
+            side_by_side = min(job.config.max_num_seqs, simulated.shape.rows)
+            few = [rows for rows in (1, 4, 16, 64, 256) if rows < side_by_side]
+            drafts_pay = {str(n): simulated.drafts_pay(n, cost, setting) for n in [*few, side_by_side]}
+        else:
+            notes.append(
+                f"{setting.products} with keys and values in {setting.kv_cache} is not measured on this device"
+            )
+    return Outlook(
+        schema_version=SCHEMA_VERSION,
+        model=spec.model,
+        device=f"{key.device}, {key.cores} cores" if job.config.device == "cpu" else key.device,
+        rows=job.table.num_rows,
+        rows_done=int(done.sum()),
+        rows_to_run=windows.plan.rows,
+        rows_failing=failing,
+        kv_cache=setting.kv_cache,
+        step_sizes={} if simulated is None else {str(s): count for s, count in simulated.step_sizes().items()},
+        products=setting.products,
+        prediction=prediction,
+        candidates=candidates,
+        drafts_pay=drafts_pay,
+        notes=notes,
+        **_lengths(windows.plan),
+        **_demands(simulated, windows.plan, job.config, setting, spec.computed_samples),
+    )
+
+
+def _done(spec: JobSpec, job: Preflight) -> NDArray[np.bool_]:
+    """[rows] those that an earlier run of this job has done."""
+    if spec.overwrite or spec.incremental:
+        return np.zeros(job.table.num_rows, np.bool_)
+    folder = RunFolder(spec.output)
+    folder.refuse_foreign()
+    return folder.read(job.fingerprints, job.table.num_rows, spec.retry_errors).rows
+
+
+def _read(windows: Windows) -> dict[str, Failing]:
+    """Read all rows; those that fail, by code."""
+    counts: Counter[str] = Counter()
+    first: dict[str, int] = {}
+    while windows.reading:
+        for row, error in sorted(windows.read().items()):
+            counts[error.code] += 1
+            first.setdefault(error.code, row)
+        windows.pass_over()
+    return {code: Failing(count, first[code]) for code, count in counts.most_common()}
+
+
+def _lengths(plan: JobPlan) -> dict[str, Any]:
+    return {
+        "duplicates": plan.duplicates,
+        "duplicate_tokens": plan.duplicate_tokens,
+        "groups": plan.groups,
+        "grouped_rows": plan.grouped_rows,
+        "shared_tokens": plan.shared_tokens,
+        "prompt_tokens": plan.prompt_tokens,
+        "longest_prompt": plan.quantile(1.0),
+        "median_prompt": plan.quantile(0.5),
+        "prompt_lengths": {str(edge): rows for edge, rows in plan.buckets.items()},
+    }
+
+
+def _demands(job: Job | None, plan: JobPlan, config: EngineConfig, setting: Setting, samples: int) -> dict[str, Any]:
+    """New tokens, memory and work of the rows that run, as if no prompt were shared, whatever the device takes for it;
+    nothing where no row can run."""
+    if job is None:
+        return {"most_new_tokens": 0, "kv_cache_bytes": 0, "operations": 0.0, "kv_bytes_read": 0.0}
+    lengths = np.arange(len(job.shape.lengths))
+    most = np.maximum(job.shape.most_tokens(lengths), 0)
+    model = CostModel.of(job.model, weight_bytes=1, kv_bytes=_kv_element_bytes(job.model, setting.kv_cache))
+    total = int(most @ job.shape.lengths)
+    tokens = samples * plan.kv_cache_tokens(-(-config.max_num_seqs // samples))
+    each = [
+        (Requests(length, int(most[length])), int(job.shape.lengths[length]))
+        for length in np.flatnonzero(job.shape.lengths).tolist()
+    ]
+    return {
+        "most_new_tokens": total,
+        "kv_cache_bytes": round(tokens * model.kv_bytes_per_token),
+        "operations": sum(rows * model.operations(requests) for requests, rows in each),
+        "kv_bytes_read": sum(rows * model.bytes_read(requests, 1) for requests, rows in each),
+    }
+
+
+def _kv_element_bytes(model: ModelConfig, kv_cache: str) -> float:
+    """With its share of a scale; as the engine takes it to be where it is not known before: bfloat16."""
+    nbytes = KV_BYTES.get(kv_cache, 2)
+    return nbytes + (SCALE_BYTES / model.head_dim if nbytes == 1 else 0)
+
+
+def _candidates(job: Job, config: EngineConfig, cost: DeviceCost) -> list[Candidate]:
+    """Products as the checkpoint has them and in 8 bits, by each type of keys and values."""
+    plain = Setting.of(replace(config, quantization="none")).products
+    settings = [
+        Setting(products, kv_cache)
+        for products in dict.fromkeys((plain, "w8a8-int8"))
+        for kv_cache in ("float32", "bfloat16", "int8", "fp8")
+        if products in PRODUCTS
+    ]
+    found = [
+        Candidate(s.products, s.kv_cache, job.predict(cost, s).generate_seconds)
+        for s in settings
+        if job.measured(cost, s)
+    ]
+    return sorted(found, key=lambda candidate: candidate.generate_seconds)
+
+
+def _labelled(buckets: Mapping[str, int]) -> dict[str, int]:
+    edges = [0, *map(int, buckets)]
+    return {f"{below + 1}-{edge}": buckets[str(edge)] for below, edge in pairwise(edges)}

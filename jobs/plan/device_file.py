@@ -1,0 +1,91 @@
+"""What `batchinfer doctor --calibrate` measured, kept in the user's cache: a file a device and set of versions."""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from batchinfer import __version__
+from batchinfer.cost.step_cost import DeviceCost, StepCost
+from batchinfer.host.device import device_name
+from batchinfer.jobs.results.durable import write_json
+
+SCHEMA_VERSION = 2  # 1: with a term for a token by itself, and the last cache as the system tells it
+REMEDY = "measure this device with 'batchinfer doctor --calibrate'"
+
+
+@dataclass(frozen=True)
+class DeviceKey:
+    """What the figures depend on."""
+
+    device: str
+    cores: int
+    torch: str
+    batchinfer: str
+
+    @classmethod
+    def of(cls, device: str) -> "DeviceKey":
+        """Of this machine's "cpu" or "cuda"."""
+        return cls(device_name(device), len(os.sched_getaffinity(0)), version("torch"), __version__)
+
+    @property
+    def path(self) -> Path:
+        """Where its figures are, if they were ever measured."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+        return cache / "batchinfer" / "devices" / f"{digest}.json"
+
+
+def write_device_cost(key: DeviceKey, cost: DeviceCost) -> Path:
+    """Keep it, whole; returns where. Raises `OSError`."""
+    key.path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(key.path, {"schema_version": SCHEMA_VERSION, "measured_on": asdict(key), **asdict(cost)})
+    return key.path
+
+
+def read_device_cost(key: DeviceKey) -> tuple[DeviceCost | None, str | None]:
+    """(what is known of the device, or None; why it is None). A file that is damaged, or another device's, is not
+    used, and that is said."""
+    try:
+        path = key.path
+    except RuntimeError as error:  # nobody's home
+        return None, f"figures of devices have no place here ({error}): set XDG_CACHE_HOME; {REMEDY}"
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None, f"this device was not measured yet; {REMEDY}"
+    except (OSError, ValueError, RecursionError) as error:
+        return None, f"{path} cannot be read ({error}); {REMEDY}"
+    try:
+        return _parsed(values, key), None
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        return None, f"{path} is not what was written there ({error!r}); {REMEDY}"
+
+
+def _parsed(values: Any, key: DeviceKey) -> DeviceCost:
+    if values.pop("schema_version") != SCHEMA_VERSION:
+        raise ValueError("another schema_version")
+    if values.pop("measured_on") != asdict(key):
+        raise ValueError("measured on another device")
+    steps = {
+        name: StepCost(_numbers(step["seconds"]), _numbers({"error": step["error"]})["error"])
+        for name, step in values.pop("steps").items()
+    }
+    tables = {name: _numbers(values.pop(name)) for name in ("load_seconds", "operations_per_second")}
+    numbers = _numbers(values)
+    if not numbers["cache_bytes"]:
+        raise ValueError("cache_bytes is 0")
+    if tables["load_seconds"].keys() != steps.keys() or tables["operations_per_second"].keys() != steps.keys():
+        raise ValueError("figures of different kinds of products")
+    return DeviceCost(steps=steps, **tables, **numbers)  # type: ignore[arg-type]
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, float]:
+    for name, value in values.items():
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value!r}")
+    return {name: float(value) for name, value in values.items()}

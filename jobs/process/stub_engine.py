@@ -1,0 +1,51 @@
+"""An engine that computes nothing: for tests of the job layer, and to measure the job layer alone."""
+
+from collections import deque
+
+import numpy as np
+
+from batchinfer.engine.config import EngineConfig, EngineStats
+from batchinfer.engine.request import Completions, FinishReason, Requests
+from batchinfer.host.memory import peak_memory_bytes
+from batchinfer.text.tokenizer import Tokenizer
+
+
+class StubEngine:
+    """Answers a row with the first `max_tokens` tokens of its prompt; rows that came together end in one step."""
+
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
+        self._waiting: deque[Requests] = deque()
+        self._stats = EngineStats(device="stub")
+
+    @property
+    def unfinished(self) -> int:
+        return sum(map(len, self._waiting))
+
+    def add(self, requests: Requests) -> None:
+        self._waiting.append(requests)
+
+    def take_admitted(self) -> list[int]:
+        """None: a row ends in the step in which it begins."""
+        return []
+
+    def step(self) -> Completions:
+        requests = self._waiting.popleft()
+        lengths = np.diff(requests.offsets)
+        limits = np.array([p.max_tokens for p in requests.params])[requests.param_index]
+        taken = np.minimum(lengths, limits)
+        within = np.arange(len(requests.token_ids)) - np.repeat(requests.offsets[:-1], lengths)
+        offsets = np.zeros(len(requests) + 1, np.int64)
+        np.cumsum(taken, out=offsets[1:])
+        self._stats.steps += 1
+        self._stats.prompt_tokens += len(requests.token_ids)
+        self._stats.completion_tokens += int(offsets[-1])
+        return Completions(
+            requests.rows,
+            requests.token_ids[within < np.repeat(taken, lengths)],
+            offsets,
+            np.where(lengths > limits, FinishReason.LENGTH, FinishReason.STOP).astype(np.int8),
+        )
+
+    def stats(self) -> EngineStats:
+        self._stats.peak_memory_bytes = peak_memory_bytes()
+        return self._stats

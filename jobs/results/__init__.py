@@ -1,0 +1,1 @@
+"""Finished rows: parts that are committed, and the output that is made of them."""

@@ -1,0 +1,151 @@
+"""Finished rows on their way to a part: token ids become text, outcomes become columns and counts."""
+
+import time
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from batchinfer.engine.request import Completions, FinishReason, RowError
+from batchinfer.errors import Refused
+from batchinfer.jobs.results.done import Done, completion_tokens, counts
+from batchinfer.jobs.results.run_folder import RunFolder
+from batchinfer.jobs.results.schema import SAMPLE, SAMPLES, part_schema
+from batchinfer.jobs.spec import JobSpec
+from batchinfer.text.tokenizer import Tokenizer
+
+REASONS = pa.array([reason.name.lower() for reason in FinishReason])
+
+
+class Results:
+    """Collects finished rows and commits them every `commit_rows` rows, or samples of rows, or `commit_seconds`.
+
+    Keeps the counts, over the rows that were done before too.
+    """
+
+    def __init__(self, spec: JobSpec, tokenizer: Tokenizer, folder: RunFolder, done: Done) -> None:
+        self._spec = spec
+        self._tokenizer = tokenizer
+        self.folder = folder
+        self._finished: list[pa.RecordBatch] = []
+        self._uncommitted = 0
+        self._last_commit = time.monotonic()
+        self.commit_seconds = 0.0
+        self.by_reason = Counter({**dict.fromkeys(REASONS.to_pylist(), 0), **done.by_reason})
+        self.by_error = Counter(done.by_error)
+        self.prompt_tokens = done.prompt_tokens
+        self.completion_tokens = done.completion_tokens
+        self.new_tokens: Counter[int] = Counter()  # of a row that this run computed -> rows
+
+    @property
+    def rows(self) -> int:
+        return self.by_reason.total()
+
+    @property
+    def failed(self) -> int:
+        return self.by_reason["error"]
+
+    def refuse_too_many_errors(self, total: int) -> None:
+        """Raises `Refused` where a larger share of the `total` rows failed than `max_error_rate`."""
+        if self.failed > self._spec.max_error_rate * total:
+            codes = ", ".join(f"{code} {count:,}" for code, count in self.by_error.most_common())
+            raise Refused(
+                f"{self.failed:,} of {total:,} rows failed ({codes}), more than --max-error-rate "
+                f"{self._spec.max_error_rate} allows"
+            )
+
+    def add(self, completions: Completions, prompt_tokens: NDArray[np.int32]) -> None:
+        """Take rows from the engine, all computed samples of each; `prompt_tokens` [n] are their prompts' lengths.
+
+        A row's own columns are those of its first sample, or of the first one that failed.
+        """
+        answers = self._answers(completions)
+        failed = (completions.finish_reasons == FinishReason.ERROR).reshape(-1, self._spec.computed_samples)
+        own = np.arange(failed.size)[:: failed.shape[1]] + failed.argmax(axis=1)
+        rows = completions.rows[own]
+        errors: list[RowError | None] = [None] * len(rows)
+        for i in np.flatnonzero(failed.any(axis=1)).tolist():
+            errors[i] = completions.errors[int(rows[i])]
+        samples = samples_of(answers, failed, self._spec.n) if self._spec.n > 1 else None
+        self._collect(rows, answers.take(pa.array(own)), pa.array(prompt_tokens[own]), errors, samples)
+
+    def _answers(self, completions: Completions) -> pa.StructArray:
+        """[n] of `SAMPLE`; without a text where it failed."""
+        decoded = self._tokenizer.decode_batch(completions.token_ids, completions.offsets)
+        stop = self._spec.sampling.stop
+        texts: list[str | None] = [before_stop(text, stop) for text in decoded] if stop else list(decoded)
+        for i in np.flatnonzero(completions.finish_reasons == FinishReason.ERROR).tolist():
+            texts[i] = None
+        lengths = np.diff(completions.offsets).astype(np.int32)
+        self.new_tokens.update(lengths.tolist())
+        return answers_of(pa.array(texts, pa.string()), completions.finish_reasons, pa.array(lengths))
+
+    def refuse(self, errors: dict[int, RowError]) -> None:
+        """Take rows that never reached the engine: without token counts."""
+        n = len(errors)
+        unknown = pa.nulls(n, pa.int32())
+        answers = answers_of(pa.nulls(n, pa.string()), np.full(n, FinishReason.ERROR, np.int8), unknown)
+        rows = np.fromiter(errors, np.int64, n)
+        self._collect(rows, answers, unknown, list(errors.values()), pa.nulls(n, SAMPLES.type))
+
+    def _collect(
+        self,
+        rows: NDArray[np.int64],
+        answers: pa.StructArray,
+        prompt_tokens: pa.Array,
+        errors: list[RowError | None] | list[RowError],
+        samples: pa.Array | None,
+    ) -> None:
+        texts, reasons, tokens = answers.flatten()
+        codes = pa.array([error and error.code for error in errors], pa.string())
+        messages = pa.array([error and error.message for error in errors], pa.string())
+        columns = [pa.array(rows), texts, reasons, prompt_tokens, tokens, codes, messages, samples]
+        schema = part_schema(self._spec.n)
+        batch = pa.RecordBatch.from_arrays(columns[: len(schema)], schema=schema)
+        self._finished.append(batch)
+        self._uncommitted += len(rows) * self._spec.n
+        self.by_reason.update(counts(reasons))
+        self.by_error.update(error.code for error in errors if error is not None)
+        self.prompt_tokens += pc.sum(prompt_tokens).as_py() or 0
+        self.completion_tokens += completion_tokens(batch)
+
+    def commit_if_due(self) -> None:
+        """Commit where enough rows or seconds have gathered."""
+        waited = time.monotonic() - self._last_commit
+        if self._uncommitted >= self._spec.commit_rows or waited >= self._spec.commit_seconds:
+            self.commit()
+
+    def commit(self) -> None:
+        """Commit what is finished. Raises `OSError` where it cannot be written."""
+        started = time.monotonic()
+        if self._finished:
+            self.folder.commit(self._finished)
+        self._finished = []
+        self._uncommitted = 0
+        self._last_commit = time.monotonic()
+        self.commit_seconds += self._last_commit - started
+
+
+def samples_of(answers: pa.StructArray, failed: NDArray[np.bool_], n: int) -> pa.ListArray:
+    """[rows] the `n` samples of each row, one for all where just one was computed; null for a row with a failed one.
+
+    `failed` [rows, computed] says it of the answers, which are one row's after the other's.
+    """
+    good = ~failed.any(axis=1)
+    index = np.arange(failed.size).reshape(failed.shape)[good][:, np.arange(n) % failed.shape[1]]
+    offsets = np.append(0, np.cumsum(n * good))
+    values = answers.take(pa.array(index.ravel()))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, SAMPLES.type, mask=pa.array(~good))
+
+
+def answers_of(texts: pa.Array, reasons: NDArray[np.int8], tokens: pa.Array) -> pa.StructArray:
+    """Columns side by side, as `SAMPLE`; `reasons` are those of `FinishReason`."""
+    names = pa.DictionaryArray.from_arrays(pa.array(reasons), REASONS).dictionary_decode()
+    return pa.StructArray.from_arrays([texts, names, tokens], fields=list(SAMPLE))
+
+
+def before_stop(text: str, stop: tuple[str, ...]) -> str:
+    """The text before the first stop string in it."""
+    return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]

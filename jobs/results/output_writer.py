@@ -1,0 +1,149 @@
+"""The output: a Parquet file, or a folder of files of bounded size; written aside, whole when it gets its name."""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchinfer.errors import Refused
+from batchinfer.host.files import sha256
+from batchinfer.jobs.results.durable import sync_folder, writing
+from batchinfer.jobs.results.schema import PARQUET
+from batchinfer.jobs.spec import is_folder
+
+GROUP_BYTES = 1 << 25  # of a row group, before compression
+FILE_BYTES = 1 << 30  # of a file in a folder, before compression
+
+
+class OutputWriter:
+    """A context in which rows are written in order; afterwards they are on disk, or after any error nothing is left.
+
+    The files of a folder are part-000001.parquet, part-000002.parquet, ...; there is one even without rows.
+    """
+
+    def __init__(self, aside: Path, schema: pa.Schema, folder: bool) -> None:
+        self._aside, self._schema, self._folder = aside, schema, folder
+        self._files = 0
+        self._bytes = 0  # in the file that is open
+        self._waiting: list[pa.Table] = []  # for a row group
+
+    def __enter__(self) -> "OutputWriter":
+        if self._folder:
+            self._aside.mkdir()
+        self._open()
+        return self
+
+    def write(self, table: pa.Table) -> None:
+        """More rows, of the writer's schema."""
+        if self._folder and self._bytes >= FILE_BYTES:
+            self._flush()
+            self._open_file.close()
+            self._open()
+        self._waiting.append(table)
+        self._bytes += table.nbytes
+        if sum(waiting.nbytes for waiting in self._waiting) >= GROUP_BYTES:
+            self._flush()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            with self._open_file:
+                if error is not None:
+                    raise error
+                self._flush()
+            if self._folder:
+                sync_folder(self._aside)
+        except BaseException:
+            if self._folder:
+                shutil.rmtree(self._aside)
+            raise
+
+    def _open(self) -> None:
+        self._files += 1
+        self._bytes = 0
+        path = self._aside / f"part-{self._files:06d}.parquet" if self._folder else self._aside
+        with ExitStack() as opened:
+            opened.enter_context(writing(path))
+            file = opened.enter_context(pa.OSFile(str(path), "wb"))  # into Python's own all bytes would be copied
+            # Least and greatest of a column of text would be copies of whole cells, however large.
+            counted = [field.name for field in self._schema if pa.types.is_primitive(field.type)]
+            writer = pq.ParquetWriter(file, self._schema, write_statistics=counted, use_dictionary=counted, **PARQUET)
+            self._writer = opened.enter_context(writer)
+            self._open_file = opened.pop_all()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting))
+            self._waiting = []
+
+
+def publish(aside: Path, output: Path) -> None:
+    """Give what was written aside its name. A file takes the place of an earlier one; a folder that of an earlier one
+    a moment after that is gone."""
+    if output.is_dir() and any(output.iterdir()):
+        earlier = aside.with_name(f"{aside.name}-earlier")
+        output.rename(earlier)
+        aside.rename(output)
+        shutil.rmtree(earlier)
+    else:
+        aside.rename(output)
+    sync_folder(output.parent)
+
+
+def files_of(output: Path) -> list[Path]:
+    """The files of an output, in the order of their rows."""
+    return sorted(output.iterdir()) if output.is_dir() else [output]
+
+
+def is_there(output: Path) -> bool:
+    """True unless it is absent, or an empty folder."""
+    return output.exists() and bool(files_of(output))
+
+
+def digest_of(output: Path) -> str:
+    """sha256 of the file; of a folder, of its files' names and their sha256."""
+    if not output.is_dir():
+        return sha256(output)
+    listed = "".join(f"{path.name} {sha256(path)}\n" for path in files_of(output))
+    return hashlib.sha256(listed.encode()).hexdigest()
+
+
+def remove(output: Path) -> None:
+    """Where it is there. Raises `Refused` where it holds what no run wrote."""
+    refuse_foreign(output)
+    if output.is_dir():
+        shutil.rmtree(output)
+    output.unlink(missing_ok=True)
+
+
+def remove_left(paths: Iterable[Path]) -> None:
+    """Files and folders that a dead process left aside."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def refuse_foreign(output: Path) -> None:
+    """Raises `Refused` where a folder is asked for and a file is there, or the other way round, or a folder holds
+    what no run wrote."""
+    if is_folder(output) and output.exists() and not output.is_dir():
+        raise Refused(f"output {output} is a file; name one that ends in .parquet, or a folder")
+    if is_folder(output) and (output.is_symlink() or os.path.ismount(output)):
+        raise Refused(
+            f"output {output} is a link or a mount point, and a folder gets there by rename; name the folder that it "
+            "leads to, or one in it"
+        )
+    if not output.is_dir():
+        return
+    if not is_folder(output):
+        raise Refused(f"output {output} is a directory; expected a file that ends in .parquet")
+    if others := [path.name for path in files_of(output) if not re.fullmatch(r"part-\d{6}\.parquet", path.name)]:
+        raise Refused(f"output {output} holds {others[0]!r}, which no run wrote; choose another folder")

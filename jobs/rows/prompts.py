@@ -1,0 +1,303 @@
+"""Rows of the table to token ids: a column, a template over columns, or messages; and why a row has none."""
+
+import hashlib
+import json
+import operator
+import string
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from batchinfer.engine.request import Requests, RowError, SamplingParams
+from batchinfer.errors import Refused, UsageError
+from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.tables.ids import as_text, id_bytes
+from batchinfer.jobs.tables.json_lines import places_not_text
+from batchinfer.jobs.tables.table import find_field
+from batchinfer.text.tokenizer import Tokenizer
+
+MAX_PROMPT_BYTES = 4 << 20  # a tokenizer at work takes more than 100 times the memory of its text
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+Errors = dict[int, RowError]  # by place in the batch
+Conversation = list[dict[str, Any]]
+
+
+class PromptSource:
+    """Makes requests out of record batches. `columns` are those that it needs."""
+
+    def __init__(self, spec: JobSpec, tokenizer: Tokenizer, max_model_len: int, schema: pa.Schema) -> None:
+        """Raises `Refused` naming file and column if the table or the checkpoint does not fit, `UsageError` for a
+        template that is none."""
+        self._spec = spec
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._system: Conversation = []
+        if spec.system_prompt is not None:
+            self._system = [{"role": "system", "content": spec.system_prompt}]
+        file = spec.inputs[0]
+        if spec.prompt_template is not None:
+            self._template = parse_template(spec.prompt_template)
+            names = [name for _, name in self._template if name is not None]
+            _check_types(file, schema, names, _is_scalar, "text, a number, a boolean or a date")
+            _check_zones(file, schema, names)
+        elif spec.messages_column is not None:
+            names = [spec.messages_column]
+            _check_types(
+                file, schema, names, _is_messages, "a list of (role, content) without nanoseconds, or its JSON as text"
+            )
+        else:
+            names = [spec.prompt_column or "prompt"]
+            _check_types(file, schema, names, _is_text, "text")
+        if spec.id_column is not None:
+            _check_types(file, schema, [spec.id_column], _is_id, "text or an integer")
+            names.append(spec.id_column)
+        self.columns = list(dict.fromkeys(names))
+        if (spec.chat or spec.messages_column is not None) and tokenizer.template is None:
+            raise Refused(f"{spec.tokenizer or spec.model} has no chat template; give plain prompts by --prompt-column")
+
+    def tokenize(self, first_row: int, batch: pa.RecordBatch) -> tuple[Requests, dict[int, RowError]]:
+        """Requests for the rows that can run, in table order, and the errors of the others, by row."""
+        errors: Errors = {}
+        if self._spec.messages_column is not None:
+            places, conversations = self._conversations(batch, errors)
+            token_ids, offsets = self._encode_chats(places, conversations, errors)
+        else:
+            column = self._templated(batch, errors) if self._spec.prompt_template else self._plain(batch, errors)
+            places, texts = _good_texts(column, errors)
+            if self._spec.chat:
+                chats = [[*self._system, {"role": "user", "content": text}] for text in texts]
+                token_ids, offsets = self._encode_chats(places, chats, errors)
+            else:
+                token_ids, offsets = self._tokenizer.encode_batch(texts, self._spec.allow_special_tokens)
+
+        lengths = np.diff(offsets)
+        for i in np.flatnonzero(lengths >= self._max_model_len).tolist():
+            errors[int(places[i])] = RowError(
+                "too_long",
+                f"the prompt has {lengths[i]} tokens; it must have at most {self._max_model_len - 1} "
+                f"(max_model_len {self._max_model_len}, one of them for the answer)",
+            )
+        for i in np.flatnonzero(lengths == 0).tolist():
+            errors.setdefault(int(places[i]), RowError("empty_prompt", "the prompt has no tokens"))
+        params, param_index = clip(self._spec.sampling, self._max_model_len - lengths)
+        seeds = np.zeros(len(places), np.uint64)
+        requests = Requests(first_row + places, token_ids, offsets, seeds, params, param_index)
+        good = np.flatnonzero((lengths > 0) & (lengths < self._max_model_len))
+        if len(good) < len(places):
+            requests = requests.take(good)
+        if self._spec.sampling.temperature > 0:
+            requests = replace(requests, seeds=self._seeds(requests, first_row, batch))
+        return requests, {first_row + place: error for place, error in sorted(errors.items())}
+
+    def _plain(self, batch: pa.RecordBatch, errors: Errors) -> pa.Array:
+        name = self.columns[0]
+        for place in places_not_text(batch, name):
+            errors[place] = RowError("wrong_type", f"column {name!r} holds no text")
+        return _text_column(batch, name, errors)
+
+    def _templated(self, batch: pa.RecordBatch, errors: Errors) -> pa.Array:
+        parts: list[Any] = []
+        for literal, name in self._template:
+            parts.append(pa.scalar(literal, pa.large_string()))
+            if name is not None:
+                parts.append(_text_column(batch, name, errors))
+        return pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string()))
+
+    def _conversations(self, batch: pa.RecordBatch, errors: Errors) -> tuple[NDArray[np.int64], list[Conversation]]:
+        name = self.columns[0]
+        column = batch.column(name)
+        convert: Callable[[Any], Any]
+        if _is_text(column.type):
+            candidates, values = _good_texts(_text_column(batch, name, errors), errors)
+            convert = _parse_json
+        else:
+            candidates, values = np.arange(len(column)), column
+            convert = operator.methodcaller("as_py")
+        places, conversations = [], []
+        for place, value in zip(candidates.tolist(), values, strict=True):
+            try:
+                messages = convert(value)
+                _check_messages(messages)
+            except _BadRow as error:
+                errors[place] = error.row_error
+            except UnicodeDecodeError:
+                errors[place] = _invalid_utf8(name)
+            else:
+                system = [] if messages[0]["role"] == "system" else self._system
+                places.append(place)
+                conversations.append([*system, *messages])
+        return np.array(places, np.int64), conversations
+
+    def _encode_chats(
+        self, places: NDArray[np.int64], conversations: list[Conversation], errors: Errors
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        token_ids, offsets, failed = self._tokenizer.encode_chats(conversations)
+        for i, message in failed.items():
+            errors[int(places[i])] = RowError("template_error", message)
+        return token_ids, offsets
+
+    def _seeds(self, requests: Requests, first_row: int, batch: pa.RecordBatch) -> NDArray[np.uint64]:
+        """By the row's id if there is an id column, else by its token ids: never by its place in the table."""
+        start = f"{self._spec.seed}/0/".encode()  # 0 is the sample's index; those of others come from this one
+        if self._spec.id_column is not None:
+            ids = batch.column(self._spec.id_column).take(pa.array(requests.rows - first_row))
+            keys = [b"id" + value for value in id_bytes(ids)]
+        else:
+            raw, bounds = requests.token_ids.astype("<i4").tobytes(), (4 * requests.offsets).tolist()
+            keys = [b"tokens" + raw[a:b] for a, b in pairwise(bounds)]
+        digests = b"".join(hashlib.blake2b(start + key, digest_size=8).digest() for key in keys)
+        return np.frombuffer(digests, "<u8").astype(np.uint64)
+
+
+def parse_template(template: str) -> list[tuple[str, str | None]]:
+    """(literal, column or None) pairs of a text with '{column}' in it; '{{' and '}}' are braces.
+
+    Raises `UsageError` where what stands in braces is not just a column's name, or where there is none.
+    """
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UsageError(f"--prompt-template: {error}; write '{{{{' and '}}}}' for braces") from error
+    for _, name, form, conversion in parts:
+        if name is not None and (not name or form or conversion or any(sign in name for sign in ".[]")):
+            raise UsageError(f"--prompt-template: {name!r} in braces is not just a column's name")
+    if all(name is None for _, name, _, _ in parts):
+        raise UsageError("--prompt-template names no column; write '{column}' where a row's text belongs")
+    return [(literal, name) for literal, name, _, _ in parts]
+
+
+def clip(sampling: SamplingParams, room: NDArray[np.int64]) -> tuple[tuple[SamplingParams, ...], NDArray[np.int32]]:
+    """The job's params, and for rows with room for fewer than `max_tokens` some with that many; with [n] into them."""
+    tight = (room > 0) & (room < sampling.max_tokens)
+    rooms, places = np.unique(room[tight], return_inverse=True)
+    index = np.zeros(len(room), np.int32)
+    index[tight] = 1 + places
+    return (sampling, *(replace(sampling, max_tokens=int(tokens)) for tokens in rooms)), index
+
+
+class _BadRow(Exception):
+    def __init__(self, code: str, message: str) -> None:
+        self.row_error = RowError(code, message)
+
+
+def _check_messages(messages: Any) -> None:
+    if messages is None:
+        raise _BadRow("null_prompt", "the messages are null")
+    if not isinstance(messages, list) or not messages:
+        raise _BadRow("bad_messages", "expected a list of one message or more")
+    size = 0
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise _BadRow("bad_messages", f"message {i} is no object with role and content")
+        if message.get("role") not in ROLES:
+            raise _BadRow("bad_messages", f"message {i} has no role out of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise _BadRow("bad_messages", f"the content of message {i} is no text")
+        size += len(message["content"])
+    if size > MAX_PROMPT_BYTES:
+        raise _BadRow("too_large", f"the messages have {size} characters; at most {MAX_PROMPT_BYTES} are taken")
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _BadRow("invalid_utf8", "the messages hold half of a surrogate pair") from None
+    except (ValueError, RecursionError):
+        raise _BadRow("bad_messages", "the messages are not JSON, or nested too deep") from None
+    return value
+
+
+def _text_column(batch: pa.RecordBatch, name: str, errors: Errors) -> pa.Array:
+    """The column as large_string, null in each place that has an error now."""
+    column = as_text(batch.column(name))
+    for place in np.flatnonzero(column.is_null()).tolist():
+        errors.setdefault(place, RowError("null_prompt", f"column {name!r} is null"))
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid:
+        for place, value in enumerate(column.cast(pa.large_binary())):
+            try:
+                str(value.as_py() or b"", "utf-8")
+            except UnicodeDecodeError:
+                errors.setdefault(place, _invalid_utf8(name))
+    if not errors:
+        return column
+    bad = np.zeros(len(column), np.bool_)
+    bad[list(errors)] = True
+    return pc.if_else(pa.array(bad), pa.scalar(None, pa.large_string()), column)
+
+
+def _good_texts(column: pa.Array, errors: Errors) -> tuple[NDArray[np.int64], list[str]]:
+    """(places, texts) of what is neither null, nor empty, nor too large; errors for the latter two are added."""
+    sizes = pc.fill_null(pc.binary_length(column), 0).to_numpy()
+    for place in np.flatnonzero(sizes == 0).tolist():
+        errors.setdefault(place, RowError("empty_prompt", "the prompt is empty"))
+    for place in np.flatnonzero(sizes > MAX_PROMPT_BYTES).tolist():
+        message = f"the prompt has {sizes[place]} bytes; at most {MAX_PROMPT_BYTES} are taken"
+        errors.setdefault(place, RowError("too_large", message))
+    places = np.arange(len(column))
+    if errors:
+        places = np.delete(places, list(errors))
+        column = column.take(pa.array(places))
+    return places, column.to_pylist()
+
+
+def _invalid_utf8(name: str) -> RowError:
+    return RowError("invalid_utf8", f"column {name!r} is not UTF-8")
+
+
+def _check_types(
+    file: Path, schema: pa.Schema, names: list[str], fits: Callable[[pa.DataType], bool], expected: str
+) -> None:
+    for name in names:
+        found = find_field(schema, name, file).type
+        if not fits(found):
+            raise Refused(f"{file}: column {name!r} is {found}; expected {expected}")
+
+
+def _check_zones(file: Path, schema: pa.Schema, names: list[str]) -> None:
+    for name in names:
+        kind = schema.field(name).type
+        if pa.types.is_timestamp(kind) and kind.tz is not None:
+            try:
+                as_text(pa.array([0], kind))
+            except pa.ArrowInvalid as error:
+                raise Refused(
+                    f"{file}: column {name!r} has the time zone {kind.tz!r}, which is not known here"
+                ) from error
+
+
+def _is_text(t: pa.DataType) -> bool:
+    if pa.types.is_dictionary(t):
+        t = t.value_type
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(test(t) for test in tests)
+
+
+def _is_scalar(t: pa.DataType) -> bool:
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_temporal, pa.types.is_decimal)
+    return _is_text(t) or any(test(t) for test in tests)
+
+
+def _is_messages(t: pa.DataType) -> bool:
+    if not (pa.types.is_list(t) or pa.types.is_large_list(t)):
+        return _is_text(t)
+    fields = {f.name: f.type for f in t.value_type} if pa.types.is_struct(t.value_type) else {}
+    if any(getattr(kind, "unit", "") == "ns" for kind in fields.values()):  # which Python's own times do not have
+        return False
+    return all(name in fields and _is_text(fields[name]) for name in ("role", "content"))
+
+
+def _is_id(t: pa.DataType) -> bool:
+    return _is_text(t) or pa.types.is_integer(t)

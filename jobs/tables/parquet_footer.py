@@ -1,0 +1,201 @@
+"""What a Parquet file says of itself, before pyarrow is asked: a footer that is encrypted, or contradicts itself, would
+end the process there.
+
+The footer and the headers of pages are structs in Thrift's compact protocol; here a struct is a dict by field number,
+as in parquet.thrift.
+"""
+
+import os
+import struct
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from batchinfer.errors import Refused
+
+MAX_FOOTER_BYTES = 1 << 28
+DEEPEST = 32  # structs within structs; the footer's own are 6 deep
+HEADER_BYTES = 64  # of a page: its kind and sizes come first
+BYTE_ARRAY, DICTIONARY_PAGE = 6, 2
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A column's values in a row group."""
+
+    column: str  # of the table, in which it may be nested
+    values: int  # with nulls; of a column that is not nested one a row
+    of_bytes: bool  # values of no fixed size
+    start: int  # where its first page is
+    end: int
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    rows: int
+    bytes: int  # decompressed, but not decoded
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class Footer:
+    """Row groups whose counts and places are found possible. `rows` is their sum."""
+
+    path: Path
+    groups: tuple[RowGroup, ...]
+
+    @staticmethod
+    def read(path: Path) -> "Footer":
+        """Raises `Refused` naming the file where it is no Parquet, is encrypted, or contradicts itself."""
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            metadata = _metadata(path, file, size)
+        try:
+            groups = tuple(_row_group(group) for group in metadata[4])
+            leaves = sum(1 for element in metadata[2][1:] if not element.get(5))
+            encrypted = 8 in metadata or any(8 in chunk for group in metadata[4] for chunk in group[1])
+            claimed = int(metadata[3])
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise _damaged(path, "its footer has not the fields of one") from error
+        if encrypted:
+            raise Refused(f"{path} is encrypted Parquet; give it decrypted")
+        footer = Footer(path, groups)
+        if footer.rows != claimed:
+            raise Refused(f"{path}: the footer counts {claimed} rows, its row groups {footer.rows}")
+        for number, group in enumerate(groups):
+            if len(group.chunks) != leaves:
+                raise _damaged(path, f"row group {number} has {len(group.chunks)} columns; expected {leaves}")
+            for chunk in group.chunks:
+                if not 0 <= group.rows <= chunk.values:
+                    raise _damaged(
+                        path, f"row group {number} counts {group.rows} rows, its column {chunk.column!r} {chunk.values}"
+                    )
+                if not 4 <= chunk.start < chunk.end <= size and group.rows:
+                    raise _damaged(path, f"column {chunk.column!r} of row group {number} ends behind the file's end")
+        return footer
+
+    @property
+    def rows(self) -> int:
+        return sum(group.rows for group in self.groups)
+
+    def largest_row(self, columns: Collection[str]) -> int:
+        """Bytes that any one row may have in these columns, where it repeats what is stored once; and on average.
+
+        Values that are repeated stand in a dictionary, which is the first page of its chunk.
+        """
+        largest = 1
+        with self.path.open("rb") as file:
+            for group in self.groups:
+                if group.rows:
+                    chunks = [chunk for chunk in group.chunks if chunk.of_bytes and chunk.column in columns]
+                    repeated = sum(_dictionary_bytes(file, chunk) * -(-chunk.values // group.rows) for chunk in chunks)
+                    largest = max(largest, repeated, group.bytes // group.rows)
+        return largest
+
+
+def _metadata(path: Path, file: BinaryIO, size: int) -> dict[int, Any]:
+    file.seek(max(0, size - 8))
+    tail = file.read()
+    if tail[4:] == b"PARE":
+        raise Refused(f"{path} is encrypted Parquet; give it decrypted")
+    if len(tail) < 8 or tail[4:] != b"PAR1":
+        raise _damaged(path, "Parquet magic bytes not found in its footer; it is no Parquet, or was cut off")
+    length = int.from_bytes(tail[:4], "little")
+    if length > min(size - 12, MAX_FOOTER_BYTES):
+        raise _damaged(path, f"its footer claims {length} bytes; at most {min(size - 12, MAX_FOOTER_BYTES)} can be")
+    file.seek(size - 8 - length)
+    try:
+        return dict(_Compact(file.read(length)).fields())
+    except (LookupError, ValueError, struct.error) as error:
+        raise _damaged(path, "its footer is garbled") from error
+
+
+def _row_group(group: dict[int, Any]) -> RowGroup:
+    # Without a field 3 a chunk is encrypted.
+    chunks = tuple(_chunk(chunk[3]) for chunk in group[1] if 3 in chunk)
+    return RowGroup(int(group[3]), int(group[2]), chunks)
+
+
+def _chunk(metadata: dict[int, Any]) -> Chunk:
+    values, size, start, dictionary = (int(metadata.get(field, 0)) for field in (5, 7, 9, 11))
+    first = dictionary if 0 < dictionary < start else start
+    return Chunk(metadata[3][0].decode(), values, metadata[1] == BYTE_ARRAY, first, first + size)
+
+
+def _dictionary_bytes(file: BinaryIO, chunk: Chunk) -> int:
+    file.seek(chunk.start)
+    fields = _Compact(file.read(HEADER_BYTES)).fields()
+    try:
+        (_, kind), (_, size) = next(fields), next(fields)
+    except (LookupError, ValueError, StopIteration):
+        return 0  # no header of a page: pyarrow refuses it
+    return size if kind == DICTIONARY_PAGE and isinstance(size, int) else 0
+
+
+def _damaged(path: Path, what: str) -> Refused:
+    return Refused(f"{path} cannot be read as Parquet: {what}")
+
+
+class _Compact:
+    """Thrift's compact protocol. Garbled bytes raise `LookupError`, `ValueError` or `struct.error`."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def fields(self, depth: int = 0) -> Iterator[tuple[int, Any]]:
+        """(number, value) of each field of the struct that begins here."""
+        if depth > DEEPEST:
+            raise ValueError("structs are nested too deep")
+        number = 0
+        while head := self._byte():
+            delta, kind = head >> 4, head & 15
+            number = number + delta if delta else self._integer()
+            yield number, kind == 1 if kind in (1, 2) else self._value(kind, depth)
+
+    def _value(self, kind: int, depth: int) -> Any:
+        if kind in (4, 5, 6):
+            return self._integer()
+        if kind == 8:
+            return self._take(self._varint())
+        if kind == 12:
+            return dict(self.fields(depth + 1))
+        if kind in (9, 10):
+            return self._list(depth + 1)
+        if kind in (1, 2, 3):  # of a list: true, false or a number of one byte
+            return self._byte()
+        if kind == 7:
+            return struct.unpack("<d", self._take(8))[0]
+        raise ValueError(f"no kind of field is {kind}")
+
+    def _list(self, depth: int) -> list[Any]:
+        head = self._byte()
+        count = head >> 4 if head >> 4 < 15 else self._varint()
+        if count > len(self._data):
+            raise ValueError("a list is longer than the footer")
+        return [self._value(head & 15, depth) for _ in range(count)]
+
+    def _integer(self) -> int:
+        coded = self._varint()
+        return (coded >> 1) ^ -(coded & 1)
+
+    def _varint(self) -> int:
+        number = shift = 0
+        while (byte := self._byte()) & 128:
+            number |= (byte & 127) << shift
+            shift += 7
+            if shift > 63:
+                raise ValueError("a number has more than 64 bits")
+        return number | byte << shift
+
+    def _byte(self) -> int:
+        self._at += 1
+        return self._data[self._at - 1]
+
+    def _take(self, count: int) -> bytes:
+        taken = self._data[self._at : self._at + count]
+        if len(taken) < count:
+            raise LookupError("the bytes end")
+        self._at += count
+        return taken

@@ -1,0 +1,1 @@
+"""Arithmetic on tensors: one operation a file, the plain reference beside the fast path."""

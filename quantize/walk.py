@@ -1,0 +1,335 @@
+"""A checkpoint walked layer by layer: read, quantize, write; one layer in memory at a time.
+
+Each layer goes into a file of its own, put there by rename. So a run that was interrupted goes on at the layer where it
+stopped, and what the output holds is always whole.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from errno import EIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from batchinfer import __version__
+from batchinfer.formats.compressed_tensors_writer import quantization_config, stored_tensors
+from batchinfer.formats.matrix import QuantizedMatrix
+from batchinfer.formats.scheme import WeightScheme
+from batchinfer.host import allocator
+from batchinfer.host.files import write_checksums
+from batchinfer.models.config import ModelConfig, read_model_config
+from batchinfer.models.weights import SafetensorsWeights, tensor_names
+from batchinfer.quantize.channel_scales import scale_channels
+from batchinfer.quantize.inputs import Inputs
+from batchinfer.quantize.layer_inputs import PRODUCTS, Calibration
+from batchinfer.quantize.methods import Method
+from batchinfer.quantize.rotated_weights import EMBEDDING, FINAL_NORM, HEAD, RotatedWeights
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja", "vocab*", "merges.txt")
+_CALIBRATION = "calibration"
+STATE = "quantize.json"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float32, "float32": torch.float32}
+"""What calibration computes in, by the checkpoint's type: CPUs have no float16 arithmetic."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What a layer lost, by module: the relative error of its products on calibration rows, else of its weights."""
+
+    layer: int
+    errors: dict[str, float]
+    notes: list[str]
+    resumed: bool
+
+
+_Quantized = tuple[str, QuantizedMatrix, float, list[str]]
+"""A module's name within its layer, its matrix, its error, and what is worth saying."""
+
+
+class Quantizer:
+    """`run()` walks a checkpoint's layers and leaves a quantized one in `output`.
+
+    `sequences` of token ids are for a method that is calibrated. With `rotation`, a seed, hidden states and values are
+    rotated first. A `ValueError` says what is wrong with the checkpoint, or that `output` holds something else.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        output: Path,
+        scheme: WeightScheme,
+        method: Method,
+        sequences: list[NDArray[np.int32]] | None = None,
+        rotation: int | None = None,
+    ) -> None:
+        self.config = c = read_model_config(model)
+        if c.form is not None:
+            raise ValueError(f"{model} is quantized already ({c.form.name}); take its floating-point one")
+        for field, columns in (
+            ("hidden_size", c.hidden_size),
+            ("intermediate_size", c.intermediate_size),
+            ("num_attention_heads * head_dim", c.heads * c.head_dim),
+        ):
+            if scheme.group_size and columns % scheme.group_size:
+                raise ValueError(
+                    f"--group-size {scheme.group_size} does not divide {field} {columns}; take a smaller one, or 0"
+                )
+        if c.dtype not in DTYPES:
+            raise ValueError(f"{model}: dtype is {c.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        self.model, self.output, self.method = model, output, method
+        self.scheme = replace(scheme, scale_type=c.dtype)
+        weights = SafetensorsWeights(model)
+        self.weights = weights if rotation is None else RotatedWeights(weights, c, rotation)
+        self.checksums = weights.checksums
+        self.untied = c.tied and rotation is not None
+        self._check(weights, sequences)
+        stamp = {
+            "batchinfer": __version__,
+            "model": _fingerprint(model),
+            "scheme": asdict(self.scheme),
+            "method": method.name,
+            "rotation": rotation,
+            "calibration": sequences and _digest(sequences),
+        }
+        self.output.mkdir(parents=True, exist_ok=True)
+        self._lock()
+        try:
+            self._begin(json.loads(json.dumps(stamp)))
+        except ValueError:
+            self._unlock()
+            raise
+        self.calibration: Calibration | None = None
+        if method.calibrated:
+            assert sequences, "a calibrated method needs sequences"
+            (output / _CALIBRATION).mkdir(exist_ok=True)
+            self.calibration = Calibration(c, sequences, DTYPES[c.dtype], output / _CALIBRATION)
+
+    @property
+    def files(self) -> int:
+        """Files to write: one a layer, and one for what lies outside the layers."""
+        return self.config.layers + 1
+
+    @torch.inference_mode()
+    def run(self) -> Iterator[LayerReport]:
+        """Quantize layer by layer; what is there already is only counted. After the last, `finish()`."""
+        allocator.return_freed_memory()
+        c = self.config
+        names: dict[int, list[str]] = {i: [] for i in range(-1, c.layers)}
+        for name in self.weights.names():
+            found = _LAYER.match(name)
+            layer = int(found[1]) if found else -1
+            if layer not in names:
+                raise ValueError(f"tensor {name} belongs to a layer beyond num_hidden_layers {c.layers}")
+            names[layer].append(name)
+        for layer, group in names.items():
+            path = self.output / self._file(layer)
+            if path.exists():
+                yield LayerReport(layer, **self.state["layers"][str(layer)], resumed=True)
+                continue
+            prefix = "" if layer < 0 else f"model.layers.{layer}."
+            tensors = {name.removeprefix(prefix): self.weights.read(name) for name in group}
+            report = LayerReport(layer, {}, [], resumed=False)
+            if layer >= 0:
+                report = self._layer(layer, tensors)
+            elif self.calibration is not None:
+                self.calibration.begin(tensors[EMBEDDING])
+            self.state["layers"][str(layer)] = {"errors": report.errors, "notes": report.notes}
+            self._write_state()
+            self._write(path, {f"{prefix}{name}": tensor for name, tensor in tensors.items()})
+            if self.calibration is not None:
+                self.calibration.leave(layer)
+            yield report
+
+    def _layer(self, layer: int, tensors: dict[str, Tensor]) -> LayerReport:
+        """Put the quantized matrices in the place of the weights in `tensors`."""
+        kinds = {name: tensor.dtype for name, tensor in tensors.items()}
+        where = f"model.layers.{layer}."
+        walk = self._alone(where, tensors) if self.calibration is None else self._calibrated(layer, where, tensors)
+        matrices: dict[str, QuantizedMatrix] = {}
+        report = LayerReport(layer, {}, [], resumed=False)
+        for part, matrix, error, notes in walk:
+            matrices[part] = matrix
+            report.errors[f"{where}{part}"] = error
+            report.notes.extend(f"{where}{part}: {note}" for note in notes)
+        for name, tensor in list(tensors.items()):
+            tensors[name] = tensor.to(kinds[name])
+        for part, matrix in matrices.items():
+            del tensors[f"{part}.weight"]
+            stored = stored_tensors(matrix, getattr(torch, self.scheme.scale_type))
+            tensors |= {f"{part}.{name}": tensor for name, tensor in stored.items()}
+        return report
+
+    def _alone(self, where: str, tensors: dict[str, Tensor]) -> Iterator[_Quantized]:
+        """Each matrix by itself; its error is that of the weights."""
+        for part in [part for parts in PRODUCTS.values() for part in parts]:
+            weight = tensors[f"{part}.weight"]
+            with _naming(f"tensor {where}{part}.weight"):
+                matrix = self.method.quantize(weight, self.scheme, None)
+            yield part, matrix, _relative_error(weight.float(), matrix.dequantize()), []
+
+    def _calibrated(self, layer: int, where: str, tensors: dict[str, Tensor]) -> Iterator[_Quantized]:
+        """Each matrix for the inputs that those before it leave; its error is that of its products."""
+        calibration = self.calibration
+        assert calibration is not None
+        if self.method.scaled:
+            scale_channels(self.config, calibration, layer, tensors, self.scheme)
+        for product, pieces in calibration.stages(layer, tensors):
+            with _naming(f"{where}{product}"):
+                columns = calibration.columns(product)
+                inputs = Inputs(pieces, calibration.tokens, columns, self.method.compensating)
+            for part in PRODUCTS[product]:
+                weight = tensors[f"{part}.weight"].float()
+                with _naming(f"tensor {where}{part}.weight"):
+                    matrix = self.method.quantize(weight, self.scheme, inputs)
+                back = matrix.dequantize()
+                tensors[f"{part}.weight"] = back.to(calibration.dtype)
+                error = _relative_error(inputs.sample @ weight.t(), inputs.sample @ back.t())
+                yield part, matrix, error, inputs.notes
+                inputs.notes = []
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        unfinished = path.with_suffix(".unfinished")
+        # safetensors makes files that nobody else may read; a new file has the mode that the user wants.
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(EIO, f"cannot be written ({error})", str(unfinished)) from None
+        unfinished.chmod(mode)
+        unfinished.replace(path)
+
+    def _lock(self) -> None:
+        """Held until this object is gone: two runs in one folder would read each other's activations."""
+        folder = os.open(self.output, os.O_RDONLY)
+        self._unlock = weakref.finalize(self, os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._unlock()
+            raise ValueError(f"another run quantizes into {self.output}; wait for it, or take another folder") from None
+
+    def _check(self, weights: SafetensorsWeights, sequences: list[NDArray[np.int32]] | None) -> None:
+        """By the files' headers, before the hours are spent."""
+        for name, shape in _shapes(self.config).items():
+            if weights.shape(name) != shape:
+                raise ValueError(
+                    f"tensor {name} has shape {list(weights.shape(name))}; config.json asks for {list(shape)}"
+                )
+        most = max((int(sequence.max()) for sequence in sequences or []), default=0)
+        if most >= self.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives token {most}, but vocab_size is {self.config.vocab_size}: they do not belong "
+                "together"
+            )
+
+    def _file(self, layer: int) -> str:
+        return f"model-{layer + 2:05}-of-{self.files:05}.safetensors"
+
+    def _begin(self, stamp: dict[str, Any]) -> None:
+        self.state: dict[str, Any] = {"stamp": stamp, "layers": {}}
+        path = self.output / STATE
+        if path.exists():
+            self.state = json.loads(path.read_text())
+            if self.state["stamp"] != stamp:
+                raise ValueError(
+                    f"{self.output} was begun with another model, scheme, method, calibration or version; take "
+                    "another folder"
+                )
+        elif any(self.output.iterdir()):
+            raise ValueError(f"{self.output} is not empty; take another folder")
+        self._write_state()
+
+    def _write_state(self) -> None:
+        """Whole or not at all; a layer's errors are in it before the layer's file is there."""
+        unfinished = self.output / f"{STATE}.unfinished"
+        unfinished.write_text(json.dumps(self.state))
+        unfinished.replace(self.output / STATE)
+
+    def finish(self, card: str) -> None:
+        """The files beside the weights, the model card too; config.json last, for with it it is a checkpoint.
+
+        A `ValueError` names a file of the model that is damaged, by its checksum.
+        """
+        self.checksums.check()
+        (self.output / "README.md").write_text(card)
+        files = [self.output / self._file(layer) for layer in range(-1, self.config.layers)]
+        weight_map = {name: path.name for path in files for name in tensor_names(path)}
+        size = sum(path.stat().st_size for path in files)
+        write_checksums(self.output, files)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (self.output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        for pattern in _COPIED:
+            for source in self.model.glob(pattern):
+                shutil.copyfile(source, self.output / source.name)
+        config = json.loads((self.model / "config.json").read_text())
+        config["quantization_config"] = quantization_config(self.scheme, ["lm_head"])
+        if self.untied:
+            config["tie_word_embeddings"] = False
+        (self.output / "config.json").write_text(json.dumps(config, indent=2))
+        shutil.rmtree(self.output / _CALIBRATION, ignore_errors=True)
+        (self.output / STATE).unlink()
+
+
+def _shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of every tensor that the model has."""
+    q, kv, d, f = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
+    modules = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
+    modules |= {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+    biases = {"qkv": c.qkv_bias, "output": c.output_bias, "gate_up": c.mlp_bias, "down": c.mlp_bias}
+    norms = {"input_layernorm": d, "post_attention_layernorm": d}
+    if c.head_norm:
+        norms |= {"self_attn.q_norm": c.head_dim, "self_attn.k_norm": c.head_dim}
+    layer: dict[str, tuple[int, ...]] = {f"{norm}.weight": (size,) for norm, size in norms.items()}
+    for product, parts in PRODUCTS.items():
+        for part in parts:
+            shape = modules[part.partition(".")[2]]
+            layer |= {f"{part}.weight": shape} | ({f"{part}.bias": shape[:1]} if biases[product] else {})
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (c.vocab_size, d), FINAL_NORM: (d,)}
+    if not c.tied:
+        shapes[HEAD] = (c.vocab_size, d)
+    return shapes | {f"model.layers.{i}.{name}": shape for i in range(c.layers) for name, shape in layer.items()}
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """A `ValueError` inside says of what it speaks."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def _relative_error(expected: Tensor, found: Tensor) -> float:
+    norm = torch.linalg.vector_norm(expected).clamp(min=1e-30)
+    return float(torch.linalg.vector_norm(found.sub_(expected)) / norm)
+
+
+def _fingerprint(model: Path) -> str:
+    """Of the files' names, sizes and times and the config: another checkpoint differs in one of them."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model.glob("*.safetensors"))]
+    digest = hashlib.sha256(json.dumps(files).encode())
+    digest.update((model / "config.json").read_bytes())
+    return digest.hexdigest()
+
+
+def _digest(sequences: list[NDArray[np.int32]]) -> str:
+    digest = hashlib.sha256(repr([len(sequence) for sequence in sequences]).encode())
+    for sequence in sequences:
+        digest.update(np.asarray(sequence, np.int32).tobytes())
+    return digest.hexdigest()

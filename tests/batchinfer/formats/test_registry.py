@@ -1,0 +1,289 @@
+"""Checkpoint formats against packers that handle one number at a time, tensors worked out by hand, and libraries."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from packers import awq_tensors, gptq_tensors, int32, one_by_one, words_of
+from torch import Tensor
+from torch.nn import functional as F
+
+from batchinfer.formats.matrix import QuantizedMatrix
+from batchinfer.formats.registry import checkpoint_format
+
+N, K, GROUP = 24, 96, 32
+
+
+class Stored(dict[str, Tensor]):
+    """A checkpoint's tensors, and which of them were used."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__({f"m.{name}": tensor for name, tensor in tensors.items()})
+        self.used: set[str] = set()
+
+    def has(self, name: str) -> bool:
+        return name in self
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self[name].shape)
+
+    def drop(self, name: str) -> None:
+        self.used.add(name)
+
+    def take(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
+        if name not in self:
+            raise ValueError(f"the checkpoint has no tensor {name}")
+        if tuple(self[name].shape) != shape or (
+            self[name].dtype not in dtypes if dtypes else not self[name].is_floating_point()
+        ):
+            raise ValueError(
+                f"tensor {name} is {self[name].dtype} {tuple(self[name].shape)}; expected {dtypes} {shape}"
+            )
+        self.used.add(name)
+        return self[name].clone()
+
+
+def read(config: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, int] = (N, K)) -> QuantizedMatrix:
+    stored = Stored(tensors)
+    matrix = checkpoint_format(config).matrix("m", shape, stored)
+    assert matrix is not None
+    assert stored.used >= stored.keys()
+    return matrix
+
+
+def drawn(bits: int, groups: int, symmetric: bool, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(q [N, K], z [N, G], scales [N, G]), every value of q and z among them."""
+    rng = np.random.default_rng(seed)
+    q = rng.integers(0, 1 << bits, (N, K))
+    z = np.full((N, groups), 1 << (bits - 1)) if symmetric else rng.integers(0, 1 << bits, (N, groups))
+    return q, z, rng.uniform(0.5, 2.0, (N, groups)).astype(np.float16)
+
+
+def check(matrix: QuantizedMatrix, expected: Tensor) -> None:
+    """The weights, and the layer's output in float32."""
+    torch.testing.assert_close(matrix.dequantize().double(), expected, rtol=1e-6, atol=0)
+    x = torch.randn(5, expected.shape[1])
+    torch.testing.assert_close(F.linear(x, matrix.dequantize()), F.linear(x, expected.float()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("reordered", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [GROUP, -1])
+def test_gptq(bits: int, version: str, reordered: bool, symmetric: bool, group_size: int) -> None:
+    groups = 1 if group_size == -1 else K // group_size
+    q, z, scales = drawn(bits, groups, symmetric)
+    order = np.random.default_rng(1).permutation(K) if reordered else np.arange(K)
+    group_of = [int(order[k]) * groups // K for k in range(K)]
+    tensors = gptq_tensors(q, z, scales, group_of, bits, version)
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": symmetric, "desc_act": reordered}
+    matrix = read({**config, "checkpoint_format": version}, tensors)
+    assert (matrix.group_of is not None) == (reordered and groups > 1)
+    check(matrix, one_by_one(q, z, scales, group_of))
+
+
+def test_gptq_by_hand() -> None:
+    """One output, eight inputs, in one word: q = 1 .. 8, z = 3, scale = 0.5."""
+    tensors = {
+        "qweight": int32([[0x87654321 - (1 << 32)] * 8]),
+        "qzeros": int32([[0x22222222]]),
+        "scales": torch.full((1, 8), 0.5, dtype=torch.float16),
+    }
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 8, "sym": False}
+    weight = read(config, tensors, (8, 8)).dequantize()
+    assert weight.tolist() == [[-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5]] * 8
+
+
+@pytest.mark.parametrize("zero_point", [True, False])
+@pytest.mark.parametrize("group_size", [GROUP, -1])
+def test_awq(zero_point: bool, group_size: int) -> None:
+    groups = 1 if group_size == -1 else K // group_size
+    q, z, scales = drawn(4, groups, symmetric=not zero_point)
+    tensors = awq_tensors(q, z, scales)
+    config = {"quant_method": "awq", "bits": 4, "group_size": group_size, "zero_point": zero_point, "version": "gemm"}
+    check(read(config, tensors), one_by_one(q, z, scales, [k * groups // K for k in range(K)]))
+
+
+def test_awq_by_hand() -> None:
+    """Eight outputs, one input: the word 0x76543210 holds columns 0, 4, 1, 5, 2, 6, 3, 7 at those places."""
+    tensors = {
+        "qweight": int32([[0x76543210]]),
+        "qzeros": int32([[0x11111111]]),
+        "scales": torch.full((1, 8), 2.0, dtype=torch.float16),
+    }
+    config = {"quant_method": "awq", "bits": 4, "group_size": 1, "zero_point": True}
+    assert read(config, tensors, (8, 1)).dequantize().flatten().tolist() == [-2.0, 6.0, 0.0, 8.0, 2.0, 10.0, 4.0, 12.0]
+
+
+@pytest.mark.parametrize("name", ["weight_scale_inv", "weight_scale"])
+def test_block_fp8(name: str) -> None:
+    weight = torch.randn(N, K).to(torch.float8_e4m3fn)
+    rows, columns = 16, 40
+    scale = torch.rand(math.ceil(N / rows), math.ceil(K / columns)) + 0.5
+    expected = torch.zeros(N, K, dtype=torch.float64)
+    for n in range(N):
+        for k in range(K):
+            expected[n, k] = float(weight[n, k].float()) * float(scale[n // rows, k // columns])
+    config = {"quant_method": "fp8", "weight_block_size": [rows, columns], "activation_scheme": "dynamic"}
+    check(read(config, {"weight": weight, name: scale}), expected)
+
+
+def compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+
+
+INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+FP8 = {**INT8, "type": "float"}
+
+
+@pytest.mark.parametrize(
+    ("form", "weights"),
+    [
+        ("pack-quantized", {"num_bits": bits, "symmetric": symmetric, **strategy})
+        for bits in (4, 8)
+        for symmetric in (True, False)
+        for strategy in ({"strategy": "channel"}, {"strategy": "group", "group_size": GROUP})
+    ]
+    + [
+        ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
+        ("int-quantized", {"num_bits": 8, "strategy": "tensor"}),
+        ("int-quantized", {"num_bits": 8, "symmetric": False, "strategy": "channel"}),
+        ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
+        ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
+        ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [8, 32]}),
+    ],
+)
+def test_what_the_compressed_tensors_library_writes_is_read_as_it_reads_it(form: str, weights: dict[str, Any]) -> None:
+    inputs = {"int-quantized": INT8, "float-quantized": FP8, "pack-quantized": None}[form]
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+    weight = torch.randn(N, K)
+    counts = {"tensor": (1,), "channel": (N, 1), "group": (N, K // GROUP), "block": (N // 8, K // 32)}[
+        weights["strategy"]
+    ]
+    scale = torch.rand(counts) * 0.02 + 0.02
+    low = -8 if weights["num_bits"] == 4 else -128
+    state = {"weight": weight, "weight_scale": scale}
+    if not weights.get("symmetric", True):
+        state["weight_zero_point"] = torch.randint(low, -low, counts, dtype=torch.int8)
+    library = BaseCompressor.get_value_from_registry(form)
+    tensors = library.compress(state, scheme)
+    matrix = read(compressed(form, weights, inputs), tensors)
+    check(matrix, library.decompress(tensors, scheme)["weight"].double())
+    assert matrix.activations == {"int-quantized": "int8", "float-quantized": "fp8", "pack-quantized": "float"}[form]
+    assert (matrix.by_channel() is not None) == (
+        form != "float-quantized" and weights["strategy"] in ("tensor", "channel") and weights.get("symmetric", True)
+    )
+    if (stored := matrix.by_channel()) is not None:
+        assert (stored[0] * stored[1][:, None]).equal(matrix.dequantize())
+
+
+def test_static_input_scales_are_left_aside_and_named() -> None:
+    weight = torch.randint(-127, 128, (N, K), dtype=torch.int8)
+    tensors = {"weight": weight, "weight_scale": torch.ones(N, 1), "input_scale": torch.ones(1)}
+    config = compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, {**INT8, "dynamic": False})
+    assert read(config, tensors).dequantize().equal(weight.float())
+    assert checkpoint_format(config).name.endswith("its static input scales left aside for a scale a token")
+
+
+def test_compressed_tensors_with_reordered_columns() -> None:
+    q, z, scales = drawn(4, K // GROUP, symmetric=True)
+    group_of = (np.random.default_rng(1).permutation(K) // GROUP).tolist()
+    tensors = {
+        "weight_packed": int32([words_of(q[n].tolist(), 4) for n in range(N)]),
+        "weight_scale": torch.from_numpy(scales),
+        "weight_shape": torch.tensor([N, K]),
+        "weight_g_idx": torch.tensor(group_of, dtype=torch.int32),
+    }
+    config = compressed(
+        "pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP, "actorder": "group"}
+    )
+    check(read(config, tensors), one_by_one(q, z, scales, group_of))
+    tensors["weight_g_idx"] = torch.full((K,), -1, dtype=torch.int32)
+    check(read(config, tensors), one_by_one(q, z, scales, [k // GROUP for k in range(K)]))
+
+
+def test_the_most_particular_target_wins_and_ignored_modules_stay() -> None:
+    config = compressed("pack-quantized", {"num_bits": 4, "strategy": "channel"})
+    groups = config["config_groups"]
+    groups["group_1"] = {"targets": ["re:.*down_proj"], "weights": {"num_bits": 8, "strategy": "channel"}}
+    groups["group_2"] = {"targets": ["b.down_proj"], "weights": {"num_bits": 8, "strategy": "tensor"}}
+    form = checkpoint_format({**config, "ignore": ["lm_head", "re:.*k_proj"]})
+    assert [form.group(m).bits for m in ("a.q_proj", "a.down_proj")] == [4, 8]  # type: ignore[attr-defined]
+    assert form.group("b.down_proj").strategy == "tensor"  # type: ignore[attr-defined]
+    assert form.group("lm_head") is None and form.group("a.k_proj") is None  # type: ignore[attr-defined]
+
+
+GPTQ4 = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True}
+AWQ4 = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+PACK4 = compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'; supported are compressed-tensors"),
+        ([], "quantization_config is a list"),
+        ({**GPTQ4, "bits": 3}, "bits is 3; GPTQ is read with 4 or 8 bits"),
+        ({**GPTQ4, "bits": "four"}, "bits is 'four'; it must be a whole number"),
+        ({**GPTQ4, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+        ({**GPTQ4, "dynamic": {"-:.*": {}}}, "dynamic"),
+        ({**AWQ4, "version": "gemv"}, "version is 'gemv'; AWQ is read in its gemm layout"),
+        ({**AWQ4, "bits": 8}, "bits is 8; AWQ is read with 4 bits"),
+        ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size is None"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "activation_scheme"),
+        ({**PACK4, "format": "marlin-24"}, "format is 'marlin-24'; supported are pack-quantized"),
+        ({**PACK4, "config_groups": {}}, "config_groups is {}"),
+        ({**PACK4, "transform_config": {"a": 1}}, "transform_config is not supported"),
+        ({**PACK4, "ignore": ["re:("]}, "is no pattern"),
+        (compressed("pack-quantized", {"num_bits": 3, "strategy": "channel"}), "weights of 3 bits"),
+        (compressed("pack-quantized", {"num_bits": 4, "strategy": "tensor_group"}), "strategy is 'tensor_group'"),
+        (compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": -5}), "group_size is -5"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(config: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        checkpoint_format(config)
+
+
+def plain_gptq() -> dict[str, Tensor]:
+    return {
+        "qweight": torch.zeros(K // 8, N, dtype=torch.int32),
+        "qzeros": torch.zeros(K // GROUP, N // 8, dtype=torch.int32),
+        "scales": torch.ones(K // GROUP, N, dtype=torch.float16),
+        "g_idx": torch.arange(K, dtype=torch.int32) // GROUP,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "message"),
+    [
+        (
+            "scales",
+            torch.zeros(K // GROUP, N, dtype=torch.float16),
+            "tensor m.scales has a scale that is not a positive",
+        ),
+        ("scales", torch.full((K // GROUP, N), float("nan")), "tensor m.scales has a scale that is not a positive"),
+        ("scales", torch.ones(1, N), "m.scales"),
+        ("qweight", torch.zeros(K // 8 - 1, N, dtype=torch.int32), "m.qweight"),
+        ("qweight", torch.zeros(K // 8, N), "m.qweight"),
+        ("g_idx", torch.full((K,), K // GROUP, dtype=torch.int32), "tensor m.g_idx names groups outside 0 to 2"),
+        ("g_idx", torch.full((K,), -1, dtype=torch.int32), "tensor m.g_idx names groups outside 0 to 2"),
+        ("g_idx", torch.zeros(K), "m.g_idx"),
+    ],
+)
+def test_damaged_tensors_are_named(name: str, broken: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(GPTQ4, plain_gptq() | {name: broken})
+
+
+def test_a_group_size_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="m: group_size 36 does not divide its 96 columns"):
+        read({**GPTQ4, "group_size": 36}, plain_gptq())
+    with pytest.raises(ValueError, match="m: a matrix of 20 x 96 does not go into 4 bits"):
+        read(GPTQ4, plain_gptq(), (20, K))

@@ -1,0 +1,121 @@
+"""config.json: what is read, what is refused, and RoPE against transformers."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from batchinfer.models.config import ModelConfig, parse_model_config
+
+BASE: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 320,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def parse(**changes: Any) -> ModelConfig:
+    return parse_model_config({**BASE, **changes})
+
+
+SCALINGS: list[dict[str, Any]] = [
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 4.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    {
+        "rope_type": "yarn",
+        "factor": 16.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 20.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.8,
+        "truncate": False,
+    },
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: f"{s['rope_type']}-{s.get('factor', 1)}")
+def test_rope_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> None:
+    parameters = {**scaling, "rope_theta": 500000.0}
+    oracle = transformers.LlamaConfig(**{**BASE, "rope_parameters": parameters})
+    ours = parse(rope_parameters=parameters).rope
+    if scaling["rope_type"] == "default":
+        expected = 1.0 / 500000.0 ** (torch.arange(0, 16, 2).float() / 16)
+        factor = 1.0
+    else:
+        expected, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](oracle, torch.device("cpu"))
+    torch.testing.assert_close(ours.frequencies(), expected, rtol=1e-6, atol=0)
+    assert ours.attention_factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS[1:], ids=lambda s: f"{s['rope_type']}-{s.get('factor', 1)}")
+def test_rope_scaling_as_older_checkpoints_write_it(scaling: dict[str, Any]) -> None:
+    older = {("type" if k == "rope_type" else k): v for k, v in scaling.items()}
+    new = parse(rope_parameters={**scaling, "rope_theta": 500000.0})
+    assert parse(rope_scaling=older, rope_theta=500000.0).rope == new.rope
+
+
+def test_windows_by_family() -> None:
+    assert parse(sliding_window=40).windows == (None,) * 3  # Llama has no such field
+    assert parse(model_type="mistral", sliding_window=40).windows == (40,) * 3
+    assert parse(model_type="mistral", sliding_window=None).windows == (None,) * 3
+    assert parse(model_type="qwen2", sliding_window=40, max_window_layers=1).windows == (None,) * 3
+    used = {"model_type": "qwen2", "sliding_window": 40, "use_sliding_window": True}
+    assert parse(**used, max_window_layers=1).windows == (None, 40, 40)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    assert parse(**used, layer_types=kinds).windows == (40, None, 40)
+
+
+def test_a_head_dim_that_is_not_hidden_over_heads() -> None:
+    assert parse(head_dim=32).head_dim == 32
+    assert parse().head_dim == 16
+    assert parse(model_type="qwen3").head_dim == 128
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"num_key_value_heads": 4}, "num_key_value_heads 4"),
+        ({"hidden_size": 97}, "hidden_size 97"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"vocab_size": 1 << 40}, "vocab_size is 1099511627776"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "'longrope'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "wobble": 1}}, "'wobble'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is 0.0"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier is 0.22"),
+        ({"auto_map": {"AutoModel": "m.M"}}, "auto_map"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"model_type": "mistral", "sliding_window": -1}, "sliding_window is -1"),
+        ({"layer_types": ["full_attention"]}, "layer_types"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_refused_by_name(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=r"config\.json") as error:
+        parse(**changes)
+    assert words in str(error.value)
+
+
+def test_what_changes_nothing_is_read_past() -> None:
+    assert parse(use_cache=True, torch_dtype="bfloat16", _name_or_path="x", new_flag=False).dtype == "bfloat16"

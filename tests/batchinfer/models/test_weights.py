@@ -1,0 +1,78 @@
+"""Checkpoints on disk: whole, sharded, and broken."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from batchinfer.models.weights import SafetensorsWeights
+
+
+def folder_with(tmp_path: Path, **tensors: torch.Tensor) -> Path:
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_every_tensor_is_accounted_for_both_ways(tmp_path: Path) -> None:
+    weights = SafetensorsWeights(folder_with(tmp_path, a=torch.ones(2, 3), b=torch.zeros(4), c=torch.ones(1)))
+    assert weights.take("a", (2, 3)).equal(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="no tensor d"):
+        weights.take("d", (1,))
+    with pytest.raises(ValueError, match=r"b has shape \[4\]; config.json asks for \[5\]"):
+        weights.take("b", (5,))
+    with pytest.raises(ValueError, match="1 tensors that the model does not use: c"):
+        weights.finish()
+    weights.drop("c")
+    weights.finish()
+
+
+def test_shards_and_their_index_must_agree(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "model-1.safetensors")
+    save_file({"b": torch.ones(1)}, tmp_path / "model-2.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+
+    def write(weight_map: dict[str, str]) -> None:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+
+    write({"a": "model-1.safetensors", "b": "model-2.safetensors"})
+    assert SafetensorsWeights(tmp_path).files.keys() == {"a", "b"}
+    write({"a": "model-1.safetensors", "b": "model-1.safetensors"})
+    with pytest.raises(ValueError, match="disagree about tensor b"):
+        SafetensorsWeights(tmp_path)
+    write({"a": "../model-1.safetensors"})
+    with pytest.raises(ValueError, match=r"not a \*\.safetensors file beside it"):
+        SafetensorsWeights(tmp_path)
+    write({"a": "model-3.safetensors"})
+    with pytest.raises(ValueError, match=r"model-3.safetensors is missing"):
+        SafetensorsWeights(tmp_path)
+    index.write_text("[]")
+    with pytest.raises(ValueError, match="holds a list; expected an object"):
+        SafetensorsWeights(tmp_path)
+
+
+def test_files_that_are_not_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no \*.safetensors"):
+        SafetensorsWeights(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        SafetensorsWeights(tmp_path)
+    file.write_bytes(b"\xff" * 100)
+    with pytest.raises(ValueError, match="no safetensors file"):
+        SafetensorsWeights(tmp_path)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, a=torch.ones(100, 100))
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="no safetensors file"):
+        SafetensorsWeights(folder)
+
+
+def test_integers_are_not_weights(tmp_path: Path) -> None:
+    weights = SafetensorsWeights(folder_with(tmp_path, a=torch.ones(2, dtype=torch.int32)))
+    with pytest.raises(ValueError, match="a is int32; expected floating point"):
+        weights.take("a", (2,))

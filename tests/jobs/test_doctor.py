@@ -1,0 +1,137 @@
+"""`batchinfer doctor`, and the file of what it measured."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command_line import call
+
+from batchinfer.cost import calibrate, memory_speed
+from batchinfer.cost.step_cost import PRODUCTS, DeviceCost, StepCost
+from batchinfer.host import device
+from batchinfer.jobs.cli.main import main
+from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost, write_device_cost
+
+COST = DeviceCost(
+    steps={name: StepCost({"step": 1e-3, "number": 2e-6}, 0.05) for name in PRODUCTS},
+    load_seconds=dict.fromkeys(PRODUCTS, 1e-8),
+    start_seconds=1.5,
+    operations_per_second={"float32": 1e11, "bfloat16": 2e11, "w8a8-int8": 8e11},
+    bytes_per_second=2.5e10,
+    cache_bytes=float(32 << 20),
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["batchinfer", "doctor", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    out = capsys.readouterr()
+    assert not ended.value.code, out.err
+    return out.out
+
+
+def test_what_is_measured_reads_back() -> None:
+    key = DeviceKey.of("cpu")
+    assert read_device_cost(key) == (None, "this device was not measured yet; " + _remedy())
+    path = write_device_cost(key, COST)
+    assert path.parent.name == "devices"
+    assert read_device_cost(key) == (COST, None)
+    assert read_device_cost(replace(key, torch="0.0"))[0] is None
+    assert read_device_cost(replace(key, cores=key.cores + 1))[0] is None
+
+
+def _remedy() -> str:
+    return "measure this device with 'batchinfer doctor --calibrate'"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ('"schema_version": 2', '"schema_version": 1'),
+        ('"cores": ', '"cores": 1'),
+        ('"start_seconds": 1.5', '"start_seconds": -1.5'),
+        ('"start_seconds": 1.5', '"start_seconds": NaN'),
+        ('"start_seconds": 1.5', '"start_seconds": "1.5"'),
+        ('"start_seconds": 1.5,', ""),
+        ('"start_seconds": 1.5', '"start_seconds": 1.5, "more": 1'),
+        ('"number": 2e-06', '"number": Infinity'),
+        ('"number": 2e-06', '"number": 1' + "0" * 400),
+        ('"cache_bytes": 33554432.0', '"cache_bytes": 0'),
+        ('"w8a8-int8": 1e-08', '"w4": 1e-08'),
+        ('"seconds": {', '"seconds": [{'),
+    ],
+)
+def test_a_damaged_file_is_not_used_and_that_is_said(before: str, after: str) -> None:
+    key = DeviceKey.of("cpu")
+    path = write_device_cost(key, COST)
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    cost, why = read_device_cost(key)
+    assert cost is None and why is not None
+    assert str(path) in why and "doctor --calibrate" in why
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"schema_version": 2}'])
+def test_another_file_is_not_used(content: bytes) -> None:
+    key = DeviceKey.of("cpu")
+    write_device_cost(key, COST).write_bytes(content)
+    cost, why = read_device_cost(key)
+    assert cost is None and why is not None and str(key.path) in why
+
+
+def test_the_machine_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, "--device", "cpu")
+    assert device.device_name("cpu") in out
+    for name in ("memory", "batchinfer", "torch", "python", "8-bit products", "processor's code"):
+        assert any(line.startswith(name) for line in out.splitlines()), name
+    assert _remedy() in out
+    write_device_cost(DeviceKey.of("cpu"), COST)
+    out = printed(capsys, "--device", "cpu")
+    assert "800 GOP/s" in out and "25.0 GB/s" in out and "34 MB of weights" in out and "fitted to 5 %" in out
+    assert _remedy() not in out and "measure again" not in out
+
+
+def test_a_fit_that_is_far_off_is_doubted(capsys: pytest.CaptureFixture[str]) -> None:
+    steps = COST.steps | {"bfloat16": StepCost({"step": 1e-3}, 0.4)}
+    write_device_cost(DeviceKey.of("cpu"), replace(COST, steps=steps))
+    lines = printed(capsys, "--device", "cpu").splitlines()
+    assert [line.split()[0] for line in lines if "measure again" in line] == ["bfloat16"]
+
+
+def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    code, said = call(capsys, "doctor", "--device", "tpu")
+    assert code == 2 and "tpu" in said
+    if not device.cuda_devices():
+        code, said = call(capsys, "doctor", "--device", "cuda")
+        assert code == 65 and "cuda" in said
+
+
+def test_measuring_keeps_what_it_finds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real engines and real steps, of the smallest shape alone and one kind of products."""
+    monkeypatch.setattr(calibrate, "SHAPES", ((64, 96, 2, 4, 2, 16, 256), (64, 96, 3, 4, 2, 16, 256)))
+    monkeypatch.setattr(calibrate, "PRODUCTS", {"w8a8-int8": PRODUCTS["w8a8-int8"]})
+    monkeypatch.setattr(calibrate, "KV_CACHES", ("float32", "int8"))
+    monkeypatch.setattr(calibrate, "REPEAT_SECONDS", 0.0)
+    monkeypatch.setattr(memory_speed, "COPY_BYTES", 1 << 20)
+    monkeypatch.setattr(memory_speed, "LARGEST", 32 << 20)
+    out = printed(capsys, "--device", "cpu", "--calibrate")
+    key = DeviceKey.of("cpu")
+    cost, why = read_device_cost(key)
+    assert why is None and cost is not None
+    assert set(cost.steps) == {"w8a8-int8"}
+    seconds = cost.steps["w8a8-int8"].seconds
+    assert {"filtered logit", "drawn logit", "decoding key in int8", "weight by 512 rows"} <= set(seconds)
+    assert sum(seconds.values()) > 0 and cost.start_seconds > 0
+    assert "w8a8-int8 products" in out and str(key.path) in out
+    assert json.loads(key.path.read_text())["measured_on"]["batchinfer"]

@@ -1,0 +1,147 @@
+"""The report as a file and as a table."""
+
+import json
+import resource
+import sys
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import pytest
+
+from batchinfer.errors import Refused
+from batchinfer.host.memory import peak_memory_bytes
+from batchinfer.jobs.report import SCHEMA_VERSION, Forecast, Report, rates, read_report, versions
+from batchinfer.jobs.results.run_folder import RunFolder
+
+REPORT = Report(
+    schema_version=SCHEMA_VERSION,
+    output="out.parquet",
+    model="org/name",
+    rows=1200,
+    rows_ok=1150,
+    rows_failed=50,
+    rows_resumed=0,
+    rows_computed=1200,
+    rows_duplicate=0,
+    rows_by_finish_reason={"stop": 1000, "length": 150, "error": 50},
+    rows_by_error={"too_long": 40, "null_prompt": 10},
+    prompt_tokens=90_000,
+    prompt_tokens_computed=90_000,
+    completion_tokens=9_500,
+    drafted=0,
+    accepted=0,
+    steps=400,
+    preemptions=0,
+    padded_tokens=500,
+    step_sizes={"64": 300, "512": 100},
+    buckets={"32": 1000, "64": 150},
+    phases={"load": 1.5, "tokenize": 0.25, "prefill": 60.0, "decode": 39.5, "commit": 0.1, "merge": 0.05},
+    generate_seconds=100.0,
+    wall_seconds=3725.0,
+    tokens_per_second={"prefill": 1500.0, "decode": 240.5, "input": 900.0, "output": 95.0, "total": 995.0},
+    rows_per_second=12.0,
+    operations=10**12,
+    peak_operations_per_second=9e11,
+    percent_of_peak=43.21,
+    peak_memory_bytes={"parent": 300_000_000, "engine": 1_500_000_000},
+    weight_bytes=850_000_000,
+    kv_cache_bytes=12_000_000,
+    device="cpu, 2 threads",
+    kernels={"linear": "cpu"},
+    notes=["a slower path"],
+    versions={"batchinfer": "0.1.0"},
+    command="batchinfer run",
+)
+# What `report.json` promises to those who read it with other programs.
+PROMISED = {
+    *("rows", "rows_ok", "rows_failed", "rows_resumed", "rows_computed", "rows_duplicate", "prompt_tokens"),
+    *("prompt_tokens_computed", "completion_tokens", "drafted", "accepted", "steps", "preemptions", "phases"),
+    *("tokens_per_second", "peak_memory_bytes", "device", "versions", "command", "schema_version"),
+}
+
+
+def save(folder: Path, values: object) -> Path:
+    output = folder / "out.parquet"
+    run = RunFolder(output)
+    run.path.mkdir()
+    run.report.write_text(json.dumps(values))
+    return output
+
+
+def test_a_report_reads_back(tmp_path: Path) -> None:
+    assert set(asdict(REPORT)) > PROMISED
+    assert read_report(save(tmp_path, asdict(REPORT))) == REPORT
+
+
+def test_what_was_expected_stands_beside_the_result(tmp_path: Path) -> None:
+    report = replace(REPORT, predicted=Forecast(90.0, 30.0, 150.0, 98.5))
+    assert read_report(save(tmp_path, asdict(report))) == report
+    lines = report.table().splitlines()
+    assert [line.split(None, 1)[1] for line in lines if line.startswith("predicted ")] == [
+        "0:01:30 of generating without drafts (30.00 s to 0:02:30)"
+    ]
+    assert any("for the lengths" in line and "0:01:38" in line for line in lines)
+    assert "predicted" not in REPORT.table()
+
+
+def test_the_table_is_aligned_and_whole() -> None:
+    text = REPORT.table()
+    start = text.splitlines()[0].index("out.parquet")
+    assert all(line[start - 2 : start] == "  " and line[start] != " " for line in text.splitlines())
+    for part in (
+        "1,200 (1,150 ok, 50 failed)",
+        "too_long",
+        "1:02:05, of which generating 0:01:40",
+        "input 900.0, output 95.0, total 995.0",
+        "prefill 1,500.0, decode 240.5",
+        "43.2 % of 900 GOP/s",
+        "parent 300 MB, engine 1.50 GB",
+        "64: 300, 512: 100",
+        "0.5 % of the tokens computed",
+        "a slower path",
+    ):
+        assert part in text
+
+
+def test_many_step_sizes_are_cut_to_the_most_frequent() -> None:
+    sizes = {str(size): size for size in range(1, 10)}
+    assert "4: 4, 5: 5, 6: 6, 7: 7, 8: 8, 9: 9, 3 more sizes" in replace(REPORT, step_sizes=sizes).table()
+
+
+def test_what_was_not_measured_is_not_shown() -> None:
+    assert "GOP/s" not in replace(REPORT, percent_of_peak=None).table()
+    assert rates({"prefill": 5}, {"prefill": 0.0}) == {"prefill": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({**asdict(REPORT), "schema_version": 99}, "has schema_version 99; this batchinfer reads 1"),
+        ([], "is no report of batchinfer"),
+        ({"rows": 1}, "is no report of batchinfer"),
+        ({"schema_version": SCHEMA_VERSION, "rows": 1}, "is no report of batchinfer"),
+    ],
+)
+def test_another_report_is_refused(tmp_path: Path, values: object, message: str) -> None:
+    with pytest.raises(Refused, match=message):
+        read_report(save(tmp_path, values))
+
+
+def test_versions_are_those_installed() -> None:
+    found = versions()
+    assert found["pyarrow"] == version("pyarrow")
+    assert found["torch"] == version("torch")
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_peak_memory_is_of_this_process() -> None:
+    slack = 4_000_000  # the kernel counts pages in batches
+    highest = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert psutil.Process().memory_info().rss - slack <= peak_memory_bytes() <= highest + slack
+
+
+def test_rows_that_got_the_result_of_another_are_said() -> None:
+    assert "like another row" not in REPORT.table()
+    assert "  like another row  7\n" in replace(REPORT, rows_duplicate=7).table()

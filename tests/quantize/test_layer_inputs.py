@@ -1,0 +1,173 @@
+"""Rows carried through a model by layers, and models rewritten without changing what they compute; by transformers."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+
+from batchinfer.formats.scheme import weight_scheme
+from batchinfer.models.config import read_model_config
+from batchinfer.models.weights import SafetensorsWeights
+from batchinfer.quantize.channel_scales import scale_channels
+from batchinfer.quantize.layer_inputs import PRODUCTS, Calibration
+from batchinfer.quantize.rotated_weights import RotatedWeights
+from batchinfer.quantize.rotation import rotation
+
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("qwen2", {}),
+    ("qwen3", {"head_dim": 32}),
+    ("mistral", {"sliding_window": 20}),
+]
+LENGTHS = (1, 30, 64, 7, 100)
+
+
+def sequences(seed: int = 0) -> list[NDArray[np.int32]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(2, 320, n).astype(np.int32) for n in LENGTHS]
+
+
+def oracle_of(model: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+
+
+def tensors_of(model: Path, layer: int) -> dict[str, Tensor]:
+    weights, prefix = SafetensorsWeights(model), f"model.layers.{layer}."
+    return {name.removeprefix(prefix): weights.read(name) for name in weights.names() if name.startswith(prefix)}
+
+
+def begun(model: Path, folder: Path) -> Calibration:
+    calibration = Calibration(read_model_config(model), sequences(), torch.float32, folder)
+    calibration.begin(SafetensorsWeights(model).read("model.embed_tokens.weight"))
+    return calibration
+
+
+def logits(model: Path) -> list[Tensor]:
+    oracle = oracle_of(model).eval()
+    with torch.no_grad():
+        return [oracle(torch.from_numpy(s.astype(np.int64))[None]).logits[0] for s in sequences()]
+
+
+@pytest.mark.parametrize(("family", "changes"), FAMILIES, ids=[family for family, _ in FAMILIES])
+def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
+    make_model: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    changes: dict[str, Any],
+) -> None:
+    monkeypatch.setattr("batchinfer.quantize.layer_inputs.PIECE_TOKENS", 70)
+    model = make_model(family, **changes)
+    oracle = oracle_of(model).eval()
+    seen: dict[str, list[Tensor]] = {}
+    for name, module in oracle.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0][0])
+            )
+    with torch.no_grad():
+        for sequence in sequences():
+            oracle(torch.from_numpy(sequence.astype(np.int64))[None])
+    calibration = begun(model, tmp_path)
+    assert len(calibration.pieces) > 2 and calibration.tokens == sum(LENGTHS)
+    for layer in range(3):
+        stages = calibration.stages(layer, tensors_of(model, layer))
+        found = {product: torch.cat(list(pieces)) for product, pieces in stages}
+        assert list(found) == list(PRODUCTS)
+        for product, inputs in found.items():
+            assert inputs.shape[1] == calibration.columns(product)
+            for part in PRODUCTS[product]:
+                torch.testing.assert_close(
+                    inputs, torch.cat(seen[f"model.layers.{layer}.{part}"]), atol=2e-4, rtol=2e-4
+                )
+        calibration.leave(layer)
+    assert {path.name for path in tmp_path.iterdir()} == {"states-00003", "mixed", "middle", "inner"}
+
+
+def test_what_is_put_in_place_of_a_weight_is_computed_with(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = make_model("llama")
+    tensors = tensors_of(model, 0)
+
+    def inputs_of_down(zeroed: str) -> Tensor:
+        mine = dict(tensors)
+        for product, pieces in begun(model, tmp_path).stages(0, mine):
+            if product == "down":
+                return torch.cat(list(pieces))
+            if zeroed in PRODUCTS[product]:
+                mine[f"{zeroed}.weight"] = torch.zeros_like(mine[f"{zeroed}.weight"])
+        raise AssertionError
+
+    assert not inputs_of_down("mlp.up_proj").any()
+    assert inputs_of_down("self_attn.v_proj").equal(inputs_of_down("self_attn.o_proj"))
+    assert not inputs_of_down("self_attn.v_proj").equal(inputs_of_down("nothing"))
+
+
+def rewritten(model: Path, folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    values = json.loads((model / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("family", "changes"), FAMILIES, ids=[family for family, _ in FAMILIES])
+def test_a_rotated_model_computes_the_same(
+    make_model: Callable[..., Path], tmp_path: Path, family: str, changes: dict[str, Any], tied: bool
+) -> None:
+    model = make_model(family, **changes, tie_word_embeddings=tied)
+    rotated = RotatedWeights(SafetensorsWeights(model), read_model_config(model), seed=3)
+    tensors = {name: rotated.read(name) for name in rotated.names()}
+    assert (tensors["model.layers.1.input_layernorm.weight"] == 1).all()
+    plain = SafetensorsWeights(model).read("model.layers.1.mlp.down_proj.weight")
+    assert not torch.allclose(tensors["model.layers.1.mlp.down_proj.weight"], plain, atol=0.1)
+    twin = rewritten(model, tmp_path / "twin", tensors, tie_word_embeddings=False)
+    for ours, expected in zip(logits(twin), logits(model), strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2, 12, 64, 96, 352])
+def test_rotations_turn_without_stretching_and_leave_no_large_entry(size: int) -> None:
+    turned = rotation(size, seed=1)
+    torch.testing.assert_close(turned @ turned.t(), torch.eye(size), atol=1e-5, rtol=0)
+    assert turned.abs().max() <= 2**0.5 / size**0.5 + 1e-6
+    assert size < 3 or not turned.equal(rotation(size, seed=2))
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "w8a8-int8"])
+@pytest.mark.parametrize(("family", "changes"), FAMILIES, ids=[family for family, _ in FAMILIES])
+def test_folded_scales_change_nothing_but_the_channels(
+    make_model: Callable[..., Path], tmp_path: Path, family: str, changes: dict[str, Any], scheme: str
+) -> None:
+    weights = SafetensorsWeights(make_model(family, **changes))
+    tensors = {name: weights.read(name) for name in weights.names()}
+    for name, tensor in tensors.items():
+        if "layernorm" in name or "v_proj" in name or "up_proj" in name:
+            tensor[::5] *= 4  # loud channels, or there is little to gain by a scale
+    model = rewritten(make_model(family, **changes), tmp_path / "loud", tensors)
+    calibration = begun(model, tmp_path)
+    for layer in range(3):
+        before = tensors_of(model, layer)
+        mine = dict(before)
+        chosen = weight_scheme(scheme, 32 if scheme == "w4a16" else None)
+        scale_channels(calibration.config, calibration, layer, mine, chosen)
+        moved = {name for name in mine if not mine[name].equal(before[name])}
+        assert moved >= {"input_layernorm.weight", "self_attn.k_proj.weight", "mlp.gate_proj.weight"}, moved
+        drained(calibration.stages(layer, before))
+        tensors |= {f"model.layers.{layer}.{name}": tensor for name, tensor in mine.items()}
+    twin = rewritten(model, tmp_path / "twin", tensors)
+    for ours, expected in zip(logits(twin), logits(model), strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-3)
+
+
+def drained(stages: Iterable[tuple[str, Iterable[Tensor]]]) -> None:
+    for _ in stages:
+        pass

@@ -1,0 +1,107 @@
+"""Checkpoints of transformers as GGUF files, written by the format's own library."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import tokenizers
+from gguf import GGMLQuantizationType as Q
+from safetensors.torch import load_file
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+TEXTS = [
+    "Hello, world! I'm here; they'LL go.",
+    "  leading spaces\n\n and   runs \t of them  ",
+    "numbers 1234567 and 3.14, naïve café, 漢字かな交じり, emoji 🙂🙃",
+    "def f(x):\n    return {'a': x ** 2}  # done\r\n",
+    "",
+]
+
+
+def train(cut: Any, normalizer: Any = None) -> tokenizers.Tokenizer:
+    made = tokenizers.Tokenizer(models.BPE(ignore_merges=False))
+    made.pre_tokenizer, made.decoder = cut, decoders.ByteLevel()
+    if normalizer is not None:
+        made.normalizer = normalizer
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=318, initial_alphabet=alphabet, special_tokens=["<|bos|>", "<|end|>"])
+    made.train_from_iterator(TEXTS * 3, trainer)
+    return made
+
+
+def add_byte_level(writer: gguf.GGUFWriter, made: tokenizers.Tokenizer, pre: str) -> None:
+    model = json.loads(made.to_str())["model"]
+    tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in model["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+
+
+LLAMA_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def byte_level(pre: str) -> tokenizers.Tokenizer:
+    if pre == "gpt-2":
+        return train(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    words = Regex(LLAMA_WORDS.replace("{1,3}", "") if pre == "qwen2" else LLAMA_WORDS)
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cut = pre_tokenizers.Sequence([pre_tokenizers.Split(words, "isolated"), whole])
+    return train(cut, normalizers.NFC() if pre == "qwen2" else None)
+
+
+NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def write_model(path: Path, model: Path, kind: str, pre: str = "gpt-2", **divisors: np.ndarray) -> None:
+    """A checkpoint of transformers as the format's own converter lays it out."""
+    config = json.loads((model / "config.json").read_text())
+    family = config["model_type"]
+    writer = gguf.GGUFWriter(path, "llama" if family == "mistral" else family)
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    if config.get("head_dim"):
+        writer.add_key_length(config["head_dim"])
+    add_byte_level(writer, byte_level(pre), pre)
+    for name, tensor in load_file(model / "model.safetensors").items():
+        module, _, end = name.rpartition(".")
+        rest = module.removeprefix("model.layers.").partition(".")
+        stored = (
+            f"blk.{rest[0]}.{NAMES[rest[2]]}.{end}" if module.startswith("model.layers.") else f"{NAMES[module]}.{end}"
+        )
+        values = tensor.float().numpy()
+        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
+        if heads and family in ("llama", "mistral"):
+            rows = values.reshape(config[heads], 2, -1, *values.shape[1:])
+            values = rows.swapaxes(1, 2).reshape(values.shape)
+        if values.ndim == 1 or kind == "F32":
+            writer.add_tensor(stored, values)
+        else:
+            writer.add_tensor(stored, gguf.quants.quantize(values, Q[kind]), raw_dtype=Q[kind])
+    for name, value in divisors.items():
+        writer.add_tensor(f"{name}.weight", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -1,0 +1,20 @@
+"""The tests mirror the product: the test of a file is found by its path."""
+
+from product import product
+from repository import ROOT
+
+BESIDE = {"whole", "examples", "benchmarks"}  # of the whole product, and of what is no part of it
+
+
+def test_each_test_lies_where_the_module_lies_that_it_tests() -> None:
+    modules = product()
+    strays = []
+    for path in ROOT.glob("tests/**/test_*.py"):
+        folder = path.relative_to(ROOT / "tests").parent
+        if folder.parts[0] in BESIDE:
+            continue
+        package = ".".join(folder.parts if folder.parts[0] == "batchinfer" else ("batchinfer", *folder.parts))
+        words = path.stem.removeprefix("test_").split("_")  # test_MODULE.py, or test_MODULE_topic.py
+        if not any(f"{package}.{'_'.join(words[:count])}" in modules for count in range(1, len(words) + 1)):
+            strays.append(path.relative_to(ROOT).as_posix())
+    assert strays == []
