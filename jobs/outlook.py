@@ -244,7 +244,7 @@ def _demands(job: Job | None, plan: JobPlan, config: EngineConfig, setting: Sett
 def _kv_element_bytes(model: ModelConfig, kv_cache: str) -> float:
     """With its share of a scale; as the engine takes it to be where it is not known before: bfloat16."""
     nbytes = KV_BYTES.get(kv_cache, 2)
-    return nbytes + (SCALE_BYTES / model.head_dim if nbytes == 1 else 0)
+    return nbytes + (SCALE_BYTES / model.attention.head_dim if nbytes == 1 else 0)
 
 
 def _candidates(job: Job, config: EngineConfig, cost: DeviceCost) -> list[Candidate]:

@@ -20,17 +20,10 @@ from batchinfer.kernels.activation import silu_mul
 from batchinfer.kernels.kv_cache import rotate
 from batchinfer.kernels.norm import rms_norm
 from batchinfer.models.config import ModelConfig
+from batchinfer.models.layer import Attention, Norm
 
 PIECE_TOKENS = 2048
 """Tokens of whole sequences that are computed at once, about."""
-
-PRODUCTS = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "output": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
-"""The matrices of a layer that read the same input, in the order in which they are used."""
 
 
 class Calibration:
@@ -54,60 +47,59 @@ class Calibration:
         pieces = torch.split(torch.from_numpy(self.token_ids), [sum(lengths) for lengths in self.pieces])
         self._store(_states(0), (F.embedding(piece, embedding_VD).to(self.dtype) for piece in pieces))
 
-    def columns(self, product: str) -> int:
-        """Of the inputs of a product."""
-        c = self.config
-        return {"output": c.heads * c.head_dim, "down": c.intermediate_size}.get(product, c.hidden_size)
-
-    def stages(self, layer: int, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Iterator[Tensor]]]:
+    def stages(self, number: int, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Iterator[Tensor]]]:
         """The products of a layer in turn, each with its inputs in pieces [T, K].
 
         `tensors` are the layer's by name (without its prefix). Whoever takes a product may put other weights in their
         place before going on: what comes after is computed with those. At the end the next layer's states are there.
         """
 
+        layer = self.config.layers[number]
+
         def product(name: str) -> Callable[[Tensor], Tensor]:
-            weight = torch.cat([tensors[f"{part}.weight"].to(self.dtype) for part in PRODUCTS[name]])
-            biases = [tensors[f"{part}.bias"].to(self.dtype) for part in PRODUCTS[name] if f"{part}.bias" in tensors]
+            matrices = layer.products[name]
+            weight = torch.cat([tensors[f"{matrix.name}.weight"].to(self.dtype) for matrix in matrices])
+            biases = [tensors[f"{matrix.name}.bias"].to(self.dtype) for matrix in matrices if matrix.bias]
             return partial(F.linear, weight=weight, bias=torch.cat(biases) if biases else None)
 
-        def normed(states: Iterable[Tensor], norm: str) -> Iterator[Tensor]:
-            weight = tensors[f"{norm}.weight"].to(self.dtype)
+        def normed(states: Iterable[Tensor], norm: Norm) -> Iterator[Tensor]:
+            weight = tensors[f"{norm.name}.weight"].to(self.dtype)
             return (rms_norm(x, weight, self.config.norm_eps) for x in states)
 
         def added(states: Iterable[Tensor], inputs: Iterable[Tensor], name: str) -> Iterator[Tensor]:
             return (x + y for x, y in zip(states, map(product(name), inputs), strict=True))
 
-        entering = self._stored(_states(layer))
-        yield "qkv", normed(entering, "input_layernorm")
-        heads = map(product("qkv"), normed(entering, "input_layernorm"))
-        attended = (self._attend(x, piece, layer, tensors) for x, piece in zip(heads, self.pieces, strict=True))
+        entering = self._stored(_states(number))
+        yield "qkv", normed(entering, layer.input_norm)
+        heads = map(product("qkv"), normed(entering, layer.input_norm))
+        pieces = zip(heads, self.pieces, strict=True)
+        attended = (self._attend(x, lengths, layer.attention, tensors) for x, lengths in pieces)
         mixed = self._store("mixed", attended)
         yield "output", iter(mixed)
         middle = self._store("middle", added(entering, mixed, "output"))
-        yield "gate_up", normed(middle, "post_attention_layernorm")
-        inner = self._store("inner", map(silu_mul, map(product("gate_up"), normed(middle, "post_attention_layernorm"))))
+        yield "gate_up", normed(middle, layer.mlp_norm)
+        inner = self._store("inner", map(silu_mul, map(product("gate_up"), normed(middle, layer.mlp_norm))))
         yield "down", iter(inner)
-        self._store(_states(layer + 1), added(middle, inner, "down"))
+        self._store(_states(number + 1), added(middle, inner, "down"))
 
     def leave(self, layer: int) -> None:
         """The states before this layer are not needed any more."""
         (self.folder / _states(layer)).unlink(missing_ok=True)
 
-    def _attend(self, qkv_TX: Tensor, lengths: list[int], layer: int, tensors: dict[str, Tensor]) -> Tensor:
+    def _attend(self, qkv_TX: Tensor, lengths: list[int], shape: Attention, tensors: dict[str, Tensor]) -> Tensor:
         """Attention outputs [T, heads * head_dim], each sequence by itself."""
-        c = self.config
+        eps = self.config.norm_eps
         out = []
         for qkv in torch.split(qkv_TX, lengths):
-            heads = qkv.view(len(qkv), -1, c.head_dim)
-            query, key, value = torch.split(heads, [c.heads, c.kv_heads, c.kv_heads], 1)
-            if c.head_norm:
-                query = rms_norm(query, tensors["self_attn.q_norm.weight"].to(self.dtype), c.norm_eps)
-                key = rms_norm(key, tensors["self_attn.k_norm.weight"].to(self.dtype), c.norm_eps)
+            heads = qkv.view(len(qkv), -1, shape.head_dim)
+            query, key, value = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], 1)
+            if shape.head_norms is not None:
+                of_query, of_key = (tensors[f"{norm.name}.weight"].to(self.dtype) for norm in shape.head_norms)
+                query, key = rms_norm(query, of_query, eps), rms_norm(key, of_key, eps)
             cos, sin = self.cos[: len(qkv)], self.sin[: len(qkv)]
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
             query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
-            seen = _seen(len(qkv), c.windows[layer])
+            seen = _seen(len(qkv), shape.window)
             mixed = F.scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)
             out.append(mixed[0].transpose(0, 1).flatten(1))
         return torch.cat(out)

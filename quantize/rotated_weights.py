@@ -5,22 +5,15 @@ gains commutes with a rotation. What writes the hidden state then writes it rota
 Values are rotated within each head likewise, and turned back by the output projection.
 """
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.weights import SafetensorsWeights
 from batchinfer.quantize.rotation import rotation
-
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-_NORM_BEFORE = {
-    "q_proj": "input_layernorm",
-    "k_proj": "input_layernorm",
-    "v_proj": "input_layernorm",
-    "gate_proj": "post_attention_layernorm",
-    "up_proj": "post_attention_layernorm",
-}
-_NORMS = tuple({f"{norm}.weight" for norm in _NORM_BEFORE.values()})
 
 
 class RotatedWeights:
@@ -29,42 +22,68 @@ class RotatedWeights:
     def __init__(self, weights: SafetensorsWeights, config: ModelConfig, seed: int) -> None:
         self.weights, self.config = weights, config
         self.hidden = rotation(config.hidden_size, seed)
-        self.head = rotation(config.head_dim, seed + 1)
+        self.head = rotation(config.attention.head_dim, seed + 1)
+        self._readers = dict(self._by_name())
 
     def names(self) -> list[str]:
-        """Of all tensors."""
-        return sorted({*self.weights.names(), HEAD})
+        """The names of all tensors."""
+        return sorted({*self.weights.names(), f"{self.config.head.name}.weight"})
 
     def read(self, name: str) -> Tensor:
         """The tensor: matrices of layers in float32, the others in their own type."""
-        if name == FINAL_NORM or name.endswith(_NORMS):
-            return torch.ones_like(self.weights.read(name))
-        if name == EMBEDDING:
-            embedding = self.weights.read(name)
-            return (embedding.float() @ self.hidden).to(embedding.dtype)
-        if name == HEAD:
-            weight = self.weights.read(EMBEDDING if self.config.tied else HEAD)
-            return (self._gained(weight, FINAL_NORM) @ self.hidden).to(weight.dtype)
-        layer, _, rest = name.partition(".self_attn." if ".self_attn." in name else ".mlp.")
-        module, _, kind = rest.rpartition(".")
-        tensor = self.weights.read(name)
-        if kind == "bias":
-            return self._bias(module, tensor)
-        if tensor.ndim != 2:
-            return tensor
-        if module in _NORM_BEFORE:
-            tensor = self._gained(tensor, f"{layer}.{_NORM_BEFORE[module]}.weight") @ self.hidden
-            return self._by_head(tensor.t()).t() if module == "v_proj" else tensor
-        return self.hidden.t() @ (self._by_head(tensor.float()) if module == "o_proj" else tensor.float())
+        return self._readers.get(name, self.weights.read)(name)
+
+    def _by_name(self) -> Iterator[tuple[str, Callable[[str], Tensor]]]:
+        """How each tensor that a rotation changes is read."""
+        c = self.config
+        yield f"{c.embedding.name}.weight", self._embedding
+        yield f"{c.head.name}.weight", self._lm_head
+        yield f"{c.norm.name}.weight", self._ones
+        for layer in c.layers:
+            at, a, f = layer.prefix, layer.attention, layer.feed_forward
+            for norm, readers in ((layer.input_norm, (a.q, a.k, a.v)), (layer.mlp_norm, (f.gate, f.up))):
+                gain = f"{at}{norm.name}.weight"
+                yield gain, self._ones
+                for matrix in readers:
+                    yield f"{at}{matrix.name}.weight", partial(self._reading, gain=gain, values=matrix is a.v)
+            for matrix in (a.output, f.down):
+                yield f"{at}{matrix.name}.weight", partial(self._writing, values=matrix is a.output)
+                yield f"{at}{matrix.name}.bias", self._writing_bias
+            yield f"{at}{a.v.name}.bias", self._value_bias
+
+    def _ones(self, name: str) -> Tensor:
+        """A norm without its gains, which are in the matrices behind it."""
+        return torch.ones_like(self.weights.read(name))
+
+    def _embedding(self, name: str) -> Tensor:
+        embedding = self.weights.read(name)
+        return (embedding.float() @ self.hidden).to(embedding.dtype)
+
+    def _lm_head(self, name: str) -> Tensor:
+        weight = self.weights.read(f"{self.config.embedding.name}.weight" if self.config.tied else name)
+        return (self._gained(weight, f"{self.config.norm.name}.weight") @ self.hidden).to(weight.dtype)
+
+    def _reading(self, name: str, gain: str, values: bool) -> Tensor:
+        """A matrix that reads the hidden state behind a norm."""
+        weight = self._gained(self.weights.read(name), gain) @ self.hidden
+        return self._by_head(weight.t()).t() if values else weight
+
+    def _writing(self, name: str, values: bool) -> Tensor:
+        """A matrix that adds to the hidden state."""
+        weight = self.weights.read(name).float()
+        return self.hidden.t() @ (self._by_head(weight) if values else weight)
+
+    def _writing_bias(self, name: str) -> Tensor:
+        bias = self.weights.read(name)
+        return (bias.float() @ self.hidden).to(bias.dtype)
+
+    def _value_bias(self, name: str) -> Tensor:
+        bias = self.weights.read(name)
+        return self._by_head(bias.float()[None])[0].to(bias.dtype)
 
     def _gained(self, weight_NK: Tensor, norm: str) -> Tensor:
         return weight_NK.float() * self.weights.read(norm).float()
 
-    def _bias(self, module: str, bias_N: Tensor) -> Tensor:
-        if module in ("o_proj", "down_proj"):
-            return (bias_N.float() @ self.hidden).to(bias_N.dtype)
-        return self._by_head(bias_N.float()[None])[0].to(bias_N.dtype) if module == "v_proj" else bias_N
-
     def _by_head(self, x_NX: Tensor) -> Tensor:
         """The last dimension, heads * head_dim, rotated within each head."""
-        return (x_NX.reshape(len(x_NX), -1, self.config.head_dim) @ self.head).flatten(1)
+        return (x_NX.reshape(len(x_NX), -1, self.config.attention.head_dim) @ self.head).flatten(1)

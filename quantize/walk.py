@@ -31,15 +31,15 @@ from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.scheme import WeightScheme
 from batchinfer.host import allocator
 from batchinfer.host.files import write_checksums
-from batchinfer.models.config import ModelConfig, read_model_config
+from batchinfer.models.config import read_model_config
+from batchinfer.models.layer import LAYERS
 from batchinfer.models.weights import SafetensorsWeights, tensor_names
 from batchinfer.quantize.channel_scales import scale_channels
 from batchinfer.quantize.inputs import Inputs
-from batchinfer.quantize.layer_inputs import PRODUCTS, Calibration
+from batchinfer.quantize.layer_inputs import Calibration
 from batchinfer.quantize.methods import Method
-from batchinfer.quantize.rotated_weights import EMBEDDING, FINAL_NORM, HEAD, RotatedWeights
+from batchinfer.quantize.rotated_weights import RotatedWeights
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja", "vocab*", "merges.txt")
 _CALIBRATION = "calibration"
 STATE = "quantize.json"
@@ -80,15 +80,13 @@ class Quantizer:
         self.config = c = read_model_config(model)
         if c.form is not None:
             raise ValueError(f"{model} is quantized already ({c.form.name}); take its floating-point one")
-        for field, columns in (
-            ("hidden_size", c.hidden_size),
-            ("intermediate_size", c.intermediate_size),
-            ("num_attention_heads * head_dim", c.heads * c.head_dim),
-        ):
-            if scheme.group_size and columns % scheme.group_size:
-                raise ValueError(
-                    f"--group-size {scheme.group_size} does not divide {field} {columns}; take a smaller one, or 0"
-                )
+        for layer in c.layers:
+            for matrix in layer.matrices:
+                if scheme.group_size and matrix.columns % scheme.group_size:
+                    raise ValueError(
+                        f"--group-size {scheme.group_size} does not divide the {matrix.columns} columns of "
+                        f"{layer.prefix}{matrix.name}; take a smaller one, or 0"
+                    )
         if c.dtype not in DTYPES:
             raise ValueError(f"{model}: dtype is {c.dtype!r}; it must be one of {', '.join(DTYPES)}")
         self.model, self.output, self.method = model, output, method
@@ -122,32 +120,32 @@ class Quantizer:
     @property
     def files(self) -> int:
         """Files to write: one a layer, and one for what lies outside the layers."""
-        return self.config.layers + 1
+        return len(self.config.layers) + 1
 
     @torch.inference_mode()
     def run(self) -> Iterator[LayerReport]:
         """Quantize layer by layer; what is there already is only counted. After the last, `finish()`."""
         allocator.return_freed_memory()
-        c = self.config
-        names: dict[int, list[str]] = {i: [] for i in range(-1, c.layers)}
+        layers = self.config.layers
+        names: dict[int, list[str]] = {i: [] for i in range(-1, len(layers))}
         for name in self.weights.names():
-            found = _LAYER.match(name)
+            found = re.match(re.escape(LAYERS) + r"(\d+)\.", name)
             layer = int(found[1]) if found else -1
             if layer not in names:
-                raise ValueError(f"tensor {name} belongs to a layer beyond num_hidden_layers {c.layers}")
+                raise ValueError(f"tensor {name} belongs to a layer beyond num_hidden_layers {len(layers)}")
             names[layer].append(name)
         for layer, group in names.items():
             path = self.output / self._file(layer)
             if path.exists():
                 yield LayerReport(layer, **self.state["layers"][str(layer)], resumed=True)
                 continue
-            prefix = "" if layer < 0 else f"model.layers.{layer}."
+            prefix = "" if layer < 0 else layers[layer].prefix
             tensors = {name.removeprefix(prefix): self.weights.read(name) for name in group}
             report = LayerReport(layer, {}, [], resumed=False)
             if layer >= 0:
                 report = self._layer(layer, tensors)
             elif self.calibration is not None:
-                self.calibration.begin(tensors[EMBEDDING])
+                self.calibration.begin(tensors[f"{self.config.embedding.name}.weight"])
             self.state["layers"][str(layer)] = {"errors": report.errors, "notes": report.notes}
             self._write_state()
             self._write(path, {f"{prefix}{name}": tensor for name, tensor in tensors.items()})
@@ -158,8 +156,8 @@ class Quantizer:
     def _layer(self, layer: int, tensors: dict[str, Tensor]) -> LayerReport:
         """Put the quantized matrices in the place of the weights in `tensors`."""
         kinds = {name: tensor.dtype for name, tensor in tensors.items()}
-        where = f"model.layers.{layer}."
-        walk = self._alone(where, tensors) if self.calibration is None else self._calibrated(layer, where, tensors)
+        where = self.config.layers[layer].prefix
+        walk = self._alone(layer, tensors) if self.calibration is None else self._calibrated(layer, tensors)
         matrices: dict[str, QuantizedMatrix] = {}
         report = LayerReport(layer, {}, [], resumed=False)
         for part, matrix, error, notes in walk:
@@ -174,32 +172,34 @@ class Quantizer:
             tensors |= {f"{part}.{name}": tensor for name, tensor in stored.items()}
         return report
 
-    def _alone(self, where: str, tensors: dict[str, Tensor]) -> Iterator[_Quantized]:
+    def _alone(self, number: int, tensors: dict[str, Tensor]) -> Iterator[_Quantized]:
         """Each matrix by itself; its error is that of the weights."""
-        for part in [part for parts in PRODUCTS.values() for part in parts]:
-            weight = tensors[f"{part}.weight"]
-            with _naming(f"tensor {where}{part}.weight"):
-                matrix = self.method.quantize(weight, self.scheme, None)
-            yield part, matrix, _relative_error(weight.float(), matrix.dequantize()), []
+        layer = self.config.layers[number]
+        for matrix in layer.matrices:
+            weight = tensors[f"{matrix.name}.weight"]
+            with _naming(f"tensor {layer.prefix}{matrix.name}.weight"):
+                quantized = self.method.quantize(weight, self.scheme, None)
+            yield matrix.name, quantized, _relative_error(weight.float(), quantized.dequantize()), []
 
-    def _calibrated(self, layer: int, where: str, tensors: dict[str, Tensor]) -> Iterator[_Quantized]:
+    def _calibrated(self, number: int, tensors: dict[str, Tensor]) -> Iterator[_Quantized]:
         """Each matrix for the inputs that those before it leave; its error is that of its products."""
         calibration = self.calibration
         assert calibration is not None
         if self.method.scaled:
-            scale_channels(self.config, calibration, layer, tensors, self.scheme)
-        for product, pieces in calibration.stages(layer, tensors):
-            with _naming(f"{where}{product}"):
-                columns = calibration.columns(product)
-                inputs = Inputs(pieces, calibration.tokens, columns, self.method.compensating)
-            for part in PRODUCTS[product]:
-                weight = tensors[f"{part}.weight"].float()
-                with _naming(f"tensor {where}{part}.weight"):
-                    matrix = self.method.quantize(weight, self.scheme, inputs)
-                back = matrix.dequantize()
-                tensors[f"{part}.weight"] = back.to(calibration.dtype)
+            scale_channels(calibration, number, tensors, self.scheme)
+        layer = self.config.layers[number]
+        for product, pieces in calibration.stages(number, tensors):
+            matrices = layer.products[product]
+            with _naming(f"{layer.prefix}{product}"):
+                inputs = Inputs(pieces, calibration.tokens, matrices[0].columns, self.method.compensating)
+            for matrix in matrices:
+                weight = tensors[f"{matrix.name}.weight"].float()
+                with _naming(f"tensor {layer.prefix}{matrix.name}.weight"):
+                    quantized = self.method.quantize(weight, self.scheme, inputs)
+                back = quantized.dequantize()
+                tensors[f"{matrix.name}.weight"] = back.to(calibration.dtype)
                 error = _relative_error(inputs.sample @ weight.t(), inputs.sample @ back.t())
-                yield part, matrix, error, inputs.notes
+                yield matrix.name, quantized, error, inputs.notes
                 inputs.notes = []
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -226,7 +226,7 @@ class Quantizer:
 
     def _check(self, weights: SafetensorsWeights, sequences: list[NDArray[np.int32]] | None) -> None:
         """By the files' headers, before the hours are spent."""
-        for name, shape in _shapes(self.config).items():
+        for name, shape in self.config.tensors():
             if weights.shape(name) != shape:
                 raise ValueError(
                     f"tensor {name} has shape {list(weights.shape(name))}; config.json asks for {list(shape)}"
@@ -268,7 +268,7 @@ class Quantizer:
         """
         self.checksums.check()
         (self.output / "README.md").write_text(card)
-        files = [self.output / self._file(layer) for layer in range(-1, self.config.layers)]
+        files = [self.output / self._file(layer) for layer in range(-1, len(self.config.layers))]
         weight_map = {name: path.name for path in files for name in tensor_names(path)}
         size = sum(path.stat().st_size for path in files)
         write_checksums(self.output, files)
@@ -278,32 +278,12 @@ class Quantizer:
             for source in self.model.glob(pattern):
                 shutil.copyfile(source, self.output / source.name)
         config = json.loads((self.model / "config.json").read_text())
-        config["quantization_config"] = quantization_config(self.scheme, ["lm_head"])
+        config["quantization_config"] = quantization_config(self.scheme, [self.config.head.name])
         if self.untied:
             config["tie_word_embeddings"] = False
         (self.output / "config.json").write_text(json.dumps(config, indent=2))
         shutil.rmtree(self.output / _CALIBRATION, ignore_errors=True)
         (self.output / STATE).unlink()
-
-
-def _shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of every tensor that the model has."""
-    q, kv, d, f = c.heads * c.head_dim, c.kv_heads * c.head_dim, c.hidden_size, c.intermediate_size
-    modules = {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q)}
-    modules |= {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
-    biases = {"qkv": c.qkv_bias, "output": c.output_bias, "gate_up": c.mlp_bias, "down": c.mlp_bias}
-    norms = {"input_layernorm": d, "post_attention_layernorm": d}
-    if c.head_norm:
-        norms |= {"self_attn.q_norm": c.head_dim, "self_attn.k_norm": c.head_dim}
-    layer: dict[str, tuple[int, ...]] = {f"{norm}.weight": (size,) for norm, size in norms.items()}
-    for product, parts in PRODUCTS.items():
-        for part in parts:
-            shape = modules[part.partition(".")[2]]
-            layer |= {f"{part}.weight": shape} | ({f"{part}.bias": shape[:1]} if biases[product] else {})
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (c.vocab_size, d), FINAL_NORM: (d,)}
-    if not c.tied:
-        shapes[HEAD] = (c.vocab_size, d)
-    return shapes | {f"model.layers.{i}.{name}": shape for i in range(c.layers) for name, shape in layer.items()}
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
                     longer += (middle / seconds).tolist()
                     measured.append((quantities(work, shape, weights, kv_cache, sampling), seconds))
             stats = engine.stats()  # of the largest model
-            load_seconds[name] = stats.load_seconds / (shape.layers * layer_weights(shape))
+            load_seconds[name] = stats.load_seconds / layer_weights(shape)
             operations[name] = stats.peak_operations_per_second
             fitted = StepCost.fit(measured, operations[name], memory.byte_seconds[name])
             costs[name] = fitted.times(float(np.median(longer)))

@@ -6,6 +6,7 @@ reading and computing overlap perfectly, and `serial`, where they take turns, as
 
 from dataclasses import dataclass
 
+from batchinfer.cost.step_cost import layer_weights
 from batchinfer.models.config import ModelConfig
 
 
@@ -37,31 +38,27 @@ class CostModel:
 
     linear_parameters: int  # of the layers' matrices
     head_parameters: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    query_numbers: int  # of a token's queries in all layers
+    kv_numbers: int  # of its keys and values
     weight_bytes: float  # of a matrix element
     kv_bytes: float  # of an element of keys and values, its share of a scale included
 
     @classmethod
     def of(cls, config: ModelConfig, weight_bytes: float, kv_bytes: float) -> "CostModel":
         """From a checkpoint's shape."""
-        c = config
-        attention = 2 * c.hidden_size * (c.heads + c.kv_heads) * c.head_dim
-        layer = attention + 3 * c.hidden_size * c.intermediate_size
-        head = c.vocab_size * c.hidden_size
-        return cls(c.layers * layer, head, c.layers, c.heads, c.kv_heads, c.head_dim, weight_bytes, kv_bytes)
+        shapes = [layer.attention for layer in config.layers]
+        queries, keys_values = sum(a.q.rows for a in shapes), sum(a.k.rows + a.v.rows for a in shapes)
+        return cls(layer_weights(config), config.head.size, queries, keys_values, weight_bytes, kv_bytes)
 
     @property
     def attention_operations(self) -> int:
         """Of one token with each token that it sees."""
-        return 4 * self.layers * self.heads * self.head_dim
+        return 4 * self.query_numbers
 
     @property
     def kv_bytes_per_token(self) -> float:
         """Keys and values of all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.kv_bytes
+        return self.kv_numbers * self.kv_bytes
 
     def operations(self, requests: Requests) -> float:
         """Of one request: its own part of the prompt, and each new token with the head."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from batchinfer.kernels.grain import TILE
 from batchinfer.models.config import ModelConfig
+from batchinfer.models.layer import Layer
 
 Floats = NDArray[np.float64]
 
@@ -70,22 +71,13 @@ class Weights:
 
     def streamed(self, model: ModelConfig) -> float:
         """The share that comes from memory; it grows from 0 to 1 around the cache's size."""
-        nbytes = layer_weights(model) * model.layers * self.layer_bytes
-        nbytes += model.vocab_size * model.hidden_size * self.head_bytes
+        nbytes = layer_weights(model) * self.layer_bytes + model.head.size * self.head_bytes
         return float(np.clip(nbytes / self.cache_bytes - 0.5, 0.0, 1.0))
 
 
 def layer_weights(model: ModelConfig) -> int:
-    """Elements of a layer's matrices."""
-    return _qkv_weights(model) + _other_weights(model)
-
-
-def _qkv_weights(m: ModelConfig) -> int:
-    return m.hidden_size * (m.heads + 2 * m.kv_heads) * m.head_dim
-
-
-def _other_weights(m: ModelConfig) -> int:
-    return m.hidden_size * m.heads * m.head_dim + 3 * m.hidden_size * m.intermediate_size
+    """Elements of the matrices of all layers."""
+    return sum(matrix.size for layer in model.layers for matrix in layer.matrices)
 
 
 def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, sampling: str) -> dict[str, Floats]:
@@ -93,41 +85,54 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
 
     `kv_cache` is the type of keys and values; `sampling` is greedy, drawn or filtered.
     """
-    m, w = model, work
-    qkv, other = _qkv_weights(m), _other_weights(m)
+    w, layers = work, model.layers
+    shapes = [layer.attention for layer in layers]
     # The last layer computes what follows attention for sampled rows only.
-    inner_layers = m.layers - 1
-    width = (m.heads + 2 * m.kv_heads) * m.head_dim
-    behind = 2 * m.hidden_size + 3 * m.intermediate_size
-    moved = w.tokens * (m.layers * (2 * m.hidden_size + 2 * width) + inner_layers * behind) + w.sampled * behind
-    all_rows = qkv * m.layers + other * inner_layers
-    head = m.vocab_size * m.hidden_size
-    streamed = weights.streamed(m)
-    kv = m.layers * m.kv_heads * m.head_dim
+    inner, last = layers[:-1], layers[-1]
+    behind = _numbers_behind_attention(last)
+    moved = w.sampled * behind + w.tokens * (
+        sum(2 * layer.input_norm.size + 2 * layer.attention.width for layer in layers)
+        + sum(_numbers_behind_attention(layer) for layer in inner)
+    )
+    other = _weights_behind_attention(last)
+    all_rows = layer_weights(model) - other
+    head = model.head.size
+    streamed = weights.streamed(model)
+    heads, width = sum(a.heads for a in shapes), sum(a.heads * a.head_dim for a in shapes)
+    kv = sum(a.kv_heads * a.head_dim for a in shapes)
     named = {
         "step": np.ones(len(w)),
-        "layer": np.full(len(w), float(m.layers)),
-        "decoding layer": m.layers * (w.decoding > 0),
+        "layer": np.full(len(w), float(len(layers))),
+        "decoding layer": len(layers) * (w.decoding > 0),
         "number": moved,
         "weight from memory": streamed * weights.layer_bytes * (all_rows + other * (w.sampled > 0)),
         "head": head * (w.sampled > 0),
         "head from memory": streamed * weights.head_bytes * head * (w.sampled > 0),
         "head by row": head * w.sampled,
-        "logit": m.vocab_size * w.sampled,
-        "place of tiles": m.layers * w.tile_places,
-        "tile operation": m.layers * w.tile_keys * TILE * m.heads * m.head_dim,
-        "tile score": m.layers * w.tile_keys * TILE * m.heads,
+        "logit": model.vocab_size * w.sampled,
+        "place of tiles": len(layers) * w.tile_places,
+        "tile operation": width * TILE * w.tile_keys,
+        "tile score": heads * TILE * w.tile_keys,
         f"tile key in {kv_cache}": kv * w.tile_keys,
-        "decoding sequence": m.layers * w.decoding,
-        "decoding score": m.layers * m.heads * w.decode_keys,
+        "decoding sequence": len(layers) * w.decoding,
+        "decoding score": heads * w.decode_keys,
         f"decoding key in {kv_cache}": kv * w.decode_keys,
         f"stored key in {kv_cache}": kv * w.tokens,
     }
     if sampling != "greedy":
-        named[f"{sampling} logit"] = m.vocab_size * w.sampled
+        named[f"{sampling} logit"] = model.vocab_size * w.sampled
     for rows, all_share, last_share in zip(ROWS, _shares(w.tokens), _shares(w.sampled), strict=True):
         named[f"weight by {rows} rows"] = all_rows * all_share + other * last_share
     return {name: np.asarray(values, np.float64) for name, values in named.items()}
+
+
+def _weights_behind_attention(layer: Layer) -> int:
+    return layer.attention.output.size + sum(m.size for m in layer.products["gate_up"] + layer.products["down"])
+
+
+def _numbers_behind_attention(layer: Layer) -> int:
+    """Of a token, as they pass through the second norm, the activation and the sum with the stream."""
+    return 2 * layer.mlp_norm.size + 3 * layer.feed_forward.down.columns
 
 
 def _shares(rows: Floats) -> Floats:

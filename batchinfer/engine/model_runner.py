@@ -75,8 +75,9 @@ class ModelRunner:
 
         assert isinstance(self.backend, TritonBackend)
         processors = None if self.backend.deterministic else self.backend.processors
-        tiles = tiling(c.head_dim, c.heads // c.kv_heads, self.kv_dtype in MOST)
-        return RaggedInputs(set(c.windows), c.heads, c.kv_heads, tiles, processors)
+        a = c.attention
+        tiles = tiling(a.head_dim, a.heads // a.kv_heads, self.kv_dtype in MOST)
+        return RaggedInputs(set(c.windows), a.heads, a.kv_heads, tiles, processors)
 
     @property
     def device_name(self) -> str:

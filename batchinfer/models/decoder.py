@@ -1,4 +1,4 @@
-"""One decoder for the Llama family: Llama, Mistral, Qwen2, Qwen3.
+"""One decoder for all families: it computes the layers that `models/layer.py` describes.
 
 Shapes: T tokens of a step, S of them sampled, D hidden, V vocabulary.
 """
@@ -15,6 +15,7 @@ from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.rows import Rows
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
+from batchinfer.models.layer import Layer
 
 
 class Places(NamedTuple):
@@ -26,10 +27,10 @@ class Places(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The weights of one layer; q, k and v are one product, gate and up another."""
+class LayerWeights:
+    """What the loader made of one layer; q, k and v are one product, gate and up another."""
 
-    window: int | None
+    shape: Layer
     input_norm: Tensor  # [D]
     qkv: Product
     head_norms: tuple[Tensor, Tensor] | None  # of queries and keys, [head_dim] each
@@ -58,7 +59,7 @@ class Decoder:
         backend: Backend,
         stream: torch.dtype,
         embedding_VD: Tensor,
-        layers: list[Layer],
+        layers: list[LayerWeights],
         norm_D: Tensor,
         head: Product,
     ) -> None:
@@ -69,9 +70,8 @@ class Decoder:
 
     def caches(self, blocks: int, block_size: int, dtype: torch.dtype) -> list[KVCache]:
         """An empty cache for each layer."""
-        c = self.config
-        shape = (blocks, c.kv_heads, block_size, c.head_dim)
-        return [KVCache(*shape, dtype, self.backend.device) for _ in self.layers]
+        shapes = [layer.shape.attention for layer in self.layers]
+        return [KVCache(blocks, a.kv_heads, block_size, a.head_dim, dtype, self.backend.device) for a in shapes]
 
     @property
     def operations_per_token(self) -> int:
@@ -114,16 +114,15 @@ class Decoder:
 
         y is what the layer before adds.
         """
-        layer, c, do, x = self.layers[i], self.config, self.backend, x_TD
-        qkv = layer.qkv(do.add_norm(x, y, layer.input_norm, c.norm_eps, layer.qkv.takes)).dense()
-        query = do.rotate_and_store(
-            qkv, cache, c.heads, places.cos, places.sin, places.cache, layer.head_norms, c.norm_eps
-        )
-        mixed = do.attention(query, cache, batch.attention[layer.window], c.head_dim**-0.5).flatten(1)
+        layer, do, x = self.layers[i], self.backend, x_TD
+        a, eps = layer.shape.attention, self.config.norm_eps
+        qkv = layer.qkv(do.add_norm(x, y, layer.input_norm, eps, layer.qkv.takes)).dense()
+        query = do.rotate_and_store(qkv, cache, a.heads, places.cos, places.sin, places.cache, layer.head_norms, eps)
+        mixed = do.attention(query, cache, batch.attention[a.window], a.head_dim**-0.5).flatten(1)
         if i + 1 == len(self.layers):  # nothing reads the other tokens any more
             x, mixed = x[batch.sampled], mixed[batch.sampled]
         y = layer.output(do.rows(mixed, layer.output.takes))
-        gate_up = layer.gate_up(do.add_norm(x, y, layer.mlp_norm, c.norm_eps, layer.gate_up.takes))
+        gate_up = layer.gate_up(do.add_norm(x, y, layer.mlp_norm, eps, layer.gate_up.takes))
         return x, layer.down(do.silu_mul(gate_up, layer.down.takes))
 
     def logits(self, x_SD: Tensor, y: Rows | None) -> Tensor:

@@ -8,15 +8,8 @@ from batchinfer.formats.gguf_file import GGUFFile
 from batchinfer.formats.gguf_numbers import dequantize
 from batchinfer.host.files import Checksums
 from batchinfer.models.config import ModelConfig
+from batchinfer.models.layer import Matrix, Norm
 from batchinfer.models.weights import refuse_not_finite
-
-_TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-_LAYER = {
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
 
 
 class GGUFWeights:
@@ -25,19 +18,20 @@ class GGUFWeights:
     def __init__(self, path: Path, model: ModelConfig) -> None:
         self.file = GGUFFile(path)
         self.checksums = Checksums([path])
-        self.model = model
+        self.stored = stored_modules(model)
+        # Files of this architecture hold queries and keys for rotation of neighbours instead of halves.
+        interleaved = self.file.metadata.get("general.architecture") == "llama"
+        self.interleaved = _rotated(model) if interleaved else {}
         kinds = sorted({tensor.type for tensor in self.file.tensors.values()} - {"F32"})
         self.stored_as = f"GGUF, {', '.join(kinds)}" if kinds else None
         # The divisors of RoPE have become part of the config.
         self.taken = {"rope_freqs.weight"}
-        # Files of this architecture hold queries and keys for rotation of neighbours instead of halves.
-        self.interleaved = self.file.metadata.get("general.architecture") == "llama"
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor, float32 unless it is stored in another floating-point type."""
-        stored = self.file.tensors.get(_stored_name(name))
+        stored = self.file.tensors.get(self._stored_name(name))
         if stored is None:
-            raise ValueError(f"{self.file.path} has no tensor {_stored_name(name)} (for {name})")
+            raise ValueError(f"{self.file.path} has no tensor {self._stored_name(name)} (for {name})")
         self.taken.add(stored.name)
         if stored.shape != shape:
             raise ValueError(
@@ -46,8 +40,8 @@ class GGUFWeights:
             )
         tensor = dequantize(self.file.read(stored), stored.type, shape)
         refuse_not_finite(tensor, f"{self.file.path}: tensor {stored.name}")
-        heads = {"q_proj": self.model.heads, "k_proj": self.model.kv_heads}.get(name.split(".")[-2])
-        return tensor if heads is None or not self.interleaved else _halves(tensor, heads)
+        heads = self.interleaved.get(name.rpartition(".")[0])
+        return tensor if heads is None else _halves(tensor, heads)
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Tensor:
         """A module's weight [N, K]."""
@@ -55,7 +49,11 @@ class GGUFWeights:
 
     def drop(self, name: str) -> None:
         """Count it as used, if it is there at all."""
-        self.taken.add(_stored_name(name))
+        self.taken.add(self._stored_name(name))
+
+    def _stored_name(self, name: str) -> str:
+        module, _, end = name.rpartition(".")
+        return f"{self.stored[module]}.{end}"
 
     def finish(self) -> None:
         """Every tensor must have been used, and the file's checksum be right."""
@@ -66,12 +64,24 @@ class GGUFWeights:
             )
 
 
-def _stored_name(name: str) -> str:
-    module, _, end = name.rpartition(".")
-    if module in _TOP:
-        return f"{_TOP[module]}.{end}"
-    _, _, layer, rest = module.split(".", 3)
-    return f"blk.{layer}.{_LAYER[rest]}.{end}"
+def stored_modules(model: ModelConfig) -> dict[str, str]:
+    """The name that GGUF files have for each module of a checkpoint."""
+    names = {model.embedding.name: "token_embd", model.norm.name: "output_norm", model.head.name: "output"}
+    for i, layer in enumerate(model.layers):
+        a, f = layer.attention, layer.feed_forward
+        modules: dict[str, Matrix | Norm] = {
+            "attn_norm": layer.input_norm, "attn_q": a.q, "attn_k": a.k, "attn_v": a.v, "attn_output": a.output,
+            "ffn_norm": layer.mlp_norm, "ffn_gate": f.gate, "ffn_up": f.up, "ffn_down": f.down,
+        }  # fmt: skip
+        modules |= dict(zip(("attn_q_norm", "attn_k_norm"), a.head_norms or (), strict=False))
+        names |= {f"{layer.prefix}{module.name}": f"blk.{i}.{stored}" for stored, module in modules.items()}
+    return names
+
+
+def _rotated(model: ModelConfig) -> dict[str, int]:
+    """The modules whose rows are rotated, with their heads."""
+    layers = [(layer.prefix, layer.attention) for layer in model.layers]
+    return {f"{at}{m.name}": heads for at, a in layers for m, heads in ((a.q, a.heads), (a.k, a.kv_heads))}
 
 
 def _halves(rows: Tensor, heads: int) -> Tensor:

@@ -1,6 +1,7 @@
 """`load_decoder`: a checkpoint's tensors to a `Decoder` on its device, each in its final type before the next."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from batchinfer.formats.scheme import QuantScheme
 from batchinfer.kernels.backend import Backend, Product
 from batchinfer.kernels.linear_w4a16 import GRAIN, GROUPS
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.decoder import Decoder, Layer
+from batchinfer.models.decoder import Decoder, LayerWeights
+from batchinfer.models.layer import Layer, Matrix, Norm
 from batchinfer.models.weights import WeightSource
 
 
@@ -38,9 +40,10 @@ def load_decoder(
     head are in `dtype` (the head in fewer bits if the scheme or the checkpoint says so).
     """
     load = _Loader(config, scheme, dtype, weights, backend, packed)
-    embedding = load.tensor("model.embed_tokens.weight", (config.vocab_size, config.hidden_size)).to(dtype)
-    layers = [load.layer(i) for i in range(config.layers)]
-    norm = load.tensor("model.norm.weight", (config.hidden_size,)).to(load.stream)
+    table = config.embedding
+    embedding = load.tensor(f"{table.name}.weight", (table.rows, table.columns)).to(dtype)
+    layers = [load.layer(layer) for layer in config.layers]
+    norm = load.norm(config.norm)
     decoder = Decoder(config, backend, load.stream, embedding, layers, norm, load.head(embedding))
     weights.finish()
     return Loaded(decoder, load.four_bits, load.unpacked)
@@ -67,52 +70,43 @@ class _Loader:
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.weights.take(name, shape).to(self.backend.device)
 
-    def layer(self, i: int) -> Layer:
-        c, at = self.c, f"model.layers.{i}."
-        q, kv = c.heads * c.head_dim, c.kv_heads * c.head_dim
-        d, f = c.hidden_size, c.intermediate_size
+    def norm(self, norm: Norm, prefix: str = "") -> Tensor:
+        return self.tensor(f"{prefix}{norm.name}.weight", (norm.size,)).to(self.stream)
 
-        def norm(name: str, size: int) -> Tensor:
-            return self.tensor(f"{at}{name}.weight", (size,)).to(self.stream)
-
-        def product(bias: bool, columns: int, **parts: int) -> Product:
-            block = "self_attn" if "q_proj" in parts or "o_proj" in parts else "mlp"
-            return self._product({f"{at}{block}.{name}": rows for name, rows in parts.items()}, columns, bias)
-
-        head_norms = None
-        if c.head_norm:
-            head_norms = (norm("self_attn.q_norm", c.head_dim), norm("self_attn.k_norm", c.head_dim))
-        return Layer(
-            window=c.windows[i],
-            input_norm=norm("input_layernorm", d),
-            qkv=product(c.qkv_bias, d, q_proj=q, k_proj=kv, v_proj=kv),
-            head_norms=head_norms,
-            output=product(c.output_bias, q, o_proj=d),
-            mlp_norm=norm("post_attention_layernorm", d),
-            gate_up=product(c.mlp_bias, d, gate_proj=f, up_proj=f),
-            down=product(c.mlp_bias, f, down_proj=d),
+    def layer(self, layer: Layer) -> LayerWeights:
+        norm = partial(self.norm, prefix=layer.prefix)
+        of_heads = layer.attention.head_norms
+        return LayerWeights(
+            layer,
+            input_norm=norm(layer.input_norm),
+            head_norms=None if of_heads is None else (norm(of_heads[0]), norm(of_heads[1])),
+            mlp_norm=norm(layer.mlp_norm),
+            **{name: self._product(layer.prefix, matrices) for name, matrices in layer.products.items()},
         )
 
     def head(self, embedding_VD: Tensor) -> Product:
         """The embedding again where the two are tied; a copy of it in the file need not be read then."""
         weight: Tensor | QuantizedMatrix = embedding_VD
+        head = self.c.head
         if self.c.tied:
-            self.weights.drop("lm_head.weight")
+            self.weights.drop(f"{head.name}.weight")
         else:
-            weight = self.weights.matrix("lm_head", (self.c.vocab_size, self.c.hidden_size)).to(self.backend.device)
+            weight = self.weights.matrix(head.name, (head.rows, head.columns)).to(self.backend.device)
         kind = self._eight_bits(weight) if self.scheme.head or self.scheme.as_stored else None
         if kind is not None:
             return self.backend.linear_w8a8(*_rounded(weight, kind), out=self.dtype)
-        return self._floating({"lm_head": self._kept(weight)}, None)
+        return self._floating({head.name: self._kept(weight)}, None)
 
-    def _product(self, parts: dict[str, int], columns: int, bias: bool) -> Product:
-        """Matrices [rows, columns] that read the same input, stacked into one."""
-        biases = [self.tensor(f"{name}.bias", (rows,)) for name, rows in parts.items()] if bias else []
-        added = torch.cat(biases).to(self.dtype) if bias else None
+    def _product(self, prefix: str, matrices: tuple[Matrix, ...]) -> Product:
+        """Matrices that read the same input, stacked into one."""
+        parts = {f"{prefix}{matrix.name}": matrix for matrix in matrices}
+        biases = [self.tensor(f"{name}.bias", (matrix.rows,)) for name, matrix in parts.items() if matrix.bias]
+        assert len(biases) in (0, len(parts)), "a product has a bias, or none"
+        added = torch.cat(biases).to(self.dtype) if biases else None
         floats: dict[str, Tensor | QuantizedMatrix] = {}
         rounded: list[tuple[Tensor, Tensor]] = []
-        for name, rows in parts.items():
-            weight = self._matrix(name, (rows, columns))
+        for name, matrix in parts.items():
+            weight = self._matrix(name, (matrix.rows, matrix.columns))
             if (kind := self._eight_bits(weight)) is None:
                 floats[name] = self._kept(weight)
             else:

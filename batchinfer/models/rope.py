@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from batchinfer.models.config_file import ConfigFile
+
 if TYPE_CHECKING:  # who only reads a config waits for no torch
     from torch import Tensor
 
@@ -78,6 +80,63 @@ class Rope:
         if low == high:
             high += 0.001
         return ((torch.arange(self.head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+
+
+def read_rope(config: ConfigFile, head_dim: int, positions: int) -> Rope:
+    """`rope_parameters` as newer checkpoints write it, or `rope_scaling` beside `rope_theta` as older ones do.
+
+    A `ValueError` names what is not supported.
+    """
+    scaling = config.object("rope_parameters", "rope_scaling")
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    known = {
+        "default": set(),
+        "linear": {"factor"},
+        "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+        "yarn": {
+            "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+            "mscale_all_dim", "truncate",
+        },
+        "divided": {"divisors"},
+    }  # fmt: skip
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(f"config.json: RoPE scaling {kind!r} is not supported; supported are {', '.join(known)}")
+    for key in scaling.fields.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"} - known[kind]:
+        raise ValueError(f"config.json: RoPE scaling {kind!r} has a field {key!r} that is not known")
+    if scaling.fields.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
+    theta = (scaling if "rope_theta" in scaling.fields else config).number("rope_theta", 10000.0)
+    if kind == "default":
+        return Rope("default", theta, head_dim)
+    if kind == "divided":
+        divisors = scaling.get("divisors")
+        if (
+            not isinstance(divisors, list)
+            or len(divisors) != head_dim // 2
+            or not all(isinstance(d, float) and 0 < d < float("inf") for d in divisors)
+        ):
+            raise ValueError(f"config.json: RoPE's divisors are {divisors!r}; it needs {head_dim // 2} positive ones")
+        return Rope("divided", theta, head_dim, divisors=tuple(divisors))
+    factor = scaling.number("factor", 0.0)
+    original = scaling.size("original_max_position_embeddings", positions)
+    if kind == "linear":
+        return Rope("linear", theta, head_dim, factor)
+    if kind == "llama3":
+        low, high = scaling.number("low_freq_factor", 1.0), scaling.number("high_freq_factor", 4.0)
+        return Rope("llama3", theta, head_dim, factor, original, low, high)
+    scales = (scaling.number(key, 1.0) if scaling.get(key) else None for key in ("mscale", "mscale_all_dim"))
+    attention = scaling.number("attention_factor", yarn_attention_factor(factor, *scales))
+    return Rope(
+        "yarn",
+        theta,
+        head_dim,
+        factor,
+        original,
+        beta_fast=scaling.number("beta_fast", 32.0),
+        beta_slow=scaling.number("beta_slow", 1.0),
+        truncate=scaling.flag("truncate", True),
+        attention_factor=attention,
+    )
 
 
 def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:

@@ -25,13 +25,15 @@ class LayerErrors:
     def __init__(self, runner: ModelRunner, reference: ModelRunner) -> None:
         """A `ValueError` names the size in which the two differ."""
         self.runner, self.reference = runner, reference
-        for field in ("layers", "hidden_size"):
-            ours, theirs = (getattr(r.decoder.config, field) for r in (runner, reference))
-            if ours != theirs:
+        configs = (runner.decoder.config, reference.decoder.config)
+        ours, theirs = ({"layers": len(c.layers), "hidden_size": c.hidden_size} for c in configs)
+        for field, size in ours.items():
+            if size != theirs[field]:
                 raise ValueError(
-                    f"{field} is {ours} in the model and {theirs} in the reference, and layers are compared one by one"
+                    f"{field} is {size} in the model and {theirs[field]} in the reference, and layers are compared one "
+                    "by one"
                 )
-        layers = runner.decoder.config.layers
+        layers = ours["layers"]
         self._lost, self._added, self._drift, self._stream = torch.zeros(4, layers, dtype=torch.float64)
 
     def step(self, batch: Batch, reference_batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:

@@ -164,8 +164,7 @@ class Job:
         """Of a setting that was measured."""
         prefill, decode = self._seconds(self.central, cost, setting)
         low, high = (sum(self._seconds(steps, cost, setting)) for steps in (self.low, self.high))
-        weights = self.model.layers * layer_weights(self.model)
-        load = cost.load_seconds[setting.products] * weights
+        load = cost.load_seconds[setting.products] * layer_weights(self.model)
         return Prediction(cost.start_seconds, load, prefill, decode, prefill + decode, low, high)
 
     def seconds_for(self, outputs: Mapping[int, int], cost: DeviceCost, setting: Setting) -> float:

@@ -17,7 +17,7 @@ from batchinfer.formats.scheme import weight_scheme
 from batchinfer.models.config import read_model_config
 from batchinfer.models.weights import SafetensorsWeights
 from batchinfer.quantize.channel_scales import scale_channels
-from batchinfer.quantize.layer_inputs import PRODUCTS, Calibration
+from batchinfer.quantize.layer_inputs import Calibration
 from batchinfer.quantize.rotated_weights import RotatedWeights
 from batchinfer.quantize.rotation import rotation
 
@@ -81,13 +81,13 @@ def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
     for layer in range(3):
         stages = calibration.stages(layer, tensors_of(model, layer))
         found = {product: torch.cat(list(pieces)) for product, pieces in stages}
-        assert list(found) == list(PRODUCTS)
+        products = calibration.config.layers[layer].products
+        assert list(found) == list(products)
         for product, inputs in found.items():
-            assert inputs.shape[1] == calibration.columns(product)
-            for part in PRODUCTS[product]:
-                torch.testing.assert_close(
-                    inputs, torch.cat(seen[f"model.layers.{layer}.{part}"]), atol=2e-4, rtol=2e-4
-                )
+            for matrix in products[product]:
+                expected = torch.cat(seen[f"model.layers.{layer}.{matrix.name}"])
+                assert inputs.shape[1] == matrix.columns
+                torch.testing.assert_close(inputs, expected, atol=2e-4, rtol=2e-4)
         calibration.leave(layer)
     assert {path.name for path in tmp_path.iterdir()} == {"states-00003", "mixed", "middle", "inner"}
 
@@ -98,10 +98,11 @@ def test_what_is_put_in_place_of_a_weight_is_computed_with(make_model: Callable[
 
     def inputs_of_down(zeroed: str) -> Tensor:
         mine = dict(tensors)
-        for product, pieces in begun(model, tmp_path).stages(0, mine):
+        calibration = begun(model, tmp_path)
+        for product, pieces in calibration.stages(0, mine):
             if product == "down":
                 return torch.cat(list(pieces))
-            if zeroed in PRODUCTS[product]:
+            if zeroed in [matrix.name for matrix in calibration.config.layers[0].products[product]]:
                 mine[f"{zeroed}.weight"] = torch.zeros_like(mine[f"{zeroed}.weight"])
         raise AssertionError
 
@@ -158,7 +159,7 @@ def test_folded_scales_change_nothing_but_the_channels(
         before = tensors_of(model, layer)
         mine = dict(before)
         chosen = weight_scheme(scheme, 32 if scheme == "w4a16" else None)
-        scale_channels(calibration.config, calibration, layer, mine, chosen)
+        scale_channels(calibration, layer, mine, chosen)
         moved = {name for name in mine if not mine[name].equal(before[name])}
         assert moved >= {"input_layernorm.weight", "self_attn.k_proj.weight", "mlp.gate_proj.weight"}, moved
         drained(calibration.stages(layer, before))

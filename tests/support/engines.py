@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor
 
 from batchinfer.engine.config import EngineConfig
@@ -48,6 +49,19 @@ def run(engine: Engine, requests: Requests) -> dict[int, tuple[list[int], Finish
 
 def tokens(engine: Engine, requests: Requests) -> dict[int, list[int]]:
     return {row: new for row, (new, _) in run(engine, requests).items()}
+
+
+# Prompts with lengths around the edges of blocks and tiles.
+EDGES = [np.random.default_rng(n).integers(2, 320, n).tolist() for n in (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 400)]
+
+
+def assert_logits_of_transformers(model: Path) -> None:
+    """A checkpoint in float32 gives the logits that transformers computes, for the prompts of `EDGES`."""
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    pairs = list(compare_logits(engine_of(model), oracle, EDGES))
+    assert len(pairs) == 2 * len(EDGES)
+    for ours, expected in pairs:
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 def compare_logits(engine: Engine, oracle: Any, prompts: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:

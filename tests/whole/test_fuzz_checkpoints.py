@@ -191,9 +191,9 @@ CONFIGS = [
 def read_config(folder: Path) -> None:
     context_length(folder, None)
     config = read_model_config(folder)
-    assert config.heads % config.kv_heads == 0 and len(config.windows) == config.layers
+    assert config.attention.heads % config.attention.kv_heads == 0
     cos, _ = config.rope.tables(8)
-    assert cos.shape == (8, config.head_dim // 2) and cos.isfinite().all()
+    assert cos.shape == (8, config.attention.head_dim // 2) and cos.isfinite().all()
     if config.form is not None:
         config.form.name.encode()
 

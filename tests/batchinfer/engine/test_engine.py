@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from engines import IdsAsText, compare_logits, engine_of, prompts_of, run, tokens
+from engines import EDGES, IdsAsText, assert_logits_of_transformers, compare_logits, engine_of, prompts_of, run, tokens
 
 from batchinfer.engine.request import FinishReason, Requests, SamplingParams
 
@@ -44,18 +44,9 @@ def test_greedy_text_is_that_of_transformers(make_model: Callable[..., Path], va
         assert logits.argmax(-1).tolist() == ours[row], f"row {row}"
 
 
-# Lengths around the edges of blocks and tiles.
-EDGES = [np.random.default_rng(n).integers(2, 320, n).tolist() for n in (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 400)]
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_are_those_of_transformers(make_model: Callable[..., Path], variant: str) -> None:
-    model = make_model(variant.partition("-")[0], **VARIANTS[variant])
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    pairs = list(compare_logits(engine_of(model), oracle, EDGES))
-    assert len(pairs) == 2 * len(EDGES)
-    for ours, expected in pairs:
-        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    assert_logits_of_transformers(make_model(variant.partition("-")[0], **VARIANTS[variant]))
 
 
 @pytest.mark.parametrize(

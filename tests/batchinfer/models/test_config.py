@@ -81,9 +81,9 @@ def test_windows_by_family() -> None:
 
 
 def test_a_head_dim_that_is_not_hidden_over_heads() -> None:
-    assert parse(head_dim=32).head_dim == 32
-    assert parse().head_dim == 16
-    assert parse(model_type="qwen3").head_dim == 128
+    assert parse(head_dim=32).attention.head_dim == 32
+    assert parse().attention.head_dim == 16
+    assert parse(model_type="qwen3").attention.head_dim == 128
 
 
 @pytest.mark.parametrize(

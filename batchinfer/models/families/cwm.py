@@ -1,0 +1,15 @@
+"""Code World Model (Meta 2025): Mistral with a window in those layers that `layer_types` names."""
+
+from batchinfer.models.config_file import ConfigFile
+from batchinfer.models.families import mistral
+from batchinfer.models.layer import Layer
+
+ARCHITECTURES = ("CwmForCausalLM",)
+
+
+def layers(config: ConfigFile) -> list[Layer]:
+    """The layers that `config.json` asks for; what it leaves out has other defaults than Mistral's, and is refused."""
+    for keys in (("layer_types",), ("rope_parameters", "rope_scaling")):
+        if not any(config.get(key) for key in keys):
+            raise ValueError(f"config.json has no {keys[0]}; save the model anew with save_pretrained of transformers")
+    return mistral.layers(config)

@@ -1,0 +1,6 @@
+"""Ministral 8B (Mistral AI 2024): Mistral with a window in those layers that `layer_types` names."""
+
+from batchinfer.models.families import mistral
+
+ARCHITECTURES = ("MinistralForCausalLM",)
+layers = mistral.layers

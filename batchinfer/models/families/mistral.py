@@ -1,0 +1,12 @@
+"""Mistral (Jiang et al. 2023): Llama whose attention may see a window of positions."""
+
+from batchinfer.models.config_file import ConfigFile
+from batchinfer.models.families import llama
+from batchinfer.models.layer import Layer
+
+ARCHITECTURES = ("MistralForCausalLM",)
+
+
+def layers(config: ConfigFile) -> list[Layer]:
+    """The layers that `config.json` asks for."""
+    return llama.layers(config, window=config.size_or_none("sliding_window"))

@@ -1,0 +1,27 @@
+"""Qwen2 (Yang et al. 2024): Llama with biases on queries, keys and values, and windows where the config asks."""
+
+from batchinfer.models.config_file import ConfigFile
+from batchinfer.models.families import llama
+from batchinfer.models.layer import Layer
+
+ARCHITECTURES = ("Qwen2ForCausalLM",)
+
+
+def layers(config: ConfigFile) -> list[Layer]:
+    """The layers that `config.json` asks for."""
+    return llama.layers(config, window=window(config), first_window=first_window(config), qkv_bias=True)
+
+
+def window(config: ConfigFile) -> int | None:
+    """Qwen's configs have a window that counts only where `use_sliding_window` says so."""
+    return config.size_or_none("sliding_window") if config.flag("use_sliding_window") else None
+
+
+def first_window(config: ConfigFile) -> int:
+    """The first layer that has the window, where `layer_types` does not name them."""
+    if config.get("layer_types") is not None:
+        return 0
+    first = config.fields.get("max_window_layers", 28)
+    if type(first) is not int:
+        raise ValueError(f"config.json: max_window_layers is {first!r}; it must be a whole number")
+    return first
