@@ -18,6 +18,7 @@ demo: demo/prompts.parquet
 demo/prompts.parquet: examples/stdlib/prompts.py examples/stdlib/corpus.py | $(VENV)/product.stamp
 	$(BIN)/python examples/stdlib/prompts.py -o $@
 
+# Not `python -m pytest`: it puts this folder on sys.path, where transformers takes `kernels/` for the Hub's package.
 test: $(VENV)/dev.stamp
 	$(BIN)/pytest $(WORKERS) -m 'not long'
 

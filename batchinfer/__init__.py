@@ -1,10 +1,26 @@
 """batchinfer: offline batch inference over a table of prompts, on one device."""
 
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 
-__version__ = "0.1.0"
+_HERE = Path(__file__).parent
+_VERSION = _HERE / "version.txt"  # written where batchinfer is built or installed, and in no commit
 
-# The folders `kernels`, `quantize` and `jobs` lie beside this one in a checkout, and inside it where it is installed.
-_checkout = Path(__file__).parent.parent
-if (_checkout / "pyproject.toml").is_file() and not (Path(__file__).parent / "kernels").exists():
-    __path__.append(str(_checkout))
+__version__ = _VERSION.read_text("utf-8").strip() if _VERSION.is_file() else "0.0+unknown"
+
+
+class _FolderBeside:
+    """Finds `kernels`, `quantize` and `jobs`, which lie beside this folder in a checkout, and inside it elsewhere."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        package, _, folder = name.rpartition(".")
+        if package != __name__ or folder not in ("kernels", "quantize", "jobs"):
+            return None
+        return spec_from_file_location(name, _HERE.parent / folder / "__init__.py")
+
+
+if (_HERE.parent / "pyproject.toml").is_file() and not (_HERE / "kernels").exists():
+    sys.meta_path.append(_FolderBeside)

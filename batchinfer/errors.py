@@ -6,7 +6,7 @@ class UsageError(Exception):
 
 
 class Refused(Exception):
-    """The data, the model or the output cannot be used as asked: exit 65."""
+    """The data, the model, the output or the system cannot be used as asked: exit 65."""
 
 
 class EngineFailed(Exception):

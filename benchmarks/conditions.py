@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from batchinfer import __version__
+
 
 def conditions() -> dict[str, str]:
     """Machine, versions, commit (with "-dirty" where files differ from it) and date; taken when a benchmark begins."""
@@ -15,7 +17,7 @@ def conditions() -> dict[str, str]:
     commit = subprocess.run(describe, cwd=here, capture_output=True, text=True).stdout.strip()
     return {
         "machine": f"{_cpu()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": f"batchinfer {version('batchinfer')}, torch {version('torch')}, Python {platform.python_version()}",
+        "versions": f"batchinfer {__version__}, torch {version('torch')}, Python {platform.python_version()}",
         "commit": f"commit {commit}" if commit else "not committed",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }

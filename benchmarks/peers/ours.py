@@ -11,13 +11,15 @@ from contender import Contender
 from environment import run
 from workload import INPUT_LEN, NUM_PROMPTS, OUTPUT_LEN, SHAPE_DIR, Rates
 
+from batchinfer import __version__
+
 NAME = "batchinfer"
 # The peers quantize the output head too; the plain scheme leaves it in floating point.
 QUANTIZATIONS = ("w8a8-int8", "w8a8-int8+head")
 
 
 def prepare() -> str:
-    return f"batchinfer {version('batchinfer')}, torch {version('torch')}"
+    return f"batchinfer {__version__}, torch {version('torch')}"
 
 
 def contenders() -> list[Contender]:

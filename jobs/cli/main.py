@@ -5,6 +5,7 @@ itself what is large.
 """
 
 import os
+import platform
 import sys
 import tempfile
 from typing import Annotated, NoReturn
@@ -13,6 +14,16 @@ import typer
 
 from batchinfer import __version__
 from batchinfer.errors import EXIT_CODES, EngineFailed, Interrupted, Refused, UsageError, exit_code
+
+# Checked before the imports below, some of which exist on Linux only.
+if platform.system() != "Linux":
+    print(
+        f"batchinfer: error: this system is {platform.system()}; batchinfer runs on Linux only: use a Linux machine, "
+        "virtual machine or container",
+        file=sys.stderr,
+    )
+    sys.exit(EXIT_CODES[Refused])
+
 from batchinfer.jobs.cli import cron, models, outputs, plan, ray, run, slurm
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.process.safe_errors import described, traced

@@ -176,7 +176,7 @@ def _connect(address: str | None) -> Any:
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise UsageError("Ray is not installed: pip install 'batchinfer[ray]'") from error
+        raise UsageError("Ray is not installed: run pip install '.[ray]' in batchinfer's checkout") from error
     try:
         if address not in (None, "auto", "local"):  # Ray itself would try for minutes
             host, _, port = str(address).rpartition(":")

@@ -1,4 +1,4 @@
-"""What `batchinfer doctor --calibrate` measured, kept in the user's cache: a file a device and set of versions."""
+"""What `batchinfer doctor --calibrate` measured, kept in the user's cache: a file a device and set of releases."""
 
 import hashlib
 import json
@@ -25,12 +25,12 @@ class DeviceKey:
     device: str
     cores: int
     torch: str
-    batchinfer: str
+    batchinfer: str  # the release alone: a device is not measured again for every commit
 
     @classmethod
     def of(cls, device: str) -> "DeviceKey":
         """Of this machine's "cpu" or "cuda"."""
-        return cls(device_name(device), len(os.sched_getaffinity(0)), version("torch"), __version__)
+        return cls(device_name(device), len(os.sched_getaffinity(0)), version("torch"), release(__version__))
 
     @property
     def path(self) -> Path:
@@ -38,6 +38,11 @@ class DeviceKey:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
         return cache / "batchinfer" / "devices" / f"{digest}.json"
+
+
+def release(version: str) -> str:
+    """The release that a version leads to: "0.1.1" of "0.1.1.dev3+g1a2b3c4"."""
+    return version.partition("+")[0].partition(".dev")[0]
 
 
 def write_device_cost(key: DeviceKey, cost: DeviceCost) -> Path:

@@ -12,6 +12,7 @@ from batchinfer.cost import calibrate, memory_speed
 from batchinfer.cost.step_cost import PRODUCTS, DeviceCost, StepCost
 from batchinfer.host import device
 from batchinfer.jobs.cli.main import main
+from batchinfer.jobs.plan import device_file
 from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost, write_device_cost
 
 COST = DeviceCost(
@@ -100,6 +101,25 @@ def test_the_machine_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> 
     out = printed(capsys, "--device", "cpu")
     assert "800 GOP/s" in out and "25.0 GB/s" in out and "34 MB of weights" in out and "fitted to 5 %" in out
     assert _remedy() not in out and "measure again" not in out
+
+
+@pytest.mark.parametrize(
+    ("measured", "asked", "known"),
+    [
+        ("0.2.dev3+g1a2b3c4", "0.2.dev4+g5d6e7f8.d20260101", True),
+        ("0.2.dev4+g5d6e7f8", "0.2", True),
+        ("0.1", "0.2.dev1+g1a2b3c4", False),
+        ("0.0+unknown", "0.0+unknown", True),
+        ("0.2", "0.2.1", False),
+    ],
+)
+def test_figures_are_kept_from_commit_to_commit_and_measured_again_for_a_release(
+    measured: str, asked: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_file, "__version__", measured)
+    write_device_cost(DeviceKey.of("cpu"), COST)
+    monkeypatch.setattr(device_file, "__version__", asked)
+    assert (read_device_cost(DeviceKey.of("cpu"))[0] is not None) == known
 
 
 def test_a_fit_that_is_far_off_is_doubted(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,6 +89,22 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert "Usage: batchinfer" in out
 
 
+@pytest.mark.parametrize("system", ["Darwin", "Windows"])
+def test_another_system_than_linux_is_refused_by_name(system: str) -> None:
+    """Without the modules and functions that it lacks."""
+    code = f"""
+import os, platform, sys
+platform.system = lambda: {system!r}
+sys.modules["fcntl"] = sys.modules["resource"] = None
+del os.sched_getaffinity
+import batchinfer.jobs.cli.main
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (65, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"batchinfer: error: this system is {system}; batchinfer runs on Linux only")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

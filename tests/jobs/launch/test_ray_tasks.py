@@ -31,7 +31,7 @@ WITHOUT_RAY = importlib.util.find_spec("ray") is None
 
 
 def needs_ray(test: Callable[..., None]) -> Callable[..., None]:
-    skip = pytest.mark.skipif(WITHOUT_RAY, reason="Ray is not installed: pip install 'batchinfer[ray]'")
+    skip = pytest.mark.skipif(WITHOUT_RAY, reason="Ray is not installed: run pip install '.[ray]'")
     return pytest.mark.long(pytest.mark.ray(skip(test)))
 
 
@@ -84,7 +84,7 @@ def test_an_output_that_is_there_is_refused_before_the_shards_run(tmp_path: Path
 
 def test_without_ray_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
-    with pytest.raises(UsageError, match=r"pip install 'batchinfer\[ray\]'"):
+    with pytest.raises(UsageError, match=r"pip install '\.\[ray\]'"):
         call("--shards", 2, "--", tmp_path / "in.parquet", "-o", tmp_path / "o.parquet", "--model", "m")
     assert not list(tmp_path.iterdir())
 
