@@ -136,7 +136,7 @@ def _set_aside_new_rows(job: Preflight, spec: JobSpec, target: Path) -> bool:
     aside = target.with_name("aside.parquet")
     aside.unlink(missing_ok=True)
     count = 0
-    with OutputWriter(aside, schema, folder=False) as writer:
+    with OutputWriter(target, aside, schema) as writer:
         for _, batch in job.table.batches(_columns(job), BATCH_ROWS):
             batch = _as_stored(batch, job.source.columns)
             new = batch.filter(pa.array(~_among(row_keys(batch, job.source.columns), seen)))
