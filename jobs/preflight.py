@@ -39,7 +39,7 @@ class Preflight:
 
 def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
     """Raises `Refused` where the data or the model do not fit, and `UsageError` for flags that do not."""
-    whole = Table.open(spec.inputs)
+    whole = Table.open(spec.inputs, spec.csv_delimiter)
     table = whole if spec.shard is None else whole.shard(*spec.shard)
     kept = _kept_columns(spec, table)
     format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))

@@ -42,6 +42,7 @@ class JobSpec:
     max_num_seqs: int | None = None  # None: by the device
     max_num_batched_tokens: int | None = None
     block_size: int = 32
+    csv_delimiter: str | None = None  # between the values of .csv files; None: a comma
     columns: tuple[str, ...] | None = None  # input columns to keep; None: all
     commit_rows: int = 10_000
     commit_seconds: float = 30.0

@@ -67,7 +67,8 @@ def verify(output: Path) -> list[str]:
     if not is_there(output):
         raise Refused(f"{output} is not there, though {folder.manifest} says that all rows are done: run the job again")
     if digest_of(output) != report.output_sha256:
-        raise Refused(f"{output} is not what was written: its sha256 is not that of {folder.report}")
+        another = "" if Path(report.output).name == output.name else f", which is about {report.output}"
+        raise Refused(f"{output} is not what was written: its sha256 is not that of {folder.report}{another}")
     in_output = _count_output(output)
     in_report = Totals(
         Counter(report.rows_by_finish_reason),

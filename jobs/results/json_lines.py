@@ -41,7 +41,7 @@ class JsonLines:
     def refuse_unfit(schema: pa.Schema) -> None:
         for field in schema:
             try:
-                as_json_has_it(pa.array([], field.type))
+                as_json_has_it(pa.nulls(0, field.type))
             except _UnfitError as error:
                 within = "" if str(error) == str(field.type) else f" (in {field.type})"
                 raise Refused(
@@ -110,6 +110,22 @@ class _UnfitError(Exception):
     """The type that JSON has no form for, or a part of it."""
 
 
+_LISTS = (
+    pa.types.is_list,
+    pa.types.is_large_list,
+    pa.types.is_fixed_size_list,
+    pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)
+_TEXT = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+_BYTES = (
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+    pa.types.is_fixed_size_binary,
+)
+
+
 def as_json_has_it(array: pa.Array, depth: int = 0) -> pa.Array:
     """The same values in types that JSON has a form for. Raises `_UnfitError`, for the type alone."""
     kind, types = array.type, pa.types
@@ -137,32 +153,22 @@ def as_json_has_it(array: pa.Array, depth: int = 0) -> pa.Array:
     return _leaf(array)
 
 
-_LISTS = (
-    pa.types.is_list,
-    pa.types.is_large_list,
-    pa.types.is_fixed_size_list,
-    pa.types.is_list_view,
-    pa.types.is_large_list_view,
-)
-
-
 def _leaf(array: pa.Array) -> pa.Array:
     kind, types = array.type, pa.types
     if types.is_null(kind) or types.is_boolean(kind) or types.is_integer(kind):
         return array
     if types.is_floating(kind):
         return pc.if_else(pc.is_finite(array), array.cast(pa.float64()), None)
-    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+    if any(is_one(kind) for is_one in _TEXT):
         return _utf8(array)
     if types.is_date(kind) or types.is_time(kind) or types.is_decimal(kind):
         return array.cast(pa.string())
     if types.is_timestamp(kind):
         moments = array if kind.tz is None else array.cast(pa.timestamp(kind.unit, "UTC"))
         return pc.replace_substring(moments.cast(pa.string()), " ", "T")
-    if types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind):
-        return _base64(array)
-    if types.is_fixed_size_binary(kind):
-        return _base64(array)
+    if any(is_one(kind) for is_one in _BYTES):
+        values = array.to_pylist()
+        return pa.array([v if v is None else base64.b64encode(v).decode() for v in values], pa.large_string())
     raise _UnfitError(str(kind))
 
 
@@ -173,8 +179,3 @@ def _utf8(array: pa.Array) -> pa.Array:
     except pa.ArrowInvalid:
         values = array.cast(pa.large_binary()).to_pylist()
         return pa.array([value if value is None else value.decode("utf-8", "replace") for value in values])
-
-
-def _base64(array: pa.Array) -> pa.Array:
-    values = array.to_pylist()
-    return pa.array([v if v is None else base64.b64encode(v).decode() for v in values], pa.large_string())
