@@ -30,7 +30,7 @@ class OutputFormat(Protocol):
         """Raises `Refused`, naming column and type, where a column cannot be written without loss of meaning."""
 
     def open(self, file: pa.NativeFile, schema: pa.Schema) -> AbstractContextManager[Writer]:
-        """Begin a file. All rows are in it when the context ends; `file` is left open."""
+        """Begin a file. All rows are in it when the context ends, which may close it."""
 
     def schema(self, path: Path) -> pa.Schema:
         """The schema of a finished file; without a column where the format does not say it."""

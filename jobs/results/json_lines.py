@@ -16,6 +16,7 @@ Integers have all their digits, those beyond 2**53 too. Columns of other types, 
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -27,11 +28,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchinfer.errors import Refused
-from batchinfer.jobs.results.schema import COUNTED, RESULT_FIELDS, SAMPLES
+from batchinfer.jobs.results.schema import COUNTED, RESULT_FIELDS, SAMPLE, SAMPLES
 
-SLICE_ROWS = 1024  # that are Python's objects at a time
-BLOCK_BYTES = 1 << 20  # that are copied at a time
+SLICE_ROWS = 1024  # that are Python's objects at a time,
+SLICE_BYTES = 1 << 22  # or so many bytes of them
+BLOCK_BYTES = 1 << 20  # that are written or copied at a time
 DEEPEST = 100  # lists and structs within each other
+
+_ESCAPED = re.compile(rb'["\\\x00-\x1f]')  # what JSON does not hold as it stands; never a part of a longer character
 
 
 class JsonLines:
@@ -52,7 +56,8 @@ class JsonLines:
     @staticmethod
     @contextmanager
     def open(file: pa.NativeFile, schema: pa.Schema) -> Iterator["_Lines"]:
-        yield _Lines(file)
+        with pa.BufferedOutputStream(file, BLOCK_BYTES) as buffered:
+            yield _Lines(buffered)
 
     @staticmethod
     def schema(path: Path) -> pa.Schema:
@@ -66,44 +71,68 @@ class JsonLines:
 
     @staticmethod
     def results(path: Path) -> Iterator[pa.Table]:
-        fields = [field for field in RESULT_FIELDS if field.name in COUNTED]
-        first = 1
+        types = {field.name: field.type for field in [*RESULT_FIELDS, SAMPLES]}
         with path.open("rb") as file:
-            while lines := list(islice(file, SLICE_ROWS)):
-                rows = [_parsed(path, first + i, line) for i, line in enumerate(lines)]
-                samples = [SAMPLES] if next(reversed(rows[0]), None) == SAMPLES.name else []
+            number = 0
+            while rows := [_counted(path, number + i, line) for i, line in enumerate(islice(file, SLICE_ROWS), 1)]:
                 try:
-                    yield pa.table({f.name: pa.array([row[f.name] for row in rows], f.type) for f in fields + samples})
+                    yield pa.table({name: pa.array([row[name] for row in rows], types[name]) for name in rows[0]})
                 except (pa.ArrowException, KeyError) as error:
-                    raise Refused(
-                        f"{path} is damaged: results of lines {first} to {first + len(rows) - 1}: {error}"
-                    ) from error
-                first += len(rows)
+                    where = f"lines {number + 1} to {number + len(rows)}"
+                    raise Refused(f"{path} is damaged: results in {where}: {error}") from error
+                number += len(rows)
 
 
-def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
+def _counted(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    """What is counted of a row."""
     try:
         row = json.loads(line)
-        if not isinstance(row, dict):
-            raise ValueError("it is no object")
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"{path} is damaged: line {number} is no row: {error}") from error
-    return row
+        counted = {name: row[name] for name in COUNTED}
+        if next(reversed(row)) == SAMPLES.name:
+            tokens = SAMPLE[2].name
+            counted[SAMPLES.name] = row[SAMPLES.name] and [{tokens: one[tokens]} for one in row[SAMPLES.name]]
+        return counted
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Refused(f"{path} is damaged: line {number} is no row of an output: {error}") from error
 
 
 class _Lines:
     def __init__(self, file: pa.NativeFile) -> None:
-        self._file = file
+        self._write = file.write
         self._encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
     def write(self, rows: pa.Table | memoryview) -> None:
         if isinstance(rows, memoryview):
-            self._file.write(rows)
+            self._write(rows)
             return
-        for batch in rows.to_batches(SLICE_ROWS):
-            columns = [as_json_has_it(column).to_pylist() for column in batch.columns]
-            lines = [self._encode(dict(zip(rows.column_names, row, strict=True))) for row in zip(*columns, strict=True)]
-            self._file.write("".join(f"{line}\n" for line in lines).encode())
+        slice_rows = SLICE_BYTES * len(rows) // max(1, rows.nbytes)
+        for batch in rows.to_batches(max(1, min(SLICE_ROWS, slice_rows))):
+            columns = [as_json_has_it(column) for column in batch.columns]
+            if slice_rows:
+                for row in zip(*(column.to_pylist() for column in columns), strict=True):
+                    self._write(self._encode(dict(zip(rows.column_names, row, strict=True))).encode())
+                    self._write(b"\n")
+            else:
+                self._write_large({name: column[0] for name, column in zip(rows.column_names, columns, strict=True)})
+
+    def _write_large(self, row: dict[str, pa.Scalar]) -> None:
+        """A row alone, its text piece by piece: as an object of Python's it would take up to nine times its bytes."""
+        before = "{"
+        for name, value in row.items():
+            self._write(f"{before}{self._encode(name)}:".encode())
+            if value.is_valid and any(is_one(value.type) for is_one in _TEXT):
+                text = memoryview(value.as_buffer())
+                self._write(b'"')
+                for first in range(0, len(text), BLOCK_BYTES):
+                    self._write(_ESCAPED.sub(self._escape, text[first : first + BLOCK_BYTES]))
+                self._write(b'"')
+            else:
+                self._write(self._encode(value.as_py()).encode())
+            before = ","
+        self._write(b"}\n")
+
+    def _escape(self, found: re.Match[bytes]) -> bytes:
+        return self._encode(found[0].decode())[1:-1].encode()
 
 
 class _UnfitError(Exception):

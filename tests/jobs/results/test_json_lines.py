@@ -143,12 +143,12 @@ def test_a_flipped_byte_is_found(finished: Path, place: float) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b'{"prompt":"prompt 7 ', b'"prompt":"prompt 7 ', "line 8 is no row"),
-        (b'{"prompt":"prompt 7 ', b'[]\n{"prompt":"prompt 7 ', "line 8 is no row: it is no object"),
-        (b'"finish_reason"', b'"finish_raisin"', "results of lines 1 to 100: 'finish_reason'"),
-        (b'"prompt_tokens":', b'"prompt_tokens":"x', "line 1 is no row"),
+        (b'{"prompt":"prompt 7 ', b'"prompt":"prompt 7 ', "line 8 is no row of an output: Extra data"),
+        (b'{"prompt":"prompt 7 ', b'[]\n{"prompt":"prompt 7 ', "line 8 is no row of an output"),
+        (b'"finish_reason"', b'"finish_raisin"', "line 1 is no row of an output: 'finish_reason'"),
+        (b'"prompt_tokens":', b'"prompt_tokens":"x', "line 1 is no row of an output"),
+        (b'"prompt_tokens":', b'"prompt_tokens":"x","a":', "results in lines 1 to 100: .*'x'"),
         (b'"completion_tokens":8', b'"completion_tokens":9', r"counts .*; the parts hold"),
-        (b'"prompt_tokens":', b'"prompt_tokens":true,"a":', "results of lines 1 to 100"),
     ],
 )
 def test_rows_that_are_none_are_named_though_the_digest_is_right(
@@ -234,6 +234,17 @@ def test_bytes_that_are_no_utf8_harm_no_other_value(tmp_path: Path) -> None:
     rows = written(tmp_path / "o.jsonl", table)
     assert [row["text"] for row in rows] == ["good", "bad \ufffd", None, "é"]
     assert [row["list"] for row in rows] == [["good", "bad \ufffd"], [None], [], ["é"]]
+
+
+@pytest.mark.parametrize("piece", [1, 3, 1 << 20])
+def test_large_cells_are_written_as_small_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    table = pa.table({'a "key"': [*ODD, None], "n": range(len(ODD) + 1), "list": [ODD] * (len(ODD) + 1)})
+    expected = written(tmp_path / "small.jsonl", table)
+    assert expected == table.to_pylist()
+    monkeypatch.setattr(json_lines, "SLICE_BYTES", 0)
+    monkeypatch.setattr(json_lines, "BLOCK_BYTES", piece)
+    written(tmp_path / "large.jsonl", table)
+    assert (tmp_path / "large.jsonl").read_bytes() == (tmp_path / "small.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(
