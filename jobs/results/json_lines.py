@@ -113,26 +113,34 @@ class _Lines:
                     self._write(self._encode(dict(zip(rows.column_names, row, strict=True))).encode())
                     self._write(b"\n")
             else:
-                self._write_large({name: column[0] for name, column in zip(rows.column_names, columns, strict=True)})
+                self._write_large(dict(zip(rows.column_names, columns, strict=True)))
 
-    def _write_large(self, row: dict[str, pa.Scalar]) -> None:
+    def _write_large(self, row: dict[str, pa.Array]) -> None:
         """A row alone, its text piece by piece: as an object of Python's it would take up to nine times its bytes."""
         before = "{"
         for name, value in row.items():
             self._write(f"{before}{self._encode(name)}:".encode())
-            if value.is_valid and any(is_one(value.type) for is_one in _TEXT):
-                text = memoryview(value.as_buffer())
+            if not value.null_count and any(is_one(value.type) for is_one in _TEXT):
+                text = _bytes_of(value)
                 self._write(b'"')
                 for first in range(0, len(text), BLOCK_BYTES):
                     self._write(_ESCAPED.sub(self._escape, text[first : first + BLOCK_BYTES]))
                 self._write(b'"')
             else:
-                self._write(self._encode(value.as_py()).encode())
+                self._write(self._encode(value[0].as_py()).encode())
             before = ","
         self._write(b"}\n")
 
     def _escape(self, found: re.Match[bytes]) -> bytes:
         return self._encode(found[0].decode())[1:-1].encode()
+
+
+def _bytes_of(text: pa.Array) -> memoryview:
+    """What the first value of an array of text lies in; a scalar would be a copy."""
+    large = text.cast(pa.large_string())
+    _, offsets, data = large.buffers()
+    first, end = np.frombuffer(offsets, np.int64)[large.offset : large.offset + 2]
+    return memoryview(data or b"")[first:end]  # of empty texts there may be no buffer
 
 
 class _UnfitError(Exception):

@@ -238,7 +238,9 @@ def test_bytes_that_are_no_utf8_harm_no_other_value(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("piece", [1, 3, 1 << 20])
 def test_large_cells_are_written_as_small_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    table = pa.table({'a "key"': [*ODD, None], "n": range(len(ODD) + 1), "list": [ODD] * (len(ODD) + 1)})
+    table = pa.table(
+        {'a "key"': [*ODD, None], "n": range(len(ODD) + 1), "list": [ODD] * (len(ODD) + 1), "e": [""] * (len(ODD) + 1)}
+    )
     expected = written(tmp_path / "small.jsonl", table)
     assert expected == table.to_pylist()
     monkeypatch.setattr(json_lines, "SLICE_BYTES", 0)
