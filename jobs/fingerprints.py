@@ -19,7 +19,8 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 def fingerprints(
     spec: JobSpec, inputs: Sequence[Path], model: Path, tokenizer: str, config: EngineConfig, columns: list[str]
 ) -> dict[str, str]:
-    """One sha256 each for input, model, tokenizer, template, sampling, quantization and engine.
+    """One sha256 each for input, model, tokenizer, template, sampling, quantization and engine; the delimiter of CSV
+    files, where it is no comma.
 
     Files of the input are read wholly. Of weights, which are large and change everywhere if at all, 64 samples a file
     are.
@@ -35,7 +36,10 @@ def fingerprints(
         "allow_special_tokens": spec.allow_special_tokens,
         "id_column": spec.id_column,
     }
+    # The same bytes are another table with another delimiter. Rows that were set aside have none any more.
+    delimiter = {} if spec.csv_delimiter in (None, ",") or spec.grows else {"csv_delimiter": spec.csv_delimiter}
     return {
+        **delimiter,
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
         "input": _digest([sha256(path) for path in inputs]),

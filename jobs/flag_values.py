@@ -42,6 +42,17 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def delimiter_of(text: str) -> str:
+    r"""The character between the values of CSV files; \t is a tab. Raises `UsageError` for anything else."""
+    delimiter = "\t" if text == r"\t" else text
+    if len(delimiter) != 1 or not delimiter.isascii() or delimiter in "\"'\r\n":
+        raise UsageError(
+            f"--csv-delimiter is {text!r}; give one ASCII character that is no quote and no line end: ';' or '|' say, "
+            r"or \t for a tab"
+        )
+    return delimiter
+
+
 def read_job_file(path: Path, known: Iterable[str], flag: str = "--config") -> dict[str, Any]:
     """The keys of a TOML file of flags, with '_' for '-'; paths in it are taken relative to it.
 

@@ -96,7 +96,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _run_of(spec: JobSpec, job: Preflight, part: Path, until: float | None) -> JobSpec:
     left = None if until is None else max(0.001, until - time.monotonic())
-    return replace(spec, inputs=(rows_of(part),), output=part, columns=tuple(job.kept), time_limit=left)
+    return replace(
+        spec, inputs=(rows_of(part),), csv_delimiter=None, output=part, columns=tuple(job.kept), time_limit=left
+    )
 
 
 def _refuse_another_job(output: Path, job: Preflight) -> None:
@@ -136,7 +138,7 @@ def _set_aside_new_rows(job: Preflight, spec: JobSpec, target: Path) -> bool:
     aside = target.with_name("aside.parquet")
     aside.unlink(missing_ok=True)
     count = 0
-    with OutputWriter(aside, schema, folder=False) as writer:
+    with OutputWriter(target, aside, schema) as writer:
         for _, batch in job.table.batches(_columns(job), BATCH_ROWS):
             batch = _as_stored(batch, job.source.columns)
             new = batch.filter(pa.array(~_among(row_keys(batch, job.source.columns), seen)))

@@ -6,19 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from batchinfer.errors import Interrupted, Refused
 from batchinfer.jobs.report import read_report
 from batchinfer.jobs.results.done import differences
 from batchinfer.jobs.results.durable import lock
+from batchinfer.jobs.results.formats import OutputFormat, format_of
 from batchinfer.jobs.results.output_writer import OutputWriter, files_of, is_there, publish, refuse_foreign, remove_left
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.spec import is_folder
 from batchinfer.jobs.verify import verify
-
-MERGE_ROWS = 8192
 
 
 def merge_shards(shards: Sequence[Path], output: Path, overwrite: bool) -> int:
@@ -27,43 +22,35 @@ def merge_shards(shards: Sequence[Path], output: Path, overwrite: bool) -> int:
     Raises `Refused` where a shard is missing, there twice, unfinished, damaged, or of another job, and `Interrupted`
     where one is at work.
     """
+    written_as = format_of(output)
     refuse_foreign(output)
     if is_there(output) and not overwrite:
         raise Refused(f"output {output} exists; choose another one, or give --overwrite to replace it")
     ordered = _in_order([(path, _fingerprints(path)) for path in shards])
+    if others := [path for path in ordered if format_of(path) is not written_as]:
+        raise Refused(f"shard {others[0]} has another format than output {output}; name one with the shards' suffix")
     # What a merge has written aside another one takes for a dead one's: a lock that is there already keeps them apart.
     held = lock(RunFolder(ordered[0]).path / "lock")
     if held is None:
         raise Interrupted(f"a run or a merge of {ordered[0]} is at work; nothing was done")
     try:
-        return _merge(ordered, output)
+        return _merge(ordered, output, written_as)
     finally:
         os.close(held)
 
 
-def _merge(shards: list[Path], output: Path) -> int:
+def _merge(shards: list[Path], output: Path, written_as: OutputFormat) -> int:
     for path in shards:
         verify(path)
     files = [file for path in shards for file in files_of(path)]
     aside = output.with_name(f".{output.name}.merging")
     remove_left(path for path in (aside, aside.with_name(f"{aside.name}-earlier")) if path.exists())
-    rows = 0
-    schema = pq.read_schema(files[0])
-    with OutputWriter(aside, schema, is_folder(output)) as writer:
+    with OutputWriter(output, aside, written_as.schema(files[0])) as writer:
         for path in files:
-            with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-                for batch in file.iter_batches(_batch_rows(file.metadata), use_threads=False):
-                    writer.write(pa.Table.from_batches([batch], schema))
-                    rows += len(batch)
-    expected = sum(read_report(path).rows for path in shards)
-    assert rows == expected, "every shard was verified"
+            for rows in written_as.pieces(path):
+                writer.write(rows)
     publish(aside, output)
-    return rows
-
-
-def _batch_rows(metadata: pq.FileMetaData) -> int:
-    """About a row group, whose bytes are bounded: with many samples few rows are large."""
-    return min(MERGE_ROWS, 1 + int(metadata.num_rows) // max(1, int(metadata.num_row_groups)))
+    return sum(read_report(path).rows for path in shards)  # every shard was verified
 
 
 def _fingerprints(path: Path) -> dict[str, str]:

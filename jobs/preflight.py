@@ -10,6 +10,7 @@ from batchinfer.engine.config import EngineConfig, Speculation
 from batchinfer.errors import Refused
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.jobs.fingerprints import fingerprints
+from batchinfer.jobs.results.formats import format_of
 from batchinfer.jobs.results.schema import result_fields
 from batchinfer.jobs.rows.prompts import PromptSource
 from batchinfer.jobs.rows.template_check import check_template
@@ -38,9 +39,10 @@ class Preflight:
 
 def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
     """Raises `Refused` where the data or the model do not fit, and `UsageError` for flags that do not."""
-    whole = Table.open(spec.inputs)
+    whole = Table.open(spec.inputs, spec.csv_delimiter)
     table = whole if spec.shard is None else whole.shard(*spec.shard)
     kept = _kept_columns(spec, table)
+    format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))
     model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
     config = _engine_config(spec, model, table.num_rows)

@@ -42,6 +42,7 @@ class JobSpec:
     max_num_seqs: int | None = None  # None: by the device
     max_num_batched_tokens: int | None = None
     block_size: int = 32
+    csv_delimiter: str | None = None  # between the values of .csv files; None: a comma
     columns: tuple[str, ...] | None = None  # input columns to keep; None: all
     commit_rows: int = 10_000
     commit_seconds: float = 30.0
@@ -69,7 +70,7 @@ class JobSpec:
     @property
     def grows(self) -> bool:
         """Whether the output is a folder that gets one more file; the run of that file is one like any other."""
-        return self.incremental and is_folder(self.output)
+        return self.incremental and not self.output.suffix
 
     @property
     def computed_samples(self) -> int:
@@ -87,10 +88,7 @@ class JobSpec:
             raise UsageError(f"give one of {', '.join(sources)}; got {' and '.join(given) or 'none'}")
         if not self.inputs:
             raise UsageError("no input; give one file or more")
-        if self.output.suffix not in (".parquet", "") or not self.output.name:
-            raise UsageError(
-                f"--output is {self.output}; its name must end in .parquet, or have no suffix: then it is a folder"
-            )
+        _check_suffix(self.output)
         output = os.path.realpath(self.output)
         if any(f"{os.path.realpath(path)}{os.sep}".startswith(f"{output}{os.sep}") for path in self.inputs):
             raise UsageError(f"--output {self.output} is an input too, or holds one; choose another name")
@@ -165,11 +163,12 @@ def _at_least(flag: str, value: int, bound: int) -> None:
         raise UsageError(f"{flag} is {value}; it must be {bound} or more")
 
 
-def is_folder(output: Path) -> bool:
-    """Whether an output is a folder of Parquet files, by its name."""
-    return output.suffix != ".parquet"
+def _check_suffix(output: Path) -> None:
+    from batchinfer.jobs.results.formats import format_of  # with pyarrow, which --help is faster without
+
+    format_of(output)
 
 
 def sharded(output: Path, index: int, count: int) -> Path:
-    """Where that shard of an output goes: OUT-I-of-N.parquet, or the folder OUT-I-of-N."""
+    """Where that shard of an output goes: OUT-I-of-N with the same suffix, or the folder OUT-I-of-N."""
     return output.with_name(f"{output.stem}-{index}-of-{count}{output.suffix}")

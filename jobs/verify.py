@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from batchinfer.errors import Refused
 from batchinfer.host.files import sha256
 from batchinfer.jobs.report import read_report
-from batchinfer.jobs.results.done import Part, completion_tokens, counted, counts, read_part
+from batchinfer.jobs.results.done import Part, completion_tokens, counts, read_part
+from batchinfer.jobs.results.formats import format_of
 from batchinfer.jobs.results.output_writer import digest_of, files_of, is_there
 from batchinfer.jobs.results.run_folder import RunFolder, grown_files
 from batchinfer.jobs.results.schema import ROW
@@ -67,7 +67,8 @@ def verify(output: Path) -> list[str]:
     if not is_there(output):
         raise Refused(f"{output} is not there, though {folder.manifest} says that all rows are done: run the job again")
     if digest_of(output) != report.output_sha256:
-        raise Refused(f"{output} is not what was written: its sha256 is not that of {folder.report}")
+        another = "" if Path(report.output).name == output.name else f", which is about {report.output}"
+        raise Refused(f"{output} is not what was written: its sha256 is not that of {folder.report}{another}")
     in_output = _count_output(output)
     in_report = Totals(
         Counter(report.rows_by_finish_reason),
@@ -137,10 +138,6 @@ def _fresh(table: pa.Table, seen: np.ndarray[Any, np.dtype[np.bool_]], path: Pat
 def _count_output(output: Path) -> Totals:
     totals = Totals.empty()
     for path in files_of(output):
-        try:
-            with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-                for batch in file.iter_batches(columns=counted(file.schema_arrow), use_threads=False):
-                    totals.add(pa.Table.from_batches([batch]))
-        except (pa.ArrowException, OSError) as error:
-            raise Refused(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+        for table in format_of(path).results(path):
+            totals.add(table)
     return totals

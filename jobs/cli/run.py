@@ -25,7 +25,7 @@ from batchinfer.jobs.cli.options import (
     SpeculativeConfig,
 )
 from batchinfer.jobs.cli.speculation import speculation_of
-from batchinfer.jobs.flag_values import number_or_auto, read_job_file, seconds_of, shard_of
+from batchinfer.jobs.flag_values import delimiter_of, number_or_auto, read_job_file, seconds_of, shard_of
 from batchinfer.jobs.spec import JobSpec, sharded
 
 app = typer.Typer()
@@ -58,12 +58,14 @@ def run(
     inputs: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="INPUT...", help="Parquet, JSON Lines or CSV, or folders of them; several are one table."
+            metavar="INPUT...", help="Parquet, JSON Lines, CSV or TSV, or folders of them; several are one table."
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="OUT.parquet, or a folder of Parquet files; OUT.run/ is made beside it."),
+        typer.Option(
+            "-o", "--output", help="OUT.parquet, OUT.jsonl, or a folder of Parquet files; OUT.run/ is made beside it."
+        ),
     ] = None,
     model: Model = None,
     tokenizer: Annotated[str | None, typer.Option(help="Another one than the model's own.")] = None,
@@ -79,6 +81,9 @@ def run(
         bool, typer.Option(help="Prompts may hold control tokens: rendered before.")
     ] = False,
     id_column: Annotated[str | None, typer.Option(help="Seeds come from this column instead of the prompt.")] = None,
+    csv_delimiter: Annotated[
+        str | None, typer.Option(metavar="CHARACTER", help=r"Stands between the values of .csv files: ';', '|', \t.")
+    ] = None,
     columns: Annotated[list[str] | None, typer.Option(help="Input columns to keep, comma-separated; else all.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -116,7 +121,7 @@ def run(
         str | None, typer.Option(metavar="MODEL", help="Compare with this one: for a checkpoint that is quantized.")
     ] = None,
     shard: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Only the I-th of N parts of the rows, into OUT-I-of-N.parquet.")
+        str | None, typer.Option(metavar="I/N", help="Only the I-th of N parts of the rows, into OUT-I-of-N.")
     ] = None,
     time_limit: Annotated[
         str | None,
@@ -142,7 +147,7 @@ def run(
         typer.Option(callback=_use_job_file, is_eager=True, help="A TOML file with these flags as keys."),
     ] = None,
 ) -> None:
-    """Answer every row of a table: OUT.parquet has its rows, in order, and the answers."""
+    """Answer every row of a table: the output has its rows, in order, and the answers."""
     if output is None or model is None:
         raise UsageError(f"{'--output' if output is None else '--model'} is missing")
     if prompt_template is None and messages_column is None:
@@ -177,6 +182,7 @@ def run(
         gpu_memory_utilization=gpu_memory_utilization,
         kv_cache_memory_bytes=number_or_auto("--kv-cache-memory-bytes", kv_cache_memory_bytes),
         speculation=speculation_of(speculative_config, draft_model),
+        csv_delimiter=None if csv_delimiter is None else delimiter_of(csv_delimiter),
         columns=tuple(name for names in columns for name in names.split(",") if name) if columns else None,
         commit_rows=commit_rows,
         commit_seconds=commit_seconds,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from batchinfer.errors import Refused
 from batchinfer.host.files import sha256
-from batchinfer.jobs.results.schema import ROW, SAMPLE_TOKENS, SAMPLES, has_samples, part_schema
+from batchinfer.jobs.results.schema import ROW, SAMPLES, counted, has_samples, part_schema
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,6 @@ class Part:
     def listed(self) -> dict[str, Any]:
         """For the manifest."""
         return asdict(self)
-
-
-COUNTED = ["finish_reason", "prompt_tokens", "completion_tokens", "error_code"]
 
 
 @dataclass
@@ -121,11 +118,6 @@ def read_part(path: Path) -> tuple[pa.Table, dict[str, str]]:
 
 
 REMEDY = "remove it, and its rows are computed again"
-
-
-def counted(schema: pa.Schema) -> list[str]:
-    """The columns of a part or an output that are counted, as Parquet names them."""
-    return [*COUNTED, SAMPLE_TOKENS] if has_samples(schema) else COUNTED
 
 
 def completion_tokens(results: pa.Table | pa.RecordBatch) -> int:

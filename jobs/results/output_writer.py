@@ -1,4 +1,4 @@
-"""The output: a Parquet file, or a folder of files of bounded size; written aside, whole when it gets its name."""
+"""The output: a file, or a folder of files of bounded size; written aside, whole when it gets its name."""
 
 import hashlib
 import os
@@ -10,15 +10,12 @@ from pathlib import Path
 from types import TracebackType
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchinfer.errors import Refused
 from batchinfer.host.files import sha256
 from batchinfer.jobs.results.durable import sync_folder, writing
-from batchinfer.jobs.results.schema import PARQUET
-from batchinfer.jobs.spec import is_folder
+from batchinfer.jobs.results.formats import FOLDER_SUFFIX, Rows, format_of, is_folder, suffixes
 
-GROUP_BYTES = 1 << 25  # of a row group, before compression
 FILE_BYTES = 1 << 30  # of a file in a folder, before compression
 
 
@@ -28,11 +25,12 @@ class OutputWriter:
     The files of a folder are part-000001.parquet, part-000002.parquet, ...; there is one even without rows.
     """
 
-    def __init__(self, aside: Path, schema: pa.Schema, folder: bool) -> None:
-        self._aside, self._schema, self._folder = aside, schema, folder
+    def __init__(self, output: Path, aside: Path, schema: pa.Schema) -> None:
+        """Write to `aside` what is to become `output`, whose name says the format."""
+        self._aside, self._schema = aside, schema
+        self._folder, self._format = is_folder(output), format_of(output)
         self._files = 0
         self._bytes = 0  # in the file that is open
-        self._waiting: list[pa.Table] = []  # for a row group
 
     def __enter__(self) -> "OutputWriter":
         if self._folder:
@@ -40,23 +38,19 @@ class OutputWriter:
         self._open()
         return self
 
-    def write(self, table: pa.Table) -> None:
-        """More rows, of the writer's schema."""
+    def write(self, rows: Rows) -> None:
+        """Add rows behind the others."""
         if self._folder and self._bytes >= FILE_BYTES:
-            self._flush()
             self._open_file.close()
             self._open()
-        self._waiting.append(table)
-        self._bytes += table.nbytes
-        if sum(waiting.nbytes for waiting in self._waiting) >= GROUP_BYTES:
-            self._flush()
+        self._bytes += rows.nbytes
+        self._writer.write(rows)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
             with self._open_file:
                 if error is not None:
                     raise error
-                self._flush()
             if self._folder:
                 sync_folder(self._aside)
         except BaseException:
@@ -67,20 +61,12 @@ class OutputWriter:
     def _open(self) -> None:
         self._files += 1
         self._bytes = 0
-        path = self._aside / f"part-{self._files:06d}.parquet" if self._folder else self._aside
+        path = self._aside / f"part-{self._files:06d}{FOLDER_SUFFIX}" if self._folder else self._aside
         with ExitStack() as opened:
             opened.enter_context(writing(path))
             file = opened.enter_context(pa.OSFile(str(path), "wb"))  # into Python's own all bytes would be copied
-            # Least and greatest of a column of text would be copies of whole cells, however large.
-            counted = [field.name for field in self._schema if pa.types.is_primitive(field.type)]
-            writer = pq.ParquetWriter(file, self._schema, write_statistics=counted, use_dictionary=counted, **PARQUET)
-            self._writer = opened.enter_context(writer)
+            self._writer = opened.enter_context(self._format.open(file, self._schema))
             self._open_file = opened.pop_all()
-
-    def _flush(self) -> None:
-        if self._waiting:
-            self._writer.write_table(pa.concat_tables(self._waiting))
-            self._waiting = []
 
 
 def publish(aside: Path, output: Path) -> None:
@@ -135,7 +121,7 @@ def refuse_foreign(output: Path) -> None:
     """Raises `Refused` where a folder is asked for and a file is there, or the other way round, or a folder holds
     what no run wrote."""
     if is_folder(output) and output.exists() and not output.is_dir():
-        raise Refused(f"output {output} is a file; name one that ends in .parquet, or a folder")
+        raise Refused(f"output {output} is a file; name one that ends in {suffixes()}, or a folder")
     if is_folder(output) and (output.is_symlink() or os.path.ismount(output)):
         raise Refused(
             f"output {output} is a link or a mount point, and a folder gets there by rename; name the folder that it "
@@ -144,6 +130,6 @@ def refuse_foreign(output: Path) -> None:
     if not output.is_dir():
         return
     if not is_folder(output):
-        raise Refused(f"output {output} is a directory; expected a file that ends in .parquet")
+        raise Refused(f"output {output} is a directory; expected a file")
     if others := [path.name for path in files_of(output) if not re.fullmatch(r"part-\d{6}\.parquet", path.name)]:
         raise Refused(f"output {output} holds {others[0]!r}, which no run wrote; choose another folder")

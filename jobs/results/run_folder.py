@@ -2,7 +2,7 @@
 
 `OUT.run/parts/part-N.parquet` holds finished rows, sorted by their ordinal. A part is whole or absent: it is written
 aside, synced, and linked into place under the number after the last listed one, so that a second writer fails instead
-of overwriting. The rows done are the union of the parts' ordinals. `OUT.parquet` is put there last, by rename.
+of overwriting. The rows done are the union of the parts' ordinals. The output is put there last, by rename.
 """
 
 import hashlib
@@ -31,7 +31,6 @@ from batchinfer.jobs.results.output_writer import (
 )
 from batchinfer.jobs.results.parts_in_order import PartsInOrder
 from batchinfer.jobs.results.schema import PARQUET, ROW, part_schema, result_fields
-from batchinfer.jobs.spec import is_folder
 
 ROW_GROUP_BYTES = 1 << 18  # of a part: what the merge holds of each part at a time
 FORMAT_VERSION = 2
@@ -57,7 +56,7 @@ def grown_files(output: Path) -> list[Path]:
 
 
 class RunFolder:
-    """The folder `OUT.run` of the output `OUT.parquet`, and the parts in it."""
+    """The folder `OUT.run` of the output `OUT.parquet`, or of another suffix, and the parts in it."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -228,7 +227,7 @@ class RunFolder:
         parts = PartsInOrder(listed, part_schema(samples))
         merged_schema = pa.schema([*schema, *result_fields(samples)])
         end = 0
-        with OutputWriter(aside, merged_schema, is_folder(self.output)) as writer:
+        with OutputWriter(self.output, aside, merged_schema) as writer:
             for first, batch in batches:
                 end = first + len(batch)
                 results = parts.take(first, end)

@@ -18,6 +18,7 @@ PART_SCHEMA = pa.schema([pa.field(ROW, pa.int64(), nullable=False), *RESULT_FIEL
 SAMPLE = pa.struct([RESULT_FIELDS[0], RESULT_FIELDS[1], RESULT_FIELDS[3]])
 SAMPLES = pa.field("samples", pa.list_(SAMPLE))
 SAMPLE_TOKENS = f"{SAMPLES.name}.list.element.completion_tokens"  # as Parquet names that column of theirs
+COUNTED = ["finish_reason", "prompt_tokens", "completion_tokens", "error_code"]
 PARQUET: dict[str, Any] = {"write_page_checksum": True, "compression": "zstd"}
 
 
@@ -34,3 +35,8 @@ def part_schema(samples: int) -> pa.Schema:
 def has_samples(schema: pa.Schema) -> bool:
     """Whether a part or an output has them. A column of the input's with that name stands before the results."""
     return bool(schema.names[-1] == SAMPLES.name)
+
+
+def counted(schema: pa.Schema) -> list[str]:
+    """The columns of a part or an output that are counted, as Parquet names them."""
+    return [*COUNTED, SAMPLE_TOKENS] if has_samples(schema) else COUNTED

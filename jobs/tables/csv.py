@@ -1,6 +1,7 @@
-"""CSV files as record batches of text."""
+"""CSV files as record batches of text; TSV files are such with a tab between the values."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,59 +15,59 @@ MAX_ROW_BYTES = (
 )  # the block for a file with rows that do not fit into the usual one; it is there several times
 
 
+@dataclass(frozen=True)
 class Csv:
-    @staticmethod
-    def inspect(path: Path) -> tuple[pa.Schema, int]:
+    """Values may be in quotes, whatever stands between them."""
+
+    delimiter: str = ","
+
+    def inspect(self, path: Path) -> tuple[pa.Schema, int]:
         with refusing(path, "CSV"):
-            with _open_csv(path, (), CSV_BLOCK_BYTES if _fits(path) else MAX_ROW_BYTES) as reader:
+            with self._open(path, (), CSV_BLOCK_BYTES if self._fits(path) else MAX_ROW_BYTES) as reader:
                 names = reader.schema.names
             # As text: the first block alone does not tell the type of a column.
-            rows = sum(batch.num_rows for batch in _blocks(path, names))
+            rows = sum(batch.num_rows for batch in self._blocks(path, names))
         return pa.schema([(name, pa.string()) for name in names]), rows
 
-    @staticmethod
-    def read(path: Path, schema: pa.Schema, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+    def read(self, path: Path, schema: pa.Schema, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
         with refusing(path, "CSV"):
             step = min(rows, PIECE_ROWS)
-            blocks = _blocks(path, schema.names)
+            blocks = self._blocks(path, schema.names)
             pieces = (block.slice(i, step) for block in blocks for i in range(0, block.num_rows, step))
             yield from grouped((piece.select(columns) for piece in pieces), rows)
 
+    def _fits(self, path: Path) -> bool:
+        """Whether the first rows fit into a block."""
+        try:
+            with self._open(path, (), CSV_BLOCK_BYTES):
+                return True
+        except pa.ArrowInvalid as error:
+            if "straddling" not in str(error):
+                raise
+            return False
 
-def _fits(path: Path) -> bool:
-    """Whether the first rows fit into a block."""
-    try:
-        with _open_csv(path, (), CSV_BLOCK_BYTES):
-            return True
-    except pa.ArrowInvalid as error:
-        if "straddling" not in str(error):
-            raise
-        return False
-
-
-def _blocks(path: Path, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """All columns as text, a block at a time; in large blocks from where a row does not fit into the usual one."""
-    done = 0
-    try:
-        with _open_csv(path, names, CSV_BLOCK_BYTES) as reader:
+    def _blocks(self, path: Path, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """All columns as text, a block at a time; in large blocks from where a row does not fit into the usual one."""
+        done = 0
+        try:
+            with self._open(path, names, CSV_BLOCK_BYTES) as reader:
+                for block in reader:
+                    done += block.num_rows
+                    yield block
+                return
+        except pa.ArrowInvalid as error:
+            if "straddling" not in str(error):
+                raise
+        with self._open(path, names, MAX_ROW_BYTES) as reader:
             for block in reader:
-                done += block.num_rows
-                yield block
-            return
-    except pa.ArrowInvalid as error:
-        if "straddling" not in str(error):
-            raise
-    with _open_csv(path, names, MAX_ROW_BYTES) as reader:
-        for block in reader:
-            if done < block.num_rows:
-                yield block.slice(done)
-            done = max(0, done - block.num_rows)
+                if done < block.num_rows:
+                    yield block.slice(done)
+                done = max(0, done - block.num_rows)
 
-
-def _open_csv(path: Path, text_columns: Sequence[str], block_bytes: int) -> pa_csv.CSVStreamingReader:
-    return pa_csv.open_csv(
-        path,
-        pa_csv.ReadOptions(use_threads=False, block_size=block_bytes),
-        pa_csv.ParseOptions(newlines_in_values=True),
-        pa_csv.ConvertOptions(column_types=dict.fromkeys(text_columns, pa.string()), check_utf8=False),
-    )
+    def _open(self, path: Path, text_columns: Sequence[str], block_bytes: int) -> pa_csv.CSVStreamingReader:
+        return pa_csv.open_csv(
+            path,
+            pa_csv.ReadOptions(use_threads=False, block_size=block_bytes),
+            pa_csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True),
+            pa_csv.ConvertOptions(column_types=dict.fromkeys(text_columns, pa.string()), check_utf8=False),
+        )

@@ -1,19 +1,40 @@
-"""Tables read as record batches in bounded memory: Parquet, JSON Lines and CSV, several files one after the other."""
+"""Tables read as record batches in bounded memory, whatever the format; several files are one after the other."""
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import pyarrow as pa
 
-from batchinfer.errors import Refused
+from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.tables.csv import Csv
 from batchinfer.jobs.tables.json_lines import JsonLines, cut
 from batchinfer.jobs.tables.parquet import Parquet
 
 MAX_ROWS = 1 << 31  # some bytes of memory a row: its being done, the hash of its id
+
+
+class TableFormat(Protocol):
+    """How files of a kind are read. Both methods raise `Refused` for damage."""
+
+    def inspect(self, path: Path) -> tuple[pa.Schema, int]:
+        """The schema and the number of rows."""
+
+    def read(self, path: Path, schema: pa.Schema, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+        """Batches of at most `rows` rows with these columns of the table's schema."""
+
+
+FORMATS: dict[str, TableFormat] = {
+    ".parquet": Parquet(),
+    ".pq": Parquet(),
+    ".jsonl": JsonLines(),
+    ".ndjson": JsonLines(),
+    ".csv": Csv(),
+    ".tsv": Csv("\t"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,19 +44,26 @@ class Table:
     paths: tuple[Path, ...]
     schema: pa.Schema
     num_rows: int
+    formats: Mapping[str, TableFormat]  # by suffix
     skipped: int | None = None  # of a shard: rows of the files that come before its first
 
     @staticmethod
-    def open(inputs: Sequence[Path]) -> "Table":
+    def open(inputs: Sequence[Path], csv_delimiter: str | None = None) -> "Table":
         """Look at each file, and at all files of a folder. JSON Lines and CSV are read through once, to know their
         columns and to count them.
 
-        CSV columns are text. Raises `Refused` with one line naming file, column, what was found and expected.
+        CSV columns are text; `csv_delimiter` stands between the values of .csv files, None is a comma. Raises `Refused`
+        with one line naming file, column, what was found and expected, and `UsageError` for a delimiter without CSV.
         """
         paths = [path for given in inputs for path in _files(given)]
+        formats = FORMATS
+        if csv_delimiter is not None:
+            if not any(path.suffix.lower() == ".csv" for path in paths):
+                raise UsageError(f"--csv-delimiter is {csv_delimiter!r}, but no input ends in .csv; leave it out")
+            formats = FORMATS | {".csv": Csv(csv_delimiter)}
         schema, num_rows = pa.schema([]), 0
         for i, path in enumerate(paths):
-            found, rows = _format_of(path).inspect(path)
+            found, rows = _format_of(path, formats).inspect(path)
             _check_names(path, found)
             if i == 0:
                 schema = found
@@ -48,7 +76,7 @@ class Table:
             raise Refused(f"{paths[0]} has {num_rows} rows and no column; expected a column with prompts")
         # Of several files only some may have nulls; what one of them promises counts for none.
         schema = pa.schema([field.with_nullable(True) for field in schema])
-        return Table(tuple(paths), schema, num_rows)
+        return Table(tuple(paths), schema, num_rows, formats)
 
     def shard(self, index: int, count: int) -> "Table":
         """The `index`-th of `count` runs of neighbouring rows, from 0, as a table of its own; they differ by a row."""
@@ -69,7 +97,7 @@ class Table:
         self.check(names)
         first = -(self.skipped or 0)
         for path in self.paths:
-            for batch in _format_of(path).read(path, self.schema, names, rows):
+            for batch in _format_of(path, self.formats).read(path, self.schema, names, rows):
                 if self.skipped is None:
                     yield first, batch
                 elif first >= self.num_rows:
@@ -97,17 +125,7 @@ def find_field(schema: pa.Schema, name: str, path: Path) -> pa.Field:
     return schema.field(name)
 
 
-_Format = type[Parquet] | type[Csv] | type[JsonLines]
-_FORMATS: dict[str, _Format] = {
-    ".parquet": Parquet,
-    ".pq": Parquet,
-    ".jsonl": JsonLines,
-    ".ndjson": JsonLines,
-    ".csv": Csv,
-}
-
-
-def _format_of(path: Path) -> _Format:
+def _format_of(path: Path, formats: Mapping[str, TableFormat]) -> TableFormat:
     try:
         status = path.stat()
     except OSError as error:
@@ -118,9 +136,9 @@ def _format_of(path: Path) -> _Format:
         raise Refused(f"{path} is {kind}; expected a file, which can be read more than once")
     if status.st_size == 0:
         raise Refused(f"{path} has no bytes; a table without rows still has its column names")
-    if path.suffix.lower() not in _FORMATS:
-        raise Refused(f"{path} has the suffix {path.suffix!r}; expected one of {', '.join(_FORMATS)}")
-    return _FORMATS[path.suffix.lower()]
+    if path.suffix.lower() not in formats:
+        raise Refused(f"{path} has the suffix {path.suffix!r}; expected one of {', '.join(formats)}")
+    return formats[path.suffix.lower()]
 
 
 def _check_names(path: Path, schema: pa.Schema) -> None:

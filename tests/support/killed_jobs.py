@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.json
 import pyarrow.parquet as pq
 from stub_jobs import ENGINES, SCRIPT, expected, make_model, prompts, write
 
@@ -31,10 +32,11 @@ class Job:
     """A command, in a folder that is made anew for each use."""
 
     folder: Path
+    name: str = "out.parquet"  # of the output
 
     @property
     def output(self) -> Path:
-        return self.folder / "out.parquet"
+        return self.folder / self.name
 
     def clear(self) -> None:
         self.output.unlink(missing_ok=True)
@@ -43,7 +45,7 @@ class Job:
 
     def start(self, *tracing: str) -> subprocess.Popen[bytes]:
         """Begin the command, under what `tracing` names."""
-        script = [sys.executable, "main.py", ".", "run", "in.parquet", "-o", "out.parquet"]
+        script = [sys.executable, "main.py", ".", "run", "in.parquet", "-o", self.name]
         flags = ["--model", ".", "--commit-rows", str(PART_ROWS), "--max-tokens", "8"]
         environment = {**os.environ, "COMPUTED": str(self.folder / "computed")}
         with (self.folder / "errors").open("wb") as errors:
@@ -73,13 +75,14 @@ class Job:
         assert all(computed[row] == 1 for row in committed), "what is committed is never computed again"
         assert sum(computed.values()) - ROWS <= PART_ROWS + 4 * STEPS_AHEAD
         verify(self.output)
-        answers = pq.read_table(self.output)["generated_text"].to_pylist()
+        read = pyarrow.json.read_json if self.output.suffix == ".jsonl" else pq.read_table
+        answers = read(self.output)["generated_text"].to_pylist()
         assert answers == expected(self.folder, prompts(ROWS))
 
 
-def make_job(folder: Path) -> Job:
+def make_job(folder: Path, output: str = "out.parquet") -> Job:
     make_model(folder)
     write(folder / "in.parquet", prompt=prompts(ROWS))
     (folder / "engines_of_the_test.py").write_text(ENGINES + RECORDING)
     (folder / "main.py").write_text(textwrap.dedent(SCRIPT).replace(":Slow", ":Records"))
-    return Job(folder)
+    return Job(folder, output)

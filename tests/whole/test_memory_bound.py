@@ -33,14 +33,14 @@ if __name__ == "__main__":
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-def peak_of_job(folder: Path, path: Path) -> int:
+def peak_of_job(folder: Path, path: Path, output: str = "out.parquet") -> int:
     """Run the job over this input; the most that its process had resident, in bytes."""
     (folder / "main.py").write_text(CODE)
     model = folder / "model"
     model.mkdir()
     make_model(model)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, folder / "main.py", "run", path, "-o", folder / "out.parquet", "--model", model]
+    command = [sys.executable, folder / "main.py", "run", path, "-o", folder / output, "--model", model]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, timeout=400, env=environment, check=False
     )
@@ -109,3 +109,13 @@ def test_a_cell_of_100_megabytes_is_one_bad_row(
     assert peak_of_job(tmp_path, tmp_path / name) < bound
     assert codes(tmp_path / "out.parquet") == [None, "too_large", None]
     assert pq.read_table(tmp_path / "out.parquet")["prompt"].to_pylist() == cells
+
+
+@pytest.mark.parametrize("last", ["x", "🙂"], ids=["ascii", "emoji"])
+def test_a_cell_of_100_megabytes_is_a_line_of_json(tmp_path: Path, last: str) -> None:
+    """Python holds text with one character beyond 16 bits in four bytes a character."""
+    cells = ["good", "x" * (CELL - 4) + last, "good"]
+    as_parquet(tmp_path / "in.parquet", cells)
+    assert peak_of_job(tmp_path, tmp_path / "in.parquet", "out.jsonl") < BOUND
+    with (tmp_path / "out.jsonl").open("rb") as file:
+        assert [json.loads(line)["prompt"] for line in file] == cells

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.errors import Interrupted, Refused
-from batchinfer.jobs.results import durable, output_writer, run_folder
+from batchinfer.jobs.results import durable, parquet, run_folder
 from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.results.schema import PART_SCHEMA, RESULT_FIELDS
@@ -76,7 +76,7 @@ def test_merge_gives_all_rows_in_input_order(
     random.Random(seed).shuffle(order)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_folder, "ROW_GROUP_BYTES", group_bytes)
-        patch.setattr(output_writer, "GROUP_BYTES", 4000)
+        patch.setattr(parquet, "GROUP_BYTES", 4000)
         for rows in cut(order, cuts):
             folder.commit([finished(rows)])
         merged = folder.merge(INPUT_SCHEMA, inputs(n, batch_rows), n)

@@ -1,0 +1,76 @@
+"""Outputs in Parquet: in compressed row groups of bounded size, each page with a checksum."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchinfer.errors import Refused
+from batchinfer.jobs.results.schema import PARQUET, counted
+
+GROUP_BYTES = 1 << 25  # of a row group, before compression
+PIECE_ROWS = 8192
+
+
+class Parquet:
+    """Keeps every type that a table is read with."""
+
+    @staticmethod
+    def refuse_unfit(schema: pa.Schema) -> None:
+        """Every column fits."""
+
+    @staticmethod
+    @contextmanager
+    def open(file: pa.NativeFile, schema: pa.Schema) -> Iterator["_RowGroups"]:
+        # Least and greatest of a column of text would be copies of whole cells, however large.
+        primitive = [field.name for field in schema if pa.types.is_primitive(field.type)]
+        with pq.ParquetWriter(file, schema, write_statistics=primitive, use_dictionary=primitive, **PARQUET) as writer:
+            groups = _RowGroups(writer)
+            yield groups
+            groups.flush()
+
+    @staticmethod
+    def schema(path: Path) -> pa.Schema:
+        return pq.read_schema(path)
+
+    @staticmethod
+    def pieces(path: Path) -> Iterator[pa.Table]:
+        with _open(path) as file:
+            # About a row group, whose bytes are bounded: with many samples few rows are large.
+            group_rows = 1 + file.metadata.num_rows // max(1, file.metadata.num_row_groups)
+            for batch in file.iter_batches(min(PIECE_ROWS, group_rows), use_threads=False):
+                yield pa.Table.from_batches([batch], file.schema_arrow)
+
+    @staticmethod
+    def results(path: Path) -> Iterator[pa.Table]:
+        try:
+            with _open(path) as file:
+                for batch in file.iter_batches(columns=counted(file.schema_arrow), use_threads=False):
+                    yield pa.Table.from_batches([batch])
+        except (pa.ArrowException, OSError) as error:
+            raise Refused(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+
+
+class _RowGroups:
+    """Puts tables together until they are a row group."""
+
+    def __init__(self, writer: pq.ParquetWriter) -> None:
+        self._writer = writer
+        self._waiting: list[pa.Table] = []
+
+    def write(self, rows: pa.Table) -> None:
+        self._waiting.append(rows)
+        if sum(waiting.nbytes for waiting in self._waiting) >= GROUP_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        if self._waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting))
+            self._waiting = []
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)

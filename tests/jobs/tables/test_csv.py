@@ -1,0 +1,118 @@
+"""CSV and TSV with any delimiter, against Python's csv module, which wrote the files."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from stub_jobs import STUB, make_model, prompts, spec
+
+from batchinfer.errors import Refused, UsageError
+from batchinfer.jobs.cli.run import job_of
+from batchinfer.jobs.flag_values import delimiter_of
+from batchinfer.jobs.incremental import run_new_rows
+from batchinfer.jobs.job import run
+from batchinfer.jobs.report import Report
+from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.tables.table import Table
+
+ROWS = [
+    ["id", "prompt"],
+    ["1", "a, b; c | d \t e"],
+    ["2", 'say "hi"'],
+    ["3", "two\nlines"],
+    ["4", ""],
+    ["5", "🙂 \u2028"],
+]
+
+
+def table(path: Path, delimiter: str, rows: list[list[str]] = ROWS) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, delimiter=delimiter, lineterminator="\n").writerows(rows)
+    return path
+
+
+def read(*paths: Path, **options: Any) -> list[list[str]]:
+    """Names and values, as `ROWS`."""
+    found = Table.open(paths, **options)
+    rows = [list(row.values()) for _, batch in found.batches(None, 2) for row in batch.to_pylist()]
+    assert len(rows) == found.num_rows
+    return [found.schema.names, *rows]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "|", "\t", ":", " "])
+def test_any_delimiter_gives_the_same_table(tmp_path: Path, delimiter: str) -> None:
+    assert read(table(tmp_path / "in.csv", delimiter), csv_delimiter=delimiter) == ROWS
+
+
+def test_tsv_is_a_table_by_its_name(tmp_path: Path) -> None:
+    assert read(table(tmp_path / "in.tsv", "\t")) == ROWS
+    assert read(table(tmp_path / "IN.TSV", "\t")) == ROWS
+
+
+def test_a_folder_may_hold_both_and_the_delimiter_is_of_csv_alone(tmp_path: Path) -> None:
+    table(tmp_path / "1.csv", ";")
+    table(tmp_path / "2.tsv", "\t")
+    assert read(tmp_path, csv_delimiter=";") == ROWS + ROWS[1:]
+
+
+def test_a_delimiter_without_csv_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--csv-delimiter is ';', but no input ends in \.csv; leave it out"):
+        read(table(tmp_path / "in.tsv", "\t"), csv_delimiter=";")
+
+
+def test_another_delimiter_than_the_file_has_is_told_by_its_columns(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="has no column 'prompt'; its columns are 'id;prompt'"):
+        Table.open([table(tmp_path / "in.csv", ";", [["id", "prompt"], ["1", "x"]])]).check(["prompt"])
+
+
+@pytest.mark.parametrize(("text", "delimiter"), [(";", ";"), ("|", "|"), (r"\t", "\t"), ("\t", "\t"), ("\\", "\\")])
+def test_what_is_a_delimiter(text: str, delimiter: str) -> None:
+    assert delimiter_of(text) == delimiter
+    arguments = ["in.csv", "-o", "out.jsonl", "--model", "m", "--csv-delimiter", text]
+    assert job_of(arguments).csv_delimiter == delimiter
+
+
+@pytest.mark.parametrize("text", ["", ";;", '"', "'", "\r", "\n", r"\n", "é", "\u3001"])
+def test_what_is_no_delimiter_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"^--csv-delimiter is .*; give one ASCII character that is no quote"):
+        delimiter_of(text)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> JobSpec:
+    rows = [[str(i), text] for i, text in enumerate(prompts(20))]
+    path = table(tmp_path / "in.csv", ";", [["id", "prompt"], *rows])
+    return spec(make_model(tmp_path), path, csv_delimiter=";")
+
+
+def again(job: JobSpec, **changes: Any) -> JobSpec:
+    return spec(Path(job.model), *job.inputs, **{"csv_delimiter": job.csv_delimiter, "output": job.output, **changes})
+
+
+def test_a_run_goes_on_with_the_same_delimiter_only(job: JobSpec) -> None:
+    assert run(job, STUB).rows == 20
+    assert run(again(job), STUB).rows_computed == 20, "complete already"
+    with pytest.raises(Refused, match="has no column 'prompt'"):
+        run(again(job, csv_delimiter="|"), STUB)
+
+
+def test_a_comma_is_what_it_is_without_the_flag(tmp_path: Path) -> None:
+    source = table(tmp_path / "in.csv", ",", [["prompt"], ["a"], ["b"]])
+    job = spec(make_model(tmp_path), source)
+    run(job, STUB)
+    assert run(again(job, csv_delimiter=","), STUB).rows == 2
+    with pytest.raises(Refused, match="was begun with another csv_delimiter;"):
+        run(again(job, csv_delimiter=";"), STUB)
+
+
+def test_a_growing_table_may_be_written_with_another_delimiter(job: JobSpec, tmp_path: Path) -> None:
+    def grow(job: JobSpec) -> Report:
+        return run_new_rows(job, lambda part: run(part, STUB))
+
+    growing = again(job, output=tmp_path / "answers", incremental=True, id_column="id")
+    assert grow(growing).rows == 20
+    table(job.inputs[0], "|", [["id", "prompt"], ["0", prompts(1)[0]], ["20", "new"]])
+    report = grow(again(growing, csv_delimiter="|", incremental=True, id_column="id"))
+    assert report.rows == 1 and pq.read_table(growing.output).num_rows == 21
