@@ -1,4 +1,4 @@
-"""The commands about Slurm."""
+"""The commands for Slurm."""
 
 import sys
 from pathlib import Path
@@ -7,28 +7,44 @@ from typing import Annotated
 import typer
 
 from batchinfer.errors import UsageError
+from batchinfer.jobs.cli.flags import SectionedCommand
 from batchinfer.jobs.cli.run import job_of
 
-app = typer.Typer(help="A job on a Slurm cluster.")
+app = typer.Typer(help="Run a job on a Slurm cluster.")
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
 def submit(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="-- ARGUMENTS...", help="What `batchinfer run` would be given.")
+        list[str],
+        typer.Argument(metavar="RUN_ARGUMENTS", help="After '--', the arguments that `batchinfer run` would be given."),
     ],
-    array: Annotated[int, typer.Option(metavar="N", help="Tasks of the array: so many shards.")],
+    array: Annotated[
+        int, typer.Option(metavar="N", help="Divide the rows into N shards; each is a task of the array.")
+    ],
     time: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Limit of a task: minutes, or [DAYS-]HH:MM:SS.")
+        str | None,
+        typer.Option(metavar="TIME", help="Limit each task to this time: minutes, or [DAYS-]HH:MM:SS."),
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
-    gres: Annotated[str | None, typer.Option(help="What each shard needs, as 'gpu:1'.")] = None,
+    partition: Annotated[str | None, typer.Option(metavar="NAME", help="Submit to this partition of Slurm.")] = None,
+    gres: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Request these generic resources for each shard, as in 'gpu:1'.")
+    ] = None,
     sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="OPTION", help="More for sbatch, as --sbatch=--account=me; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="OPTION",
+            help="Pass this option to sbatch, as in --sbatch=--account=me; give the flag again for each further one.",
+        ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
+    ] = False,
 ) -> None:
-    """Run a job as an array of shards, and merge them. The same command goes on with what is left."""
+    """Submit a job as an array of shards, and a second job that merges them.
+
+    Given again, the same command runs only what is left.
+    """
     from batchinfer.jobs.launch import slurm
 
     if array < 1:

@@ -1,0 +1,94 @@
+"""Flags of a job on the command line: arguments of a command made from their declaration, and its help in sections."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from types import GenericAlias
+from typing import Annotated, Any, get_args
+
+import typer
+from typer.core import TyperCommand
+
+from batchinfer.errors import UsageError
+from batchinfer.flag import Flag
+from batchinfer.jobs.flags import FLAGS, GROUPS
+
+
+def takes(fields: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of these fields of a job: it gets their values as keyword arguments, by field.
+
+    A value that is not allowed is a `UsageError`.
+    """
+    flags = {field: FLAGS[field] for field in fields}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        def called(**written: Any) -> None:
+            given = {field: _value(flag, written.pop(flag.name)) for field, flag in flags.items()}
+            command(**written, **given)
+
+        own = [
+            parameter.replace(kind=parameter.KEYWORD_ONLY)
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in flags
+        ]
+        parameters = [*own, *map(_parameter, flags.values())]
+        called.__name__, called.__doc__ = command.__name__, command.__doc__
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return called
+
+    return decorate
+
+
+def described(flag: Flag) -> str:
+    """Its help, with the bound and the default in brackets."""
+    facts = [flag.bound, f"default: {flag.shown_default}" if flag.shown_default else ""]
+    known = "; ".join(filter(None, facts))
+    return f"{flag.help}  [{known}]" if known else flag.help
+
+
+class SectionedCommand(TyperCommand):
+    """A command whose help has a section for its own options, and one for each group of a job's flags."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the sections as plain text."""
+        sections: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", "Options", *GROUPS)}
+        for parameter in self.get_params(ctx):
+            argument = parameter.param_type_name == "argument"
+            group = getattr(parameter, "rich_help_panel", None) or ("Arguments" if argument else "Options")
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections[group].append((str(parameter.metavar), record[1]) if argument else record)
+        for name, records in sections.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+def _parameter(flag: Flag) -> inspect.Parameter:
+    """What typer reads: text where a kind parses it, and None where nothing is given but `_value` knows the default."""
+    plain: Any = GenericAlias(list, get_args(flag.type)[:1]) if flag.many else str if flag.kind else flag.type
+    default = None if flag.many or flag.kind else flag.default
+    shared: dict[str, Any] = {
+        "help": described(flag),
+        "metavar": flag.value_name or None,
+        "show_default": False,
+        "rich_help_panel": flag.group,
+    }
+    if flag.positional:
+        declaration = typer.Argument(**shared)
+    else:
+        negative = f"/--no-{flag.option[2:]}" if flag.type is bool else ""
+        declaration = typer.Option(*filter(None, [flag.short]), f"{flag.option}{negative}", **shared)
+    written = plain | None if default is None else plain
+    return inspect.Parameter(
+        flag.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[written, declaration]
+    )
+
+
+def _value(flag: Flag, written: Any) -> Any:
+    if written is None or written == []:
+        return flag.default
+    value = flag.kind.parse(flag.option, written) if flag.kind else tuple(written) if flag.many else written
+    if problem := flag.problem(value):
+        raise UsageError(f"{flag.option} {problem}")
+    return value
