@@ -29,7 +29,7 @@ class Flag:
     """
 
     help: str  # verb first, complete without its neighbours
-    group: str  # its section in the help
+    group: str = "Options"  # its section in the help
     metavar: str | None = None
     kind: Kind | None = None
     short: str | None = None  # as "-o"
@@ -55,10 +55,11 @@ class Flag:
     @property
     def value_name(self) -> str:
         """What stands for a value in the help; empty if the flag takes none."""
-        if self.metavar or self.kind:
-            return self.metavar or (self.kind.metavar if self.kind else "")
+        named = (
+            self.metavar or (self.kind and self.kind.metavar) or ("MODEL" if self.names_model else self.unit.upper())
+        )
         plain = get_args(self.type)[0] if self.many else self.type
-        return "MODEL" if self.names_model else {int: "N", float: "NUMBER", Path: "PATH", bool: ""}.get(plain, "TEXT")
+        return named or {int: "N", float: "NUMBER", Path: "FILE", bool: ""}.get(plain, "TEXT")
 
     @property
     def many(self) -> bool:
@@ -122,12 +123,19 @@ def flags_of(declaration: type[Any]) -> dict[str, Flag]:
     """The flags of a dataclass by field, in order; fields without a flag are left out."""
     found = {}
     for field in fields(declaration):
-        flag = next((part for part in get_args(field.type)[1:] if isinstance(part, Flag)), None)
-        if flag is not None and get_origin(field.type) is Annotated:
-            default = None if field.default is MISSING else field.default
-            kind = _without_none(get_args(field.type)[0])
-            found[field.name] = replace(flag, name=flag.name or field.name, type=kind, default=default)
+        flag = flag_of(field.name, field.type, None if field.default is MISSING else field.default)
+        if flag is not None:
+            found[field.name] = flag
     return found
+
+
+def flag_of(name: str, annotation: Any, default: Any) -> Flag | None:
+    """The flag in a field's or parameter's annotation, with its name, type and default; None if there is none."""
+    if get_origin(annotation) is not Annotated:
+        return None
+    kind, *notes = get_args(annotation)
+    flag = next((note for note in notes if isinstance(note, Flag)), None)
+    return flag and replace(flag, name=flag.name or name, type=_without_none(kind), default=default)
 
 
 def problems(settings: object) -> Iterator[tuple[Flag, str]]:

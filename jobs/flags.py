@@ -1,16 +1,13 @@
-"""The flags of a job: each is declared here, once, and reaches `JobSpec`, the job file, the help and the docs."""
+"""The flags of a job: each is declared here, once, and reaches `JobSpec`, the job file, the help and the docs.
+
+`make reference` writes docs/flags.md again after a change.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from batchinfer.engine.config import (
-    BLOCK_SIZES,
-    DTYPES,
-    KV_CACHE_DTYPES,
-    LEAST_BATCHED_TOKENS,
-    LEAST_GPU_SHARE,
-)
+from batchinfer.engine.config import BLOCK_SIZES, DTYPES, KV_CACHE_DTYPES, LEAST_BATCHED_TOKENS, LEAST_GPU_SHARE
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.flag import Flag, flags_of
 from batchinfer.formats.scheme import QUANTIZATIONS
@@ -204,11 +201,7 @@ class JobFlags:
     step_timeout: Annotated[
         float,
         Flag(
-            "Restart the engine when it has finished no step for this many seconds.",
-            "Engine",
-            "SECONDS",
-            above=0,
-            unit="seconds",
+            "Restart the engine when it has finished no step for this many seconds.", "Engine", above=0, unit="seconds"
         ),
     ] = 600.0
     commit_rows: Annotated[
@@ -216,13 +209,7 @@ class JobFlags:
     ] = 10_000
     commit_seconds: Annotated[
         float,
-        Flag(
-            "Commit finished rows to disk after this many seconds at the latest.",
-            "Job",
-            "SECONDS",
-            above=0,
-            unit="seconds",
-        ),
+        Flag("Commit finished rows to disk after this many seconds at the latest.", "Job", above=0, unit="seconds"),
     ] = 30.0
     max_error_rate: Annotated[
         float,
@@ -258,13 +245,7 @@ class JobFlags:
     ] = None
     grace: Annotated[
         float,
-        Flag(
-            "End within this many seconds after a signal or the time limit.",
-            "Job",
-            "SECONDS",
-            above=0,
-            unit="seconds",
-        ),
+        Flag("End within this many seconds after a signal or the time limit.", "Job", above=0, unit="seconds"),
     ] = 30.0
     retry_errors: Annotated[bool, Flag("Run the rows that failed in an earlier run again.", "Job")] = False
     resume: Annotated[

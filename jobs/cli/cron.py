@@ -5,20 +5,19 @@ from typing import Annotated
 
 import typer
 
-from batchinfer.jobs.cli.flags import SectionedCommand
+from batchinfer.flag import Flag
+from batchinfer.jobs.cli.flags import RunArguments, SectionedCommand, takes
 from batchinfer.jobs.cli.run import job_of
 
 app = typer.Typer()
 
 
 @app.command(cls=SectionedCommand)
+@takes()
 def cron(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN_ARGUMENTS", help="After '--', the arguments that `batchinfer run` would be given."),
-    ],
+    arguments: RunArguments,
     schedule: Annotated[
-        str, typer.Option(metavar="'M H D M W'", help="Start the job at these times: the five fields of a crontab.")
+        str, Flag("Start the job at these times: the five fields of a crontab.", metavar="'M H D M W'")
     ],
     install: Annotated[
         bool, typer.Option("--install", help="Install the line or the units for the current user.")
@@ -27,10 +26,7 @@ def cron(
         bool, typer.Option("--systemd", help="Make a systemd service and timer instead of a crontab line.")
     ] = False,
     log: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Append what the job prints to this file; OUT.log beside the output if none is given."
-        ),
+        Path | None, Flag("Append what the job prints to this file; OUT.log beside the output if none is given.")
     ] = None,
 ) -> None:
     """Print the crontab line, or the systemd units, that start a job from this folder at given times."""

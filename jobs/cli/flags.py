@@ -1,7 +1,7 @@
 """Flags of a job on the command line: arguments of a command made from their declaration, and its help in sections."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import GenericAlias
 from typing import Annotated, Any, get_args
 
@@ -9,28 +9,38 @@ import typer
 from typer.core import TyperCommand
 
 from batchinfer.errors import UsageError
-from batchinfer.flag import Flag
+from batchinfer.flag import Flag, flag_of
 from batchinfer.jobs.flags import FLAGS, GROUPS
 
+RunArguments = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN_ARGUMENTS", help="After '--', the arguments that `batchinfer run` would be given."),
+]
 
-def takes(fields: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the flags of these fields of a job: it gets their values as keyword arguments, by field.
 
-    A value that is not allowed is a `UsageError`.
+def takes(*fields: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of these fields of a job, and those that annotate its own parameters.
+
+    It gets their values, by name of field or parameter. A value that is not allowed is a `UsageError`.
     """
-    flags = {field: FLAGS[field] for field in fields}
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        flags, parameters = {}, []
+        for parameter in inspect.signature(command).parameters.values():
+            required = parameter.default is parameter.empty
+            flag = flag_of(parameter.name, parameter.annotation, None if required else parameter.default)
+            if flag is not None:
+                flags[parameter.name] = flag
+                parameters.append(_parameter(flag, required))
+            elif parameter.name not in fields and parameter.kind is not parameter.VAR_KEYWORD:
+                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+        flags |= {field: FLAGS[field] for field in fields}
+        parameters += [_parameter(FLAGS[field]) for field in fields]
+
         def called(**written: Any) -> None:
-            given = {field: _value(flag, written.pop(flag.name)) for field, flag in flags.items()}
+            given = {name: _value(flag, written.pop(flag.name)) for name, flag in flags.items()}
             command(**written, **given)
 
-        own = [
-            parameter.replace(kind=parameter.KEYWORD_ONLY)
-            for parameter in inspect.signature(command).parameters.values()
-            if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in flags
-        ]
-        parameters = [*own, *map(_parameter, flags.values())]
         called.__name__, called.__doc__ = command.__name__, command.__doc__
         called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -64,7 +74,7 @@ class SectionedCommand(TyperCommand):
                     formatter.write_dl(records)
 
 
-def _parameter(flag: Flag) -> inspect.Parameter:
+def _parameter(flag: Flag, required: bool = False) -> inspect.Parameter:
     """What typer reads: text where a kind parses it, and None where nothing is given but `_value` knows the default."""
     plain: Any = GenericAlias(list, get_args(flag.type)[:1]) if flag.many else str if flag.kind else flag.type
     default = None if flag.many or flag.kind else flag.default
@@ -79,9 +89,12 @@ def _parameter(flag: Flag) -> inspect.Parameter:
     else:
         negative = f"/--no-{flag.option[2:]}" if flag.type is bool else ""
         declaration = typer.Option(*filter(None, [flag.short]), f"{flag.option}{negative}", **shared)
-    written = plain | None if default is None else plain
+    written = plain if required or default is not None else plain | None
     return inspect.Parameter(
-        flag.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[written, declaration]
+        flag.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if required else default,
+        annotation=Annotated[written, declaration],
     )
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from batchinfer.errors import Refused, UsageError
+from batchinfer.flag import Flag
 from batchinfer.jobs.cli.flags import SectionedCommand, takes
 from batchinfer.jobs.speculation import speculation_of
 
@@ -20,16 +21,14 @@ app = typer.Typer()
 
 
 @app.command(cls=SectionedCommand)
-@takes(["revision"])
+@takes("revision")
 def fetch(
     model: Annotated[
         str,
         typer.Argument(metavar="MODEL", help="The model on the Hub to download: ORG/NAME, or ORG/NAME/FILE.gguf."),
     ],
     revision: str | None,
-    to: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Download into this folder instead of the Hub's cache.")
-    ] = None,
+    to: Annotated[Path | None, Flag("Download into this folder instead of the Hub's cache.", metavar="FOLDER")] = None,
 ) -> None:
     """Download a model, for a machine that goes offline afterwards."""
     from batchinfer.models.hub import fetch_model
@@ -46,17 +45,14 @@ def _use_recipe(context: typer.Context, name: str | None) -> str | None:
 
 
 @app.command(cls=SectionedCommand)
-@takes(["revision"])
+@takes("revision")
 def quantize(
     model: Annotated[
         str,
         typer.Argument(metavar="MODEL", help="The checkpoint in floating point: a directory, or a model on the Hub."),
     ],
     revision: str | None,
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Write the quantized checkpoint into this folder."),
-    ],
+    output: Annotated[Path, Flag("Write the quantized checkpoint into this folder.", metavar="FOLDER", short="-o")],
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -68,23 +64,21 @@ def quantize(
         ),
     ] = None,
     scheme: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="Store weights in this scheme: w4a16, w4a8, w8a16, w8a8-int8 or w8a8-fp8."),
+        str, Flag("Store weights in this scheme: w4a16, w4a8, w8a16, w8a8-int8 or w8a8-fp8.", metavar="NAME")
     ] = "w4a16",
     method: Annotated[
         str,
-        typer.Option(
-            metavar="NAME",
-            help="Round weights by this method: rtn or rtn-mse, or with calibration rtn-importance, gptq, awq or "
+        Flag(
+            "Round weights by this method: rtn or rtn-mse, or with calibration rtn-importance, gptq, awq or "
             "smoothquant.",
+            metavar="NAME",
         ),
     ] = "rtn-mse",
     group_size: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Let N columns share a scale; 0 gives each whole channel one. The schemes of 4 bits have 128 if "
-            "nothing is given, the others 0.",
+        Flag(
+            "Let N columns share a scale; 0 gives each whole channel one. The schemes of 4 bits have 128 if "
+            "nothing is given, the others 0."
         ),
     ] = None,
     rotate: Annotated[
@@ -92,27 +86,23 @@ def quantize(
     ] = False,
     calibration: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Calibrate with rows of this Parquet, JSON Lines or CSV file, which should be like those of later "
-            "jobs. If no file is given, the source text of Python's standard library is used.",
+        Flag(
+            "Calibrate with rows of this Parquet, JSON Lines or CSV file, which should be like those of later "
+            "jobs. If no file is given, the source text of Python's standard library is used."
         ),
     ] = None,
     calibration_column: Annotated[
-        str, typer.Option(metavar="COLUMN", help="Take the text for calibration from this column.")
+        str, Flag("Take the text for calibration from this column.", metavar="COLUMN")
     ] = "text",
-    calibration_rows: Annotated[int, typer.Option(metavar="N", help="Draw N rows for calibration.")] = 128,
+    calibration_rows: Annotated[int, Flag("Draw N rows for calibration.")] = 128,
     calibration_tokens: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Use at most N tokens of each row for calibration; 512 if nothing is given, or the model's context "
-            "where that is shorter.",
+        Flag(
+            "Use at most N tokens of each row for calibration; 512 if nothing is given, or the model's context "
+            "where that is shorter."
         ),
     ] = None,
-    seed: Annotated[
-        int, typer.Option(metavar="N", help="Draw the rows for calibration, and the rotation, with this random seed.")
-    ] = 0,
+    seed: Annotated[int, Flag("Draw the rows for calibration, and the rotation, with this random seed.")] = 0,
 ) -> None:
     """Make a quantized checkpoint in the compressed-tensors format.
 
@@ -134,35 +124,29 @@ def recipes() -> None:
 
 
 @app.command(cls=SectionedCommand)
-@takes(["quantization"])
+@takes("quantization")
 def evaluate(
     model: Annotated[
         str,
         typer.Argument(metavar="MODEL", help="The model to measure: a directory, a GGUF file, or a model on the Hub."),
     ],
-    data: Annotated[
-        Path, typer.Option(metavar="FILE", help="Read the text from this Parquet, JSON Lines or CSV file.")
-    ],
-    column: Annotated[str, typer.Option(metavar="COLUMN", help="Take the text from this column.")],
+    data: Annotated[Path, Flag("Read the text from this Parquet, JSON Lines or CSV file.")],
+    column: Annotated[str, Flag("Take the text from this column.", metavar="COLUMN")],
     quantization: str,
     reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Measure how far the model is from this other one.")
+        str | None, Flag("Measure how far the model is from this other one.", names_model=True)
     ] = None,
     context: Annotated[
         int | None,
-        typer.Option(
-            metavar="N",
-            help="Cut the text into windows of N tokens that do not overlap; 512 if nothing is given, or what the "
-            "model takes where that is less.",
+        Flag(
+            "Cut the text into windows of N tokens that do not overlap; 512 if nothing is given, or what the "
+            "model takes where that is less."
         ),
     ] = None,
-    rows: Annotated[int | None, typer.Option(metavar="N", help="Read only the first N rows.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to this JSON file.")
-    ] = None,
+    rows: Annotated[int | None, Flag("Read only the first N rows.")] = None,
+    json_file: Annotated[Path | None, Flag("Write the figures to this JSON file.", name="json")] = None,
     plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.svg", help="Draw the error of each layer into this file; needs --reference."),
+        Path | None, Flag("Draw the error of each layer into this file; needs --reference.", metavar="FILE.svg")
     ] = None,
 ) -> None:
     """Measure a model on text: perplexity, bits per byte, and its distance from a reference."""
@@ -185,22 +169,20 @@ def evaluate(
 
 
 @app.command(cls=SectionedCommand)
-@takes(["model", "revision", "seed", *ENGINE_FLAGS, "speculative_config"])
+@takes("model", "revision", "seed", *ENGINE_FLAGS, "speculative_config")
 def bench(
     model: str | None,
     revision: str | None,
     seed: int,
     speculative_config: str,
     random_weights: Annotated[
-        bool, typer.Option(help="Fill the model with random weights, so that config.json is all that it needs.")
+        bool, Flag("Fill the model with random weights, so that config.json is all that it needs.")
     ] = False,
-    stub: Annotated[bool, typer.Option(help="Leave the engine out, and measure the job around it alone.")] = False,
-    num_prompts: Annotated[int, typer.Option(metavar="N", help="Run N prompts.")] = 256,
-    input_len: Annotated[int, typer.Option(metavar="N", help="Make each prompt of N tokens.")] = 256,
-    output_len: Annotated[int, typer.Option(metavar="N", help="Generate N tokens for each prompt.")] = 64,
-    output_json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures and the whole report to this JSON file.")
-    ] = None,
+    stub: Annotated[bool, Flag("Leave the engine out, and measure the job around it alone.")] = False,
+    num_prompts: Annotated[int, Flag("Run N prompts.")] = 256,
+    input_len: Annotated[int, Flag("Make each prompt of N tokens.")] = 256,
+    output_len: Annotated[int, Flag("Generate N tokens for each prompt.")] = 64,
+    output_json: Annotated[Path | None, Flag("Write the figures and the whole report to this JSON file.")] = None,
     **engine: Any,
 ) -> None:
     """Measure how fast this machine runs a model: a job over prompts of random tokens."""

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from batchinfer.jobs.cli.flags import SectionedCommand
+from batchinfer.flag import Flag
+from batchinfer.jobs.cli.flags import SectionedCommand, takes
 
 app = typer.Typer()
 
@@ -19,12 +20,13 @@ def report(output: Annotated[Path, typer.Argument(metavar="OUT", help="The outpu
 
 
 @app.command(cls=SectionedCommand)
+@takes()
 def merge(
     shards: Annotated[
         list[Path], typer.Argument(metavar="OUT-I-of-N", help="The outputs of all N shards, in any order.")
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="OUT", help="Write the merged table here.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier output.")] = False,
+    output: Annotated[Path, Flag("Write the merged table here.", metavar="OUT", short="-o")],
+    overwrite: Annotated[bool, Flag("Replace an earlier output.")] = False,
 ) -> None:
     """Merge the outputs of all shards of a job into one."""
     from batchinfer.jobs.merge_shards import merge_shards

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from batchinfer.flag import Flag
 from batchinfer.jobs.cli.flags import SectionedCommand, takes
 from batchinfer.jobs.cli.run import job_of
 
@@ -12,6 +13,7 @@ app = typer.Typer()
 
 
 @app.command(cls=SectionedCommand, context_settings={"ignore_unknown_options": True})
+@takes()
 def plan(
     arguments: Annotated[
         list[str],
@@ -20,9 +22,7 @@ def plan(
             help="The arguments that `batchinfer run` would be given; --output may be left out.",
         ),
     ],
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the plan to this JSON file too.")
-    ] = None,
+    json_file: Annotated[Path | None, Flag("Write the plan to this JSON file too.", name="json")] = None,
 ) -> None:
     """Tell what a job will be and how long it will take, without loading the model's weights."""
     from batchinfer.jobs import outlook as planning
@@ -36,7 +36,7 @@ def plan(
 
 
 @app.command(cls=SectionedCommand)
-@takes(["device"])
+@takes("device")
 def doctor(
     device: str,
     calibrate: Annotated[

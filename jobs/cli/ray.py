@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from batchinfer.errors import EXIT_CODES, EngineFailed, Refused, UsageError
-from batchinfer.jobs.cli.flags import SectionedCommand
+from batchinfer.flag import Flag
+from batchinfer.jobs.cli.flags import RunArguments, SectionedCommand, takes
 from batchinfer.jobs.cli.run import job_of
 from batchinfer.jobs.spec import JobSpec, sharded
 
@@ -13,38 +14,35 @@ app = typer.Typer()
 
 
 @app.command(cls=SectionedCommand)
+@takes()
 def ray(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN_ARGUMENTS", help="After '--', the arguments that `batchinfer run` would be given."),
-    ],
-    shards: Annotated[int, typer.Option(metavar="N", help="Divide the rows into N shards; each is one task.")],
+    arguments: RunArguments,
+    shards: Annotated[int, Flag("Divide the rows into N shards; each is one task.", at_least=1)],
     address: Annotated[
         str | None,
-        typer.Option(
-            metavar="HOST:PORT|auto|local",
-            help="Connect to the cluster with this head; 'auto' takes a Ray that runs on this machine, 'local' starts "
+        Flag(
+            "Connect to the cluster with this head; 'auto' takes a Ray that runs on this machine, 'local' starts "
             "one for the job. If no address is given: $RAY_ADDRESS, else 'auto', else 'local'.",
+            metavar="HOST:PORT|auto|local",
         ),
     ] = None,
     gpus_per_shard: Annotated[
         int | None,
-        typer.Option(
-            metavar="K",
-            help="Reserve K GPUs for each shard; if nothing is given, 1 where the cluster has GPUs and --device allows "
+        Flag(
+            "Reserve K GPUs for each shard; if nothing is given, 1 where the cluster has GPUs and --device allows "
             "them.",
+            metavar="K",
         ),
     ] = None,
     cpus_per_shard: Annotated[
         int | None,
-        typer.Option(
+        Flag(
+            "Reserve K CPUs for each shard of a job on CPUs; all of the smallest node's if nothing is given.",
             metavar="K",
-            help="Reserve K CPUs for each shard of a job on CPUs; all of the smallest node's if nothing is given.",
         ),
     ] = None,
     max_retries: Annotated[
-        int,
-        typer.Option(metavar="R", help="Run a shard that was stopped, or whose worker died, at most R times again."),
+        int, Flag("Run a shard that was stopped, or whose worker died, at most R times again.", metavar="R")
     ] = 3,
 ) -> None:
     """Run the shards of a job as tasks of a Ray cluster, one on each device, and merge their outputs.
@@ -55,8 +53,6 @@ def ray(
     from batchinfer.jobs.launch import ray_tasks
     from batchinfer.jobs.merge_shards import merge_shards
 
-    if shards < 1:
-        raise UsageError(f"--shards is {shards}; it must be 1 or more")
     cluster = ray_tasks.Cluster(address, gpus_per_shard, cpus_per_shard, max_retries)
     spec = job_of(arguments)
     _refuse_what_shards_cannot_have(spec)

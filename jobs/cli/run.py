@@ -38,7 +38,7 @@ def job_of(arguments: Sequence[str], output: Path | None = None) -> JobSpec:
 
 
 @app.command(cls=SectionedCommand)
-@takes(FLAGS)
+@takes(*FLAGS)
 def run(
     context: typer.Context,
     config: Annotated[

@@ -7,36 +7,32 @@ from typing import Annotated
 import typer
 
 from batchinfer.errors import UsageError
-from batchinfer.jobs.cli.flags import SectionedCommand
+from batchinfer.flag import Flag
+from batchinfer.jobs.cli.flags import RunArguments, SectionedCommand, takes
 from batchinfer.jobs.cli.run import job_of
 
 app = typer.Typer(help="Run a job on a Slurm cluster.")
 
 
 @app.command(cls=SectionedCommand)
+@takes()
 def submit(
-    arguments: Annotated[
-        list[str],
-        typer.Argument(metavar="RUN_ARGUMENTS", help="After '--', the arguments that `batchinfer run` would be given."),
-    ],
-    array: Annotated[
-        int, typer.Option(metavar="N", help="Divide the rows into N shards; each is a task of the array.")
-    ],
+    arguments: RunArguments,
+    array: Annotated[int, Flag("Divide the rows into N shards; each is a task of the array.", at_least=1)],
     time: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", help="Limit each task to this time: minutes, or [DAYS-]HH:MM:SS."),
+        str | None, Flag("Limit each task to this time: minutes, or [DAYS-]HH:MM:SS.", metavar="TIME")
     ] = None,
-    partition: Annotated[str | None, typer.Option(metavar="NAME", help="Submit to this partition of Slurm.")] = None,
+    partition: Annotated[str | None, Flag("Submit to this partition of Slurm.", metavar="NAME")] = None,
     gres: Annotated[
-        str | None, typer.Option(metavar="LIST", help="Request these generic resources for each shard, as in 'gpu:1'.")
+        str | None, Flag("Request these generic resources for each shard, as in 'gpu:1'.", metavar="LIST")
     ] = None,
     sbatch: Annotated[
-        list[str] | None,
-        typer.Option(
+        tuple[str, ...],
+        Flag(
+            "Pass this option to sbatch, as in --sbatch=--account=me; give the flag again for each further one.",
             metavar="OPTION",
-            help="Pass this option to sbatch, as in --sbatch=--account=me; give the flag again for each further one.",
         ),
-    ] = None,
+    ] = (),
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
     ] = False,
@@ -47,9 +43,7 @@ def submit(
     """
     from batchinfer.jobs.launch import slurm
 
-    if array < 1:
-        raise UsageError(f"--array is {array}; it must be 1 or more")
-    if wrong := [option for option in sbatch or () if not option.startswith("-")]:
+    if wrong := [option for option in sbatch if not option.startswith("-")]:
         raise UsageError(f"--sbatch is {wrong[0]!r}; it must be an option of sbatch, as --sbatch=--account=me")
     spec = job_of(arguments)
     slurm.check_job(spec, time)
@@ -60,7 +54,7 @@ def submit(
         folder=Path.cwd(),
         output=Path.cwd() / spec.output,
         count=array,
-        options=[*(f"{flag}={value}" for flag, value in options.items() if value is not None), *(sbatch or ())],
+        options=[*(f"{flag}={value}" for flag, value in options.items() if value is not None), *sbatch],
         shard_options=[] if gres is None else [f"--gres={gres}"],
     )
     if dry_run:

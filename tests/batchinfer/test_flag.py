@@ -30,7 +30,7 @@ def test_name_type_and_default_are_the_field_s() -> None:
     assert [flag.option for flag in flags.values()][:3] == ["DISH", "--minutes", "--heat"]
     assert [flag.type for flag in flags.values()] == [str, int, float, str, tuple[str, ...], Path, bool, bool]
     assert [flag.shown_default for flag in flags.values()] == ["", "20", "", "low", "", "", "fan", "nothing"]
-    assert [flag.value_name for flag in flags.values()] == ["TEXT", "N", "NUMBER", "TEXT", "TEXT", "PATH", "", "yes"]
+    assert [flag.value_name for flag in flags.values()] == ["TEXT", "N", "DEGREES", "TEXT", "TEXT", "FILE", "", "yes"]
     assert [name for name, flag in flags.items() if flag.many] == ["spices"]
     assert [name for name, flag in flags.items() if flag.is_path] == ["recipe"]
 

@@ -44,7 +44,7 @@ def written(field: str) -> tuple[Any, Any, dict[str, Any]]:
         return WRITTEN[field]
     if flag.choices:
         return flag.choices[1], flag.choices[1], {}
-    value: Any = {bool: True, int: 100, float: 0.5}.get(flag.type, "other")
+    value: Any = {bool: True, int: int(flag.at_least or 0) + 3, float: 0.5}.get(flag.type, "other")
     return value, value, {}
 
 
