@@ -1,5 +1,5 @@
 # make demo | test | test-long | check | bench | bench-offline | bench-drafts | bench-prediction | chaos |
-# compile-check | quantize-demo: each makes $(VENV) where it is missing and installs what it needs.
+# compile-check | quantize-demo | reference: each makes $(VENV) where it is missing and installs what it needs.
 # PIP_FLAGS goes to pip as it stands; pip's own PIP_* environment variables work too.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 WORKERS = -n auto --maxprocesses 8 --dist worksteal
 INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test test-long check bench bench-offline bench-drafts bench-prediction chaos compile-check gpu-check quantize quantize-demo recipes
+.PHONY: demo test test-long check bench bench-offline bench-drafts bench-prediction chaos compile-check gpu-check quantize quantize-demo recipes reference
 
 demo: demo/prompts.parquet
 	$(BIN)/batchinfer run --config examples/stdlib/job.toml --overwrite
@@ -77,6 +77,10 @@ quantize-demo: demo/prompts.parquet
 	$(BIN)/batchinfer run --config examples/stdlib/job.toml --overwrite --model demo/target-$(RECIPE) \
 		--quantization auto -o demo/answers-$(RECIPE).parquet
 	$(BIN)/python examples/stdlib/show.py demo/answers-$(RECIPE).parquet
+
+# The page of all flags, from their declarations.
+reference: $(VENV)/product.stamp
+	$(BIN)/python -m batchinfer.jobs.cli.reference > docs/flags.md
 
 recipes: $(VENV)/product.stamp
 	$(BIN)/batchinfer recipes

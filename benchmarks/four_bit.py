@@ -70,7 +70,8 @@ def run_engine(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
     from batchinfer.engine.config import EngineConfig
     from batchinfer.engine.engine import Engine
-    from batchinfer.engine.request import Requests, SamplingParams
+    from batchinfer.engine.request import Requests
+    from batchinfer.engine.sampling_params import SamplingParams
     from batchinfer.text.tokenizer import Tokenizer
 
     class Numbers(Tokenizer):

@@ -38,7 +38,7 @@ def run_once(folder: Path) -> dict[str, Any]:
     code = (
         "import json, sys; from dataclasses import asdict; from pathlib import Path;"
         "from batchinfer.jobs.bench import STUB_ENGINE; from batchinfer.jobs.job import run;"
-        "from batchinfer.jobs.spec import JobSpec; from batchinfer.engine.request import SamplingParams;"
+        "from batchinfer.jobs.spec import JobSpec; from batchinfer.engine.sampling_params import SamplingParams;"
         "spec = JobSpec(inputs=(Path(sys.argv[1]),), output=Path(sys.argv[2]), model=sys.argv[3],"
         "               prompt_column='prompt', sampling=SamplingParams(max_tokens=4), overwrite=True);"
         "print(json.dumps(asdict(run(spec, STUB_ENGINE))))"

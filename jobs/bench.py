@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import tokenizers
 from tokenizers.models import WordLevel
 
-from batchinfer.engine.request import Requests, RowError, SamplingParams
+from batchinfer.engine.request import Requests, RowError
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import EngineFailed, Refused, UsageError
 from batchinfer.jobs.job import run
 from batchinfer.jobs.process.messages import TORCH_ENGINE

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.cost.roofline import CostModel, Requests
-from batchinfer.cost.step_cost import PRODUCTS, DeviceCost
-from batchinfer.engine.config import EngineConfig
+from batchinfer.cost.step_cost import KV_CACHES, PRODUCTS, DeviceCost
+from batchinfer.engine.config import KV_CACHE_BYTES, EngineConfig
 from batchinfer.jobs.amounts import in_bytes, in_seconds, most_frequent
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost
@@ -29,7 +29,6 @@ from batchinfer.models.config import ModelConfig
 
 SCHEMA_VERSION = 1
 NOWHERE = Path(os.devnull) / "plan.parquet"  # a plan has no output; this one is in no folder of the input
-KV_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 SCALE_BYTES = 4  # of a token and head, where keys and values are in 8 bits
 
 
@@ -243,7 +242,7 @@ def _demands(job: Job | None, plan: JobPlan, config: EngineConfig, setting: Sett
 
 def _kv_element_bytes(model: ModelConfig, kv_cache: str) -> float:
     """With its share of a scale; as the engine takes it to be where it is not known before: bfloat16."""
-    nbytes = KV_BYTES.get(kv_cache, 2)
+    nbytes = KV_CACHE_BYTES.get(kv_cache, 2)
     return nbytes + (SCALE_BYTES / model.attention.head_dim if nbytes == 1 else 0)
 
 
@@ -253,7 +252,7 @@ def _candidates(job: Job, config: EngineConfig, cost: DeviceCost) -> list[Candid
     settings = [
         Setting(products, kv_cache)
         for products in dict.fromkeys((plain, "w8a8-int8"))
-        for kv_cache in ("float32", "bfloat16", "int8", "fp8")
+        for kv_cache in KV_CACHES
         if products in PRODUCTS
     ]
     found = [

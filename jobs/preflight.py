@@ -1,7 +1,7 @@
 """A job before its first row: everything opened, resolved and checked, so that what does not fit is refused at once."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -86,28 +86,20 @@ def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
 
 
 def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
+    """The fields of the job that have the same name, and those that depend on model, device and table."""
     device = device_of(spec.device)
-    max_num_seqs = MAX_NUM_SEQS[device] if spec.max_num_seqs is None else spec.max_num_seqs
-    tokens = MAX_NUM_BATCHED_TOKENS[device] if spec.max_num_batched_tokens is None else spec.max_num_batched_tokens
-    return EngineConfig(
-        model=model,
-        device=device,
-        dtype=spec.dtype,
-        quantization=spec.quantization,
-        kv_cache_dtype=spec.kv_cache_dtype,
-        max_model_len=context_length(model, spec.max_model_len),
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=tokens,
-        block_size=spec.block_size,
+    max_num_seqs = spec.max_num_seqs or MAX_NUM_SEQS[device]
+    given = {field.name: getattr(spec, field.name) for field in fields(EngineConfig) if hasattr(spec, field.name)}
+    resolved = {
+        "model": model,
+        "device": device,
+        "max_model_len": context_length(model, spec.max_model_len),
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": spec.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[device],
         # Rows that come one day after the other have one kind of product, however few they are.
-        expected_batch=max_num_seqs if spec.incremental else min(max_num_seqs, rows * spec.computed_samples),
-        random_weights=spec.random_weights,
-        deterministic=spec.deterministic,
-        gpu_memory_utilization=spec.gpu_memory_utilization,
-        kv_cache_memory_bytes=spec.kv_cache_memory_bytes,
-        prefix_sharing=spec.prefix_sharing,
-        learned_admission=spec.learned_admission,
-    )
+        "expected_batch": max_num_seqs if spec.incremental else min(max_num_seqs, rows * spec.computed_samples),
+    }
+    return EngineConfig(**given | resolved)
 
 
 def _speculation(spec: JobSpec, tokenizer: Tokenizer, max_model_len: int) -> Speculation:

@@ -20,6 +20,7 @@ from batchinfer.text.tokenizer import Tokenizer
 
 TOKENS = 512
 """Of a calibration row, if nothing is said."""
+RECIPE_KEYS = ("description", "scheme", "method", "group_size", "rotate")
 RECIPES = Path(batchinfer.quantize.__path__[0]) / "recipes"
 
 
@@ -29,7 +30,7 @@ def read_recipe(name: str) -> dict[str, Any]:
     if not name.endswith(".toml") and not path.is_file():
         known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
         raise UsageError(f"--recipe is {name!r}; it must be one of {known}, or a TOML file")
-    return read_job_file(path, {"description", "scheme", "method", "group_size", "rotate"}, "--recipe")
+    return read_job_file(path, dict.fromkeys(RECIPE_KEYS), "--recipe")
 
 
 @dataclass(frozen=True)

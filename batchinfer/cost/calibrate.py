@@ -13,6 +13,7 @@ import numpy as np
 
 from batchinfer.cost.memory_speed import measure_memory
 from batchinfer.cost.step_cost import (
+    KV_CACHES,
     PRODUCTS,
     DeviceCost,
     Floats,
@@ -25,7 +26,8 @@ from batchinfer.cost.step_cost import (
 )
 from batchinfer.engine.config import EngineConfig, Speculation
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.request import Completions, Requests, SamplingParams
+from batchinfer.engine.request import Completions, Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.kernels.grain import TILE
 from batchinfer.models.batch import Batch
 from batchinfer.text.tokenizer import Tokenizer
@@ -36,7 +38,6 @@ REPEAT_SECONDS = 0.1
 # hidden, intermediate, layers, heads, key heads, head size, vocabulary. The first is for attention, and tells what a
 # layer takes from what a step takes; the last is about as large as processors' caches.
 SHAPES = ((256, 768, 6, 8, 4, 32, 2048), (640, 1728, 3, 10, 5, 64, 6144), (1536, 4096, 2, 16, 4, 96, 10240))
-KV_CACHES = ("float32", "bfloat16", "int8", "fp8")
 
 
 def _greedy(max_tokens: int) -> SamplingParams:

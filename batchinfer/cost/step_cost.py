@@ -59,6 +59,7 @@ PRODUCTS = {
     "bfloat16": Products("none", "bfloat16", 2, 2),
     "w8a8-int8": Products("w8a8-int8", "bfloat16", 1, 2),
 }
+KV_CACHES = ("float32", "bfloat16", "int8", "fp8")  # the types of keys and values that are measured
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,10 @@ half their speed, and from 8 rows on that is more than the gain where a row has 
 
 LEAST_BATCHED_TOKENS = 64  # a tile of a prompt
 BLOCK_SIZES = (8, 16, 32, 64)
+LEAST_GPU_SHARE = 0.05  # of a GPU's memory
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}  # of a number in the KV cache
+KV_CACHE_DTYPES = ("auto", *KV_CACHE_BYTES)
 METHODS = ("off", "auto", "ngram", "suffix", "draft_model")
 MOST_DRAFTS = 32
 
@@ -64,9 +68,9 @@ class EngineConfig:
 
     model: Path  # a local directory
     device: str = "cpu"
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
-    quantization: str = "auto"  # auto | none | w8a8-int8 | w8a8-fp8 | w4a8; the last three also with +head
-    kv_cache_dtype: str = "auto"  # auto | float32 | bfloat16 | float16 | int8 | fp8
+    dtype: str = "auto"  # one of DTYPES
+    quantization: str = "auto"  # one of QUANTIZATIONS
+    kv_cache_dtype: str = "auto"  # one of KV_CACHE_DTYPES
     max_model_len: int = 2048
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512

@@ -12,14 +12,15 @@ import torch
 
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.block_manager import BlockManager
-from batchinfer.engine.config import BLOCK_SIZES, LEAST_BATCHED_TOKENS, EngineConfig, EngineStats
+from batchinfer.engine.config import BLOCK_SIZES, LEAST_BATCHED_TOKENS, LEAST_GPU_SHARE, EngineConfig, EngineStats
 from batchinfer.engine.cuda_graphs import padded_count
 from batchinfer.engine.drafts.draft_model import DraftModel, load_draft_model
 from batchinfer.engine.drafts.gate import Speculator
 from batchinfer.engine.model_runner import ModelRunner, measure_peak
 from batchinfer.engine.output_lengths import OutputLengths
 from batchinfer.engine.pool_size import Room, is_out_of_memory, pool_blocks
-from batchinfer.engine.request import Completions, FinishReason, Requests, RowError, SamplingParams
+from batchinfer.engine.request import Completions, FinishReason, Requests, RowError
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.transfer import Sampled
@@ -308,13 +309,15 @@ class Engine:
 
 def _check(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
     if config.block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size is {config.block_size}; it must be 8, 16, 32 or 64")
+        raise ValueError(f"block_size is {config.block_size}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
     if config.max_num_batched_tokens < LEAST_BATCHED_TOKENS:
         raise ValueError(
             f"max_num_batched_tokens is {config.max_num_batched_tokens}; it must be at least {LEAST_BATCHED_TOKENS}"
         )
-    if not 0.05 <= config.gpu_memory_utilization <= 1:
-        raise ValueError(f"gpu_memory_utilization is {config.gpu_memory_utilization}; it must be from 0.05 to 1")
+    if not LEAST_GPU_SHARE <= config.gpu_memory_utilization <= 1:
+        raise ValueError(
+            f"gpu_memory_utilization is {config.gpu_memory_utilization}; it must be from {LEAST_GPU_SHARE} to 1"
+        )
     if config.max_num_seqs < 1:
         raise ValueError(f"max_num_seqs is {config.max_num_seqs}; it must be at least 1")
     if not 2 <= config.max_model_len <= model.max_positions:

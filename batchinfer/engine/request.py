@@ -10,38 +10,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_STOP_STRINGS = 64
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen and when a row ends.
-
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. A `ValueError` names field, value and bound.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
-
-    def __post_init__(self) -> None:
-        _check("max_tokens", self.max_tokens, 1 <= self.max_tokens < 2**31, "from 1 to 2147483647")
-        _check("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "from 0 to 100")
-        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (off) or more")
-        _check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1 (off)")
-        _check("min_p", self.min_p, 0.0 <= self.min_p < 1.0, "from 0 (off) to below 1")
-        _check("stop", f"{len(self.stop)} strings", len(self.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS}")
-        _check("stop", "an empty string", all(self.stop), "strings of one character or more")
-
-
-def _check(name: str, value: object, ok: bool, bound: str) -> None:
-    # NaN fails every comparison above, so it ends here too.
-    if not ok:
-        raise ValueError(f"{name} is {value}; it must be {bound}")
+from batchinfer.engine.sampling_params import SamplingParams
 
 
 class FinishReason(IntEnum):

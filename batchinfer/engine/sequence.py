@@ -4,7 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.engine.prefix_tree import SharedTile
-from batchinfer.engine.request import Requests, SamplingParams
+from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.kernels.grain import TILE
 
 

@@ -1,17 +1,19 @@
 """Which device a job takes, found out without torch, and how much runs side by side on it by default."""
 
 import ctypes
-from importlib.metadata import version
 from pathlib import Path
 
 MAX_NUM_SEQS = {"cpu": 64, "cuda": 1024}
 MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+DEVICES = ("auto", *MAX_NUM_SEQS)
 
 
 def device_of(asked: str) -> str:
     """Of `--device`; `auto` is a GPU if there is one that the installed torch was built for."""
     if asked != "auto":
         return asked
+    from importlib.metadata import version  # late: it is slow to load, and not every command asks
+
     return "cuda" if has_gpu(version("torch")) else "cpu"
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.model_runner import ModelRunner
-from batchinfer.engine.request import Requests, SamplingParams
+from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.kernels.grain import MIN_ROWS
 from batchinfer.models.batch import Batch
 from batchinfer.quality.distances import divergences, log_likelihoods

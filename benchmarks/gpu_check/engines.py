@@ -13,7 +13,8 @@ from gpu_check.session import Session
 
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.request import Requests, SamplingParams
+from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.text.tokenizer import Tokenizer
 
 SMALLER = {

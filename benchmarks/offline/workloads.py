@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.engine.config import Speculation
-from batchinfer.engine.request import SamplingParams
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.bench import TOKEN_IDS
 from batchinfer.text.tokenizer import Tokenizer
 

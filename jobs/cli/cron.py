@@ -5,24 +5,31 @@ from typing import Annotated
 
 import typer
 
+from batchinfer.flag import Flag
+from batchinfer.jobs.cli.flags import RunArguments, SectionedCommand, takes
 from batchinfer.jobs.cli.run import job_of
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
+@takes()
 def cron(
-    arguments: Annotated[
-        list[str], typer.Argument(metavar="ARGUMENT", help="Behind '--': what would follow 'batchinfer run'.")
+    arguments: RunArguments,
+    schedule: Annotated[
+        str, Flag("Start the job at these times: the five fields of a crontab.", metavar="'M H D M W'")
     ],
-    schedule: Annotated[str, typer.Option(metavar="'M H D M W'", help="When: the five fields of a crontab.")],
-    install: Annotated[bool, typer.Option("--install", help="Put it in place, for you alone.")] = False,
-    systemd: Annotated[bool, typer.Option("--systemd", help="A service and a timer, no crontab line.")] = False,
+    install: Annotated[
+        bool, typer.Option("--install", help="Install the line or the units for the current user.")
+    ] = False,
+    systemd: Annotated[
+        bool, typer.Option("--systemd", help="Make a systemd service and timer instead of a crontab line.")
+    ] = False,
     log: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where the job's lines go; else OUT.log beside the output.")
+        Path | None, Flag("Append what the job prints to this file; OUT.log beside the output if none is given.")
     ] = None,
 ) -> None:
-    """Print the crontab line, or the systemd units, that start this job, from this folder."""
+    """Print the crontab line, or the systemd units, that start a job from this folder at given times."""
     from batchinfer.jobs.launch import cron as crontab
     from batchinfer.jobs.launch import systemd as units_of_systemd
     from batchinfer.jobs.launch.recurring import RecurringJob

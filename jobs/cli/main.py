@@ -71,6 +71,6 @@ def _top(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Run an LLM over a table of prompts, on one device: a table of prompts goes in, it comes out with answers."""
+    """Run a language model over a table of prompts, and get the table back with answers."""
     if context.invoked_subcommand is None:
         print(context.get_help())

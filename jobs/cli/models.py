@@ -3,37 +3,32 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from batchinfer.errors import Refused, UsageError
-from batchinfer.jobs.cli.options import (
-    BlockSize,
-    Deterministic,
-    Device,
-    Dtype,
-    GpuMemoryUtilization,
-    KvCacheDtype,
-    MaxNumBatchedTokens,
-    MaxNumSeqs,
-    Model,
-    Quantization,
-    Revision,
-    Seed,
-    SpeculativeConfig,
+from batchinfer.flag import Flag
+from batchinfer.jobs.cli.flags import SectionedCommand, takes
+from batchinfer.jobs.speculation import speculation_of
+
+ENGINE_FLAGS = (
+    *("quantization", "kv_cache_dtype", "dtype", "device", "max_num_seqs", "max_num_batched_tokens", "block_size"),
+    *("deterministic", "gpu_memory_utilization"),
 )
-from batchinfer.jobs.cli.speculation import speculation_of
-from batchinfer.jobs.flag_values import number_or_auto
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
+@takes("revision")
 def fetch(
-    model: Annotated[str, typer.Argument(help="A model on the Hub: ORG/NAME, or ORG/NAME/FILE.gguf.")],
-    revision: Revision = None,
-    to: Annotated[Path | None, typer.Option(help="A folder, instead of the Hub's cache.")] = None,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="The model on the Hub to download: ORG/NAME, or ORG/NAME/FILE.gguf."),
+    ],
+    revision: str | None,
+    to: Annotated[Path | None, Flag("Download into this folder instead of the Hub's cache.", metavar="FOLDER")] = None,
 ) -> None:
     """Download a model, for a machine that goes offline afterwards."""
     from batchinfer.models.hub import fetch_model
@@ -49,37 +44,70 @@ def _use_recipe(context: typer.Context, name: str | None) -> str | None:
     return name
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
+@takes("revision")
 def quantize(
-    model: Annotated[str, typer.Argument(help="A checkpoint in floating point: a folder, or the name of a Hub model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder for the quantized checkpoint.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="The checkpoint in floating point: a directory, or a model on the Hub."),
+    ],
+    revision: str | None,
+    output: Annotated[Path, Flag("Write the quantized checkpoint into this folder.", metavar="FOLDER", short="-o")],
     recipe: Annotated[
         str | None,
         typer.Option(
-            callback=_use_recipe, is_eager=True, help="A name that `batchinfer recipes` lists, or a TOML file."
+            metavar="NAME|FILE.toml",
+            callback=_use_recipe,
+            is_eager=True,
+            help="Take scheme, method, group size and rotation from this recipe: a name that `batchinfer recipes` "
+            "lists, or a TOML file. Flags that are given win over the recipe.",
         ),
     ] = None,
-    scheme: Annotated[str, typer.Option(help="w4a16, w4a8, w8a16, w8a8-int8 or w8a8-fp8.")] = "w4a16",
+    scheme: Annotated[
+        str, Flag("Store weights in this scheme: w4a16, w4a8, w8a16, w8a8-int8 or w8a8-fp8.", metavar="NAME")
+    ] = "w4a16",
     method: Annotated[
-        str, typer.Option(help="rtn, rtn-mse; calibrated: rtn-importance, gptq, awq, smoothquant.")
+        str,
+        Flag(
+            "Round weights by this method: rtn or rtn-mse, or with calibration rtn-importance, gptq, awq or "
+            "smoothquant.",
+            metavar="NAME",
+        ),
     ] = "rtn-mse",
     group_size: Annotated[
-        int | None, typer.Option(help="Columns that share a scale; 0 for whole channels. w4a16 and w4a8 have 128.")
+        int | None,
+        Flag(
+            "Let N columns share a scale; 0 gives each whole channel one. The schemes of 4 bits have 128 if "
+            "nothing is given, the others 0."
+        ),
     ] = None,
-    rotate: Annotated[bool, typer.Option("--rotate", help="Spread outliers over all channels first.")] = False,
+    rotate: Annotated[
+        bool, typer.Option("--rotate", help="Rotate the weights first, which spreads outliers over all channels.")
+    ] = False,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Parquet, JSON Lines or CSV with rows like those to come; else the standard library's text."),
+        Flag(
+            "Calibrate with rows of this Parquet, JSON Lines or CSV file, which should be like those of later "
+            "jobs. If no file is given, the source text of Python's standard library is used."
+        ),
     ] = None,
-    calibration_column: Annotated[str, typer.Option(help="The column with the text.")] = "text",
-    calibration_rows: Annotated[int, typer.Option(help="Rows to draw.")] = 128,
+    calibration_column: Annotated[
+        str, Flag("Take the text for calibration from this column.", metavar="COLUMN")
+    ] = "text",
+    calibration_rows: Annotated[int, Flag("Draw N rows for calibration.")] = 128,
     calibration_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a row, at most; 512, or the model's context if that is shorter.")
+        int | None,
+        Flag(
+            "Use at most N tokens of each row for calibration; 512 if nothing is given, or the model's context "
+            "where that is shorter."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Draws the rows and the rotation.")] = 0,
-    revision: Revision = None,
+    seed: Annotated[int, Flag("Draw the rows for calibration, and the rotation, with this random seed.")] = 0,
 ) -> None:
-    """Make a quantized checkpoint, in the compressed-tensors format. The same command goes on where it stopped."""
+    """Make a quantized checkpoint in the compressed-tensors format.
+
+    Given again after an interruption, the same command continues where it stopped.
+    """
     from batchinfer.jobs import quantize as job
 
     rows = job.CalibrationRows(calibration, calibration_column, calibration_rows, calibration_tokens, seed)
@@ -88,27 +116,37 @@ def quantize(
 
 @app.command()
 def recipes() -> None:
-    """List the recipes for `batchinfer quantize`, a line each."""
+    """List the recipes for `batchinfer quantize`, one on a line."""
     from batchinfer.jobs.quantize import RECIPES, read_recipe
 
     for path in sorted(RECIPES.glob("*.toml")):
         print(f"{path.stem:<23}{read_recipe(path.stem)['description']}")
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
+@takes("quantization")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A directory, a GGUF file, or a model on the Hub.")],
-    data: Annotated[Path, typer.Option(help="Parquet, JSON Lines or CSV.")],
-    column: Annotated[str, typer.Option(help="The column with the text.")],
-    reference: Annotated[str | None, typer.Option(help="Another model: how far is this one from it?")] = None,
-    quantization: Quantization = "auto",
-    context: Annotated[
-        int | None, typer.Option(help="Tokens of a window; 512, or what the model takes. Windows do not overlap.")
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="The model to measure: a directory, a GGUF file, or a model on the Hub."),
+    ],
+    data: Annotated[Path, Flag("Read the text from this Parquet, JSON Lines or CSV file.")],
+    column: Annotated[str, Flag("Take the text from this column.", metavar="COLUMN")],
+    quantization: str,
+    reference: Annotated[
+        str | None, Flag("Measure how far the model is from this other one.", names_model=True)
     ] = None,
-    rows: Annotated[int | None, typer.Option(help="Only so many rows, from the first.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
+    context: Annotated[
+        int | None,
+        Flag(
+            "Cut the text into windows of N tokens that do not overlap; 512 if nothing is given, or what the "
+            "model takes where that is less."
+        ),
+    ] = None,
+    rows: Annotated[int | None, Flag("Read only the first N rows.")] = None,
+    json_file: Annotated[Path | None, Flag("Write the figures to this JSON file.", name="json")] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.svg", help="Draw the errors by layer; with --reference.")
+        Path | None, Flag("Draw the error of each layer into this file; needs --reference.", metavar="FILE.svg")
     ] = None,
 ) -> None:
     """Measure a model on text: perplexity, bits per byte, and its distance from a reference."""
@@ -130,44 +168,27 @@ def evaluate(
         plot.write_text(layer_plot(done, done.layers), "utf-8")
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
+@takes("model", "revision", "seed", *ENGINE_FLAGS, "speculative_config")
 def bench(
-    model: Model = None,
-    revision: Revision = None,
-    random_weights: Annotated[bool, typer.Option(help="Noise instead of weights: config.json is enough.")] = False,
-    stub: Annotated[bool, typer.Option(help="No engine: measure the job layer alone.")] = False,
-    num_prompts: Annotated[int, typer.Option(help="Rows.")] = 256,
-    input_len: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 256,
-    output_len: Annotated[int, typer.Option(help="Tokens of an answer.")] = 64,
-    output_json: Annotated[Path | None, typer.Option(help="Write the figures and the whole report here.")] = None,
-    seed: Seed = 0,
-    quantization: Quantization = "auto",
-    kv_cache_dtype: KvCacheDtype = "auto",
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    max_num_seqs: MaxNumSeqs = "auto",
-    max_num_batched_tokens: MaxNumBatchedTokens = "auto",
-    block_size: BlockSize = 32,
-    deterministic: Deterministic = False,
-    gpu_memory_utilization: GpuMemoryUtilization = 0.9,
-    speculative_config: SpeculativeConfig = None,
+    model: str | None,
+    revision: str | None,
+    seed: int,
+    speculative_config: str,
+    random_weights: Annotated[
+        bool, Flag("Fill the model with random weights, so that config.json is all that it needs.")
+    ] = False,
+    stub: Annotated[bool, Flag("Leave the engine out, and measure the job around it alone.")] = False,
+    num_prompts: Annotated[int, Flag("Run N prompts.")] = 256,
+    input_len: Annotated[int, Flag("Make each prompt of N tokens.")] = 256,
+    output_len: Annotated[int, Flag("Generate N tokens for each prompt.")] = 64,
+    output_json: Annotated[Path | None, Flag("Write the figures and the whole report to this JSON file.")] = None,
+    **engine: Any,
 ) -> None:
-    """Run prompts of random tokens through the path of a job."""
+    """Measure how fast this machine runs a model: a job over prompts of random tokens."""
     from batchinfer.jobs import bench as benchmark
 
-    engine = {
-        "quantization": quantization,
-        "kv_cache_dtype": kv_cache_dtype,
-        "dtype": dtype,
-        "device": device,
-        "max_num_seqs": number_or_auto("--max-num-seqs", max_num_seqs),
-        "max_num_batched_tokens": number_or_auto("--max-num-batched-tokens", max_num_batched_tokens),
-        "block_size": block_size,
-        "deterministic": deterministic,
-        "gpu_memory_utilization": gpu_memory_utilization,
-        "speculation": speculation_of(speculative_config, None),
-        "random_weights": random_weights,
-    }
+    engine |= {"speculation": speculation_of(speculative_config, None), "random_weights": random_weights}
     workload = benchmark.Workload(num_prompts, input_len, output_len, seed, engine)
     result = benchmark.bench(model, revision, workload, stub)
     print(result.table())

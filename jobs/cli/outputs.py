@@ -5,32 +5,38 @@ from typing import Annotated
 
 import typer
 
+from batchinfer.flag import Flag
+from batchinfer.jobs.cli.flags import SectionedCommand, takes
+
 app = typer.Typer()
 
 
-@app.command()
-def report(output: Annotated[Path, typer.Argument(metavar="OUT")]) -> None:
+@app.command(cls=SectionedCommand)
+def report(output: Annotated[Path, typer.Argument(metavar="OUT", help="The output of the job.")]) -> None:
     """Print the report of a finished job again."""
     from batchinfer.jobs.report import read_report
 
     print(read_report(output).table())
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
+@takes()
 def merge(
-    shards: Annotated[list[Path], typer.Argument(metavar="OUT-I-of-N...")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the whole goes.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace an earlier file.")] = False,
+    shards: Annotated[
+        list[Path], typer.Argument(metavar="OUT-I-of-N", help="The outputs of all N shards, in any order.")
+    ],
+    output: Annotated[Path, Flag("Write the merged table here.", metavar="OUT", short="-o")],
+    overwrite: Annotated[bool, Flag("Replace an earlier output.")] = False,
 ) -> None:
-    """Put the outputs of all shards of a job together."""
+    """Merge the outputs of all shards of a job into one."""
     from batchinfer.jobs.merge_shards import merge_shards
 
     print(f"{output}: {merge_shards(shards, output, overwrite):,} rows of {len(shards)} shards")
 
 
-@app.command()
-def verify(output: Annotated[Path, typer.Argument(metavar="OUT")]) -> None:
-    """Count rows, tokens and hashes of a finished job again, from its files alone."""
+@app.command(cls=SectionedCommand)
+def verify(output: Annotated[Path, typer.Argument(metavar="OUT", help="The output of the job.")]) -> None:
+    """Check the output of a finished job: count its rows, tokens and hashes again from its files alone."""
     from batchinfer.jobs import verify as verification
 
     print("\n".join(verification.verify(output)))

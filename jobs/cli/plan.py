@@ -1,24 +1,30 @@
-"""The commands that tell before a job what it will be: plan and doctor. Each imports for itself what is large."""
+"""The commands before a job: plan and doctor. Each imports for itself what is large."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from batchinfer.jobs.cli.options import Device
+from batchinfer.flag import Flag
+from batchinfer.jobs.cli.flags import SectionedCommand, takes
 from batchinfer.jobs.cli.run import job_of
 
 app = typer.Typer()
 
 
-@app.command(context_settings={"ignore_unknown_options": True})
+@app.command(cls=SectionedCommand, context_settings={"ignore_unknown_options": True})
+@takes()
 def plan(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="INPUT... --model MODEL [OPTION...]", help="What `batchinfer run` takes.")
+        list[str],
+        typer.Argument(
+            metavar="INPUT... --model MODEL [OPTION...]",
+            help="The arguments that `batchinfer run` would be given; --output may be left out.",
+        ),
     ],
-    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the same here.")] = None,
+    json_file: Annotated[Path | None, Flag("Write the plan to this JSON file too.", name="json")] = None,
 ) -> None:
-    """Tell what a job will be, and take how long, before a weight is loaded. --output may be left out."""
+    """Tell what a job will be and how long it will take, without loading the model's weights."""
     from batchinfer.jobs import outlook as planning
     from batchinfer.jobs.plan.histogram import terminal_width
     from batchinfer.jobs.results.durable import write_json
@@ -29,15 +35,20 @@ def plan(
         write_json(json_file, outlook.json())
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
+@takes("device")
 def doctor(
+    device: str,
     calibrate: Annotated[
         bool,
-        typer.Option("--calibrate", help="Measure the device, in two minutes; best while nothing else runs."),
+        typer.Option(
+            "--calibrate",
+            help="Measure the device first, so that `batchinfer plan` can predict times. This takes about two minutes, "
+            "during which nothing else should run.",
+        ),
     ] = False,
-    device: Device = "auto",
 ) -> None:
-    """Tell what this machine offers, and what is missing."""
+    """Tell what this machine offers to jobs, and what is missing."""
     from batchinfer.jobs import doctor as examination
 
     print(examination.examine(device, calibrate))

@@ -5,46 +5,54 @@ from typing import Annotated
 import typer
 
 from batchinfer.errors import EXIT_CODES, EngineFailed, Refused, UsageError
+from batchinfer.flag import Flag
+from batchinfer.jobs.cli.flags import RunArguments, SectionedCommand, takes
 from batchinfer.jobs.cli.run import job_of
 from batchinfer.jobs.spec import JobSpec, sharded
 
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
+@takes()
 def ray(
-    arguments: Annotated[
-        list[str], typer.Argument(metavar="RUN_ARGUMENTS...", help="After --: those of `batchinfer run`.")
-    ],
-    shards: Annotated[int, typer.Option(metavar="N", help="Into how many the rows are divided; each is one task.")],
+    arguments: RunArguments,
+    shards: Annotated[int, Flag("Divide the rows into N shards; each is one task.", at_least=1)],
     address: Annotated[
         str | None,
-        typer.Option(
+        Flag(
+            "Connect to the cluster with this head; 'auto' takes a Ray that runs on this machine, 'local' starts "
+            "one for the job. If no address is given: $RAY_ADDRESS, else 'auto', else 'local'.",
             metavar="HOST:PORT|auto|local",
-            help="The cluster's head; auto: a Ray that runs here; local: one started for the job. Else $RAY_ADDRESS, "
-            "or one that runs here, or one started for the job.",
         ),
     ] = None,
     gpus_per_shard: Annotated[
-        int | None, typer.Option(metavar="K", help="1 if the cluster has GPUs and --device allows it.")
+        int | None,
+        Flag(
+            "Reserve K GPUs for each shard; if nothing is given, 1 where the cluster has GPUs and --device allows "
+            "them.",
+            metavar="K",
+        ),
     ] = None,
     cpus_per_shard: Annotated[
-        int | None, typer.Option(metavar="K", help="For jobs on the CPU; else all of the smallest node.")
+        int | None,
+        Flag(
+            "Reserve K CPUs for each shard of a job on CPUs; all of the smallest node's if nothing is given.",
+            metavar="K",
+        ),
     ] = None,
     max_retries: Annotated[
-        int, typer.Option(metavar="R", help="How often a shard that was stopped, or whose worker died, runs again.")
+        int, Flag("Run a shard that was stopped, or whose worker died, at most R times again.", metavar="R")
     ] = 3,
 ) -> None:
-    """Run the shards of a job as tasks of a Ray cluster, one worker a device, and put their outputs together.
+    """Run the shards of a job as tasks of a Ray cluster, one on each device, and merge their outputs.
 
-    Every node has the same batchinfer, and sees the same files under the same paths. A shard whose worker dies runs
-    again, on any node, and goes on where it was. What a shard writes to the terminal is in OUT-I-of-N.log.
+    Every node needs the same batchinfer, and must see the same files under the same paths. A shard whose worker dies
+    runs again, on any node, and continues where it was. What a shard prints is in OUT-I-of-N.log.
     """
     from batchinfer.jobs.launch import ray_tasks
     from batchinfer.jobs.merge_shards import merge_shards
 
-    if shards < 1:
-        raise UsageError(f"--shards is {shards}; it must be 1 or more")
     cluster = ray_tasks.Cluster(address, gpus_per_shard, cpus_per_shard, max_retries)
     spec = job_of(arguments)
     _refuse_what_shards_cannot_have(spec)

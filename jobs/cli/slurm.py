@@ -1,4 +1,4 @@
-"""The commands about Slurm."""
+"""The commands for Slurm."""
 
 import sys
 from pathlib import Path
@@ -7,33 +7,43 @@ from typing import Annotated
 import typer
 
 from batchinfer.errors import UsageError
+from batchinfer.flag import Flag
+from batchinfer.jobs.cli.flags import RunArguments, SectionedCommand, takes
 from batchinfer.jobs.cli.run import job_of
 
-app = typer.Typer(help="A job on a Slurm cluster.")
+app = typer.Typer(help="Run a job on a Slurm cluster.")
 
 
-@app.command()
+@app.command(cls=SectionedCommand)
+@takes()
 def submit(
-    arguments: Annotated[
-        list[str], typer.Argument(metavar="-- ARGUMENTS...", help="What `batchinfer run` would be given.")
-    ],
-    array: Annotated[int, typer.Option(metavar="N", help="Tasks of the array: so many shards.")],
+    arguments: RunArguments,
+    array: Annotated[int, Flag("Divide the rows into N shards; each is a task of the array.", at_least=1)],
     time: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Limit of a task: minutes, or [DAYS-]HH:MM:SS.")
+        str | None, Flag("Limit each task to this time: minutes, or [DAYS-]HH:MM:SS.", metavar="TIME")
     ] = None,
-    partition: Annotated[str | None, typer.Option(help="Slurm's partition.")] = None,
-    gres: Annotated[str | None, typer.Option(help="What each shard needs, as 'gpu:1'.")] = None,
+    partition: Annotated[str | None, Flag("Submit to this partition of Slurm.", metavar="NAME")] = None,
+    gres: Annotated[
+        str | None, Flag("Request these generic resources for each shard, as in 'gpu:1'.", metavar="LIST")
+    ] = None,
     sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="OPTION", help="More for sbatch, as --sbatch=--account=me; repeatable.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be submitted.")] = False,
+        tuple[str, ...],
+        Flag(
+            "Pass this option to sbatch, as in --sbatch=--account=me; give the flag again for each further one.",
+            metavar="OPTION",
+        ),
+    ] = (),
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be submitted, and submit nothing.")
+    ] = False,
 ) -> None:
-    """Run a job as an array of shards, and merge them. The same command goes on with what is left."""
+    """Submit a job as an array of shards, and a second job that merges them.
+
+    Given again, the same command runs only what is left.
+    """
     from batchinfer.jobs.launch import slurm
 
-    if array < 1:
-        raise UsageError(f"--array is {array}; it must be 1 or more")
-    if wrong := [option for option in sbatch or () if not option.startswith("-")]:
+    if wrong := [option for option in sbatch if not option.startswith("-")]:
         raise UsageError(f"--sbatch is {wrong[0]!r}; it must be an option of sbatch, as --sbatch=--account=me")
     spec = job_of(arguments)
     slurm.check_job(spec, time)
@@ -44,7 +54,7 @@ def submit(
         folder=Path.cwd(),
         output=Path.cwd() / spec.output,
         count=array,
-        options=[*(f"{flag}={value}" for flag, value in options.items() if value is not None), *(sbatch or ())],
+        options=[*(f"{flag}={value}" for flag, value in options.items() if value is not None), *sbatch],
         shard_options=[] if gres is None else [f"--gres={gres}"],
     )
     if dry_run:

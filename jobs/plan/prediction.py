@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from batchinfer.cost.simulate_steps import Steps, simulate
 from batchinfer.cost.step_cost import PRODUCTS, DeviceCost, Floats, Weights, Work, layer_weights, quantities
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.request import SamplingParams
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused
 from batchinfer.jobs.rows.length_figures import JobPlan
 from batchinfer.kernels.grain import MIN_ROWS, padded_size

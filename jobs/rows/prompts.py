@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from batchinfer.engine.request import Requests, RowError, SamplingParams
+from batchinfer.engine.request import Requests, RowError
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text, id_bytes

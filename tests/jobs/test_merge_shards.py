@@ -113,7 +113,7 @@ def test_another_shard_never_goes_on_with_this_one(tmp_path: Path, model: Path) 
 @pytest.mark.parametrize("text", ["", "1", "a/b", "1/0", "-1/3", "1/3/5"])
 def test_what_is_no_shard_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--shard is "):
-        shard_of(text)
+        shard_of("--shard", text)
 
 
 def test_shards_are_counted_from_0(tmp_path: Path, model: Path) -> None:

@@ -7,9 +7,10 @@ import pytest
 
 from batchinfer.errors import UsageError
 from batchinfer.jobs.flag_values import read_job_file
+from batchinfer.jobs.flags import FLAGS
 from batchinfer.jobs.spec import JobSpec
 
-KNOWN = ["input", "output", "model", "max_tokens", "prompt_column", "stop", "columns", "chat"]
+KNOWN = {flag.name: flag for flag in FLAGS.values()}
 
 
 def spec(**fields: Any) -> JobSpec:

@@ -12,14 +12,15 @@ from repository import ROOT
 
 # What imports what, from the ground up; those of one line do not import each other.
 FLOORS = [
-    ["kernels", "errors"],
+    ["kernels", "errors", "flag"],
     ["host"],
     ["text", "formats"],
     ["models"],  # and models.families, a part of it
     ["engine"],  # and engine.drafts, a part of it
     ["cost", "quality"],
     ["quantize"],
-    ["jobs.amounts", "jobs.flag_values", "jobs.log"],
+    ["jobs.amounts", "jobs.flag_values", "jobs.log", "jobs.speculation"],
+    ["jobs.flags"],
     ["jobs.results"],
     ["jobs.spec"],
     ["jobs.results.collector"],
@@ -36,6 +37,7 @@ FLOOR = {f"batchinfer.{name}": number for number, names in enumerate(FLOORS) for
 # Torch is what these must not load: the job's parent process reads configs and plans without it.
 WITHOUT_TORCH = (
     "batchinfer.errors",
+    "batchinfer.flag",
     "batchinfer.host.device",
     "batchinfer.host.files",
     "batchinfer.host.limits",
@@ -54,6 +56,7 @@ WITHOUT_TORCH = (
     "batchinfer.models.rope",
     "batchinfer.engine.config",
     "batchinfer.engine.request",
+    "batchinfer.engine.sampling_params",
     "batchinfer.cost.roofline",
     "batchinfer.cost.simulate_steps",
     "batchinfer.cost.step_cost",

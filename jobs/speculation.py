@@ -2,11 +2,13 @@
 
 import difflib
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from batchinfer.engine.config import Speculation
+from batchinfer.engine.config import METHODS, Speculation
 from batchinfer.errors import UsageError
+from batchinfer.flag import Flag
 
 FLAG = "--speculative-config"
 _KINDS: dict[str, tuple[type, str]] = {
@@ -35,12 +37,32 @@ _KEYS_ELSEWHERE = {
 }
 
 
-def speculation_of(text: str | None, draft_model: str | None) -> Speculation:
+@dataclass(frozen=True)
+class SpeculationFlags:
+    """The two flags that a job's `Speculation` comes from, as they are written."""
+
+    speculative_config: Annotated[
+        str,
+        Flag(
+            f"Choose how tokens are guessed ahead: {', '.join(METHODS)}, or a JSON object with any of "
+            f"{', '.join(_KINDS)}. The answers stay the same.",
+            "Engine",
+            "JSON|METHOD",
+            table=True,
+        ),
+    ] = "auto"
+    draft_model: Annotated[
+        str | None,
+        Flag("Let this smaller model guess tokens ahead; it must have the same tokenizer.", "Engine", names_model=True),
+    ] = None
+
+
+def speculation_of(text: str, draft_model: str | None) -> Speculation:
     """What the two flags say: a JSON object or the name of a method, and a model; its path is as the user gave it.
 
     Raises `UsageError` for anything else, naming the key, and the nearest known one of a key that is unknown.
     """
-    values = {} if text is None else _values(text)
+    values = _values(text)
     if draft_model is not None:
         if "model" in values:
             raise UsageError(f"--draft-model is {draft_model!r}, and {FLAG} names a model too; leave one of them out")

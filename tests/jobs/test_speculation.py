@@ -16,11 +16,11 @@ from batchinfer.engine.config import EngineStats, Speculation
 from batchinfer.engine.request import SamplingParams
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.cli.run import job_of
-from batchinfer.jobs.cli.speculation import speculation_of
 from batchinfer.jobs.job import run
 from batchinfer.jobs.preflight import preflight
 from batchinfer.jobs.report import read_report
 from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.speculation import speculation_of
 
 NEEDED = ("in.parquet", "-o", "o.parquet", "--model", "m")
 

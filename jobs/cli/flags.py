@@ -1,0 +1,107 @@
+"""Flags of a job on the command line: arguments of a command made from their declaration, and its help in sections."""
+
+import inspect
+from collections.abc import Callable
+from types import GenericAlias
+from typing import Annotated, Any, get_args
+
+import typer
+from typer.core import TyperCommand
+
+from batchinfer.errors import UsageError
+from batchinfer.flag import Flag, flag_of
+from batchinfer.jobs.flags import FLAGS, GROUPS
+
+RunArguments = Annotated[
+    list[str],
+    typer.Argument(metavar="RUN_ARGUMENTS", help="After '--', the arguments that `batchinfer run` would be given."),
+]
+
+
+def takes(*fields: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the flags of these fields of a job, and those that annotate its own parameters.
+
+    It gets their values, by name of field or parameter. A value that is not allowed is a `UsageError`.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        flags, parameters = {}, []
+        for parameter in inspect.signature(command).parameters.values():
+            required = parameter.default is parameter.empty
+            flag = flag_of(parameter.name, parameter.annotation, None if required else parameter.default)
+            if flag is not None:
+                flags[parameter.name] = flag
+                parameters.append(_parameter(flag, required))
+            elif parameter.name not in fields and parameter.kind is not parameter.VAR_KEYWORD:
+                parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+        flags |= {field: FLAGS[field] for field in fields}
+        parameters += [_parameter(FLAGS[field]) for field in fields]
+
+        def called(**written: Any) -> None:
+            given = {name: _value(flag, written.pop(flag.name)) for name, flag in flags.items()}
+            command(**written, **given)
+
+        called.__name__, called.__doc__ = command.__name__, command.__doc__
+        called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        return called
+
+    return decorate
+
+
+def described(flag: Flag) -> str:
+    """Its help, with the bound and the default in brackets."""
+    facts = [flag.bound, f"default: {flag.shown_default}" if flag.shown_default else ""]
+    known = "; ".join(filter(None, facts))
+    return f"{flag.help}  [{known}]" if known else flag.help
+
+
+class SectionedCommand(TyperCommand):
+    """A command whose help has a section for its own options, and one for each group of a job's flags."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the sections as plain text."""
+        sections: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", "Options", *GROUPS)}
+        for parameter in self.get_params(ctx):
+            argument = parameter.param_type_name == "argument"
+            group = getattr(parameter, "rich_help_panel", None) or ("Arguments" if argument else "Options")
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections[group].append((str(parameter.metavar), record[1]) if argument else record)
+        for name, records in sections.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+def _parameter(flag: Flag, required: bool = False) -> inspect.Parameter:
+    """What typer reads: text where a kind parses it, and None where nothing is given but `_value` knows the default."""
+    plain: Any = GenericAlias(list, get_args(flag.type)[:1]) if flag.many else str if flag.kind else flag.type
+    default = None if flag.many or flag.kind else flag.default
+    shared: dict[str, Any] = {
+        "help": described(flag),
+        "metavar": flag.value_name or None,
+        "show_default": False,
+        "rich_help_panel": flag.group,
+    }
+    if flag.positional:
+        declaration = typer.Argument(**shared)
+    else:
+        negative = f"/--no-{flag.option[2:]}" if flag.type is bool else ""
+        declaration = typer.Option(*filter(None, [flag.short]), f"{flag.option}{negative}", **shared)
+    written = plain if required or default is not None else plain | None
+    return inspect.Parameter(
+        flag.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if required else default,
+        annotation=Annotated[written, declaration],
+    )
+
+
+def _value(flag: Flag, written: Any) -> Any:
+    if written is None or written == []:
+        return flag.default
+    value = flag.kind.parse(flag.option, written) if flag.kind else tuple(written) if flag.many else written
+    if problem := flag.problem(value):
+        raise UsageError(f"{flag.option} {problem}")
+    return value

@@ -1,0 +1,285 @@
+"""The flags of a job: each is declared here, once, and reaches `JobSpec`, the job file, the help and the docs.
+
+`make reference` writes docs/flags.md again after a change.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from batchinfer.engine.config import BLOCK_SIZES, DTYPES, KV_CACHE_DTYPES, LEAST_BATCHED_TOKENS, LEAST_GPU_SHARE
+from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.flag import Flag, flags_of
+from batchinfer.formats.scheme import QUANTIZATIONS
+from batchinfer.host.device import DEVICES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
+from batchinfer.jobs.flag_values import DELIMITER, NAMES, NUMBER_OR_AUTO, SHARD, TIME
+from batchinfer.jobs.speculation import SpeculationFlags
+
+GROUPS = ("Input", "Prompt", "Sampling", "Model", "Engine", "Job", "Output")
+MAX_SAMPLES = 128  # of a row, which are in memory together
+
+
+@dataclass(frozen=True)
+class JobFlags:
+    """What a user chooses for a job, but for sampling and speculation. Paths and models are as the user gave them."""
+
+    inputs: Annotated[
+        tuple[Path, ...],
+        Flag(
+            "Read these Parquet, JSON Lines, CSV or TSV files, and all of them in these folders, as one table.",
+            "Input",
+            "INPUT",
+            name="input",
+            positional=True,
+        ),
+    ]
+    output: Annotated[
+        Path,
+        Flag(
+            "Write the answers to this file, Parquet or JSON Lines (.jsonl) by the suffix of its name, or, where the "
+            "name has no suffix, to a folder of Parquet files. "
+            "OUT.run/ beside it keeps the state of the run.",
+            "Output",
+            "OUT",
+            short="-o",
+        ),
+    ]
+    model: Annotated[
+        str,
+        Flag(
+            "Run this model: a directory, a GGUF file, or a model on the Hub as ORG/NAME or ORG/NAME/FILE.gguf.",
+            "Model",
+            names_model=True,
+        ),
+    ]
+    id_column: Annotated[
+        str | None,
+        Flag(
+            "Identify each row by this column of unique values, and derive its random seed from that instead of from "
+            "its prompt.",
+            "Input",
+            "COLUMN",
+        ),
+    ] = None
+    csv_delimiter: Annotated[
+        str | None,
+        Flag(
+            r"Split the lines of .csv files at this character instead of a comma; \t is a tab.", "Input", kind=DELIMITER
+        ),
+    ] = None
+    shard: Annotated[
+        tuple[int, int] | None,
+        Flag(
+            "Run only part I of N parts of the rows, with I from 0 to N - 1, and write it to OUT-I-of-N.",
+            "Input",
+            kind=SHARD,
+        ),
+    ] = None
+    prompt_column: Annotated[
+        str | None,
+        Flag(
+            "Take each prompt from this column. The column 'prompt' is taken if no flag says where prompts come from.",
+            "Prompt",
+            "COLUMN",
+        ),
+    ] = None
+    prompt_template: Annotated[
+        str | None, Flag("Make each prompt from columns, as in 'Summarize: {title}'.", "Prompt", "TEMPLATE")
+    ] = None
+    messages_column: Annotated[
+        str | None,
+        Flag("Take each chat from this column, as a list of messages {role, content}.", "Prompt", "COLUMN"),
+    ] = None
+    system_prompt: Annotated[str | None, Flag("Begin every chat with this system message.", "Prompt")] = None
+    chat: Annotated[bool, Flag("Wrap each prompt in the model's chat template.", "Prompt")] = False
+    allow_special_tokens: Annotated[
+        bool,
+        Flag(
+            "Read control tokens that are spelled out in a prompt as control tokens, not as plain text: for prompts to "
+            "which a chat template was applied before.",
+            "Prompt",
+        ),
+    ] = False
+    n: Annotated[
+        int,
+        Flag(
+            "Generate N answers for every row; the first one is the same for any N.",
+            "Sampling",
+            at_least=1,
+            at_most=MAX_SAMPLES,
+        ),
+    ] = 1
+    seed: Annotated[int, Flag("Derive the random seed of every row from this number.", "Sampling", at_least=0)] = 0
+    tokenizer: Annotated[
+        str | None, Flag("Take the tokenizer of this model instead of --model's own.", "Model", names_model=True)
+    ] = None
+    revision: Annotated[str | None, Flag("Load this branch, tag or commit of a model on the Hub.", "Model", "NAME")] = (
+        None
+    )
+    quantization: Annotated[
+        str,
+        Flag(
+            "Compute with weights and activations in few bits: w8a8-int8, w8a8-fp8 on a GPU, or w4a8 for a checkpoint "
+            "in 4 bits; '+head' includes the output head. 'auto' does what the checkpoint says, 'none' computes in "
+            "floating point.",
+            "Model",
+            "NAME",
+            choices=QUANTIZATIONS,
+        ),
+    ] = "auto"
+    dtype: Annotated[
+        str,
+        Flag(
+            "Compute in this type wherever nothing is quantized; 'auto' is the checkpoint's type.",
+            "Model",
+            "TYPE",
+            choices=DTYPES,
+        ),
+    ] = "auto"
+    kv_cache_dtype: Annotated[
+        str,
+        Flag(
+            "Store keys and values in this type; 'auto' stores them as they are computed.",
+            "Engine",
+            "TYPE",
+            choices=KV_CACHE_DTYPES,
+        ),
+    ] = "auto"
+    device: Annotated[
+        str, Flag("Compute on this device; 'auto' takes a GPU if there is one.", "Engine", "NAME", choices=DEVICES)
+    ] = "auto"
+    max_model_len: Annotated[
+        int | None,
+        Flag(
+            "Allow at most N tokens of prompt and answer together; 'auto' is the checkpoint's limit.",
+            "Engine",
+            kind=NUMBER_OR_AUTO,
+            at_least=2,
+        ),
+    ] = None
+    max_num_seqs: Annotated[
+        int | None,
+        Flag(
+            "Run at most N rows side by side; 'auto' is {cpu} on a CPU and {cuda} on a GPU.".format(**MAX_NUM_SEQS),
+            "Engine",
+            kind=NUMBER_OR_AUTO,
+            at_least=1,
+        ),
+    ] = None
+    max_num_batched_tokens: Annotated[
+        int | None,
+        Flag(
+            "Compute at most N tokens in one step; 'auto' is {cpu} on a CPU and {cuda} on a GPU.".format(
+                **MAX_NUM_BATCHED_TOKENS
+            ),
+            "Engine",
+            kind=NUMBER_OR_AUTO,
+            at_least=LEAST_BATCHED_TOKENS,
+        ),
+    ] = None
+    block_size: Annotated[int, Flag("Keep keys and values in blocks of N tokens.", "Engine", choices=BLOCK_SIZES)] = 32
+    deterministic: Annotated[
+        bool,
+        Flag(
+            "Compute the same bits for a row whatever runs beside it, also on a GPU, where this is slower. A CPU "
+            "always does so.",
+            "Engine",
+        ),
+    ] = False
+    gpu_memory_utilization: Annotated[
+        float,
+        Flag(
+            "Take at most this share of a GPU's memory for weights, computation, keys and values together.",
+            "Engine",
+            "SHARE",
+            at_least=LEAST_GPU_SHARE,
+            at_most=1,
+        ),
+    ] = 0.9
+    kv_cache_memory_bytes: Annotated[
+        int | None,
+        Flag(
+            "Take at most N bytes of memory for keys and values; 'auto' takes what is free.",
+            "Engine",
+            kind=NUMBER_OR_AUTO,
+            at_least=1,
+        ),
+    ] = None
+    step_timeout: Annotated[
+        float,
+        Flag(
+            "Restart the engine when it has finished no step for this many seconds.", "Engine", above=0, unit="seconds"
+        ),
+    ] = 600.0
+    commit_rows: Annotated[
+        int, Flag("Commit finished rows to disk whenever N of them are there.", "Job", at_least=1)
+    ] = 10_000
+    commit_seconds: Annotated[
+        float,
+        Flag("Commit finished rows to disk after this many seconds at the latest.", "Job", above=0, unit="seconds"),
+    ] = 30.0
+    max_error_rate: Annotated[
+        float,
+        Flag("End the job when more than this share of the rows has failed.", "Job", "SHARE", at_least=0, at_most=1),
+    ] = 1.0
+    canary: Annotated[
+        int,
+        Flag(
+            "Before the job begins, run N of the rows through the model with and without quantization and print how "
+            "far the answers agree.",
+            "Job",
+            at_least=0,
+        ),
+    ] = 0
+    canary_reference: Annotated[
+        str | None,
+        Flag(
+            "Compare the rows of --canary with this model, where --model is a quantized checkpoint itself.",
+            "Job",
+            names_model=True,
+        ),
+    ] = None
+    time_limit: Annotated[
+        float | None,
+        Flag(
+            "Stop after this time with exit code 75, so that the same command can continue later. Write minutes, or "
+            "[DAYS-]HH:MM:SS.",
+            "Job",
+            kind=TIME,
+            above=0,
+            unit="seconds",
+        ),
+    ] = None
+    grace: Annotated[
+        float,
+        Flag("End within this many seconds after a signal or the time limit.", "Job", above=0, unit="seconds"),
+    ] = 30.0
+    retry_errors: Annotated[bool, Flag("Run the rows that failed in an earlier run again.", "Job")] = False
+    resume: Annotated[
+        bool, Flag("Continue an earlier run of this job; --no-resume refuses to start where there is one.", "Job")
+    ] = True
+    incremental: Annotated[
+        bool,
+        Flag(
+            "Run only rows that are new or changed since the last run, and add them as one more file to the output "
+            "folder.",
+            "Job",
+        ),
+    ] = False
+    metrics_textfile: Annotated[
+        Path | None,
+        Flag(
+            "Write the job's figures into this file every minute, for the textfile collector of Prometheus' "
+            "node_exporter.",
+            "Job",
+            "FILE.prom",
+        ),
+    ] = None
+    columns: Annotated[
+        tuple[str, ...] | None, Flag("Keep only these input columns in the output.", "Output", kind=NAMES)
+    ] = None
+    overwrite: Annotated[bool, Flag("Replace an earlier output and its run folder.", "Output")] = False
+
+
+FLAGS = {**flags_of(SamplingParams), **flags_of(JobFlags), **flags_of(SpeculationFlags)}
+"""All flags of `batchinfer run`, by field."""
