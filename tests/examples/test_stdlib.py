@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.request import Requests, SamplingParams
+from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.text.tokenizer import Tokenizer
 
 JOB = STDLIB / "job.toml"

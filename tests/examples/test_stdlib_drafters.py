@@ -16,7 +16,8 @@ from repository import STDLIB
 
 from batchinfer.engine.config import EngineConfig, Speculation
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.request import Requests, SamplingParams
+from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.text.tokenizer import Tokenizer
 
 ROWS = int(os.environ.get("DEMO_ROWS", "24"))

@@ -18,7 +18,8 @@ from repository import TARGET
 from safetensors.torch import load_file, save_file
 
 from batchinfer.engine.config import EngineConfig, Speculation
-from batchinfer.engine.request import Requests, RowError, SamplingParams
+from batchinfer.engine.request import Requests, RowError
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.canary import canary_rows, reference_config, same_beginning
 from batchinfer.jobs.job import run

@@ -19,7 +19,7 @@ import pytest
 from stub_jobs import CONTEXT, ENGINES, SCRIPT, STUB, counts, expected, limit, make_model, prompts, recount, spec, write
 
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.request import SamplingParams
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import EngineFailed, Refused
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.job import run

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from stub_jobs import ENGINES, SCRIPT, STUB, counts, expected, limit, make_model, prompts, recount, spec, write
 
-from batchinfer.engine.request import SamplingParams
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Interrupted, Refused, UsageError
 from batchinfer.jobs.flag_values import seconds_of
 from batchinfer.jobs.job import run

@@ -14,7 +14,7 @@ from measured_devices import SHAPE, cost_of
 from stub_jobs import make_model, spec, write
 
 from batchinfer.cost.step_cost import DeviceCost, StepCost
-from batchinfer.engine.request import SamplingParams
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.outlook import Outlook, plan
 from batchinfer.jobs.plan.device_file import DeviceKey, write_device_cost
 from batchinfer.jobs.plan.prediction import Prediction

@@ -13,7 +13,7 @@ from stub_jobs import CONTEXT, ENGINES, STUB, make_model, prompts, spec, write
 from tokenizers.models import WordLevel
 
 from batchinfer.engine.config import EngineStats, Speculation
-from batchinfer.engine.request import SamplingParams
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.cli.run import job_of
 from batchinfer.jobs.job import run

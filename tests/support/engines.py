@@ -13,7 +13,8 @@ from torch import Tensor
 
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.request import FinishReason, Requests, SamplingParams
+from batchinfer.engine.request import FinishReason, Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.text.tokenizer import Tokenizer
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from batchinfer.cost.step_cost import PRODUCTS, DeviceCost, StepCost, Weights, Work, quantities
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.request import SamplingParams
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.plan.prediction import Job, JobShape
 
 SHAPE = {

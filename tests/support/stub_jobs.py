@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from batchinfer.engine.request import SamplingParams
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.report import Report
 from batchinfer.jobs.rows.windows import Limits, Windows
 from batchinfer.jobs.spec import JobSpec

@@ -12,7 +12,7 @@ import pytest
 from command_line import STUB, call
 from stub_jobs import CONTEXT, counts, expected, make_model, recount, spec
 
-from batchinfer.engine.request import SamplingParams
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.job import run
 from batchinfer.jobs.rows import prompts
 

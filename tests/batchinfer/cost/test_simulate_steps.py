@@ -11,7 +11,8 @@ from batchinfer.cost.simulate_steps import simulate
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.request import Requests, SamplingParams
+from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.kernels.grain import MIN_ROWS

@@ -13,7 +13,8 @@ from engines import engine_of, prompts_of, tokens
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.cuda_graphs import padded_count, padded_step, shape_of
 from batchinfer.engine.pool_size import Room, bytes_per_token, pool_blocks
-from batchinfer.engine.request import Requests, SamplingParams
+from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.transfer import Transfer, tensors_of
 from batchinfer.kernels.attention_plan import Tile, Tiling, plan_attention
 from batchinfer.kernels.ragged_attention import RaggedBatch

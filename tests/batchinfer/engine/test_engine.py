@@ -10,7 +10,8 @@ import torch
 import transformers
 from engines import EDGES, IdsAsText, assert_logits_of_transformers, compare_logits, engine_of, prompts_of, run, tokens
 
-from batchinfer.engine.request import FinishReason, Requests, SamplingParams
+from batchinfer.engine.request import FinishReason, Requests
+from batchinfer.engine.sampling_params import SamplingParams
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -12,7 +12,8 @@ from engines import IdsAsText, engine_of, prompts_of, run, tokens
 from batchinfer.engine.config import Speculation
 from batchinfer.engine.drafts.gate import Speculator
 from batchinfer.engine.engine import Engine
-from batchinfer.engine.request import Completions, FinishReason, Requests, SamplingParams
+from batchinfer.engine.request import Completions, FinishReason, Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.verified import Gains
 from batchinfer.models.batch import Batch, Ints
 

@@ -16,7 +16,8 @@ from engines import IdsAsText, compare_logits, engine_of, prompts_of, run, token
 
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.output_lengths import LEAST_ENDED
-from batchinfer.engine.request import FinishReason, Requests, SamplingParams
+from batchinfer.engine.request import FinishReason, Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.quantize import CalibrationRows, quantize
 
 SHAPE = {

@@ -8,7 +8,8 @@ import pytest
 from engines import engine_of, prompts_of, run
 
 from batchinfer.engine.output_lengths import BIN, LEAST_ENDED, MOST_TEMPLATES, OutputLengths
-from batchinfer.engine.request import Requests, SamplingParams
+from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_params import SamplingParams
 
 NOBODY = np.empty(0, np.int64)
 

@@ -10,7 +10,8 @@ from engines import IdsAsText, engine_of, prompts_of, run, tokens
 
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.prefix_tree import PrefixTree, likeness
-from batchinfer.engine.request import FinishReason, Requests, SamplingParams
+from batchinfer.engine.request import FinishReason, Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.kernels.attention import TILE
 
 

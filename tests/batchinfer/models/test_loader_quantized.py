@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from batchinfer.engine.config import FEW_ROWS
-from batchinfer.engine.request import Requests, SamplingParams
+from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.job import run
 from batchinfer.jobs.quantize import CalibrationRows, quantize
 from batchinfer.jobs.spec import JobSpec

@@ -16,7 +16,7 @@ from measured_devices import SHAPE, cost_of
 from stub_jobs import make_model, spec
 
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.request import SamplingParams
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused
 from batchinfer.jobs.cli.main import main
 from batchinfer.jobs.job import run

@@ -20,7 +20,8 @@ from repository import TARGET
 from stub_jobs import ENGINES, SCRIPT, STUB, expected, limit, make_model, prompts, spec, write
 
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.request import Completions, Requests, SamplingParams
+from batchinfer.engine.request import Completions, Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs import incremental, job
 from batchinfer.jobs.cli.run import job_of

@@ -10,7 +10,7 @@ import pytest
 import stub_jobs
 from stub_jobs import ENGINES, STUB, counts, expected, limit, prompts, recount, spec, write
 
-from batchinfer.engine.request import SamplingParams
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused
 from batchinfer.jobs.job import run
 from batchinfer.jobs.results.run_folder import RunFolder

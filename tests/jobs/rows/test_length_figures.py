@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from batchinfer.engine.request import Requests, SamplingParams
+from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.rows.length_figures import JobPlan
 from batchinfer.jobs.rows.token_file import StoredRequests
 

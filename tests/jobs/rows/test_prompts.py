@@ -14,7 +14,8 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from batchinfer.engine.request import Requests, RowError, SamplingParams
+from batchinfer.engine.request import Requests, RowError
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.rows import prompts
 from batchinfer.jobs.rows.prompts import PromptSource

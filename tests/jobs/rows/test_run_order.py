@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stub_jobs import make_model, spec, write
 
-from batchinfer.engine.request import Requests, RowError, SamplingParams
+from batchinfer.engine.request import Requests, RowError
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.preflight import preflight
 from batchinfer.jobs.rows.duplicates import Followers, leaders
 from batchinfer.jobs.rows.length_figures import JobPlan

@@ -69,7 +69,7 @@ def test_another_delimiter_than_the_file_has_is_told_by_its_columns(tmp_path: Pa
 
 @pytest.mark.parametrize(("text", "delimiter"), [(";", ";"), ("|", "|"), (r"\t", "\t"), ("\t", "\t"), ("\\", "\\")])
 def test_what_is_a_delimiter(text: str, delimiter: str) -> None:
-    assert delimiter_of(text) == delimiter
+    assert delimiter_of("--csv-delimiter", text) == delimiter
     arguments = ["in.csv", "-o", "out.jsonl", "--model", "m", "--csv-delimiter", text]
     assert job_of(arguments).csv_delimiter == delimiter
 
@@ -77,7 +77,7 @@ def test_what_is_a_delimiter(text: str, delimiter: str) -> None:
 @pytest.mark.parametrize("text", ["", ";;", '"', "'", "\r", "\n", r"\n", "é", "\u3001"])
 def test_what_is_no_delimiter_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"^--csv-delimiter is .*; give one ASCII character that is no quote"):
-        delimiter_of(text)
+        delimiter_of("--csv-delimiter", text)
 
 
 @pytest.fixture
