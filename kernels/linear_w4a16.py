@@ -51,7 +51,7 @@ class LinearW4A16:
             )
         self.bias = bias_N
         available = ("reference", "cpu") if vectorized() else ("reference",)
-        self.path = dispatch.choose("linear_w4a16", available)
+        self.path = dispatch.choose(available)
         if self.path == "cpu":
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values_NK.to(torch.int32).add_(8), 1)
             # [G, N, 2]: a weight is (number - 8) * first + second

@@ -26,7 +26,6 @@ from batchinfer.engine.transfer import Sampled
 from batchinfer.engine.verified import Gains
 from batchinfer.host import allocator
 from batchinfer.host.memory import peak_memory_bytes
-from batchinfer.kernels import dispatch
 from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig, read_model_config
@@ -72,7 +71,8 @@ class Engine:
                 f"what else runs on {config.device}"
             ) from error
         self._stats = EngineStats(device=self.runner.device_name, notes=self.runner.notes)
-        a_token = sum(runner.bytes_per_token for runner in (self.runner, draft_runner) if runner is not None)
+        self._runners = [runner for runner in (draft_runner, self.runner) if runner is not None]
+        a_token = sum(runner.bytes_per_token for runner in self._runners)
         blocks, note = pool_blocks(config, a_token, self.runner.kv_dtype, room)
         self._stats.notes += [note] if note else []
         self.runner.allocate(blocks, config.block_size)
@@ -196,7 +196,7 @@ class Engine:
         stats.kv_cache_bytes = self.runner.kv_cache_bytes
         stats.peak_memory_bytes = peak_memory_bytes()
         stats.peak_device_bytes = self.runner.peak_device_bytes
-        stats.kernels = dict(dispatch.chosen)
+        stats.kernels = {op: path for runner in self._runners for op, path in runner.backend.kernels.items()}
         return stats
 
     def _scheduler(

@@ -171,8 +171,9 @@ def measure_peak(scheme: QuantScheme, dtype: torch.dtype, backend: Backend, seco
     At 512 x 4096 x 2048 on the CPU, and 4096 x 4096 x 4096 on a GPU.
     """
     m, n, k = (512, 4096, 2048) if backend.device.type == "cpu" else (4096, 4096, 4096)
-    weight = torch.randn(n, k, device=backend.device)
-    x = torch.randn(m, k, device=backend.device)
+    noise = torch.Generator(backend.device).manual_seed(0)
+    weight = torch.randn(n, k, device=backend.device, generator=noise)
+    x = torch.randn(m, k, device=backend.device, generator=noise)
     if scheme.quantized:
         kind = torch.float8_e4m3fn if scheme.activations == "fp8" else torch.int8
         product: Product = backend.linear_w8a8(*quantize_channels(weight, kind), out=dtype)

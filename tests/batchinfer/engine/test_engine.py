@@ -213,6 +213,16 @@ def test_stats_count_what_was_done(make_model: Callable[..., Path]) -> None:
     assert "linear_w8a8" in stats.kernels
 
 
+@pytest.mark.parametrize("path", ["cpu", "reference"])
+def test_engines_side_by_side_tell_their_own_kernels(
+    make_model: Callable[..., Path], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATCHINFER_KERNELS", path)
+    model = make_model("llama")
+    plain, quantized = engine_of(model), engine_of(model, quantization="w8a8-int8")
+    assert (plain.stats().kernels, quantized.stats().kernels) == ({}, {"linear_w8a8": path})
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
