@@ -6,10 +6,7 @@ from torch.nn import functional as F
 
 from batchinfer.kernels import dispatch
 from batchinfer.kernels.grain import MIN_ROWS
-from batchinfer.kernels.processor import keep_bits
 from batchinfer.kernels.rows import Rows
-
-keep_bits()
 
 GROUPS = (256, 128, 64, 32)
 """Columns that may share a scale, the largest first."""

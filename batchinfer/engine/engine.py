@@ -1,6 +1,5 @@
 """`Engine`: requests in, completions out. Schedule, launch, update."""
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.transfer import Sampled
 from batchinfer.engine.verified import Gains
-from batchinfer.host import allocator
 from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.models.batch import Batch
@@ -52,15 +50,12 @@ class Engine:
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
         """Load the model. A `ValueError` says which setting, field or tensor does not fit."""
         started = time.perf_counter()
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
         model = read_model_config(config.model)
         _check(config, model, tokenizer)
         self.tokenizer = tokenizer
-        allocator.return_freed_memory()
         try:
             self.runner = ModelRunner(config, model)
             draft_runner = load_draft_model(config)
-            allocator.keep_freed_memory()
             room = self._room(config).limited(config.kv_cache_memory_bytes)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -171,6 +166,13 @@ class Engine:
         self._count(batch, seconds)
         self._settled = now
         return completions
+
+    def drop(self) -> None:
+        """Forget all rows, those that wait and those that run, after an error or an interruption too."""
+        for step in self.steps:
+            step.sampled.wait()
+        self.steps.clear()
+        self.scheduler.drop()
 
     def generate(self, requests: Requests) -> Iterator[Completions]:
         """Run requests to the end; completions as they come."""

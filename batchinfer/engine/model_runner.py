@@ -19,6 +19,7 @@ from batchinfer.kernels.backend import Backend, Product
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
 from batchinfer.kernels.kv_cache import KV_DTYPES, MOST
+from batchinfer.kernels.processor import bits_are_kept
 from batchinfer.kernels.rows import Rows
 from batchinfer.models import gguf_folder
 from batchinfer.models.batch import Batch
@@ -28,6 +29,11 @@ from batchinfer.models.loader import load_decoder
 from batchinfer.models.weights import RandomWeights, SafetensorsWeights, WeightSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+BITS_NOT_KEPT = (
+    "MKL is not in its strict mode, so that a row's bits may depend on the rows beside it: start Python with "
+    "MKL_CBWR=AUTO,STRICT to keep them"
+)
 
 
 class ModelRunner:
@@ -50,6 +56,8 @@ class ModelRunner:
         self.decoder = loaded.decoder
         self.kv_dtype = _kv_dtype(config.kv_cache_dtype, self.decoder.stream, self.backend)
         self.notes: list[str] = []
+        if isinstance(self.backend, CpuBackend) and not bits_are_kept():
+            self.notes.append(BITS_NOT_KEPT)
         if weights.stored_as is not None:
             held = _held(self.scheme, self.dtype, path if loaded.four_bits else None)
             self.notes.append(f"the checkpoint is {weights.stored_as}: {held}")
