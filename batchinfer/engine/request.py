@@ -6,6 +6,7 @@ Free of torch: the parent process of a job imports this module.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from numbers import Integral, Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,8 @@ MAX_STOP_STRINGS = 64
 class SamplingParams:
     """How tokens are chosen and when a row ends.
 
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. A `ValueError` names field, value and bound.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `stop` may be given as any collection of
+    strings. A `ValueError` names field, value and bound.
     """
 
     max_tokens: int = 256
@@ -29,11 +31,19 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind, wanted in (
+            *(("max_tokens", Integral, "a whole number"), ("top_k", Integral, "a whole number")),
+            *((name, Real, "a number") for name in ("temperature", "top_p", "min_p")),
+        ):
+            _check(name, repr(getattr(self, name)), isinstance(getattr(self, name), kind), wanted)
         _check("max_tokens", self.max_tokens, 1 <= self.max_tokens < 2**31, "from 1 to 2147483647")
         _check("temperature", self.temperature, 0.0 <= self.temperature <= 100.0, "from 0 to 100")
         _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (off) or more")
         _check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0 and at most 1 (off)")
         _check("min_p", self.min_p, 0.0 <= self.min_p < 1.0, "from 0 (off) to below 1")
+        _check("stop", repr(self.stop), not isinstance(self.stop, str), "a list of strings: one text goes in brackets")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        _check("stop", repr(self.stop), all(isinstance(text, str) for text in self.stop), "a list of strings")
         _check("stop", f"{len(self.stop)} strings", len(self.stop) <= MAX_STOP_STRINGS, f"at most {MAX_STOP_STRINGS}")
         _check("stop", "an empty string", all(self.stop), "strings of one character or more")
 

@@ -14,9 +14,9 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from batchinfer.engine import prompts
 from batchinfer.engine.request import Requests, RowError, SamplingParams
 from batchinfer.errors import Refused, UsageError
-from batchinfer.jobs.rows import prompts
 from batchinfer.jobs.rows.prompts import PromptSource
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.table import Table
