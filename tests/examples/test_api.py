@@ -11,7 +11,11 @@ EXAMPLE = ROOT / "examples" / "api" / "complete.py"
 def test_the_example_completes_its_prompts() -> None:
     done = subprocess.run([sys.executable, EXAMPLE], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for beginning in ("def is_even(n):\n    return ", "def exists(path):\n", "class Stack:\n    def push(self, item):\n"):
+    for beginning in (
+        "def is_even(n):\n    return ",
+        "def exists(path):\n",
+        "class Stack:\n    def push(self, item):\n",
+    ):
         assert beginning in done.stdout
     assert "prompt 0:" not in done.stdout
 

@@ -31,6 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
 }
 
+PLAIN = SamplingParams(max_tokens=8, ignore_eos=True)
+
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_text_is_that_of_transformers(make_model: Callable[..., Path], variant: str) -> None:
@@ -198,6 +200,27 @@ def test_values_that_are_not_finite_end_as_an_error_and_spoil_no_other_row(make_
     assert errors[3].code == "not_finite"
     assert len(clean) > 6
     assert all(poisoned[row] == done for row, done in clean.items() if row != 3)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 12])
+def test_rows_that_are_dropped_leave_nothing_behind(make_model: Callable[..., Path], steps: int) -> None:
+    """Neither places nor blocks, nor values that are not finite: nobody has looked at what they computed."""
+    model = make_model("qwen3")
+    common = prompts_of(1, 200)[0]
+    requests = Requests.of([*prompts_of(8, 300), *(common + prompt for prompt in prompts_of(8, 100))], PLAIN)
+    expected = tokens(engine_of(model), requests)
+    engine = engine_of(model, max_num_seqs=6, max_num_batched_tokens=64)
+    engine.add(requests)
+    for _ in range(steps):
+        engine.step()
+    assert engine.scheduler.prefilling and engine.unfinished
+    used = np.unique(np.concatenate([engine.table.blocks[place] for place in np.flatnonzero(engine.table.active)]))
+    for cache in engine.runner.caches:
+        cache.key[used[used > 0]] = float("nan")
+    engine.drop()
+    assert not engine.unfinished
+    engine.scheduler.manager.check_integrity()
+    assert tokens(engine, requests) == expected
 
 
 def test_stats_count_what_was_done(make_model: Callable[..., Path]) -> None:
