@@ -220,6 +220,7 @@ def test_rows_that_are_dropped_leave_nothing_behind(make_model: Callable[..., Pa
     engine.drop()
     assert not engine.unfinished
     engine.scheduler.manager.check_integrity()
+    assert tokens(engine, requests.take(np.array([0]))) == {0: expected[0]}
     assert tokens(engine, requests) == expected
 
 
