@@ -4,6 +4,7 @@ import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 _HERE = Path(__file__).parent
 _VERSION = _HERE / "version.txt"  # written where batchinfer is built or installed, and in no commit
@@ -24,3 +25,17 @@ class _FolderBeside:
 
 if (_HERE.parent / "pyproject.toml").is_file() and not (_HERE / "kernels").exists():
     sys.meta_path.append(_FolderBeside)
+
+if TYPE_CHECKING:
+    from batchinfer.engine.sampling_params import SamplingParams as SamplingParams
+    from batchinfer.llm import LLM as LLM
+    from batchinfer.llm import Completion as Completion
+
+
+def __getattr__(name: str) -> Any:
+    """`LLM`, `SamplingParams` and `Completion` are loaded when they are asked for: with them comes torch."""
+    if name not in ("LLM", "SamplingParams", "Completion"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from batchinfer import llm
+
+    return getattr(llm, name)

@@ -69,7 +69,7 @@ def run_engine(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from batchinfer.engine.config import EngineConfig
-    from batchinfer.engine.engine import Engine
+    from batchinfer.engine.own_engine import own_engine
     from batchinfer.engine.request import Requests
     from batchinfer.engine.sampling_params import SamplingParams
     from batchinfer.text.tokenizer import Tokenizer
@@ -81,7 +81,7 @@ def run_engine(model: Path, settings: dict[str, Any]) -> dict[str, Any]:
     most = PROMPT + NEW
     pool = max(ROWS) * -(-most // 32) * 32  # whole blocks for each row, or they would not all run side by side
     config = EngineConfig(model, dtype="bfloat16", max_model_len=most, kv_cache_tokens=pool, **settings)
-    engine = Engine(config, Numbers())
+    engine = own_engine(config, Numbers())
     rng, params = np.random.default_rng(0), SamplingParams(max_tokens=NEW, ignore_eos=True)
 
     def answer(rows: int) -> tuple[float, float]:

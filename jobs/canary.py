@@ -20,7 +20,6 @@ from batchinfer.jobs.log import printable, say
 from batchinfer.jobs.process.interruption import Interruption
 from batchinfer.jobs.process.messages import Fault, Found
 from batchinfer.jobs.process.worker import Worker
-from batchinfer.jobs.results.collector import before_stop
 from batchinfer.jobs.rows.length_figures import JobPlan
 from batchinfer.jobs.rows.token_file import StoredRequests
 from batchinfer.jobs.rows.windows import Prompts
@@ -28,6 +27,7 @@ from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.table import Table
 from batchinfer.models.gguf_folder import WEIGHTS
 from batchinfer.models.hub import read_config, resolve_model
+from batchinfer.text.stop import before_stop
 from batchinfer.text.tokenizer import Tokenizer
 
 POLL_SECONDS = 0.2
@@ -180,7 +180,7 @@ def same_beginning(ours: list[int], theirs: list[int]) -> float:
 
 def compare(pipe: Any, comparison: Comparison) -> None:
     """The child's life: both engines at once, row by row."""
-    from batchinfer.engine.engine import Engine
+    from batchinfer.engine.own_engine import own_engine
     from batchinfer.quality.evaluator import answers, check_vocabularies, distance_along
 
     started = time.monotonic()
@@ -190,7 +190,7 @@ def compare(pipe: Any, comparison: Comparison) -> None:
     try:
         tokenizer = Tokenizer.load(comparison.config.model, comparison.tokenizer)
         engine, reference = (
-            Engine(replace(config, kv_cache_tokens=tokens), tokenizer)
+            own_engine(replace(config, kv_cache_tokens=tokens), tokenizer)
             for config in (comparison.config, comparison.reference)
         )
         check_vocabularies(engine.runner, reference.runner)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from batchinfer.cost.step_cost import DeviceCost
 from batchinfer.errors import Refused
+from batchinfer.host import allocator
 from batchinfer.host.device import device_of, has_gpu
+from batchinfer.host.own_process import own_process
 from batchinfer.jobs.log import printable, say
 from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost, write_device_cost
 from batchinfer.jobs.report import versions
@@ -27,6 +29,8 @@ def examine(device: str, calibrate: bool) -> str:
     if calibrate:
         from batchinfer.cost.calibrate import measure
 
+        own_process()
+        allocator.keep_freed_memory()
         say(f"measuring {key.device}; figures are too low where other programs run meanwhile")
         try:
             write_device_cost(key, measure(found, say))

@@ -163,7 +163,7 @@ def _context(model: Path, asked: int | None) -> int:
 def engine_for_windows(model: Path, quantization: str, context: int, tokenizer: Tokenizer) -> "Engine":
     """An engine that takes a window of `context` tokens in one step. A `ValueError` names what does not fit."""
     from batchinfer.engine.config import EngineConfig
-    from batchinfer.engine.engine import Engine
+    from batchinfer.engine.own_engine import own_engine
 
     config = EngineConfig(
         model,
@@ -174,7 +174,7 @@ def engine_for_windows(model: Path, quantization: str, context: int, tokenizer: 
         kv_cache_tokens=context + 1,
         expected_batch=context,
     )
-    return Engine(config, tokenizer)
+    return own_engine(config, tokenizer)
 
 
 def windows_of(

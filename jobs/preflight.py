@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from batchinfer.engine.config import EngineConfig, Speculation
+from batchinfer.engine.config import EngineConfig
+from batchinfer.engine.drafts.draft_folder import resolve_draft_model
 from batchinfer.errors import Refused
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.jobs.fingerprints import fingerprints
@@ -47,7 +48,9 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
     config = _engine_config(spec, model, table.num_rows)
     tokenizer = _load_tokenizer(model, tokenizer_folder)
-    config = replace(config, speculation=_speculation(spec, tokenizer, config.max_model_len))
+    named = spec.tokenizer or spec.model
+    speculation = resolve_draft_model(spec.speculation, named, tokenizer, config.max_model_len)
+    config = replace(config, speculation=speculation)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
     if spec.id_column is not None:
         check_ids(whole, spec.id_column)
@@ -100,33 +103,3 @@ def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
         "expected_batch": max_num_seqs if spec.incremental else min(max_num_seqs, rows * spec.computed_samples),
     }
     return EngineConfig(**given | resolved)
-
-
-def _speculation(spec: JobSpec, tokenizer: Tokenizer, max_model_len: int) -> Speculation:
-    """The job's, with the draft model's directory. Raises `Refused` where its tokens are others, or too few."""
-    speculation = spec.speculation
-    if speculation.model is None:
-        return speculation
-    name = f"draft model {speculation.model}"
-    folder = resolve_model(str(speculation.model), None)
-    try:
-        drafts = Tokenizer.load(folder)
-    except ValueError as error:
-        raise Refused(f"{name}: {error}") from error
-    if drafts.vocabulary != tokenizer.vocabulary:
-        raise Refused(
-            f"{name} has another tokenizer than {spec.tokenizer or spec.model}; the two must have the same tokens with "
-            "the same ids: take a smaller model of the same family, or leave it out"
-        )
-    config = read_config(folder)
-    size, length = config.get("vocab_size"), config.get("max_position_embeddings")
-    if type(size) is int and size < tokenizer.vocab_size:  # what is no number the engine refuses
-        raise Refused(
-            f"{name} has vocab_size {size}, but its tokenizer has {tokenizer.vocab_size} tokens; leave it out"
-        )
-    if type(length) is int and length < max_model_len:
-        raise Refused(
-            f"{name} takes {length} tokens of prompt and answer, and the job up to {max_model_len}; give "
-            f"--max-model-len {length}, or another draft model"
-        )
-    return replace(speculation, model=folder)

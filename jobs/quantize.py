@@ -12,6 +12,7 @@ from tqdm import tqdm
 import batchinfer.quantize
 from batchinfer.errors import Interrupted, Refused, UsageError
 from batchinfer.host.memory import peak_memory_bytes
+from batchinfer.host.own_process import own_process
 from batchinfer.jobs.calibration_rows import TokenIds, calibration_sequences
 from batchinfer.jobs.flag_values import read_job_file
 from batchinfer.jobs.process.interruption import Interruption
@@ -112,6 +113,7 @@ def quantize(
     if model.endswith(".gguf"):
         raise Refused(f"model {model} is a GGUF file, quantized for good; take the checkpoint that it was made from")
     source = resolve_model(model, revision)
+    own_process()
     started = time.monotonic()
     try:
         sequences = _sequences(source, rows) if way.calibrated else None

@@ -15,9 +15,6 @@ from torch.nn import functional as F
 
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.kv_cache import KVCache
-from batchinfer.kernels.processor import keep_bits
-
-keep_bits()
 
 LEAST_ROWS = 4
 """Below this many rows batched products take other kernels (other sums); from here up a row's bits stay the same."""

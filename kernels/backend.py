@@ -48,6 +48,7 @@ class Backend(Protocol):
 
     device: torch.device
     eight_bits: frozenset[str]  # int8, fp8: kinds of 8-bit rows that it multiplies
+    kernels: dict[str, str]  # operation -> the path taken, of what this backend has made so far; for the report
 
     def stream(self, dtype: torch.dtype, quantized: bool) -> torch.dtype:
         """The type of the residual stream, of a model in `dtype` whose matrices may be quantized."""

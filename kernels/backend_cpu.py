@@ -21,6 +21,9 @@ class CpuBackend:
     device = torch.device("cpu")
     eight_bits = frozenset({"int8"})
 
+    def __init__(self) -> None:
+        self.kernels: dict[str, str] = {}
+
     def stream(self, dtype: torch.dtype, quantized: bool) -> torch.dtype:
         return torch.float32 if quantized else dtype
 
@@ -31,12 +34,16 @@ class CpuBackend:
         self, values_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, out: torch.dtype = torch.float32
     ) -> Product:
         """`out` is float32: the scales of rows stay apart, so that rounding here would be rounding twice."""
-        return LinearW8A8(values_NK, scale_N, None if bias_N is None else bias_N.float())
+        product = LinearW8A8(values_NK, scale_N, None if bias_N is None else bias_N.float())
+        self.kernels["linear_w8a8"] = product.path
+        return product
 
     def linear_w4a16(
         self, values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype
     ) -> Product:
-        return LinearW4A16(values_NK, scale_NG, zero_point_NG, bias_N)
+        product = LinearW4A16(values_NK, scale_NG, zero_point_NG, bias_N)
+        self.kernels["linear_w4a16"] = product.path
+        return product
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
         if y is not None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from batchinfer.kernels import activation_triton, dispatch, norm_triton, rows_triton
+from batchinfer.kernels import activation_triton, norm_triton, rows_triton
 from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.attention_triton import paged_attention
 from batchinfer.kernels.backend import AttentionBatch, Product
@@ -23,7 +23,7 @@ class TritonBackend:
 
     def __init__(self, device: torch.device, deterministic: bool) -> None:
         self.device, self.deterministic = device, deterministic
-        dispatch.chosen.update(dict.fromkeys(("norm", "activation", "kv_cache", "attention", "sampling"), "triton"))
+        self.kernels = dict.fromkeys(("norm", "activation", "kv_cache", "attention", "sampling"), "triton")
         self.processors, has_fp8 = PROCESSORS_INTERPRETED, True
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
@@ -34,18 +34,25 @@ class TritonBackend:
         return dtype
 
     def linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> Product:
-        return DenseProduct(weight_NK, bias_N, self.deterministic)
+        product = DenseProduct(weight_NK, bias_N, self.deterministic)
+        self.kernels["linear"] = product.path
+        return product
 
     def linear_w8a8(
         self, values_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, out: torch.dtype = torch.float32
     ) -> Product:
-        return EightBitProduct(values_NK, scale_N, bias_N, out, self.deterministic)
+        product = EightBitProduct(values_NK, scale_N, bias_N, out, self.deterministic)
+        kind = "int8" if values_NK.dtype == torch.int8 else "fp8"
+        self.kernels[f"linear_w8a8 ({kind})"] = product.path
+        return product
 
     def linear_w4a16(
         self, values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype
     ) -> Product:
         zero_point = zero_point_NG if bool(zero_point_NG.any()) else None
-        return FourBitProduct(values_NK, scale_NG, zero_point, bias_N, dtype, self.processors, self.deterministic)
+        product = FourBitProduct(values_NK, scale_NG, zero_point, bias_N, dtype, self.processors, self.deterministic)
+        self.kernels["linear_w4a16"] = product.path
+        return product
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
         return norm_triton.add_norm(x_MD, None if y is None else y.values, weight_D, eps, _out(takes, x_MD))

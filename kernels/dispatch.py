@@ -3,8 +3,6 @@
 import os
 
 PATHS = ("reference", "cpu", "triton")
-chosen: dict[str, str] = {}
-"""What was chosen in this process, by operation: the report prints it."""
 
 
 def wanted() -> str:
@@ -15,12 +13,10 @@ def wanted() -> str:
     return name
 
 
-def choose(op: str, available: tuple[str, ...]) -> str:
-    """The path for `op` on the CPU, out of the `available` ones, which always hold "reference".
+def choose(available: tuple[str, ...]) -> str:
+    """The path on the CPU, out of those that an operation has `available`: always "reference", perhaps "cpu".
 
     `BATCHINFER_KERNELS=auto` (the default) takes the processor's own path if there is one. Naming a path forces it; the
     plain reference is the processor's path of operations that have no faster one.
     """
-    path = "reference" if wanted() == "reference" or "cpu" not in available else "cpu"
-    chosen[op] = path
-    return path
+    return "reference" if wanted() == "reference" or "cpu" not in available else "cpu"

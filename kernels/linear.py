@@ -5,10 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchinfer.kernels.grain import MIN_ROWS
-from batchinfer.kernels.processor import keep_bits, least_rows_in_bfloat16
+from batchinfer.kernels.processor import least_rows_in_bfloat16
 from batchinfer.kernels.rows import Rows
-
-keep_bits()
 
 
 class Linear:

@@ -6,10 +6,7 @@ from torch.nn import functional as F
 
 from batchinfer.kernels import dispatch
 from batchinfer.kernels.grain import MIN_ROWS
-from batchinfer.kernels.processor import keep_bits
 from batchinfer.kernels.rows import Rows
-
-keep_bits()
 
 GROUPS = (256, 128, 64, 32)
 """Columns that may share a scale, the largest first."""
@@ -51,7 +48,7 @@ class LinearW4A16:
             )
         self.bias = bias_N
         available = ("reference", "cpu") if vectorized() else ("reference",)
-        self.path = dispatch.choose("linear_w4a16", available)
+        self.path = dispatch.choose(available)
         if self.path == "cpu":
             self.weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values_NK.to(torch.int32).add_(8), 1)
             # [G, N, 2]: a weight is (number - 8) * first + second

@@ -26,7 +26,7 @@ class LinearW8A8:
         self.scale = scale_N
         self.bias = bias_N
         available = ("reference", "cpu") if "x86" in torch.backends.quantized.supported_engines else ("reference",)
-        self.path = dispatch.choose("linear_w8a8", available)
+        self.path = dispatch.choose(available)
         if self.path == "cpu":
             self.weight = torch.ops.onednn.qlinear_prepack(weight_NK, None)
             self.zero_points = torch.zeros(self.shape[0], dtype=torch.int64)

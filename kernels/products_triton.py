@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchinfer.kernels import dispatch
 from batchinfer.kernels.four_bits_triton import repack
 from batchinfer.kernels.linear_triton import linear
 from batchinfer.kernels.linear_w4a16_triton import linear_w4a16
@@ -24,7 +23,7 @@ class DenseProduct:
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, deterministic: bool) -> None:
         self.weight, self.bias, self.deterministic = weight_NK, bias_N, deterministic
-        dispatch.chosen["linear"] = "triton, one tile" if deterministic else "torch"
+        self.path = "triton, one tile" if deterministic else "torch"
 
     @property
     def takes(self) -> torch.dtype:
@@ -56,8 +55,7 @@ class EightBitProduct:
         self.weight, self.scale, self.bias, self.out = values_NK.contiguous(), scale_N, bias_N, out
         self.deterministic = deterministic
         self.by_library = not deterministic and _library_takes(values_NK, out)
-        name = "int8" if values_NK.dtype == torch.int8 else "fp8"
-        dispatch.chosen[f"linear_w8a8 ({name})"] = "torch" if self.by_library else "triton"
+        self.path = "torch" if self.by_library else "triton"
 
     @property
     def takes(self) -> torch.dtype:
@@ -83,6 +81,7 @@ class FourBitProduct:
     """Floating-point rows, and weights that are read in 4 bits."""
 
     row_grain = 1
+    path = "triton"
 
     def __init__(
         self,
@@ -96,7 +95,6 @@ class FourBitProduct:
     ) -> None:
         self.weight = repack(values_NK, scale_NG, zero_point_NG, dtype)
         self.bias, self.takes, self.processors, self.deterministic = bias_N, dtype, processors, deterministic
-        dispatch.chosen["linear_w4a16"] = "triton"
 
     @property
     def operations_per_row(self) -> int:

@@ -29,7 +29,6 @@ from batchinfer import __version__
 from batchinfer.formats.compressed_tensors_writer import quantization_config, stored_tensors
 from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.scheme import WeightScheme
-from batchinfer.host import allocator
 from batchinfer.host.files import write_checksums
 from batchinfer.models.config import read_model_config
 from batchinfer.models.layer import LAYERS
@@ -125,7 +124,6 @@ class Quantizer:
     @torch.inference_mode()
     def run(self) -> Iterator[LayerReport]:
         """Quantize layer by layer; what is there already is only counted. After the last, `finish()`."""
-        allocator.return_freed_memory()
         layers = self.config.layers
         names: dict[int, list[str]] = {i: [] for i in range(-1, len(layers))}
         for name in self.weights.names():

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from batchinfer.host.own_process import own_process
+
 # A worker has a core of its own: torch takes as many threads as it sees cores, and threads of two workers on one core
 # wait for each other at every barrier.
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
@@ -15,6 +17,9 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
 
 # Triton reads it when it is imported, by whichever test is first: its kernels run in the interpreter, on the CPU.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Tests compare bits.
+own_process()
 
 SHAPE = {
     "vocab_size": 320,

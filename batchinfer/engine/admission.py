@@ -53,10 +53,12 @@ class Admission:
             self._waiting.append((requests, alike, 0))
             self.waiting_rows += len(requests)
 
-    def drop_waiting(self) -> None:
-        """Forget the rows that wait."""
+    def drop(self) -> None:
+        """Forget all rows, those that wait and those that run; whether what these computed is finite is not known."""
         self._waiting.clear()
         self._preempted.clear()
+        for place in np.flatnonzero(self._table.active).tolist():
+            self.finish(place, spoiled=True)
         self.wiped.append(self._tree.drop())
         self.waiting_rows, self.admitted = 0, []
 

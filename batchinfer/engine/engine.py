@@ -1,6 +1,5 @@
 """`Engine`: requests in, completions out. Schedule, launch, update."""
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -25,9 +24,7 @@ from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.transfer import Sampled
 from batchinfer.engine.verified import Gains
-from batchinfer.host import allocator
 from batchinfer.host.memory import peak_memory_bytes
-from batchinfer.kernels import dispatch
 from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig, read_model_config
@@ -54,15 +51,12 @@ class Engine:
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
         """Load the model. A `ValueError` says which setting, field or tensor does not fit."""
         started = time.perf_counter()
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
         model = read_model_config(config.model)
         _check(config, model, tokenizer)
         self.tokenizer = tokenizer
-        allocator.return_freed_memory()
         try:
             self.runner = ModelRunner(config, model)
             draft_runner = load_draft_model(config)
-            allocator.keep_freed_memory()
             room = self._room(config).limited(config.kv_cache_memory_bytes)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -73,7 +67,8 @@ class Engine:
                 f"what else runs on {config.device}"
             ) from error
         self._stats = EngineStats(device=self.runner.device_name, notes=self.runner.notes)
-        a_token = sum(runner.bytes_per_token for runner in (self.runner, draft_runner) if runner is not None)
+        self._runners = [runner for runner in (draft_runner, self.runner) if runner is not None]
+        a_token = sum(runner.bytes_per_token for runner in self._runners)
         blocks, note = pool_blocks(config, a_token, self.runner.kv_dtype, room)
         self._stats.notes += [note] if note else []
         self.runner.allocate(blocks, config.block_size)
@@ -173,6 +168,13 @@ class Engine:
         self._settled = now
         return completions
 
+    def drop(self) -> None:
+        """Forget all rows, those that wait and those that run, after an error or an interruption too."""
+        for step in self.steps:
+            step.sampled.wait()
+        self.steps.clear()
+        self.scheduler.drop()
+
     def generate(self, requests: Requests) -> Iterator[Completions]:
         """Run requests to the end; completions as they come."""
         self.add(requests)
@@ -197,7 +199,7 @@ class Engine:
         stats.kv_cache_bytes = self.runner.kv_cache_bytes
         stats.peak_memory_bytes = peak_memory_bytes()
         stats.peak_device_bytes = self.runner.peak_device_bytes
-        stats.kernels = dict(dispatch.chosen)
+        stats.kernels = {op: path for runner in self._runners for op, path in runner.backend.kernels.items()}
         return stats
 
     def _scheduler(

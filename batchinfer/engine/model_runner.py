@@ -19,6 +19,7 @@ from batchinfer.kernels.backend import Backend, Product
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
 from batchinfer.kernels.kv_cache import KV_DTYPES, MOST
+from batchinfer.kernels.processor import bits_are_kept
 from batchinfer.kernels.rows import Rows
 from batchinfer.models import gguf_folder
 from batchinfer.models.batch import Batch
@@ -28,6 +29,11 @@ from batchinfer.models.loader import load_decoder
 from batchinfer.models.weights import RandomWeights, SafetensorsWeights, WeightSource
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+BITS_NOT_KEPT = (
+    "MKL is not in its strict mode, so that a row's bits may depend on the rows beside it: start Python with "
+    "MKL_CBWR=AUTO,STRICT to keep them"
+)
 
 
 class ModelRunner:
@@ -50,6 +56,8 @@ class ModelRunner:
         self.decoder = loaded.decoder
         self.kv_dtype = _kv_dtype(config.kv_cache_dtype, self.decoder.stream, self.backend)
         self.notes: list[str] = []
+        if isinstance(self.backend, CpuBackend) and not bits_are_kept():
+            self.notes.append(BITS_NOT_KEPT)
         if weights.stored_as is not None:
             held = _held(self.scheme, self.dtype, path if loaded.four_bits else None)
             self.notes.append(f"the checkpoint is {weights.stored_as}: {held}")
@@ -172,8 +180,9 @@ def measure_peak(scheme: QuantScheme, dtype: torch.dtype, backend: Backend, seco
     At 512 x 4096 x 2048 on the CPU, and 4096 x 4096 x 4096 on a GPU.
     """
     m, n, k = (512, 4096, 2048) if backend.device.type == "cpu" else (4096, 4096, 4096)
-    weight = torch.randn(n, k, device=backend.device)
-    x = torch.randn(m, k, device=backend.device)
+    noise = torch.Generator(backend.device).manual_seed(0)
+    weight = torch.randn(n, k, device=backend.device, generator=noise)
+    x = torch.randn(m, k, device=backend.device, generator=noise)
     if scheme.quantized:
         kind = torch.float8_e4m3fn if scheme.activations == "fp8" else torch.int8
         product: Product = backend.linear_w8a8(*quantize_channels(weight, kind), out=dtype)

@@ -1,6 +1,7 @@
 """`SamplingParams`: how tokens are chosen. Free of numpy, for the command line reads its flags from here."""
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Annotated
 
 from batchinfer.flag import Flag, problems
@@ -13,7 +14,8 @@ MAX_INT32 = 2**31 - 1
 class SamplingParams:
     """How tokens are chosen and when a row ends.
 
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. A `ValueError` names field, value and bound.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `stop` may be any collection of strings. A
+    `ValueError` names field, value and bound.
     """
 
     max_tokens: Annotated[
@@ -57,9 +59,23 @@ class SamplingParams:
     ] = False
 
     def __post_init__(self) -> None:
+        for name in ("max_tokens", "top_k"):
+            self._check_kind(name, Integral, "a whole number")
+        for name in ("temperature", "top_p", "min_p"):
+            self._check_kind(name, Real, "a number")
+        if isinstance(self.stop, str):
+            raise ValueError(f"stop is {self.stop!r}; it must be a list of strings: one text goes in brackets")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        if not all(isinstance(text, str) for text in self.stop):
+            raise ValueError(f"stop is {self.stop!r}; it must be a list of strings")
         for flag, problem in problems(self):
             raise ValueError(f"{flag.name} {problem}")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise ValueError(f"stop is {len(self.stop)} strings; it must be at most {MAX_STOP_STRINGS}")
         if not all(self.stop):
             raise ValueError("stop is an empty string; it must be strings of one character or more")
+
+    def _check_kind(self, name: str, kind: type, wanted: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r}; it must be {wanted}")

@@ -237,6 +237,11 @@ class Scheduler:
         table.length[places] += 1
         return Gains(places, np.ones_like(places), finite[running])
 
+    def drop(self) -> None:
+        """Forget all rows, those that wait and those that run."""
+        self.prefilling = []
+        self.admission.drop()
+
     def finish(self, place: int, spoiled: bool = False) -> None:
         """Free a sequence's place and blocks; `spoiled` where what it has computed is not finite."""
         self.admission.finish(place, spoiled)

@@ -13,6 +13,7 @@ from gpu_check.session import Session
 
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.engine import Engine
+from batchinfer.engine.own_engine import own_engine
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.text.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ def engine_of(session: Session, model: Path, **settings: Any) -> Engine:
     """On the session's device."""
     vocab = json.loads((model / "config.json").read_text())["vocab_size"]
     config = EngineConfig(model, device=session.device.type, **settings)
-    return Engine(config, Numbers(vocab))
+    return own_engine(config, Numbers(vocab))
 
 
 def random_prompts(count: int, length: int, vocab: int, seed: int = 0) -> list[list[int]]:
@@ -128,12 +129,7 @@ def drive(session: Session, engine: Engine, requests: Requests, seconds: float) 
 def drop(session: Session, engine: Engine) -> None:
     """Forget all rows that wait or run."""
     session.synchronize()
-    engine.steps.clear()
-    scheduler = engine.scheduler
-    scheduler.prefilling = []
-    scheduler.admission.drop_waiting()
-    for place in np.flatnonzero(engine.table.active).tolist():
-        scheduler.finish(place)
+    engine.drop()
 
 
 def release(session: Session) -> None:

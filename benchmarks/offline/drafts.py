@@ -23,6 +23,7 @@ from workloads import REPOSITORY, TARGET, Rows, Text, Workload, fixed_drafters, 
 
 from batchinfer.engine.config import EngineConfig, EngineStats, Speculation
 from batchinfer.engine.engine import Engine
+from batchinfer.engine.own_engine import own_engine
 from batchinfer.engine.request import Requests
 from batchinfer.text.tokenizer import Tokenizer
 
@@ -100,7 +101,7 @@ def measure(workload: Workload, model: Path, draft: Path | None) -> dict[str, Ru
     ways = {OFF: Speculation("off"), **fixed_drafters(draft), AUTO: Speculation("auto", model=draft)}
     plain = replace(config, speculation=ways[OFF], prefix_sharing=False, learned_admission=False)
     configs = {PLAIN: plain} | {name: replace(config, speculation=way) for name, way in ways.items()}
-    runners = side_by_side({name: Engine(config, tokenizer) for name, config in configs.items()}, requests)
+    runners = side_by_side({name: own_engine(config, tokenizer) for name, config in configs.items()}, requests)
     for name, runner in runners.items():
         if runner.answers != runners[PLAIN].answers:
             raise SystemExit(f"{workload.name}: {name} gives other answers than {PLAIN}")

@@ -14,6 +14,7 @@ from batchinfer.jobs.results.done import Done, completion_tokens, counts
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.results.schema import SAMPLE, SAMPLES, part_schema
 from batchinfer.jobs.spec import JobSpec
+from batchinfer.text.stop import before_stop
 from batchinfer.text.tokenizer import Tokenizer
 
 REASONS = pa.array([reason.name.lower() for reason in FinishReason])
@@ -144,8 +145,3 @@ def answers_of(texts: pa.Array, reasons: NDArray[np.int8], tokens: pa.Array) -> 
     """Columns side by side, as `SAMPLE`; `reasons` are those of `FinishReason`."""
     names = pa.DictionaryArray.from_arrays(pa.array(reasons), REASONS).dictionary_decode()
     return pa.StructArray.from_arrays([texts, names, tokens], fields=list(SAMPLE))
-
-
-def before_stop(text: str, stop: tuple[str, ...]) -> str:
-    """The text before the first stop string in it."""
-    return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]

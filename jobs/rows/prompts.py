@@ -1,12 +1,10 @@
 """Rows of the table to token ids: a column, a template over columns, or messages; and why a row has none."""
 
-import hashlib
 import json
 import operator
 import string
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +13,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from batchinfer.engine.prompts import (
+    BadPrompt,
+    Conversation,
+    Errors,
+    check_messages,
+    encode_chats,
+    keys_by_tokens,
+    requests_that_fit,
+    row_seeds,
+    size_errors,
+)
 from batchinfer.engine.request import Requests, RowError
-from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text, id_bytes
 from batchinfer.jobs.tables.json_lines import places_not_text
 from batchinfer.jobs.tables.table import find_field
 from batchinfer.text.tokenizer import Tokenizer
-
-MAX_PROMPT_BYTES = 4 << 20  # a tokenizer at work takes more than 100 times the memory of its text
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-
-Errors = dict[int, RowError]  # by place in the batch
-Conversation = list[dict[str, Any]]
 
 
 class PromptSource:
@@ -69,34 +71,21 @@ class PromptSource:
         errors: Errors = {}
         if self._spec.messages_column is not None:
             places, conversations = self._conversations(batch, errors)
-            token_ids, offsets = self._encode_chats(places, conversations, errors)
+            token_ids, offsets = encode_chats(self._tokenizer, places, conversations, errors)
         else:
             column = self._templated(batch, errors) if self._spec.prompt_template else self._plain(batch, errors)
             places, texts = _good_texts(column, errors)
             if self._spec.chat:
                 chats = [[*self._system, {"role": "user", "content": text}] for text in texts]
-                token_ids, offsets = self._encode_chats(places, chats, errors)
+                token_ids, offsets = encode_chats(self._tokenizer, places, chats, errors)
             else:
                 token_ids, offsets = self._tokenizer.encode_batch(texts, self._spec.allow_special_tokens)
 
-        lengths = np.diff(offsets)
-        for i in np.flatnonzero(lengths >= self._max_model_len).tolist():
-            errors[int(places[i])] = RowError(
-                "too_long",
-                f"the prompt has {lengths[i]} tokens; it must have at most {self._max_model_len - 1} "
-                f"(max_model_len {self._max_model_len}, one of them for the answer)",
-            )
-        for i in np.flatnonzero(lengths == 0).tolist():
-            errors.setdefault(int(places[i]), RowError("empty_prompt", "the prompt has no tokens"))
-        params, param_index = clip(self._spec.sampling, self._max_model_len - lengths)
-        seeds = np.zeros(len(places), np.uint64)
-        requests = Requests(first_row + places, token_ids, offsets, seeds, params, param_index)
-        good = np.flatnonzero((lengths > 0) & (lengths < self._max_model_len))
-        if len(good) < len(places):
-            requests = requests.take(good)
-        if self._spec.sampling.temperature > 0:
-            requests = replace(requests, seeds=self._seeds(requests, first_row, batch))
-        return requests, {first_row + place: error for place, error in sorted(errors.items())}
+        sampling = self._spec.sampling
+        requests = requests_that_fit(places, token_ids, offsets, sampling, self._max_model_len, errors)
+        seeds = self._seeds(requests, batch) if sampling.temperature > 0 else requests.seeds
+        by_row = {first_row + place: error for place, error in sorted(errors.items())}
+        return replace(requests, rows=first_row + requests.rows, seeds=seeds), by_row
 
     def _plain(self, batch: pa.RecordBatch, errors: Errors) -> pa.Array:
         name = self.columns[0]
@@ -126,8 +115,8 @@ class PromptSource:
         for place, value in zip(candidates.tolist(), values, strict=True):
             try:
                 messages = convert(value)
-                _check_messages(messages)
-            except _BadRow as error:
+                check_messages(messages)
+            except BadPrompt as error:
                 errors[place] = error.row_error
             except UnicodeDecodeError:
                 errors[place] = _invalid_utf8(name)
@@ -137,25 +126,12 @@ class PromptSource:
                 conversations.append([*system, *messages])
         return np.array(places, np.int64), conversations
 
-    def _encode_chats(
-        self, places: NDArray[np.int64], conversations: list[Conversation], errors: Errors
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        token_ids, offsets, failed = self._tokenizer.encode_chats(conversations)
-        for i, message in failed.items():
-            errors[int(places[i])] = RowError("template_error", message)
-        return token_ids, offsets
-
-    def _seeds(self, requests: Requests, first_row: int, batch: pa.RecordBatch) -> NDArray[np.uint64]:
+    def _seeds(self, requests: Requests, batch: pa.RecordBatch) -> NDArray[np.uint64]:
         """By the row's id if there is an id column, else by its token ids: never by its place in the table."""
-        start = f"{self._spec.seed}/0/".encode()  # 0 is the sample's index; those of others come from this one
-        if self._spec.id_column is not None:
-            ids = batch.column(self._spec.id_column).take(pa.array(requests.rows - first_row))
-            keys = [b"id" + value for value in id_bytes(ids)]
-        else:
-            raw, bounds = requests.token_ids.astype("<i4").tobytes(), (4 * requests.offsets).tolist()
-            keys = [b"tokens" + raw[a:b] for a, b in pairwise(bounds)]
-        digests = b"".join(hashlib.blake2b(start + key, digest_size=8).digest() for key in keys)
-        return np.frombuffer(digests, "<u8").astype(np.uint64)
+        if self._spec.id_column is None:
+            return row_seeds(self._spec.seed, keys_by_tokens(requests))
+        ids = batch.column(self._spec.id_column).take(pa.array(requests.rows))
+        return row_seeds(self._spec.seed, (b"id" + value for value in id_bytes(ids)))
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
@@ -175,47 +151,15 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
     return [(literal, name) for literal, name, _, _ in parts]
 
 
-def clip(sampling: SamplingParams, room: NDArray[np.int64]) -> tuple[tuple[SamplingParams, ...], NDArray[np.int32]]:
-    """The job's params, and for rows with room for fewer than `max_tokens` some with that many; with [n] into them."""
-    tight = (room > 0) & (room < sampling.max_tokens)
-    rooms, places = np.unique(room[tight], return_inverse=True)
-    index = np.zeros(len(room), np.int32)
-    index[tight] = 1 + places
-    return (sampling, *(replace(sampling, max_tokens=int(tokens)) for tokens in rooms)), index
-
-
-class _BadRow(Exception):
-    def __init__(self, code: str, message: str) -> None:
-        self.row_error = RowError(code, message)
-
-
-def _check_messages(messages: Any) -> None:
-    if messages is None:
-        raise _BadRow("null_prompt", "the messages are null")
-    if not isinstance(messages, list) or not messages:
-        raise _BadRow("bad_messages", "expected a list of one message or more")
-    size = 0
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict):
-            raise _BadRow("bad_messages", f"message {i} is no object with role and content")
-        if message.get("role") not in ROLES:
-            raise _BadRow("bad_messages", f"message {i} has no role out of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise _BadRow("bad_messages", f"the content of message {i} is no text")
-        size += len(message["content"])
-    if size > MAX_PROMPT_BYTES:
-        raise _BadRow("too_large", f"the messages have {size} characters; at most {MAX_PROMPT_BYTES} are taken")
-
-
 def _parse_json(text: str) -> Any:
     try:
         value = json.loads(text)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise _BadRow("invalid_utf8", "the messages hold half of a surrogate pair") from None
+        raise BadPrompt("invalid_utf8", "the messages hold half of a surrogate pair") from None
     except (ValueError, RecursionError):
-        raise _BadRow("bad_messages", "the messages are not JSON, or nested too deep") from None
+        raise BadPrompt("bad_messages", "the messages are not JSON, or nested too deep") from None
     return value
 
 
@@ -242,11 +186,8 @@ def _text_column(batch: pa.RecordBatch, name: str, errors: Errors) -> pa.Array:
 def _good_texts(column: pa.Array, errors: Errors) -> tuple[NDArray[np.int64], list[str]]:
     """(places, texts) of what is neither null, nor empty, nor too large; errors for the latter two are added."""
     sizes = pc.fill_null(pc.binary_length(column), 0).to_numpy()
-    for place in np.flatnonzero(sizes == 0).tolist():
-        errors.setdefault(place, RowError("empty_prompt", "the prompt is empty"))
-    for place in np.flatnonzero(sizes > MAX_PROMPT_BYTES).tolist():
-        message = f"the prompt has {sizes[place]} bytes; at most {MAX_PROMPT_BYTES} are taken"
-        errors.setdefault(place, RowError("too_large", message))
+    for place, error in size_errors(sizes).items():
+        errors.setdefault(place, error)
     places = np.arange(len(column))
     if errors:
         places = np.delete(places, list(errors))

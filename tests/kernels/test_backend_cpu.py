@@ -96,7 +96,7 @@ def test_w8a8_is_the_exact_integer_product(
     row_scale = 2.0 ** torch.randint(-6, 3, (40, 1)).float()
     added = torch.randint(-5, 6, (n,)).float() if bias else None
     product = LinearW8A8(weight, scale, added)
-    assert product.path == path == dispatch.chosen["linear_w8a8"]
+    assert product.path == path
     exact = ((x.long() - 128) @ weight.t().long()).double() * scale * row_scale + (0 if added is None else added)
     for rows in (1, 7, 40):
         got = product(Rows(x[:rows], row_scale[:rows])).dense()
@@ -145,7 +145,7 @@ def test_w4a16_is_the_product_of_what_the_weights_stand_for(
     weights = four_bits(n, groups * group, group, zero_points)
     added = torch.randn(n).bfloat16() if bias else None
     product = LinearW4A16(*weights, added)
-    assert product.path == path == dispatch.chosen["linear_w4a16"]
+    assert product.path == path
     x = torch.randn(63, groups * group).bfloat16()
     exact = x.double() @ dequantized(*weights).t()
     got = product(Rows(x)).values
@@ -187,7 +187,7 @@ def test_w4a16_holds_half_a_byte_a_weight() -> None:
 def test_an_unknown_path_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCHINFER_KERNELS", "fast")
     with pytest.raises(ValueError, match="'fast'"):
-        dispatch.choose("x", ("reference",))
+        dispatch.choose(("reference",))
     monkeypatch.setenv("BATCHINFER_KERNELS", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(ValueError, match="only with TRITON_INTERPRET=1"):

@@ -17,7 +17,7 @@ FLOORS = [
     ["text", "formats"],
     ["models"],  # and models.families, a part of it
     ["engine"],  # and engine.drafts, a part of it
-    ["cost", "quality"],
+    ["cost", "quality", "llm"],
     ["quantize"],
     ["jobs.amounts", "jobs.flag_values", "jobs.log", "jobs.speculation"],
     ["jobs.flags"],

@@ -32,6 +32,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 32},
 }
 
+PLAIN = SamplingParams(max_tokens=8, ignore_eos=True)
+
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_greedy_text_is_that_of_transformers(make_model: Callable[..., Path], variant: str) -> None:
@@ -192,6 +194,28 @@ def test_values_that_are_not_finite_end_as_an_error_and_spoil_no_other_row(make_
     assert all(poisoned[row] == done for row, done in clean.items() if row != 3)
 
 
+@pytest.mark.parametrize("steps", [1, 4, 12])
+def test_rows_that_are_dropped_leave_nothing_behind(make_model: Callable[..., Path], steps: int) -> None:
+    """Neither places nor blocks, nor values that are not finite: nobody has looked at what they computed."""
+    model = make_model("qwen3")
+    common = prompts_of(1, 200)[0]
+    requests = Requests.of([*prompts_of(8, 300), *(common + prompt for prompt in prompts_of(8, 100))], PLAIN)
+    expected = tokens(engine_of(model), requests)
+    engine = engine_of(model, max_num_seqs=6, max_num_batched_tokens=64)
+    engine.add(requests)
+    for _ in range(steps):
+        engine.step()
+    assert engine.scheduler.prefilling and engine.unfinished
+    used = np.unique(np.concatenate([engine.table.blocks[place] for place in np.flatnonzero(engine.table.active)]))
+    for cache in engine.runner.caches:
+        cache.key[used[used > 0]] = float("nan")
+    engine.drop()
+    assert not engine.unfinished
+    engine.scheduler.manager.check_integrity()
+    assert tokens(engine, requests.take(np.array([0]))) == {0: expected[0]}
+    assert tokens(engine, requests) == expected
+
+
 def test_stats_count_what_was_done(make_model: Callable[..., Path]) -> None:
     prompts = prompts_of(20, 100)
     engine = engine_of(make_model("qwen3"), quantization="w8a8-int8")
@@ -203,6 +227,16 @@ def test_stats_count_what_was_done(make_model: Callable[..., Path]) -> None:
     assert stats.steps == sum(stats.step_sizes.values())
     assert stats.operations > 0 and stats.peak_operations_per_second > 0 and stats.weight_bytes > 0
     assert "linear_w8a8" in stats.kernels
+
+
+@pytest.mark.parametrize("path", ["cpu", "reference"])
+def test_engines_side_by_side_tell_their_own_kernels(
+    make_model: Callable[..., Path], path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATCHINFER_KERNELS", path)
+    model = make_model("llama")
+    plain, quantized = engine_of(model), engine_of(model, quantization="w8a8-int8")
+    assert (plain.stats().kernels, quantized.stats().kernels) == ({}, {"linear_w8a8": path})
 
 
 @pytest.mark.parametrize(

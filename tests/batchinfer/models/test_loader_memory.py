@@ -13,7 +13,8 @@ CHILD = """
 import json, sys
 from pathlib import Path
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.engine import Engine, peak_memory_bytes
+from batchinfer.engine.own_engine import own_engine
+from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.text.tokenizer import Tokenizer
 
 class NoText(Tokenizer):
@@ -21,7 +22,7 @@ class NoText(Tokenizer):
 
 before = peak_memory_bytes()
 config = EngineConfig(Path(sys.argv[1]), quantization="w8a8-int8", max_model_len=64, kv_cache_tokens=64)
-engine = Engine(config, NoText())
+engine = own_engine(config, NoText())
 stats = engine.stats()
 print(json.dumps([before, stats.peak_memory_bytes, stats.weight_bytes]))
 """

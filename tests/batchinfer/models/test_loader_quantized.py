@@ -27,7 +27,6 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.job import run
 from batchinfer.jobs.quantize import CalibrationRows, quantize
 from batchinfer.jobs.spec import JobSpec
-from batchinfer.kernels import dispatch
 from batchinfer.kernels.linear import Linear
 from batchinfer.kernels.linear_w4a16 import LinearW4A16
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
@@ -194,7 +193,6 @@ def test_the_path_of_4_bit_weights_is_chosen_by_the_expected_batch(
     make_model: Callable[..., Path], tmp_path: Path, form: str, settings: dict[str, Any], words: str, packed: bool
 ) -> None:
     quantized, _ = checkpoints(make_model("llama"), tmp_path, *FORMATS[form])
-    dispatch.chosen.clear()
     engine = engine_of(quantized, **{"dtype": "bfloat16", **settings})
     stats = engine.stats()
     assert [words in note for note in stats.notes] == [True]

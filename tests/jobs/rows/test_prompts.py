@@ -14,10 +14,10 @@ import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from batchinfer.engine import prompts
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused, UsageError
-from batchinfer.jobs.rows import prompts
 from batchinfer.jobs.rows.prompts import PromptSource
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.table import Table

@@ -1,0 +1,119 @@
+"""Prompts to requests: which can run, and why the others cannot.
+
+Free of torch: the parent process of a job imports this module.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchinfer.engine.request import Requests, RowError
+from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
+
+MAX_PROMPT_BYTES = 4 << 20  # a tokenizer at work takes more than 100 times the memory of its text
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+Places = NDArray[np.int64]  # of prompts among those that are tokenized together
+Errors = dict[int, RowError]  # by place
+Conversation = list[dict[str, Any]]
+
+
+class BadPrompt(Exception):
+    """A prompt that cannot run, and the error of its row."""
+
+    def __init__(self, code: str, message: str) -> None:
+        self.row_error = RowError(code, message)
+
+
+def check_messages(messages: Any) -> None:
+    """Raises `BadPrompt` unless it is a list of messages, each with a known role and a text."""
+    if messages is None:
+        raise BadPrompt("null_prompt", "the messages are null")
+    if not isinstance(messages, list) or not messages:
+        raise BadPrompt("bad_messages", "expected a list of one message or more")
+    size = 0
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise BadPrompt("bad_messages", f"message {i} is no object with role and content")
+        if message.get("role") not in ROLES:
+            raise BadPrompt("bad_messages", f"message {i} has no role out of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise BadPrompt("bad_messages", f"the content of message {i} is no text")
+        size += len(message["content"])
+    if size > MAX_PROMPT_BYTES:
+        raise BadPrompt("too_large", f"the messages have {size} characters; at most {MAX_PROMPT_BYTES} are taken")
+
+
+def size_errors(nbytes: NDArray[np.int64]) -> Errors:
+    """Of plain prompts of so many bytes [n], those that are empty, or larger than a tokenizer should get."""
+    errors = dict.fromkeys(np.flatnonzero(nbytes == 0).tolist(), RowError("empty_prompt", "the prompt is empty"))
+    for place in np.flatnonzero(nbytes > MAX_PROMPT_BYTES).tolist():
+        message = f"the prompt has {nbytes[place]} bytes; at most {MAX_PROMPT_BYTES} are taken"
+        errors[place] = RowError("too_large", message)
+    return errors
+
+
+def encode_chats(
+    tokenizer: Tokenizer, places: Places, conversations: list[Conversation], errors: Errors
+) -> tuple[TokenIds, Offsets]:
+    """Token ids of the conversations at these places [n]: none where the chat template fails, which is an error."""
+    token_ids, offsets, failed = tokenizer.encode_chats(conversations)
+    for i, message in failed.items():
+        errors[int(places[i])] = RowError("template_error", message)
+    return token_ids, offsets
+
+
+def requests_that_fit(
+    places: Places,
+    token_ids: TokenIds,
+    offsets: Offsets,
+    sampling: SamplingParams,
+    max_model_len: int,
+    errors: Errors,
+) -> Requests:
+    """Requests, without seeds, of the prompts at these places [n] that have room for an answer; their rows are places.
+
+    Where there is room for fewer tokens than `max_tokens`, they get as many as there is room for. The others have an
+    error.
+    """
+    lengths = np.diff(offsets)
+    for i in np.flatnonzero(lengths >= max_model_len).tolist():
+        errors[int(places[i])] = RowError(
+            "too_long",
+            f"the prompt has {lengths[i]} tokens; it must have at most {max_model_len - 1} "
+            f"(max_model_len {max_model_len}, one of them for the answer)",
+        )
+    for i in np.flatnonzero(lengths == 0).tolist():
+        errors.setdefault(int(places[i]), RowError("empty_prompt", "the prompt has no tokens"))
+    params, param_index = _clip(sampling, max_model_len - lengths)
+    requests = Requests(places, token_ids, offsets, np.zeros(len(places), np.uint64), params, param_index)
+    good = np.flatnonzero((lengths > 0) & (lengths < max_model_len))
+    return requests.take(good) if len(good) < len(places) else requests
+
+
+def _clip(sampling: SamplingParams, room: NDArray[np.int64]) -> tuple[tuple[SamplingParams, ...], NDArray[np.int32]]:
+    """The params, and for rows with room for fewer than `max_tokens` some with that many; with [n] into them."""
+    tight = (room > 0) & (room < sampling.max_tokens)
+    rooms, places = np.unique(room[tight], return_inverse=True)
+    index = np.zeros(len(room), np.int32)
+    index[tight] = 1 + places
+    return (sampling, *(replace(sampling, max_tokens=int(tokens)) for tokens in rooms)), index
+
+
+def row_seeds(seed: int, keys: Iterable[bytes]) -> NDArray[np.uint64]:
+    """A seed a row [n], by what makes it the row that it is and never by its place."""
+    start = f"{seed}/0/".encode()  # 0 is the sample's index; those of others come from this one
+    digests = b"".join(hashlib.blake2b(start + key, digest_size=8).digest() for key in keys)
+    return np.frombuffer(digests, "<u8").astype(np.uint64)
+
+
+def keys_by_tokens(requests: Requests) -> list[bytes]:
+    """What `row_seeds` takes of rows that have no name."""
+    raw, bounds = requests.token_ids.astype("<i4").tobytes(), (4 * requests.offsets).tolist()
+    return [b"tokens" + raw[a:b] for a, b in pairwise(bounds)]

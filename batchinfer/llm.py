@@ -1,0 +1,240 @@
+"""`LLM`: a model in this process, for a script or a notebook."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from batchinfer.engine.config import EngineConfig, EngineStats, Speculation
+from batchinfer.engine.drafts.draft_folder import resolve_draft_model
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.prompts import (
+    BadPrompt,
+    Conversation,
+    Errors,
+    check_messages,
+    encode_chats,
+    keys_by_tokens,
+    requests_that_fit,
+    row_seeds,
+    size_errors,
+)
+from batchinfer.engine.request import Completions, FinishReason, Requests, RowError, take_ragged
+from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
+from batchinfer.models.hub import context_length, resolve_model
+from batchinfer.text.stop import before_stop
+from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
+
+NOTHING = np.empty(0, np.int32)
+
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What became of a prompt."""
+
+    index: int  # of the prompt, from 0
+    text: str | None  # up to the first stop string; None where there is an error
+    token_ids: list[int]  # the end-of-text id included
+    finish_reason: str  # stop, length or error
+    prompt_tokens: int  # 0 where the prompt was not run
+    error: RowError | None = None  # why there is no text: a code in snake_case, and a message
+
+
+class LLM:
+    """A model, its tokenizer and its engine, on one device; for one thread.
+
+    Nothing of the process around it is changed: neither environment variables nor torch's threads, types and random
+    numbers. On an Intel processor the same prompt has the same bits in any company only where MKL is in its strict
+    mode, which a job sees to: start Python with `MKL_CBWR=AUTO,STRICT`. Without it `stats().notes` says so.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        quantization: str = "auto",
+        dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
+        device: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        deterministic: bool = False,
+        speculation: Speculation | None = None,
+    ) -> None:
+        """Load a model: a folder, a GGUF file, or the name of a model on the Hub.
+
+        The arguments are the flags of `batchinfer run`, with its defaults. A `ValueError` names an argument that is
+        wrong, and `batchinfer.errors.Refused` says what is wrong with the model.
+        """
+        if device not in ("auto", *MAX_NUM_SEQS):
+            raise ValueError(f"device is {device!r}; it must be one of auto, {', '.join(MAX_NUM_SEQS)}")
+        _check_kinds(str | Path, "a text or a path", model=model)
+        _check_kinds(str, "a text", quantization=quantization, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+        _check_kinds(Real, "a number", gpu_memory_utilization=gpu_memory_utilization)
+        _check_kinds(int | None, "a whole number, or None", max_model_len=max_model_len, max_num_seqs=max_num_seqs)
+        _check_kinds(int | None, "a whole number, or None", max_num_batched_tokens=max_num_batched_tokens)
+        folder, found = resolve_model(str(model), revision), device_of(device)
+        self.tokenizer = Tokenizer.load(folder)
+        length = context_length(folder, max_model_len)
+        places = MAX_NUM_SEQS[found] if max_num_seqs is None else max_num_seqs
+        tokens = MAX_NUM_BATCHED_TOKENS[found] if max_num_batched_tokens is None else max_num_batched_tokens
+        config = EngineConfig(
+            model=folder,
+            device=found,
+            dtype=dtype,
+            quantization=quantization,
+            kv_cache_dtype=kv_cache_dtype,
+            max_model_len=length,
+            max_num_seqs=places,
+            max_num_batched_tokens=tokens,
+            kv_cache_tokens=places * length,
+            deterministic=deterministic,
+            gpu_memory_utilization=gpu_memory_utilization,
+            speculation=resolve_draft_model(speculation or Speculation(), str(model), self.tokenizer, length),
+        )
+        self._engine = Engine(config, self.tokenizer)
+        self._max_model_len = length
+        self._rows = 0  # of all calls so far: the engine knows rows by number
+
+    def generate(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, seed: int = 0
+    ) -> list[Completion]:
+        """The completions of all prompts, in their order; as `stream` otherwise."""
+        return sorted(self.stream(prompts, params, seed=seed), key=lambda completion: completion.index)
+
+    def stream(
+        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, seed: int = 0
+    ) -> Iterator[Completion]:
+        """Completions as they come, each with the `index` of its prompt.
+
+        A prompt is a text; messages, dicts with role and content, which the checkpoint's chat template renders; or
+        token ids, taken as they are. One that cannot run has a completion with an error. Above temperature 0, `seed`
+        and a prompt's tokens decide what is drawn. A `ValueError` names an argument that is wrong. Rows that are under
+        way when the iterator is closed are dropped.
+        """
+        params = SamplingParams() if params is None else params
+        _check_kinds(SamplingParams, "SamplingParams", params=params)
+        if type(seed) is not int or seed < 0:
+            raise ValueError(f"seed is {seed!r}; it must be a whole number, 0 or more")
+        if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+            raise ValueError(f"prompts is {prompts!r:.50}; it must be a list of prompts")
+        prompts = list(prompts)
+        if any(isinstance(prompt, Mapping | Integral) for prompt in prompts):
+            raise ValueError("prompts is a single conversation or one row of token ids; it must be a list of them")
+        errors: Errors = {}
+        requests = self._requests(prompts, params, errors)
+        if params.temperature > 0:
+            requests = replace(requests, seeds=row_seeds(seed, keys_by_tokens(requests)))
+        return self._run(requests, errors, params.stop)
+
+    def stats(self) -> EngineStats:
+        """What the engine counted since it was made, the kernels that it chose, and notes on slower paths taken."""
+        return self._engine.stats()
+
+    def _requests(self, prompts: Sequence[Prompt], params: SamplingParams, errors: Errors) -> Requests:
+        """Requests of the prompts that can run; errors of the others are added."""
+        texts: dict[int, str] = {}
+        chats: dict[int, Conversation] = {}
+        given: dict[int, TokenIds] = {}
+        vocabulary = self._engine.runner.decoder.config.vocab_size
+        for place, prompt in enumerate(prompts):
+            try:
+                match _read(prompt, vocabulary):
+                    case str() as text:
+                        texts[place] = text
+                    case np.ndarray() as ids:
+                        given[place] = ids
+                    case messages:
+                        chats[place] = messages
+            except BadPrompt as error:
+                errors[place] = error.row_error
+        encoded = [
+            (list(texts), *self.tokenizer.encode_batch(list(texts.values()))),
+            (list(given), np.concatenate([NOTHING, *given.values()]), np.cumsum([0, *map(len, given.values())])),
+        ]
+        if chats:
+            encoded.append((list(chats), *self._encode_chats(chats, errors)))
+        places = np.concatenate([np.array(of, np.int64) for of, _, _ in encoded])
+        lengths = np.concatenate([np.diff(offsets) for _, _, offsets in encoded])
+        token_ids = np.concatenate([ids for _, ids, _ in encoded])
+        order = np.argsort(places)
+        token_ids, offsets = take_ragged(token_ids, np.append(0, np.cumsum(lengths)), order)
+        return requests_that_fit(places[order], token_ids, offsets, params, self._max_model_len, errors)
+
+    def _encode_chats(self, chats: dict[int, Conversation], errors: Errors) -> tuple[TokenIds, Offsets]:
+        if self.tokenizer.template is None:
+            raise ValueError(
+                f"prompts[{min(chats)}] is a conversation, and the model has no chat template; give texts or token ids"
+            )
+        return encode_chats(self.tokenizer, np.array(list(chats), np.int64), list(chats.values()), errors)
+
+    def _run(self, requests: Requests, errors: Errors, stop: tuple[str, ...]) -> Iterator[Completion]:
+        if self._engine.unfinished:
+            raise ValueError("another stream of this LLM is under way: end it, or close() it, before the next")
+        first = self._rows
+        lengths = dict(zip(requests.rows.tolist(), np.diff(requests.offsets).tolist(), strict=True))
+        self._rows += 1 + max(lengths, default=0)
+        try:
+            self._engine.add(replace(requests, rows=first + requests.rows))
+            for index, error in sorted(errors.items()):
+                yield Completion(index, None, [], FinishReason.ERROR.name.lower(), 0, error)
+            while self._engine.unfinished:
+                done = self._engine.step()
+                for completion in self._completions(done, first, stop):
+                    yield replace(completion, prompt_tokens=lengths[completion.index])
+        finally:
+            if self._engine.unfinished:
+                self._engine.drop()
+
+    def _completions(self, done: Completions, first: int, stop: tuple[str, ...]) -> Iterator[Completion]:
+        texts = self.tokenizer.decode_batch(done.token_ids, done.offsets)
+        for i, (row, text) in enumerate(zip(done.rows.tolist(), texts, strict=True)):
+            error = done.errors.get(row)
+            answer = None if error is not None else before_stop(text, stop)
+            reason = FinishReason(done.finish_reasons[i]).name.lower()
+            yield Completion(row - first, answer, done.tokens_of(i), reason, 0, error)
+
+
+def _check_kinds(kind: Any, wanted: str, **arguments: Any) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r:.50}; it must be {wanted}")
+
+
+def _read(prompt: Any, vocabulary: int) -> str | TokenIds | Conversation:
+    """A text, token ids or messages. Raises `BadPrompt` for anything else, and where these cannot run."""
+    if prompt is None:
+        raise BadPrompt("null_prompt", "the prompt is None")
+    if isinstance(prompt, str):
+        for error in size_errors(np.array([len(_unicode(prompt))])).values():
+            raise BadPrompt(error.code, error.message)
+        return prompt
+    if not isinstance(prompt, list | tuple):
+        raise BadPrompt("wrong_type", f"the prompt is a {type(prompt).__name__}; expected text, messages or token ids")
+    if not prompt:
+        raise BadPrompt("empty_prompt", "the prompt is empty")
+    if all(isinstance(token, Integral) and not isinstance(token, bool) for token in prompt):
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise BadPrompt("bad_token_ids", f"token ids must be from 0 to {vocabulary - 1} for this model")
+        return np.array(prompt, np.int32)
+    messages = list(prompt)
+    check_messages(messages)
+    _unicode(json.dumps(messages, ensure_ascii=False, default=str))
+    return messages
+
+
+def _unicode(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise BadPrompt("invalid_utf8", "the prompt holds half of a surrogate pair") from None
