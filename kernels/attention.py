@@ -49,7 +49,7 @@ class DecodeBlocks:
     """
 
     rows: slice  # the queries' rows among the step's tokens
-    users: tuple[BlockUsers, ...]  # the entries, one after the other
+    users: tuple[BlockUsers, ...]  # all entries, grouped by block
     owner: Tensor  # [e] int64, the query of each entry
     edges: Tensor  # [m] int64, entries whose query may see only some of the block's positions
     hidden: Tensor  # [m, 1, block_size] bool, the positions of these blocks that the query must not see

@@ -14,7 +14,7 @@ def _merge_kernel(
     p_partial, p_lse, p_first, p_merged, p_out,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    # A program is one head of one token.
+    # Each program computes one head of one token.
     heads, i_head = tl.num_programs(1), tl.program_id(1)
     i_token = tl.load(p_merged + tl.program_id(0)).to(tl.int64)
     first, end = tl.load(p_first + i_token), tl.load(p_first + i_token + 1)

@@ -35,7 +35,7 @@ reach this number."""
 
 @dataclass(frozen=True)
 class Tile:
-    """How many queries and keys are multiplied at a time, and Triton's launch options for that."""
+    """The number of queries and keys that are multiplied at a time, and Triton's launch options for that."""
 
     rows: int  # query rows: tokens times the query heads that share a key head; a power of two
     keys: int  # a power of two

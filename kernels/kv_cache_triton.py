@@ -22,7 +22,7 @@ def _store_kernel(
     eps, heads, kv_heads, block_size, half,
     NORM: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # A program is one head of one token: queries first, then keys, then values.
+    # Each program handles one head of one token: query heads first, then key heads, then value heads.
     i_token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < half

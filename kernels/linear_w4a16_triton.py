@@ -155,7 +155,7 @@ def splits(rows: int, weight: FourBits, tile: Tile, processors: int, determinist
     """
     programs = triton.cdiv(weight.rows, tile.columns) * (1 if deterministic else triton.cdiv(rows, tile.rows))
     wanted = max(1, min(AT_ONCE * processors // programs, weight.spans // SPANS))
-    return int(triton.cdiv(weight.spans, triton.cdiv(weight.spans, wanted)))  # none of them is empty
+    return int(triton.cdiv(weight.spans, triton.cdiv(weight.spans, wanted)))  # rounded so that no split is empty
 
 
 def _multiply(x_MK: Tensor, weight: FourBits, bias_N: Tensor | None, y_MN: Tensor, tile: Tile, splits: int) -> None:

@@ -51,7 +51,8 @@ def verify(drafts: Drafts, targets_T: Tensor, finite_T: Tensor) -> Verified:
     rows_SK = start_S1 + o_k
     inside_SK = (rows_SK < end_S1) & (o_k < drafts.room[:, None])
     rows_SK = rows_SK.where(inside_SK, 0)
-    # A token counts if the one before it counts, the target model drew this token there, and it did not end the text.
+    # A draft counts if the token before it counts, the target model drew the same token at its position, and that token
+    # does not end the text.
     before_SK = targets_T[(rows_SK - 1).clamp(min=0)]
     ended_SK = torch.isin(before_SK, drafts.eos_ids) & ~drafts.ignore_eos[:, None]
     follows_SK = (o_k == 0) | ((before_SK == drafts.tokens[rows_SK]) & ~ended_SK)

@@ -16,7 +16,7 @@ def _verify_kernel(
     p_offsets, p_tokens, p_lengths, p_room, p_ignore_eos, p_eos, p_targets, p_target_finite,
     p_accepted, p_new, p_newest, p_new_lengths, p_finite, eos_count, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # A program is a sequence.
+    # Each program verifies one sequence.
     i_s = tl.program_id(0).to(tl.int64)
     start, end = tl.load(p_offsets + i_s).to(tl.int64), tl.load(p_offsets + i_s + 1).to(tl.int64)
     room, ignore_eos = tl.load(p_room + i_s), tl.load(p_ignore_eos + i_s)
