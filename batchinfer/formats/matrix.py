@@ -45,7 +45,7 @@ class QuantizedMatrix:
     bits: int
     activations: str = "float"  # float | int8 | fp8: the type of input that the checkpoint was made for
     zero_point: Tensor | None = None  # int16, in the shape of scale
-    group_of: Tensor | None = None  # [K] int64
+    group_of: Tensor | None = None  # [K] int64, the column of `scale` that each column of the matrix uses
 
     def to(self, device: torch.device) -> "QuantizedMatrix":
         """Return the matrix on a device."""

@@ -87,7 +87,7 @@ class ChatTemplate:
         return "".join(written)
 
     def _reason(self, error: Exception) -> str:
-        # An error text that stands in the template's source quotes nothing from the prompt; any other text might.
+        # An error text that occurs in the template's source quotes nothing from the prompt; any other text might.
         known = isinstance(error, jinja2.TemplateError) and str(error) and str(error) in self.source
         return f"the chat template raised {error if known else type(error).__name__}"
 

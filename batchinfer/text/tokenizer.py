@@ -185,7 +185,8 @@ class Tokenizer:
         marked = [i for i, text in enumerate(texts) if MARK_START in text or MARK_END in text]
         rows = self._encode(texts, control=True)
         for i in marked:
-            # Every second segment is a control token's text from a message, or None at a mark that a template cut off.
+            # Every second segment is a control token's text from a message, or None where the template kept only one
+            # of its two marks.
             segments = self._marked.split(texts[i])
             cut = [self._cut(text) if j % 2 else [(text, True)] for j, text in enumerate(segments) if text]
             rows[i] = self._encode_segments(list(chain.from_iterable(cut)))
