@@ -76,15 +76,15 @@ class Backend(Protocol):
         ...
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
-        """Add y, if given, to x in place; return the RMSNorm of x as input of a product that takes `takes`."""
+        """Add y, if given, to x in place; return the RMSNorm of x as rows for a product with this `takes`."""
         ...
 
     def silu_mul(self, gate_up: Rows, takes: torch.dtype) -> Rows:
-        """Return `silu(gate) * up`, [M, F], of `[gate | up]` [M, 2F], as input of a product that takes `takes`."""
+        """Return `silu(gate) * up`, [M, F], of `[gate | up]` [M, 2F], as rows for a product with this `takes`."""
         ...
 
     def rows(self, x_MK: Tensor, takes: torch.dtype) -> Rows:
-        """Convert a matrix to the input of a product that takes `takes`."""
+        """Convert a matrix to rows for a product with this `takes`."""
         ...
 
     def cache_rows(self, slots_T: Tensor, cache: KVCache) -> Tensor:

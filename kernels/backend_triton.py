@@ -81,5 +81,5 @@ class TritonBackend:
 
 
 def _out(takes: torch.dtype, x: Tensor) -> torch.dtype:
-    """Return the type to write for a product that takes `takes`: floating-point rows keep x's type."""
+    """Return the type to write for a product with this `takes`: floating-point rows keep x's type."""
     return takes if takes in EIGHT_BITS else x.dtype

@@ -13,7 +13,7 @@ from batchinfer.formats.fields import flag, refuse_module, whole
 from batchinfer.formats.matrix import QuantizedMatrix, Tensors, checked_scale, groups_of
 from batchinfer.formats.pack import unpack
 
-# The index within a word of each of its eight columns: the inverse of the order above.
+# The index within a word of each of its eight columns: the inverse of the order 0, 2, 4, 6, 1, 3, 5, 7.
 _INDEX_IN_WORD = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 
 
