@@ -1,1 +1,1 @@
-"""Arithmetic on tensors: one operation a file, the plain reference beside the fast path."""
+"""Arithmetic on tensors: one operation per file. `x.py` is the plain reference, `x_triton.py` the kernel for GPUs."""

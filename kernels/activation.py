@@ -7,15 +7,16 @@ from batchinfer.kernels.rows import Rows, quantize_rows
 
 
 def silu_mul(gate_up_M2F: Tensor) -> Tensor:
-    """`silu(gate) * up` of `[gate | up]` [M, 2F]: [M, F]."""
+    """Return `silu(gate) * up`, [M, F], of the matrix `[gate | up]` [M, 2F]."""
     gate, up = gate_up_M2F.chunk(2, -1)
     return F.silu(gate).mul_(up)
 
 
 def silu_mul_quantize(gate_up: Rows) -> Rows:
-    """`silu(gate) * up` in 8 bits by rows, of a float32 product [M, 2F] whose row scales are still apart.
+    """Return `silu(gate) * up`, [M, F], rounded to 8 bits with one scale per row.
 
-    Only the gate needs its scale before the nonlinearity; the scale of `up` goes on into the result's.
+    `gate_up` is a float32 product [M, 2F] whose row scales have not been multiplied in. Only the gate needs its scale
+    before the nonlinearity; the scale of `up` becomes a factor of the result's scale.
     """
     gate, up = gate_up.values.chunk(2, -1)
     if gate_up.scale is None:

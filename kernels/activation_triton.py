@@ -1,4 +1,4 @@
-"""The gated activation in Triton, with quantization by rows behind it."""
+"""The gated activation in Triton, optionally followed by quantization with one scale per row."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -29,7 +29,10 @@ def _silu_mul_kernel(p_gate_up, p_out, p_scale, columns, QUANTIZE: tl.constexpr,
 
 
 def silu_mul(gate_up_M2F: Tensor, out: torch.dtype) -> Rows:
-    """`silu(gate) * up` of `[gate | up]` [M, 2F], contiguous: [M, F] in its own type, int8 or float8_e4m3fn."""
+    """Return `silu(gate) * up`, [M, F], of the contiguous matrix `[gate | up]` [M, 2F].
+
+    `out` is the result's type: the input's own, int8 or float8_e4m3fn. 8-bit rows have a float32 scale each, [M, 1].
+    """
     m, columns = gate_up_M2F.shape[0], gate_up_M2F.shape[1] // 2
     values = torch.empty(m, columns, dtype=out, device=gate_up_M2F.device)
     quantize = out != gate_up_M2F.dtype
@@ -47,7 +50,7 @@ def _warps(block: int) -> int:
 
 
 def shipped() -> list[Shipped]:
-    """Inner sizes from small to large, every kind of output."""
+    """List the kernel for small and large inner sizes and every type of output."""
     return [
         Shipped(
             f"silu_mul, {columns} columns to {out}",

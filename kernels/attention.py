@@ -1,8 +1,8 @@
 """Paged attention over a ragged batch: prompt tokens in tiles, generated tokens one query at a time.
 
-A row's bits must not depend on the batch, so every product here has a shape that follows from the token's own
-position: prompt tiles lie on a fixed grid of `TILE` positions from the sequence's start, generated tokens walk the
-cache block by block and the blocks' sums are added in order.
+A row's bits must not depend on the batch, so the shape of every product here follows from the token's own position.
+Prompt tiles lie on a fixed grid of `TILE` positions that begins at the sequence's start. Generated tokens go through
+the cache block by block, and the blocks' sums are added in order.
 """
 
 from dataclasses import dataclass
@@ -17,57 +17,57 @@ from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.kv_cache import KVCache
 
 LEAST_ROWS = 4
-"""Below this many rows batched products take other kernels (other sums); from here up a row's bits stay the same."""
+"""The fewest rows of a batched product. With fewer, MKL takes other kernels, which add in another order."""
 
 
 @dataclass(frozen=True)
 class PromptTiles:
-    """n tiles of queries that stand at the same place of their sequences: positions [index * TILE, + TILE)."""
+    """n tiles of queries at the same positions of n sequences: index * TILE up to (index + 1) * TILE."""
 
     index: int
-    rows: Tensor  # [n, TILE] int64, where the queries are in the step's tokens; past a prompt's end any row
+    rows: Tensor  # [n, TILE] int64, the queries' rows among the step's tokens; arbitrary past a prompt's end
     blocks: Tensor  # [n, (index + 1) * TILE / block_size] int64, the sequences' blocks up to the tile's end
-    kept: Tensor  # [k] int64, the places of real queries in rows.flatten()
+    kept: Tensor  # [k] int64, indices of the real queries in rows.flatten()
 
 
 @dataclass(frozen=True)
 class BlockUsers:
-    """b blocks of the pool, each of which u queries look at: one product a block, however many they are."""
+    """b blocks of the pool, each read by u queries. A block takes one matrix product, whatever u is."""
 
     blocks: slice | Tensor  # a range of the pool, or int64 [b]
-    queries: Tensor  # [b, u] int64; 0 in blocks of nobody, whose results nobody reads
+    queries: Tensor  # [b, u] int64; 0 for a block that no sequence holds: its results are never read
 
 
 @dataclass(frozen=True)
 class DecodeBlocks:
-    """n queries, each by the blocks that it walks; e entries, a query and a block each.
+    """n single queries and the blocks that they read. There are e entries, each a pair of a query and a block.
 
-    Sequences that share blocks, and several queries of one sequence, differ in nothing from single ones.
+    Sequences that share blocks, and several queries of one sequence, need no special treatment: all are entries.
     """
 
-    rows: slice  # where the queries are in the step's tokens
-    users: tuple[BlockUsers, ...]  # the entries, one after the other
+    rows: slice  # the queries' rows among the step's tokens
+    users: tuple[BlockUsers, ...]  # all entries, grouped by block
     owner: Tensor  # [e] int64, the query of each entry
-    edges: Tensor  # [m] int64, entries whose query sees a part of the block only
-    hidden: Tensor  # [m, 1, block_size] bool, the positions of those that it does not see
-    table: Tensor  # [n, most] int64, the entries of each query, its first repeated as padding
-    order: Tensor  # [total] int64, the same entries, flat, each query's in the order of its sequence
-    offsets: Tensor  # [n + 1] int64 into order
+    edges: Tensor  # [m] int64, entries whose query may see only some of the block's positions
+    hidden: Tensor  # [m, 1, block_size] bool, the positions of these blocks that the query must not see
+    table: Tensor  # [n, most] int64, the entries of each query, padded by repeating its first
+    order: Tensor  # [total] int64, the same entries in one list, those of a query in the order of its positions
+    offsets: Tensor  # [n + 1] int64, where each query's entries begin in `order`
 
 
 @dataclass(frozen=True)
 class TiledBatch:
-    """What a step's attention reads, in the layers that have this window."""
+    """A step's queries and the blocks they read, for the layers that have this attention window."""
 
-    window: int | None  # a token sees that many positions, itself included; None: all before it
+    window: int | None  # a token sees this many positions, its own included; None: all up to its own
     tiles: tuple[PromptTiles, ...]
-    decode: DecodeBlocks | None  # cut to the window; None if nothing decodes
+    decode: DecodeBlocks | None  # without blocks outside the window; None if the step generates no token
 
 
 def attention(query_THd: Tensor, cache: KVCache, batch: TiledBatch, scale: float) -> Tensor:
-    """Attention outputs [T, heads, head_dim] in the query's dtype; rows of no query are zero.
+    """Return attention's outputs [T, heads, head_dim] in the query's dtype; padding rows are zero.
 
-    The step's own keys and values are already in the cache.
+    The step's own keys and values must be in the cache already.
     """
     out = torch.zeros_like(query_THd)
     for group in batch.tiles:
@@ -84,8 +84,8 @@ def _prompt_tiles(
     kv_heads = cache.key.shape[1]
     first = 0 if window is None else max(0, (group.index * TILE - window + 1) // TILE)
     blocks = group.blocks[:, first * TILE // cache.block_size :]
-    key, value = (read_blocks(cache, blocks, part, query_THd.dtype) for part in ("key", "value"))
-    # A group of query heads shares a head of keys: they stand below each other in one tile of group * TILE queries.
+    key, value = (read_blocks(cache, blocks, kind, query_THd.dtype) for kind in ("key", "value"))
+    # The query heads that share a key head are stacked into one tile of group * TILE rows.
     query = query_THd[group.rows.flatten()].view(n, TILE, kv_heads, heads // kv_heads, head_dim)
     query = query.permute(0, 2, 3, 1, 4).reshape(n, kv_heads, -1, head_dim)
     mask = _tile_mask(group.index, first, heads // kv_heads, window, query.dtype)
@@ -97,7 +97,10 @@ def _prompt_tiles(
 
 @lru_cache(maxsize=256)
 def _tile_mask(index: int, first: int, group: int, window: int | None, dtype: torch.dtype) -> Tensor:
-    """[1, 1, group * TILE, keys] of 0 and -inf: what the queries of a tile see of the tiles `first` to `index`."""
+    """Return the mask [1, 1, group * TILE, keys] for a tile's queries by the keys of the tiles `first` to `index`.
+
+    It is 0 where the query sees the key, and -inf elsewhere.
+    """
     q = torch.arange(index * TILE, (index + 1) * TILE)[:, None]
     k = torch.arange(first * TILE, (index + 1) * TILE)
     seen = k <= q if window is None else (k <= q) & (k > q - window)
@@ -105,10 +108,13 @@ def _tile_mask(index: int, first: int, group: int, window: int | None, dtype: to
     return mask.repeat(group, 1)[None, None]
 
 
-def read_blocks(cache: KVCache, blocks_nb: Tensor, part: str, dtype: torch.dtype) -> Tensor:
-    """Keys or values (`part`) of whole blocks, [n, kv_heads, b * block_size, head_dim] in `dtype`."""
-    pool: Tensor = getattr(cache, part)
-    scales: Tensor | None = getattr(cache, f"{part}_scale")
+def read_blocks(cache: KVCache, blocks_nb: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
+    """Return whole blocks of the cache in `dtype`, [n, kv_heads, b * block_size, head_dim].
+
+    `kind` is "key" or "value".
+    """
+    pool: Tensor = getattr(cache, kind)
+    scales: Tensor | None = getattr(cache, f"{kind}_scale")
     n, b = blocks_nb.shape
     flat = blocks_nb.flatten()
     values = pool[flat].to(dtype)
@@ -119,10 +125,11 @@ def read_blocks(cache: KVCache, blocks_nb: Tensor, part: str, dtype: torch.dtype
 
 
 def decode_blocks(query_nHd: Tensor, cache: KVCache, batch: DecodeBlocks, scale: float) -> Tensor:
-    """Single queries, float32 [n, heads, head_dim]: they go to the blocks, not the blocks to them.
+    """Return attention's outputs, float32 [n, heads, head_dim], for single queries.
 
-    A block is read once, where it lies, and multiplied with all queries that look at it; softmax is taken with the
-    maximum over all of a query's blocks, and the blocks' partial sums are added in the sequence's order.
+    Blocks are not gathered by query: each is read once, where it lies, and multiplied by all queries that read it.
+    Softmax uses the maximum over all of a query's blocks. The blocks' partial sums are added in the order of their
+    positions.
     """
     n, heads, head_dim = query_nHd.shape
     query = (query_nHd * scale)[batch.owner]
@@ -135,38 +142,40 @@ def decode_blocks(query_nHd: Tensor, cache: KVCache, batch: DecodeBlocks, scale:
     return _sum_in_order(partial, batch).view(n, heads, head_dim).div_(norm[..., None])
 
 
-def _by_users(cache: KVCache, batch: DecodeBlocks, part: str, rows_eHX: Tensor) -> Tensor:
-    """Each entry's rows by the keys, or the values, of its block: [e, heads, block_size or head_dim]."""
+def _by_users(cache: KVCache, batch: DecodeBlocks, kind: str, rows_eHX: Tensor) -> Tensor:
+    """Multiply each entry's rows by the keys or the values of its block: [e, heads, block_size or head_dim]."""
     ends = np.cumsum([users.queries.numel() for users in batch.users])
     products = [
-        _by_blocks(cache, users, part, rows_eHX[end - users.queries.numel() : end])
+        _by_blocks(cache, users, kind, rows_eHX[end - users.queries.numel() : end])
         for users, end in zip(batch.users, ends.tolist(), strict=True)
     ]
     return products[0] if len(products) == 1 else torch.cat(products)
 
 
-def _by_blocks(cache: KVCache, users: BlockUsers, part: str, rows_eHX: Tensor) -> Tensor:
-    pool: Tensor = getattr(cache, part)
-    scales: Tensor | None = getattr(cache, f"{part}_scale")
+def _by_blocks(cache: KVCache, users: BlockUsers, kind: str, rows_eHX: Tensor) -> Tensor:
+    pool: Tensor = getattr(cache, kind)
+    scales: Tensor | None = getattr(cache, f"{kind}_scale")
     (b, u), (heads, width) = users.queries.shape, rows_eHX.shape[1:]
     kv_heads, size, head_dim = pool.shape[1:]
     matrix = pool[users.blocks].float().view(b * kv_heads, size, head_dim)
-    # The query heads that share a head of keys, of all queries of a block, stand below each other.
+    # All queries of a block, with all query heads that share its key head, are stacked into one matrix.
     rows = rows_eHX.view(b, u, kv_heads, heads // kv_heads, width).transpose(1, 2)
     scale = None if scales is None else scales[users.blocks][:, :, None, None]
-    if part == "value" and scale is not None:
+    if kind == "value" and scale is not None:
         rows = rows * scale
     rows = rows.reshape(b * kv_heads, u * heads // kv_heads, width)
-    product = _bmm(rows, matrix.transpose(1, 2) if part == "key" else matrix)
+    product = _bmm(rows, matrix.transpose(1, 2) if kind == "key" else matrix)
     product = product.view(b, kv_heads, u, heads // kv_heads, -1)
-    if part == "key" and scale is not None:
+    if kind == "key" and scale is not None:
         product = product * scale
     return product.transpose(1, 2).reshape(b * u, heads, -1)
 
 
 def _bmm(rows_bMK: Tensor, matrix_bKN: Tensor) -> Tensor:
-    """Products whose bits do not depend on M, nor on how many they are: single ones, and those of fewer rows than
-    `LEAST_ROWS`, have other kernels in MKL, and are filled up."""
+    """Return the b products [b, M, N]; their bits depend neither on M nor on b.
+
+    MKL takes other kernels for a single product and for fewer rows than `LEAST_ROWS`, so both are padded.
+    """
     b, m, _ = rows_bMK.shape
     if m < LEAST_ROWS:
         rows_bMK = F.pad(rows_bMK, (0, 0, 0, LEAST_ROWS - m))
@@ -176,5 +185,8 @@ def _bmm(rows_bMK: Tensor, matrix_bKN: Tensor) -> Tensor:
 
 
 def _sum_in_order(partial_eX: Tensor, batch: DecodeBlocks) -> Tensor:
-    """Sums [n, X] of each query's blocks, one after the other: an embedding bag adds in the order of its indices."""
+    """Return each query's sum over its blocks, [n, X], added in order.
+
+    An embedding bag does this: it adds rows in the order of its indices.
+    """
     return F.embedding_bag(batch.order, partial_eX, batch.offsets, mode="sum", include_last_offset=True)

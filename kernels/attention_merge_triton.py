@@ -1,4 +1,4 @@
-"""Partial results of attention over different keys, added up: each weighs as much as its keys' scores do."""
+"""Merging partial results of attention over different keys: each is weighted by its keys' softmax weights."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -14,7 +14,7 @@ def _merge_kernel(
     p_partial, p_lse, p_first, p_merged, p_out,
     HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    # A program is one head of one token.
+    # Each program computes one head of one token.
     heads, i_head = tl.num_programs(1), tl.program_id(1)
     i_token = tl.load(p_merged + tl.program_id(0)).to(tl.int64)
     first, end = tl.load(p_first + i_token), tl.load(p_first + i_token + 1)
@@ -31,7 +31,7 @@ def _merge_kernel(
     most = tl.max(b_most)
     most = tl.where(most == float("-inf"), 0.0, most)
 
-    # In the order of the partials, one after the other: a partial without keys changes no bit, wherever it stands.
+    # Partials are added one by one, in order, so a partial without keys (weight 0) changes no bit.
     b_sum = tl.zeros((BLOCK_D,), tl.float32)
     total = 0.0
     for _ in tl.range(0, end - first, loop_unroll_factor=4):
@@ -45,10 +45,11 @@ def _merge_kernel(
 
 
 def merge_partials(partial_PHd: Tensor, lse_PH: Tensor, first_T: Tensor, merged_m: Tensor, out_THd: Tensor) -> None:
-    """Write the tokens `merged` of `out` from their partials.
+    """Write the rows `merged` of `out`, each merged from its token's partials.
 
-    Partials are float32, [P, heads, head_dim], each divided by the sum of its weights, and the base-2 logarithm of that
-    sum [P, heads], -inf where no key was seen. A token's are [first[t], first[t + 1]), int32.
+    A partial is an output [heads, head_dim] that is divided by the sum of its weights, and that sum's base-2
+    logarithm [heads] (-inf where no key was seen); both are float32. Token t has the partials first[t] up to
+    first[t + 1]. `first` and `merged` are int32.
     """
     heads, head_dim = out_THd.shape[1:]
     _merge_kernel[(len(merged_m), heads)](
@@ -58,7 +59,7 @@ def merge_partials(partial_PHd: Tensor, lse_PH: Tensor, first_T: Tensor, merged_
 
 
 def shipped() -> list[Shipped]:
-    """Every size of heads."""
+    """List the kernel for every head size."""
     return [
         Shipped(
             f"merge_partials, heads of {head_dim}",

@@ -1,8 +1,9 @@
-"""`plan_attention`: a ragged batch as a list of work, each item one tile of queries by one range of keys.
+"""`plan_attention` turns a ragged batch into a list of work items: one tile of queries by one range of keys each.
 
-All that tells the kinds of attention apart is in this list. A long context is several items for the same queries, a
-shared prefix is items whose queries are those of many sequences, a window is a range that starts late; the kernel
-knows none of it. Where a token has more than one item, each leaves a partial result, and the partials are merged.
+The list holds all that distinguishes one kind of attention from another, so one kernel serves them all. A long context
+becomes several items with the same queries. A shared prefix becomes items whose queries come from many sequences. A
+window becomes a range of keys that starts late. Where a token has several items, each writes a partial result, and the
+partials are merged afterwards.
 """
 
 from dataclasses import dataclass
@@ -15,19 +16,28 @@ from torch import Tensor
 from batchinfer.kernels.ragged_attention import Ints, RaggedBatch
 
 ITEM = 8
-"""int32 numbers of an item: the first of its tokens in the step; their number; where its blocks begin in the flat
-table; its first key; the end of its keys; the first token's position, behind which keys are hidden from it; which of
-its tokens' partials it computes, or -1 where it is their only item and writes the output itself; nothing."""
+"""Number of int32 fields of an item. In this order they are:
+
+1. the row of its first token among the step's tokens;
+2. the number of its tokens;
+3. where its sequence's blocks begin in the flattened block table;
+4. its first key;
+5. the end of its keys;
+6. the position of its first token: later keys are hidden from that token;
+7. the index of the partial that it computes for its tokens, or -1 if it is their only item and writes the output;
+8. unused.
+"""
 
 ITEMS_PER_PROCESSOR = 4
-"""Contexts are split until there are so many for each multiprocessor: they hide each other's waiting."""
+"""Work items wanted per multiprocessor: while one waits for memory, another computes. Long contexts are split to
+reach this number."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries and keys that are multiplied at a time, and how a GPU does it."""
+    """The number of queries and keys that are multiplied at a time, and Triton's launch options for that."""
 
-    rows: int  # queries: tokens times the query heads that share a head of keys; a power of two
+    rows: int  # query rows: tokens times the query heads that share a key head; a power of two
     keys: int  # a power of two
     warps: int = 4
     stages: int = 2
@@ -35,57 +45,60 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiling:
-    """The tiles of one launch each, and how ranges of keys are cut; `split` is a multiple of every tile's keys."""
+    """The tiles to choose from (each kind is one launch), and how ranges of keys are split."""
 
-    few: Tile  # for sequences whose new tokens all fit in one
-    many: Tile  # for the others
-    same: Tile  # for all of them, where a row's bits must not depend on the batch
-    split: int = 2048  # keys of an item in that case, on a grid from the sequence's start
-    least: int = 256  # keys that an item of a split context has at least, else
+    few: Tile  # for sequences whose new tokens all fit in one tile
+    many: Tile  # for the other sequences
+    same: Tile  # for all sequences, where a row's bits must not depend on the batch
+    split: int = 2048  # keys of an item with `same`, on a grid from the sequence's start; a multiple of each tile's
+    least: int = 256  # the fewest keys of an item when a context is split for `few` or `many`
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What the kernels read of a step, in the layers that have this window. The tensors are int32, beside the pool."""
+    """A step's work items, for the layers that have this window. All tensors are int32 on the KV cache's device."""
 
     window: int | None
-    table: Tensor  # [S, most], the batch's
-    launches: tuple[tuple[Tile, Tensor], ...]  # items [n, ITEM], those with most keys first
+    table: Tensor  # [S, most], the batch's block table
+    launches: tuple[tuple[Tile, Tensor], ...]  # items [n, ITEM] by tile, those with the most keys first
     first: Tensor  # [tokens + 1], where each token's partials begin; a token with one item has none
     merged: Tensor  # [m], the tokens that have partials
-    partials: int  # of all tokens, float32 [heads, head_dim] each
+    partials: int  # number of partials of all tokens, float32 [heads, head_dim] each
 
     @property
     def tokens(self) -> int:
-        """Of all sequences; what follows in a step is padding."""
+        """Number of tokens of all sequences. The step's tokens after these are padding."""
         return len(self.first) - 1
 
 
 @dataclass(frozen=True)
 class _Work:
-    """n items before their keys are split: columns [n]."""
+    """n items before their keys are split; every field is a column [n]."""
 
     row: Ints
     count: Ints
-    sequence: Ints  # whose blocks are read
+    sequence: Ints  # the sequence whose blocks are read
     start: Ints
     end: Ints
     position: Ints
-    wide: NDArray[np.bool_]  # whether the tile is that for many tokens
+    wide: NDArray[np.bool_]  # True: takes the tile for many tokens
 
 
 def plan_attention(
     batch: RaggedBatch, heads: int, kv_heads: int, window: int | None, tiling: Tiling, processors: int | None
 ) -> AttentionPlan:
-    """`processors`: multiprocessors that are to be kept busy; None: a token's bits do not depend on the batch.
+    """List the work items of a step's attention.
 
-    `ValueError` for a prefix under a window, whose sequences see different keys; for one that ends behind a new token
-    of its sequences; and for more query heads to a head of keys than a tile has rows.
+    `processors` is the number of multiprocessors to keep busy. With None a token's bits do not depend on the batch.
+
+    Raises `ValueError` for a shared prefix together with a window, because its sequences then see different keys; for
+    a prefix that ends after the first new token of one of its sequences; and for more query heads per key head than a
+    tile has rows.
     """
     group = heads // kv_heads
     _check(batch, group, window, tiling)
     fixed = processors is None
-    # Only whole pieces of the fixed grid are shared, so that with and without a prefix the partials are the same.
+    # Only whole cells of the fixed grid are shared, so that the partials are the same with and without a prefix.
     shared, leader = _shared_keys(batch, tiling.split if fixed else 1)
     own = _own_work(batch, shared, group, window, tiling, fixed)
     common = _common_work(batch, shared, leader, group, tiling, fixed)
@@ -93,7 +106,7 @@ def plan_attention(
     of, start, end = _split(work, kv_heads, tiling, processors)
     before, of_token = _count_partials(batch, own, common, leader, np.bincount(of, minlength=len(work.row)))
 
-    partial = np.arange(len(of)) - np.searchsorted(of, of)  # of its work's pieces
+    partial = np.arange(len(of)) - np.searchsorted(of, of)  # the item's index among the segments of its work
     partial += np.concatenate([before[own.sequence], np.zeros_like(common.row)])[of]
     partial[of_token[work.row[of]] == 1] = -1
     blocks = work.sequence * batch.table.shape[1]
@@ -116,26 +129,30 @@ def plan_attention(
 
 def _check(batch: RaggedBatch, group: int, window: int | None, tiling: Tiling) -> None:
     if window is not None and batch.prefixes:
-        raise ValueError(f"a window of {window} and a shared prefix: its sequences see different keys of it")
+        raise ValueError(f"a window of {window} and a shared prefix: the prefix's sequences would see different keys")
     computed = batch.contexts - np.diff(batch.offsets)
     for p in batch.prefixes:
         if (bound := int(computed[p.first : p.first + p.count].min())) < p.keys:
             raise ValueError(f"a shared prefix has {p.keys} keys, but a sequence's new tokens begin at {bound}")
     if (rows := min(tile.rows for tile in (tiling.few, tiling.many, tiling.same))) < group:
-        raise ValueError(f"{group} query heads to a head of keys; a tile has {rows} rows and takes no more heads")
+        raise ValueError(f"{group} query heads share a key head, but a tile has {rows} rows and takes no more heads")
 
 
-def _shared_keys(batch: RaggedBatch, grain: int) -> tuple[Ints, Ints]:
-    """For each sequence ([S] each): keys that are computed with others', and the first sequence of those others."""
+def _shared_keys(batch: RaggedBatch, multiple: int) -> tuple[Ints, Ints]:
+    """Return (shared keys [S], leaders [S]).
+
+    A sequence's shared keys are those of its prefix, rounded down to a `multiple`; its leader is the first sequence
+    that has this prefix, or itself.
+    """
     shared, leader = np.zeros(len(batch.contexts), np.int64), np.arange(len(batch.contexts))
     for p in batch.prefixes:
-        shared[p.first : p.first + p.count] = p.keys // grain * grain
+        shared[p.first : p.first + p.count] = p.keys // multiple * multiple
         leader[p.first : p.first + p.count] = p.first
     return shared, leader
 
 
 def _own_work(batch: RaggedBatch, shared: Ints, group: int, window: int | None, tiling: Tiling, fixed: bool) -> _Work:
-    """Each sequence's new tokens by the keys behind its prefix."""
+    """List the work of each sequence's new tokens by the keys after its shared prefix."""
     lengths = np.diff(batch.offsets)
     wide, tokens = _tile_tokens(lengths, group, tiling, fixed)
     sequence, begin, count = _cut(lengths, tokens)
@@ -147,7 +164,7 @@ def _own_work(batch: RaggedBatch, shared: Ints, group: int, window: int | None, 
 
 
 def _common_work(batch: RaggedBatch, shared: Ints, leader: Ints, group: int, tiling: Tiling, fixed: bool) -> _Work:
-    """The new tokens of all sequences of a prefix by its keys, which all of them see."""
+    """List the work of each shared prefix: its keys by the new tokens of all its sequences, which see all of them."""
     leaders, members = np.unique(leader[shared > 0], return_counts=True)
     rows = batch.offsets[leaders]
     lengths = batch.offsets[leaders + members] - rows
@@ -159,7 +176,7 @@ def _common_work(batch: RaggedBatch, shared: Ints, leader: Ints, group: int, til
 
 
 def _tile_tokens(lengths: Ints, group: int, tiling: Tiling, fixed: bool) -> tuple[NDArray[np.bool_], Ints]:
-    """Whether runs of tokens take the tile for many, and how many tokens fit in the tile they take."""
+    """Return, for runs of tokens of these lengths, (takes the tile for many, tokens that fit in the run's tile)."""
     wide = lengths * group > tiling.few.rows
     rows = np.where(wide, tiling.many.rows, tiling.few.rows)
     if fixed:
@@ -168,7 +185,10 @@ def _tile_tokens(lengths: Ints, group: int, tiling: Tiling, fixed: bool) -> tupl
 
 
 def _split(work: _Work, kv_heads: int, tiling: Tiling, processors: int | None) -> tuple[Ints, Ints, Ints]:
-    """Pieces of the work's keys: (which work, first key, end of keys), in order. They meet on the grid of tiles."""
+    """Split the work's keys into segments: (index of the work, first key, end of keys), in order.
+
+    Segments meet on the grid of the tiles' keys, which begins at the sequence's start.
+    """
     grid = tiling.split if processors is None else max(tile.keys for tile in (tiling.few, tiling.many))
     base = work.start // grid * grid
     keys = work.end - base
@@ -176,30 +196,34 @@ def _split(work: _Work, kv_heads: int, tiling: Tiling, processors: int | None) -
         size = np.full_like(keys, tiling.split)
     else:
         fair = int(keys.sum()) * kv_heads // (processors * ITEMS_PER_PROCESSOR)
-        pieces = -(-keys // max(fair, tiling.least))
-        size = -(-keys // (pieces * grid)) * grid
+        segments = -(-keys // max(fair, tiling.least))
+        size = -(-keys // (segments * grid)) * grid
     of, begin, count = _cut(keys, size)
     begin += base[of]
     return of, np.maximum(begin, work.start[of]), begin + count
 
 
-def _count_partials(batch: RaggedBatch, own: _Work, common: _Work, leader: Ints, pieces: Ints) -> tuple[Ints, Ints]:
-    """(partials of a token that come from its sequence's prefix [S], partials of a token in all [tokens]).
+def _count_partials(batch: RaggedBatch, own: _Work, common: _Work, leader: Ints, segments: Ints) -> tuple[Ints, Ints]:
+    """Return (partials of each of a sequence's tokens from its shared prefix [S], partials of each token [tokens]).
 
-    `pieces` is how many pieces each work has become, own ones first; a token's own partials come behind its prefix's.
+    `segments` is the number of segments of each work: that of `own` first, then that of `common`. A token's partials
+    from its prefix come before those from its own keys.
     """
     by_leader = np.zeros_like(leader)
-    by_leader[common.sequence] = pieces[len(own.row) :]  # the same for all tiles of a prefix: their keys are
+    by_leader[common.sequence] = segments[len(own.row) :]  # equal for all tiles of a prefix: they have the same keys
     before = by_leader[leader]
     lengths = np.diff(batch.offsets)
-    return before, np.repeat(before, lengths) + np.repeat(pieces[: len(own.row)], own.count)
+    return before, np.repeat(before, lengths) + np.repeat(segments[: len(own.row)], own.count)
 
 
 def _cut(lengths: Ints, most: Ints) -> tuple[Ints, Ints, Ints]:
-    """Runs cut into pieces of `most`, the last one shorter: (which run, where in it, how long), in order."""
-    pieces = -(-lengths // most)
-    run = np.repeat(np.arange(len(lengths)), pieces)
-    begin = (np.arange(len(run)) - (np.cumsum(pieces) - pieces)[run]) * most[run]
+    """Cut runs of these lengths into segments of `most`, the last of a run being shorter.
+
+    Returns (index of the run, begin within the run, length) of each segment, in order.
+    """
+    segments = -(-lengths // most)
+    run = np.repeat(np.arange(len(lengths)), segments)
+    begin = (np.arange(len(run)) - (np.cumsum(segments) - segments)[run]) * most[run]
     return run, begin, np.minimum(most[run], lengths[run] - begin)
 
 

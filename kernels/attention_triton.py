@@ -1,8 +1,9 @@
-"""Paged attention in Triton: pieces of prompts, decoded tokens, drafts and shared prefixes in one kernel.
+"""Paged attention in Triton: chunks of prompts, decoded tokens, drafts and shared prefixes in one kernel.
 
-A program takes an item of the plan (`attention_plan.py`) and a head of keys: a tile of queries, the rows of which are
-tokens times the query heads that share the head of keys, and a range of keys, which it walks in tiles with a running
-softmax (Dao et al. 2022). The result is the output, or a partial that `attention_merge_triton.py` adds to others.
+A program computes one item of the plan (`attention_plan.py`) for one key head: a tile of queries by a range of keys.
+The tile's rows are the item's tokens times the query heads that share the key head. The program goes through the keys
+in tiles with a running softmax (Dao et al. 2022). It writes the output itself, or a partial result that
+`attention_merge_triton.py` merges with others.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -34,7 +35,7 @@ def _attention_kernel(
     position, partial = tl.load(p_items + 5), tl.load(p_items + 6)
     dtype: tl.constexpr = p_query.dtype.element_ty
 
-    # Row m of the tile is query head m % GROUP of token m // GROUP; rows that are left over are behind the last token.
+    # Row m of the tile is query head m % GROUP of token m // GROUP; unused rows come after the last token's.
     o_m = tl.arange(0, BLOCK_M)
     o_token = o_m // GROUP
     m_m = o_token < count
@@ -67,7 +68,7 @@ def _attention_kernel(
         b_s = tl.where(m_seen, b_s, float("-inf"))
 
         b_new = tl.maximum(b_most, tl.max(b_s, 1))
-        # A row that has seen no key yet: -inf minus -inf would be NaN, and must be a weight of 0.
+        # In a row that has seen no key yet, -inf minus -inf would be NaN; its weights must be 0.
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_p = tl.exp2(b_s - b_base[:, None])
         b_kept = tl.exp2(b_most - b_base)
@@ -91,11 +92,11 @@ def _attention_kernel(
 
 
 def paged_attention(query_THd: Tensor, cache: KVCache, plan: AttentionPlan, scale: float) -> Tensor:
-    """Attention outputs [T, heads, head_dim] in the query's type; tokens behind those of the plan get zeros.
+    """Return attention's outputs [T, heads, head_dim] in the query's type; tokens after the plan's get zeros.
 
-    The query is contiguous, in float32, bfloat16 or float16; the cache in any of these, in int8 or in float8_e4m3fn.
-    Keys' scales go into the scores and values' scales into the weights, so that 8-bit numbers enter the products as
-    they are. In float16, weights lose digits under values' scales below 1e-4.
+    The query is contiguous, in float32, bfloat16 or float16; the cache is in one of these, int8 or float8_e4m3fn.
+    An 8-bit cache enters the products unscaled: the keys' scales multiply the scores, and the values' scales multiply
+    the weights. In float16, weights lose digits where the values' scales are below 1e-4.
     """
     heads, head_dim = query_THd.shape[1:]
     kv_heads, block_size = cache.key.shape[1:3]
@@ -135,14 +136,15 @@ def _constants(
 
 
 def tiling(head_dim: int, group: int, quantized: bool = False) -> Tiling:
-    """The tiles for heads of `head_dim` numbers, `group` query heads to a head of keys; `quantized`: keys in 8 bits.
+    """Choose the tiles for heads of size `head_dim` where `group` query heads share a key head.
 
-    They are the largest that spill no register on any architecture in any type of the cache. Three stages are the
-    fewest in which keys are loaded ahead, for the number of their block must be loaded before.
+    `quantized` means a cache in 8 bits. The tiles are the largest that spill no register on any architecture, for any
+    type of the cache. Three stages are the fewest with which keys are loaded ahead of their use, because their block's
+    number must be loaded before them.
     """
     large, least = head_dim > 128, triton.next_power_of_2(group)
     keys = 16 if large else 32
-    rows = 64 if large or (quantized and head_dim > 64) else 128  # numbers of 8 bits take registers to become others
+    rows = 64 if large or (quantized and head_dim > 64) else 128  # converting 8-bit numbers takes registers
     return Tiling(
         few=Tile(max(16, least), 2 * keys, 4, 3),
         many=Tile(max(rows, least), keys, 8, 3),
@@ -151,7 +153,7 @@ def tiling(head_dim: int, group: int, quantized: bool = False) -> Tiling:
 
 
 def shipped() -> list[Shipped]:
-    """Every size of heads, every type of the cache, and each tile."""
+    """List the kernel for every head size, type of the cache and tile."""
     return [
         _shipped(f"{which} tokens", tile, head_dim, kv)
         for head_dim in (64, 80, 96, 128, 256)

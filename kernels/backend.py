@@ -1,4 +1,4 @@
-"""`Backend`: the operations of a decoder on one kind of device. The model's text is the same on all of them."""
+"""`Backend`: the operations of a decoder on one kind of device. The model's own code is the same for all devices."""
 
 from typing import Protocol
 
@@ -12,78 +12,84 @@ from batchinfer.kernels.rows import Rows
 from batchinfer.kernels.sampling import SamplingBatch
 
 AttentionBatch = TiledBatch | AttentionPlan
-"""What attention reads of a step, in the layers that have one window. Each backend has its own kind."""
+"""Attention's inputs in a step, for the layers that share one window. Each backend has its own type."""
 
 
 class Product(Protocol):
-    """A matrix product with weights [N, K] that it holds."""
+    """A matrix product with weights [N, K], which it holds."""
 
     @property
     def takes(self) -> torch.dtype:
-        """The type of rows that it multiplies; of 8 bits: with a scale each."""
+        """Type of the input rows. 8-bit rows come with a scale each."""
         ...
 
     @property
     def row_grain(self) -> int:
-        """The number of rows must be a multiple of this."""
+        """Row grain: the number of input rows must be a multiple of it."""
         ...
 
     @property
     def operations_per_row(self) -> int:
-        """Multiplications and additions."""
+        """Number of multiplications and additions for one input row."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the weight takes, with all that belongs to it."""
+        """Bytes of the weight with its scales and zero points."""
         ...
 
     def __call__(self, x: Rows) -> Rows:
-        """[M, K] to [M, N]."""
+        """Multiply rows [M, K]; the result is [M, N]."""
         ...
 
 
 class Backend(Protocol):
-    """Products of the three kinds of weights, and what a layer does between them."""
+    """Matrix products with the three kinds of weights, and the operations of a layer between them."""
 
     device: torch.device
-    eight_bits: frozenset[str]  # int8, fp8: kinds of 8-bit rows that it multiplies
+    eight_bits: frozenset[str]  # the kinds of 8-bit rows that it multiplies, of int8 and fp8
     kernels: dict[str, str]  # operation -> the path taken, of what this backend has made so far; for the report
 
     def stream(self, dtype: torch.dtype, quantized: bool) -> torch.dtype:
-        """The type of the residual stream, of a model in `dtype` whose matrices may be quantized."""
+        """Return the residual stream's type for a model in `dtype`; `quantized`: its matrices are quantized."""
         ...
 
     def linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> Product:
-        """The product of floating-point rows and weights, in the weights' type."""
+        """Make the product with floating-point weights, computed in the weights' type."""
         ...
 
     def linear_w8a8(
         self, values_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, out: torch.dtype = torch.float32
     ) -> Product:
-        """The product of 8-bit rows and weights, int8 or float8_e4m3fn, with a float32 scale a channel."""
+        """Make the product of 8-bit rows with 8-bit weights (int8 or float8_e4m3fn), which have per-channel scales.
+
+        Scales are float32. The result is in `out`.
+        """
         ...
 
     def linear_w4a16(
         self, values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype
     ) -> Product:
-        """The product of floating-point rows and weights that stay in 4 bits: int8 values from -8 to 7."""
+        """Make the product of floating-point rows with weights that stay in 4 bits.
+
+        `values_NK` is int8, from -8 to 7. A group of K / G columns shares a scale and a zero point.
+        """
         ...
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
-        """`x += y` in place, where there is a y, and RMSNorm of that as a product takes it."""
+        """Add y, if given, to x in place; return the RMSNorm of x as rows for a product with this `takes`."""
         ...
 
     def silu_mul(self, gate_up: Rows, takes: torch.dtype) -> Rows:
-        """`silu(gate) * up` of `[gate | up]` [M, 2F]: [M, F] as a product takes it."""
+        """Return `silu(gate) * up`, [M, F], of `[gate | up]` [M, 2F], as rows for a product with this `takes`."""
         ...
 
     def rows(self, x_MK: Tensor, takes: torch.dtype) -> Rows:
-        """A matrix as a product takes it."""
+        """Convert a matrix to rows for a product with this `takes`."""
         ...
 
-    def cache_places(self, slots_T: Tensor, cache: KVCache) -> Tensor:
-        """Where tokens' keys and values go in all caches of this shape, for `rotate_and_store`."""
+    def cache_rows(self, slots_T: Tensor, cache: KVCache) -> Tensor:
+        """Return where `rotate_and_store` writes the tokens of these slots, in every cache of this cache's shape."""
         ...
 
     def rotate_and_store(
@@ -93,21 +99,28 @@ class Backend(Protocol):
         heads: int,
         cos_Td: Tensor,
         sin_Td: Tensor,
-        places: Tensor,
+        cache_rows: Tensor,
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
     ) -> Tensor:
-        """Queries [T, heads, head_dim] for attention; keys and values are in the cache afterwards.
+        """Rotate queries and keys, write keys and values to the cache, and return the queries [T, heads, head_dim].
 
-        qkv [T, (heads + 2 kv_heads) * head_dim], cos and sin [T, head_dim / 2] float32; `norms` are the weights
-        [head_dim] of the norms by head of queries and keys, where the family has them.
+        qkv is [T, (heads + 2 kv_heads) * head_dim]; cos and sin are float32 [T, head_dim / 2]. `cache_rows` comes from
+        the method of that name. `norms` are the weights [head_dim] of the norms on each head of queries and of keys,
+        if the model has them.
         """
         ...
 
     def attention(self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
-        """Attention outputs [T, heads, head_dim] in the query's type; the step's keys and values are in the cache."""
+        """Return attention's outputs [T, heads, head_dim] in the query's type.
+
+        The step's keys and values must be in the cache already.
+        """
         ...
 
     def sample(self, logits_rV: Tensor, batch: SamplingBatch | None) -> tuple[Tensor, Tensor]:
-        """(token ids int64 [r], finite bool [r]); the likeliest tokens where there are no parameters."""
+        """Return (token ids int64 [r], finite bool [r]): sampled tokens, or the most likely ones if `batch` is None.
+
+        `finite` is False for rows whose logits are not finite.
+        """
         ...

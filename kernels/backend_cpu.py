@@ -1,4 +1,4 @@
-"""`CpuBackend`: torch's operations, in the shapes that a processor likes."""
+"""`CpuBackend`: torch's operations, in shapes that are fast on a CPU and keep a row's bits."""
 
 import torch
 from torch import Tensor
@@ -16,7 +16,11 @@ from batchinfer.kernels.sampling import SamplingBatch, greedy, sample
 
 
 class CpuBackend:
-    """8-bit rows are uint8, and the stream beside them is float32: what its integer product takes and gives."""
+    """The backend for the CPU.
+
+    Its integer product takes uint8 and returns float32, so 8-bit rows are uint8 and the residual stream of a quantized
+    model is float32.
+    """
 
     device = torch.device("cpu")
     eight_bits = frozenset({"int8"})
@@ -33,7 +37,8 @@ class CpuBackend:
     def linear_w8a8(
         self, values_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, out: torch.dtype = torch.float32
     ) -> Product:
-        """`out` is float32: the scales of rows stay apart, so that rounding here would be rounding twice."""
+        """Make the 8-bit product. `out` must be float32: row scales are not multiplied in yet, so that rounding the
+        result to a smaller type here would mean rounding it twice."""
         product = LinearW8A8(values_NK, scale_N, None if bias_N is None else bias_N.float())
         self.kernels["linear_w8a8"] = product.path
         return product
@@ -60,7 +65,7 @@ class CpuBackend:
     def rows(self, x_MK: Tensor, takes: torch.dtype) -> Rows:
         return quantize_rows(x_MK.float()) if takes == torch.uint8 else Rows(x_MK)
 
-    def cache_places(self, slots_T: Tensor, cache: KVCache) -> Tensor:
+    def cache_rows(self, slots_T: Tensor, cache: KVCache) -> Tensor:
         return cache_rows(slots_T, cache.key.shape[1], cache.block_size)
 
     def rotate_and_store(
@@ -70,7 +75,7 @@ class CpuBackend:
         heads: int,
         cos_Td: Tensor,
         sin_Td: Tensor,
-        places: Tensor,
+        cache_rows: Tensor,
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
     ) -> Tensor:
@@ -81,7 +86,7 @@ class CpuBackend:
                 [rms_norm(turned[:, :heads], norms[0], eps), rms_norm(turned[:, heads:], norms[1], eps)], 1
             )
         turned = rotate(turned, cos_Td, sin_Td)
-        cache.store(turned[:, heads:], value, places)
+        cache.store(turned[:, heads:], value, cache_rows)
         return turned[:, :heads]
 
     def attention(self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""`TritonBackend`: kernels of ours between the products, on a GPU, or on the CPU in Triton's interpreter."""
+"""`TritonBackend`: Triton kernels and library products on a GPU, or on the CPU in Triton's interpreter."""
 
 import torch
 from torch import Tensor
@@ -15,11 +15,11 @@ from batchinfer.kernels.sampling import SamplingBatch, greedy
 from batchinfer.kernels.sampling_triton import sample
 
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
-PROCESSORS_INTERPRETED = 4  # any number: so many that small tests split their work
+PROCESSORS_INTERPRETED = 4  # multiprocessors in the interpreter: enough that even small tests split their work
 
 
 class TritonBackend:
-    """The residual stream is in the model's type, and every product's result is dense."""
+    """The backend for a GPU. The residual stream is in the model's type, and products return no separate scales."""
 
     def __init__(self, device: torch.device, deterministic: bool) -> None:
         self.device, self.deterministic = device, deterministic
@@ -63,7 +63,7 @@ class TritonBackend:
     def rows(self, x_MK: Tensor, takes: torch.dtype) -> Rows:
         return rows_triton.quantize_rows(x_MK, takes) if takes in EIGHT_BITS else Rows(x_MK)
 
-    def cache_places(self, slots_T: Tensor, cache: KVCache) -> Tensor:
+    def cache_rows(self, slots_T: Tensor, cache: KVCache) -> Tensor:
         return slots_T
 
     def rotate_and_store(
@@ -73,11 +73,11 @@ class TritonBackend:
         heads: int,
         cos_Td: Tensor,
         sin_Td: Tensor,
-        places: Tensor,
+        cache_rows: Tensor,
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
     ) -> Tensor:
-        return rotate_and_store(qkv_TX, cache, heads, cos_Td, sin_Td, places, norms, eps)
+        return rotate_and_store(qkv_TX, cache, heads, cos_Td, sin_Td, cache_rows, norms, eps)
 
     def attention(self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
         assert isinstance(batch, AttentionPlan)
@@ -88,5 +88,5 @@ class TritonBackend:
 
 
 def _out(takes: torch.dtype, x: Tensor) -> torch.dtype:
-    """A product in floating point takes the stream's own type."""
+    """Return the type to write for a product with this `takes`: floating-point rows keep x's type."""
     return takes if takes in EIGHT_BITS else x.dtype

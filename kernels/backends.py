@@ -1,4 +1,4 @@
-"""Which backend computes: the device's own, or by `BATCHINFER_KERNELS` Triton's interpreter on the CPU."""
+"""Choosing the backend: the device's own, or Triton's interpreter on the CPU if `BATCHINFER_KERNELS` asks for it."""
 
 import os
 
@@ -10,9 +10,10 @@ from batchinfer.kernels.backend_cpu import CpuBackend
 
 
 def choose_backend(device: str, deterministic: bool) -> Backend:
-    """For "cpu" or "cuda". On the CPU a row's bits never depend on the batch, `deterministic` or not.
+    """Return the backend for `device`, "cpu" or "cuda".
 
-    A `ValueError` says what the device lacks.
+    `deterministic` means that a row's bits do not depend on the batch. On the CPU they never do. Raises `ValueError`
+    if the device is unknown or missing.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}; it must be cpu or cuda")

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: by the device, or by `BATCHINFER_KERNELS`; never in silence."""
+"""Choosing the implementation of an operation, by processor or by `BATCHINFER_KERNELS`. The report prints it."""
 
 import os
 
@@ -6,7 +6,7 @@ PATHS = ("reference", "cpu", "triton")
 
 
 def wanted() -> str:
-    """`BATCHINFER_KERNELS`: auto, or the name of a path. A `ValueError` lists the names there are."""
+    """Return the value of `BATCHINFER_KERNELS`: auto, or the name of a path. Raises `ValueError` for another name."""
     name = os.environ.get("BATCHINFER_KERNELS", "auto")
     if name not in ("auto", *PATHS):
         raise ValueError(f"BATCHINFER_KERNELS is {name!r}; it must be one of auto, {', '.join(PATHS)}")
@@ -14,9 +14,9 @@ def wanted() -> str:
 
 
 def choose(available: tuple[str, ...]) -> str:
-    """The path on the CPU, out of those that an operation has `available`: always "reference", perhaps "cpu".
+    """Choose the path on the CPU from the `available` ones, which always include "reference".
 
-    `BATCHINFER_KERNELS=auto` (the default) takes the processor's own path if there is one. Naming a path forces it; the
-    plain reference is the processor's path of operations that have no faster one.
+    `BATCHINFER_KERNELS=auto` (the default) takes the path "cpu" where it is available. `BATCHINFER_KERNELS=reference`
+    forces the plain reference, which also serves operations that have no faster path.
     """
     return "reference" if wanted() == "reference" or "cpu" not in available else "cpu"

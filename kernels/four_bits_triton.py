@@ -1,4 +1,4 @@
-"""`FourBits`: 4-bit weights in the order in which a Triton program reads them, and how it takes them apart."""
+"""`FourBits`: 4-bit weights in the order in which a Triton program reads them, and how a program unpacks them."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -11,54 +11,56 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SPAN = tl.constexpr(128)
-"""Columns that a row has in one turn of a program's loop."""
+"""Number of columns that a program's loop reads of a row in one iteration; called a span."""
 WORDS = tl.constexpr(16)
-"""Words that hold them; and the columns of one step of the matrix units."""
+"""Number of 32-bit words that hold a row's span. It is also the number of columns of one matrix-unit instruction."""
 GROUPS = (32, 64)
-"""Columns that may share a scale; besides these, multiples of `SPAN`, and all columns."""
-_PLACES = (0, 2, 4, 6, 1, 3, 5, 7)
-"""By its place in a word, the lowest first: which 16 columns of the span a number is of.
+"""Group sizes that are allowed (columns that share a scale), besides multiples of `SPAN` and all columns."""
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The eight 4-bit numbers of a word come from the span's eight blocks of 16 columns, in this order, lowest bits first.
 
-Two neighbours lie half a word apart, so that one shift and one mask bring both into the halves of a word, which are
-numbers of 16 bits.
+Numbers of two neighbouring blocks lie 16 bits apart, so that one shift and one mask bring both into the two 16-bit
+halves of a word.
 """
-_MOST_ZERO = 16  # bfloat16 holds whole numbers up to 256, and 128 + 8 + this is subtracted
+_MOST_ZERO = 16  # bfloat16 holds whole numbers up to 256 exactly, and unpacking subtracts 128 + 8 + zero point
 
 
 @dataclass(frozen=True)
 class FourBits:
-    """`(values - zero_point) * scale` [N, K].
+    """A matrix [N, K] of 4-bit numbers that stands for `(values - zero_point) * scale`.
 
-    A span's words of all rows lie together, and 16 words of a row: word j holds the columns j, 16 + j, ... 112 + j of
-    the span, each + 8, in the order of `_PLACES`. So a tile of the matrix is one contiguous piece.
+    A span of a row is 16 words. Word j holds the span's columns j, 16 + j, ... 112 + j in the order of `_ORDER`, with
+    8 added to each value. The words of one span for all rows lie together, so that a tile of the matrix is contiguous
+    in memory.
     """
 
     words: Tensor  # [ceil(K / 128), N, 16] int32
-    scale: Tensor  # [groups, N] of the rows' type
+    scale: Tensor  # [groups, N] in the type of the rows to be multiplied
     zero_point: Tensor | None  # [groups, N] int8
     columns: int
     group: int  # columns that share a scale: 32, 64 or a multiple of 128
 
     @property
     def rows(self) -> int:
-        """N."""
+        """Number of rows, N."""
         return self.words.shape[1]
 
     @property
     def spans(self) -> int:
-        """How many spans its columns are, the last one filled up."""
+        """Number of spans of a row; the last one may be padded."""
         return self.words.shape[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the weight, its scales and its zero points take."""
+        """Bytes of the weight, its scales and its zero points."""
         return self.words.nbytes + self.scale.nbytes + (0 if self.zero_point is None else self.zero_point.nbytes)
 
 
 def repack(values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor | None, dtype: torch.dtype) -> FourBits:
-    """int8 values from -8 to 7, floating-point scales and whole zero points, for K / G columns each.
+    """Pack int8 values from -8 to 7 [N, K] with floating-point scales and integer zero points [N, G].
 
-    Scales are rounded to `dtype`, that of the rows to come. A `ValueError` names groups that are not taken.
+    K / G columns share a scale. Scales are rounded to `dtype`, the type of the rows to be multiplied. Raises
+    `ValueError` for a group size that is not supported and for zero points out of range.
     """
     n, k = values_NK.shape
     groups = scale_NG.shape[1]
@@ -70,13 +72,14 @@ def repack(values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor | None, dt
         )
     if zero_point_NG is not None and not bool((zero_point_NG.abs() <= _MOST_ZERO).all()):
         raise ValueError(f"4-bit weights [{n}, {k}] have zero points beyond -{_MOST_ZERO} to {_MOST_ZERO}")
-    pieces = F.pad(values_NK, (0, padding)).add(8).view(n, -1, len(_PLACES), WORDS.value).transpose(0, 1)
-    words = torch.zeros(pieces.shape[0], n, WORDS.value, dtype=torch.int32, device=values_NK.device)
-    for place, piece in enumerate(_PLACES):
-        words |= pieces[:, :, piece].to(torch.int32) << 4 * place
+    # [spans, N, blocks of 16 columns, 16]
+    blocks = F.pad(values_NK, (0, padding)).add(8).view(n, -1, len(_ORDER), WORDS.value).transpose(0, 1)
+    words = torch.zeros(blocks.shape[0], n, WORDS.value, dtype=torch.int32, device=values_NK.device)
+    for i, block in enumerate(_ORDER):
+        words |= blocks[:, :, block].to(torch.int32) << 4 * i
     if groups == 1:
         group = k + padding
-    more = padding // group  # groups that only the filling has
+    more = padding // group  # groups that consist of padding only
     scale = F.pad(scale_NG, (0, more)).t().to(dtype).contiguous()
     zero_point = None if zero_point_NG is None else F.pad(zero_point_NG, (0, more)).t().to(torch.int8).contiguous()
     return FourBits(words, scale, zero_point, k, group)
@@ -84,10 +87,11 @@ def repack(values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor | None, dt
 
 @triton.jit
 def unpacked(b_words, i_pair: tl.constexpr, b_zero, dtype: tl.constexpr):
-    """The columns 32 * `i_pair` and 16 more, and the 16 after them, of a span: two times [N, 16] in `dtype`, exact.
+    """Unpack two neighbouring blocks of 16 columns of a span, from column 32 * `i_pair` on: two matrices [N, 16].
 
-    `b_words` is int32 [N, 16], `b_zero` float32 [N]. In 16 bits a number is put into the lowest bits of 128.0 (or
-    1024.0 in float16), whose last bit counts 1, and what it has too much is taken away.
+    The results are in `dtype` and exact. `b_words` is int32 [N, 16]; `b_zero`, the zero points, is float32 [N]. In
+    16-bit types a number is written into the lowest bits of 128.0 (1024.0 in float16), whose last bit has the value 1;
+    then 128 (1024), 8 and the zero point are subtracted.
     """
     b_pair = (b_words >> 4 * i_pair) & 0x000F000F
     if dtype == tl.float32:

@@ -1,16 +1,21 @@
-"""In which multiples rows come: prompts on a grid of tiles, products by some rows at a time. Free of torch."""
+"""Multiples in which tokens are computed: prompt tiles for attention, padded rows for matrix products.
+
+The row grain of a product is the number of which its input rows must be a multiple. This file imports no torch, so
+that the job's planning can use it.
+"""
 
 TILE = 64
-"""Positions of a prompt that are computed together; the grid begins at the sequence's start."""
+"""Number of positions of a prompt that attention computes together; the grid of tiles begins at position 0."""
 
 MIN_ROWS = 8
-"""Below this many rows oneDNN and MKL take other kernels (other sums); from here up a row's bits stay the same."""
+"""The fewest rows of a product. With fewer, oneDNN and MKL take other kernels, which add in another order."""
 
 
 def padded_size(tokens: int, row_grain: int) -> int:
-    """Tokens of a step with padding: few different sizes, for each costs oneDNN a new kernel.
+    """Return the number of a step's tokens with padding: a multiple of `row_grain`, or of 32 above 128 tokens.
 
-    Products that take any number of rows do not come from there.
+    oneDNN makes a new kernel for every new number of rows, so there should be few different ones. With a row grain of
+    1 there is no padding, because such products do not come from oneDNN.
     """
     grain = row_grain if tokens <= 128 or row_grain == 1 else 32
     return -(-tokens // grain) * grain

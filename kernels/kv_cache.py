@@ -14,23 +14,24 @@ KV_DTYPES = {
     "fp8": torch.float8_e4m3fn,
 }
 MOST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""The largest number of the types that need a scale."""
+"""The largest number of each type that needs a scale."""
 
 CPU = torch.device("cpu")
 
 
 class KVCache:
-    """Keys and values of one layer, [blocks, kv_heads, block_size, head_dim]; 8 bits with a scale per
-    token and head.
+    """Keys and values of one layer, [blocks, kv_heads, block_size, head_dim]; 8-bit types have a scale per token and
+    head.
 
-    A slot is a position in the pool: block * block_size + offset. Block 0 belongs to nobody: padding is written there.
+    A slot is a token's index in the pool: block * block_size + offset. Block 0 belongs to no sequence; the keys and
+    values of padding tokens are written there.
     """
 
     def __init__(
         self, blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device = CPU
     ) -> None:
         shape = (blocks, kv_heads, block_size, head_dim)
-        # Zeros, not noise: a masked position still takes part, with weight zero, and must be finite.
+        # A masked position is still multiplied, by weight 0, so its contents must be finite: begin with zeros.
         self.key, self.value = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
         self.block_size = block_size
         quantized = dtype in MOST
@@ -39,12 +40,12 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pool."""
+        """Bytes of keys, values and scales."""
         scales = [s.nbytes for s in (self.key_scale, self.value_scale) if s is not None]
         return self.key.nbytes + self.value.nbytes + sum(scales)
 
     def store(self, key_THd: Tensor, value_THd: Tensor, rows_TH: Tensor) -> None:
-        """Write tokens' keys and values [T, kv_heads, head_dim] to `rows_TH` (see `cache_rows`)."""
+        """Write tokens' keys and values [T, kv_heads, head_dim] to the rows that `cache_rows` returned."""
         rows = rows_TH.flatten()
         for pool, scales, new in (
             (self.key, self.key_scale, key_THd),
@@ -57,24 +58,24 @@ class KVCache:
                 new = new.float().div(step.clamp(min=1e-30))
                 new = new.round_() if pool.dtype == torch.int8 else new.clamp_(-most, most)
             flat, stored = pool.view(-1, pool.shape[-1]), new.to(pool.dtype).flatten(0, 1)
-            if pool.dtype == torch.float8_e4m3fn:  # which torch copies by index only as bytes
+            if pool.dtype == torch.float8_e4m3fn:  # torch's index_copy_ has no float8, so copy bytes
                 flat, stored = flat.view(torch.uint8), stored.view(torch.uint8)
             flat.index_copy_(0, rows, stored)
 
     def copy(self, blocks: Tensor, to: Tensor) -> None:
-        """Copy the contents of blocks to others."""
+        """Copy the contents of the blocks `blocks` to the blocks `to`."""
         for pool in (self.key, self.value, self.key_scale, self.value_scale):
             if pool is not None:
                 pool.view(torch.uint8)[to] = pool.view(torch.uint8)[blocks]
 
     def clear(self, blocks: Tensor) -> None:
-        """Set blocks to zero: what a row that was not finite has left behind must not reach the next owner."""
+        """Set blocks to zero, so that numbers that are not finite do not reach the blocks' next sequence."""
         for pool in (self.key, self.value, self.key_scale, self.value_scale):
             if pool is not None:
                 pool.view(torch.uint8)[blocks] = 0
 
     def clear_slots(self, slots: Tensor) -> None:
-        """Set single positions to zero."""
+        """Set single slots to zero."""
         for pool in (self.key, self.value, self.key_scale, self.value_scale):
             if pool is not None:
                 pool.view(torch.uint8).view(*pool.shape[:3], -1)[
@@ -83,7 +84,7 @@ class KVCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On the CPU their pages are handed out by the system when first written: a pool costs what is used of it."""
+    """Return a tensor of zeros. On the CPU it takes memory only as it is written, a page at a time."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
@@ -91,16 +92,17 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def cache_rows(slots_T: Tensor, kv_heads: int, block_size: int) -> Tensor:
-    """Rows [T, kv_heads] of a pool seen as [blocks * kv_heads * block_size, head_dim], for slots [T]."""
+    """Return the rows [T, kv_heads] of slots [T] in a pool seen as [blocks * kv_heads * block_size, head_dim]."""
     block, offset = slots_T // block_size, slots_T % block_size
     heads = torch.arange(kv_heads)
     return (block[:, None] * kv_heads + heads) * block_size + offset[:, None]
 
 
 def rotate(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) in the half-split layout of Hugging Face.
+    """Apply rotary position embedding (Su et al. 2021) in Hugging Face's layout, which pairs the halves of a head.
 
-    x [T, heads, head_dim]; cos and sin [T, head_dim / 2], float32. Computed in float32, returned in x's dtype.
+    x is [T, heads, head_dim]; cos and sin are float32 [T, head_dim / 2]. The result is computed in float32 and
+    returned in x's dtype.
     """
     a, b = x_THd.float().chunk(2, -1)
     cos, sin = cos_Td[:, None], sin_Td[:, None]

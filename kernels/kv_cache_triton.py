@@ -1,7 +1,7 @@
-"""What happens between a layer's first product and its attention, in one Triton launch.
+"""All operations between a layer's first product and its attention, in one Triton launch.
 
-Queries and keys are normed by head where the family does, and rotated; keys and values go into their blocks, in 8 bits
-with a scale per token and head where the cache is so.
+Queries and keys are normalized by head, if the model does that, and rotated. Keys and values are written to the
+cache; an 8-bit cache gets a scale per token and head.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -22,7 +22,7 @@ def _store_kernel(
     eps, heads, kv_heads, block_size, half,
     NORM: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # A program is one head of one token: queries first, then keys, then values.
+    # Each program handles one head of one token: query heads first, then key heads, then value heads.
     i_token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < half
@@ -33,7 +33,7 @@ def _store_kernel(
         if NORM:
             p_norm = p_query_norm if i_head < heads else p_key_norm
             inverse = tl.rsqrt(tl.sum(b_a * b_a + b_b * b_b) / (2 * half) + eps)
-            # In the stream's own type, as it would be if the norm were an operation of its own.
+            # Round to the residual stream's type, as if the norm were an operation of its own.
             b_a = (b_a * inverse * tl.load(p_norm + o_d, m_d, 0.0).to(tl.float32)).to(p_query.dtype.element_ty)
             b_b = (b_b * inverse * tl.load(p_norm + half + o_d, m_d, 0.0).to(tl.float32)).to(p_query.dtype.element_ty)
             b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
@@ -75,10 +75,10 @@ def rotate_and_store(
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
 ) -> Tensor:
-    """Queries [T, heads, head_dim] for attention; keys and values are in the cache afterwards.
+    """Rotate queries and keys, write keys and values to the cache, and return the queries [T, heads, head_dim].
 
-    qkv [T, (heads + 2 kv_heads) * head_dim] contiguous; cos and sin [T, head_dim / 2] float32; slots [T] int64; `norms`
-    are the weights [head_dim] of the norms of queries and keys, where the family has them.
+    qkv is contiguous, [T, (heads + 2 kv_heads) * head_dim]; cos and sin are float32 [T, head_dim / 2]; slots are int64
+    [T]. `norms` are the weights [head_dim] of the norms on each head of queries and of keys, if the model has them.
     """
     kv_heads, block_size, head_dim = cache.key.shape[1:]
     query = torch.empty(len(qkv_TX), heads, head_dim, dtype=qkv_TX.dtype, device=qkv_TX.device)
@@ -94,7 +94,7 @@ def rotate_and_store(
 
 
 def shipped() -> list[Shipped]:
-    """With and without norms by head; every type of the cache."""
+    """List the kernel with and without norms by head, for every type of the cache."""
     return [
         Shipped(
             f"rotate_and_store, {'normed ' if norm else ''}heads of {head_dim}, cache in {kv}",

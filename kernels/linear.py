@@ -1,4 +1,4 @@
-"""`Linear`: a matrix product in floating point whose rows do not depend on each other's number."""
+"""`Linear`: a floating-point matrix product in which a row's bits do not depend on the number of rows."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from batchinfer.kernels.rows import Rows
 
 
 class Linear:
-    """`x @ weight.T + bias` in the weight's dtype. Rows come in multiples of `MIN_ROWS`; fewer is a `ValueError`."""
+    """The product `x @ weight.T + bias` in the weight's dtype. The number of rows is a multiple of `MIN_ROWS`."""
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
         self.weight = weight_NK
@@ -20,21 +20,24 @@ class Linear:
 
     @property
     def takes(self) -> torch.dtype:
-        """Rows are brought to it, whatever they come in."""
+        """Type in which rows are multiplied; rows of another type are converted."""
         return self.weight.dtype
 
     @property
     def operations_per_row(self) -> int:
-        """Multiplications and additions."""
+        """Number of multiplications and additions for one input row."""
         return 2 * self.weight.numel()
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the weight takes."""
+        """Bytes of the weight."""
         return self.weight.nbytes
 
     def __call__(self, x: Rows) -> Rows:
-        """[M, K] to [M, N], in the weight's dtype, dense."""
+        """Multiply rows [M, K]; the result [M, N] is dense, in the weight's dtype.
+
+        Raises `ValueError` if M is not a multiple of `MIN_ROWS`.
+        """
         x_MK = x.dense()
         rows = x_MK.shape[0]
         if rows % MIN_ROWS:

@@ -1,6 +1,6 @@
-"""The product in floating point, in Triton, of one fixed shape: a row's bits do not depend on the rows beside it.
+"""The floating-point matrix product in Triton with one fixed tile, so that a row's bits do not depend on other rows.
 
-The vendor's libraries choose another kernel, with another order of sums, for another number of rows.
+The vendor's libraries choose the kernel, and with it the order of sums, by the number of rows.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -18,7 +18,7 @@ TILES = {
     torch.float16: Tile(rows=64, columns=128, depth=64, warps=4, stages=3),
     torch.float32: Tile(rows=32, columns=64, depth=32, warps=4, stages=2),
 }
-"""By type, never by the number of rows. float32 is multiplied as it is, not in TF32: that takes no matrix units."""
+"""The tile of each type, whatever the number of rows. float32 is not rounded to TF32, so it uses no matrix units."""
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def _linear_kernel(
     i_m, i_n = tile_of(tl.program_id(0), m, n, BLOCK_M, BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows beyond the last are others once more: reads need no mask, and what comes of them is not stored.
+    # Rows past the end read other rows again (modulo), so that loads need no mask; their results are not stored.
     b_y = tile_product(p_x, p_w, o_m % m, o_n % n, K, BLOCK_M, BLOCK_N, BLOCK_K)
     if BIAS:
         b_y += tl.load(p_bias + o_n, o_n < n, 0.0).to(tl.float32)[None, :]
@@ -38,7 +38,10 @@ def _linear_kernel(
 
 
 def linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` [M, N] for any number of rows, contiguous, all of a type in `TILES`; sums in float32."""
+    """Return `x @ weight.T + bias`, [M, N], for any number of rows. Sums are in float32.
+
+    x and the weight are contiguous and of one type, which `TILES` lists.
+    """
     (m, k), n = x_MK.shape, len(weight_NK)
     assert x_MK.is_contiguous() and weight_NK.is_contiguous() and x_MK.dtype == weight_NK.dtype
     out = torch.empty(m, n, dtype=x_MK.dtype, device=x_MK.device)
@@ -52,7 +55,7 @@ def linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Ten
 
 
 def shipped() -> list[Shipped]:
-    """Every type; columns that are a multiple of the tile's depth, and some that are not."""
+    """List the kernel for every type, with columns that are a multiple of the tile's depth and others."""
     found = []
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         tile = TILES[dtype]

@@ -1,4 +1,4 @@
-"""`LinearW4A16`: a product of bfloat16 rows and weights that stay in 4 bits, read as they are for each few rows."""
+"""`LinearW4A16`: the product of bfloat16 rows with weights that stay in 4 bits in memory."""
 
 import torch
 from torch import Tensor
@@ -9,23 +9,25 @@ from batchinfer.kernels.grain import MIN_ROWS
 from batchinfer.kernels.rows import Rows
 
 GROUPS = (256, 128, 64, 32)
-"""Columns that may share a scale, the largest first."""
+"""Group sizes that are allowed (columns that share a scale), the largest first."""
 GRAIN = 16
-"""The number of weight rows must be a multiple of this."""
+"""The number of the weight's rows must be a multiple of this."""
 
 
 def vectorized() -> bool:
-    """True if int4pack has vector code for this processor; its plain loops take some hundred times as long."""
+    """Return whether int4pack has vector code for this processor. Its scalar code is about a hundred times slower."""
     return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 class LinearW4A16:
-    """`x @ ((values - zero_point) * scale).T + bias` in bfloat16, for any number of rows: their bits are the same.
+    """The product `x @ ((values - zero_point) * scale).T + bias` in bfloat16; a row's bits depend on no other row.
 
-    Paths: "cpu" is torch's int4pack, two numbers a byte. It multiplies in float32, and expands the weights again for
-    every 4 rows: for few rows it reads a quarter of what bfloat16 weights take, for many it computes in vain. It has
-    vector code for bfloat16 alone, and takes scales and zero points in it: rounded, where the checkpoint has finer
-    ones, as the weights themselves would be if they were expanded. "reference" expands at every call.
+    The path "cpu" is torch's int4pack, which holds two numbers in a byte and multiplies in float32. It expands the
+    weights again for every 4 rows. So it is fast for few rows, where it reads a quarter of the bytes of bfloat16
+    weights, and slow for many, where it repeats work. Its vector code is for bfloat16 only, with scales and zero points
+    in bfloat16 too: those of the checkpoint are rounded, as the weights would be if they were expanded.
+
+    The path "reference" expands the weights at every call.
     """
 
     takes = torch.bfloat16
@@ -34,9 +36,9 @@ class LinearW4A16:
     def __init__(
         self, values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor, bias_N: Tensor | None = None
     ) -> None:
-        """int8 values from -8 to 7; float32 scales and zero points, for K / G columns each; a bfloat16 bias.
+        """Pack int8 values from -8 to 7 with float32 scales and zero points, which K / G columns share.
 
-        A `ValueError` names sizes that int4pack does not take.
+        The bias is bfloat16. Raises `ValueError` for sizes that int4pack does not take.
         """
         n, k = values_NK.shape
         self.shape = (n, k)
@@ -60,16 +62,16 @@ class LinearW4A16:
 
     @property
     def operations_per_row(self) -> int:
-        """Multiplications and additions."""
+        """Number of multiplications and additions for one input row."""
         return 2 * self.shape[0] * self.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the weight, its scales and its zero points take."""
+        """Bytes of the weight, its scales and its zero points."""
         return int(self.weight.nbytes + self.scales.nbytes)
 
     def __call__(self, x: Rows) -> Rows:
-        """[M, K] to bfloat16 [M, N], dense."""
+        """Multiply rows [M, K]; the result [M, N] is dense, in bfloat16."""
         x_MK = x.dense().to(torch.bfloat16)
         product = self._packed(x_MK) if self.path == "cpu" else self._reference(x_MK)
         return Rows(product if self.bias is None else product.add_(self.bias))

@@ -1,13 +1,13 @@
-"""The product of floating-point rows and 4-bit weights in Triton: weights are read in 4 bits, multiplied in x's type.
+"""The product of floating-point rows with 4-bit weights in Triton. Weights are read in 4 bits, multiplied in x's type.
 
-Weights are the left operand, `weight @ x.T`. Hopper's matrix units take the left one out of registers, where the
-numbers are unpacked, and the right one from shared memory alone; and the 64 rows that they compute at least are then
-weight rows, of which there are many, so that few rows of x need little padding.
+The weight is the left operand: `weight @ x.T`. Hopper's matrix units can read the left operand from registers, where
+the numbers are unpacked, but the right one only from shared memory. They also compute at least 64 rows of the left
+operand. Of the weight's rows there are always enough, so few rows of x need little padding.
 
-A number is unpacked as itself, a small whole one, which every type holds exactly; its group's scale multiplies the
-group's sums, in float32. Numbers are unpacked by shifts and masks that the compiler sees, not in assembly: the same
-code runs in the interpreter and on every vendor's device. On Hopper it comes to 2.6 instructions a number; assembly
-that keeps two numbers in a word throughout would need 1.5, and is worth writing if that is what a measurement blames.
+A number is unpacked as a small integer, which every type holds exactly. The scale of its group multiplies the group's
+sum, in float32. Unpacking is written as shifts and masks, not as assembly, so that the same code runs in the
+interpreter and on every vendor's device. On Hopper it compiles to 2.6 instructions per number. Assembly that keeps two
+numbers in a word throughout would need 1.5, and is worth writing if measurements show unpacking to be the bottleneck.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -26,18 +26,20 @@ TILES = {
     16: Tile(rows=16, columns=64, depth=SPAN.value, warps=4, stages=4),
     None: Tile(rows=64, columns=64, depth=SPAN.value, warps=4, stages=3),
 }
-"""By the most rows that a tile is for, `None` for any number: also where results must not depend on it.
+"""Tiles by the largest number of rows of x that they serve. `None` serves any number, and is the one tile for results
+that must not depend on the number of rows.
 
-Unmeasured. Larger ones spill on Hopper, and Triton 3.7 makes a bare `trap` of them for sm_100.
+Unmeasured. Larger tiles spill registers on Hopper, and Triton 3.7 compiles them to a bare `trap` for sm_100.
 """
 EXPAND_ROWS = 1300
-"""From here up a product is bound by arithmetic: weights are expanded once, and torch multiplies. Unmeasured."""
+"""From this number of rows on, arithmetic is the bottleneck: expand the weights once and let torch multiply.
+Unmeasured."""
 AT_ONCE = 2
-"""Programs for each processor, up to which the columns are split. Unmeasured."""
+"""Programs wanted per multiprocessor; columns are split until there are this many. Unmeasured."""
 SPANS = 4
-"""The fewest spans of columns in a split: fewer would not fill the pipeline of its loop."""
+"""The fewest spans of columns in a split. Fewer would not fill the loop's pipeline."""
 SLAB = 1024
-"""Rows that are multiplied at a time: this bounds the memory for the sums of splits."""
+"""Number of rows multiplied in one launch. It bounds the memory for the splits' partial sums."""
 
 
 @triton.jit
@@ -46,14 +48,14 @@ def _linear_w4a16_kernel(
     K: tl.constexpr, GROUP: tl.constexpr, ZEROS: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    PARTS: tl.constexpr = 1 if GROUP >= SPAN else SPAN // GROUP  # groups of a span
-    PAIRS: tl.constexpr = 4 // PARTS  # pairs of 16 columns in a group
+    GROUPS: tl.constexpr = 1 if GROUP >= SPAN else SPAN // GROUP  # groups in a span
+    PAIRS: tl.constexpr = 4 // GROUPS  # pairs of 16-column blocks in a group, within the span
     WHOLE: tl.constexpr = K // SPAN * SPAN == K
     i_n = tl.program_id(1)
     i_split = tl.program_id(2)
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows beyond the last are others once more: reads need no mask, and what comes of them is not stored.
+    # Rows past the end read other rows again (modulo), so that loads need no mask; their results are not stored.
     p_x += (o_m % m).to(tl.int64)[None, :] * K
     o_row = o_n % n
     o_word = tl.arange(0, WORDS)
@@ -61,22 +63,22 @@ def _linear_w4a16_kernel(
     for i_span in range(i_split * split_spans, tl.minimum((i_split + 1) * split_spans, spans)):
         i_long = tl.cast(i_span, tl.int64)
         b_words = tl.load(p_words + (i_long * n + o_row)[:, None] * WORDS + o_word[None, :])
-        for i_part in tl.static_range(PARTS):
-            o_group = (i_long * SPAN // GROUP + i_part) * n + o_row
+        for i_group in tl.static_range(GROUPS):
+            o_group = (i_long * SPAN // GROUP + i_group) * n + o_row
             b_zero = tl.load(p_zero + o_group).to(tl.float32) if ZEROS else tl.zeros((BLOCK_N,), tl.float32)
-            b_part = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            b_group = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for i_pair in tl.static_range(PAIRS):
-                b_first, b_second = unpacked(b_words, i_part * PAIRS + i_pair, b_zero, p_x.dtype.element_ty)
-                o_k = i_span * SPAN + (i_part * PAIRS + i_pair) * 2 * WORDS + o_word
+                b_first, b_second = unpacked(b_words, i_group * PAIRS + i_pair, b_zero, p_x.dtype.element_ty)
+                o_k = i_span * SPAN + (i_group * PAIRS + i_pair) * 2 * WORDS + o_word
                 if WHOLE:
                     b_x = tl.load(p_x + o_k[:, None])
                     b_x_second = tl.load(p_x + WORDS + o_k[:, None])
                 else:
                     b_x = tl.load(p_x + o_k[:, None], (o_k < K)[:, None], 0.0)
                     b_x_second = tl.load(p_x + WORDS + o_k[:, None], (o_k < K - WORDS)[:, None], 0.0)
-                b_part = tl.dot(b_first, b_x, b_part, input_precision="ieee")
-                b_part = tl.dot(b_second, b_x_second, b_part, input_precision="ieee")
-            b_y += b_part * tl.load(p_scale + o_group).to(tl.float32)[:, None]
+                b_group = tl.dot(b_first, b_x, b_group, input_precision="ieee")
+                b_group = tl.dot(b_second, b_x_second, b_group, input_precision="ieee")
+            b_y += b_group * tl.load(p_scale + o_group).to(tl.float32)[:, None]
     if BIAS:
         b_y += tl.load(p_bias + o_row).to(tl.float32)[:, None]
     p_y += (i_split.to(tl.int64) * m + o_m)[None, :] * n + o_n[:, None]
@@ -84,13 +86,13 @@ def _linear_w4a16_kernel(
 
 
 @triton.jit
-def _sum_kernel(p_part, p_bias, p_y, count, n, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(p_partials, p_bias, p_y, count, n, SPLITS: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
     o_y = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m_y = o_y < count
-    b_y = tl.load(p_part + o_y, m_y, 0.0)
+    b_y = tl.load(p_partials + o_y, m_y, 0.0)
     for _ in tl.static_range(1, SPLITS):
-        p_part += count
-        b_y += tl.load(p_part + o_y, m_y, 0.0)
+        p_partials += count
+        b_y += tl.load(p_partials + o_y, m_y, 0.0)
     if BIAS:
         b_y += tl.load(p_bias + o_y % n, m_y, 0.0).to(tl.float32)
     tl.store(p_y + o_y, b_y.to(p_y.dtype.element_ty), m_y)
@@ -122,10 +124,10 @@ def _expand_kernel(
 def linear_w4a16(
     x_MK: Tensor, weight: FourBits, bias_N: Tensor | None, processors: int, deterministic: bool = False
 ) -> Tensor:
-    """`x @ weight.T + bias` [M, N] in x's type, float16, bfloat16 or float32; x is contiguous, sums are in float32.
+    """Return `x @ weight.T + bias`, [M, N], in x's type: float16, bfloat16 or float32. Sums are in float32.
 
-    `processors` are the device's multiprocessors. `deterministic`: a row's bits do not depend on the number of rows;
-    weights are then never expanded, and one tile serves every number of rows.
+    x is contiguous. `processors` is the device's number of multiprocessors. With `deterministic`, a row's bits do not
+    depend on the number of rows: weights are then never expanded, and one tile serves every number of rows.
     """
     m, n = len(x_MK), weight.rows
     assert x_MK.is_contiguous() and x_MK.shape[1] == weight.columns
@@ -140,46 +142,46 @@ def linear_w4a16(
 
 
 def tile_for(rows: int, deterministic: bool) -> Tile:
-    """The tile for this number of rows."""
+    """Choose the tile for this number of rows."""
     if deterministic:
         return TILES[None]
     return next(tile for most, tile in TILES.items() if most is None or rows <= most)
 
 
 def splits(rows: int, weight: FourBits, tile: Tile, processors: int, deterministic: bool) -> int:
-    """In how many the columns are split, so that all processors have something to do.
+    """Choose the number of splits of the columns, so that all multiprocessors have work.
 
-    Where results must not depend on the number of rows, as for one tile of rows.
+    With `deterministic` it is the number for one tile of rows, so that results do not depend on the number of rows.
     """
     programs = triton.cdiv(weight.rows, tile.columns) * (1 if deterministic else triton.cdiv(rows, tile.rows))
     wanted = max(1, min(AT_ONCE * processors // programs, weight.spans // SPANS))
-    return int(triton.cdiv(weight.spans, triton.cdiv(weight.spans, wanted)))  # none of them is empty
+    return int(triton.cdiv(weight.spans, triton.cdiv(weight.spans, wanted)))  # rounded so that no split is empty
 
 
 def _multiply(x_MK: Tensor, weight: FourBits, bias_N: Tensor | None, y_MN: Tensor, tile: Tile, splits: int) -> None:
     (m, k), n = x_MK.shape, weight.rows
-    parts = y_MN if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=y_MN.device)
+    partials = y_MN if splits == 1 else torch.empty(splits, m, n, dtype=torch.float32, device=y_MN.device)
     grid = (triton.cdiv(m, tile.rows), triton.cdiv(n, tile.columns), splits)
     bias = y_MN if bias_N is None else bias_N
     _linear_w4a16_kernel[grid](
-        x_MK, weight.words, weight.scale, weight.scale if weight.zero_point is None else weight.zero_point, bias, parts,
-        m, n, weight.spans, triton.cdiv(weight.spans, splits),
+        x_MK, weight.words, weight.scale, weight.scale if weight.zero_point is None else weight.zero_point, bias,
+        partials, m, n, weight.spans, triton.cdiv(weight.spans, splits),
         K=k, GROUP=weight.group, ZEROS=weight.zero_point is not None, BIAS=bias_N is not None and splits == 1,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, num_warps=tile.warps, num_stages=_stages(tile, k),
     )  # fmt: skip
     if splits > 1:
         _sum_kernel[(triton.cdiv(m * n, 1024),)](
-            parts, bias, y_MN, m * n, n, SPLITS=splits, BIAS=bias_N is not None, BLOCK=1024, num_warps=4
+            partials, bias, y_MN, m * n, n, SPLITS=splits, BIAS=bias_N is not None, BLOCK=1024, num_warps=4
         )
 
 
 def _stages(tile: Tile, columns: int) -> int:
-    """Fewer where the last span needs a mask, and that needs registers."""
+    """Return the number of pipeline stages: fewer where the last span needs a mask, which takes registers."""
     return tile.stages if columns % SPAN.value == 0 else 2
 
 
 def expand(weight: FourBits, dtype: torch.dtype) -> Tensor:
-    """The weights themselves [N, K], rounded to `dtype`."""
+    """Return the dequantized weights [N, K], rounded to `dtype`."""
     scale, n = weight.scale, weight.rows
     out = torch.empty(n, weight.columns, dtype=dtype, device=scale.device)
     _expand_kernel[(triton.cdiv(n, 64), weight.spans)](
@@ -190,7 +192,7 @@ def expand(weight: FourBits, dtype: torch.dtype) -> Tensor:
 
 
 def shipped() -> list[Shipped]:
-    """Every tile, with groups of every kind; sums of splits; weights expanded."""
+    """List the product for every tile and kind of group, the sum of the splits, and the expansion of the weights."""
     weights = {"p_words": "*i32", "p_scale": "*bf16", "p_zero": "*i8"}
     found = []
     for most, tile in TILES.items():
@@ -213,7 +215,7 @@ def shipped() -> list[Shipped]:
         Shipped(
             "linear_w4a16, sums of splits",
             _sum_kernel,
-            {"p_part": "*fp32", "p_bias": "*bf16", "p_y": "*bf16", "count": "i32", "n": "i32"},
+            {"p_partials": "*fp32", "p_bias": "*bf16", "p_y": "*bf16", "count": "i32", "n": "i32"},
             {"SPLITS": 4, "BIAS": True, "BLOCK": 1024},
             warps=4,
         )

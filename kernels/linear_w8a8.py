@@ -1,6 +1,6 @@
-"""`LinearW8A8`: integer matrix product of 8-bit rows and 8-bit weights.
+"""`LinearW8A8`: the integer matrix product of 8-bit rows with 8-bit weights.
 
-Integer sums are exact, so a row's result is the same whatever rows are beside it, on every path.
+Integer sums are exact, so a row's result depends on no other row, on any path.
 """
 
 import torch
@@ -12,10 +12,10 @@ from batchinfer.kernels.rows import Rows
 
 
 class LinearW8A8:
-    """`(x - 128) @ weight.T`, weights int8 [N, K] with a scale per output channel float32 [N].
+    """The product `(x - 128) @ weight.T` with int8 weights [N, K] and float32 per-channel scales [N].
 
-    Paths: "cpu" is oneDNN's u8 x s8 product on weights packed beforehand (its s8 x s8 twin runs a scalar reference);
-    "reference" is `torch._int_mm`.
+    The path "cpu" is oneDNN's product of uint8 and int8 on prepacked weights; for int8 and int8, oneDNN has only scalar
+    reference code. The path "reference" is `torch._int_mm`.
     """
 
     takes = torch.uint8
@@ -35,23 +35,26 @@ class LinearW8A8:
 
     @property
     def operations_per_row(self) -> int:
-        """Multiplications and additions."""
+        """Number of multiplications and additions for one input row."""
         return 2 * self.shape[0] * self.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the weight and its scales take."""
+        """Bytes of the weight and its scales."""
         return self.shape[0] * self.shape[1] + self.scale.nbytes
 
     def __call__(self, x: Rows) -> Rows:
-        """uint8 rows [M, K] to float32 [M, N]; the rows' scales stay apart unless there is a bias."""
+        """Multiply uint8 rows [M, K]; the result [M, N] is float32.
+
+        The rows' scales are passed on in the result, or multiplied in if there is a bias.
+        """
         product = self._packed(x.values) if self.path == "cpu" else self._reference(x.values)
         if self.bias is None:
             return Rows(product, x.scale)
         return Rows(Rows(product, x.scale).dense().add_(self.bias))
 
     def _packed(self, x_MK: Tensor) -> Tensor:
-        # It takes one activation scale, not one a row: 1.0 here, and the rows' scales ride along in `Rows`.
+        # This product takes one activation scale, not one per row. So it gets 1.0, and `Rows` keeps the rows' scales.
         out: Tensor = torch.ops.onednn.qlinear_pointwise(
             x_MK, 1.0, 128, self.weight, self.scale, self.zero_points, None, 1.0, 0, torch.float32, "none", [], ""
         )

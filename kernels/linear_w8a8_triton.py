@@ -1,4 +1,4 @@
-"""The product of 8-bit rows and 8-bit weights in Triton: int8 in integers, float8_e4m3fn in float32."""
+"""The product of 8-bit rows with 8-bit weights in Triton. Sums are int32 for int8, and float32 for float8_e4m3fn."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -17,7 +17,10 @@ TILES = {
     256: Tile(rows=64, columns=128, depth=128, warps=4, stages=3),
     None: Tile(rows=128, columns=128, depth=128, warps=8, stages=3),
 }
-"""By the most rows that a tile is for, `None` for any number. Chosen by what compiles without spilling: unmeasured."""
+"""Tiles by the largest number of rows that they serve; `None` serves any number.
+
+They were chosen because they compile without spilling registers. Unmeasured.
+"""
 
 
 @triton.jit
@@ -30,7 +33,7 @@ def _linear_w8a8_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_m = o_m < m
     m_n = o_n < n
-    # Rows beyond the last are others once more: reads need no mask, and what comes of them is not stored.
+    # Rows past the end read other rows again (modulo), so that loads need no mask; their results are not stored.
     b_y = tile_product(p_x, p_w, o_m % m, o_n % n, K, BLOCK_M, BLOCK_N, BLOCK_K).to(tl.float32)
     b_y *= tl.load(p_x_scale + o_m, m_m, 0.0)[:, None]
     b_y *= tl.load(p_w_scale + o_n, m_n, 0.0)[None, :]
@@ -48,11 +51,11 @@ def linear_w8a8(
     out: torch.dtype,
     deterministic: bool = False,
 ) -> Tensor:
-    """`(x @ weight.T) * x's scale * scale + bias` [M, N] in floating point of type `out`.
+    """Return `(x.values @ weight.T) * x.scale * scale + bias`, [M, N], in the floating-point type `out`.
 
-    x's values [M, K] and the weight are contiguous, both int8 or both float8_e4m3fn; scales are float32, x's [M, 1].
-    Sums of int8 are exact up to 131,071 columns, so that every tile gives the same bits. Those of float8 are not, and
-    another number of rows may take another tile, unless the result is to be `deterministic`.
+    x's values [M, K] and the weight are contiguous, both int8 or both float8_e4m3fn. Scales are float32; x's are
+    [M, 1]. Sums of int8 are exact up to 131,071 columns, so every tile gives the same bits. Sums of float8 are not
+    exact: with another number of rows, and so another tile, their bits may differ, unless `deterministic` is set.
     """
     (m, k), n = x.values.shape, len(weight_NK)
     assert x.values.is_contiguous() and weight_NK.is_contiguous() and x.values.dtype == weight_NK.dtype
@@ -68,21 +71,22 @@ def linear_w8a8(
 
 
 def tile_for(rows: int, columns: int, dtype: torch.dtype, deterministic: bool = False) -> Tile:
-    """The tile for this number of rows of that type; always the same one where only that keeps a row's bits.
+    """Choose the tile for this number of rows of type `dtype`.
 
-    Hopper's matrix units take float8 in tiles of 64 rows and more; in lower ones it would be converted to float16.
+    With `deterministic`, float8 always takes the same tile, because its sums depend on the tile. float8 takes no tile
+    below 64 rows: Hopper's matrix units would not take it, and it would be converted to float16.
     """
     if deterministic and dtype != torch.int8:
         return TILES[64]
     rows = rows if dtype == torch.int8 else max(rows, 64)
     tile = next(tile for most, tile in TILES.items() if most is None or rows <= most)
-    # Columns that stick out of a tile need a mask, and that needs registers, which the largest one has not left.
+    # Columns that are no multiple of the depth need a mask, which takes registers that the largest tile cannot spare.
     sticks_out = tile.rows == 128 and columns % tile.depth
     return tile._replace(depth=tile.depth // 2, stages=tile.stages + 1) if sticks_out else tile
 
 
 def shipped() -> list[Shipped]:
-    """Every tile and both types; columns that are a multiple of the tiles' depth, and some that are not."""
+    """List the kernel for every tile and both types, with columns that are a multiple of the depth and others."""
     return [
         Shipped(
             f"linear_w8a8, up to {most or 'any number of'} rows, {columns} columns of {name}",

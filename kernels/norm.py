@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019), alone or with quantization behind it."""
+"""RMSNorm (Zhang and Sennrich 2019), alone or followed by quantization."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,15 @@ from batchinfer.kernels.rows import Rows, quantize_rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / rms(x) * weight` over the last dimension, computed in float32; shape and dtype of x."""
+    """Return `x / rms(x) * weight` over the last dimension, in x's shape and dtype. It is computed in float32."""
     x32 = x.float()
     return (x32 * _inverse_rms(x32, eps)).to(x.dtype).mul_(weight)
 
 
 def rms_norm_quantize(x_MD: Tensor, weight_D: Tensor, eps: float) -> Rows:
-    """RMSNorm and 8 bits by rows at once, of x float32 [M, D].
+    """Return the RMSNorm of x, float32 [M, D], rounded to 8 bits with a scale per row.
 
-    The root mean square is one factor a row, so it never touches the elements: it goes into the scale.
+    The root mean square is one factor per row, so it goes into the row's scale and the elements need not be divided.
     """
     return quantize_rows(x_MD * weight_D, _inverse_rms(x_MD, eps))
 

@@ -1,4 +1,4 @@
-"""RMSNorm in Triton: residual sum, norm and quantization by rows in one pass over memory."""
+"""RMSNorm in Triton: residual sum, norm and quantization with a scale per row, in one pass over memory."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -36,9 +36,10 @@ def _norm_kernel(
 
 
 def add_norm(x_MD: Tensor, y_MD: Tensor | None, weight_D: Tensor, eps: float, out: torch.dtype) -> Rows:
-    """`x += y` if there is a y, in place, and RMSNorm of that in the type `out`: x's own, int8 or float8_e4m3fn.
+    """Add y, if given, to x in place, and return the RMSNorm of x in the type `out`.
 
-    x and y are contiguous, of one type; the rows' scales are float32 [M, 1].
+    `out` is x's own type, int8 or float8_e4m3fn; 8-bit rows have float32 scales [M, 1]. x and y are contiguous and of
+    one type.
     """
     m, d = x_MD.shape
     values = torch.empty(m, d, dtype=out, device=x_MD.device)
@@ -57,7 +58,7 @@ def _warps(block: int) -> int:
 
 
 def shipped() -> list[Shipped]:
-    """Hidden sizes from small to large, every kind of output."""
+    """List the kernel for small and large hidden sizes and every type of output."""
     found = []
     for columns in (1024, 4096, 8192):
         for out in ("bf16", "i8", "fp8e4nv"):

@@ -1,4 +1,4 @@
-"""What libraries do on this processor that decides whether a row's bits depend on the rows beside it."""
+"""Settings of the CPU's math libraries that keep a row's bits independent of the rows beside it."""
 
 import ctypes
 import os
@@ -12,15 +12,15 @@ _ALL = -1  # MKL_CBWR_ALL
 
 @cache
 def has(mark: str) -> bool:
-    """Whether the system's description of the processor has this word, such as a vendor or a flag."""
+    """Return whether /proc/cpuinfo contains this word, such as a vendor or a flag."""
     return CPUINFO.exists() and mark in CPUINFO.read_text().split()
 
 
 def ask_for_strict_mode() -> None:
-    """Have MKL add in one order for any number of rows, where it can: it reads that before its first product, once.
+    """Make MKL add in one order for any number of rows. Call it before MKL's first product, which reads the setting.
 
-    On processors of its own maker it takes other kernels for few rows and for many; its strict mode ends that, and
-    costs products nothing (docs/log.md). Elsewhere it does not, and that mode would take much slower ones.
+    On Intel's processors MKL takes different kernels for few rows and for many. Its strict mode ends that, at no cost
+    to products (docs/log.md). On other processors MKL has no such choice, and strict mode would be much slower.
     """
     if has("GenuineIntel"):
         os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
@@ -43,5 +43,8 @@ def bits_are_kept() -> bool:
 
 
 def least_rows_in_bfloat16() -> int:
-    """Below this many, oneDNN's products of bfloat16 by AMX add in another order: measured for the sizes of heads."""
+    """Return the fewest rows of a bfloat16 product. With fewer, oneDNN's AMX kernels add in another order.
+
+    The number was measured with the sizes of output heads.
+    """
     return 64 if has("amx_bf16") else 1

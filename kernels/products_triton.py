@@ -1,4 +1,4 @@
-"""Matrix products on a GPU: the vendor's library where it is as good, Triton where it is not."""
+"""Matrix products on a GPU: by the vendor's library where it serves as well, by Triton elsewhere."""
 
 import torch
 from torch import Tensor
@@ -11,13 +11,16 @@ from batchinfer.kernels.linear_w8a8_triton import linear_w8a8
 from batchinfer.kernels.rows import Rows
 
 SCALED_BY_LIBRARY = ((9, 0), (10, 0))
-"""Devices, by compute capability, on which `torch._scaled_mm` has a kernel for a scale a row and a scale a channel, and
-multiplies float8. Not measured against ours: `make gpu-check` does."""
-LIBRARY_GRAIN = 16  # of columns and of weight rows, for that kernel
+"""Compute capabilities of the devices on which `torch._scaled_mm` multiplies float8 with per-row and per-channel
+scales. Whether it is faster than the Triton kernel is unmeasured; `make gpu-check` compares them."""
+LIBRARY_GRAIN = 16  # `torch._scaled_mm` takes weights whose rows and columns are multiples of this
 
 
 class DenseProduct:
-    """`x @ weight.T + bias` in the weight's type; `deterministic`: a row's bits do not depend on the rows beside it."""
+    """The product `x @ weight.T + bias` in the weight's type.
+
+    With `deterministic`, a row's bits do not depend on the rows beside it.
+    """
 
     row_grain = 1
 
@@ -38,14 +41,17 @@ class DenseProduct:
         return self.weight.nbytes
 
     def __call__(self, x: Rows) -> Rows:
-        """[M, K] to [M, N], dense."""
+        """Multiply rows [M, K]; the result [M, N] is dense."""
         if self.deterministic:
             return Rows(linear(x.values, self.weight, self.bias))
         return Rows(F.linear(x.values, self.weight, self.bias))
 
 
 class EightBitProduct:
-    """Rows and weights in int8 or float8_e4m3fn, with a scale a row and a scale a channel; the result is in `out`."""
+    """The product of rows and weights in int8 or float8_e4m3fn, with per-row and per-channel scales.
+
+    The result is in `out`.
+    """
 
     row_grain = 1
 
@@ -70,7 +76,7 @@ class EightBitProduct:
         return self.weight.nbytes + self.scale.nbytes
 
     def __call__(self, x: Rows) -> Rows:
-        """[M, K] to [M, N], dense."""
+        """Multiply rows [M, K]; the result [M, N] is dense."""
         if self.by_library and x.scale is not None:
             scale = self.scale.view(1, -1)
             return Rows(torch._scaled_mm(x.values, self.weight.t(), x.scale, scale, self.bias, out_dtype=self.out))
@@ -78,7 +84,7 @@ class EightBitProduct:
 
 
 class FourBitProduct:
-    """Floating-point rows, and weights that are read in 4 bits."""
+    """The product of floating-point rows with weights that stay in 4 bits in memory."""
 
     row_grain = 1
     path = "triton"
@@ -105,7 +111,7 @@ class FourBitProduct:
         return self.weight.nbytes
 
     def __call__(self, x: Rows) -> Rows:
-        """[M, K] to [M, N], dense."""
+        """Multiply rows [M, K]; the result [M, N] is dense."""
         return Rows(linear_w4a16(x.values, self.weight, self.bias, self.processors, self.deterministic))
 
 

@@ -1,4 +1,4 @@
-"""Paged attention over sequences with any number of new tokens each: what a step asks for, and the plain reference."""
+"""`RaggedBatch`: a step's sequences with any number of new tokens each; and attention over it, the plain reference."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SharedPrefix:
-    """Sequences [first, first + count) of a batch whose blocks are the same up to `keys` positions.
+    """Sequences [first, first + count) of a batch share the blocks of their first `keys` positions.
 
-    `keys` is a multiple of the block size, and no new token of theirs stands before it.
+    `keys` is a multiple of the block size, and all new tokens of these sequences come after them.
     """
 
     first: int
@@ -26,29 +26,30 @@ class SharedPrefix:
 
 @dataclass(frozen=True)
 class RaggedBatch:
-    """S sequences and their new tokens, which lie one after the other in the step's tokens.
+    """S sequences and their new tokens, which follow each other in the step's tokens.
 
-    A piece of a prompt, a token that is decoded and drafts that are verified differ in nothing but their number. The
-    new tokens' own keys and values are already in the cache.
+    The new tokens may be a chunk of a prompt, a decoded token, or a decoded token and its drafts: only their number
+    differs. The new tokens' own keys and values are already in the cache.
     """
 
     offsets: Ints  # [S + 1], sequence s has the tokens [offsets[s], offsets[s + 1]), at least one
-    contexts: Ints  # [S], positions of the sequence up to its last new token, itself included
-    table: Tensor  # [S, most] int32, contiguous, where the pool is: the sequences' blocks
-    prefixes: tuple[SharedPrefix, ...] = ()  # of sequences that no other prefix has
+    contexts: Ints  # [S], positions of the sequence up to its last new token, that one included
+    table: Tensor  # [S, most] int32, contiguous, on the cache's device: the sequences' blocks
+    prefixes: tuple[SharedPrefix, ...] = ()  # a sequence has at most one
 
 
 def ragged_attention(query_THd: Tensor, cache: KVCache, batch: RaggedBatch, scale: float, window: int | None) -> Tensor:
-    """[T, heads, head_dim] of the query's type and computed in it, or in float32 for 16 bits: one sequence at a time.
+    """Return attention's outputs [T, heads, head_dim] in the query's type, computed one sequence at a time.
 
-    A token sees the `window` positions up to its own (None: all of them). Tokens of no sequence get zeros.
+    16-bit queries are computed in float32. A token sees the `window` positions up to its own (None: all of them).
+    Padding tokens get zeros.
     """
     out = torch.zeros_like(query_THd)
     dtype = torch.promote_types(query_THd.dtype, torch.float32)
     for s, context in enumerate(batch.contexts.tolist()):
         start, end = batch.offsets[s : s + 2].tolist()
         query = query_THd[start:end].to(dtype)
-        key, value = (_positions(cache, batch.table[s], part, context, dtype) for part in ("key", "value"))
+        key, value = (_positions(cache, batch.table[s], kind, context, dtype) for kind in ("key", "value"))
         group = query.shape[1] // key.shape[1]
         scores = torch.einsum("thd,nhd->htn", query, key.repeat_interleave(group, 1)) * scale
         own = torch.arange(context - (end - start), context, device=query.device)[:, None]
@@ -59,11 +60,14 @@ def ragged_attention(query_THd: Tensor, cache: KVCache, batch: RaggedBatch, scal
     return out
 
 
-def _positions(cache: KVCache, blocks_b: Tensor, part: str, count: int, dtype: torch.dtype) -> Tensor:
-    """[count, kv_heads, head_dim] keys or values (`part`) of a sequence's first positions, from its blocks."""
+def _positions(cache: KVCache, blocks_b: Tensor, kind: str, count: int, dtype: torch.dtype) -> Tensor:
+    """Return the keys or values of a sequence's first positions from its blocks, [count, kv_heads, head_dim].
+
+    `kind` is "key" or "value".
+    """
     used = blocks_b[: -(-count // cache.block_size)].long()
-    values: Tensor = getattr(cache, part)[used].to(dtype)  # [b, kv_heads, block_size, head_dim]
-    scales: Tensor | None = getattr(cache, f"{part}_scale")
+    values: Tensor = getattr(cache, kind)[used].to(dtype)  # [b, kv_heads, block_size, head_dim]
+    scales: Tensor | None = getattr(cache, f"{kind}_scale")
     if scales is not None:
         values = values * scales[used][..., None].to(dtype)
     return values.transpose(1, 2).flatten(0, 1)[:count]

@@ -1,4 +1,4 @@
-"""Quantization of a matrix by rows in Triton, where nothing comes before that it could be fused with."""
+"""Quantization with a scale per row in Triton, for rows that no earlier kernel could quantize as it wrote them."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -24,7 +24,7 @@ def _quantize_kernel(p_x, p_out, p_scale, columns, BLOCK: tl.constexpr):
 
 
 def quantize_rows(x_MK: Tensor, out: torch.dtype) -> Rows:
-    """Floating-point rows, contiguous, in int8 or float8_e4m3fn with a float32 scale each, [M, 1]."""
+    """Quantize contiguous floating-point rows to `out`, int8 or float8_e4m3fn, with float32 scales [M, 1]."""
     m, columns = x_MK.shape
     values = torch.empty(m, columns, dtype=out, device=x_MK.device)
     scale = torch.empty(m, 1, dtype=torch.float32, device=x_MK.device)
@@ -38,7 +38,7 @@ def _warps(block: int) -> int:
 
 
 def shipped() -> list[Shipped]:
-    """From few columns to many, both kinds of output."""
+    """List the kernel for few and many columns and both types of output."""
     return [
         Shipped(
             f"quantize_rows, {columns} columns to {out}",

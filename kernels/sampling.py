@@ -1,7 +1,7 @@
 """Choosing tokens from logits: greedy, or by Gumbel's trick with noise keyed by (row seed, position, token id).
 
-`argmax(logits / temperature + Gumbel noise)` is a draw from the softmax. Keyed noise makes the draw a function of the
-row alone: not of the batch, the order, or how many tokens were proposed at once.
+`argmax(logits / temperature + Gumbel noise)` is a draw from the softmax. Because the noise is keyed, the draw depends
+on the row alone: not on the batch, the order of rows, or how many drafts were verified at once.
 """
 
 from dataclasses import dataclass
@@ -14,38 +14,42 @@ _PHILOX_W0, _PHILOX_W1 = 0x9E3779B9, 0xBB67AE85
 _MASK = 0xFFFFFFFF
 
 CANDIDATES = 256
-"""Filters leave few tokens as a rule: they are looked for among so many, and the whole vocabulary is sorted only for
-rows where they are not found there. Which way a row takes follows from the row alone."""
+"""Number of most likely tokens among which the filters look first, because they usually leave few tokens. The whole
+vocabulary is sorted only for rows where more tokens pass. Which way a row takes depends on the row alone."""
 
 
 @dataclass(frozen=True)
 class SamplingBatch:
-    """Parameters of r rows of logits, one each; `SamplingParams` says what they mean."""
+    """Sampling parameters of r rows of logits; `SamplingParams` says what they mean."""
 
     temperature: Tensor  # [r] float32, 0 is greedy
     top_k: Tensor  # [r] int64, 0 is off
     top_p: Tensor  # [r] float32, 1 is off
     min_p: Tensor  # [r] float32, 0 is off
     seeds: Tensor  # [r] int64, the bits of the row seeds
-    positions: Tensor  # [r] int64, of the token to be chosen
+    positions: Tensor  # [r] int64, position of the token to be chosen
 
     def of(self, rows: Tensor) -> "SamplingBatch":
-        """The parameters of some rows, int64 [n]."""
+        """Return the parameters of the rows `rows`, int64 [n]."""
         columns = (self.temperature, self.top_k, self.top_p, self.min_p, self.seeds, self.positions)
         return SamplingBatch(*(column[rows] for column in columns))
 
 
 def greedy(logits_rV: Tensor) -> tuple[Tensor, Tensor]:
-    """(token ids int64 [r], finite bool [r]): a row with a NaN or infinite maximum is flagged, its id means nothing."""
+    """Return the most likely tokens: (token ids int64 [r], finite bool [r]).
+
+    `finite` is False for a row whose maximum is NaN or infinite; its token id means nothing.
+    """
     most, tokens = logits_rV.max(-1)
     return tokens, most.isfinite()
 
 
 def sample(logits_rV: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
-    """(token ids int64 [r], finite bool [r]) by temperature, then top-k, top-p and min-p, of float32 logits.
+    """Draw a token from each row of float32 logits: (token ids int64 [r], finite bool [r]).
 
-    The three filters apply to the tempered distribution: top-k first, top-p to what it leaves (Holtzman et al. 2020),
-    min-p relative to the most likely token. Ties at a filter's border all stay.
+    The filters apply to the distribution at the row's temperature: top-k first, then top-p to what top-k leaves
+    (Holtzman et al. 2020), then min-p relative to the most likely token. Tokens that tie at a filter's threshold all
+    stay. `finite` is as in `greedy`.
     """
     tokens, finite = greedy(logits_rV)
     filtered = (batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)
@@ -66,7 +70,10 @@ def _tempered(logits_rV: Tensor, batch: SamplingBatch, rows: Tensor) -> Tensor:
 
 
 def _draw(logits_rV: Tensor, batch: SamplingBatch, count: int) -> tuple[Tensor, Tensor]:
-    """(token ids [r], settled [r]) by the `count` most likely tokens; settled where no other passes the filters."""
+    """Draw from the `count` most likely tokens: (token ids [r], settled [r]).
+
+    A row is settled, and its token valid, if no token outside these passes the filters.
+    """
     ordered, ids = logits_rV.topk(count, dim=-1)
     probabilities = logits_rV.softmax(-1).gather(-1, ids).double()
     beyond = (torch.arange(count) >= batch.top_k[:, None]) & (batch.top_k > 0)[:, None]
@@ -74,7 +81,7 @@ def _draw(logits_rV: Tensor, batch: SamplingBatch, count: int) -> tuple[Tensor, 
     whole = torch.where(batch.top_k > 0, probabilities.sum(-1), 1.0)[:, None]
     before = probabilities.cumsum(-1) - probabilities
     inside = ((before < batch.top_p.double()[:, None] * whole) | (batch.top_p >= 1)[:, None]) & ~beyond
-    # p >= min_p * p_max, in logits; log(0) is -inf, which excludes nothing.
+    # The condition p >= min_p * p_max, in logits. log(0) is -inf, which excludes nothing.
     floor = torch.maximum(
         ordered.masked_fill(~inside, float("inf")).amin(-1, keepdim=True), ordered[:, :1] + batch.min_p.log()[:, None]
     )
@@ -87,13 +94,13 @@ def _draw(logits_rV: Tensor, batch: SamplingBatch, count: int) -> tuple[Tensor, 
 
 
 def gumbel(seeds_r: Tensor, positions_r: Tensor, vocab: int) -> Tensor:
-    """Standard Gumbel noise float64 [r, vocab], a pure function of (seed, position, token id)."""
+    """Return standard Gumbel noise, float64 [r, vocab], a pure function of (seed, position, token id)."""
     words = philox(torch.arange((vocab + 3) // 4), positions_r[:, None], seeds_r[:, None])
     return _gumbel(torch.stack(words, -1).flatten(1)[:, :vocab])  # token id = 4 * counter + word
 
 
 def gumbel_of(seeds_r: Tensor, positions_r: Tensor, ids_rn: Tensor) -> Tensor:
-    """The same noise for some token ids of each row: float64 [r, n]."""
+    """Return the noise of `gumbel` for n token ids of each row, float64 [r, n]."""
     words = torch.stack(philox(ids_rn // 4, positions_r[:, None], seeds_r[:, None]), -1)
     return _gumbel(words.gather(-1, (ids_rn % 4)[..., None]).squeeze(-1))
 
@@ -104,15 +111,16 @@ def _gumbel(words: Tensor) -> Tensor:
 
 
 def philox(counter: Tensor, position: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10 (Salmon et al. 2011) of counter (counter, position, 0, 0) and key = the 64 bits of seed.
+    """Return four words of 32 random bits by Philox 4x32-10 (Salmon et al. 2011), as int64 tensors.
 
-    int64 tensors that broadcast; four int64 tensors of 32 random bits each.
+    Philox's counter is (counter, position, 0, 0) and its key the 64 bits of `seed`. The arguments are int64 tensors
+    that broadcast.
     """
     c0, c1 = counter & _MASK, position & _MASK
     c2 = c3 = torch.zeros_like(c0)
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(10):
-        # Products of 32 by 32 bits wrap in int64, which keeps their 64 bits.
+        # A product of two 32-bit numbers may overflow int64's sign, but all its 64 bits are kept.
         p0, p1 = c0 * _PHILOX_M0, c2 * _PHILOX_M1
         c0, c1, c2, c3 = ((p1 >> 32) & _MASK) ^ c1 ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + _PHILOX_W0) & _MASK, (k1 + _PHILOX_W1) & _MASK

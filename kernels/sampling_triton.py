@@ -1,8 +1,8 @@
 """Sampling in Triton without a sort: thresholds are found by bisection, and one pass draws by Gumbel's trick.
 
-A filter keeps the tokens whose logit is at or above some threshold. Float32 numbers have an order-preserving map to
-whole numbers, so 32 halvings find the threshold exactly: the largest from which on k tokens, or a share p of the
-probability, lie. The noise is that of `kernels/sampling.py`, keyed by row seed, position and token id.
+A filter keeps the tokens whose logit reaches a threshold: the largest at which k tokens, or a share p of the
+probability, are kept. float32 numbers map to integers in the same order, so bisection finds the threshold exactly, in
+33 halvings. The noise is that of `kernels/sampling.py`, keyed by row seed, position and token id.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -20,14 +20,17 @@ _BLOCK, _WARPS = 4096, 16
 
 @triton.jit
 def _ordered(b_x):
-    """int32 in the order of the float32 numbers, in which the two zeros are one."""
+    """Map float32 numbers to int32 in the same order; 0 and -0 become equal."""
     b_bits = (b_x + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
     return b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _minus_log_uniform(b_word):
-    """-log((word + 0.5) / 2^32) of 32 random bits, float32; near 0 by what is missing to 1, which float32 can hold."""
+    """Return -log(u) in float32, where u = (word + 0.5) / 2^32 for 32 random bits.
+
+    For u near 1 it is computed from 1 - u, which float32 can hold more exactly.
+    """
     b_low = -tl.log((b_word.to(tl.float32) + 0.5) * 2.0**-32)
     b_missing = ((b_word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.0**-32
     b_rest = 1.0 - b_missing
@@ -37,7 +40,7 @@ def _minus_log_uniform(b_word):
 
 @triton.jit
 def _gumbel(i_counter, position, seed):
-    """Noise [n, 4] of the token ids 4 * counter + 0 to 3."""
+    """Return the noise [n, 4] of the token ids 4 * counter + 0, 1, 2 and 3."""
     b_0, b_1, b_2, b_3 = tl.philox(seed, i_counter, position, 0 * i_counter, 0 * i_counter)
     b_words = tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), [i_counter.shape[0], 4])
     return -tl.log(_minus_log_uniform(b_words.to(tl.uint32)))
@@ -45,20 +48,23 @@ def _gumbel(i_counter, position, seed):
 
 @triton.jit
 def _mass_from(p_row, vocab, temperature, most, low, count: tl.constexpr, BLOCK: tl.constexpr):
-    """The number of tokens, or the sum of exp(logit - most), over those at or above `low` in `_ordered`."""
+    """Sum over the tokens whose `_ordered` logit is at least `low`: 1 each if `count`, else exp(logit - most)."""
     total = 0.0
     for start in range(0, vocab, BLOCK):
         o_v = start + tl.arange(0, BLOCK)
         b_x = tl.load(p_row + o_v, o_v < vocab, float("-inf")) / temperature
         b_kept = (_ordered(b_x) >= low) & (o_v < vocab)
-        b_part = tl.where(b_kept, 1.0 if count else tl.exp(b_x - most), 0.0)
-        total += tl.sum(b_part)
+        b_mass = tl.where(b_kept, 1.0 if count else tl.exp(b_x - most), 0.0)
+        total += tl.sum(b_mass)
     return total
 
 
 @triton.jit
 def _threshold(p_row, vocab, temperature, most, wanted, floor, count: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest number at or above `floor` in `_ordered` from which on `wanted` lies; `floor` itself has that."""
+    """Find the largest threshold, not below `floor`, from which on the tokens' mass is at least `wanted`.
+
+    Thresholds are `_ordered` numbers. The mass from `floor` on must reach `wanted`.
+    """
     low, high = floor.to(tl.int64), _ordered(most).to(tl.int64) + 1
     for _ in range(33):
         middle = (low + high) >> 1
@@ -103,7 +109,7 @@ def _sample_kernel(
 
     seed, position = tl.load(p_seeds + i_row), tl.load(p_positions + i_row).to(tl.uint32)
     best, token = float("-inf"), 0
-    DRAWN: tl.constexpr = BLOCK // 2  # as much noise at a time as registers hold
+    DRAWN: tl.constexpr = BLOCK // 2  # tokens whose noise fits in registers at a time
     for start in range(0, vocab, DRAWN):
         i_counter = start // 4 + tl.arange(0, DRAWN // 4)
         o_v = i_counter[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -121,9 +127,10 @@ def _sample_kernel(
 
 
 def sample(logits_rV: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
-    """(token ids int64 [r], finite bool [r]): as `kernels.sampling.sample` says, of float32 logits, contiguous.
+    """Draw a token from each row of contiguous float32 logits, as `kernels.sampling.sample` does.
 
-    A row with a NaN anywhere, or an infinite maximum, is flagged; its token means nothing.
+    Returns (token ids int64 [r], finite bool [r]). `finite` is False for a row with a NaN anywhere or an infinite
+    maximum; its token means nothing.
     """
     rows, vocab = logits_rV.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits_rV.device)
@@ -136,7 +143,7 @@ def sample(logits_rV: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
 
 
 def shipped() -> list[Shipped]:
-    """One kernel for every vocabulary."""
+    """List the one kernel, which serves every vocabulary size."""
     types = {"p_logits": "*fp32", "p_tokens": "*i64", "p_finite": "*i1", "p_temperature": "*fp32", "p_top_k": "*i64",
              "p_top_p": "*fp32", "p_min_p": "*fp32", "p_seeds": "*i64", "p_positions": "*i64",
              "vocab": "i32"}  # fmt: skip

@@ -1,4 +1,4 @@
-"""`Shipped`: a Triton kernel in a configuration that is used, so that each can be compiled where there is no GPU."""
+"""`Shipped`: a Triton kernel in a configuration that the product uses. A check compiles them all without a GPU."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,18 +8,18 @@ from triton import JITFunction
 
 @dataclass(frozen=True)
 class Shipped:
-    """One kernel with its types and constants; every `*_triton.py` lists its own in `shipped()`."""
+    """A kernel with its argument types and constants. The function `shipped()` of each `*_triton.py` lists its own."""
 
-    name: str  # of the kernel and what tells this configuration from the others
+    name: str  # the kernel's name, and what distinguishes this configuration
     kernel: JITFunction[Any]
-    types: dict[str, str]  # by argument, as Triton writes them: "*bf16", "i32", "fp32"; in the order of the arguments
+    types: dict[str, str]  # by argument, in the arguments' order, as Triton writes them: "*bf16", "i32", "fp32"
     constants: dict[str, Any]
     warps: int
     stages: int = 2
-    product: str | None = None  # what it multiplies on matrix units: "bf16", "fp16", "int8", "fp8"; None if nothing
-    product_rows: int = 0  # of the left operand of that product
+    product: str | None = None  # type multiplied on matrix units: "bf16", "fp16", "int8", "fp8"; None if it uses none
+    product_rows: int = 0  # rows of that product's left operand
 
     @property
     def needs_fp8(self) -> bool:
-        """True if one of its types is float8e4nv."""
+        """Whether an argument has the type float8e4nv."""
         return any("fp8e4nv" in kind for kind in self.types.values())

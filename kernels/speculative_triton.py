@@ -1,4 +1,4 @@
-"""Verifying draft tokens in one Triton launch, which waits for nothing on the host and fits into a graph."""
+"""Verifying drafts in one Triton launch, which never waits for the host and can be part of a CUDA graph."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -16,7 +16,7 @@ def _verify_kernel(
     p_offsets, p_tokens, p_lengths, p_room, p_ignore_eos, p_eos, p_targets, p_target_finite,
     p_accepted, p_new, p_newest, p_new_lengths, p_finite, eos_count, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # A program is a sequence.
+    # Each program verifies one sequence.
     i_s = tl.program_id(0).to(tl.int64)
     start, end = tl.load(p_offsets + i_s).to(tl.int64), tl.load(p_offsets + i_s + 1).to(tl.int64)
     room, ignore_eos = tl.load(p_room + i_s), tl.load(p_ignore_eos + i_s)
@@ -32,7 +32,7 @@ def _verify_kernel(
     if ignore_eos == 0:
         for i_eos in range(eos_count):
             b_breaks |= b_before == tl.load(p_eos + i_eos)
-    # Tokens count up to the first that does not follow from the one before it.
+    # Tokens count up to the first draft that is rejected.
     new = tl.min(tl.where(m_k & ((o_k == 0) | (b_breaks == 0)), BLOCK, o_k))
     m_new = o_k < new
     tl.store(p_accepted + i_s, tl.maximum(new - 1, 0))
@@ -43,7 +43,7 @@ def _verify_kernel(
 
 
 def verify(drafts: Drafts, targets_T: Tensor, finite_T: Tensor) -> Verified:
-    """As `kernels.speculative.verify` says; all tensors are contiguous."""
+    """Compare drafts with targets as `kernels.speculative.verify` does. All tensors are contiguous."""
     sequences, width, device = len(drafts.lengths), drafts.most + 1, targets_T.device
     accepted, newest, new_lengths = (torch.empty(sequences, dtype=torch.int64, device=device) for _ in range(3))
     new_tokens = torch.empty(sequences, width, dtype=torch.int64, device=device)
@@ -57,7 +57,7 @@ def verify(drafts: Drafts, targets_T: Tensor, finite_T: Tensor) -> Verified:
 
 
 def shipped() -> list[Shipped]:
-    """Up to so many tokens of a sequence in a step, the newest known one and its drafts."""
+    """List the kernel for up to 1, 2, ... 16 tokens of a sequence in a step: the newest known token and its drafts."""
     types = {"p_offsets": "*i64", "p_tokens": "*i64", "p_lengths": "*i64", "p_room": "*i64", "p_ignore_eos": "*i1",
              "p_eos": "*i64", "p_targets": "*i64", "p_target_finite": "*i1", "p_accepted": "*i64", "p_new": "*i64",
              "p_newest": "*i64", "p_new_lengths": "*i64", "p_finite": "*i1", "eos_count": "i32",

@@ -1,4 +1,4 @@
-"""A matrix product in tiles: how it is cut, in which order the tiles come, and the loop that computes one."""
+"""A matrix product in tiles: their number, the order in which programs take them, and the loop that computes one."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -11,25 +11,26 @@ _BESIDE = tl.constexpr(8)
 
 
 class Tile(NamedTuple):
-    """What one program of a product computes, and with what."""
+    """The size of the result that one program computes, and Triton's launch options for it."""
 
     rows: int
     columns: int
-    depth: int  # columns of both operands in a turn of the loop
+    depth: int  # columns of both operands that an iteration of the loop multiplies
     warps: int
     stages: int
 
 
 def tiles(m: int, n: int, tile: Tile) -> int:
-    """How many tiles a result [M, N] has."""
+    """Return the number of tiles of a result [M, N]."""
     return int(triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns))
 
 
 @triton.jit
 def tile_of(i_program, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(row tile, column tile) of a program.
+    """Return (row of tiles, column of tiles) of a program.
 
-    Programs that run at the same time lie in a square, not in a line: they share both operands in the L2 cache.
+    Programs that run at the same time compute tiles in a square, not in a line, so that they share both operands in
+    the L2 cache.
     """
     tiles_m = tl.cdiv(m, BLOCK_M)
     in_band = _BESIDE * tl.cdiv(n, BLOCK_N)
@@ -42,14 +43,15 @@ def tile_of(i_program, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def tile_product(
     p_x, p_w, o_m, o_n, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """`x[o_m] @ w[o_n].T` of x and w [.., K], contiguous: int32 [BLOCK_M, BLOCK_N] of int8, float32 of the rest.
+    """Return `x[o_m] @ w[o_n].T`, [BLOCK_M, BLOCK_N], in int32 for int8 operands and in float32 for others.
 
-    K is a constant, so that the compiler sees where rows begin, and leaves the mask away where nothing sticks out.
+    x and w are contiguous with K columns. K is a compile-time constant, so that the compiler knows how rows are
+    aligned, and drops the mask where K is a multiple of BLOCK_K.
     """
     o_k = tl.arange(0, BLOCK_K)
     p_x += o_m.to(tl.int64)[:, None] * K + o_k[None, :]
     p_w += o_n.to(tl.int64)[None, :] * K + o_k[:, None]
-    # Hopper sums up products of float8 in some 14 bits: at most one turn of the loop, the rest is added in float32.
+    # Hopper adds products of float8 in about 14 bits: allow that within an iteration, and add iterations in float32.
     COARSE: tl.constexpr = BLOCK_K if p_x.dtype.element_ty.is_fp8() else 0
     b_y = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if p_x.dtype.element_ty == tl.int8 else tl.float32)
     for i_k in range(0, K, BLOCK_K):

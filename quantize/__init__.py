@@ -1,1 +1,1 @@
-"""Making checkpoints in fewer bits: the walk through a model, the methods, the recipes."""
+"""Making quantized checkpoints: the walk through a model's layers, the quantization methods, and the recipes."""

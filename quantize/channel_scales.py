@@ -1,4 +1,7 @@
-"""Scales by input channel in a layer, folded into what makes the channels: AWQ and SmoothQuant without a trace."""
+"""Scaling a layer's input channels for AWQ and SmoothQuant.
+
+The scales are folded into the norm or matrix that makes the channels, so the scaled model needs no extra operation.
+"""
 
 import torch
 from torch import Tensor
@@ -11,13 +14,13 @@ from batchinfer.quantize.scaling import search_scale
 
 
 def scale_channels(calibration: Calibration, number: int, tensors: dict[str, Tensor], scheme: WeightScheme) -> None:
-    """Search the scales on a layer's inputs in floating point, and put the scaled tensors into `tensors`.
+    """Search scales on a layer's inputs in floating point, and put the scaled tensors into `tensors`.
 
-    What the layer computes stays the same, but for the rounding of its norms' weights, which the scales make up for.
+    The layer's output stays the same. Only its norms' weights are rounded, and the scales are adjusted to that.
     """
     layer = calibration.config.layers[number]
     attention = layer.attention
-    # The channels of all four inputs are made by something linear in its own weight.
+    # The inputs of each product are linear in the weight of this norm or matrix.
     makers: dict[str, Norm | Matrix] = {
         "qkv": layer.input_norm,
         "output": attention.v,
@@ -25,20 +28,20 @@ def scale_channels(calibration: Calibration, number: int, tensors: dict[str, Ten
         "down": layer.feed_forward.up,
     }
     scales: dict[str, Tensor] = {}
-    for product, pieces in calibration.stages(number, tensors):
+    for product, chunks in calibration.stages(number, tensors):
         matrices = layer.products[product]
-        inputs = Inputs(pieces, calibration.tokens, matrices[0].columns, hessian=False)
+        inputs = Inputs(chunks, calibration.tokens, matrices[0].columns, hessian=False)
         weight = torch.cat([tensors[f"{matrix.name}.weight"] for matrix in matrices])
         tied = _tied(attention) if product == "output" else torch.arange(weight.shape[1])
         scales[product] = search_scale(weight, inputs, scheme, tied)
         if product == "down":
-            break  # the layer's own end is of no use yet
+            break  # the layer's output is not needed yet
     for product, scale in scales.items():
         maker = makers[product].name
         made = tensors[f"{maker}.weight"]
         if made.ndim == 1:
             narrow = (made / scale).to(made.dtype)
-            # A norm's weight is stored in few digits: the scale is what became of it.
+            # The norm's weight is rounded to its stored type, so take the scale that it really has afterwards.
             scale = torch.where(narrow == 0, 1.0, made.float() / narrow.float())
             tensors[f"{maker}.weight"] = narrow
         else:
@@ -51,12 +54,12 @@ def scale_channels(calibration: Calibration, number: int, tensors: dict[str, Ten
 
 
 def _tied(a: Attention) -> Tensor:
-    """Which channel of the values [heads * head_dim] a channel of attention's outputs is made of."""
+    """Return, for each channel of attention's outputs [heads * head_dim], the channel of the values it comes from."""
     head = torch.arange(a.heads)[:, None] // (a.heads // a.kv_heads)
     return (head * a.head_dim + torch.arange(a.head_dim)).flatten()
 
 
 def _first_of_each(a: Attention) -> Tensor:
-    """A channel of attention's outputs [kv_heads * head_dim] for each channel of the values."""
+    """Return, for each channel of the values [kv_heads * head_dim], the first channel of the outputs made from it."""
     head = torch.arange(a.kv_heads)[:, None] * (a.heads // a.kv_heads)
     return (head * a.head_dim + torch.arange(a.head_dim)).flatten()

@@ -1,8 +1,8 @@
-"""GPTQ (Frantar et al. 2022): columns are rounded one after the other, and those not yet rounded make up for it.
+"""GPTQ (Frantar et al. 2022): round columns one after the other, and let the columns that remain correct the error.
 
-The order is by importance, groups first and columns within their group: the groups stay where they are, so nothing is
-gathered when the model runs. The scales of a group are searched when its turn comes, each column's error weighted by
-what it will cost.
+Groups are rounded in the order of their importance, and so are the columns within a group. The columns keep their
+groups, so nothing must be reordered when the model runs. A group's scales are searched just before its columns are
+rounded, with each column's error weighted by its cost.
 """
 
 import torch
@@ -15,23 +15,24 @@ from batchinfer.quantize.rounding import Grid, stored_scale
 from batchinfer.quantize.rtn import grouped
 
 DAMPING = (0.01, 0.1, 1.0)
-"""Added to the Hessian's diagonal, as a part of its mean: the first that leaves it positive in spite of rounding."""
+"""Fractions of the mean of the Hessian's diagonal that are added to the diagonal, tried in this order. The first with
+which the rounded Hessian is positive definite is taken."""
 _BLOCK = 128
 
 
 def gptq(weight_NK: Tensor, scheme: WeightScheme, inputs: Inputs) -> QuantizedMatrix:
-    """The weight in the scheme's whole numbers, so that its products with the inputs change least.
+    """Quantize a weight so that its products with the inputs change as little as possible.
 
-    A `ValueError` if the groups do not divide K, or weight or inputs are not finite.
+    Raises `ValueError` if the group size does not divide K, or if the weight or the inputs are not finite.
     """
     groups_NGg = grouped(weight_NK, scheme)
     n, groups, size = groups_NGg.shape
     grid = Grid(scheme.bits)
     order, group_order = _order(inputs.mean_square, size)
     factor = _inverse_factor(inputs, order)
-    # What rounding a column costs, once the columns after it have made up for what they can.
+    # The cost of rounding a column, after the columns that follow have corrected as much as they can.
     cost = factor.diagonal().square().reciprocal()
-    # The weight lies transposed, for whole columns are what is worked on.
+    # The weight is transposed, because the loop works on whole columns.
     left_KN = weight_NK.float().t()[order].contiguous()
     numbers_KN = torch.empty(left_KN.shape, dtype=torch.int8)
     scales = torch.empty(n, groups)
@@ -54,7 +55,7 @@ def gptq(weight_NK: Tensor, scheme: WeightScheme, inputs: Inputs) -> QuantizedMa
 
 
 def _order(mean_square_K: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """(columns in the order of rounding [K], groups in that order [K / size])."""
+    """Return (columns in the order of rounding [K], groups in the order of rounding [K / size])."""
     by_group = mean_square_K.view(-1, size)
     group_order = by_group.sum(1).argsort(descending=True, stable=True)
     within = by_group.argsort(dim=1, descending=True, stable=True)
@@ -62,17 +63,17 @@ def _order(mean_square_K: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_factor(inputs: Inputs, order: Tensor) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse, float32 [K, K]."""
+    """Return the upper Cholesky factor of the damped Hessian's inverse, float32 [K, K]."""
     for damping in DAMPING:
         matrix = inputs.hessian(order)
         diagonal = matrix.diagonal()
         diagonal += damping * diagonal.mean()
-        # An input that was never anything but zero has nothing to say; any weight does.
+        # For an input channel that is always zero, any weight will do.
         diagonal[diagonal == 0] = 1.0
-        # In place throughout: there is hardly anything larger.
+        # Everything is computed in place, because this matrix is one of the largest in memory.
         if not torch.linalg.cholesky_ex(matrix, out=(matrix, torch.empty((), dtype=torch.int32))).info:
             torch.cholesky_inverse(matrix, out=matrix)
             torch.linalg.cholesky(matrix, upper=True, out=matrix)
             return matrix.float()
-        inputs.notes.append(f"the products of its inputs are not positive with a damping of {damping}; more was added")
-    raise ValueError("the products of its inputs are not positive: calibrate with more or other rows")
+        inputs.notes.append(f"its inputs' Hessian is not positive definite with damping {damping}; more was added")
+    raise ValueError("its inputs' Hessian is not positive definite: calibrate with more or other rows")

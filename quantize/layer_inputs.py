@@ -1,8 +1,8 @@
-"""`Calibration`: rows carried through a model layer by layer, so that each matrix can be quantized for its own inputs.
+"""`Calibration`: runs text through a model layer by layer, so that each matrix can be quantized for its own inputs.
 
-What lies between two layers lies in a file: memory holds a few thousand tokens of one layer, however many rows there
-are, and a run that was interrupted goes on from the file. Each matrix sees inputs that went through the quantized ones
-before it, so that it can make up for their error.
+The hidden states between two layers are kept in a file. So memory holds a few thousand tokens of one layer, however
+much text there is, and an interrupted run can resume from the file. A matrix's inputs come from the quantized matrices
+before it, so that it can correct their error.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -22,36 +22,37 @@ from batchinfer.kernels.norm import rms_norm
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.layer import Attention, Norm
 
-PIECE_TOKENS = 2048
-"""Tokens of whole sequences that are computed at once, about."""
+CHUNK_TOKENS = 2048
+"""Approximate number of tokens that are computed together; a chunk consists of whole sequences."""
 
 
 class Calibration:
-    """Sequences of token ids and where they stand. Everything is computed in `dtype`."""
+    """Sequences of token ids and their hidden states before the current layer. Everything is computed in `dtype`."""
 
     def __init__(
         self, config: ModelConfig, sequences: list[NDArray[np.int32]], dtype: torch.dtype, folder: Path
     ) -> None:
         self.config, self.dtype, self.folder = config, dtype, folder
         self.token_ids = np.concatenate(sequences).astype(np.int64)
-        self.pieces = _in_pieces([len(sequence) for sequence in sequences])
+        self.chunks = _in_chunks([len(sequence) for sequence in sequences])
         self.cos, self.sin = config.rope.tables(max(map(len, sequences)))
 
     @property
     def tokens(self) -> int:
-        """Of all sequences."""
+        """Number of tokens of all sequences."""
         return len(self.token_ids)
 
     def begin(self, embedding_VD: Tensor) -> None:
-        """The hidden states before the first layer."""
-        pieces = torch.split(torch.from_numpy(self.token_ids), [sum(lengths) for lengths in self.pieces])
-        self._store(_states(0), (F.embedding(piece, embedding_VD).to(self.dtype) for piece in pieces))
+        """Compute and store the hidden states before the first layer."""
+        chunks = torch.split(torch.from_numpy(self.token_ids), [sum(lengths) for lengths in self.chunks])
+        self._store(_states(0), (F.embedding(chunk, embedding_VD).to(self.dtype) for chunk in chunks))
 
     def stages(self, number: int, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Iterator[Tensor]]]:
-        """The products of a layer in turn, each with its inputs in pieces [T, K].
+        """Yield the matrix products of layer `number` in order: (name, inputs in chunks [T, K]).
 
-        `tensors` are the layer's by name (without its prefix). Whoever takes a product may put other weights in their
-        place before going on: what comes after is computed with those. At the end the next layer's states are there.
+        `tensors` are the layer's tensors by name, without its prefix. Between two products the caller may replace the
+        first one's weights in `tensors`: the inputs that follow are computed with the new ones. After the last product
+        the states before the next layer are stored.
         """
 
         layer = self.config.layers[number]
@@ -72,8 +73,8 @@ class Calibration:
         entering = self._stored(_states(number))
         yield "qkv", normed(entering, layer.input_norm)
         heads = map(product("qkv"), normed(entering, layer.input_norm))
-        pieces = zip(heads, self.pieces, strict=True)
-        attended = (self._attend(x, lengths, layer.attention, tensors) for x, lengths in pieces)
+        chunks = zip(heads, self.chunks, strict=True)
+        attended = (self._attend(x, lengths, layer.attention, tensors) for x, lengths in chunks)
         mixed = self._store("mixed", attended)
         yield "output", iter(mixed)
         middle = self._store("middle", added(entering, mixed, "output"))
@@ -83,11 +84,11 @@ class Calibration:
         self._store(_states(number + 1), added(middle, inner, "down"))
 
     def leave(self, layer: int) -> None:
-        """The states before this layer are not needed any more."""
+        """Delete the states before this layer, which are not needed any more."""
         (self.folder / _states(layer)).unlink(missing_ok=True)
 
     def _attend(self, qkv_TX: Tensor, lengths: list[int], shape: Attention, tensors: dict[str, Tensor]) -> Tensor:
-        """Attention outputs [T, heads * head_dim], each sequence by itself."""
+        """Return attention's outputs [T, heads * head_dim], computed one sequence at a time."""
         eps = self.config.norm_eps
         out = []
         for qkv in torch.split(qkv_TX, lengths):
@@ -104,30 +105,30 @@ class Calibration:
             out.append(mixed[0].transpose(0, 1).flatten(1))
         return torch.cat(out)
 
-    def _store(self, name: str, pieces_TX: Iterable[Tensor]) -> "_Activations":
+    def _store(self, name: str, chunks_TX: Iterable[Tensor]) -> "_Activations":
         unfinished = self.folder / f"{name}.unfinished"
         with unfinished.open("wb") as file:
-            for piece in pieces_TX:
-                file.write(piece.contiguous().view(torch.uint8).numpy().tobytes())
+            for chunk in chunks_TX:
+                file.write(chunk.contiguous().view(torch.uint8).numpy().tobytes())
         unfinished.replace(self.folder / name)
         return self._stored(name)
 
     def _stored(self, name: str) -> "_Activations":
-        return _Activations(self.folder / name, [sum(lengths) for lengths in self.pieces], self.dtype)
+        return _Activations(self.folder / name, [sum(lengths) for lengths in self.chunks], self.dtype)
 
 
 @dataclass(frozen=True)
 class _Activations:
-    """Rows in a file, one after the other, in pieces of so many."""
+    """Rows stored one after the other in a file, which are read in chunks."""
 
     path: Path
-    pieces: list[int]
+    chunks: list[int]  # number of rows of each chunk
     dtype: torch.dtype
 
     def __iter__(self) -> Iterator[Tensor]:
-        a_row = self.path.stat().st_size // sum(self.pieces)
+        a_row = self.path.stat().st_size // sum(self.chunks)
         with self.path.open("rb") as file:
-            for rows in self.pieces:
+            for rows in self.chunks:
                 values = torch.from_numpy(np.fromfile(file, np.uint8, rows * a_row))
                 yield values.view(self.dtype).view(rows, -1)
 
@@ -137,17 +138,17 @@ def _states(layer: int) -> str:
 
 
 def _seen(length: int, window: int | None) -> Tensor:
-    """Which positions [length, length] a position sees: those up to itself, `window` of them at most."""
+    """Return a mask [length, length]: a position sees those up to itself, at most `window` of them."""
     positions = torch.arange(length)
     distance = positions[:, None] - positions
     return (distance >= 0) & (distance < (window or length))
 
 
-def _in_pieces(lengths: list[int]) -> list[list[int]]:
-    """The sequences' lengths in groups of about `PIECE_TOKENS`, in order."""
-    pieces: list[list[int]] = [[]]
+def _in_chunks(lengths: list[int]) -> list[list[int]]:
+    """Split the sequences' lengths into chunks of about `CHUNK_TOKENS` tokens, in order."""
+    chunks: list[list[int]] = [[]]
     for length in lengths:
-        if sum(pieces[-1]) + length > PIECE_TOKENS and pieces[-1]:
-            pieces.append([])
-        pieces[-1].append(length)
-    return pieces
+        if sum(chunks[-1]) + length > CHUNK_TOKENS and chunks[-1]:
+            chunks.append([])
+        chunks[-1].append(length)
+    return chunks

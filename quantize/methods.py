@@ -1,4 +1,4 @@
-"""`Method`: how a matrix gets into few bits, by name; what it needs to know of its inputs."""
+"""`Method`: the quantization methods by name, and what each needs to know of a matrix's inputs."""
 
 from dataclasses import dataclass
 
@@ -14,26 +14,29 @@ from batchinfer.quantize.rtn import round_to_nearest
 
 @dataclass(frozen=True)
 class Method:
-    """One way of quantizing."""
+    """A quantization method."""
 
     name: str
-    calibrated: bool = False  # wants the inputs of each matrix
-    compensating: bool = False  # wants their products with each other
-    scaled: bool = False  # scales input channels first, folded into what makes them
+    calibrated: bool = False  # needs the inputs of each matrix
+    compensating: bool = False  # needs the inputs' Hessian
+    scaled: bool = False  # scales the input channels first (see `channel_scales.py`)
 
     def check(self, scheme: WeightScheme) -> None:
-        """A `ValueError` if it has nothing to do in this scheme."""
+        """Raise `ValueError` if the method does not fit the scheme."""
         if scheme.floating and self.name != "rtn":
-            raise ValueError(f"method is {self.name!r}; {scheme.name} has rtn only: its steps grow with the values")
+            raise ValueError(
+                f"method is {self.name!r}; {scheme.name} takes only rtn: its steps grow with the values, so there are "
+                "no scales to search"
+            )
         if self.name == "awq" and scheme.activations != "float":
             raise ValueError(f"method is 'awq'; {scheme.name} rounds inputs too: take smoothquant")
         if self.name == "smoothquant" and scheme.activations == "float":
             raise ValueError(f"method is 'smoothquant'; {scheme.name} leaves inputs as they are: take awq")
 
     def quantize(self, weight_NK: Tensor, scheme: WeightScheme, inputs: Inputs | None) -> QuantizedMatrix:
-        """The weight in the scheme's bits; `inputs` are there if the method is calibrated.
+        """Quantize a weight. `inputs` must be given if the method is calibrated.
 
-        A `ValueError` if the scheme's groups do not divide K or something is not finite.
+        Raises `ValueError` if the scheme's group size does not divide K or if the weight is not finite.
         """
         if self.name == "rtn":
             return round_to_nearest(weight_NK, scheme)
@@ -57,7 +60,7 @@ METHODS = {method.name: method for method in _METHODS}
 
 
 def method(name: str) -> Method:
-    """The method of a name. A `ValueError` lists the names there are."""
+    """Return the method of this name. Raises `ValueError` for an unknown name."""
     if name not in METHODS:
         raise ValueError(f"method is {name!r}; it must be one of {', '.join(METHODS)}")
     return METHODS[name]

@@ -1,8 +1,9 @@
-"""`RotatedWeights`: a checkpoint whose hidden states are rotated, which leaves what it computes as it was.
+"""`RotatedWeights`: a checkpoint with rotated hidden states, which computes the same as before.
 
-QuaRot's offline part (Ashkboos et al. 2024): the norms' gains go into the matrices behind them, for a norm without
-gains commutes with a rotation. What writes the hidden state then writes it rotated, and what reads it turns it back.
-Values are rotated within each head likewise, and turned back by the output projection.
+These are the rotations of QuaRot (Ashkboos et al. 2024) that can be merged into the weights. The norms' weights (gains)
+are moved into the matrices that follow, because a norm without gains commutes with a rotation. Matrices that write the
+hidden state then write it rotated, and matrices that read it rotate it back. In the same way values are rotated within
+each head, and the output projection rotates them back.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +18,10 @@ from batchinfer.quantize.rotation import rotation
 
 
 class RotatedWeights:
-    """Tensors by name, rotated as they are read. A tied head becomes one of its own, for the gains are in it."""
+    """Tensors by name, which are rotated as they are read.
+
+    A tied head becomes a matrix of its own, because the final norm's gains are moved into it.
+    """
 
     def __init__(self, weights: SafetensorsWeights, config: ModelConfig, seed: int) -> None:
         self.weights, self.config = weights, config
@@ -26,15 +30,15 @@ class RotatedWeights:
         self._readers = dict(self._by_name())
 
     def names(self) -> list[str]:
-        """The names of all tensors."""
+        """Return the names of all tensors."""
         return sorted({*self.weights.names(), f"{self.config.head.name}.weight"})
 
     def read(self, name: str) -> Tensor:
-        """The tensor: matrices of layers in float32, the others in their own type."""
+        """Return a tensor: matrices of layers in float32, other tensors in their own type."""
         return self._readers.get(name, self.weights.read)(name)
 
     def _by_name(self) -> Iterator[tuple[str, Callable[[str], Tensor]]]:
-        """How each tensor that a rotation changes is read."""
+        """Yield (name, function that reads it) for each tensor that the rotation changes."""
         c = self.config
         yield f"{c.embedding.name}.weight", self._embedding
         yield f"{c.head.name}.weight", self._lm_head
@@ -52,7 +56,7 @@ class RotatedWeights:
             yield f"{at}{a.v.name}.bias", self._value_bias
 
     def _ones(self, name: str) -> Tensor:
-        """A norm without its gains, which are in the matrices behind it."""
+        """Return a norm's weight without its gains, which are moved into the matrices that follow."""
         return torch.ones_like(self.weights.read(name))
 
     def _embedding(self, name: str) -> Tensor:
@@ -64,12 +68,12 @@ class RotatedWeights:
         return (self._gained(weight, f"{self.config.norm.name}.weight") @ self.hidden).to(weight.dtype)
 
     def _reading(self, name: str, gain: str, values: bool) -> Tensor:
-        """A matrix that reads the hidden state behind a norm."""
+        """Read a matrix that takes the hidden state from a norm."""
         weight = self._gained(self.weights.read(name), gain) @ self.hidden
         return self._by_head(weight.t()).t() if values else weight
 
     def _writing(self, name: str, values: bool) -> Tensor:
-        """A matrix that adds to the hidden state."""
+        """Read a matrix whose output is added to the hidden state."""
         weight = self.weights.read(name).float()
         return self.hidden.t() @ (self._by_head(weight) if values else weight)
 
@@ -85,5 +89,5 @@ class RotatedWeights:
         return weight_NK.float() * self.weights.read(norm).float()
 
     def _by_head(self, x_NX: Tensor) -> Tensor:
-        """The last dimension, heads * head_dim, rotated within each head."""
+        """Rotate the last dimension, heads * head_dim, within each head."""
         return (x_NX.reshape(len(x_NX), -1, self.config.attention.head_dim) @ self.head).flatten(1)

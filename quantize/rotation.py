@@ -1,4 +1,4 @@
-"""Rotations that spread outliers over all channels (QuaRot, Ashkboos et al. 2024): Hadamard with random signs."""
+"""Rotations that spread outliers over all channels (QuaRot, Ashkboos et al. 2024): Hadamard matrices, random signs."""
 
 import math
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def rotation(size: int, seed: int) -> Tensor:
-    """An orthogonal matrix, float32 [size, size], all of whose entries are small: 2 / sqrt(size) at most.
+    """Return an orthogonal matrix, float32 [size, size], with absolute values of at most 2 / sqrt(size).
 
-    Sylvester's Hadamard matrix of the largest power of two in `size`, times the Hartley matrix of the odd rest (which
-    is 1 for a power of two), with random signs.
+    Let size be a power of two times an odd number. The matrix is the Kronecker product of Sylvester's Hadamard matrix,
+    for the power of two, and the Hartley matrix, for the odd number. Its rows get random signs.
     """
     odd = size
     while odd % 2 == 0:

@@ -1,4 +1,4 @@
-"""Scales for groups of numbers, and rounding to them: what every method of quantization ends in."""
+"""Scales for groups of numbers and rounding with them, which every quantization method does in the end."""
 
 from dataclasses import dataclass
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from batchinfer.formats.scheme import WeightScheme
 
 SHRINK = torch.linspace(1.0, 0.5, 26)
-"""Parts of the largest value that a clip search tries as the largest that is kept."""
+"""Fractions of a group's largest value at which the search for scales tries to clip."""
 
 
 def stored_scale(scale: Tensor, scheme: WeightScheme) -> Tensor:
-    """The scales as they will be read, float32: rounded to the type that they are stored in, above zero there too."""
+    """Round scales to the type in which they are stored, but not to zero; return them in float32."""
     dtype: torch.dtype = getattr(torch, scheme.scale_type)
     least = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
     return scale.clamp(min=least).to(dtype).float()
@@ -20,7 +20,7 @@ def stored_scale(scale: Tensor, scheme: WeightScheme) -> Tensor:
 
 @dataclass(frozen=True)
 class Grid:
-    """Whole numbers of `bits` bits around zero."""
+    """The integers of `bits` bits around zero."""
 
     bits: int
 
@@ -35,25 +35,26 @@ class Grid:
         return (1 << (self.bits - 1)) - 1
 
     def scales(self, groups: Tensor, importance: Tensor | None = None) -> Tensor:
-        """A scale [..., 1] for each group [..., g], float32.
+        """Return a float32 scale [..., 1] for each group [..., g].
 
-        Without `importance` the largest value just fits. With it, of a shape that broadcasts to the groups', the part
-        of that scale with the least sum of importance * error^2: the largest values are cut where it helps the others.
+        Without `importance`, the group's largest value just fits. With it, the scale is searched that has the least
+        sum of importance * error^2: clipping the largest values may make the others more exact. The shape of
+        `importance` must broadcast to that of the groups.
         """
         most = groups.abs().amax(-1, keepdim=True)
-        # 4 bits have one number more below zero: half a step is cut off above, and the steps are finer.
+        # 4 bits have one more number below zero than above. Clipping half a step at the top makes all steps finer.
         fits = most.div_(self.high if self.bits == 8 else self.high + 0.5).clamp_(min=1e-10)
         if importance is None:
             return fits
         best, least = fits, self._error(groups, fits, importance)
-        for part in SHRINK[1:].tolist():
-            error = self._error(groups, fits * part, importance)
-            best = torch.where(error < least, fits * part, best)
+        for fraction in SHRINK[1:].tolist():
+            error = self._error(groups, fits * fraction, importance)
+            best = torch.where(error < least, fits * fraction, best)
             least = torch.minimum(error, least)
         return best
 
     def round(self, values: Tensor, scale: Tensor) -> Tensor:
-        """The nearest whole numbers, float32."""
+        """Return the nearest integers of the grid, in float32."""
         return (values / scale).round_().clamp_(self.low, self.high)
 
     def _error(self, groups: Tensor, scale: Tensor, importance: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Round to nearest: the plain quantization of weights."""
+"""Round to nearest: the simplest quantization of weights."""
 
 import torch
 from torch import Tensor
@@ -9,12 +9,12 @@ from batchinfer.quantize.rounding import Grid, stored_scale
 
 
 def round_to_nearest(weight_NK: Tensor, scheme: WeightScheme, importance_K: Tensor | None = None) -> QuantizedMatrix:
-    """The weight in the scheme's bits, each group (or channel) with a scale of its own, of the scheme's scale type.
+    """Round a weight to the scheme's bits, with a scale per group or channel.
 
-    Without `importance` the largest value of a group just fits. With it, scales are searched for the least error
-    weighted by column: ones for the error of the weights, the inputs' mean squares for that of the products. FP8 has
-    nothing to search, for its steps grow with the values. A `ValueError` if the groups do not divide K or the weight is
-    not finite.
+    Without `importance_K` the largest value of a group just fits. With it, scales are searched for the least squared
+    error weighted by column. Ones minimize the error of the weights, and the inputs' mean squares the error of the
+    products. FP8 ignores it, because its steps grow with the values. Raises `ValueError` if the group size does not
+    divide K or if the weight is not finite.
     """
     groups = grouped(weight_NK, scheme)
     if scheme.floating:
@@ -31,7 +31,10 @@ def round_to_nearest(weight_NK: Tensor, scheme: WeightScheme, importance_K: Tens
 
 
 def grouped(weight_NK: Tensor, scheme: WeightScheme) -> Tensor:
-    """float32 [N, groups, group size]. A `ValueError` if the groups do not divide K or the weight is not finite."""
+    """Return the weight in groups of columns, float32 [N, groups, group size].
+
+    Raises `ValueError` if the group size does not divide K or if the weight is not finite.
+    """
     n, k = weight_NK.shape
     size = scheme.group_size or k
     if k % size:

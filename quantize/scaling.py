@@ -1,8 +1,8 @@
-"""Scales by input channel, found by trial: weights times s, inputs by s, so that rounding hurts less.
+"""Searching a scale s per input channel: weights are multiplied by s and inputs divided by s, to reduce rounding error.
 
-For weights alone that is AWQ (Lin et al. 2023): channels with large inputs get finer steps. Where inputs are rounded
-too it is SmoothQuant (Xiao et al. 2022): outliers move from the inputs into the weights. Whoever calls folds s into the
-operation that makes the inputs, so that nothing is added when the model runs.
+If only weights are rounded, this is AWQ (Lin et al. 2023): channels with large inputs get finer steps. If inputs are
+rounded too, it is SmoothQuant (Xiao et al. 2022): outliers are moved from the inputs into the weights. The caller folds
+s into the operation that makes the inputs, so the model needs no extra operation.
 """
 
 import torch
@@ -14,17 +14,18 @@ from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.rtn import round_to_nearest
 
 STRENGTHS = torch.linspace(0.1, 1.0, 10)
-"""Exponents tried for the inputs' size."""
+"""Exponents that the search tries on the inputs' magnitudes."""
 ROWS = 512
-"""Rows of a weight that trials look at, about: of thousands, enough to tell scales apart."""
+"""Approximate number of a weight's rows that the search uses; more are not needed to tell scales apart."""
 
 
 def search_scale(weight_NK: Tensor, inputs: Inputs, scheme: WeightScheme, tied_K: Tensor) -> Tensor:
-    """The scale s [K], float32, with the least error of `x / s` times the rounded `weight * s` on the inputs' sample.
+    """Return the scale s [K], float32, with the least error of `x / s` times the rounded `weight * s`.
 
-    Ones if no other does better; weights are rounded with searched clips, or scales would win what clips win alone.
-    Where the scheme rounds inputs, so does the trial. Channels with the same number in `tied_K` (int64, 0 to the
-    largest, none left out) get the same scale. Trials see `ROWS` of the weight's rows.
+    The error is measured on the inputs' sample and about `ROWS` of the weight's rows. Inputs are rounded too if the
+    scheme does that. Weights are rounded with searched scales, as in the result: otherwise s would be credited for
+    gains that clipping brings by itself. s is all ones if nothing is better. Channels with the same number in `tied_K`
+    get the same s; the numbers are int64, from 0 to the largest without gaps.
     """
     weight = weight_NK[:: max(1, len(weight_NK) // ROWS)].float()
     expected = inputs.sample @ weight.t()
@@ -54,7 +55,7 @@ def search_scale(weight_NK: Tensor, inputs: Inputs, scheme: WeightScheme, tied_K
 
 
 def _rounded(x_TK: Tensor) -> Tensor:
-    """Each row as it will be when the model runs: in 8 bits, and back."""
+    """Round each row to 8 bits and back, as happens when the model runs."""
     rows = quantize_rows(x_TK.clone())
     assert rows.scale is not None
     return (rows.values.float() - 128).mul_(rows.scale)

@@ -1,7 +1,7 @@
-"""A checkpoint walked layer by layer: read, quantize, write; one layer in memory at a time.
+"""`Quantizer`: reads, quantizes and writes a checkpoint layer by layer, with one layer in memory at a time.
 
-Each layer goes into a file of its own, put there by rename. So a run that was interrupted goes on at the layer where it
-stopped, and what the output holds is always whole.
+Each layer is written to a file of its own, which gets its final name when it is complete. So an interrupted run resumes
+at the layer where it stopped.
 """
 
 import fcntl
@@ -43,12 +43,15 @@ _COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "*
 _CALIBRATION = "calibration"
 STATE = "quantize.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float32, "float32": torch.float32}
-"""What calibration computes in, by the checkpoint's type: CPUs have no float16 arithmetic."""
+"""The type in which calibration computes, by the checkpoint's type. CPUs have no float16 arithmetic."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What a layer lost, by module: the relative error of its products on calibration rows, else of its weights."""
+    """The errors of a quantized layer by module.
+
+    They are relative errors: of the products with the calibration's inputs, or of the weights without calibration.
+    """
 
     layer: int
     errors: dict[str, float]
@@ -57,14 +60,14 @@ class LayerReport:
 
 
 _Quantized = tuple[str, QuantizedMatrix, float, list[str]]
-"""A module's name within its layer, its matrix, its error, and what is worth saying."""
+"""(module's name within its layer, its matrix, its error, remarks for the report)."""
 
 
 class Quantizer:
-    """`run()` walks a checkpoint's layers and leaves a quantized one in `output`.
+    """Makes a quantized checkpoint in `output`: `run()` writes its layers, then `finish()` its other files.
 
-    `sequences` of token ids are for a method that is calibrated. With `rotation`, a seed, hidden states and values are
-    rotated first. A `ValueError` says what is wrong with the checkpoint, or that `output` holds something else.
+    `sequences` of token ids are needed by calibrated methods. If `rotation`, a random seed, is given, hidden states and
+    values are rotated first. Raises `ValueError` if the checkpoint is not suitable or `output` holds something else.
     """
 
     def __init__(
@@ -118,12 +121,12 @@ class Quantizer:
 
     @property
     def files(self) -> int:
-        """Files to write: one a layer, and one for what lies outside the layers."""
+        """Number of files to write: one per layer, and one for the tensors outside the layers."""
         return len(self.config.layers) + 1
 
     @torch.inference_mode()
     def run(self) -> Iterator[LayerReport]:
-        """Quantize layer by layer; what is there already is only counted. After the last, `finish()`."""
+        """Quantize and write layer by layer. A layer whose file exists is only reported. Call `finish()` afterwards."""
         layers = self.config.layers
         names: dict[int, list[str]] = {i: [] for i in range(-1, len(layers))}
         for name in self.weights.names():
@@ -152,26 +155,26 @@ class Quantizer:
             yield report
 
     def _layer(self, layer: int, tensors: dict[str, Tensor]) -> LayerReport:
-        """Put the quantized matrices in the place of the weights in `tensors`."""
+        """Replace the weights in `tensors` by the tensors of the quantized matrices."""
         kinds = {name: tensor.dtype for name, tensor in tensors.items()}
         where = self.config.layers[layer].prefix
         walk = self._alone(layer, tensors) if self.calibration is None else self._calibrated(layer, tensors)
         matrices: dict[str, QuantizedMatrix] = {}
         report = LayerReport(layer, {}, [], resumed=False)
-        for part, matrix, error, notes in walk:
-            matrices[part] = matrix
-            report.errors[f"{where}{part}"] = error
-            report.notes.extend(f"{where}{part}: {note}" for note in notes)
+        for module, matrix, error, notes in walk:
+            matrices[module] = matrix
+            report.errors[f"{where}{module}"] = error
+            report.notes.extend(f"{where}{module}: {note}" for note in notes)
         for name, tensor in list(tensors.items()):
             tensors[name] = tensor.to(kinds[name])
-        for part, matrix in matrices.items():
-            del tensors[f"{part}.weight"]
+        for module, matrix in matrices.items():
+            del tensors[f"{module}.weight"]
             stored = stored_tensors(matrix, getattr(torch, self.scheme.scale_type))
-            tensors |= {f"{part}.{name}": tensor for name, tensor in stored.items()}
+            tensors |= {f"{module}.{name}": tensor for name, tensor in stored.items()}
         return report
 
     def _alone(self, number: int, tensors: dict[str, Tensor]) -> Iterator[_Quantized]:
-        """Each matrix by itself; its error is that of the weights."""
+        """Quantize each matrix without inputs; its error is that of the weights."""
         layer = self.config.layers[number]
         for matrix in layer.matrices:
             weight = tensors[f"{matrix.name}.weight"]
@@ -180,16 +183,19 @@ class Quantizer:
             yield matrix.name, quantized, _relative_error(weight.float(), quantized.dequantize()), []
 
     def _calibrated(self, number: int, tensors: dict[str, Tensor]) -> Iterator[_Quantized]:
-        """Each matrix for the inputs that those before it leave; its error is that of its products."""
+        """Quantize each matrix for its inputs, which come from the quantized matrices before it.
+
+        A matrix's error is that of its products.
+        """
         calibration = self.calibration
         assert calibration is not None
         if self.method.scaled:
             scale_channels(calibration, number, tensors, self.scheme)
         layer = self.config.layers[number]
-        for product, pieces in calibration.stages(number, tensors):
+        for product, chunks in calibration.stages(number, tensors):
             matrices = layer.products[product]
             with _naming(f"{layer.prefix}{product}"):
-                inputs = Inputs(pieces, calibration.tokens, matrices[0].columns, self.method.compensating)
+                inputs = Inputs(chunks, calibration.tokens, matrices[0].columns, self.method.compensating)
             for matrix in matrices:
                 weight = tensors[f"{matrix.name}.weight"].float()
                 with _naming(f"tensor {layer.prefix}{matrix.name}.weight"):
@@ -202,7 +208,7 @@ class Quantizer:
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         unfinished = path.with_suffix(".unfinished")
-        # safetensors makes files that nobody else may read; a new file has the mode that the user wants.
+        # safetensors makes files that only their owner may read. Use the mode of a new file instead (the user's umask).
         unfinished.touch()
         mode = unfinished.stat().st_mode
         try:
@@ -213,7 +219,7 @@ class Quantizer:
         unfinished.replace(path)
 
     def _lock(self) -> None:
-        """Held until this object is gone: two runs in one folder would read each other's activations."""
+        """Lock the output folder until this object is gone: two runs in it would read each other's activations."""
         folder = os.open(self.output, os.O_RDONLY)
         self._unlock = weakref.finalize(self, os.close, folder)
         try:
@@ -223,7 +229,7 @@ class Quantizer:
             raise ValueError(f"another run quantizes into {self.output}; wait for it, or take another folder") from None
 
     def _check(self, weights: SafetensorsWeights, sequences: list[NDArray[np.int32]] | None) -> None:
-        """By the files' headers, before the hours are spent."""
+        """Check the tensors' shapes from the files' headers, and the token ids, before the long run begins."""
         for name, shape in self.config.tensors():
             if weights.shape(name) != shape:
                 raise ValueError(
@@ -254,15 +260,15 @@ class Quantizer:
         self._write_state()
 
     def _write_state(self) -> None:
-        """Whole or not at all; a layer's errors are in it before the layer's file is there."""
+        """Write the state atomically. A layer's errors are written before its file, so that no file lacks them."""
         unfinished = self.output / f"{STATE}.unfinished"
         unfinished.write_text(json.dumps(self.state))
         unfinished.replace(self.output / STATE)
 
     def finish(self, card: str) -> None:
-        """The files beside the weights, the model card too; config.json last, for with it it is a checkpoint.
+        """Write the files beside the weights and the model card. config.json comes last: it completes the checkpoint.
 
-        A `ValueError` names a file of the model that is damaged, by its checksum.
+        Raises `ValueError` if a file of the original model has a wrong checksum.
         """
         self.checksums.check()
         (self.output / "README.md").write_text(card)
@@ -286,7 +292,7 @@ class Quantizer:
 
 @contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """A `ValueError` inside says of what it speaks."""
+    """Put `what` in front of the message of a `ValueError` raised inside."""
     try:
         yield
     except ValueError as error:
@@ -299,7 +305,7 @@ def _relative_error(expected: Tensor, found: Tensor) -> float:
 
 
 def _fingerprint(model: Path) -> str:
-    """Of the files' names, sizes and times and the config: another checkpoint differs in one of them."""
+    """Return a digest of the config and the files' names, sizes and times, which tells checkpoints apart."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(model.glob("*.safetensors"))]
     digest = hashlib.sha256(json.dumps(files).encode())
     digest.update((model / "config.json").read_bytes())

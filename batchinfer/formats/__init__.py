@@ -1,1 +1,1 @@
-"""Checkpoints with weights in few bits: one file a format, all read into one form of matrix."""
+"""Quantized checkpoints: one file per format. All formats are read into one kind of matrix, `QuantizedMatrix`."""

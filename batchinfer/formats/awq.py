@@ -1,7 +1,7 @@
 """AWQ checkpoints in the "gemm" layout, as AutoAWQ writes them (`quant_method: awq`).
 
-`qweight` int32 [K, N / 8] and `qzeros` int32 [G, N / 8], packed along N with the numbers of a word in the order 0, 2,
-4, 6, 1, 3, 5, 7; `scales` [G, N]. W[n, k] = scales[g, n] * (q[k, n] - z[g, n]) with g = k // group_size.
+`qweight` is int32 [K, N / 8] and `qzeros` int32 [G, N / 8], both packed along N; a word holds its eight columns in the
+order 0, 2, 4, 6, 1, 3, 5, 7. `scales` is [G, N]. W[n, k] = scales[g, n] * (q[k, n] - z[g, n]) with g = k // group_size.
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ from batchinfer.formats.fields import flag, refuse_module, whole
 from batchinfer.formats.matrix import QuantizedMatrix, Tensors, checked_scale, groups_of
 from batchinfer.formats.pack import unpack
 
-# The column of a word that each of its numbers holds, turned around: where in the word column i is.
-_PLACE = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+# The index within a word of each of its eight columns: the inverse of the order 0, 2, 4, 6, 1, 3, 5, 7.
+_INDEX_IN_WORD = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
 
 
 class AWQ:
-    """The format of one checkpoint, from its `quantization_config`. A `ValueError` names what is not supported."""
+    """An AWQ checkpoint's format, from its `quantization_config`. Raises `ValueError` for settings not supported."""
 
     name = "AWQ, 4 bits"
     eight_bit_inputs: frozenset[str] = frozenset()
@@ -37,17 +37,17 @@ class AWQ:
         left_out = config.get("modules_to_not_convert") or []
         if not isinstance(left_out, list) or not all(isinstance(name, str) for name in left_out):
             raise ValueError(
-                f"config.json: quantization_config: modules_to_not_convert is {left_out!r}, no list of names"
+                f"config.json: quantization_config: modules_to_not_convert is {left_out!r}; expected a list of names"
             )
         self.left_out: list[str] = left_out
 
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
-        """The module's weight [N, K]; None where it is not quantized."""
+        """Return the module's weight [N, K], or None if it is not quantized."""
         if module == "lm_head" or any(name in module for name in self.left_out):
             return None
         n, k = shape
         if n % 8:
-            refuse_module(module, shape, "4 bits in words of 32")
+            refuse_module(module, shape, "4-bit numbers in 32-bit words")
         size = k if self.group_size == -1 else self.group_size
         groups = groups_of(k, size, module)
         q = _columns(tensors.take(f"{module}.qweight", (k, n // 8), torch.int32))
@@ -63,6 +63,6 @@ class AWQ:
 
 
 def _columns(words: Tensor) -> Tensor:
-    """uint8 [N, rows] from int32 [rows, N / 8]."""
+    """Unpack words, int32 [rows, N / 8], to numbers, uint8 [N, rows]."""
     numbers = unpack(words, 4, 1)
-    return numbers.view(len(numbers), -1, 8)[:, :, _PLACE].flatten(1).t()
+    return numbers.view(len(numbers), -1, 8)[:, :, _INDEX_IN_WORD].flatten(1).t()

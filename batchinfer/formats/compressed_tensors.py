@@ -1,11 +1,14 @@
 """compressed-tensors checkpoints (`quant_method: compressed-tensors`), as llm-compressor and this project write them.
 
-`config_groups` say what is quantized and how; a module's format follows from its group's `format`, or the whole's:
-- pack-quantized: `weight_packed` int32 [N, K * bits / 32] of q + 2^(bits - 1), `weight_scale` [N, G], if asymmetric
-  `weight_zero_point` int32 [ceil(N * bits / 32), G], packed along N with the same offset, `weight_g_idx` [K] where the
-  columns were reordered, `weight_shape` [2].
-- int-quantized: `weight` int8 [N, K]; float-quantized: `weight` float8_e4m3fn [N, K]. `weight_scale` is one number,
-  [N, 1], or one a block of rows and columns. Every scale is a multiplier.
+`config_groups` says which modules are quantized and how. A module's format is the `format` of its group, or else that
+of the whole config:
+- pack-quantized: `weight_packed` is int32 [N, K * bits / 32] and holds q + 2^(bits - 1); `weight_scale` is [N, G];
+  `weight_shape` is [2]. Asymmetric weights have `weight_zero_point`, int32 [ceil(N * bits / 32), G], packed along N
+  with the same offset. Reordered columns have `weight_g_idx` [K].
+- int-quantized: `weight` is int8 [N, K].
+- float-quantized: `weight` is float8_e4m3fn [N, K].
+In the last two, `weight_scale` is one number, [N, 1], or one number per block of rows and columns. Every scale is a
+multiplier.
 """
 
 import re
@@ -24,7 +27,7 @@ STRATEGIES = ("tensor", "channel", "group", "block")
 
 @dataclass(frozen=True)
 class Group:
-    """One entry of `config_groups`."""
+    """One entry of `config_groups`: the settings of a group of modules."""
 
     targets: tuple[str, ...]
     format: str
@@ -34,10 +37,10 @@ class Group:
     group_size: int
     block: tuple[int, int]
     activations: str  # float | int8 | fp8
-    static_input: bool  # an `input_scale` lies beside each weight
+    static_input: bool  # the checkpoint has an `input_scale` for each weight
 
     def scale_shape(self, module: str, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """([rows, columns] of the scales, rows and columns that share one)."""
+        """Return ((rows, columns) of the scales' tensor, (rows, columns) of the weight that share a scale)."""
         n, k = shape
         if self.strategy == "tensor":
             return (1, 1), (n, k)
@@ -50,7 +53,7 @@ class Group:
 
 
 class CompressedTensors:
-    """The format of one checkpoint, from its `quantization_config`. A `ValueError` names what is not supported."""
+    """The format of a checkpoint, from its `quantization_config`. Raises `ValueError` for settings not supported."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         for key in ("sparsity_config", "transform_config", "kv_cache_scheme"):
@@ -68,17 +71,21 @@ class CompressedTensors:
         self.eight_bit_inputs = frozenset(g.activations for g in self.groups) - {"float"}
         self.name = "compressed-tensors, " + ", ".join(sorted({f"{g.format} {g.bits} bits" for g in self.groups}))
         if any(group.static_input for group in self.groups):
-            self.name += ", its static input scales left aside for a scale a token"
+            self.name += ", its static input scales replaced by per-token scales"
 
     def group(self, module: str) -> Group | None:
-        """The settings of a module, by its name before a pattern before its class; None where it is not quantized."""
+        """Return the settings of a module, or None if it is not quantized.
+
+        A group that names the module has precedence over one with a matching pattern, and that over one that names the
+        module's class.
+        """
         ranked = [(rank, group) for group in self.groups if (rank := _rank(module, group.targets)) is not None]
         if not ranked or _rank(module, self.ignore) is not None:
             return None
         return min(ranked, key=lambda entry: entry[0])[1]
 
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
-        """The module's weight [N, K]; None where it is not quantized."""
+        """Return the module's weight [N, K], or None if it is not quantized."""
         group = self.group(module)
         if group is None:
             return None
@@ -87,7 +94,7 @@ class CompressedTensors:
             tensors.drop(f"{module}.input_zero_point")
         counts, block = group.scale_shape(module, shape)
         name = f"{module}.weight_scale"
-        # One number for a tensor is stored as a scalar or as a vector of one.
+        # A single scale for the tensor is stored as a scalar or as a vector of length 1.
         stored: tuple[int, ...] = counts
         if group.strategy == "tensor" and tensors.shape(name) in ((), (1,)):
             stored = tensors.shape(name)
@@ -110,7 +117,7 @@ class CompressedTensors:
                 zero_point = _packed_zero_point(module, counts, group.bits, tensors)
             if tensors.has(f"{module}.weight_g_idx"):
                 index = tensors.take(f"{module}.weight_g_idx", (shape[1],), torch.int32, torch.int64)
-                # -1 in all of it stands for columns in order.
+                # An index that is all -1 means that columns are in order.
                 if not bool((index == -1).all()):
                     group_of = checked_groups(index, counts[1], f"{module}.weight_g_idx")
         return QuantizedMatrix(values, scale, block, group.bits, group.activations, zero_point, group_of)
@@ -133,7 +140,7 @@ def _packed_zero_point(module: str, counts: tuple[int, int], bits: int, tensors:
 
 
 def _signed(numbers: Tensor, bits: int) -> Tensor:
-    """int8 from numbers that were stored with 2^(bits - 1) added."""
+    """Return int8 numbers from numbers that were stored with 2^(bits - 1) added."""
     return numbers.to(torch.int16).sub_(1 << (bits - 1)).to(torch.int8)
 
 
@@ -194,13 +201,16 @@ def _names(raw: Any, field: str) -> tuple[str, ...]:
                 re.compile(name[3:])
             except re.error as error:
                 raise ValueError(
-                    f"config.json: quantization_config: {field}: {name!r} is no pattern: {error}"
+                    f"config.json: quantization_config: {field}: {name!r} is not a regular expression: {error}"
                 ) from None
     return tuple(raw)
 
 
 def _rank(module: str, names: tuple[str, ...]) -> int | None:
-    """0 where the module is named, 1 where a pattern after "re:" matches, 2 by class (all here are Linear), or None."""
+    """Rank how names refer to a module: 0 by its name, 1 by a pattern after "re:", 2 by its class, None not at all.
+
+    The class of every module here is Linear.
+    """
     if module in names:
         return 0
     if any(name.startswith("re:") and re.match(name[3:], module) for name in names):

@@ -1,4 +1,4 @@
-"""Quantized checkpoints in the compressed-tensors format, which transformers, vLLM and SGLang read as well."""
+"""Writing checkpoints in the compressed-tensors format, which transformers, vLLM and SGLang read as well."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from batchinfer.formats.scheme import WeightScheme
 
 
 def stored_tensors(matrix: QuantizedMatrix, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """What lies in the checkpoint for a module, by the names after the module's."""
+    """Return the tensors to store for a module's matrix; their names follow the module's name."""
     scale = matrix.scale.to(scale_dtype)
     if matrix.activations != "float" and matrix.bits == 8:
         return {"weight": matrix.values, "weight_scale": scale}
@@ -24,7 +24,7 @@ def stored_tensors(matrix: QuantizedMatrix, scale_dtype: torch.dtype) -> dict[st
 
 
 def quantization_config(scheme: WeightScheme, ignore: list[str]) -> dict[str, Any]:
-    """The entry of config.json."""
+    """Return the value of `quantization_config` in config.json."""
     kind = "float" if scheme.floating else "int"
     form = "pack-quantized" if scheme.activations == "float" or scheme.bits < 8 else f"{kind}-quantized"
     weights: dict[str, Any] = {"num_bits": scheme.bits, "type": kind, "symmetric": True, "dynamic": False}

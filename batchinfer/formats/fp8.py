@@ -1,6 +1,7 @@
 """Block FP8 checkpoints in the Hugging Face layout (`quant_method: fp8`, as DeepSeek-V3 and Qwen3 publish them).
 
-`weight` float8_e4m3fn [N, K]; `weight_scale_inv` [ceil(N / rows), ceil(K / columns)], a multiplier despite its name.
+`weight` is float8_e4m3fn [N, K]. `weight_scale_inv` is [ceil(N / rows), ceil(K / columns)] and, despite its name, a
+multiplier.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from batchinfer.formats.matrix import QuantizedMatrix, Tensors, checked_scale
 
 
 class BlockFP8:
-    """The format of one checkpoint, from its `quantization_config`. A `ValueError` names what is not supported."""
+    """A block FP8 checkpoint's format, from its `quantization_config`. Raises `ValueError` if it is not supported."""
 
     name = "block FP8"
     eight_bit_inputs: frozenset[str] = frozenset()
@@ -32,7 +33,7 @@ class BlockFP8:
         self.left_out = [str(name) for name in config.get("modules_to_not_convert") or []]
 
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
-        """The module's weight [N, K]; None where it is not quantized."""
+        """Return the module's weight [N, K], or None if it is not quantized."""
         if module == "lm_head" or module in self.left_out:
             return None
         (n, k), (rows, columns) = shape, self.block

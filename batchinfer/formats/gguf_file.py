@@ -1,8 +1,9 @@
-"""The container of GGUF files (version 2 and 3, little-endian): metadata and where the tensors lie. Free of torch.
+"""Reading the container of GGUF files (versions 2 and 3, little-endian): metadata, and where each tensor's bytes are.
 
-Every count, length and offset is checked against the file's size before anything is allocated for it.
-Layout: magic, version, number of tensors, number of entries; the entries; the tensors' descriptions; from the next
-multiple of `general.alignment` on, their data.
+A file holds, in this order: the magic number, the version, the number of tensors and the number of metadata entries;
+the entries; the tensors' descriptions; and, from the next multiple of `general.alignment` on, the tensors' data. Every
+count, length and offset is checked against the file's size before memory is allocated for it. This module does not
+import torch.
 """
 
 import math
@@ -21,7 +22,7 @@ _NUMBERS = {
 }  # fmt: skip
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 
-# Number in the file: name, elements of a block, bytes of a block.
+# By the type's number in the file: name, elements per block, bytes per block.
 TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 8: ("Q8_0", 32, 34),
     12: ("Q4_K", 256, 144), 14: ("Q6_K", 256, 210),
@@ -31,7 +32,7 @@ _OTHERS = {3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 1
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies; `shape` has the contiguous dimension last."""
+    """A tensor's type, and where its bytes are in the file; the last dimension of `shape` is the contiguous one."""
 
     name: str
     type: str
@@ -41,7 +42,7 @@ class StoredTensor:
 
 
 class GGUFFile:
-    """`metadata` by key, and `tensors` by name. A `ValueError` says what is wrong with the file, and where."""
+    """A GGUF file's `metadata` by key and `tensors` by name. Raises `ValueError` saying what is wrong, and where."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,7 +76,7 @@ class GGUFFile:
             self.tensors[name] = self._located(name, kind, shape, base, offset, alignment)
 
     def read(self, tensor: StoredTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """A copy of a tensor's bytes."""
+        """Return a copy of a tensor's bytes."""
         return np.frombuffer(self._bytes, np.uint8, tensor.nbytes, tensor.start).copy()
 
     def _located(
@@ -89,7 +90,8 @@ class GGUFFile:
         label, elements, nbytes = TYPES[kind]
         if shape[-1] % elements:
             raise ValueError(
-                f"{self.path}: tensor {_short(name)} has rows of {shape[-1]}, no multiple of {label}'s {elements}"
+                f"{self.path}: tensor {_short(name)} has rows of {shape[-1]} numbers, which is not a multiple of "
+                f"{label}'s {elements}"
             )
         total = math.prod(shape) // elements * nbytes
         start = base + offset
@@ -106,7 +108,7 @@ class GGUFFile:
         if not 1 <= dimensions <= 4:
             raise ValueError(f"{self.path}: tensor {_short(name)} has {dimensions} dimensions")
         shape = struct.unpack(f"<{dimensions}Q", self._take(8 * dimensions))
-        if not 0 < math.prod(shape) <= 8 * self.size:  # two elements a byte are the most that a type has
+        if not 0 < math.prod(shape) <= 8 * self.size:  # types have at most two elements per byte
             raise ValueError(
                 f"{self.path}: tensor {_short(name)} of {list(shape)} cannot be in a file of {self.size} bytes"
             )
@@ -158,5 +160,5 @@ class GGUFFile:
 
 
 def _short(name: str) -> str:
-    """A name as it is, or what can be shown of one that the file has damaged."""
+    """Return a name for a message; of a damaged one, only its beginning with special characters escaped."""
     return name if len(name) <= 100 and name.isprintable() else ascii(name[:50])

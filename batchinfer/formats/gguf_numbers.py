@@ -1,10 +1,11 @@
-"""Numbers of GGUF tensors. The layouts are those of ggml: blocks of 32 or 256 elements with their scales in front.
+"""Dequantizing GGUF tensors. The layouts are ggml's: blocks of 32 or 256 elements, each with its own scales.
 
-- Q8_0: fp16 d, 32 int8. w = d * q.
-- Q4_0: fp16 d, 16 bytes; the low nibbles are elements 0 to 15, the high ones 16 to 31. w = d * (q - 8).
-- Q4_K: fp16 d and dmin, 12 bytes with eight 6-bit scales and minima, 128 bytes of nibbles in runs of 64 elements:
-  low nibbles the first 32, high ones the next. w = d * scale * q - dmin * minimum.
-- Q6_K: 128 bytes of low nibbles, 64 bytes of high pairs, 16 int8 scales, fp16 d. w = d * scale * (q - 32).
+- Q8_0: fp16 d, then 32 int8. w = d * q.
+- Q4_0: fp16 d, then 16 bytes; their low nibbles are elements 0 to 15, their high nibbles 16 to 31. w = d * (q - 8).
+- Q4_K: fp16 d and dmin, 12 bytes with eight 6-bit scales and eight 6-bit minima, then 128 bytes of nibbles. Of each 32
+  bytes, the low nibbles are 32 elements and the high nibbles the next 32. w = d * scale * q - dmin * minimum.
+- Q6_K: 128 bytes with the elements' low 4 bits, 64 bytes with their high 2 bits, 16 int8 scales, fp16 d.
+  w = d * scale * (q - 32).
 """
 
 import numpy as np
@@ -17,7 +18,7 @@ _BYTES = {name: nbytes for name, _, nbytes in TYPES.values()}
 
 
 def dequantize(data: "np.ndarray[tuple[int], np.dtype[np.uint8]]", kind: str, shape: tuple[int, ...]) -> Tensor:
-    """float32 in `shape` from a tensor's bytes; F32, F16 and BF16 stay what they are."""
+    """Return a tensor from its bytes: float32 if it is quantized; F32, F16 and BF16 keep their type."""
     octets = torch.from_numpy(data)
     plain = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     if kind in plain:
@@ -27,7 +28,7 @@ def dequantize(data: "np.ndarray[tuple[int], np.dtype[np.uint8]]", kind: str, sh
 
 
 def _half(octets: Tensor) -> Tensor:
-    """float32 [blocks, 1] from two bytes a block."""
+    """Convert two bytes per block, an fp16 number, to float32 [blocks, 1]."""
     return octets.contiguous().view(torch.float16).float()
 
 

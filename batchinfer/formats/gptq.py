@@ -1,7 +1,7 @@
 """GPTQ checkpoints, as AutoGPTQ and GPTQModel write them (`quant_method: gptq`).
 
-`qweight` int32 [K * bits / 32, N], packed along K; `qzeros` int32 [G, N * bits / 32], packed along N; `scales` [G, N];
-`g_idx` int32 [K]. W[n, k] = scales[g, n] * (q[k, n] - z[g, n]) with g = g_idx[k]. Version 1 stores z - 1.
+`qweight` is int32 [K * bits / 32, N], packed along K; `qzeros` is int32 [G, N * bits / 32], packed along N; `scales` is
+[G, N]; `g_idx` is int32 [K]. W[n, k] = scales[g, n] * (q[k, n] - z[g, n]) with g = g_idx[k]. Version 1 stores z - 1.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from batchinfer.formats.pack import unpack
 
 
 class GPTQ:
-    """The format of one checkpoint, from its `quantization_config`. A `ValueError` names what is not supported."""
+    """A GPTQ checkpoint's format, from its `quantization_config`. Raises `ValueError` for settings not supported."""
 
     eight_bit_inputs: frozenset[str] = frozenset()
 
@@ -40,13 +40,13 @@ class GPTQ:
         self.name = f"GPTQ, {self.bits} bits"
 
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
-        """The module's weight [N, K]; None where it is not quantized."""
+        """Return the module's weight [N, K], or None if it is not quantized."""
         if module == "lm_head" and not self.head:
             return None
         n, k = shape
         a_word = 32 // self.bits
         if n % a_word or k % a_word:
-            refuse_module(module, shape, f"{self.bits} bits in words of 32")
+            refuse_module(module, shape, f"{self.bits}-bit numbers in 32-bit words")
         size = k if self.group_size == -1 else self.group_size
         groups = groups_of(k, size, module)
         half = 1 << (self.bits - 1)
@@ -54,11 +54,11 @@ class GPTQ:
         scale = checked_scale(tensors.take(f"{module}.scales", (groups, n)), f"{module}.scales").t()
         zero_point = None
         if self.symmetric:
-            # Their zeros say nothing that is not known, and some files have them wrong.
+            # The zero points of symmetric weights are known, and some files store wrong ones.
             tensors.drop(f"{module}.qzeros")
         else:
             z = unpack(tensors.take(f"{module}.qzeros", (groups, n // a_word), torch.int32), self.bits, 1).t()
-            # Version 1 wraps: a zero point of 0 is stored as the largest number.
+            # Version 1 wraps around: a zero point of 0 is stored as the largest number.
             z = (z.to(torch.int16) + self.offset) % (1 << self.bits) if self.offset else z.to(torch.int16)
             zero_point = z - half
         group_of = None

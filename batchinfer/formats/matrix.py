@@ -1,4 +1,4 @@
-"""`QuantizedMatrix`: a weight in few bits, in the one form that every checkpoint format is read into."""
+"""`QuantizedMatrix`: a quantized weight, in the one form into which every checkpoint format is read."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -10,58 +10,61 @@ FP8_MOST = torch.finfo(torch.float8_e4m3fn).max
 
 
 class Tensors(Protocol):
-    """Where a format finds a checkpoint's tensors."""
+    """A checkpoint's tensors, as the formats read them."""
 
     def has(self, name: str) -> bool:
-        """True if there is a tensor of this name."""
+        """Return whether there is a tensor of this name."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape; a `ValueError` names it if it is missing."""
+        """Return a tensor's shape. Raises `ValueError` if it is missing."""
         ...
 
     def take(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-        """The tensor; a `ValueError` names it if it is missing, has another shape or none of these types.
+        """Return a tensor. Raises `ValueError` if it is missing, or has another shape or none of these types.
 
-        No type given stands for any floating point of 16 bits or more.
+        Without `dtypes`, any floating-point type of 16 bits or more is accepted.
         """
         ...
 
     def drop(self, name: str) -> None:
-        """Count a tensor as used that need not be read."""
+        """Count a tensor as used without reading it."""
         ...
 
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """`(values - zero_point) * scale` [N, K]: a scale for each rectangle of `block` rows and columns.
+    """A matrix [N, K] that stands for `(values - zero_point) * scale`, with one scale per block of rows and columns.
 
-    Where `group_of` is given, column k belongs to the k-th entry's column of scales, not to the k // block[1]-th.
+    Column k uses the scales of column k // block[1], or of column group_of[k] if `group_of` is given.
     """
 
     values: Tensor  # [N, K] int8 or float8_e4m3fn
     scale: Tensor  # [ceil(N / rows), ceil(K / columns)] float32
     block: tuple[int, int]  # rows and columns that share a scale
     bits: int
-    activations: str = "float"  # float | int8 | fp8: what the checkpoint wants its inputs to be
+    activations: str = "float"  # float | int8 | fp8: the type of input that the checkpoint was made for
     zero_point: Tensor | None = None  # int16, in the shape of scale
-    group_of: Tensor | None = None  # [K] int64
+    group_of: Tensor | None = None  # [K] int64, the column of `scale` that each column of the matrix uses
 
     def to(self, device: torch.device) -> "QuantizedMatrix":
-        """The same on a device."""
-        parts = {name: getattr(self, name) for name in ("values", "scale", "zero_point", "group_of")}
-        return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
+        """Return the matrix on a device."""
+        tensors = {name: getattr(self, name) for name in ("values", "scale", "zero_point", "group_of")}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
     def by_channel(self, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor] | None:
-        """(values [N, K] of that type, scale float32 [N]) where that is all it is; None with groups or zero points."""
+        """Return (values [N, K], float32 scales [N]) if the values are of this type with per-channel scales.
+
+        Returns None if the matrix has another type, groups of columns or zero points.
+        """
         if self.values.dtype != dtype or self.zero_point is not None or self.scale.shape[1] != 1:
             return None
         return self.values, self._spread(self.scale)[:, 0].expand(len(self.values)).contiguous()
 
     def by_group(self, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
-        """(scale, zero point) [N, K / size], for the first of `sizes` that divides its groups of columns.
+        """Return (scale, zero point), [N, K / size] each, with the first of `sizes` that divides the group size.
 
-        None where there is none, or columns of a group do not lie together.
+        Returns None if there is no such size, or if the columns of a group are not neighbours.
         """
         size = next((size for size in sizes if self.block[1] % size == 0), None)
         if size is None or self.group_of is not None or self.values.shape[1] % size:
@@ -72,14 +75,14 @@ class QuantizedMatrix:
         return scale[:, first].contiguous(), zero_point[:, first].contiguous()
 
     def dequantize(self) -> Tensor:
-        """float32 [N, K]."""
+        """Return the dequantized weights, float32 [N, K]."""
         weight = self.values.float()
         if self.zero_point is not None:
             weight.sub_(self._spread(self.zero_point))
         return weight.mul_(self._spread(self.scale))
 
     def _spread(self, small: Tensor) -> Tensor:
-        """Each entry repeated over its rectangle; an expanded view where one row or column is the whole."""
+        """Repeat each entry (of scales or zero points) over its block, as far as broadcasting does not do that."""
         n, k = self.values.shape
         if small.shape[0] > 1 and self.block[0] > 1:
             small = small.repeat_interleave(self.block[0], 0)[:n]
@@ -89,7 +92,7 @@ class QuantizedMatrix:
 
 
 def checked_scale(scale: Tensor, name: str) -> Tensor:
-    """The scales in float32. A `ValueError` names the tensor if one of them is zero, negative or not finite."""
+    """Return the scales in float32. Raises `ValueError` if one of them is zero, negative or not finite."""
     scale = scale.float()
     if not bool(((scale > 0) & scale.isfinite()).all()):
         raise ValueError(f"tensor {name} has a scale that is not a positive number: the checkpoint is damaged")
@@ -97,23 +100,23 @@ def checked_scale(scale: Tensor, name: str) -> Tensor:
 
 
 def checked_groups(group_of: Tensor, groups: int, name: str) -> Tensor:
-    """The column's groups as int64. A `ValueError` names the tensor if one lies outside 0 to groups - 1."""
+    """Return the columns' group numbers as int64. Raises `ValueError` if one is not in 0 to groups - 1."""
     if not bool(((group_of >= 0) & (group_of < groups)).all()):
         raise ValueError(f"tensor {name} names groups outside 0 to {groups - 1}: the checkpoint is damaged")
     return group_of.long()
 
 
 def groups_of(columns: int, group_size: int, module: str) -> int:
-    """How many groups a row has. A `ValueError` names the module if the size does not divide the columns."""
+    """Return the number of groups in a row. Raises `ValueError` if `group_size` does not divide `columns`."""
     if group_size < 1 or columns % group_size:
         raise ValueError(f"{module}: group_size {group_size} does not divide its {columns} columns")
     return columns // group_size
 
 
 def quantize_channels(weight_NK: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """8 bits per output channel, symmetric: (values [N, K], scale float32 [N]) with weight about values * scale.
+    """Round a weight to 8 bits, symmetric with per-channel scales: (values [N, K], float32 scales [N]).
 
-    `dtype` is int8 or float8_e4m3fn.
+    `dtype` is int8 or float8_e4m3fn. The weight is about values * scale.
     """
     weight = weight_NK.to(torch.float32, copy=True)
     whole = dtype == torch.int8

@@ -1,4 +1,4 @@
-"""Whole numbers of few bits in 32-bit words, the first number in the lowest bits."""
+"""Packing small integers into 32-bit words, the first number in the lowest bits."""
 
 import torch
 from torch import Tensor
@@ -7,8 +7,8 @@ WORD = 32
 
 
 def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
-    """uint8 numbers from int32 words: `dim` grows 32 / bits times. `bits` divides 8."""
-    # A word is four bytes, the lowest first, as the machine keeps it: so the bytes' order is the numbers' order.
+    """Unpack int32 words to uint8 numbers: the size of `dim` grows by a factor of 32 / bits. `bits` must divide 8."""
+    # The machine is little-endian, so the order of a word's bytes is the order of its numbers.
     octets = words.movedim(dim, -1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
     numbers = octets[..., None].bitwise_right_shift(shifts).bitwise_and_((1 << bits) - 1)
@@ -16,7 +16,7 @@ def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def pack(numbers: Tensor, bits: int, dim: int) -> Tensor:
-    """int32 words from numbers 0 to 2^bits - 1, padded with zeros to whole words: the inverse of `unpack`."""
+    """Pack numbers from 0 to 2^bits - 1 into int32 words: the inverse of `unpack`. Zeros fill the last word."""
     rows = numbers.movedim(dim, -1).to(torch.uint8)
     a_word = WORD // bits
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % a_word))

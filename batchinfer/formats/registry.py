@@ -1,4 +1,4 @@
-"""Which format a checkpoint's weights are in: as its `quantization_config` says, never guessed from names."""
+"""Choosing a checkpoint's format by its `quantization_config`. It is never guessed from tensor names."""
 
 from typing import Any, Protocol
 
@@ -10,13 +10,13 @@ from batchinfer.formats.matrix import QuantizedMatrix, Tensors
 
 
 class Format(Protocol):
-    """How a checkpoint holds its matrices."""
+    """A way of storing quantized matrices in a checkpoint."""
 
     name: str  # for the report
-    eight_bit_inputs: frozenset[str]  # int8, fp8: what it was made to be multiplied with, by channel
+    eight_bit_inputs: frozenset[str]  # types of 8-bit inputs (int8, fp8) that the weights were made for
 
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
-        """The module's weight [N, K]; None where it is in floating point. A `ValueError` names what is damaged."""
+        """Return the module's weight [N, K], or None if it is not quantized. Raises `ValueError` if it is damaged."""
         ...
 
 
@@ -29,7 +29,7 @@ _FORMATS: dict[str, type[CompressedTensors] | type[GPTQ] | type[AWQ] | type[Bloc
 
 
 def checkpoint_format(config: Any) -> Format:
-    """The format that a `quantization_config` names. A `ValueError` names the field that is not supported."""
+    """Return the format for a `quantization_config`. Raises `ValueError` naming a field that is not supported."""
     if not isinstance(config, dict):
         raise ValueError(f"config.json: quantization_config is a {type(config).__name__}; expected an object")
     method = config.get("quant_method")

@@ -1,24 +1,26 @@
-"""`QuantScheme`: how weights and activations are held in fewer bits."""
+"""`QuantScheme`: the types in which weights are held and activations rounded when a model runs; and `WeightScheme`:
+how a quantized checkpoint stores its weights."""
 
 from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class QuantScheme:
-    """Bits of weights, and what activations are rounded to; 16 stands for the floating-point type of the job.
+    """Bits of the weights, and the type to which activations are rounded.
 
-    Weights of 4 bits beside activations of 8 are those of a 4-bit checkpoint, held in 8 bits.
+    16 bits stand for the job's floating-point type. A scheme with 4-bit weights and 8-bit activations needs a
+    checkpoint with 4-bit weights, and holds them in 8 bits.
     """
 
     name: str
     weight_bits: int = 16
     activations: str = "float"  # float | int8 | fp8
-    head: bool = False  # the output head too
-    as_stored: bool = False  # each matrix as the checkpoint has it, those that it leaves in floating point so too
+    head: bool = False  # whether the output head is quantized too
+    as_stored: bool = False  # take each matrix as the checkpoint stores it, quantized or in floating point
 
     @property
     def quantized(self) -> bool:
-        """True if the decoder's matrices are held in 8 bits."""
+        """Whether the decoder's matrices are held in 8 bits."""
         return self.weight_bits < 16
 
 
@@ -30,14 +32,14 @@ _SCHEMES = {
 }
 
 QUANTIZATIONS = ("auto", "none", "w8a8-int8", "w8a8-int8+head", "w8a8-fp8", "w8a8-fp8+head", "w4a8", "w4a8+head")
-"""What `--quantization` may be."""
+"""The values that `--quantization` may have."""
 
 
 def scheme(name: str, eight_bit_checkpoint: bool = False) -> QuantScheme:
-    """The scheme of a `--quantization` name, `+head` at its end included.
+    """Return the scheme for a value of `--quantization`; `+head` at its end quantizes the output head too.
 
-    `auto` is what the checkpoint says: 8-bit products if it was made for them (`eight_bit_checkpoint`), else products
-    in floating point. A `ValueError` lists the names there are.
+    `auto` follows the checkpoint: 8-bit products if it was made for them (`eight_bit_checkpoint`), else floating-point
+    products. Raises `ValueError` for an unknown name.
     """
     if name == "auto":
         return QuantScheme("auto", 8, as_stored=True) if eight_bit_checkpoint else QuantScheme("auto")
@@ -50,14 +52,14 @@ def scheme(name: str, eight_bit_checkpoint: bool = False) -> QuantScheme:
 
 @dataclass(frozen=True)
 class WeightScheme:
-    """How a checkpoint's matrices are stored: symmetric, with a scale for each channel or group of columns."""
+    """A way of storing a checkpoint's matrices: symmetric, with a scale per channel or per group of columns."""
 
     name: str
     bits: int
-    group_size: int = 0  # 0: the whole channel
-    floating: bool = False  # float8_e4m3fn instead of whole numbers
-    activations: str = "float"  # float | int8 | fp8: what inputs are rounded to when it runs
-    scale_type: str = "float32"  # in which scales are stored
+    group_size: int = 0  # columns that share a scale; 0: all of them (per-channel scales)
+    floating: bool = False  # float8_e4m3fn instead of integers
+    activations: str = "float"  # float | int8 | fp8: the type to which inputs are rounded when the model runs
+    scale_type: str = "float32"  # type in which scales are stored
 
 
 _WEIGHT_SCHEMES = {
@@ -70,7 +72,10 @@ _WEIGHT_SCHEMES = {
 
 
 def weight_scheme(name: str, group_size: int | None) -> WeightScheme:
-    """The scheme of a name; `group_size` replaces its own. A `ValueError` names what is possible."""
+    """Return the scheme of this name. `group_size`, if given, replaces the scheme's own.
+
+    Raises `ValueError` for an unknown name or a group size that is not possible.
+    """
     if name not in _WEIGHT_SCHEMES:
         raise ValueError(f"scheme is {name!r}; it must be one of {', '.join(_WEIGHT_SCHEMES)}")
     found = _WEIGHT_SCHEMES[name]
@@ -78,7 +83,7 @@ def weight_scheme(name: str, group_size: int | None) -> WeightScheme:
         return found
     if found.activations != "float" and found.bits == 8 and group_size:
         raise ValueError(
-            f"group_size is {group_size}; {name} has a scale a channel, for its products are of whole rows"
+            f"group_size is {group_size}; {name} has a scale a channel, because its products add whole rows"
         )
     if group_size < 0 or group_size % 8:
         raise ValueError(f"group_size is {group_size}; it must be a multiple of 8, or 0 for whole channels")

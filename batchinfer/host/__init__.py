@@ -1,1 +1,1 @@
-"""What the machine gives: files and their checksums, limits of a process, the device, the allocator."""
+"""The machine that a job runs on: files and their checksums, limits of a process, memory, device and allocator."""

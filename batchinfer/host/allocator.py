@@ -1,6 +1,7 @@
-"""How the C library's allocator treats large blocks: given back at once while loading, kept while running.
+"""Settings of the C library's allocator for large blocks: return freed ones to the system, or keep them.
 
-Only glibc has these knobs (`mallopt(3)`); elsewhere nothing is changed.
+A model is loaded with the first setting and run with the second. Only glibc has them (`mallopt(3)`); with another C
+library nothing is changed.
 """
 
 import ctypes
@@ -10,12 +11,12 @@ _LARGEST_MMAP_THRESHOLD = 1 << 25  # glibc refuses more
 
 
 def return_freed_memory() -> None:
-    """Blocks of a megabyte or more are mapped for themselves: freed weights leave no holes in the heap."""
+    """Map each block of a megabyte or more separately, so that freed weights leave no holes in the heap."""
     _mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def keep_freed_memory() -> None:
-    """A step allocates what the step before has freed, so that its pages are not faulted in anew each time."""
+    """Keep freed memory in the process. A step then reuses the pages of the step before without new page faults."""
     _mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
     _mallopt(_M_TRIM_THRESHOLD, 1 << 30)
 

@@ -1,4 +1,4 @@
-"""Which device a job takes, found out without torch, and how much runs side by side on it by default."""
+"""Finding a job's device without importing torch, and the default size of a batch on each device."""
 
 import ctypes
 from pathlib import Path
@@ -9,7 +9,7 @@ DEVICES = ("auto", *MAX_NUM_SEQS)
 
 
 def device_of(asked: str) -> str:
-    """Of `--device`; `auto` is a GPU if there is one that the installed torch was built for."""
+    """Return the device for `--device`: "auto" means a GPU if the installed torch was built for one that is here."""
     if asked != "auto":
         return asked
     from importlib.metadata import version  # late: it is slow to load, and not every command asks
@@ -18,7 +18,10 @@ def device_of(asked: str) -> str:
 
 
 def has_gpu(torch_version: str) -> bool:
-    """True if there is a device for that build of torch: its version ends in +cpu, +rocm6.4, +cu128 or not at all."""
+    """Return whether this machine has a GPU for that build of torch.
+
+    The end of torch's version names the build: +cpu, +rocm6.4 or +cu128. A version without an end means CUDA.
+    """
     build = torch_version.partition("+")[2]
     if build.startswith("cpu"):
         return False
@@ -28,7 +31,10 @@ def has_gpu(torch_version: str) -> bool:
 
 
 def cuda_devices(library: str = "libcuda.so.1") -> int:
-    """Devices that the driver shows this process, by `CUDA_VISIBLE_DEVICES` too; 0 without a driver."""
+    """Return the number of devices that the driver shows this process (see `CUDA_VISIBLE_DEVICES`).
+
+    It is 0 without a driver.
+    """
     try:
         driver = ctypes.CDLL(library)
     except OSError:
@@ -40,7 +46,7 @@ def cuda_devices(library: str = "libcuda.so.1") -> int:
 
 
 def device_name(device: str) -> str:
-    """The processor's name, or the first GPU's as its driver gives it; "unknown" where nobody tells."""
+    """Return the name of the processor, or of the first GPU from its driver; "unknown" if it cannot be found."""
     if device == "cuda":
         return _gpu_name()
     try:

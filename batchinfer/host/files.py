@@ -1,4 +1,4 @@
-"""Files of a checkpoint: JSON objects, checksums of weights, pointers of git-lfs."""
+"""Files of a checkpoint: JSON objects, checksums of weights, git-lfs pointers."""
 
 import hashlib
 import json
@@ -8,14 +8,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SUMS_NAME = "SHA256SUMS"  # as `sha256sum` writes it and `sha256sum --check` reads it
+SUMS_NAME = "SHA256SUMS"  # in the format that `sha256sum` writes and `sha256sum --check` reads
 _LINE = re.compile(r"([0-9a-f]{64}) [ *]([^/]+)")
 _DIGEST = re.compile("[0-9a-f]{64}")
 _POINTER = b"version https://git-lfs"
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a file. A `ValueError` names the file and what it is instead; an `OSError` if it is not there."""
+    """Read the JSON object in a file.
+
+    Raises `OSError` if the file is missing, and `ValueError` if it holds something else.
+    """
     refuse_pointer(path)
     try:
         value = json.loads(path.read_bytes())
@@ -27,17 +30,18 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def refuse_pointer(path: Path) -> None:
-    """A `ValueError` with the remedy if the file is a git-lfs pointer."""
+    """Raise `ValueError`, with the remedy, if the file is a git-lfs pointer."""
     with path.open("rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise ValueError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in that folder")
 
 
 class Checksums:
-    """The sha256 of each file, in a thread beside the one that loads them.
+    """Checksums of files, computed in a thread of their own while the files are loaded.
 
-    What it must be stands in `SHA256SUMS` beside the file; in a cache of the Hub it is the name of the file that the
-    link leads to. A file with neither is not looked at. A `ValueError` names a line of `SHA256SUMS` that is none.
+    The expected sha256 of a file is its line in `SHA256SUMS` beside it. In the Hub's cache it is the name of the blob
+    that the file links to. Files with neither are not checked. Raises `ValueError` for a malformed line of
+    `SHA256SUMS`.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -49,7 +53,7 @@ class Checksums:
         thread.shutdown(wait=False)
 
     def check(self) -> None:
-        """Wait for them. A `ValueError` names a file that is damaged."""
+        """Wait for the checksums. Raises `ValueError` naming a file whose checksum is wrong."""
         for file, (expected, found) in self._found.items():
             if found.result() != expected:
                 raise ValueError(
@@ -59,13 +63,13 @@ class Checksums:
 
 
 def sha256(file: Path) -> str:
-    """Of the file's bytes, in hexadecimal digits."""
+    """Return the sha256 of a file's bytes as hexadecimal digits."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def write_checksums(folder: Path, files: Iterable[Path]) -> None:
-    """`SHA256SUMS` of files in the folder."""
+    """Write `SHA256SUMS` for these files, which are in the folder."""
     (folder / SUMS_NAME).write_text("".join(f"{sha256(file)}  {file.name}\n" for file in files))
 
 
@@ -82,7 +86,7 @@ def _listed(sums: Path) -> dict[str, str]:
     found = [_LINE.fullmatch(line) for line in lines]
     for line, match in zip(lines, found, strict=True):
         if match is None:
-            raise ValueError(f"{sums}: {line[:50]!a} is no sha256, two spaces and a file's name; remove the file")
+            raise ValueError(f"{sums}: {line[:50]!a} is not a sha256, two spaces and a file name; remove {SUMS_NAME}")
     return {match[2]: match[1] for match in found if match is not None}
 
 

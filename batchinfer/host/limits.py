@@ -1,4 +1,4 @@
-"""Limits of processor time and memory for code that came with a checkpoint: a chat template is a program."""
+"""Limits of processor time and memory for chat templates, which are programs that come with a checkpoint."""
 
 import resource
 import signal
@@ -11,16 +11,17 @@ _PAGE = resource.getpagesize()
 
 
 class _Expired(BaseException):
-    """No `except Exception` on the way may take it for an error of its own."""
+    """Time is up. It derives from `BaseException` so that no `except Exception` in the limited code catches it."""
 
 
 @contextmanager
 def limited(seconds: float, nbytes: int) -> Iterator[None]:
-    """Inside, the process may work `seconds` of processor time and take `nbytes` more address space.
+    """Limit the code inside to `seconds` of processor time and `nbytes` of additional address space.
 
-    Raises `TimeoutError`; where memory runs out, Python's own `MemoryError`. The time is watched in the main thread
-    only, as Python delivers signals nowhere else, and between two steps of the interpreter: who must bound a single
-    step bounds the memory, and numbers of many digits. Other threads have the same limit of memory meanwhile.
+    Raises `TimeoutError`, or Python's own `MemoryError`. Time is limited in the main thread only, because Python
+    delivers signals only there. It is checked between two bytecodes of the interpreter, so a single long operation is
+    not interrupted: to bound those, the caller must bound memory and the size of integers. While this runs, the memory
+    limit holds for all other threads too.
     """
     with _limited_memory(nbytes):
         if threading.current_thread() is threading.main_thread():
@@ -55,7 +56,7 @@ def _limited_time(seconds: float) -> Iterator[None]:
 
     before = signal.signal(signal.SIGVTALRM, expire)
     try:
-        # Again a second later, should something have swallowed it.
+        # The timer fires again every second, in case the code caught the first signal.
         signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1.0)
         yield
     except _Expired:

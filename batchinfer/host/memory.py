@@ -1,15 +1,15 @@
-"""Memory of this process and of the system, as Linux tells it in /proc."""
+"""Memory of this process and of the system, from Linux's /proc."""
 
 from pathlib import Path
 
 
 def peak_memory_bytes() -> int:
-    """The most that this process had resident; 0 where the system does not tell."""
+    """Return the largest resident memory of this process so far; 0 if the system does not say."""
     return _field_bytes("/proc/self/status", "VmHWM")
 
 
 def available_bytes() -> int:
-    """What the system can still give; 16 GiB where it does not tell."""
+    """Return the memory that the system still has available; 16 GiB if it does not say."""
     return _field_bytes("/proc/meminfo", "MemAvailable") or 1 << 34
 
 

@@ -1,1 +1,1 @@
-"""What a checkpoint is: its config, its layers, its weights, and the decoder made of them."""
+"""Models: a checkpoint's config, layers and weights, and the decoder that is made of them."""

@@ -1,4 +1,7 @@
-"""`Batch`: the tensors of one step. The scheduler fills all of it; the runner only reads."""
+"""`Batch`: the tensors of one step. The scheduler fills in all of them; the model runner only reads them.
+
+A place is a sequence's row in the engine's sequence table.
+"""
 
 from dataclasses import dataclass
 
@@ -14,66 +17,69 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Piece:
-    """Prompt tokens [start, end) of a sequence, at `row` of the step's tokens."""
+    """A chunk of a prompt: the tokens [start, end) of a sequence, which begin at `row` of the step's tokens.
+
+    Twins are sequences with the same prompt: it is computed once, and they get copies of its last blocks.
+    """
 
     place: int
     start: int
     end: int
     row: int
-    twins: tuple[int, ...] = ()  # places of sequences that get copies of it; then it is the end of their prompts
+    twins: tuple[int, ...] = ()  # places of the twins; only in the last chunk of a prompt
 
 
 @dataclass(frozen=True)
 class Queries:
-    """Single queries of d sequences: tokens that stand at `first` and behind, the last `drafts` of them drafts."""
+    """The tokens after the prompt that d sequences compute in this step: decoded tokens, then drafts."""
 
     places: Ints  # [d]
-    first: Ints  # [d] positions
-    counts: Ints  # [d] tokens, at least one
-    drafts: Ints  # [d]
+    first: Ints  # [d] position of each sequence's first token of this step
+    counts: Ints  # [d] number of tokens, at least one
+    drafts: Ints  # [d] number of drafts, the last of these tokens
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
     @property
     def all_places(self) -> Ints:
-        """The place of each query."""
+        """Place of each token's sequence."""
         return np.repeat(self.places, self.counts)
 
     @property
     def positions(self) -> Ints:
-        """The position of each query."""
+        """Position of each token."""
         within = np.arange(len(self)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
         return np.repeat(self.first, self.counts) + within
 
 
 @dataclass(frozen=True)
 class Batch:
-    """T tokens: prompt pieces first, then single queries, then padding."""
+    """One step of T tokens: chunks of prompts first, then decoded tokens and drafts, then padding."""
 
-    tokens: Tensor  # [T] int64; of a sequence whose newest token the host does not know yet, anything
+    tokens: Tensor  # [T] int64; arbitrary where the newest token exists only on the device (see `late_rows`)
     positions: Tensor  # [T] int64, 0 for padding
-    slots: Tensor  # [T] int64, where their keys and values go; in block 0 for padding
-    attention: dict[int | None, AttentionBatch]  # by the layers' windows
-    sampled: Tensor  # [S] int64, the rows of tokens that are followed by a new one; padded with row 0
-    sampling: SamplingBatch | None  # of the first r rows of sampled; None if all are greedy
-    places: Tensor  # [r] int64, `sequences` beside the other tensors
-    copied: Tensor  # [c] int64, blocks whose contents go to those of `copies`, when they are computed
-    copies: Tensor  # [c] int64
-    late_rows: Tensor  # [l] int64, the rows of tokens that only the device knows
-    late_places: Tensor  # [l] int64, the places whose newest tokens they are
+    slots: Tensor  # [T] int64, slots of the KV cache for the tokens' keys and values; in block 0 for padding
+    attention: dict[int | None, AttentionBatch]  # by attention window
+    sampled: Tensor  # [S] int64, rows of the tokens whose logits are computed; padded with row 0
+    sampling: SamplingBatch | None  # parameters of the first r rows of `sampled`; None if all are greedy
+    places: Tensor  # [r] int64, the same as `sequences`, on the device
+    copied: Tensor  # [c] int64, blocks to be copied after the step
+    copies: Tensor  # [c] int64, the blocks that they are copied to
+    late_rows: Tensor  # [l] int64, rows of tokens that only the device knows yet
+    late_places: Tensor  # [l] int64, places of these tokens' sequences
     pieces: tuple[Piece, ...]
     queries: Queries
-    sequences: Ints  # [r] places in the sequence table, in the order of sampled; several times where it has drafts
-    epochs: Ints  # [r] the sequences that had these places when the step was put together
+    sequences: Ints  # [r] place for each row of `sampled`; a sequence with drafts has several rows
+    epochs: Ints  # [r] tells which sequence had the place when the step was scheduled: places are reused
     prompt_tokens: int
 
     @property
     def query_tokens(self) -> int:
-        """Tokens that were generated, or drafted."""
+        """Number of decoded tokens and drafts."""
         return len(self.queries)
 
     @property
     def drafted(self) -> int:
-        """Drafts to be verified."""
+        """Number of drafts to verify."""
         return int(self.queries.drafts.sum())

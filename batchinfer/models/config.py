@@ -1,4 +1,4 @@
-"""`ModelConfig`: the shape of a decoder, read from a checkpoint's `config.json`; what is not understood is refused."""
+"""`ModelConfig`: the shape of a decoder, read from a checkpoint's `config.json`. Unknown fields are refused."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.layer import Attention, Layer, Matrix, Norm
 from batchinfer.models.rope import Rope, read_rope
 
-if TYPE_CHECKING:  # formats unpack tensors: only who meets one waits for torch
+if TYPE_CHECKING:  # the formats import torch, which takes long: only a quantized checkpoint needs them
     from batchinfer.formats.registry import Format
 
-MAX_MESSAGE = 1000  # characters: a value that is refused may be of any size
+MAX_MESSAGE = 1000  # characters of an error message, which quotes a value of any size
 
 # Fields that do not change what the model computes here.
 _IGNORED = {
@@ -38,52 +38,55 @@ _USED = {
 
 
 class Family(Protocol):
-    """A file of `models/families/`."""
+    """A model family: a module in `models/families/`."""
 
-    ARCHITECTURES: tuple[str, ...]  # `architectures` in config.json may name one of them
+    ARCHITECTURES: tuple[str, ...]  # the values that `architectures` in config.json may have
 
     def layers(self, config: ConfigFile) -> list[Layer]:
-        """The layers that `config.json` asks for. A `ValueError` names the field, its value and what is supported."""
+        """Describe the layers that `config.json` asks for.
+
+        Raises `ValueError` naming a field, its value and what is supported.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder: the embedding, the layers, a norm and the head; all sizes are positive, checked when read."""
+    """A decoder: embedding, layers, final norm and output head. All sizes were checked to be positive."""
 
     embedding: Matrix  # [V, D]
     layers: tuple[Layer, ...]
     norm: Norm
     head: Matrix  # [V, D]
-    tied: bool  # the head is the embedding
+    tied: bool  # whether the head is the embedding's matrix
     max_positions: int
     norm_eps: float
     rope: Rope
     dtype: str
-    form: Format | None  # of weights that are stored quantized
+    form: Format | None  # the format of quantized weights; None for floating-point weights
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """Vocabulary size, V."""
         return self.embedding.rows
 
     @property
     def hidden_size(self) -> int:
-        """D, the numbers of a token in the residual stream."""
+        """Hidden size, D: the width of the residual stream."""
         return self.embedding.columns
 
     @property
     def attention(self) -> Attention:
-        """The first layer's, whose heads are those of all layers: only their windows differ."""
+        """Attention of the first layer. All layers have the same heads; only their windows differ."""
         return self.layers[0].attention
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """By layer: how many positions a token sees, its own included; None is all."""
+        """Attention window of each layer: the number of positions that a token sees, its own included; None: all."""
         return tuple(layer.attention.window for layer in self.layers)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """(name, shape) of each tensor that a checkpoint in floating point holds."""
+        """Yield (name, shape) of each tensor in a floating-point checkpoint."""
         yield f"{self.embedding.name}.weight", (self.vocab_size, self.hidden_size)
         for layer in self.layers:
             yield from layer.tensors()
@@ -93,12 +96,15 @@ class ModelConfig:
 
 
 def supported_families() -> list[str]:
-    """The `model_type` of each family that runs here."""
+    """Return the `model_type` of each supported family."""
     return sorted(module.name for module in pkgutil.iter_modules(families.__path__))
 
 
 def read_model_config(model: Path) -> ModelConfig:
-    """The config of a checkpoint folder. A `ValueError` names the field, its value and what is supported."""
+    """Read the config in a checkpoint's folder.
+
+    Raises `ValueError` naming a field, its value and what is supported.
+    """
     path = model / "config.json"
     try:
         raw = read_object(path)
@@ -111,7 +117,7 @@ def read_model_config(model: Path) -> ModelConfig:
 
 
 def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
-    """As `read_model_config`, from the parsed JSON."""
+    """Make the config from parsed JSON. Raises `ValueError` as `read_model_config` does."""
     family = _family(raw)
     _refuse_unknown(raw)
     config = ConfigFile(raw)

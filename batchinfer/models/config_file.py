@@ -3,9 +3,9 @@
 import sys
 from typing import Any
 
-MOST = sys.float_info.max  # JSON has whole numbers beyond it
+MOST = sys.float_info.max  # JSON may hold larger integers
 
-# No model is near these; what follows from a larger one (tables, lists, shapes) would not fit memory.
+# The largest sizes accepted. No model comes near them, and tables of a larger size would not fit in memory.
 _LARGEST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 17, "intermediate_size": 1 << 19, "num_hidden_layers": 1 << 10,
     "num_attention_heads": 1 << 10, "num_key_value_heads": 1 << 10, "head_dim": 1 << 10,
@@ -14,45 +14,45 @@ _LARGEST = {
 
 
 class ConfigFile:
-    """Typed access to the parsed JSON. A `ValueError` names a field, its value and what it must be.
+    """Typed access to the parsed JSON. Methods raise `ValueError` naming the field, its value and what it must be.
 
-    A field that is null counts as one that is not there.
+    A field that is null counts as missing.
     """
 
     def __init__(self, fields: dict[str, Any]) -> None:
         self.fields = fields
 
     def get(self, key: str) -> Any:
-        """The field, unchecked; None where it is not there."""
+        """Return the field unchecked, or None if it is missing."""
         return self.fields.get(key)
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A whole number of 1 or more."""
+        """Return the field, an integer of 1 or more."""
         value = default if self.get(key) is None else self.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST[key]:
             raise ValueError(f"config.json: {key} is {value!r}; it must be a whole number from 1 to {_LARGEST[key]}")
         return value
 
     def size_or_none(self, key: str) -> int | None:
-        """A whole number of 1 or more, or None where it is not there."""
+        """Return the field, an integer of 1 or more, or None if it is missing."""
         return None if self.get(key) is None else self.size(key)
 
     def number(self, key: str, default: float) -> float:
-        """A positive number."""
+        """Return the field, a positive number."""
         value = default if self.get(key) is None else self.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST:
             raise ValueError(f"config.json: {key} is {value!r}; it must be a positive number")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
-        """True or false."""
+        """Return the field, true or false."""
         value = default if self.get(key) is None else self.get(key)
         if not isinstance(value, bool):
             raise ValueError(f"config.json: {key} is {value!r}; it must be true or false")
         return value
 
     def object(self, *keys: str) -> "ConfigFile":
-        """The first of these fields that holds anything, which must be an object; an empty one where none does."""
+        """Return the first of these fields that is not empty, an object; an empty object if all of them are empty."""
         key = next((key for key in keys if self.get(key)), keys[0])
         value = self.get(key) or {}
         if not isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""One decoder for all families: it computes the layers that `models/layer.py` describes.
+"""`Decoder`: computes the layers that `models/layer.py` describes, for all model families.
 
-Shapes: T tokens of a step, S of them sampled, D hidden, V vocabulary.
+Shapes: T tokens in a step, S of them sampled; D is the hidden size, V the vocabulary size.
 """
 
 from dataclasses import dataclass
@@ -18,22 +18,22 @@ from batchinfer.models.config import ModelConfig
 from batchinfer.models.layer import Layer
 
 
-class Places(NamedTuple):
-    """Where a step's tokens stand: the angles of their positions [T, head_dim / 2], and their places in the caches."""
+class TokenPositions(NamedTuple):
+    """The rotary angles of a step's tokens, and the rows of the KV cache for their keys and values."""
 
-    cos: Tensor
-    sin: Tensor
-    cache: Tensor
+    cos: Tensor  # [T, head_dim / 2]
+    sin: Tensor  # [T, head_dim / 2]
+    cache_rows: Tensor  # in the form of the backend's `rotate_and_store`
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What the loader made of one layer; q, k and v are one product, gate and up another."""
+    """The loaded weights of one layer. The matrices q, k and v are one product; gate and up are another."""
 
     shape: Layer
     input_norm: Tensor  # [D]
     qkv: Product
-    head_norms: tuple[Tensor, Tensor] | None  # of queries and keys, [head_dim] each
+    head_norms: tuple[Tensor, Tensor] | None  # weights of the norms of query heads and key heads, [head_dim] each
     output: Product
     mlp_norm: Tensor
     gate_up: Product
@@ -41,16 +41,16 @@ class LayerWeights:
 
     @property
     def products(self) -> tuple[Product, ...]:
-        """Its four matrix products."""
+        """The layer's four matrix products."""
         return (self.qkv, self.output, self.gate_up, self.down)
 
 
 class Decoder:
-    """`forward(batch, caches) -> logits [S, V]`, float32. `load_decoder` makes one of a checkpoint.
+    """A model on its device: `forward(batch, caches)` returns float32 logits [S, V]. `load_decoder` makes one.
 
-    The residual stream and what is still to be added to it go from layer to layer side by side: the sum is taken where
-    it is normed. What a product takes, its own rows in floating point or in 8 bits, decides in what the operation
-    before it ends.
+    Layers pass on two things: the residual stream x, and the output y of the last product, which is still to be added
+    to x. The norm that comes next adds them. Each operation writes the type of rows that the product after it takes:
+    floating point or 8 bits.
     """
 
     def __init__(
@@ -69,63 +69,64 @@ class Decoder:
         self.cos, self.sin = cos.to(backend.device), sin.to(backend.device)
 
     def caches(self, blocks: int, block_size: int, dtype: torch.dtype) -> list[KVCache]:
-        """An empty cache for each layer."""
+        """Make an empty KV cache for each layer."""
         shapes = [layer.shape.attention for layer in self.layers]
         return [KVCache(blocks, a.kv_heads, block_size, a.head_dim, dtype, self.backend.device) for a in shapes]
 
     @property
     def operations_per_token(self) -> int:
-        """Of the layers' matrix products; the head runs for sampled tokens only."""
+        """Operations of a token in the layers' matrix products, without the head: only sampled tokens need that."""
         return sum(p.operations_per_row for layer in self.layers for p in layer.products)
 
     @property
     def row_grain(self) -> int:
-        """The tokens of a step must be a multiple of this."""
+        """Row grain: the number of a step's tokens must be a multiple of it."""
         return max(p.row_grain for layer in self.layers for p in layer.products)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all matrices as they are held."""
+        """Bytes that all matrices take in memory."""
         held = sum(p.nbytes for layer in self.layers for p in layer.products) + self.embedding.nbytes
         shared = getattr(self.head, "weight", None) is self.embedding
         return held if shared else held + self.head.nbytes
 
     def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
-        """One step: stores the tokens' keys and values, returns float32 logits of the sampled tokens."""
-        places = self.places(batch, caches[0])
+        """Compute one step: store the tokens' keys and values, and return the sampled tokens' float32 logits [S, V]."""
+        at = self.token_positions(batch, caches[0])
         x, y = self.embed(batch), None
         for i, cache in enumerate(caches):
-            x, y = self.layer(i, cache, x, y, batch, places)
+            x, y = self.layer(i, cache, x, y, batch, at)
         return self.logits(x, y)
 
     def embed(self, batch: Batch) -> Tensor:
-        """The residual stream [T, D] before the first layer."""
+        """Return the residual stream [T, D] before the first layer."""
         return F.embedding(batch.tokens, self.embedding).to(self.stream)
 
-    def places(self, batch: Batch, cache: KVCache) -> Places:
-        """What all layers need to know of the step; their caches are of one shape."""
+    def token_positions(self, batch: Batch, cache: KVCache) -> TokenPositions:
+        """Return the rotary angles and cache rows of the step's tokens, for all layers: their caches have one shape."""
         cos, sin = self.cos[batch.positions], self.sin[batch.positions]
-        return Places(cos, sin, self.backend.cache_places(batch.slots, cache))
+        return TokenPositions(cos, sin, self.backend.cache_rows(batch.slots, cache))
 
     def layer(
-        self, i: int, cache: KVCache, x_TD: Tensor, y: Rows | None, batch: Batch, places: Places
+        self, i: int, cache: KVCache, x_TD: Tensor, y: Rows | None, batch: Batch, at: TokenPositions
     ) -> tuple[Tensor, Rows]:
-        """The residual stream [T, D] and what layer i adds to it; after the last one [S, D]. x and y are spent.
+        """Compute layer i: return the residual stream [T, D] and the output that is still to be added to it.
 
-        y is what the layer before adds.
+        x is the residual stream, and y the output of the layer before, which is still to be added to it. Both are
+        overwritten. The last layer returns the sampled tokens only, [S, D].
         """
         layer, do, x = self.layers[i], self.backend, x_TD
         a, eps = layer.shape.attention, self.config.norm_eps
         qkv = layer.qkv(do.add_norm(x, y, layer.input_norm, eps, layer.qkv.takes)).dense()
-        query = do.rotate_and_store(qkv, cache, a.heads, places.cos, places.sin, places.cache, layer.head_norms, eps)
+        query = do.rotate_and_store(qkv, cache, a.heads, at.cos, at.sin, at.cache_rows, layer.head_norms, eps)
         mixed = do.attention(query, cache, batch.attention[a.window], a.head_dim**-0.5).flatten(1)
-        if i + 1 == len(self.layers):  # nothing reads the other tokens any more
+        if i + 1 == len(self.layers):  # from here on only the sampled tokens are needed
             x, mixed = x[batch.sampled], mixed[batch.sampled]
         y = layer.output(do.rows(mixed, layer.output.takes))
         gate_up = layer.gate_up(do.add_norm(x, y, layer.mlp_norm, eps, layer.gate_up.takes))
         return x, layer.down(do.silu_mul(gate_up, layer.down.takes))
 
     def logits(self, x_SD: Tensor, y: Rows | None) -> Tensor:
-        """Of the residual stream after the last layer and what that adds, float32 [S, V]."""
+        """Return float32 logits [S, V] from the residual stream x and the last layer's output y."""
         c = self.config
         return self.head(self.backend.add_norm(x_SD, y, self.norm, c.norm_eps, self.head.takes)).dense().float()

@@ -1,6 +1,7 @@
-"""A GGUF file as a checkpoint folder: hyperparameters and tokenizer in the Hugging Face layout, the file beside them.
+"""Making a checkpoint folder in the Hugging Face layout from a GGUF file: config, tokenizer, and a link to the file.
 
-All that reads checkpoints then reads this one too. Free of torch: the parent process of a job imports this module.
+All code that reads checkpoints can then read the folder. This module does not import torch, because the parent process
+of a job imports it.
 """
 
 import json
@@ -16,9 +17,9 @@ FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
 def unpack_gguf(path: Path, folder: Path, tokenizer: bool = True) -> None:
-    """Write config.json, generation_config.json and the tokenizer's files to `folder`, and a link to the file.
+    """Write config.json, generation_config.json, the tokenizer's files and a link to the GGUF file to `folder`.
 
-    Without `tokenizer`, the one in the file is left alone. A `ValueError` says what in the file is damaged or not
+    Without `tokenizer`, the file's tokenizer is not read. Raises `ValueError` for a file that is damaged or not
     supported.
     """
     file = GGUFFile(path)
@@ -26,7 +27,7 @@ def unpack_gguf(path: Path, folder: Path, tokenizer: bool = True) -> None:
     eos_ids = _eos_ids(file)
     files["generation_config.json"] = {"eos_token_id": eos_ids} if eos_ids else {}
     folder.mkdir(parents=True, exist_ok=True)
-    # Each put there by rename: another job may be reading the same folder.
+    # Each file is moved there by a rename, because another job may be reading the same folder.
     with TemporaryDirectory(dir=folder) as scratch:
         for name, value in files.items():
             (Path(scratch) / name).write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
@@ -77,7 +78,7 @@ def _config(file: GGUFFile) -> dict[str, Any]:
 
 
 def _rope(file: GGUFFile, architecture: str, number: Any) -> dict[str, Any]:
-    """Llama 3.1's scaling is a tensor of divisors in these files; the others are entries."""
+    """Return `rope_parameters`. GGUF files hold Llama 3.1's scaling as a tensor of divisors, others as entries."""
     theta = number("rope.freq_base", 10000.0)
     if "rope_freqs.weight" in file.tensors:
         stored = file.tensors["rope_freqs.weight"]
@@ -95,7 +96,7 @@ def _rope(file: GGUFFile, architecture: str, number: Any) -> dict[str, Any]:
 
 
 def _eos_ids(file: GGUFFile) -> list[int]:
-    """End of text, of a turn and of a message: whatever of them the file names."""
+    """Return the ids of the tokens that end a text, a turn or a message, as far as the file names them."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     return sorted({file.metadata[key] for key in keys if isinstance(file.metadata.get(key), int)})
 
@@ -108,5 +109,5 @@ def _entry(file: GGUFFile, key: str, kind: type) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """A value from the file in one line, whatever it is."""
+    """Return a value from the file as one short line, for a message."""
     return ascii(str(value)[:50])

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file, in the form of the tokenizers library. Free of torch."""
+"""Converting the tokenizer in a GGUF file to the tokenizers library's files. This module does not import torch."""
 
 import json
 from typing import Any
@@ -10,8 +10,8 @@ from batchinfer.formats.gguf_file import GGUFFile
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
-# How text is cut before its pieces are merged, by the name that the file gives it. The patterns are those that the
-# models' own tokenizer.json have.
+# Regular expressions that split text into words before byte-pair merging, by the name in the GGUF file. They are those
+# of the models' own tokenizer.json.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -22,12 +22,15 @@ _REMEDY = "give the original tokenizer with --tokenizer"
 
 
 def tokenizer_files(file: GGUFFile) -> dict[str, Any]:
-    """tokenizer.json and tokenizer_config.json as objects. A `ValueError` names what is damaged or not supported."""
+    """Return tokenizer.json and tokenizer_config.json as objects.
+
+    Raises `ValueError` naming what is damaged or not supported.
+    """
     try:
         return _files(file)
     except ValueError:
         raise
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises plain `Exception`
         raise ValueError(f"{file.path}: its tokenizer is damaged ({str(error)[:100]!a}); {_REMEDY}") from error
 
 
@@ -88,7 +91,11 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(file: GGUFFile, tokens: list[str], kinds: list[int]) -> tokenizers.Tokenizer:
-    """SentencePiece BPE: a merge for every pair of pieces that make a piece, in the order of the pieces' scores."""
+    """Make a SentencePiece BPE tokenizer.
+
+    A GGUF file has no merges, so they are derived: one for every pair of tokens that together are a token, ordered by
+    that token's score.
+    """
     scores = [float(score) for score in _column(file, "scores", object)]
     if len(scores) != len(tokens):
         raise ValueError(f"{file.path}: tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
@@ -96,8 +103,8 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], kinds: list[int]) -> token
     plain = [i for i, kind in enumerate(kinds) if kind in (_NORMAL, _USER_DEFINED)]
     ranked = []
     for i in plain:
-        piece = tokens[i]
-        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        token = tokens[i]
+        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
         inside = [(left, right) for left, right in pairs if left in vocabulary and right in vocabulary]
         inside.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
         ranked += [(-scores[i], -len(left), -len(right), left, right) for left, right in inside]

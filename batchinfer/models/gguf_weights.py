@@ -1,4 +1,4 @@
-"""Weights by their Hugging Face names from a GGUF file."""
+"""Reading weights from a GGUF file by their Hugging Face names."""
 
 from pathlib import Path
 
@@ -13,22 +13,25 @@ from batchinfer.models.weights import refuse_not_finite
 
 
 class GGUFWeights:
-    """A `WeightSource`: every tensor is expanded to floating point as it is taken."""
+    """A `WeightSource` over a GGUF file: every tensor is dequantized when it is read."""
 
     def __init__(self, path: Path, model: ModelConfig) -> None:
         self.file = GGUFFile(path)
         self.checksums = Checksums([path])
         self.stored = stored_modules(model)
-        # Files of this architecture hold queries and keys for rotation of neighbours instead of halves.
+        # Llama's GGUF files order the rows of q and k so that rotary embedding pairs neighbours; here it pairs halves.
         interleaved = self.file.metadata.get("general.architecture") == "llama"
         self.interleaved = _rotated(model) if interleaved else {}
         kinds = sorted({tensor.type for tensor in self.file.tensors.values()} - {"F32"})
         self.stored_as = f"GGUF, {', '.join(kinds)}" if kinds else None
-        # The divisors of RoPE have become part of the config.
+        # RoPE's divisors are in the config already.
         self.taken = {"rope_freqs.weight"}
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The tensor, float32 unless it is stored in another floating-point type."""
+        """Return a tensor: float32 if it is quantized, else in its own floating-point type.
+
+        Raises `ValueError` if it is missing or damaged, or has another shape.
+        """
         stored = self.file.tensors.get(self._stored_name(name))
         if stored is None:
             raise ValueError(f"{self.file.path} has no tensor {self._stored_name(name)} (for {name})")
@@ -44,11 +47,11 @@ class GGUFWeights:
         return tensor if heads is None else _halves(tensor, heads)
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Tensor:
-        """A module's weight [N, K]."""
+        """Return a module's weight [N, K]."""
         return self.take(f"{module}.weight", shape)
 
     def drop(self, name: str) -> None:
-        """Count it as used, if it is there at all."""
+        """Count a tensor as used without reading it; it may be missing."""
         self.taken.add(self._stored_name(name))
 
     def _stored_name(self, name: str) -> str:
@@ -56,7 +59,7 @@ class GGUFWeights:
         return f"{self.stored[module]}.{end}"
 
     def finish(self) -> None:
-        """Every tensor must have been used, and the file's checksum be right."""
+        """Raise `ValueError` if a tensor was not used or the file's checksum is wrong."""
         self.checksums.check()
         if left := sorted(self.file.tensors.keys() - self.taken):
             raise ValueError(
@@ -65,7 +68,7 @@ class GGUFWeights:
 
 
 def stored_modules(model: ModelConfig) -> dict[str, str]:
-    """The name that GGUF files have for each module of a checkpoint."""
+    """Return the name that GGUF files use for each module of a checkpoint."""
     names = {model.embedding.name: "token_embd", model.norm.name: "output_norm", model.head.name: "output"}
     for i, layer in enumerate(model.layers):
         a, f = layer.attention, layer.feed_forward
@@ -79,11 +82,11 @@ def stored_modules(model: ModelConfig) -> dict[str, str]:
 
 
 def _rotated(model: ModelConfig) -> dict[str, int]:
-    """The modules whose rows are rotated, with their heads."""
+    """Return the modules to which rotary embedding applies (q and k of every layer), with their number of heads."""
     layers = [(layer.prefix, layer.attention) for layer in model.layers]
     return {f"{at}{m.name}": heads for at, a in layers for m, heads in ((a.q, a.heads), (a.k, a.kv_heads))}
 
 
 def _halves(rows: Tensor, heads: int) -> Tensor:
-    """Rows [heads * d, ...] with pairs of neighbours, to the first halves of all pairs before the second ones."""
+    """Reorder the rows [heads * d, ...] of each head: first the even ones, then the odd ones."""
     return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

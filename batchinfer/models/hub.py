@@ -1,4 +1,4 @@
-"""Where a model lies: a directory as it is, or a Hub id in the local cache."""
+"""Finding a model: a directory, a GGUF file, or a Hub id, which is downloaded to the local cache."""
 
 import hashlib
 import os
@@ -13,10 +13,11 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]  # never a pi
 
 
 def resolve_model(model: str, revision: str | None, files: list[str] = MODEL_FILES, tokenizer: bool = True) -> Path:
-    """The directory of `model`: a directory, a GGUF file, or one of the two on the Hub (`ORG/NAME`,
-    `ORG/NAME/FILE.gguf`), which is downloaded unless the cache has it.
+    """Return the directory of a model.
 
-    Without `tokenizer` the one in a GGUF file is not looked at. Raises `Refused` where there is no such model.
+    `model` is a directory, a GGUF file, or one of the two on the Hub (`ORG/NAME`, `ORG/NAME/FILE.gguf`), which is
+    downloaded unless the cache has it. Without `tokenizer`, the tokenizer in a GGUF file is not read. Raises `Refused`
+    if there is no such model.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -37,14 +38,17 @@ def resolve_model(model: str, revision: str | None, files: list[str] = MODEL_FIL
 
 
 def _file_in_repository(model: str) -> tuple[str, str] | None:
-    """("ORG/NAME", "FILE.gguf") of a GGUF file on the Hub; in the repository it may lie in a folder."""
+    """Split the name of a GGUF file on the Hub into ("ORG/NAME", "FILE.gguf"); return None for another name.
+
+    The file may be in a folder of the repository.
+    """
     organization, _, rest = model.partition("/")
     name, _, file = rest.partition("/")
     return (f"{organization}/{name}", file) if file.endswith(".gguf") else None
 
 
 def _unpacked(path: Path, tokenizer: bool) -> Path:
-    """A folder in the cache with the file's config and tokenizer, made anew each time: reading them takes a second."""
+    """Make a checkpoint folder in the cache from a GGUF file. It is made anew each time, which takes a second."""
     from batchinfer.models.gguf_folder import unpack_gguf
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
@@ -58,9 +62,9 @@ def _unpacked(path: Path, tokenizer: bool) -> Path:
 
 
 def fetch_model(model: str, revision: str | None, folder: Path | None) -> Path:
-    """Download a Hub model, or a GGUF file, into the cache, or into `folder`, for a machine without internet.
+    """Download a model or a GGUF file from the Hub into `folder` (None: the cache), for machines without internet.
 
-    Returns the folder with the model, or the file. Raises `Refused`.
+    Returns the model's folder, or the GGUF file. Raises `Refused` if that is not possible.
     """
     return _download(model, revision, MODEL_FILES, folder)
 
@@ -104,7 +108,7 @@ def _download(model: str, revision: str | None, files: list[str], folder: Path |
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model. Raises `Refused` where it is missing or no JSON object."""
+    """Read a model's `config.json`. Raises `Refused` if it is missing or not a JSON object."""
     try:
         return read_object(folder / "config.json")
     except OSError as error:
@@ -114,7 +118,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def context_length(folder: Path, asked: int | None) -> int:
-    """The most tokens of a row, prompt and answer together: as asked, else what the checkpoint was made for."""
+    """Return the most tokens of a row, prompt and answer together: `asked`, or by default the checkpoint's limit.
+
+    Raises `Refused` if there is neither.
+    """
     if asked is not None:
         return asked
     length = read_config(folder).get("max_position_embeddings")

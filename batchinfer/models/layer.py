@@ -1,62 +1,62 @@
-"""`Layer`: one layer of a decoder, described once: its matrices, its norms, and the names of both in a checkpoint.
+"""`Layer`: the description of one decoder layer: its matrices, its norms, and the names of both in a checkpoint.
 
-A model family (`models/families/`) makes the description from `config.json`. The loader, the decoder, calibration, the
-quantizer, rotation, the names in GGUF files and the cost of a step read it. Free of torch.
+A model family (`models/families/`) makes it from `config.json`. The loader, the decoder, quantization, the reader of
+GGUF files and the cost of a step all use this one description. This module does not import torch.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 LAYERS = "model.layers."
-"""What the names of all layers' tensors begin with; the layer's number follows."""
+"""Beginning of the names of all layers' tensors; the layer's number follows."""
 
 
 @dataclass(frozen=True)
 class Norm:
     """An RMSNorm over `size` numbers."""
 
-    name: str  # of the module in a checkpoint; of one in a layer, behind the layer's prefix
+    name: str  # module name in a checkpoint, without the layer's prefix
     size: int
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [rows, columns]: it makes `rows` numbers of a token's `columns`."""
+    """A weight [rows, columns], which maps a token's `columns` numbers to `rows` numbers."""
 
-    name: str  # as a norm's
+    name: str  # module name in a checkpoint, without the layer's prefix
     rows: int
     columns: int
     bias: bool = False
 
     @property
     def size(self) -> int:
-        """The number of its elements."""
+        """Number of elements."""
         return self.rows * self.columns
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Grouped-query attention (Ainslie et al. 2023) over rotated queries and keys, scaled by 1 / sqrt(head_dim)."""
+    """Grouped-query attention (Ainslie et al. 2023) with rotary embedding, scaled by 1 / sqrt(head_dim)."""
 
     heads: int
     kv_heads: int
     head_dim: int
-    window: int | None  # positions that a token sees, its own included; None: all before it
+    window: int | None  # number of positions that a token sees, its own included; None: all up to its own
     q: Matrix
     k: Matrix
     v: Matrix
     output: Matrix
-    head_norms: tuple[Norm, Norm] | None = None  # of each head of queries, and of keys, before they are rotated
+    head_norms: tuple[Norm, Norm] | None = None  # norms of each query head and each key head, before rotary embedding
 
     @property
     def width(self) -> int:
-        """Numbers of a token's queries, keys and values together."""
+        """Size of a token's queries, keys and values together."""
         return self.q.rows + self.k.rows + self.v.rows
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """`down(silu(gate(x)) * up(x))` (SwiGLU, Shazeer 2020)."""
+    """The feed-forward block `down(silu(gate(x)) * up(x))` (SwiGLU, Shazeer 2020)."""
 
     gate: Matrix
     up: Matrix
@@ -65,9 +65,9 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Layer:
-    """x += attention(input_norm(x)), then x += feed_forward(mlp_norm(x))."""
+    """One layer: x += attention(input_norm(x)), then x += feed_forward(mlp_norm(x))."""
 
-    prefix: str  # of the layer's tensors in a checkpoint: "model.layers.0."
+    prefix: str  # beginning of the layer's tensor names, such as "model.layers.0."
     input_norm: Norm
     attention: Attention
     mlp_norm: Norm
@@ -75,22 +75,22 @@ class Layer:
 
     @property
     def products(self) -> dict[str, tuple[Matrix, ...]]:
-        """The matrix products in the order in which they are computed; matrices that read the same input are one."""
+        """Matrices of each matrix product, in the order of computing. Matrices with the same input share a product."""
         a, f = self.attention, self.feed_forward
         return {"qkv": (a.q, a.k, a.v), "output": (a.output,), "gate_up": (f.gate, f.up), "down": (f.down,)}
 
     @property
     def matrices(self) -> list[Matrix]:
-        """All of them, in the order of `products`."""
+        """All matrices, in the order of `products`."""
         return [matrix for matrices in self.products.values() for matrix in matrices]
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        """All of them."""
+        """All norms."""
         return (self.input_norm, *(self.attention.head_norms or ()), self.mlp_norm)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """(name, shape) of each tensor that a checkpoint holds of this layer."""
+        """Yield (name, shape) of each of the layer's tensors in a floating-point checkpoint."""
         for norm in self.norms:
             yield f"{self.prefix}{norm.name}.weight", (norm.size,)
         for matrix in self.matrices:

@@ -1,4 +1,7 @@
-"""`load_decoder`: a checkpoint's tensors to a `Decoder` on its device, each in its final type before the next."""
+"""`load_decoder`: reads a checkpoint into a `Decoder` on its device.
+
+Each tensor is brought to the device and its final type before the next is read, to keep the peak of memory low.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +21,11 @@ from batchinfer.models.weights import WeightSource
 
 @dataclass(frozen=True)
 class Loaded:
-    """A decoder, and what became of weights in few bits."""
+    """A decoder, and how its quantized weights were loaded."""
 
     decoder: Decoder
-    four_bits: bool  # whether the checkpoint has weights of 4 bits for rows in floating point
-    unpacked: list[str]  # products of them that had to be expanded, though the others were not
+    four_bits: bool  # whether the checkpoint has 4-bit weights for floating-point inputs
+    unpacked: list[str]  # products whose 4-bit weights had to be dequantized, unlike those of the others
 
 
 def load_decoder(
@@ -33,11 +36,12 @@ def load_decoder(
     backend: Backend,
     packed: bool = False,
 ) -> Loaded:
-    """A checkpoint on the backend's device.
+    """Load a checkpoint to the backend's device.
 
-    With a quantized scheme matrix products are of 8-bit rows; otherwise they are in `dtype`, and matrices that the
-    checkpoint holds in few bits are expanded to it, unless they are `packed`: of 4 bits and left so. Embeddings and
-    head are in `dtype` (the head in fewer bits if the scheme or the checkpoint says so).
+    With a quantized scheme, matrix products take 8-bit rows. Otherwise they are in `dtype`, and quantized matrices of
+    the checkpoint are dequantized to it; with `packed`, 4-bit matrices stay in 4 bits where possible. The embedding and
+    the head are in `dtype`, unless the scheme or the checkpoint quantizes the head. Raises `ValueError` if the
+    checkpoint does not fit `config` or `scheme`.
     """
     load = _Loader(config, scheme, dtype, weights, backend, packed)
     table = config.embedding
@@ -50,7 +54,7 @@ def load_decoder(
 
 
 class _Loader:
-    """Tensors by name into layers: each is brought to its device and final type before the next is read."""
+    """Loads tensors by name and makes the decoder's layers of them."""
 
     def __init__(
         self,
@@ -85,7 +89,7 @@ class _Loader:
         )
 
     def head(self, embedding_VD: Tensor) -> Product:
-        """The embedding again where the two are tied; a copy of it in the file need not be read then."""
+        """Make the head's product. A tied head is the embedding; a copy of it in the file is not read."""
         weight: Tensor | QuantizedMatrix = embedding_VD
         head = self.c.head
         if self.c.tied:
@@ -98,14 +102,14 @@ class _Loader:
         return self._floating({head.name: self._kept(weight)}, None)
 
     def _product(self, prefix: str, matrices: tuple[Matrix, ...]) -> Product:
-        """Matrices that read the same input, stacked into one."""
-        parts = {f"{prefix}{matrix.name}": matrix for matrix in matrices}
-        biases = [self.tensor(f"{name}.bias", (matrix.rows,)) for name, matrix in parts.items() if matrix.bias]
-        assert len(biases) in (0, len(parts)), "a product has a bias, or none"
+        """Make one product of matrices that have the same input, by stacking their rows."""
+        named = {f"{prefix}{matrix.name}": matrix for matrix in matrices}
+        biases = [self.tensor(f"{name}.bias", (matrix.rows,)) for name, matrix in named.items() if matrix.bias]
+        assert len(biases) in (0, len(named)), "either all matrices of a product have a bias, or none"
         added = torch.cat(biases).to(self.dtype) if biases else None
         floats: dict[str, Tensor | QuantizedMatrix] = {}
         rounded: list[tuple[Tensor, Tensor]] = []
-        for name, matrix in parts.items():
+        for name, matrix in named.items():
             weight = self._matrix(name, (matrix.rows, matrix.columns))
             if (kind := self._eight_bits(weight)) is None:
                 floats[name] = self._kept(weight)
@@ -113,8 +117,8 @@ class _Loader:
                 rounded.append(_rounded(weight, kind))
         if len({values.dtype for values, _ in rounded}) + bool(floats) > 1:
             raise ValueError(
-                f"{', '.join(parts)}: some are quantized for 8-bit inputs and some are not, or for others; they share "
-                "an input"
+                f"{', '.join(named)}: some are quantized for 8-bit inputs and some are not, or for inputs of another "
+                "type; they share an input, so they must agree"
             )
         if floats:
             return self._floating(floats, added)
@@ -133,20 +137,20 @@ class _Loader:
         return weight
 
     def _kept(self, weight: Tensor | QuantizedMatrix) -> Tensor | QuantizedMatrix:
-        """As it is stored if it may stay in 4 bits, else expanded at once."""
+        """Return the weight unchanged if it may stay in 4 bits, else dequantized to `dtype`."""
         return weight if self.packed and _four_bits(weight) else _expanded(weight).to(self.dtype)
 
-    def _floating(self, parts: dict[str, Tensor | QuantizedMatrix], bias: Tensor | None) -> Product:
-        """The product of floating-point rows: all parts in 4 bits, or all expanded."""
-        if (stacked := _stacked(list(parts.values()))) is not None:
+    def _floating(self, weights: dict[str, Tensor | QuantizedMatrix], bias: Tensor | None) -> Product:
+        """Make a product for floating-point rows: with all weights in 4 bits, or with all dequantized."""
+        if (stacked := _stacked(list(weights.values()))) is not None:
             return self.backend.linear_w4a16(*stacked, bias, self.dtype)
-        if any(isinstance(weight, QuantizedMatrix) for weight in parts.values()):
-            self.unpacked.append(", ".join(parts))
-        expanded = [_expanded(weight).to(self.dtype) for weight in parts.values()]
+        if any(isinstance(weight, QuantizedMatrix) for weight in weights.values()):
+            self.unpacked.append(", ".join(weights))
+        expanded = [_expanded(weight).to(self.dtype) for weight in weights.values()]
         return self.backend.linear(expanded[0] if len(expanded) == 1 else torch.cat(expanded), bias)
 
     def _eight_bits(self, weight: Tensor | QuantizedMatrix) -> str | None:
-        """ "int8" or "fp8" if the product is to be one of such rows and such weights."""
+        """Return "int8" or "fp8" if the weight's product takes 8-bit rows of this type, else None."""
         if not self.scheme.as_stored:
             return self.scheme.activations if self.scheme.quantized else None
         if isinstance(weight, QuantizedMatrix) and weight.activations in self.backend.eight_bits:
@@ -155,7 +159,10 @@ class _Loader:
 
 
 def _rounded(weight: Tensor | QuantizedMatrix, kind: str) -> tuple[Tensor, Tensor]:
-    """(int8 or float8_e4m3fn [N, K], scale [N]): as they are stored where they are just that, else rounded to it."""
+    """Return (values [N, K] in int8 or float8_e4m3fn, per-channel scales [N]).
+
+    Weights that are stored in this form are unchanged; others are rounded to it.
+    """
     dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
     stored = weight.by_channel(dtype) if isinstance(weight, QuantizedMatrix) else None
     return quantize_channels(_expanded(weight), dtype) if stored is None else stored
@@ -166,7 +173,7 @@ def _four_bits(weight: Tensor | QuantizedMatrix) -> bool:
 
 
 def _stacked(weights: list[Tensor | QuantizedMatrix]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Values, scale and zero point for `LinearW4A16`; None where it does not take all of these as one."""
+    """Stack weights to (values, scale, zero point) for `LinearW4A16`; None if it cannot take them as one matrix."""
     matrices = [weight for weight in weights if isinstance(weight, QuantizedMatrix)]
     groups = [found for matrix in matrices if (found := matrix.by_group(GROUPS)) is not None]
     if len(groups) < len(weights) or len({scale.shape[1] for scale, _ in groups}) > 1:

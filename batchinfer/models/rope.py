@@ -1,4 +1,4 @@
-"""Rotary position embedding: angles by position, with the scalings that checkpoints ask for."""
+"""Rotary position embedding: tables of cos and sin by position, with the scalings that checkpoints ask for."""
 
 from __future__ import annotations
 
@@ -8,36 +8,39 @@ from typing import TYPE_CHECKING
 
 from batchinfer.models.config_file import ConfigFile
 
-if TYPE_CHECKING:  # who only reads a config waits for no torch
+if TYPE_CHECKING:  # reading a config must not import torch, which takes long
     from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Rope:
-    """`kind` is default, linear, llama3, yarn or divided; fields that a kind does not use keep their defaults."""
+    """The parameters of rotary embedding. `kind` is default, linear, llama3, yarn or divided.
+
+    Fields that a kind does not use keep their defaults.
+    """
 
     kind: str
     theta: float
     head_dim: int
     factor: float = 1.0
-    original_positions: int = 0  # llama3, yarn: the context that the checkpoint was first trained for
+    original_positions: int = 0  # llama3, yarn: the context length that the checkpoint was first trained with
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn
     attention_factor: float = 1.0  # yarn: cos and sin are multiplied by it
-    divisors: tuple[float, ...] = ()  # divided: of each frequency, as GGUF files hold them
+    divisors: tuple[float, ...] = ()  # divided: a divisor for each frequency, from a GGUF file
 
     def tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin) float32 [positions, head_dim / 2]."""
+        """Return (cos, sin), float32 [positions, head_dim / 2] each."""
         import torch
 
         angles = torch.outer(torch.arange(positions, dtype=torch.float32), self.frequencies())
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
     def frequencies(self) -> Tensor:
-        """Radians a position, float32 [head_dim / 2]."""
+        """Return the frequencies in radians per position, float32 [head_dim / 2]."""
         import torch
 
         exponent = torch.arange(0, self.head_dim, 2, dtype=torch.int64).float() / self.head_dim
@@ -54,7 +57,7 @@ class Rope:
         return inverse
 
     def _llama3(self, inverse: Tensor) -> Tensor:
-        """Long wavelengths are stretched, short ones kept, those between blended (Llama 3.1)."""
+        """Scale the frequencies as Llama 3.1 does: stretch long wavelengths, keep short ones, blend those between."""
         import torch
 
         wavelength = 2 * math.pi / inverse
@@ -66,7 +69,7 @@ class Rope:
         return torch.where(between, blended, stretched)
 
     def _yarn_ramp(self) -> Tensor:
-        """0 where a dimension turns fast enough to be kept, 1 where it is interpolated (Peng et al. 2023)."""
+        """Return YaRN's ramp (Peng et al. 2023): 0 for frequencies high enough to be kept, 1 for interpolated ones."""
         import torch
 
         def dimension(turns: float) -> float:
@@ -83,9 +86,9 @@ class Rope:
 
 
 def read_rope(config: ConfigFile, head_dim: int, positions: int) -> Rope:
-    """`rope_parameters` as newer checkpoints write it, or `rope_scaling` beside `rope_theta` as older ones do.
+    """Read `rope_parameters`, which newer checkpoints have, or `rope_scaling` and `rope_theta`, which older ones have.
 
-    A `ValueError` names what is not supported.
+    Raises `ValueError` naming what is not supported.
     """
     scaling = config.object("rope_parameters", "rope_scaling")
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
@@ -115,7 +118,7 @@ def read_rope(config: ConfigFile, head_dim: int, positions: int) -> Rope:
             or len(divisors) != head_dim // 2
             or not all(isinstance(d, float) and 0 < d < float("inf") for d in divisors)
         ):
-            raise ValueError(f"config.json: RoPE's divisors are {divisors!r}; it needs {head_dim // 2} positive ones")
+            raise ValueError(f"config.json: RoPE's divisors is {divisors!r}; expected {head_dim // 2} positive numbers")
         return Rope("divided", theta, head_dim, divisors=tuple(divisors))
     factor = scaling.number("factor", 0.0)
     original = scaling.size("original_max_position_embeddings", positions)
@@ -140,7 +143,7 @@ def read_rope(config: ConfigFile, head_dim: int, positions: int) -> Rope:
 
 
 def yarn_attention_factor(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
-    """The factor on cos and sin where the checkpoint names none."""
+    """Return YaRN's default for the factor on cos and sin."""
 
     def of(scale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0

@@ -1,4 +1,4 @@
-"""Weights by name from safetensors files, one tensor at a time, each file's pages let go at once."""
+"""Reading weights by name, one tensor at a time: from safetensors files, or random ones for measuring speed."""
 
 import json
 from collections import Counter
@@ -17,29 +17,32 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class WeightSource(Protocol):
-    """Where a model's tensors come from."""
+    """A model's tensors, as the loader reads them."""
 
-    stored_as: str | None  # a format of few bits, for the report
+    stored_as: str | None  # name of the format of quantized weights, for the report
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The floating-point tensor of this name; a `ValueError` if it is missing or has another shape."""
+        """Return a floating-point tensor. Raises `ValueError` if it is missing or has another shape."""
         ...
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
-        """A module's weight [N, K], as it is stored."""
+        """Return a module's weight [N, K], quantized if it is stored so."""
         ...
 
     def drop(self, name: str) -> None:
-        """Count a tensor as used that need not be read."""
+        """Count a tensor as used without reading it."""
         ...
 
     def finish(self) -> None:
-        """A `ValueError` names tensors that nobody took, or a file whose checksum is wrong."""
+        """Raise `ValueError` if a tensor was not used or a file's checksum is wrong."""
         ...
 
 
 class SafetensorsWeights:
-    """The `*.safetensors` of a checkpoint folder, sharded or not; `form` is how its matrices are quantized, if so."""
+    """The `*.safetensors` files of a checkpoint's folder, in one file or in shards.
+
+    `form` is the format of its quantized matrices; None for floating-point ones.
+    """
 
     def __init__(self, model: Path, form: Format | None = None) -> None:
         self.form = form
@@ -49,28 +52,28 @@ class SafetensorsWeights:
         self.taken: set[str] = set()
 
     def drop(self, name: str) -> None:
-        """Count it as used, if it is there at all."""
+        """Count a tensor as used without reading it; it may be missing."""
         self.taken.add(name)
 
     def names(self) -> list[str]:
-        """Of all tensors."""
+        """Return the names of all tensors, sorted."""
         return sorted(self.files)
 
     def read(self, name: str) -> Tensor:
-        """A floating-point tensor of whatever shape."""
+        """Return a floating-point tensor of any shape."""
         return self.take(name, self.shape(name))
 
     def has(self, name: str) -> bool:
-        """True if there is a tensor of this name."""
+        """Return whether there is a tensor of this name."""
         return name in self.files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Its shape, from the file's header."""
+        """Return the tensor's shape from the file's header. Raises `ValueError` if it is missing."""
         with safe_open(self._file(name), "pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
-        """A module's weight [N, K], in the checkpoint's format or in floating point."""
+        """Return a module's weight [N, K], quantized if it is stored so, else in floating point."""
         stored = None if self.form is None else self.form.matrix(module, shape, self)
         return self.take(f"{module}.weight", shape) if stored is None else stored
 
@@ -80,7 +83,11 @@ class SafetensorsWeights:
         return self.files[name]
 
     def take(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-        """A copy of the tensor. The file is mapped for this one call, so that its pages do not stay resident."""
+        """Return a copy of the tensor. The file is mapped only during this call, so its pages do not stay resident.
+
+        Raises `ValueError` if the tensor is missing or damaged, or has another shape or none of these types (by
+        default, any floating-point type).
+        """
         path = self._file(name)
         self.taken.add(name)
         try:
@@ -101,9 +108,9 @@ class SafetensorsWeights:
         return tensor
 
     def finish(self) -> None:
-        """Every tensor must have been used: one left over means that the model was understood wrongly."""
+        """Raise `ValueError` if a checksum is wrong, or if a tensor was not used: the config may not fit the model."""
         self.checksums.check()
-        # Older exports carry the rotary table, which follows from config.json.
+        # Older checkpoints contain the rotary frequencies, which follow from config.json.
         left = {n for n in self.files.keys() - self.taken if not n.endswith("rotary_emb.inv_freq")}
         if left:
             names = ", ".join(sorted(left)[:5])
@@ -111,13 +118,13 @@ class SafetensorsWeights:
 
 
 def refuse_not_finite(tensor: Tensor, name: str) -> None:
-    """A `ValueError` where a number in it is NaN or infinite, which one pass over it tells."""
-    if tensor.dtype == torch.float8_e4m3fn:  # has no infinity, and torch no sum of it
+    """Raise `ValueError` if the tensor contains NaN or infinity. This takes one pass over a sound tensor."""
+    if tensor.dtype == torch.float8_e4m3fn:  # the type has no infinity, and torch cannot sum it
         bad = (tensor.view(torch.uint8) & 0x7F == 0x7F).sum()
     elif not tensor.is_floating_point() or bool(tensor.sum().isfinite()):
         return
     else:
-        bad = (~tensor.isfinite()).sum()  # a sum may overflow though its terms are finite
+        bad = (~tensor.isfinite()).sum()  # the sum above may have overflowed although all its terms are finite
     if bad:
         raise ValueError(
             f"{name} holds {bad} of {tensor.numel()} numbers that are NaN or infinite: the checkpoint is damaged; "
@@ -125,14 +132,14 @@ def refuse_not_finite(tensor: Tensor, name: str) -> None:
         )
 
 
-NOISE = 0.02
-QUANTIZED_NOISE = 4.6  # of whole numbers from -8 to 7, all alike
+NOISE = 0.02  # standard deviation of random weights
+QUANTIZED_NOISE = 4.6  # standard deviation of uniform integers from -8 to 7
 
 
 class RandomWeights:
-    """Noise in the shape of a model, N(0, 0.02), the same at every run: for measuring speed without a checkpoint.
+    """Random weights in a model's shapes, N(0, 0.02), for measuring speed without a checkpoint.
 
-    Matrices are in few bits where `form` says so. They are made on the device.
+    They are the same in every run, and are made on the device. Matrices are quantized if `form` is given.
     """
 
     stored_as: str | None = None
@@ -142,25 +149,25 @@ class RandomWeights:
         self.generator = torch.Generator(device).manual_seed(0)
 
     def has(self, name: str) -> bool:
-        """Nothing that a format can do without."""
+        """Return False: the tensors that a format asks about are all optional."""
         return False
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """One number for a tensor."""
+        """Return (): a format that asks for a stored shape gets a scalar."""
         return ()
 
     def drop(self, name: str) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def take(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-        """Ones for norms, one scale for all, noise for the rest."""
+        """Return ones for norms, one constant for all scales, and noise for other tensors."""
         if len(shape) == 1 and "norm" in name:
             return torch.ones(shape, dtype=self.dtype, device=self.device)
         if name.endswith("weight_shape"):
             return torch.tensor(self._asked)
         if name.endswith("scale"):
             return torch.full(shape, NOISE / QUANTIZED_NOISE, device=self.device)
-        if torch.int32 in dtypes:  # packed: every word is one of numbers in few bits
+        if torch.int32 in dtypes:  # packed numbers: every int32 is a valid word
             words = torch.empty(shape, dtype=torch.int32, device=self.device)
             return words.random_(-(1 << 31), 1 << 31, generator=self.generator)
         noise = torch.empty(shape, device=self.device)
@@ -168,17 +175,21 @@ class RandomWeights:
         return noise.to(dtypes[0] if dtypes else self.dtype)
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
-        """Noise, as the format has it."""
+        """Return a random weight [N, K], quantized if there is a format."""
         self._asked = shape
         quantized = None if self.form is None else self.form.matrix(module, shape, self)
         return self.take(f"{module}.weight", shape) if quantized is None else quantized
 
     def finish(self) -> None:
-        """Nothing can be left over."""
+        """Do nothing: no tensor can be left over."""
 
 
 def _locate(model: Path) -> dict[str, Path]:
-    """Tensor name to file. A `ValueError` names what is missing, doubled or not what it seems."""
+    """Return the file of each tensor name.
+
+    Raises `ValueError` if files are missing or damaged, or if two files, or the index and a file, contradict each
+    other.
+    """
     index = model / "model.safetensors.index.json"
     claimed = _claimed(index) if index.exists() else None
     paths = sorted(model.glob("*.safetensors") if claimed is None else set(claimed.values()))
@@ -200,7 +211,7 @@ def _locate(model: Path) -> dict[str, Path]:
 
 
 def _claimed(index: Path) -> dict[str, Path]:
-    """Tensor name to file, as the index has it: names of files beside it, never paths."""
+    """Return the file of each tensor name from the index, which may name files beside it but no paths."""
     names = read_object(index).get("weight_map")
     if not isinstance(names, dict):
         raise ValueError(f"{index} is not an index of weights: it has no object weight_map")
@@ -211,7 +222,7 @@ def _claimed(index: Path) -> dict[str, Path]:
 
 
 def tensor_names(path: Path) -> list[str]:
-    """What is in a file. A `ValueError` names the file if it is not one of safetensors."""
+    """Return the names of the tensors in a file. Raises `ValueError` if it is not a safetensors file."""
     if not path.is_file():
         raise ValueError(f"{path} is missing")
     refuse_pointer(path)
@@ -219,13 +230,13 @@ def tensor_names(path: Path) -> list[str]:
         with safe_open(path, "pt") as file:
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged, or no safetensors file: {str(error)[:300]}; fetch it again") from None
+        raise ValueError(f"{path} is damaged, or not a safetensors file: {str(error)[:300]}; fetch it again") from None
     _refuse_doubles(path)
     return names
 
 
 def _refuse_doubles(path: Path) -> None:
-    """The library lets the last of several entries win; which one was meant nobody knows."""
+    """Raise `ValueError` if the header has a name twice. The library would silently take the last entry."""
 
     def refuse(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         name, count = Counter(key for key, _ in pairs).most_common(1)[0] if pairs else ("", 1)

@@ -1,1 +1,1 @@
-"""How far a model is from its reference: perplexity, divergence, errors by layer."""
+"""Measuring a model's quality: perplexity, and its divergence and errors by layer from a reference model."""

@@ -1,4 +1,4 @@
-"""A model measured on text: how likely it holds what comes next, and how far it is from a reference."""
+"""Measuring a model on text: the likelihood of the text's tokens, and the distance from a reference model."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -22,24 +22,24 @@ from batchinfer.text.tokenizer import Tokenizer
 
 @dataclass
 class Scores:
-    """Sums over the tokens that were predicted: all of a window but its first."""
+    """Sums over the predicted tokens, which are all tokens of a chunk but its first."""
 
-    windows: int = 0
+    windows: int = 0  # number of chunks; reports call them windows
     tokens: int = 0
     text_bytes: int = 0
     negative_log_likelihood: float = 0.0  # nats
     divergence: float = 0.0  # nats, from the reference
-    agreed: int = 0  # tokens for which both models' likeliest token is the same
+    agreed: int = 0  # number of tokens for which both models have the same most likely token
 
     def add(
-        self, tokenizer: Tokenizer, window: NDArray[np.int32], logits_TV: Tensor, expected_TV: Tensor | None
+        self, tokenizer: Tokenizer, chunk: NDArray[np.int32], logits_TV: Tensor, expected_TV: Tensor | None
     ) -> None:
-        """Count a window [T], with the logits after each of its tokens and those of the reference."""
-        targets = torch.from_numpy(window[1:].astype(np.int64))
+        """Add a chunk of token ids [T], with the logits after each token and, if given, those of the reference."""
+        targets = torch.from_numpy(chunk[1:].astype(np.int64))
         logits = logits_TV[:-1]
         self.windows += 1
         self.tokens += len(targets)
-        text = tokenizer.decode_batch(window[1:], np.array([0, len(targets)]))[0]
+        text = tokenizer.decode_batch(chunk[1:], np.array([0, len(targets)]))[0]
         self.text_bytes += len(text.encode())
         self.negative_log_likelihood -= float(log_likelihoods(logits, targets).double().sum())
         if expected_TV is not None:
@@ -49,23 +49,24 @@ class Scores:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log likelihood of a token."""
+        """Perplexity: exp of the mean negative log-likelihood of a token."""
         return math.exp(self.negative_log_likelihood / self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
-        """Of the text that the tokens stand for."""
+        """Negative log-likelihood in bits per byte of the tokens' text."""
         return self.negative_log_likelihood / math.log(2) / self.text_bytes
 
 
 class Evaluator:
-    """Runs windows of token ids, of at least two tokens each, through an engine, and a reference engine if given.
+    """Runs chunks of at least two token ids through an engine and, if given, a reference engine.
 
-    With a reference, `layers` gathers the errors by layer, unless it is None: then `notes` says why.
+    With a reference, `layers` gathers the errors by layer. If it is None, they cannot be measured, and `notes` says
+    why.
     """
 
     def __init__(self, engine: Engine, reference: Engine | None = None) -> None:
-        """A `ValueError` says why the two cannot be compared."""
+        """Prepare the comparison. Raises `ValueError` saying why the two engines cannot be compared."""
         self.engine, self.reference = engine, reference
         self.layers: LayerErrors | None = None
         self.notes: list[str] = []
@@ -84,34 +85,34 @@ class Evaluator:
             self.layers = None
             self.notes.append(
                 f"no errors by layer: the embedding differs from the reference's by {100 * difference:.0f} %, as after "
-                "a rotation of the residual stream (Hadamard): the reference's states mean nothing to this model"
+                "a rotation of the residual stream (Hadamard), so the hidden states of the two cannot be compared"
             )
 
     @torch.inference_mode()
-    def scores(self, windows: Iterable[NDArray[np.int32]]) -> Scores:
-        """The sums over all windows, each of which must fit into a step."""
+    def scores(self, chunks: Iterable[NDArray[np.int32]]) -> Scores:
+        """Return the sums over all chunks. Raises `ValueError` for a chunk that does not fit into one step."""
         total = Scores()
-        for window in windows:
-            if len(window) > self.engine.scheduler.budget:
-                raise ValueError(f"a window of {len(window)} tokens is above a step of {self.engine.scheduler.budget}")
-            total.add(self.engine.tokenizer, window, *self._logits(window))
+        for chunk in chunks:
+            if len(chunk) > (most := self.engine.scheduler.budget):
+                raise ValueError(f"a chunk of text has {len(chunk)} tokens; a step takes at most {most}")
+            total.add(self.engine.tokenizer, chunk, *self._logits(chunk))
         return total
 
-    def _logits(self, window: NDArray[np.int32]) -> tuple[Tensor, Tensor | None]:
-        """Logits [len(window), V] after each token, and the reference's."""
+    def _logits(self, chunk: NDArray[np.int32]) -> tuple[Tensor, Tensor | None]:
+        """Return the logits [T, V] after each of a chunk's T tokens, and the reference's."""
         if self.reference is None:
-            return all_logits(self.engine, window), None
+            return all_logits(self.engine, chunk), None
         if self.layers is None:
-            return all_logits(self.engine, window), all_logits(self.reference, window)
-        both = zip(steps(self.engine, window), steps(self.reference, window), strict=True)
+            return all_logits(self.engine, chunk), all_logits(self.reference, chunk)
+        both = zip(steps(self.engine, chunk), steps(self.reference, chunk), strict=True)
         ((logits, expected),) = [
             self.layers.step(batch, expected_batch, tokens) for (batch, tokens), (expected_batch, _) in both
         ]
-        return logits[: len(window)], expected[: len(window)]
+        return logits[: len(chunk)], expected[: len(chunk)]
 
 
 def check_vocabularies(runner: ModelRunner, reference: ModelRunner) -> None:
-    """A `ValueError` if logits of the two do not belong to the same tokens."""
+    """Raise `ValueError` if the two models have vocabularies of different sizes."""
     sizes = [r.decoder.config.vocab_size for r in (runner, reference)]
     if sizes[0] != sizes[1]:
         raise ValueError(
@@ -120,18 +121,21 @@ def check_vocabularies(runner: ModelRunner, reference: ModelRunner) -> None:
 
 
 def answers(engine: Engine, requests: Requests) -> dict[int, list[int]]:
-    """The new tokens of each row."""
+    """Generate and return the new tokens of each row."""
     done = engine.generate(requests)
     return {row: found.tokens_of(i) for found in done for i, row in enumerate(found.rows.tolist())}
 
 
 @torch.inference_mode()
 def distance_along(engine: Engine, reference: Engine, prompt: list[int], answer: list[int]) -> tuple[float, int]:
-    """(nats of divergence, tokens of which both hold the same likeliest), summed over the tokens of an answer that
-    both are given as it is, whatever they would have said. The engines are alike but for their models."""
-    window, first = np.array(prompt + answer[:-1], np.int32), len(prompt) - 1
+    """Compare two models on the tokens of a given answer: (divergence in nats, number of tokens that agree).
+
+    Both are sums over the answer's tokens, which both models read as they are, whatever they would have generated. A
+    token agrees if both models have the same most likely token. The engines must have the same settings.
+    """
+    token_ids, first = np.array(prompt + answer[:-1], np.int32), len(prompt) - 1
     nats, agreed = 0.0, 0
-    for ours, theirs in zip(steps(engine, window, first), steps(reference, window, first), strict=True):
+    for ours, theirs in zip(steps(engine, token_ids, first), steps(reference, token_ids, first), strict=True):
         found, expected = _logits(engine, *ours), _logits(reference, *theirs)
         nats += float(divergences(expected, found).double().sum())
         agreed += int((expected.argmax(-1) == found.argmax(-1)).sum())
@@ -139,18 +143,21 @@ def distance_along(engine: Engine, reference: Engine, prompt: list[int], answer:
 
 
 @torch.inference_mode()
-def all_logits(engine: Engine, window: NDArray[np.int32]) -> Tensor:
-    """Logits [len(window), V] after each token."""
-    return torch.cat([_logits(engine, batch, tokens) for batch, tokens in steps(engine, window)])
+def all_logits(engine: Engine, token_ids: NDArray[np.int32]) -> Tensor:
+    """Return the logits [T, V] after each of T tokens."""
+    return torch.cat([_logits(engine, batch, tokens) for batch, tokens in steps(engine, token_ids)])
 
 
 def _logits(engine: Engine, batch: Batch, tokens: int) -> Tensor:
     return engine.runner.logits(batch)[:tokens]
 
 
-def steps(engine: Engine, window: NDArray[np.int32], first: int = 0) -> Iterator[tuple[Batch, int]]:
-    """The steps of an idle engine that compute a window, and how many tokens each samples: all from `first` on."""
-    engine.add(Requests.of([window.tolist()], SamplingParams(max_tokens=1)))
+def steps(engine: Engine, token_ids: NDArray[np.int32], first: int = 0) -> Iterator[tuple[Batch, int]]:
+    """Yield the steps in which an idle engine computes these tokens: (batch, number of sampled tokens).
+
+    All tokens from `first` on are sampled, so that their logits are computed.
+    """
+    engine.add(Requests.of([token_ids.tolist()], SamplingParams(max_tokens=1)))
     start = 0
     while (batch := engine.scheduler.schedule()) is not None:
         rows = np.arange(min(max(first - start, 0), batch.prompt_tokens), batch.prompt_tokens)

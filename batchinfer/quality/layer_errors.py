@@ -1,4 +1,4 @@
-"""Which layer loses most: each layer of a model beside the same layer of a reference."""
+"""Errors by layer: each layer of a model compared with the same layer of a reference model."""
 
 import torch
 from torch import Tensor
@@ -9,21 +9,24 @@ from batchinfer.models.batch import Batch
 from batchinfer.models.decoder import Decoder
 
 SAME_BASIS = 0.5
-"""Relative difference of two embeddings below which their residual streams are one. Rounding to as few as four bits
-makes about 0.1; a rotation that was merged into the weights leaves nothing in common, which makes about 1.4."""
+"""The largest relative difference of two embeddings with which their residual streams can be compared.
+
+Rounding to four bits makes a difference of about 0.1. Merging a rotation into the weights makes one of about 1.4, that
+of two unrelated embeddings.
+"""
 
 
 class LayerErrors:
-    """Sums of squares over tokens, by layer.
+    """Sums of squared errors over tokens, by layer.
 
-    A layer's own error is that of what it adds to the residual stream, f(x) = output - input, with x from the
-    reference for both: ||f_model(x) - f(x)|| / ||f(x)||. The stream's error is that of the stream after the layer when
-    the model runs on its own, so it has gathered those of the layers before. Both are in the types that the models
-    compute in: with a stream in bfloat16, rounding the sum is a part of the error.
+    A layer adds f(x) = output - input to the residual stream. Its own error compares that with the reference's, for
+    the same input x, which comes from the reference: ||f_model(x) - f(x)|| / ||f(x)||. The stream's error compares the
+    residual stream after the layer when the model runs on its own, so it includes the errors of all layers before. Both
+    are measured in the types in which the models compute: with a stream in bfloat16 they include its rounding.
     """
 
     def __init__(self, runner: ModelRunner, reference: ModelRunner) -> None:
-        """A `ValueError` names the size in which the two differ."""
+        """Prepare the comparison. Raises `ValueError` if the models differ in the number of layers or in size."""
         self.runner, self.reference = runner, reference
         configs = (runner.decoder.config, reference.decoder.config)
         ours, theirs = ({"layers": len(c.layers), "hidden_size": c.hidden_size} for c in configs)
@@ -37,18 +40,21 @@ class LayerErrors:
         self._lost, self._added, self._drift, self._stream = torch.zeros(4, layers, dtype=torch.float64)
 
     def step(self, batch: Batch, reference_batch: Batch, tokens: int) -> tuple[Tensor, Tensor]:
-        """Add a step whose first `tokens` tokens are real and all sampled; logits [S, V] of the model, on its own, and
-        of the reference."""
+        """Compute a step with both models and add its errors; return their logits, [S, V] each.
+
+        The step's first `tokens` tokens are no padding, and all of them are sampled. The model's logits are those of
+        its run on its own.
+        """
         ours, theirs = self.runner.decoder, self.reference.decoder
         caches, reference_caches = self.runner.caches, self.reference.caches
-        places = ours.places(batch, caches[0])
-        reference_places = theirs.places(reference_batch, reference_caches[0])
+        at = ours.token_positions(batch, caches[0])
+        reference_at = theirs.token_positions(reference_batch, reference_caches[0])
         own, x = ours.embed(batch), theirs.embed(reference_batch)
         for i, (cache, reference_cache) in enumerate(zip(caches, reference_caches, strict=True)):
-            # A layer spends its input. Keys and values of the first of ours are overwritten by the second's.
-            fed = _sum(ours.layer(i, cache, x.to(ours.stream, copy=True), None, batch, places))
-            own = _sum(ours.layer(i, cache, own, None, batch, places))
-            after = _sum(theirs.layer(i, reference_cache, x.clone(), None, reference_batch, reference_places))
+            # A layer overwrites its input, so x is copied. Our second call overwrites the first's keys and values.
+            fed = _sum(ours.layer(i, cache, x.to(ours.stream, copy=True), None, batch, at))
+            own = _sum(ours.layer(i, cache, own, None, batch, at))
+            after = _sum(theirs.layer(i, reference_cache, x.clone(), None, reference_batch, reference_at))
             self._lost[i] += _squares(fed[:tokens], after[:tokens])
             self._added[i] += _squares(after[:tokens], x[:tokens])
             self._drift[i] += _squares(own[:tokens], after[:tokens])
@@ -57,33 +63,33 @@ class LayerErrors:
         return ours.logits(own, None), theirs.logits(x, None)
 
     def figures(self) -> list[tuple[float, float]]:
-        """(own error, the stream's error) of each layer."""
+        """Return (own error, stream's error) of each layer."""
         own, stream = _relative(self._lost, self._added), _relative(self._drift, self._stream)
         return list(zip(own, stream, strict=True))
 
 
 def embedding_difference(decoder: Decoder, reference: Decoder) -> float:
-    """||E_model - E|| / ||E|| of the two embeddings [V, D], which have one shape."""
+    """Return the relative difference ||E_model - E|| / ||E|| of two embeddings E of the same shape [V, D]."""
     difference = total = 0.0
-    for ours, theirs in zip(_pieces(decoder.embedding), _pieces(reference.embedding), strict=True):
+    for ours, theirs in zip(_chunks(decoder.embedding), _chunks(reference.embedding), strict=True):
         difference += float(_squares(ours, theirs))
         total += float(theirs.double().square().sum())
     return float((difference / total) ** 0.5)
 
 
-def _pieces(embedding_VD: Tensor) -> list[Tensor]:
-    """So that no copy of the whole is made in another type."""
+def _chunks(embedding_VD: Tensor) -> list[Tensor]:
+    """Split an embedding's rows into chunks, so that only a chunk at a time is copied to another type."""
     return [embedding_VD[first : first + 4096] for first in range(0, len(embedding_VD), 4096)]
 
 
 def _relative(error: Tensor, of: Tensor) -> list[float]:
-    """The root of one sum of squares over another."""
+    """Return the square root of error / of, for sums of squares."""
     quotients: list[float] = (error / of.clamp(min=1e-30)).sqrt().tolist()
     return quotients
 
 
 def _sum(stream: tuple[Tensor, Rows]) -> Tensor:
-    """The residual stream with what a layer adds to it."""
+    """Add a layer's output to the residual stream."""
     return add_rows(*stream)
 
 

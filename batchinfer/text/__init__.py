@@ -1,1 +1,1 @@
-"""Text to token ids and back, and chat templates, which run in a sandbox."""
+"""Tokenizers (text to token ids and back), and chat templates, which run in a sandbox."""

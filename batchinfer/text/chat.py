@@ -1,4 +1,4 @@
-"""Chat templates: messages in, the text of a prompt out, by the checkpoint's own Jinja template in a sandbox."""
+"""Chat templates: turning messages into a prompt's text with the checkpoint's own Jinja template, in a sandbox."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from batchinfer.text.sandbox import Sandbox
 
 Message = Mapping[str, Any]  # at least "role" and "content"
 
-# Two Unicode noncharacters, which text for interchange never holds, enclose a control token's text in a message.
+# These enclose a control token's text in a message. Both are Unicode noncharacters, which proper text never contains.
 MARK_START, MARK_END = "\ufdd0", "\ufdd1"
 MAX_RENDERED = 5 << 20  # characters
 MAX_SOURCE = 1 << 18  # characters
@@ -22,16 +22,16 @@ MAX_MEMORY = 1 << 30  # bytes, for one conversation
 
 
 class ChatError(Exception):
-    """These messages do not go through this template; the text holds nothing of the messages."""
+    """The template cannot render these messages. The error's text quotes nothing from them."""
 
 
 class TemplateRefused(ChatError):
-    """The template did what none may do: it took too much time or memory, or left its sandbox."""
+    """The template took too much time or memory, or tried to leave its sandbox."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A compiled chat template and the names of special tokens that it may use."""
+    """A compiled chat template and the special tokens that it may refer to by name."""
 
     source: str
     template: jinja2.Template
@@ -39,23 +39,24 @@ class ChatTemplate:
 
     @staticmethod
     def compile(source: str, variables: Mapping[str, str]) -> "ChatTemplate":
-        """Raises `ValueError` with the line where the template's syntax is wrong, or with the bound that it breaks."""
+        """Compile a template. Raises `ValueError` with the line of a syntax error or the limit that was exceeded."""
         if len(source) > MAX_SOURCE:
-            raise ValueError(f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are taken")
+            raise ValueError(f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are allowed")
         try:
             with limited(MAX_SECONDS, MAX_MEMORY):
                 template = Sandbox().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"the chat template has a syntax error on line {error.lineno}: {error.message}") from error
-        except Exception as error:  # nested too deep, or constants that cannot be computed
+        except Exception as error:  # for example nesting that is too deep, or a constant that cannot be computed
             raise ValueError(f"the chat template cannot be compiled ({type(error).__name__})") from error
         return ChatTemplate(source, template, variables)
 
     def render(self, messages: Sequence[Message]) -> str:
-        """The prompt's text, up to where the assistant's turn begins. Keys that are None are left out.
+        """Return the prompt's text, up to where the assistant's turn begins. Keys whose value is None are left out.
 
-        Raises `ChatError` if the template raises, whatever it raises, or writes more than `MAX_RENDERED` characters; a
-        `TemplateRefused` if it takes more than `MAX_SECONDS` (watched in the main thread only) or `MAX_MEMORY`.
+        Raises `ChatError` if the template raises anything or writes more than `MAX_RENDERED` characters. Raises
+        `TemplateRefused` if it takes more than `MAX_SECONDS` (checked in the main thread only) or `MAX_MEMORY`, or
+        tries to leave the sandbox.
         """
         present: list[Message] = [
             {key: value for key, value in message.items() if value is not None} for message in messages
@@ -75,30 +76,30 @@ class ChatTemplate:
             raise ChatError(self._reason(error)) from error
 
     def _write(self, messages: list[Message]) -> str:
-        pieces, size = [], 0
-        for piece in self.template.generate(
+        written, size = [], 0
+        for text in self.template.generate(
             **self.variables, messages=messages, tools=None, documents=None, add_generation_prompt=True
         ):
-            pieces.append(piece)
-            size += len(piece)
+            written.append(text)
+            size += len(text)
             if size > MAX_RENDERED:
                 raise ChatError(f"the chat template wrote more than {MAX_RENDERED} characters")
-        return "".join(pieces)
+        return "".join(written)
 
     def _reason(self, error: Exception) -> str:
-        # A message that stands in the template holds nothing of the prompt; any other might.
+        # An error text that occurs in the template's source quotes nothing from the prompt; any other text might.
         known = isinstance(error, jinja2.TemplateError) and str(error) and str(error) in self.source
         return f"the chat template raised {error if known else type(error).__name__}"
 
 
 def mark(value: Any, control_tokens: re.Pattern[str]) -> Any:
-    """The messages, with marks around each control token's text in their strings (keys are left as they are).
+    """Return the messages with marks around each control token's text in their strings. Dictionary keys are unchanged.
 
-    Raises `ChatError` where a string holds a mark itself.
+    Raises `ChatError` if a string contains a mark itself.
     """
     if isinstance(value, str):
         if MARK_START in value or MARK_END in value:
-            raise ChatError("a message holds U+FDD0 or U+FDD1, noncharacters that are kept for internal use")
+            raise ChatError("a message holds U+FDD0 or U+FDD1, noncharacters that are reserved for internal use")
         return control_tokens.sub(rf"{MARK_START}\g<0>{MARK_END}", value)
     if isinstance(value, Mapping):
         return {key: mark(item, control_tokens) for key, item in value.items()}

@@ -1,7 +1,7 @@
-"""The Jinja environment that chat templates run in: no way to Python's own objects, and no number of endless digits.
+"""The Jinja environment that chat templates run in: no access to Python's own objects, and no huge integers.
 
-Memory and time are bounded from outside (`limits.py`). A product of large integers needs next to no memory and stops
-for no signal, so that numbers are kept small here.
+Memory and time are limited elsewhere (`limits.py`). But multiplying large integers takes little memory and cannot be
+interrupted by a signal, so the size of integers is limited here.
 """
 
 import json
@@ -16,25 +16,25 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_BITS = 1 << 12  # of an integer
-MAX_DIGITS = 300  # that are asked for, or turned into a number
+MAX_BITS = 1 << 12  # of an integer that a product or power may give
+MAX_DIGITS = 300  # of a text that is converted to an integer, and of a rounding
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja as transformers sets it up for chat templates, bounded. A template's attempt to leave it raises."""
+    """Jinja as transformers sets it up for chat templates, with limits. It raises if a template tries to leave it."""
 
     intercepted_binops = frozenset({"*", "**"})
 
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = datetime.now().strftime  # one moment for the whole job
+        self.globals["strftime_now"] = datetime.now().strftime  # the same time for all rows of a job
         self.filters["tojson"] = _tojson
         self.filters["int"] = _int
         self.filters["round"] = _round
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """`left * right` or `left ** right`; an `OverflowError` where the integer would be too large."""
+        """Compute `left * right` or `left ** right`. Raises `OverflowError` if the integer would be too large."""
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length()
             if (bits + right.bit_length() if operator == "*" else bits * max(right, 0)) > MAX_BITS:
@@ -43,7 +43,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's text for training; here its body is all that counts."""
+    """The tag `{% generation %}`, which marks the assistant's text for training. Here only its body is rendered."""
 
     tags = {"generation"}  # noqa: RUF012
 

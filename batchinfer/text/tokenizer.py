@@ -1,6 +1,6 @@
-"""Text to token ids and back, with the checkpoint's own tokenizer: whole columns at a time, in flat arrays.
+"""Converting text to token ids and back with the checkpoint's own tokenizer, many rows at a time, in flat arrays.
 
-Free of torch: the parent process of a job imports this module.
+This module does not import torch, because the parent process of a job imports it.
 """
 
 import hashlib
@@ -20,24 +20,25 @@ from tokenizers import AddedToken
 from batchinfer.host.files import read_object, refuse_pointer
 from batchinfer.text.chat import MARK_END, MARK_START, ChatError, ChatTemplate, Message, mark
 
-TokenIds = NDArray[np.int32]  # ragged rows laid end to end ...
-Offsets = NDArray[np.int64]  # ... row i is token_ids[offsets[i]:offsets[i + 1]]
+TokenIds = NDArray[np.int32]  # the rows' token ids, one row after the other
+Offsets = NDArray[np.int64]  # row i is token_ids[offsets[i]:offsets[i + 1]]
 
-# Encoded at once: the library holds about 100 bytes a token while it is at work, and a row has a cost of its own.
+# Characters encoded at once. The limit bounds memory: the library takes about 100 bytes a token while it encodes.
 CHUNK_CHARACTERS = 1 << 20
-ROW_CHARACTERS = 256
+ROW_CHARACTERS = 256  # a row's fixed cost in memory, counted as characters
 
 MAX_VOCABULARY = 1 << 22
 
-# Beside the special ones, an added token that looks like a tag is a control token. Others (runs of spaces, single
-# letters, words of a field) are vocabulary that ordinary text is written with.
+# Control tokens are the special tokens, and added tokens that look like tags. Other added tokens (runs of spaces,
+# single letters, technical words) are vocabulary for ordinary text.
 _TAG = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 
 class Tokenizer:
-    """One checkpoint's tokenizer and chat template. Not for use by several threads at once.
+    """One checkpoint's tokenizer and chat template. Only one thread at a time may use it.
 
-    The text of a control token in a prompt is plain text: it gives no control token unless that is asked for.
+    The text of a control token in a prompt is encoded as plain text, not as the control token, unless the caller asks
+    for that.
     """
 
     def __init__(
@@ -48,18 +49,18 @@ class Tokenizer:
         template: ChatTemplate | None = None,
         fingerprint: str = "",
     ) -> None:
-        """Takes the backend over: its post-processor, truncation and padding are removed."""
+        """Take over the backend: its post-processor, truncation and padding are removed."""
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         self.template = template
-        self.fingerprint = fingerprint  # sha256 of all that decides token ids and text
+        self.fingerprint = fingerprint  # sha256 of everything that token ids and text depend on
         vocabulary = backend.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=0) + 1
         if self.vocab_size > MAX_VOCABULARY:
-            raise ValueError(f"its largest token id is {self.vocab_size - 1}; it must be below {MAX_VOCABULARY}")
+            raise ValueError(f"the largest token id is {self.vocab_size - 1}; it must be below {MAX_VOCABULARY}")
         backend.no_truncation()
         backend.no_padding()
-        # All that a post-processor does to ids is to add some at either end; done here, it costs half the time.
+        # A post-processor only adds ids at both ends. Adding them here instead takes half the time.
         body = next(e for e in map(backend.encode, ("a", *vocabulary)) if 0 in e.special_tokens_mask)
         first, last = body.special_tokens_mask.index(0), body.special_tokens_mask[::-1].index(0)
         self._prefix, self._suffix = body.ids[:first], body.ids[len(body) - last :]
@@ -69,7 +70,8 @@ class Tokenizer:
         unprinted = [i for i, token in added.items() if token.special] + [i for i in eos_ids if i < self.vocab_size]
         self._printed = np.ones(self.vocab_size, np.bool_)
         self._printed[unprinted] = False
-        # "Special" is what the library can make plain text of, and "not normalized" is a match of the very characters.
+        # Make every control token "special", because the library can encode only special tokens' text as plain text.
+        # Special tokens are not normalized: they match their exact characters.
         control = [
             AddedToken(t.content, single_word=t.single_word, lstrip=t.lstrip, rstrip=t.rstrip, special=True)
             for t in added.values()
@@ -80,16 +82,18 @@ class Tokenizer:
         texts = [token.content for token in control]
         self._control = _one_of(texts)
         self._marked = re.compile(f"{MARK_START}({self._control.pattern}){MARK_END}|[{MARK_START}{MARK_END}]")
-        # Some models know a control token's text as a word; cut after its first character, it is text again.
+        # Some models have a control token's text as an ordinary token too. Split after its first character, the text
+        # cannot become that token.
         rows = self._encode(texts, control=False)
         words = [text for text, row in zip(texts, rows, strict=True) if backend.token_to_id(text) in row]
         self._words = _one_of(words) if words else None
 
     @staticmethod
     def load(model_dir: Path, tokenizer_dir: Path | None = None) -> "Tokenizer":
-        """From a checkpoint's folder; with `tokenizer_dir`, all but the end-of-text ids come from that folder.
+        """Load the tokenizer from a checkpoint's folder.
 
-        Raises `ValueError` naming the file that is missing or wrong.
+        With `tokenizer_dir`, everything but the end-of-text ids comes from that folder. Raises `ValueError` naming the
+        file that is missing or wrong.
         """
         folder = tokenizer_dir or model_dir
         file = folder / "tokenizer.json"
@@ -120,21 +124,22 @@ class Tokenizer:
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """Every token's id."""
+        """Id of every token, by its text."""
         return self._backend.get_vocab()
 
     def encode_batch(self, texts: list[str], allow_special_tokens: bool = False) -> tuple[TokenIds, Offsets]:
-        """Token ids of plain prompts: with beginning-of-text, exactly once, if this tokenizer adds it.
+        """Encode plain prompts. A beginning-of-text token is put first, exactly once, if this tokenizer adds one.
 
-        With `allow_special_tokens` the text of a control token in them is that token.
+        With `allow_special_tokens`, the text of a control token in a prompt becomes that token.
         """
         encode = self._encode_rendered if allow_special_tokens else self._encode_plain
         return _in_chunks(texts, encode, self._prefix, self._suffix)
 
     def encode_chats(self, conversations: Sequence[Sequence[Message]]) -> tuple[TokenIds, Offsets, dict[int, str]]:
-        """Token ids of conversations, ready for the assistant's turn; and by place why a conversation has none.
+        """Encode conversations, up to where the assistant's turn begins: (token ids, offsets, errors).
 
-        Raises `ValueError` if the checkpoint has no chat template.
+        `errors` gives, by the index of a conversation, why it could not be rendered; its row has no tokens. Raises
+        `ValueError` if the checkpoint has no chat template.
         """
         if self.template is None:
             raise ValueError("the checkpoint has no chat template")
@@ -148,8 +153,8 @@ class Tokenizer:
         return *_in_chunks(texts, self._encode_marked, [], []), errors
 
     def decode_batch(self, token_ids: TokenIds, offsets: Offsets) -> list[str]:
-        """The text of each row; special tokens, end-of-text and ids beyond the vocabulary are left out."""
-        # Ids beyond the vocabulary, which a padded model has, are nothing to the library.
+        """Return each row's text, without special tokens, end-of-text and ids beyond the vocabulary."""
+        # Models with a padded vocabulary have ids that the library does not know, and skips.
         keep = self._printed[np.minimum(token_ids, self.vocab_size - 1)]
         bounds = np.concatenate([[0], np.cumsum(keep)])[offsets].tolist()
         flat = token_ids[keep].tolist()
@@ -163,9 +168,9 @@ class Tokenizer:
     def _encode_plain(self, texts: list[str]) -> list[list[int]]:
         rows = self._encode(texts, control=False)
         for i, text in enumerate(texts if self._words else ()):
-            pieces = self._cut(text)
-            if len(pieces) > 1:
-                rows[i] = self._encode_pieces(pieces)
+            segments = self._cut(text)
+            if len(segments) > 1:
+                rows[i] = self._encode_segments(segments)
         return rows
 
     def _cut(self, text: str) -> list[tuple[str, bool]]:
@@ -180,18 +185,23 @@ class Tokenizer:
         marked = [i for i, text in enumerate(texts) if MARK_START in text or MARK_END in text]
         rows = self._encode(texts, control=True)
         for i in marked:
-            # Every second piece is a control token's text from a message, or None at a mark that a template cut off.
-            pieces = self._marked.split(texts[i])
-            cut = [self._cut(piece) if j % 2 else [(piece, True)] for j, piece in enumerate(pieces) if piece]
-            rows[i] = self._encode_pieces(list(chain.from_iterable(cut)))
+            # Every second segment is a control token's text from a message, or None where the template kept only one
+            # of its two marks.
+            segments = self._marked.split(texts[i])
+            cut = [self._cut(text) if j % 2 else [(text, True)] for j, text in enumerate(segments) if text]
+            rows[i] = self._encode_segments(list(chain.from_iterable(cut)))
         return rows
 
-    def _encode_pieces(self, pieces: list[tuple[str, bool]]) -> list[int]:
-        """The ids of a text in pieces, each with whether control tokens count in it; no token spans two pieces."""
+    def _encode_segments(self, segments: list[tuple[str, bool]]) -> list[int]:
+        """Encode a text given as segments (text, whether control tokens are recognized in it).
+
+        No token spans two segments.
+        """
         newline = self._encode(["\n"], control=True)[0]
         ids: list[int] = []
-        for i, (text, control) in enumerate(pieces):
-            # SentencePiece puts a space before a text; a line break before a later piece keeps that space away.
+        for i, (text, control) in enumerate(segments):
+            # SentencePiece puts a space before a text. A line break before a later segment prevents that space; its
+            # own ids are removed again.
             row = self._encode(["\n" + text], control)[0] if i else newline
             inside = i > 0 and row[: len(newline)] == newline
             ids += row[len(newline) :] if inside else self._encode([text], control)[0]
@@ -201,10 +211,10 @@ class Tokenizer:
 def _in_chunks(
     texts: list[str], encode: Callable[[list[str]], list[list[int]]], prefix: list[int], suffix: list[int]
 ) -> tuple[TokenIds, Offsets]:
-    """The rows' ids laid end to end, with prefix and suffix around each row."""
+    """Encode texts in chunks: (token ids of all rows, offsets), with `prefix` and `suffix` around each row."""
     around = len(prefix) + len(suffix)
     offsets = np.zeros(len(texts) + 1, np.int64)
-    parts = [np.empty(0, np.int32)]
+    chunks = [np.empty(0, np.int32)]
     for start, stop in _chunks(texts):
         rows = encode(texts[start:stop])
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
@@ -217,9 +227,9 @@ def _in_chunks(
             framed[(ends - lengths - around)[:, None] + np.arange(len(prefix))] = prefix
             framed[(ends - len(suffix))[:, None] + np.arange(len(suffix))] = suffix
             ids = framed
-        parts.append(ids)
+        chunks.append(ids)
     np.cumsum(offsets, out=offsets)
-    return np.concatenate(parts), offsets
+    return np.concatenate(chunks), offsets
 
 
 def _chunks(texts: list[str]) -> Iterator[tuple[int, int]]:
@@ -230,16 +240,16 @@ def _chunks(texts: list[str]) -> Iterator[tuple[int, int]]:
 
 
 def _one_of(texts: list[str]) -> re.Pattern[str]:
-    # The longest first, as the tokenizer matches; "(?!)" matches nothing.
+    # The longest comes first, because the tokenizer matches that way; "(?!)" matches nothing.
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """What the library raises inside becomes a `ValueError` that names the file."""
+    """Turn whatever the tokenizers library raises inside into a `ValueError` that names the file."""
     try:
         yield
-    except BaseException as error:  # the library raises nothing narrower, and panics that are no `Exception`
+    except BaseException as error:  # the library raises plain `Exception`, and panics that derive from `BaseException`
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise ValueError(f"{file} is not a file of the tokenizers library: {str(error)[:500]}") from error
@@ -255,7 +265,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _named_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """bos_token, eos_token and so on, to their text; older checkpoints have them in a file of their own."""
+    """Return the text of bos_token, eos_token and so on. Older checkpoints have them in a file of their own."""
     older = {} if "added_tokens_decoder" in config else _read_json(folder / "special_tokens_map.json")
     named = {}
     for key, value in {**config, **older}.items():
@@ -279,7 +289,11 @@ def _eos_ids(model_dir: Path) -> tuple[int, ...] | None:
 
 
 def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
-    """A file of its own goes before the entry in tokenizer_config.json; of several named ones, 'default'."""
+    """Return the chat template's source, or None.
+
+    chat_template.jinja has precedence over the entry in tokenizer_config.json. Of several named templates, the one
+    called 'default' is taken.
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:

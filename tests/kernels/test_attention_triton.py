@@ -1,7 +1,7 @@
 """Ragged paged attention against plain torch in float64; in Triton's interpreter, or on a GPU (`TRITON_INTERPRET=0`).
 
-The pool is NaN wherever no sequence has written, and so are outputs and scratch before the kernels run. The interpreter
-has no bfloat16 products, so queries are float32 and float16.
+The cache is filled with NaN where no sequence has written, and so are outputs and scratch memory before the kernels
+run. The interpreter has no bfloat16 products, so queries are float32 and float16.
 """
 
 from collections.abc import Sequence
@@ -240,7 +240,7 @@ def test_what_cannot_be_planned_is_refused() -> None:
         plan_attention(batch, 2, 1, 8, SMALL, 1)
     with pytest.raises(ValueError, match="has 96 keys, but a sequence's new tokens begin at 81"):
         plan_attention(replace(batch, prefixes=(SharedPrefix(0, 2, 96),)), 2, 1, None, SMALL, 1)
-    with pytest.raises(ValueError, match="17 query heads to a head of keys; a tile has 16 rows"):
+    with pytest.raises(ValueError, match="17 query heads share a key head, but a tile has 16 rows"):
         plan_attention(batch, 17, 1, None, SMALL, 1)
 
 

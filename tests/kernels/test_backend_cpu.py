@@ -1,4 +1,4 @@
-"""Operations against plain references; ragged shapes, poisoned padding, and the branch that ran."""
+"""The CPU backend's operations against plain references, with ragged shapes and with NaN in the padding."""
 
 import os
 import subprocess

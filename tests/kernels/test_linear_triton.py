@@ -1,7 +1,7 @@
 """Matrix products in Triton's interpreter, against plain torch in integers or float64.
 
-The interpreter has no arithmetic in bfloat16, so types here are float32 and float16. Programs run one after the other:
-races are invisible.
+The interpreter has no arithmetic in bfloat16, so types here are float32 and float16. It runs programs one after the
+other, so these tests cannot find races.
 """
 
 import os

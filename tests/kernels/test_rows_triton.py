@@ -1,7 +1,7 @@
-"""Triton kernels over rows, in Triton's interpreter, against plain torch in float64.
+"""Triton's norm, activation and quantization kernels in Triton's interpreter, against plain torch in float64.
 
-The interpreter truncates where it rounds to bfloat16, so types here are float32 and float16. Programs run one after the
-other: races are invisible.
+The interpreter truncates instead of rounding to bfloat16, so types here are float32 and float16. It runs programs one
+after the other, so these tests cannot find races.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Sampling: the right distribution, the right filters, and noise that depends on its key alone."""
+"""Sampling on the CPU: distributions, filters, and noise that depends only on its key."""
 
 from collections.abc import Sequence
 

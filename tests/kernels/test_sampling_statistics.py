@@ -1,7 +1,7 @@
-"""What the sampler draws, by count, beside distributions enumerated in plain Python from the definitions.
+"""The sampler's draws, counted, against distributions enumerated in plain Python from the definitions.
 
-100,000 draws each, with fixed seeds: nothing here fails once in a while. A test passes below the point of chi-squared
-that one right sampler in 10,000 exceeds.
+Each test makes 100,000 draws with fixed seeds, so none fails only now and then. It passes if chi-squared is below the
+value that a correct sampler exceeds with probability 1 in 10,000.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Sampling in Triton's interpreter, against the plain implementation, which is tested against the distributions."""
+"""Sampling in Triton's interpreter against the plain implementation; others test that against the distributions."""
 
 import os
 

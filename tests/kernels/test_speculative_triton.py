@@ -1,6 +1,6 @@
-"""Verifying draft tokens: the plain reference against a loop over Python lists, and Triton's interpreter against both.
+"""Verifying drafts: the plain reference against a loop over Python lists, and Triton's interpreter against both.
 
-What drafting is worth nothing without: that every drafter, good or bad, leaves the output as it is, token for token.
+The main property: no drafter, good or bad, changes any token of the output.
 """
 
 import os

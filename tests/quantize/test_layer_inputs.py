@@ -1,4 +1,4 @@
-"""Rows carried through a model by layers, and models rewritten without changing what they compute; by transformers."""
+"""Calibration layer by layer, and models rewritten (scaled, rotated) without changing their output, by transformers."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -64,7 +64,7 @@ def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
     family: str,
     changes: dict[str, Any],
 ) -> None:
-    monkeypatch.setattr("batchinfer.quantize.layer_inputs.PIECE_TOKENS", 70)
+    monkeypatch.setattr("batchinfer.quantize.layer_inputs.CHUNK_TOKENS", 70)
     model = make_model(family, **changes)
     oracle = oracle_of(model).eval()
     seen: dict[str, list[Tensor]] = {}
@@ -77,7 +77,7 @@ def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
         for sequence in sequences():
             oracle(torch.from_numpy(sequence.astype(np.int64))[None])
     calibration = begun(model, tmp_path)
-    assert len(calibration.pieces) > 2 and calibration.tokens == sum(LENGTHS)
+    assert len(calibration.chunks) > 2 and calibration.tokens == sum(LENGTHS)
     for layer in range(3):
         stages = calibration.stages(layer, tensors_of(model, layer))
         found = {product: torch.cat(list(pieces)) for product, pieces in stages}

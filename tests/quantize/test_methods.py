@@ -1,4 +1,4 @@
-"""Methods of quantization, against their definitions."""
+"""Quantization methods against their definitions."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def inputs_of(x: Tensor) -> Inputs:
     return Inputs(x.split(100), len(x), x.shape[1], hessian=True)
 
 
-def test_inputs_are_summed_over_pieces() -> None:
+def test_inputs_are_summed_over_chunks() -> None:
     x = torch.randn(1300, 600)
     inputs = inputs_of(x)
     order = torch.randperm(600)
@@ -108,9 +108,9 @@ def test_a_hessian_that_rounding_spoiled_is_damped_more_and_that_is_said(monkeyp
     monkeypatch.setattr(inputs, "hessian", lambda order: spoiled[order][:, order])
     matrix = gptq(weight, weight_scheme("w4a16", 16), inputs)
     assert bool(matrix.scale.isfinite().all())
-    assert inputs.notes == ["the products of its inputs are not positive with a damping of 0.01; more was added"]
+    assert inputs.notes == ["its inputs' Hessian is not positive definite with damping 0.01; more was added"]
     spoiled -= 1e6 * torch.eye(64)
-    with pytest.raises(ValueError, match="not positive: calibrate with more or other rows"):
+    with pytest.raises(ValueError, match="not positive definite: calibrate with more or other rows"):
         gptq(weight, weight_scheme("w4a16", 16), inputs)
 
 
@@ -156,7 +156,7 @@ def test_numbers_are_rounded_with_the_scales_that_will_be_read(kind: str) -> Non
 
 def test_methods_that_have_nothing_to_do_in_a_scheme_are_refused() -> None:
     for name, scheme, message in (
-        ("gptq", "w8a8-fp8", "w8a8-fp8 has rtn only"),
+        ("gptq", "w8a8-fp8", "w8a8-fp8 takes only rtn"),
         ("awq", "w8a8-int8", "take smoothquant"),
         ("smoothquant", "w4a16", "take awq"),
     ):

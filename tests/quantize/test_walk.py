@@ -1,4 +1,4 @@
-"""Quantized checkpoints that we write: read by transformers as by us, whole after an interruption, refused by name."""
+"""Quantizing checkpoints: transformers reads them as we do, an interrupted run resumes, and bad input is refused."""
 
 import copy
 import json

@@ -1,1 +1,1 @@
-"""Model families: one file each, named as the `model_type` in `config.json`, from which it describes the layers."""
+"""Model families. Each has a file, named after its `model_type`, that describes the layers from `config.json`."""

@@ -1,4 +1,4 @@
-"""Code World Model (Meta 2025): Mistral with a window in those layers that `layer_types` names."""
+"""Code World Model (Meta 2025): Mistral with a window in the layers that `layer_types` names."""
 
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import mistral
@@ -8,7 +8,10 @@ ARCHITECTURES = ("CwmForCausalLM",)
 
 
 def layers(config: ConfigFile) -> list[Layer]:
-    """The layers that `config.json` asks for; what it leaves out has other defaults than Mistral's, and is refused."""
+    """Describe the layers that `config.json` asks for.
+
+    Raises `ValueError` if fields are missing whose defaults differ from Mistral's.
+    """
     for keys in (("layer_types",), ("rope_parameters", "rope_scaling")):
         if not any(config.get(key) for key in keys):
             raise ValueError(f"config.json has no {keys[0]}; save the model anew with save_pretrained of transformers")

@@ -1,6 +1,6 @@
-"""IQuest-Coder (IQuest 2026): Llama under another name."""
+"""IQuest-Coder (IQuest 2026): the same layers as Llama."""
 
 from batchinfer.models.families import llama
 
-ARCHITECTURES = ("IQuestCoderForCausalLM", "LlamaForCausalLM")  # transformers saves the second
+ARCHITECTURES = ("IQuestCoderForCausalLM", "LlamaForCausalLM")  # transformers writes the second one when it saves
 layers = llama.layers

@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023): the layer that the other families here vary."""
+"""Llama (Touvron et al. 2023). The other families here are variations of its layer."""
 
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.layer import LAYERS, Attention, FeedForward, Layer, Matrix, Norm
@@ -15,20 +15,25 @@ def layers(
     head_norm: bool = False,
     qkv_bias: bool = False,
 ) -> list[Layer]:
-    """The layers that `config.json` asks for.
+    """Describe the layers that `config.json` asks for.
 
-    Attention sees `window` positions in the layers that `layer_types` names; where the file has none, in those from
-    `first_window` on. `head_dim` stands for one that the file does not give, instead of hidden_size / heads.
+    `window` is the attention window of the layers that `layer_types` names, or, if the file has no `layer_types`, of
+    the layers from `first_window` on. `head_dim` is the default for a missing `head_dim`, instead of
+    hidden_size / heads. Raises `ValueError` for sizes that do not fit together.
     """
     heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
     kv_heads = config.size("num_key_value_heads", heads)
     if heads % kv_heads:
-        raise ValueError(f"config.json: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        raise ValueError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
     if head_dim is None and config.get("head_dim") is None and hidden % heads:
-        raise ValueError(f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
     d = config.size("head_dim", head_dim or hidden // heads)
     if d % 2:
-        raise ValueError(f"config.json: head_dim is {d}; rotary embedding takes its numbers in pairs")
+        raise ValueError(
+            f"config.json: head_dim is {d}; it must be even, because rotary embedding takes pairs of numbers"
+        )
     inner = config.size("intermediate_size")
     bias, mlp_bias = config.flag("attention_bias"), config.flag("mlp_bias")
 

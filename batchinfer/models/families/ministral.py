@@ -1,4 +1,4 @@
-"""Ministral 8B (Mistral AI 2024): Mistral with a window in those layers that `layer_types` names."""
+"""Ministral 8B (Mistral AI 2024): Mistral with a window in the layers that `layer_types` names."""
 
 from batchinfer.models.families import mistral
 

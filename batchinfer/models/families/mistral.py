@@ -1,4 +1,4 @@
-"""Mistral (Jiang et al. 2023): Llama whose attention may see a window of positions."""
+"""Mistral (Jiang et al. 2023): Llama with an optional attention window."""
 
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
@@ -8,5 +8,5 @@ ARCHITECTURES = ("MistralForCausalLM",)
 
 
 def layers(config: ConfigFile) -> list[Layer]:
-    """The layers that `config.json` asks for."""
+    """Describe the layers that `config.json` asks for."""
     return llama.layers(config, window=config.size_or_none("sliding_window"))

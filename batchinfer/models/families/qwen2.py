@@ -1,4 +1,4 @@
-"""Qwen2 (Yang et al. 2024): Llama with biases on queries, keys and values, and windows where the config asks."""
+"""Qwen2 (Yang et al. 2024): Llama with biases on queries, keys and values, and an optional attention window."""
 
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
@@ -8,17 +8,17 @@ ARCHITECTURES = ("Qwen2ForCausalLM",)
 
 
 def layers(config: ConfigFile) -> list[Layer]:
-    """The layers that `config.json` asks for."""
+    """Describe the layers that `config.json` asks for."""
     return llama.layers(config, window=window(config), first_window=first_window(config), qkv_bias=True)
 
 
 def window(config: ConfigFile) -> int | None:
-    """Qwen's configs have a window that counts only where `use_sliding_window` says so."""
+    """Return the attention window, or None. Qwen's `sliding_window` counts only if `use_sliding_window` is true."""
     return config.size_or_none("sliding_window") if config.flag("use_sliding_window") else None
 
 
 def first_window(config: ConfigFile) -> int:
-    """The first layer that has the window, where `layer_types` does not name them."""
+    """Return the number of the first layer with the window; 0 if `layer_types` names the layers."""
     if config.get("layer_types") is not None:
         return 0
     first = config.fields.get("max_window_layers", 28)

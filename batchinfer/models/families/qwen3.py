@@ -8,6 +8,6 @@ ARCHITECTURES = ("Qwen3ForCausalLM",)
 
 
 def layers(config: ConfigFile) -> list[Layer]:
-    """The layers that `config.json` asks for."""
+    """Describe the layers that `config.json` asks for."""
     window, first = qwen2.window(config), qwen2.first_window(config)
     return llama.layers(config, window=window, first_window=first, head_dim=128, head_norm=True)

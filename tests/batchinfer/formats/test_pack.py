@@ -1,4 +1,4 @@
-"""Numbers of few bits in 32-bit words, against arithmetic on one number at a time."""
+"""Packing of small integers into 32-bit words, against arithmetic on one number at a time."""
 
 import numpy as np
 import pytest

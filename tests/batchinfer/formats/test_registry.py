@@ -1,4 +1,4 @@
-"""Checkpoint formats against packers that handle one number at a time, tensors worked out by hand, and libraries."""
+"""Checkpoint formats against packers that handle one number at a time, tensors computed by hand, and libraries."""
 
 import math
 from typing import Any
@@ -188,7 +188,7 @@ def test_static_input_scales_are_left_aside_and_named() -> None:
     tensors = {"weight": weight, "weight_scale": torch.ones(N, 1), "input_scale": torch.ones(1)}
     config = compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, {**INT8, "dynamic": False})
     assert read(config, tensors).dequantize().equal(weight.float())
-    assert checkpoint_format(config).name.endswith("its static input scales left aside for a scale a token")
+    assert checkpoint_format(config).name.endswith("its static input scales replaced by per-token scales")
 
 
 def test_compressed_tensors_with_reordered_columns() -> None:
@@ -240,7 +240,7 @@ PACK4 = compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group
         ({**PACK4, "format": "marlin-24"}, "format is 'marlin-24'; supported are pack-quantized"),
         ({**PACK4, "config_groups": {}}, "config_groups is {}"),
         ({**PACK4, "transform_config": {"a": 1}}, "transform_config is not supported"),
-        ({**PACK4, "ignore": ["re:("]}, "is no pattern"),
+        ({**PACK4, "ignore": ["re:("]}, "is not a regular expression"),
         (compressed("pack-quantized", {"num_bits": 3, "strategy": "channel"}), "weights of 3 bits"),
         (compressed("pack-quantized", {"num_bits": 4, "strategy": "tensor_group"}), "strategy is 'tensor_group'"),
         (compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": -5}), "group_size is -5"),
@@ -285,5 +285,5 @@ def test_damaged_tensors_are_named(name: str, broken: Tensor, message: str) -> N
 def test_a_group_size_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ValueError, match="m: group_size 36 does not divide its 96 columns"):
         read({**GPTQ4, "group_size": 36}, plain_gptq())
-    with pytest.raises(ValueError, match="m: a matrix of 20 x 96 does not go into 4 bits"):
+    with pytest.raises(ValueError, match="m: a matrix of 20 x 96 cannot be packed as 4-bit numbers"):
         read(GPTQ4, plain_gptq(), (20, K))

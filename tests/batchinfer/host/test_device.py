@@ -1,4 +1,4 @@
-"""Which device a job takes, told from the driver and the build of torch."""
+"""Choosing a job's device from the driver and the build of torch."""
 
 import ctypes
 from pathlib import Path

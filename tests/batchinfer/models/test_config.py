@@ -1,4 +1,4 @@
-"""config.json: what is read, what is refused, and RoPE against transformers."""
+"""Reading config.json: fields that are accepted, fields that are refused, and RoPE against transformers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""GGUF files against the format's own library and transformers; damaged ones give one clear line."""
+"""GGUF files against the format's own library and transformers; a damaged file gives a one-line error."""
 
 import struct
 import tracemalloc

@@ -1,4 +1,4 @@
-"""A GGUF file from a Hub that runs here, on the loopback address."""
+"""Fetching a GGUF file from a Hub server that the test runs on the loopback address."""
 
 import sys
 import threading

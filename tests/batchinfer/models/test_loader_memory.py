@@ -1,4 +1,4 @@
-"""Loading quantizes tensor by tensor: what is resident at the worst moment, measured in a process of its own."""
+"""Loading quantizes tensor by tensor: the peak of resident memory, measured in a process of its own."""
 
 import json
 import subprocess

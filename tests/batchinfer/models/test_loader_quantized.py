@@ -1,4 +1,4 @@
-"""Whole models from quantized checkpoints: the same text as from the weights that the numbers stand for."""
+"""Whole models from quantized checkpoints: the same text as from the dequantized weights."""
 
 import copy
 import json

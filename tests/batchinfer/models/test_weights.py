@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole, sharded, and broken."""
+"""Checkpoints on disk: in one file, in shards, and damaged."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_files_that_are_not_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="git lfs pull"):
         SafetensorsWeights(tmp_path)
     file.write_bytes(b"\xff" * 100)
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         SafetensorsWeights(tmp_path)
 
 
@@ -68,7 +68,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, a=torch.ones(100, 100))
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="no safetensors file"):
+    with pytest.raises(ValueError, match="not a safetensors file"):
         SafetensorsWeights(folder)
 
 

@@ -1,4 +1,4 @@
-"""Chat templates against transformers' `apply_chat_template`, and what content can do to a prompt: nothing."""
+"""Chat templates against transformers' `apply_chat_template`; a message cannot change a prompt's structure."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Code World Model beside transformers: a window in some layers, and scaled rotary angles."""
+"""Code World Model against transformers: a window in some layers, and scaled rotary angles."""
 
 import json
 from collections.abc import Callable

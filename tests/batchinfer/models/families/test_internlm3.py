@@ -1,4 +1,4 @@
-"""InternLM3 beside transformers: its numbers are Llama's."""
+"""InternLM3 against transformers: it computes what Llama computes."""
 
 from collections.abc import Callable
 from pathlib import Path

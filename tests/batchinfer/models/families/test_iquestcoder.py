@@ -1,4 +1,4 @@
-"""IQuest-Coder beside transformers: its numbers are Llama's."""
+"""IQuest-Coder against transformers: it computes what Llama computes."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Ministral beside transformers: a window in some layers."""
+"""Ministral against transformers: a window in some layers."""
 
 from collections.abc import Callable
 from pathlib import Path
