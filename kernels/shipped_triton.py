@@ -18,8 +18,3 @@ class Shipped:
     stages: int = 2
     product: str | None = None  # what it multiplies on matrix units: "bf16", "fp16", "int8", "fp8"; None if nothing
     product_rows: int = 0  # of the left operand of that product
-
-    @property
-    def needs_fp8(self) -> bool:
-        """True if one of its types is float8e4nv."""
-        return any("fp8e4nv" in kind for kind in self.types.values())

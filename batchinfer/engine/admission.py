@@ -53,13 +53,6 @@ class Admission:
             self._waiting.append((requests, alike, 0))
             self.waiting_rows += len(requests)
 
-    def drop_waiting(self) -> None:
-        """Forget the rows that wait."""
-        self._waiting.clear()
-        self._preempted.clear()
-        self.wiped.append(self._tree.drop())
-        self.waiting_rows, self.admitted = 0, []
-
     def admit(self) -> list[int]:
         """The places of the rows that begin now."""
         places: list[int] = []

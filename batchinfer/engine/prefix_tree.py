@@ -50,14 +50,6 @@ class PrefixTree:
         self._path = tiles[:shared_by_next]
         return tiles
 
-    def drop(self) -> Ints:
-        """No row will come any more that shares anything; the blocks that are free by that and must be wiped."""
-        for tile in self._path:
-            tile.wanted = False
-            tile.users += 1
-        path, self._path = self._path, []
-        return self.leave(path)
-
     def leave(self, tiles: list[SharedTile]) -> Ints:
         """A sequence that had these tiles ends; the blocks that are free by that and must be wiped."""
         wiped = [np.empty(0, np.int64)]

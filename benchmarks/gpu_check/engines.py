@@ -130,7 +130,13 @@ def drop(session: Session, engine: Engine) -> None:
     engine.steps.clear()
     scheduler = engine.scheduler
     scheduler.prefilling = []
-    scheduler.admission.drop_waiting()
+    admission = scheduler.admission
+    admission._waiting.clear()
+    admission._preempted.clear()
+    admission.waiting_rows, admission.admitted = 0, []
+    # As if a last row came and went that shares all there is to share: nobody wants it any more.
+    tree = admission._tree
+    admission.wiped.append(tree.leave(tree.enter(len(tree._path), 0)))
     for place in np.flatnonzero(engine.table.active).tolist():
         scheduler.finish(place)
 

@@ -53,7 +53,7 @@ WITHOUT_TORCH = (
     "batchinfer.models.rope",
     "batchinfer.engine.config",
     "batchinfer.engine.request",
-    "batchinfer.cost.roofline",
+    "batchinfer.cost.cost_model",
     "batchinfer.cost.simulate_steps",
     "batchinfer.cost.step_cost",
     "batchinfer.jobs",
