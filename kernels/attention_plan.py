@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batchinfer.kernels.ragged_attention import Ints, RaggedBatch
+from batchinfer.kernels.ragged import Ints, offsets_of, places_in_rows
+from batchinfer.kernels.ragged_attention import RaggedBatch
 
 ITEM = 8
 """int32 numbers of an item: the first of its tokens in the step; their number; where its blocks begin in the flat
@@ -103,7 +104,7 @@ def plan_attention(
 
     device = batch.table.device
     launches = ((tiling.same if fixed else tiling.few, items_nX[~wide]), (tiling.many, items_nX[wide]))
-    first = np.concatenate([[0], np.cumsum(np.where(of_token > 1, of_token, 0))])
+    first = offsets_of(np.where(of_token > 1, of_token, 0))
     return AttentionPlan(
         window=window,
         table=batch.table,
@@ -199,7 +200,7 @@ def _cut(lengths: Ints, most: Ints) -> tuple[Ints, Ints, Ints]:
     """Runs cut into pieces of `most`, the last one shorter: (which run, where in it, how long), in order."""
     pieces = -(-lengths // most)
     run = np.repeat(np.arange(len(lengths)), pieces)
-    begin = (np.arange(len(run)) - (np.cumsum(pieces) - pieces)[run]) * most[run]
+    begin = places_in_rows(pieces) * most[run]
     return run, begin, np.minimum(most[run], lengths[run] - begin)
 
 

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from batchinfer.cost.step_cost import Floats, Work
 from batchinfer.engine.config import EngineConfig
 from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_size
-
-Ints = NDArray[np.int64]
+from batchinfer.kernels.ragged import Ints
 
 MOST_TOGETHER = 1024  # steps, for their contexts are a row of a matrix each
 

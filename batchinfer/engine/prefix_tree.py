@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.request import Requests
 from batchinfer.kernels.grain import TILE
-
-Ints = NDArray[np.int64]
+from batchinfer.kernels.ragged import Ints, places_in_rows
 
 
 @dataclass(eq=False)
@@ -89,7 +88,7 @@ def _common_tokens(requests: Requests) -> Ints:
     compared = np.zeros(len(lengths), np.int64)
     compared[1:] = np.minimum(lengths[1:], lengths[:-1])
     row = np.repeat(np.arange(len(lengths)), compared)
-    within = np.arange(len(row)) - np.repeat(np.cumsum(compared) - compared, compared)
+    within = places_in_rows(compared)
     tokens, starts = requests.token_ids, requests.offsets[:-1]
     differ = tokens[starts[row] + within] != tokens[starts[row - 1] + within]
     same = compared.copy()

@@ -8,9 +8,7 @@ attention's grid of tiles, or at the prompt's end.
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.attention_inputs import AttentionInputs
@@ -19,8 +17,9 @@ from batchinfer.engine.request import Requests
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.verified import Gains, verified_gains
 from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_size
+from batchinfer.kernels.ragged import Ints
 from batchinfer.kernels.sampling import SamplingBatch
-from batchinfer.models.batch import Batch, Ints, Piece, Queries
+from batchinfer.models.batch import Batch, Piece, Queries, as_tensor
 
 NOBODY = np.empty(0, np.int64)
 
@@ -184,17 +183,17 @@ class Scheduler:
         sequences = np.concatenate([np.array(first_places, np.int64), query_places[newest]])
         copied, copies = self._copies(pieces)
         return Batch(
-            tokens=_tensor(np.pad(table.tokens[places, positions].astype(np.int64), (0, padding))),
-            positions=_tensor(np.pad(positions, (0, padding))),
-            slots=_tensor(np.pad(table.slots(places, positions), (0, padding))),
+            tokens=as_tensor(np.pad(table.tokens[places, positions].astype(np.int64), (0, padding))),
+            positions=as_tensor(np.pad(positions, (0, padding))),
+            slots=as_tensor(np.pad(table.slots(places, positions), (0, padding))),
             attention=self.attention(table, pieces, query_places, query_positions),
-            sampled=_tensor(np.pad(sampled, (0, -len(sampled) % MIN_ROWS))),
+            sampled=as_tensor(np.pad(sampled, (0, -len(sampled) % MIN_ROWS))),
             sampling=self._sampling(sequences, positions[sampled] + 1),
-            places=_tensor(sequences),
-            copied=_tensor(copied),
-            copies=_tensor(copies),
-            late_rows=_tensor(prompt_tokens + late),
-            late_places=_tensor(query_places[late]),
+            places=as_tensor(sequences),
+            copied=as_tensor(copied),
+            copies=as_tensor(copies),
+            late_rows=as_tensor(prompt_tokens + late),
+            late_places=as_tensor(query_places[late]),
             pieces=tuple(pieces),
             queries=queries,
             sequences=sequences,
@@ -217,9 +216,10 @@ class Scheduler:
         if not (table.temperature[places] > 0).any():
             return None
         temperature, top_k, top_p, min_p, seeds = (
-            _tensor(column[places]) for column in (table.temperature, table.top_k, table.top_p, table.min_p, table.seed)
+            as_tensor(column[places])
+            for column in (table.temperature, table.top_k, table.top_p, table.min_p, table.seed)
         )
-        return SamplingBatch(temperature, top_k, top_p, min_p, seeds, _tensor(positions))
+        return SamplingBatch(temperature, top_k, top_p, min_p, seeds, as_tensor(positions))
 
     def update(self, batch: Batch, tokens: Ints, finite: NDArray[np.bool_] | None = None) -> Gains:
         """Append what was sampled [r] to the sequences that still run; what the others got is dropped.
@@ -240,7 +240,3 @@ class Scheduler:
     def finish(self, place: int, spoiled: bool = False) -> None:
         """Free a sequence's place and blocks; `spoiled` where what it has computed is not finite."""
         self.admission.finish(place, spoiled)
-
-
-def _tensor(array: NDArray[np.generic]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))

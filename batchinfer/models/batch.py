@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from batchinfer.kernels.backend import AttentionBatch
+from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.sampling import SamplingBatch
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,7 @@ class Queries:
     @property
     def positions(self) -> Ints:
         """The position of each query."""
-        within = np.arange(len(self)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
-        return np.repeat(self.first, self.counts) + within
+        return ranges(self.first, self.counts)[0]
 
 
 @dataclass(frozen=True)
@@ -77,3 +76,8 @@ class Batch:
     def drafted(self) -> int:
         """Drafts to be verified."""
         return int(self.queries.drafts.sum())
+
+
+def as_tensor(array: NDArray[np.generic]) -> Tensor:
+    """The same numbers, on the host; in the same memory where they are contiguous."""
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchinfer.cost.simulate_steps import Steps, simulate
 from batchinfer.cost.step_cost import PRODUCTS, DeviceCost, Floats, Weights, Work, layer_weights, quantities
@@ -20,10 +19,9 @@ from batchinfer.engine.request import SamplingParams
 from batchinfer.errors import Refused
 from batchinfer.jobs.rows.length_figures import JobPlan
 from batchinfer.kernels.grain import MIN_ROWS, padded_size
+from batchinfer.kernels.ragged import Ints
 from batchinfer.models.config import ModelConfig, parse_model_config
 from batchinfer.models.hub import read_config
-
-Ints = NDArray[np.int64]
 
 SAMPLE_ROWS = 2048
 PROMPT_STEPS = 4_000  # a sample of very long prompts or answers has fewer rows

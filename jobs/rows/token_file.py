@@ -8,8 +8,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from batchinfer.engine.request import Requests, SamplingParams, ranges
+from batchinfer.engine.request import Requests, SamplingParams
 from batchinfer.jobs.results.durable import naming
+from batchinfer.kernels.ragged import ranges
 
 SCHEMA = pa.schema([pa.field("token_ids", pa.large_list(pa.int32()), nullable=False)])
 

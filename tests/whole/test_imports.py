@@ -39,6 +39,7 @@ WITHOUT_TORCH = (
     "batchinfer.host.files",
     "batchinfer.host.limits",
     "batchinfer.host.memory",
+    "batchinfer.kernels.ragged",
     "batchinfer.text",
     "batchinfer.formats.fields",
     "batchinfer.formats.gguf_file",

@@ -19,7 +19,7 @@ from batchinfer.engine.model_runner import ModelRunner
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.kernels.grain import TILE
-from batchinfer.models.batch import Ints
+from batchinfer.kernels.ragged import Ints
 from batchinfer.models.config import read_model_config
 
 LEAST_SHARE = 0.3  # of a step of the target, however much smaller the model is: of launching, not of computing

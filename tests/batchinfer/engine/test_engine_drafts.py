@@ -14,7 +14,8 @@ from batchinfer.engine.drafts.gate import Speculator
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.request import Completions, FinishReason, Requests, SamplingParams
 from batchinfer.engine.verified import Gains
-from batchinfer.models.batch import Batch, Ints
+from batchinfer.kernels.ragged import Ints
+from batchinfer.models.batch import Batch
 
 Done = dict[int, tuple[list[int], FinishReason]]
 
