@@ -6,6 +6,7 @@ knows none of it. Where a token has more than one item, each leaves a partial re
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -16,12 +17,22 @@ from batchinfer.kernels.ragged import Ints, offsets_of, places_in_rows
 from batchinfer.kernels.ragged_attention import RaggedBatch
 
 ITEM = 8
-"""int32 numbers of an item: the first of its tokens in the step; their number; where its blocks begin in the flat
-table; its first key; the end of its keys; the first token's position, behind which keys are hidden from it; which of
-its tokens' partials it computes, or -1 where it is their only item and writes the output itself; nothing."""
+"""int32 numbers of an item: those of `Column`, and one that is nothing."""
 
 ITEMS_PER_PROCESSOR = 4
 """Contexts are split until there are so many for each multiprocessor: they hide each other's waiting."""
+
+
+class Column(IntEnum):
+    """What the numbers of an item are, in the order in which the kernel reads them."""
+
+    ROW = 0  # the first of its tokens in the step
+    COUNT = 1  # of its tokens
+    BLOCKS = 2  # where its blocks begin in the flat table
+    START = 3  # its first key
+    END = 4  # of its keys
+    POSITION = 5  # of its first token, behind which keys are hidden from it
+    PARTIAL = 6  # which of its tokens' partials it computes; -1: it is their only item, and writes the output itself
 
 
 @dataclass(frozen=True)
@@ -98,9 +109,19 @@ def plan_attention(
     partial += np.concatenate([before[own.sequence], np.zeros_like(common.row)])[of]
     partial[of_token[work.row[of]] == 1] = -1
     blocks = work.sequence * batch.table.shape[1]
-    items = [work.row[of], work.count[of], blocks[of], start, end, work.position[of], partial, np.zeros_like(of)]
+    columns = {
+        Column.ROW: work.row[of],
+        Column.COUNT: work.count[of],
+        Column.BLOCKS: blocks[of],
+        Column.START: start,
+        Column.END: end,
+        Column.POSITION: work.position[of],
+        Column.PARTIAL: partial,
+    }
+    items_nX = np.zeros((len(of), ITEM), np.int64)
+    items_nX[:, list(columns)] = np.stack(list(columns.values()), 1)
     order = np.argsort(start - end, kind="stable")
-    items_nX, wide = np.stack(items, 1)[order], work.wide[of][order]
+    items_nX, wide = items_nX[order], work.wide[of][order]
 
     device = batch.table.device
     launches = ((tiling.same if fixed else tiling.few, items_nX[~wide]), (tiling.many, items_nX[wide]))
