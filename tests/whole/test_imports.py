@@ -54,6 +54,7 @@ WITHOUT_TORCH = (
     "batchinfer.models.rope",
     "batchinfer.engine.config",
     "batchinfer.engine.request",
+    "batchinfer.engine.step_policy",
     "batchinfer.cost.cost_model",
     "batchinfer.cost.simulate_steps",
     "batchinfer.cost.step_cost",
