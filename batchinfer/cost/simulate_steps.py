@@ -112,4 +112,4 @@ class _Simulation:
             len(places),
             bool(self.rows),
         )
-        self.counted.append(tuple(np.broadcast_to(np.asarray(value, np.float64), n) for value in values))
+        self.counted.append(tuple(np.full(n, value, np.float64) for value in values))
