@@ -23,9 +23,10 @@ from batchinfer.engine.prompts import (
     row_seeds,
     size_errors,
 )
-from batchinfer.engine.request import Completions, FinishReason, Requests, RowError, take_ragged
+from batchinfer.engine.request import Completions, FinishReason, Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
+from batchinfer.kernels.ragged import take_ragged
 from batchinfer.models.hub import context_length, resolve_model
 from batchinfer.text.stop import before_stop
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer

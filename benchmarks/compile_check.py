@@ -79,7 +79,7 @@ class Architecture:
 
     def takes(self, kernel: Shipped) -> bool:
         """False if it lacks a type of the kernel's."""
-        return "fp8" in self.instructions or not kernel.needs_fp8
+        return "fp8" in self.instructions or not needs_fp8(kernel)
 
     def expected(self, kernel: Shipped) -> str | None:
         """A pattern of the instruction of the kernel's product."""
@@ -95,6 +95,11 @@ class Architecture:
         if not self.takes(kernel):
             return product == "fp8"
         return kernel.product == product and (not self.wide or kernel.product_rows >= WIDE)
+
+
+def needs_fp8(kernel: Shipped) -> bool:
+    """True if one of its types is float8e4nv."""
+    return any("fp8e4nv" in kind for kind in kernel.types.values())
 
 
 def _nvidia(capability: int, shared_kilobytes: int, wide: dict[str, str], gaps: dict[str, str]) -> Architecture:

@@ -20,6 +20,7 @@ from batchinfer.jobs.job import run
 from batchinfer.jobs.process.messages import TORCH_ENGINE
 from batchinfer.jobs.report import Report
 from batchinfer.jobs.spec import JobSpec
+from batchinfer.kernels.ragged import offsets_of
 from batchinfer.models.hub import read_config, resolve_model
 from batchinfer.text.tokenizer import Tokenizer
 
@@ -56,8 +57,7 @@ class TokenIdPrompts:
     def tokenize(self, first_row: int, batch: pa.RecordBatch) -> tuple[Requests, dict[int, RowError]]:
         """Requests of all rows."""
         column, n = batch.column(TOKEN_IDS), batch.num_rows
-        offsets = np.zeros(n + 1, np.int64)
-        np.cumsum(column.value_lengths().to_numpy(), out=offsets[1:])
+        offsets = offsets_of(column.value_lengths().to_numpy())
         rows = np.arange(first_row, first_row + n)
         token_ids = column.flatten().to_numpy()
         return Requests(rows, token_ids, offsets, np.zeros(n, np.uint64), self._params, np.zeros(n, np.int32)), {}

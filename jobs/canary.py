@@ -25,6 +25,7 @@ from batchinfer.jobs.rows.token_file import StoredRequests
 from batchinfer.jobs.rows.windows import Prompts
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.table import Table
+from batchinfer.kernels.ragged import offsets_of
 from batchinfer.models.gguf_folder import WEIGHTS
 from batchinfer.models.hub import read_config, resolve_model
 from batchinfer.text.stop import before_stop
@@ -134,12 +135,10 @@ def _joined(slices: list[Requests]) -> Requests:
     params = tuple(dict.fromkeys(p for requests in slices for p in requests.params))
     place = {p: i for i, p in enumerate(params)}
     lengths = np.concatenate([np.diff(requests.offsets) for requests in slices])
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
     return Requests(
         np.concatenate([requests.rows for requests in slices]),
         np.concatenate([requests.token_ids for requests in slices]),
-        offsets,
+        offsets_of(lengths),
         np.concatenate([requests.seeds for requests in slices]),
         params,
         np.concatenate(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchinfer.cost.roofline import CostModel, Requests
+from batchinfer.cost.cost_model import CostModel, Requests
 from batchinfer.cost.step_cost import KV_CACHES, PRODUCTS, DeviceCost
 from batchinfer.engine.config import KV_CACHE_BYTES, EngineConfig
 from batchinfer.jobs.amounts import in_bytes, in_seconds, most_frequent
@@ -225,7 +225,7 @@ def _demands(job: Job | None, plan: JobPlan, config: EngineConfig, setting: Sett
         return {"most_new_tokens": 0, "kv_cache_bytes": 0, "operations": 0.0, "kv_bytes_read": 0.0}
     lengths = np.arange(len(job.shape.lengths))
     most = np.maximum(job.shape.most_tokens(lengths), 0)
-    model = CostModel.of(job.model, weight_bytes=1, kv_bytes=_kv_element_bytes(job.model, setting.kv_cache))
+    model = CostModel.of(job.model, kv_bytes=_kv_element_bytes(job.model, setting.kv_cache))
     total = int(most @ job.shape.lengths)
     tokens = samples * plan.kv_cache_tokens(-(-config.max_num_seqs // samples))
     each = [
@@ -236,7 +236,7 @@ def _demands(job: Job | None, plan: JobPlan, config: EngineConfig, setting: Sett
         "most_new_tokens": total,
         "kv_cache_bytes": round(tokens * model.kv_bytes_per_token),
         "operations": sum(rows * model.operations(requests) for requests, rows in each),
-        "kv_bytes_read": sum(rows * model.bytes_read(requests, 1) for requests, rows in each),
+        "kv_bytes_read": sum(rows * model.bytes_read(requests) for requests, rows in each),
     }
 
 

@@ -7,30 +7,36 @@ partials are merged afterwards.
 """
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batchinfer.kernels.ragged_attention import Ints, RaggedBatch
+from batchinfer.kernels.ragged import Ints, indices_within, offsets_of
+from batchinfer.kernels.ragged_attention import RaggedBatch
 
 ITEM = 8
-"""Number of int32 fields of an item. In this order they are:
-
-1. the row of its first token among the step's tokens;
-2. the number of its tokens;
-3. where its sequence's blocks begin in the flattened block table;
-4. its first key;
-5. the end of its keys;
-6. the position of its first token: later keys are hidden from that token;
-7. the index of the partial that it computes for its tokens, or -1 if it is their only item and writes the output;
-8. unused.
-"""
+"""Number of int32 fields of an item: those of `Column`, and an unused one."""
 
 ITEMS_PER_PROCESSOR = 4
 """Work items wanted per multiprocessor: while one waits for memory, another computes. Long contexts are split to
 reach this number."""
+
+
+class Column(IntEnum):
+    """The fields of an item, in the order in which the kernel reads them."""
+
+    ROW = 0  # the row of its first token among the step's tokens
+    COUNT = 1  # the number of its tokens
+    BLOCKS = 2  # where its sequence's blocks begin in the flattened block table
+    START = 3  # its first key
+    END = 4  # the end of its keys
+    POSITION = 5  # the position of its first token: later keys are hidden from that token
+    PARTIAL = (
+        6  # the index of the partial that it computes for its tokens; -1: it is their only item and writes the output
+    )
 
 
 @dataclass(frozen=True)
@@ -110,13 +116,23 @@ def plan_attention(
     partial += np.concatenate([before[own.sequence], np.zeros_like(common.row)])[of]
     partial[of_token[work.row[of]] == 1] = -1
     blocks = work.sequence * batch.table.shape[1]
-    items = [work.row[of], work.count[of], blocks[of], start, end, work.position[of], partial, np.zeros_like(of)]
+    columns = {
+        Column.ROW: work.row[of],
+        Column.COUNT: work.count[of],
+        Column.BLOCKS: blocks[of],
+        Column.START: start,
+        Column.END: end,
+        Column.POSITION: work.position[of],
+        Column.PARTIAL: partial,
+    }
+    items_nX = np.zeros((len(of), ITEM), np.int64)
+    items_nX[:, list(columns)] = np.stack(list(columns.values()), 1)
     order = np.argsort(start - end, kind="stable")
-    items_nX, wide = np.stack(items, 1)[order], work.wide[of][order]
+    items_nX, wide = items_nX[order], work.wide[of][order]
 
     device = batch.table.device
     launches = ((tiling.same if fixed else tiling.few, items_nX[~wide]), (tiling.many, items_nX[wide]))
-    first = np.concatenate([[0], np.cumsum(np.where(of_token > 1, of_token, 0))])
+    first = offsets_of(np.where(of_token > 1, of_token, 0))
     return AttentionPlan(
         window=window,
         table=batch.table,
@@ -223,7 +239,7 @@ def _cut(lengths: Ints, most: Ints) -> tuple[Ints, Ints, Ints]:
     """
     segments = -(-lengths // most)
     run = np.repeat(np.arange(len(lengths)), segments)
-    begin = (np.arange(len(run)) - (np.cumsum(segments) - segments)[run]) * most[run]
+    begin = indices_within(segments) * most[run]
     return run, begin, np.minimum(most[run], lengths[run] - begin)
 
 

@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from batchinfer.kernels.kv_cache import KVCache
-
-Ints = NDArray[np.int64]
+from batchinfer.kernels.ragged import Ints
 
 
 @dataclass(frozen=True)

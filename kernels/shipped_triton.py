@@ -18,8 +18,3 @@ class Shipped:
     stages: int = 2
     product: str | None = None  # type multiplied on matrix units: "bf16", "fp16", "int8", "fp8"; None if it uses none
     product_rows: int = 0  # rows of that product's left operand
-
-    @property
-    def needs_fp8(self) -> bool:
-        """Whether an argument has the type float8e4nv."""
-        return any("fp8e4nv" in kind for kind in self.types.values())

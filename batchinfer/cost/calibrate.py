@@ -28,6 +28,7 @@ from batchinfer.engine.config import EngineConfig, Speculation
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.request import Completions, Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.step_policy import tiles_of
 from batchinfer.kernels.grain import TILE
 from batchinfer.models.batch import Batch
 from batchinfer.text.tokenizer import Tokenizer
@@ -182,7 +183,7 @@ def _timed(engine: _TimedEngine, lengths: list[int], params: SamplingParams) -> 
 def _work(batch: Batch, block: int) -> list[int]:
     """The fields of `Work` of one step."""
     contexts = batch.positions[batch.prompt_tokens : batch.prompt_tokens + batch.query_tokens] + 1
-    tiles = [place for piece in batch.pieces for place in range(piece.start // TILE, (piece.end - 1) // TILE + 1)]
+    tiles = [place for piece in batch.pieces for place in tiles_of(piece.start, piece.end)]
     return [
         len(batch.tokens),
         len(batch.sampled),

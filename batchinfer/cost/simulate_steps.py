@@ -1,9 +1,9 @@
 """The steps that an engine will take for rows of known lengths, counted without computing one.
 
-It goes by the scheduler's own rules: prompts first, in the order of the rows and on the grid of tiles, then one token
-of each sequence that decodes. Steps between two events, a row's beginning or its end, differ only in their contexts,
-and are counted together. What it leaves out: rows wait for a place, never for memory, and windows of attention are
-taken to be the whole context.
+It goes by the scheduler's rules (`engine/step_policy.py`): prompts first, in the order of the rows and on the grid of
+tiles, then one token of each sequence that decodes. Steps between two events, a row's beginning or its end, differ only
+in their contexts, and are counted together. What it leaves out: rows wait for a place, never for memory, and windows of
+attention are taken to be the whole context.
 """
 
 from collections import deque
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from batchinfer.cost.step_cost import Floats, Work
 from batchinfer.engine.config import EngineConfig
+from batchinfer.engine.step_policy import decoding, padded_logits, piece_end, tiles_of
 from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_size
-
-Ints = NDArray[np.int64]
+from batchinfer.kernels.ragged import Ints
 
 MOST_TOGETHER = 1024  # steps, for their contexts are a row of a matrix each
 
@@ -61,7 +61,7 @@ class _Simulation:
         return Steps(Work(*columns[:7]), columns[7], columns[8], columns[9] > 0)
 
     def _decoding(self) -> Ints:
-        return np.flatnonzero((self.computed >= self.prompt) & (self.computed + 1 < self.end))
+        return np.flatnonzero(decoding(self.computed, self.prompt, self.end))
 
     def _admit(self) -> None:
         for place in np.flatnonzero(self.computed + 1 >= self.end) if self.rows else ():
@@ -75,51 +75,41 @@ class _Simulation:
     def _mixed_step(self) -> None:
         """Pieces of prompts, and what decodes beside them."""
         budget = self.config.max_num_batched_tokens
-        tokens, ended, tiles = 0, 0, []
-        decoding = self._decoding()
+        tokens, ended, tiles = 0, 0, list[int]()
+        beside = self._decoding()
         for place in self.prefilling:
             start, stop = int(self.computed[place]), int(self.prompt[place])
-            end = min(stop, start + budget - tokens)
-            if end < stop:
-                end -= end % TILE
+            end = piece_end(start, stop, budget - tokens)
             if end > start:
-                tiles.append(np.arange(start // TILE, (end - 1) // TILE + 1))
+                tiles += tiles_of(start, end)
                 tokens += end - start
                 ended += end == stop
                 self.computed[place] = end
             if tokens == budget:
                 break
         self.prefilling = [place for place in self.prefilling if self.computed[place] < self.prompt[place]]
-        decoding = decoding[: budget - tokens]
-        places = np.concatenate(tiles)
-        self._count(
-            np.array([tokens]),
-            np.array([ended]),
-            decoding,
-            (len(places), (places + 1).sum() * TILE, len(np.unique(places))),
-        )
+        counts = len(tiles), (sum(tiles) + len(tiles)) * TILE, len(set(tiles))
+        self._count(1, tokens, ended, beside[: budget - tokens], counts)
 
     def _decoding_steps(self) -> None:
         """All steps up to the first end, some at a time."""
-        decoding = self._decoding()[: self.config.max_num_batched_tokens]
-        steps = min(int((self.end[decoding] - self.computed[decoding] - 1).min()), MOST_TOGETHER)
-        nothing = np.zeros(steps, np.int64)
-        self._count(nothing, nothing, decoding, (0, 0, 0))
+        places = self._decoding()[: self.config.max_num_batched_tokens]
+        steps = min(int((self.end[places] - self.computed[places] - 1).min()), MOST_TOGETHER)
+        self._count(steps, 0, 0, places, (0, 0, 0))
 
-    def _count(self, prompt_tokens: Ints, ended: Ints, decoding: Ints, tiles: tuple[int, int, int]) -> None:
-        """Steps with these prompt tokens and prompts that end [n], in which the same sequences decode."""
-        n, block = len(prompt_tokens), self.config.block_size
-        seen = self.computed[decoding] + 1 + np.arange(n)[:, None]
-        self.computed[decoding] += n
-        tokens = prompt_tokens + len(decoding)
+    def _count(self, n: int, prompt_tokens: int, ended: int, places: Ints, tiles: tuple[int, int, int]) -> None:
+        """`n` steps with so many prompt tokens and prompts that end, in which the sequences at `places` decode."""
+        block = self.config.block_size
+        seen = self.computed[places] + 1 + np.arange(n)[:, None]
+        self.computed[places] += n
         values = (
-            np.array([padded_size(int(t), MIN_ROWS) for t in tokens[:1]]).repeat(n),
-            -(-(ended + len(decoding)) // MIN_ROWS) * MIN_ROWS,
-            np.full(n, len(decoding)),
+            padded_size(prompt_tokens + len(places), MIN_ROWS),
+            padded_logits(ended + len(places)),
+            len(places),
             (-(-seen // block) * block).sum(1),
-            *(np.full(n, count) for count in tiles),
+            *tiles,
             prompt_tokens,
-            np.full(n, len(decoding)),
-            np.full(n, bool(self.rows)),
+            len(places),
+            bool(self.rows),
         )
-        self.counted.append(tuple(np.asarray(value, np.float64) for value in values))
+        self.counted.append(tuple(np.full(n, value, np.float64) for value in values))

@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.output_lengths import OutputLengths
-from batchinfer.engine.prefix_tree import Ints, Likeness, PrefixTree, SharedTile, likeness
+from batchinfer.engine.prefix_tree import Likeness, PrefixTree, SharedTile, likeness
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.kernels.grain import TILE
+from batchinfer.kernels.ragged import Ints
 
 
 @dataclass(frozen=True)

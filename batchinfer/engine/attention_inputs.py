@@ -4,16 +4,15 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.kernels.attention import BlockUsers, DecodeBlocks, PromptTiles, TiledBatch
 from batchinfer.kernels.attention_plan import Tiling, plan_attention
 from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.grain import TILE
+from batchinfer.kernels.ragged import Ints, offsets_of, ranges
 from batchinfer.kernels.ragged_attention import RaggedBatch
-from batchinfer.models.batch import Ints, Piece
+from batchinfer.models.batch import Piece, as_tensor
 
 
 class AttentionInputs(Protocol):
@@ -70,7 +69,7 @@ class RaggedInputs:
         places, lengths, contexts = sequences[:, 0], sequences[:, 1], sequences[:, 2]
         most = table.blocks_for(int(contexts.max()))
         blocks = torch.from_numpy(table.blocks[places, :most].astype(np.int32))
-        batch = RaggedBatch(np.concatenate([[0], np.cumsum(lengths)]), contexts, blocks)
+        batch = RaggedBatch(offsets_of(lengths), contexts, blocks)
         return {
             window: plan_attention(batch, self.heads, self.kv_heads, window, self.tiling, self.processors)
             for window in self.windows
@@ -83,7 +82,7 @@ def _tile_group(table: SequenceTable, index: int, tiles: list[tuple[int, int, in
     real = within < size
     blocks = table.blocks[place[:, 0], : (index + 1) * TILE // table.block_size]
     return PromptTiles(
-        index, _tensor(np.where(real, row + within, row)), _tensor(blocks), _tensor(np.flatnonzero(real))
+        index, as_tensor(np.where(real, row + within, row)), as_tensor(blocks), as_tensor(np.flatnonzero(real))
     )
 
 
@@ -94,9 +93,8 @@ def _decode_blocks(
     size = table.block_size
     start = np.zeros_like(positions) if window is None else np.maximum(positions + 1 - window, 0)
     counts = positions // size + 1 - start // size
-    offsets = np.concatenate([[0], np.cumsum(counts)])
     query = np.repeat(np.arange(len(places)), counts)
-    index = np.arange(offsets[-1]) - offsets[query] + (start // size)[query]  # of the block in its sequence
+    index, offsets = ranges(start // size, counts)  # of the block in its sequence
     pool = table.blocks[places[query], index]
     key_positions = index[:, None] * size + np.arange(size)
     hidden = (key_positions > positions[query, None]) | (key_positions < start[query, None])
@@ -109,11 +107,11 @@ def _decode_blocks(
         rows=slice(first_row, first_row + len(places)),
         users=users,
         owner=torch.cat([u.queries.flatten() for u in users]),
-        edges=_tensor(entry[edges]),
-        hidden=_tensor(hidden[edges, None]),
-        table=_tensor(entry[padded]),
-        order=_tensor(entry),
-        offsets=_tensor(offsets),
+        edges=as_tensor(entry[edges]),
+        hidden=as_tensor(hidden[edges, None]),
+        table=as_tensor(entry[padded]),
+        order=as_tensor(entry),
+        offsets=as_tensor(offsets),
     )
 
 
@@ -134,9 +132,5 @@ def _group_by_users(pool: Ints, query: Ints) -> tuple[tuple[BlockUsers, ...], In
         queries[at] = query[pairs]
         entry[pairs] = base + at[:, None] * u + np.arange(u)
         base += queries.size
-        groups.append(BlockUsers(slice(low, low + span) if in_place else _tensor(ids), _tensor(queries)))
+        groups.append(BlockUsers(slice(low, low + span) if in_place else as_tensor(ids), as_tensor(queries)))
     return tuple(groups), entry
-
-
-def _tensor(array: NDArray[np.generic]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))

@@ -15,7 +15,6 @@ class BlockManager:
         self._free = np.ones(blocks, np.bool_)
         self._free[0] = False
         self._unpromised = blocks - 1
-        self.blocks = blocks
 
     def promise(self, count: int) -> bool:
         """Set blocks aside without naming them; False if there are too few."""
@@ -36,7 +35,3 @@ class BlockManager:
         assert not self._free[blocks].any(), "a block released twice"
         self._free[blocks] = True
         self._unpromised += promised
-
-    def check_integrity(self) -> None:
-        """With no sequence left, every block is free and none is promised."""
-        assert self._free[1:].all() and self._unpromised == self.blocks - 1

@@ -90,6 +90,18 @@ class EngineConfig:
         """True if a usual step is small; results depend on it where it chooses the product of 4-bit weights."""
         return self.usual_batch <= FEW_ROWS
 
+    def computed_in(self, stored: str, has_float16: bool) -> str:
+        """The type that weights in the type `stored` are multiplied in, by devices that multiply float16 or do not."""
+        if self.dtype != "auto":
+            return self.dtype
+        # A checkpoint in float16 holds nothing that float32 cannot.
+        return "float32" if stored == "float16" and not has_float16 else stored
+
+    def cached_in(self, computed: str) -> str:
+        """The type of keys and values that are computed in the type `computed`: by default as they are computed, so
+        that nothing is lost, and nothing converted at each step."""
+        return computed if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
+
     def halved(self) -> "EngineConfig":
         """Half as many rows side by side and half as many tokens a step: for memory that turned out too small."""
         tokens = max(LEAST_BATCHED_TOKENS, self.max_num_batched_tokens // 2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchinfer.engine.transfer import Transfer, tensors_of
-from batchinfer.kernels.attention_plan import ITEM, AttentionPlan
+from batchinfer.kernels.attention_plan import ITEM, AttentionPlan, Column
 from batchinfer.models.batch import Batch
 
 Compute = Callable[[Batch], tuple[Tensor, Tensor]]
@@ -133,14 +133,18 @@ def padded_count(count: int) -> int:
 def _padded_plan(plan: AttentionPlan, size: int) -> AttentionPlan:
     """Items for the tokens that are added, which see one key of somebody's, and items for none; room for partials."""
     table = plan.table
-    columns = 1 << (table.shape[1] - 1).bit_length()
-    wider = F.pad(table, (0, columns - table.shape[1], 0, size - len(table)))
+    blocks = table.shape[1]
+    wider_blocks = 1 << (blocks - 1).bit_length()
+    wider = F.pad(table, (0, wider_blocks - blocks, 0, size - len(table)))
     idle = torch.zeros(size - plan.tokens, ITEM, dtype=torch.int32)
-    idle[:, 0], idle[:, 1], idle[:, 4], idle[:, 6] = torch.arange(plan.tokens, size), 1, 1, -1
+    idle[:, Column.ROW] = torch.arange(plan.tokens, size)
+    idle[:, Column.COUNT] = 1
+    idle[:, Column.END] = 1
+    idle[:, Column.PARTIAL] = -1
     launches = []
     for tile, items in plan.launches:
         moved = torch.cat([items, idle])
-        moved[:, 2] = moved[:, 2] // table.shape[1] * columns  # where a sequence's blocks begin
+        moved[:, Column.BLOCKS] = moved[:, Column.BLOCKS] // blocks * wider_blocks
         launches.append((tile, F.pad(moved, (0, 0, 0, padded_count(len(moved)) - len(moved)))))
     merged = plan.merged
     if len(merged):

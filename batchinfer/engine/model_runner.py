@@ -49,12 +49,12 @@ class ModelRunner:
         made_for = frozenset[str]() if model.form is None else model.form.eight_bit_inputs
         self.scheme: QuantScheme = scheme(config.quantization, bool(made_for & self.backend.eight_bits))
         _check_scheme(self.scheme, self.backend)
-        self.dtype = _dtype(config.dtype, model.dtype, self.backend)
+        self.dtype = _dtype(config, model.dtype, self.backend)
         weights = _weights(config, model, self.dtype, self.backend.device)
         path = FourBitPath.choose(config, self.scheme, self.dtype, self.backend)
         loaded = load_decoder(model, self.scheme, self.dtype, weights, self.backend, path.packed)
         self.decoder = loaded.decoder
-        self.kv_dtype = _kv_dtype(config.kv_cache_dtype, self.decoder.stream, self.backend)
+        self.kv_dtype = _kv_dtype(config, self.decoder.stream, self.backend)
         self.notes: list[str] = []
         if isinstance(self.backend, CpuBackend) and not bits_are_kept():
             self.notes.append(BITS_NOT_KEPT)
@@ -216,20 +216,17 @@ def _name(backend: Backend) -> str:
     return torch.cuda.get_device_name(backend.device) if backend.device.type == "cuda" else "the CPU"
 
 
-def _dtype(asked: str, checkpoint: str, backend: Backend) -> torch.dtype:
-    name = checkpoint if asked == "auto" else asked
+def _dtype(config: EngineConfig, stored: str, backend: Backend) -> torch.dtype:
+    name = config.computed_in(stored, has_float16=not isinstance(backend, CpuBackend))
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}; it must be one of auto, {', '.join(DTYPES)}")
-    # CPUs have no float16 arithmetic; its checkpoints hold nothing that float32 cannot.
-    halved = asked == "auto" and name == "float16" and isinstance(backend, CpuBackend)
-    return torch.float32 if halved else DTYPES[name]
+    return DTYPES[name]
 
 
-def _kv_dtype(asked: str, computed: torch.dtype, backend: Backend) -> torch.dtype:
-    if asked == "auto":
-        return computed  # as they are computed: nothing is lost, and nothing converted at each step
-    if asked not in KV_DTYPES:
-        raise ValueError(f"kv_cache_dtype is {asked!r}; it must be one of auto, {', '.join(KV_DTYPES)}")
-    if asked == "fp8" and backend.device.type == "cuda" and "fp8" not in backend.eight_bits:
+def _kv_dtype(config: EngineConfig, computed: torch.dtype, backend: Backend) -> torch.dtype:
+    name = config.cached_in(str(computed).removeprefix("torch."))
+    if name not in KV_DTYPES:
+        raise ValueError(f"kv_cache_dtype is {name!r}; it must be one of auto, {', '.join(KV_DTYPES)}")
+    if name == "fp8" and backend.device.type == "cuda" and "fp8" not in backend.eight_bits:
         raise ValueError(f"kv_cache_dtype is 'fp8', and {_name(backend)} has no float8; take int8")
-    return KV_DTYPES[asked]
+    return KV_DTYPES[name]

@@ -1,9 +1,8 @@
 """`OutputLengths`: how many new tokens a row will take, learned from those before it."""
 
 import numpy as np
-from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from batchinfer.kernels.ragged import Ints
 
 BIN = 16  # tokens
 LEAST_ENDED = 32

@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.request import Requests
 from batchinfer.kernels.grain import TILE
-
-Ints = NDArray[np.int64]
+from batchinfer.kernels.ragged import Ints, indices_within
 
 
 @dataclass(eq=False)
@@ -51,7 +50,8 @@ class PrefixTree:
         return tiles
 
     def drop(self) -> Ints:
-        """No row will come any more that shares anything; the blocks that are free by that and must be wiped."""
+        """Forget what the next row may share, for none will come; returns the blocks that are free now and must be
+        wiped."""
         for tile in self._path:
             tile.wanted = False
             tile.users += 1
@@ -97,7 +97,7 @@ def _common_tokens(requests: Requests) -> Ints:
     compared = np.zeros(len(lengths), np.int64)
     compared[1:] = np.minimum(lengths[1:], lengths[:-1])
     row = np.repeat(np.arange(len(lengths)), compared)
-    within = np.arange(len(row)) - np.repeat(np.cumsum(compared) - compared, compared)
+    within = indices_within(compared)
     tokens, starts = requests.token_ids, requests.offsets[:-1]
     differ = tokens[starts[row] + within] != tokens[starts[row - 1] + within]
     same = compared.copy()

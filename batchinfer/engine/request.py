@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.kernels.ragged import offsets_of, take_ragged
 
 
 class FinishReason(IntEnum):
@@ -47,8 +48,7 @@ class Requests:
     def of(prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None = None) -> "Requests":
         """Requests from lists of token ids, numbered from 0, all with the same params."""
         n = len(prompts)
-        offsets = np.zeros(n + 1, np.int64)
-        np.cumsum([len(p) for p in prompts], out=offsets[1:])
+        offsets = offsets_of(np.array([len(p) for p in prompts], np.int64))
         flat = np.fromiter((t for p in prompts for t in p), np.int32, int(offsets[-1]))
         row_seeds = np.zeros(n, np.uint64) if seeds is None else np.array(seeds, np.uint64)
         return Requests(np.arange(n), flat, offsets, row_seeds, (params,), np.zeros(n, np.int32))
@@ -85,18 +85,3 @@ class Completions:
         sources = self.rows[places[failed]].tolist()
         errors = {row: self.errors[source] for row, source in zip(rows[failed].tolist(), sources, strict=True)}
         return Completions(rows, token_ids, offsets, reasons, errors)
-
-
-def take_ragged(
-    values: NDArray[np.int32], offsets: NDArray[np.int64], index: NDArray[np.int64]
-) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Pick ragged rows by index: (values, offsets) of `[values[offsets[i]:offsets[i + 1]] for i in index]`."""
-    places, out = ranges(offsets[:-1][index], np.diff(offsets)[index])
-    return values[places], out
-
-
-def ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The numbers from each start on, as many as its length, one after the other: (numbers, offsets [n + 1])."""
-    offsets = np.zeros(len(starts) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return np.arange(int(offsets[-1])) + np.repeat(starts - offsets[:-1], lengths), offsets

@@ -8,19 +8,19 @@ attention's grid of tiles, or at the prompt's end.
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.attention_inputs import AttentionInputs
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sequence import SequenceTable
+from batchinfer.engine.step_policy import decoding, padded_logits, piece_end
 from batchinfer.engine.verified import Gains, verified_gains
-from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_size
+from batchinfer.kernels.grain import TILE, padded_size
+from batchinfer.kernels.ragged import Ints
 from batchinfer.kernels.sampling import SamplingBatch
-from batchinfer.models.batch import Batch, Ints, Piece, Queries
+from batchinfer.models.batch import Batch, Piece, Queries, as_tensor
 
 NOBODY = np.empty(0, np.int64)
 
@@ -86,7 +86,7 @@ class Scheduler:
         for p in pieces:
             self._computed(p, True)
         self.table.computed[queries.places] += queries.counts - queries.drafts
-        self.prefilling = [p for p in self.prefilling if self.table.computed[p] < self.table.prompt_length[p]]
+        self.prefilling = [p for p in self.prefilling if self.table.computed[p] < self.table.prefill_end[p]]
         return batch
 
     def withdraw(self, batch: Batch) -> None:
@@ -108,14 +108,13 @@ class Scheduler:
     def _queries(self, used: int, drafter: Drafter | None) -> Queries:
         """Sequences that decode; those that were preempted have several tokens to be computed once more."""
         table = self.table
-        # The last token of a sequence is sampled and never computed.
-        unended = (table.computed >= table.prompt_length) & (table.computed + 1 < table.end)
-        places = np.flatnonzero(table.active & unended)[: self.budget - used]
+        running = table.active & decoding(table.computed, table.prefill_end, table.end)
+        places = np.flatnonzero(running)[: self.budget - used]
         more = np.maximum(table.length[places] - table.computed[places], 1) - 1
         room = self.budget - used - len(places)
         counts = 1 + np.clip(room - (np.cumsum(more) - more), 0, more)
-        running = self.admission.extend(places, table.computed[places] + counts - 1)
-        places, counts = places[running], counts[running]
+        kept = self.admission.extend(places, table.computed[places] + counts - 1)
+        places, counts = places[kept], counts[kept]
         drafts = np.zeros_like(counts)
         if drafter is not None and len(places):
             newest = table.computed[places] + counts
@@ -132,10 +131,8 @@ class Scheduler:
         for place in self.prefilling:
             twins.setdefault(int(self.table.twin_of[place]), []).append(place)
         for place in twins.get(-1, []):
-            start, stop = int(self.table.computed[place]), int(self.table.prompt_length[place])
-            end = min(stop, start + self.budget - row)
-            if end < stop:
-                end -= end % TILE
+            start, stop = int(self.table.computed[place]), int(self.table.prefill_end[place])
+            end = piece_end(start, stop, self.budget - row)
             tiles = self.table.tiles[place]
             # What it shares may be in this very step: keys and values of all its tokens are stored before any is read.
             ready = all(tile.computed or id(tile) in computed for tile in tiles[: start // TILE])
@@ -172,7 +169,7 @@ class Scheduler:
         positions = np.concatenate([*spans, query_positions])
         count = len(places)
         padding = padded_size(count, self.row_grain) - count
-        last = [p for p in pieces if p.end == table.prompt_length[p.place] == table.length[p.place]]
+        last = [p for p in pieces if p.end == table.prefill_end[p.place] == table.length[p.place]]
         # Of a sequence that is computed once more, what followed each token is known, but for the newest.
         newest = np.flatnonzero(query_positions >= table.length[query_places] - 1)
         first_sampled = [p.row + p.end - p.start - 1 for p in last for _ in (p.place, *p.twins)]
@@ -184,17 +181,17 @@ class Scheduler:
         sequences = np.concatenate([np.array(first_places, np.int64), query_places[newest]])
         copied, copies = self._copies(pieces)
         return Batch(
-            tokens=_tensor(np.pad(table.tokens[places, positions].astype(np.int64), (0, padding))),
-            positions=_tensor(np.pad(positions, (0, padding))),
-            slots=_tensor(np.pad(table.slots(places, positions), (0, padding))),
+            tokens=as_tensor(np.pad(table.tokens[places, positions].astype(np.int64), (0, padding))),
+            positions=as_tensor(np.pad(positions, (0, padding))),
+            slots=as_tensor(np.pad(table.slots(places, positions), (0, padding))),
             attention=self.attention(table, pieces, query_places, query_positions),
-            sampled=_tensor(np.pad(sampled, (0, -len(sampled) % MIN_ROWS))),
+            sampled=as_tensor(np.pad(sampled, (0, padded_logits(len(sampled)) - len(sampled)))),
             sampling=self._sampling(sequences, positions[sampled] + 1),
-            places=_tensor(sequences),
-            copied=_tensor(copied),
-            copies=_tensor(copies),
-            late_rows=_tensor(prompt_tokens + late),
-            late_places=_tensor(query_places[late]),
+            places=as_tensor(sequences),
+            copied=as_tensor(copied),
+            copies=as_tensor(copies),
+            late_rows=as_tensor(prompt_tokens + late),
+            late_places=as_tensor(query_places[late]),
             pieces=tuple(pieces),
             queries=queries,
             sequences=sequences,
@@ -217,9 +214,10 @@ class Scheduler:
         if not (table.temperature[places] > 0).any():
             return None
         temperature, top_k, top_p, min_p, seeds = (
-            _tensor(column[places]) for column in (table.temperature, table.top_k, table.top_p, table.min_p, table.seed)
+            as_tensor(column[places])
+            for column in (table.temperature, table.top_k, table.top_p, table.min_p, table.seed)
         )
-        return SamplingBatch(temperature, top_k, top_p, min_p, seeds, _tensor(positions))
+        return SamplingBatch(temperature, top_k, top_p, min_p, seeds, as_tensor(positions))
 
     def update(self, batch: Batch, tokens: Ints, finite: NDArray[np.bool_] | None = None) -> Gains:
         """Append what was sampled [r] to the sequences that still run; what the others got is dropped.
@@ -245,7 +243,3 @@ class Scheduler:
     def finish(self, place: int, spoiled: bool = False) -> None:
         """Free a sequence's place and blocks; `spoiled` where what it has computed is not finite."""
         self.admission.finish(place, spoiled)
-
-
-def _tensor(array: NDArray[np.generic]) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array))

@@ -19,6 +19,7 @@ class SequenceTable:
         self.row = np.zeros(capacity, np.int64)
         self.tokens = np.zeros((capacity, max_tokens), np.int32)  # prompt, then what was generated
         self.prompt_length = np.zeros(capacity, np.int64)
+        self.prefill_end = np.zeros(capacity, np.int64)  # up to here tokens are computed in tiles, then one by one
         self.length = np.zeros(capacity, np.int64)  # tokens known
         self.computed = np.zeros(capacity, np.int64)  # tokens whose keys and values are in the cache
         self.end = np.zeros(capacity, np.int64)  # the length at which it stops at the latest
@@ -53,7 +54,7 @@ class SequenceTable:
         self.active[place] = True
         self.request[place] = (requests, i)
         self.row[place] = requests.rows[i]
-        self.prompt_length[place] = len(prompt)
+        self.prompt_length[place] = self.prefill_end[place] = len(prompt)
         self.length[place] = len(prompt) + len(generated)
         self.tokens[place, : len(prompt)] = prompt
         self.tokens[place, len(prompt) : len(prompt) + len(generated)] = generated

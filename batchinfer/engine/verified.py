@@ -7,8 +7,9 @@ import torch
 from numpy.typing import NDArray
 
 from batchinfer.engine.sequence import SequenceTable
+from batchinfer.kernels.ragged import Ints
 from batchinfer.kernels.speculative import Drafts, verify
-from batchinfer.models.batch import Batch, Ints
+from batchinfer.models.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ A place is a sequence's row in the engine's sequence table.
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from batchinfer.kernels.backend import AttentionBatch
+from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.sampling import SamplingBatch
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class Queries:
     @property
     def positions(self) -> Ints:
         """Position of each token."""
-        within = np.arange(len(self)) - np.repeat(np.cumsum(self.counts) - self.counts, self.counts)
-        return np.repeat(self.first, self.counts) + within
+        return ranges(self.first, self.counts)[0]
 
 
 @dataclass(frozen=True)
@@ -83,3 +82,8 @@ class Batch:
     def drafted(self) -> int:
         """Number of drafts to verify."""
         return int(self.queries.drafts.sum())
+
+
+def as_tensor(array: NDArray[np.generic]) -> Tensor:
+    """The same numbers, on the host; in the same memory where they are contiguous."""
+    return torch.from_numpy(np.ascontiguousarray(array))

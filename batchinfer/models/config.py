@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -132,9 +132,14 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
         max_positions=positions,
         norm_eps=config.number("rms_norm_eps", 1e-6),
         rope=read_rope(config, layers[0].attention.head_dim, positions),
-        dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch."),
+        dtype=stored_dtype(raw),
         form=_form(raw["quantization_config"]) if raw.get("quantization_config") else None,
     )
+
+
+def stored_dtype(raw: Mapping[str, Any]) -> str:
+    """The type that a checkpoint's tensors are in, as its config.json names it."""
+    return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
 def _family(raw: dict[str, Any]) -> Family:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken
 
 from batchinfer.host.files import read_object, refuse_pointer
+from batchinfer.kernels.ragged import ranges
 from batchinfer.text.chat import MARK_END, MARK_START, ChatError, ChatTemplate, Message, mark
 
 TokenIds = NDArray[np.int32]  # the rows' token ids, one row after the other
@@ -223,7 +224,7 @@ def _in_chunks(
         if around:
             ends = np.cumsum(lengths + around)
             framed = np.empty(int(ends[-1]), np.int32)
-            framed[np.arange(len(ids)) + np.repeat(np.arange(len(rows)) * around + len(prefix), lengths)] = ids
+            framed[ranges(ends - lengths - len(suffix), lengths)[0]] = ids
             framed[(ends - lengths - around)[:, None] + np.arange(len(prefix))] = prefix
             framed[(ends - len(suffix))[:, None] + np.arange(len(suffix))] = suffix
             ids = framed

@@ -8,10 +8,11 @@ from typing import Any
 from gpu_check import ceilings
 from gpu_check.ceilings import Ceilings
 from gpu_check.engines import Ran, drive, engine_of, random_prompts, release, requests_of, shape_of
+from gpu_check.roofline import Device, Roofline
 from gpu_check.session import SHAPES, Session
 from gpu_check.steady import steady_steps
 
-from batchinfer.cost.roofline import CostModel, Device, Requests
+from batchinfer.cost.cost_model import CostModel, Requests
 from batchinfer.engine.engine import Engine
 from batchinfer.models.config import ModelConfig, read_model_config
 
@@ -144,15 +145,16 @@ def load(
 def _report(
     session: Session, engine: Engine, config: ModelConfig, weights: Weights, job: Job, ran: Ran, ceiling: Ceilings
 ) -> None:
-    model = CostModel.of(config, _weight_bytes(config, weights), weights.kv_bytes)
+    model = CostModel.of(config, weights.kv_bytes)
     device = Device(ceiling.of(weights.unit), ceiling.bytes_per_second)
+    roofline = Roofline(model, _weight_bytes(model, weights), device)
     # A run that was cut has computed a part of each row: rows of what it has done on average are what it is held to.
     new = max(1, round(ran.new_tokens / job.rows)) if ran.cut else job.new
     prompt = max(1, round(ran.prompt_tokens / job.rows)) if ran.cut else job.prompt
     requests = Requests(prompt, new)
     bound, serial = (
-        job.rows * seconds(requests, max(ran.largest_batch, 1), device)
-        for seconds in (model.bound_seconds, model.serial_seconds)
+        job.rows * seconds(requests, max(ran.largest_batch, 1))
+        for seconds in (roofline.bound_seconds, roofline.serial_seconds)
     )
     figures = {
         "tokens/s": ran.total_rate,
@@ -173,9 +175,8 @@ def _report(
     session.say(f"{weights.name} {job.prompt}/{job.new}: {ran.total_rate:,.0f} tokens/s, cut: {ran.cut}")
 
 
-def _weight_bytes(config: ModelConfig, weights: Weights) -> float:
+def _weight_bytes(model: CostModel, weights: Weights) -> float:
     """Of an element on average: the head stays in 16 bits."""
-    model = CostModel.of(config, 1.0, 1.0)
     whole = model.linear_parameters + model.head_parameters
     return (model.linear_parameters * weights.weight_bytes + model.head_parameters * 2.0) / whole
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchinfer.cost.simulate_steps import Steps, simulate
 from batchinfer.cost.step_cost import PRODUCTS, DeviceCost, Floats, Weights, Work, layer_weights, quantities
@@ -20,10 +19,9 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused
 from batchinfer.jobs.rows.length_figures import JobPlan
 from batchinfer.kernels.grain import MIN_ROWS, padded_size
-from batchinfer.models.config import ModelConfig, parse_model_config
+from batchinfer.kernels.ragged import Ints
+from batchinfer.models.config import ModelConfig, parse_model_config, stored_dtype
 from batchinfer.models.hub import read_config
-
-Ints = NDArray[np.int64]
 
 SAMPLE_ROWS = 2048
 PROMPT_STEPS = 4_000  # a sample of very long prompts or answers has fewer rows
@@ -84,17 +82,14 @@ class Setting:
     def of(cls, config: EngineConfig) -> "Setting":
         """As the engine resolves it. Raises `Refused` for a model that has no config.json."""
         raw = read_config(config.model)
-        stored = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
-        dtype = stored if config.dtype == "auto" else config.dtype
-        if config.device == "cpu" and config.dtype == "auto" and dtype == "float16":
-            dtype = "float32"
+        dtype = config.computed_in(stored_dtype(raw), has_float16=config.device != "cpu")
         scheme = config.quantization.removesuffix("+head")
         if scheme in ("w8a8-int8", "w4a8") or (scheme == "auto" and _has_8_bit_inputs(raw.get("quantization_config"))):
             products = "w8a8-int8"
         else:
             products = dtype if scheme in ("auto", "none") else scheme
-        auto = config.kv_cache_dtype == "auto" and products in PRODUCTS
-        return cls(products, PRODUCTS[products].kv_cache(config.device) if auto else config.kv_cache_dtype)
+        computed = PRODUCTS[products].kv_cache(config.device) if products in PRODUCTS else "auto"
+        return cls(products, config.cached_in(computed))
 
 
 def _has_8_bit_inputs(quantization: object) -> bool:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from batchinfer.engine.config import EngineStats
 from batchinfer.engine.request import Completions, Requests, RowError
+from batchinfer.kernels.ragged import offsets_of
 
 if TYPE_CHECKING:
     from batchinfer.jobs.process.messages import Engine
@@ -71,12 +72,10 @@ class SampledEngine:
             samples += mine
             if (error := next((sample.error for sample in mine if sample.error is not None), None)) is not None:
                 errors[row] = error
-        offsets = np.zeros(len(samples) + 1, np.int64)
-        np.cumsum([len(sample.token_ids) for sample in samples], out=offsets[1:])
         return Completions(
             np.repeat(np.array(rows, np.int64), self._n),
             np.concatenate([np.empty(0, np.int32), *(sample.token_ids for sample in samples)]),
-            offsets,
+            offsets_of(np.array([len(sample.token_ids) for sample in samples], np.int64)),
             np.array([sample.finish_reason for sample in samples], np.int8),
             errors,
         )

@@ -7,6 +7,7 @@ import numpy as np
 from batchinfer.engine.config import EngineConfig, EngineStats
 from batchinfer.engine.request import Completions, FinishReason, Requests
 from batchinfer.host.memory import peak_memory_bytes
+from batchinfer.kernels.ragged import ranges
 from batchinfer.text.tokenizer import Tokenizer
 
 
@@ -33,15 +34,13 @@ class StubEngine:
         lengths = np.diff(requests.offsets)
         limits = np.array([p.max_tokens for p in requests.params])[requests.param_index]
         taken = np.minimum(lengths, limits)
-        within = np.arange(len(requests.token_ids)) - np.repeat(requests.offsets[:-1], lengths)
-        offsets = np.zeros(len(requests) + 1, np.int64)
-        np.cumsum(taken, out=offsets[1:])
+        places, offsets = ranges(requests.offsets[:-1], taken)
         self._stats.steps += 1
         self._stats.prompt_tokens += len(requests.token_ids)
         self._stats.completion_tokens += int(offsets[-1])
         return Completions(
             requests.rows,
-            requests.token_ids[within < np.repeat(taken, lengths)],
+            requests.token_ids[places],
             offsets,
             np.where(lengths > limits, FinishReason.LENGTH, FinishReason.STOP).astype(np.int8),
         )

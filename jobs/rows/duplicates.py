@@ -3,10 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from batchinfer.engine.request import ranges
 from batchinfer.jobs.rows.token_file import StoredRequests, cut
-
-Ints = NDArray[np.int64]
+from batchinfer.kernels.ragged import Ints, indices_within, ranges
 
 HASHED_TOKENS = 1 << 21  # that are in memory at a time
 
@@ -40,8 +38,8 @@ def _keys(prompts: StoredRequests, seeds: NDArray[np.uint64]) -> NDArray[np.uint
     keys += prompts.param_index.astype(np.uint64) * weights[-3]
     for some in cut(prompts.lengths, len(prompts), HASHED_TOKENS):
         token_ids, offsets = prompts.prompts(np.arange(some.start, some.stop))
-        within, _ = ranges(np.zeros(len(offsets) - 1, np.int64), np.diff(offsets))
-        keys[some] += np.add.reduceat(token_ids.astype(np.uint64) * weights[within], offsets[:-1])
+        numbers = token_ids.astype(np.uint64) * weights[indices_within(np.diff(offsets))]
+        keys[some] += np.add.reduceat(numbers, offsets[:-1])
     return keys
 
 

@@ -82,11 +82,6 @@ class JobPlan:
         below = [int(self.lengths[: edge + 1].sum()) for edge in edges]
         return {edge: rows - before for edge, rows, before in zip(edges, below, [0, *below], strict=False)}
 
-    @property
-    def padding_tokens(self) -> int:
-        """Tokens to add for every prompt to be as long as its bucket's edge."""
-        return sum(edge * rows for edge, rows in self.buckets.items()) - self.prompt_tokens
-
     def kv_cache_tokens(self, max_num_seqs: int) -> int:
         """Tokens of KV, in whole blocks, that the `max_num_seqs` largest rows take when all run at once to the end."""
         largest_first = self.reservations[::-1]

@@ -5,8 +5,7 @@ from numpy.typing import NDArray
 
 from batchinfer.jobs.rows.token_file import StoredRequests
 from batchinfer.kernels.grain import TILE
-
-Ints = NDArray[np.int64]
+from batchinfer.kernels.ragged import Ints
 
 HASHED_ROWS = 1 << 15  # whose tiles are in memory at a time
 

@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from batchinfer.engine.request import Requests, ranges
+from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.results.durable import naming
+from batchinfer.kernels.ragged import ranges
 
 SCHEMA = pa.schema([pa.field("token_ids", pa.large_list(pa.int32()), nullable=False)])
 

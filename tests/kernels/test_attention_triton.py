@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from batchinfer.kernels import attention_merge_triton, attention_triton
-from batchinfer.kernels.attention_plan import ITEM, AttentionPlan, Tile, Tiling, plan_attention
+from batchinfer.kernels.attention_plan import ITEM, AttentionPlan, Column, Tile, Tiling, plan_attention
 from batchinfer.kernels.attention_triton import paged_attention, tiling
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.ragged_attention import RaggedBatch, SharedPrefix, ragged_attention
@@ -190,7 +190,7 @@ def test_shared_prefixes(processors: int | None, kv: torch.dtype) -> None:
 
 
 def keys_read(plan: AttentionPlan) -> int:
-    return sum(int((items[:, 4] - items[:, 3]).sum()) for _, items in plan.launches)
+    return sum(int((items[:, Column.END] - items[:, Column.START]).sum()) for _, items in plan.launches)
 
 
 def test_keys_before_a_window_are_not_loaded() -> None:
@@ -202,7 +202,7 @@ def test_keys_before_a_window_are_not_loaded() -> None:
             pool[blocks[:-1]] = pool[blocks[-1], :, : before % 8] = float("nan")
     found, plan = run(query, cache, batch, 20)
     assert found.isfinite().all()
-    assert sorted(items[0, 3].item() for items in plan.launches[0][1].split(1)) == [128, 130]
+    assert sorted(items[0, Column.START].item() for items in plan.launches[0][1].split(1)) == [128, 130]
     cache.key, cache.value = cache.key.nan_to_num(), cache.value.nan_to_num()
     check(found, query, cache, batch, 20)
 
@@ -265,7 +265,7 @@ def test_items_cover_every_key_of_every_token_once() -> None:
         keys: dict[int, list[int]] = {row: [] for row in range(plan.tokens)}
         partials: dict[int, list[int]] = {row: [] for row in range(plan.tokens)}
         for tile, items in plan.launches:
-            assert items.shape[1] == ITEM and items[:, 1].max() * 3 <= tile.rows
+            assert items.shape[1] == ITEM and items[:, Column.COUNT].max() * 3 <= tile.rows
             for row, count, _, start, end, position, partial, _ in items.tolist():
                 for i in range(count):
                     keys[row + i] += range(start, min(end, position + i + 1))

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from batchinfer.models.batch import Ints
+from batchinfer.kernels.ragged import Ints
 
 PRIOR = np.array([0.6, 0.8])  # before anything is known: high enough for a try
 PRIOR_TOKENS = 4  # what that is worth, and what all kinds together are beside one of them

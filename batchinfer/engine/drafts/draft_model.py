@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.block_manager import BlockManager
@@ -19,7 +20,7 @@ from batchinfer.engine.model_runner import ModelRunner
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.kernels.grain import TILE
-from batchinfer.models.batch import Ints
+from batchinfer.kernels.ragged import Ints
 from batchinfer.models.config import read_model_config
 
 LEAST_SHARE = 0.3  # of a step of the target, however much smaller the model is: of launching, not of computing
@@ -50,6 +51,7 @@ class DraftModel:
         for column in SAMPLING:
             setattr(self.table, column, getattr(table, column))
         self.table.epoch[:] = -1
+        self._taken = np.zeros_like(table.length)  # tokens of each sequence that are known to be the target's
         self.manager = BlockManager(blocks)
         admission = Admission(self.table, self.manager, False, None)
         inputs, grain = self.runner.attention_inputs, self.runner.decoder.row_grain
@@ -93,30 +95,40 @@ class DraftModel:
             table.promised[place] = table.computed[place] = table.length[place] = 0
             table.epoch[place] = -1
 
-    def _catch_up(self, places: Ints, most: Ints) -> "np.ndarray[tuple[int], np.dtype[np.bool_]]":
+    def _catch_up(self, places: Ints, most: Ints) -> NDArray[np.bool_]:
         """Take over what the target has by now; which of the sequences [n] are drafted for."""
         table, target = self.table, self.target
         drafting = most > 0
         for i in np.flatnonzero(drafting).tolist():
             place, length = int(places[i]), int(target.length[places[i]])
-            need = table.blocks_for(length + int(most[i])) - int(table.promised[place])
-            if need > 0 and not self.manager.promise(need):
-                drafting[i] = False
+            drafting[i] = self._promise(place, length + int(most[i]))
+            if not drafting[i]:
                 continue
-            table.promised[place] += max(need, 0)
-            # What it had drafted may not be what followed: keys and values are good up to the first other token.
-            had = min(int(table.computed[place]), length - 1)
-            first = min(int(table.prompt_length[place]), had)
-            differs = np.flatnonzero(table.tokens[place, first:had] != target.tokens[place, first:had])
-            good = first + int(differs[0]) if len(differs) else had
+            agreed = self._agreed(place, length)
             # Embeddings may be padded, to more in one model than in the other.
-            table.tokens[place, good:length] = np.minimum(target.tokens[place, good:length], self._vocabulary - 1)
+            table.tokens[place, agreed:length] = np.minimum(target.tokens[place, agreed:length], self._vocabulary - 1)
             table.epoch[place] = target.epoch[place]
             table.active[place] = True
             table.length[place], table.end[place] = length, length + int(most[i])
-            table.computed[place] = table.prompt_length[place] = good
-            if length - good > TILE:  # much is new: in tiles, but for the last tokens
-                table.computed[place] = good // TILE * TILE
-                table.prompt_length[place] = (length - 1) // TILE * TILE
+            table.computed[place] = self._taken[place] = table.prefill_end[place] = agreed
+            if length - agreed > TILE:  # much is new: in tiles, but for the last tokens
+                table.computed[place] = agreed // TILE * TILE
+                table.prefill_end[place] = self._taken[place] = (length - 1) // TILE * TILE
                 self.scheduler.prefilling.append(place)
         return drafting
+
+    def _promise(self, place: int, tokens: int) -> bool:
+        """Promise blocks for so many tokens of the sequence in all; False where there are none."""
+        need = max(0, self.table.blocks_for(tokens) - int(self.table.promised[place]))
+        if not self.manager.promise(need):
+            return False
+        self.table.promised[place] += need
+        return True
+
+    def _agreed(self, place: int, length: int) -> int:
+        """The tokens, up to the first that the target has otherwise, of which it has keys and values: what it had
+        drafted may not be what followed."""
+        had = min(int(self.table.computed[place]), length - 1)
+        first = min(int(self._taken[place]), had)
+        differs = np.flatnonzero(self.table.tokens[place, first:had] != self.target.tokens[place, first:had])
+        return first + int(differs[0]) if len(differs) else had

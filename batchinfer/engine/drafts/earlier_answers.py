@@ -8,13 +8,13 @@ import numpy as np
 from batchinfer.engine.drafts.ngram_index import (
     INDEXED_AT_ONCE,
     Hashes,
-    Ints,
     NgramIndex,
     Tokens,
     agreement,
     longest_match,
     windows,
 )
+from batchinfer.kernels.ragged import Ints
 
 LIBRARY_TOKENS = 1 << 20
 FIRST_TOKENS = 1 << 14  # that there is an index for at first: memory that nothing was written to yet is slow

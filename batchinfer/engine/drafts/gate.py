@@ -20,7 +20,8 @@ from batchinfer.engine.pool_size import is_out_of_memory
 from batchinfer.engine.request import Completions
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.verified import Gains
-from batchinfer.models.batch import Batch, Ints
+from batchinfer.kernels.ragged import Ints, ranges
+from batchinfer.models.batch import Batch
 
 LEAST_GAIN = 1.1  # below that nothing is drafted: of many expectations the best is one of the too good ones
 APART = 1.2  # sizes of steps that are compared, each by so much larger than the one before
@@ -183,9 +184,9 @@ class Speculator:
 
     def _write(self, places: Ints, counts: Ints, tokens: NDArray[np.int32]) -> None:
         """Behind the newest token of each sequence."""
-        owner = np.repeat(np.arange(len(places)), counts)
-        within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-        self.table.tokens[places[owner], self.table.length[places[owner]] + within] = tokens[owner, within]
+        positions, _ = ranges(self.table.length[places], counts)
+        drafts = tokens[np.arange(tokens.shape[1]) < counts[:, None]]
+        self.table.tokens[np.repeat(places, counts), positions] = drafts
 
 
 def _apart(sizes: Ints) -> Ints:

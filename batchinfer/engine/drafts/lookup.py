@@ -13,7 +13,6 @@ from batchinfer.engine.config import Speculation
 from batchinfer.engine.drafts.earlier_answers import END_OF_ROW, Library
 from batchinfer.engine.drafts.ngram_index import (
     INDEXED_AT_ONCE,
-    Ints,
     NgramIndex,
     Tokens,
     agreement,
@@ -21,6 +20,7 @@ from batchinfer.engine.drafts.ngram_index import (
     windows,
 )
 from batchinfer.engine.sequence import SequenceTable
+from batchinfer.kernels.ragged import Ints, ranges
 
 NO_TOKEN = -2  # before a text; differs from all that is there
 
@@ -93,7 +93,7 @@ class LookupDrafter:
         indexed[(self.rows[places] != rows) | (indexed >= lengths)] = 0
         self.rows[places], self.indexed[places] = rows, lengths - 1
         new = lengths - 1 - indexed
-        ends = np.arange(new.sum()) + np.repeat(indexed + 1 - new.cumsum() + new, new)
+        ends, _ = ranges(indexed + 1, new)
         owners = np.repeat(places, new)
         for first in range(0, len(ends), INDEXED_AT_ONCE):
             part = slice(first, first + INDEXED_AT_ONCE)

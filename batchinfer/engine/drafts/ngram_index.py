@@ -6,7 +6,8 @@ Letters in shapes: m places in texts, n sequences, L lengths of n-grams, W token
 import numpy as np
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from batchinfer.kernels.ragged import Ints
+
 Tokens = NDArray[np.int32]
 Hashes = NDArray[np.uint64]
 

@@ -56,11 +56,16 @@ class StepTimes:
         return expected
 
     def _on_line(self, sizes: NDArray[np.int64]) -> Floats:
-        """As if a step of half the mean size more had been seen that has the slope of prompts."""
+        size, seconds = self._mean
+        on_line: Floats = np.maximum(seconds + self._slope() * (sizes - size), 0.0)
+        return on_line
+
+    def _slope(self) -> float:
+        """Seconds of a token more: the least-squares slope of the differences from step to step, drawn towards what a
+        token costs in steps of prompts (ridge regression). That prior weighs as much as one difference of half the mean
+        size, so that a few observations of larger differences outweigh it."""
         size, seconds = self._mean
         squares, products = self._sums
-        spread = (size / 2) ** 2
-        expected = min(self.prompt_token, seconds / size) or GROWING * seconds / size
-        slope = max((products + spread * expected) / (squares + spread), 0.0)
-        on_line: Floats = np.maximum(seconds + slope * (sizes - size), 0.0)
-        return on_line
+        prior = min(self.prompt_token, seconds / size) or GROWING * seconds / size
+        weight = (size / 2) ** 2
+        return max((products + weight * prior) / (squares + weight), 0.0)

@@ -15,7 +15,8 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.request import Completions, FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.verified import Gains
-from batchinfer.models.batch import Batch, Ints
+from batchinfer.kernels.ragged import Ints
+from batchinfer.models.batch import Batch
 
 Done = dict[int, tuple[list[int], FinishReason]]
 

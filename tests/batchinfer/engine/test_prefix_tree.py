@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engines import IdsAsText, engine_of, prompts_of, run, tokens
+from engines import IdsAsText, assert_blocks_are_free, engine_of, prompts_of, run, tokens
 
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.prefix_tree import PrefixTree, likeness
@@ -93,7 +93,7 @@ def test_twins_compute_one_prompt_and_draw_each_their_own(
     if "max_num_seqs" not in settings:  # else the first have ended their prompt before the last begin
         assert engine.stats().prompt_tokens == len(before) + length + len(after)
         assert engine.stats().shared_tokens == 7 * length
-    engine.scheduler.manager.check_integrity()
+    assert_blocks_are_free(engine)
 
 
 def test_twins_of_a_row_that_is_not_finite_fail_like_it(make_model: Callable[..., Path]) -> None:
@@ -130,7 +130,7 @@ def test_shared_blocks_are_freed_right_after_the_last_row_that_needs_them(make_m
     while engine.unfinished:
         engine.step()
         most = max(most, int((~engine.scheduler.manager._free[1:]).sum()))
-    engine.scheduler.manager.check_integrity()
+    assert_blocks_are_free(engine)
     assert engine.stats().prompt_tokens == 4 * 322 + 36 * 2
     assert most <= (320 // 32) + 3 * 1 + (320 // 32), "two templates at most, and the rows' own blocks"
 
@@ -229,7 +229,7 @@ def test_a_preempted_row_does_not_wait_for_a_prefix_that_waits_for_it(make_model
         if not engine.unfinished:
             break
     assert done == expected and engine.stats().preemptions > 0
-    engine.scheduler.manager.check_integrity()
+    assert_blocks_are_free(engine)
 
 
 def test_a_step_of_rows_that_are_computed_again_keeps_to_the_budget(make_model: Callable[..., Path]) -> None:

@@ -30,7 +30,6 @@ def test_figures_of_one_window() -> None:
     plan = plan_of(requests_of(LENGTHS))
     assert (plan.rows, plan.prompt_tokens) == (len(LENGTHS), sum(LENGTHS))
     assert plan.buckets == {32: 5, 64: 2, 128: 1, 256: 0, 512: 2}
-    assert plan.padding_tokens == 5 * 32 + 2 * 64 + 128 + 2 * 512 - sum(LENGTHS)
 
 
 @pytest.mark.parametrize("q", [0.0, 0.01, 0.25, 0.5, 0.9, 0.95, 1.0])
@@ -64,7 +63,7 @@ def test_windows_add_up() -> None:
 def test_no_rows() -> None:
     plan = plan_of(requests_of([]))
     assert (plan.rows, plan.prompt_tokens, plan.quantile(0.5), plan.kv_cache_tokens(64)) == (0, 0, 0, 0)
-    assert plan.buckets == {32: 0} and plan.padding_tokens == 0
+    assert plan.buckets == {32: 0}
 
 
 def test_duplicates_count_as_rows_and_not_in_the_cache() -> None:

@@ -17,7 +17,8 @@ from batchinfer.engine.drafts.gate import LONGEST_REST, Speculator
 from batchinfer.engine.drafts.lookup import Proposals
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.verified import Gains
-from batchinfer.models.batch import Batch, Ints, Queries
+from batchinfer.kernels.ragged import Ints
+from batchinfer.models.batch import Batch, Queries
 
 HOUR = 3600.0
 DRAFTS = Speculation().num_speculative_tokens
