@@ -103,8 +103,8 @@ class Remembers(StubEngine):
 SCRIPT = """
 import sys
 from functools import partial
-from batchinfer.jobs import job
 from batchinfer.jobs.cli.main import main
+from batchinfer.jobs import job
 from batchinfer.jobs.job import run
 
 if __name__ == "__main__":

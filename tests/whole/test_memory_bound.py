@@ -22,8 +22,8 @@ CELL = 100 << 20
 CODE = """
 import sys
 from functools import partial
+from batchinfer.jobs.cli.main import main  # first, as in the command: it chooses pyarrow's allocator
 from batchinfer.jobs import job
-from batchinfer.jobs.cli.main import main
 
 if __name__ == "__main__":
     job.run = partial(job.run, engine="batchinfer.jobs.process.stub_engine:StubEngine")

@@ -280,8 +280,8 @@ def test_no_text_of_a_row_is_logged(tmp_path: Path, kind: str, engine: str) -> N
 MAIN = """
 import sys
 from functools import partial
-from batchinfer.jobs import job
 from batchinfer.jobs.cli.main import main
+from batchinfer.jobs import job
 from batchinfer.jobs.job import run
 
 if __name__ == "__main__":
