@@ -1,0 +1,49 @@
+"""The 8-bit product against the exact integer product, on each path, and the kernel that ran."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from batchinfer.kernels.linear_w8a8 import LinearW8A8
+from batchinfer.kernels.rows import Rows
+
+
+@pytest.mark.parametrize("path", ["cpu", "reference"])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (63, 500), (96, 64), (320, 33)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_w8a8_is_the_exact_integer_product(
+    path: str, n: int, k: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATCHINFER_KERNELS", path)
+    x = torch.randint(1, 256, (40, k), dtype=torch.uint8)
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8)
+    scale = 2.0 ** torch.randint(-6, 3, (n,)).float()  # powers of two: every product is exact
+    row_scale = 2.0 ** torch.randint(-6, 3, (40, 1)).float()
+    added = torch.randint(-5, 6, (n,)).float() if bias else None
+    product = LinearW8A8(weight, scale, added)
+    assert product.path == path
+    exact = ((x.long() - 128) @ weight.t().long()).double() * scale * row_scale + (0 if added is None else added)
+    for rows in (1, 7, 40):
+        got = product(Rows(x[:rows], row_scale[:rows])).dense()
+        assert got.double().equal(exact[:rows])
+
+
+def test_w8a8_runs_the_vector_kernel() -> None:
+    """oneDNN says which kernel it ran: a scalar reference would be thousands of times slower, and just as right."""
+    code = (
+        "import torch; from batchinfer.kernels.linear_w8a8 import LinearW8A8; from batchinfer.kernels.rows import Rows;"
+        "p = LinearW8A8(torch.ones(96, 64, dtype=torch.int8), torch.ones(96));"
+        "p(Rows(torch.ones(40, 64, dtype=torch.uint8), torch.ones(40, 1)))"
+    )
+    env = {**os.environ, "ONEDNN_VERBOSE": "1", "BATCHINFER_KERNELS": "auto"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    products = [line for line in out.splitlines() if ",exec,cpu,matmul," in line]
+    assert products, out
+    flags = Path("/proc/cpuinfo").read_text()
+    kernels = {"amx_int8": "amx", "avx512_vnni": "avx512_core_vnni", "": "avx2"}
+    expected = next(kernel for flag, kernel in kernels.items() if flag in flags)
+    assert all("brg_matmul" in line and expected in line for line in products), products

@@ -1,0 +1,33 @@
+"""RMSNorm against torch's; norm and activation with quantization against the plain ones."""
+
+import pytest
+import torch
+from true_values import true_values
+
+from batchinfer.kernels.activation import silu_mul, silu_mul_quantize
+from batchinfer.kernels.norm import rms_norm, rms_norm_quantize
+from batchinfer.kernels.rows import Rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_that_of_torch(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(8, 2, 63).to(dtype), torch.rand(63).to(dtype)
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]
+    expected = torch.nn.functional.rms_norm(x.double(), (63,), weight.double(), 1e-5)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_norm_and_activation_with_quantization_are_the_plain_ones_rounded() -> None:
+    x, weight = torch.randn(8, 500), torch.rand(500) + 0.5
+    expected = torch.nn.functional.rms_norm(x.double(), (500,), weight.double(), 1e-5)
+    got = rms_norm_quantize(x.clone(), weight, 1e-5)
+    assert got.scale is not None
+    assert ((true_values(got) - expected).abs() <= got.scale.double() * 0.501).all()
+
+    h, scale = torch.randn(8, 126), torch.rand(8, 1) + 0.1
+    gate, up = (h * scale).double().chunk(2, -1)
+    expected = torch.nn.functional.silu(gate) * up
+    for rows in (silu_mul_quantize(Rows(h.clone(), scale)), silu_mul_quantize(Rows(h * scale))):
+        assert rows.scale is not None
+        assert ((true_values(rows) - expected).abs() <= rows.scale.double() * 0.501).all()
+    torch.testing.assert_close(silu_mul(h * scale).double(), expected, rtol=1e-5, atol=1e-6)
