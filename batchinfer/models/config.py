@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from batchinfer.host.files import read_object
-from batchinfer.models import families
 from batchinfer.models.config_file import ConfigFile
+from batchinfer.models.families import cwm, internlm3, iquestcoder, llama, ministral, mistral, qwen2, qwen3
 from batchinfer.models.layer import Attention, Layer, Matrix, Norm
 from batchinfer.models.rope import Rope, read_rope
 
@@ -40,7 +38,10 @@ _USED = {
 class Family(Protocol):
     """A model family: a module in `models/families/`."""
 
-    ARCHITECTURES: tuple[str, ...]  # the values that `architectures` in config.json may have
+    @property
+    def ARCHITECTURES(self) -> tuple[str, ...]:
+        """The names that `architectures` in config.json may have."""
+        ...
 
     def layers(self, config: ConfigFile) -> list[Layer]:
         """Describe the layers that `config.json` asks for.
@@ -48,6 +49,19 @@ class Family(Protocol):
         Raises `ValueError` naming a field, its value and what is supported.
         """
         ...
+
+
+# By `model_type`. Nothing is imported by a name that a checkpoint gives.
+FAMILIES: dict[str, Family] = {
+    "cwm": cwm,
+    "internlm3": internlm3,
+    "iquestcoder": iquestcoder,
+    "llama": llama,
+    "ministral": ministral,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+}
 
 
 @dataclass(frozen=True)
@@ -95,11 +109,6 @@ class ModelConfig:
             yield f"{self.head.name}.weight", (self.vocab_size, self.hidden_size)
 
 
-def supported_families() -> list[str]:
-    """Return the `model_type` of each supported family."""
-    return sorted(module.name for module in pkgutil.iter_modules(families.__path__))
-
-
 def read_model_config(model: Path) -> ModelConfig:
     """Read the config in a checkpoint's folder.
 
@@ -143,10 +152,10 @@ def stored_dtype(raw: Mapping[str, Any]) -> str:
 
 
 def _family(raw: dict[str, Any]) -> Family:
-    name, known = raw.get("model_type"), supported_families()
-    if name not in known:
-        raise ValueError(f"config.json: model_type is {name!r}; supported are {', '.join(known)}")
-    family = cast(Family, importlib.import_module(f"{families.__name__}.{name}"))
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(f"config.json: model_type is {name!r}; supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
     named = raw.get("architectures")
     if named and named not in [[architecture] for architecture in family.ARCHITECTURES]:
         expected = " or ".join(f"['{architecture}']" for architecture in family.ARCHITECTURES)

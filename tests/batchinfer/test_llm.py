@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from chat_models import CHATML, LLAMA_2, save
+from engines import assert_blocks_are_free
 from repository import TARGET
 
 import batchinfer
@@ -174,7 +175,7 @@ def test_what_is_dropped_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.Mon
     with pytest.raises(ValueError, match="another stream of this LLM is under way"):
         llm.generate(TEXTS, GREEDY)
     stream.close()  # type: ignore[attr-defined]
-    llm._engine.scheduler.manager.check_integrity()
+    assert_blocks_are_free(llm._engine)
     assert answers(llm.generate(TEXTS, GREEDY)) == expected
 
     launch, steps = llm._engine.runner.launch, iter(range(3))
@@ -188,7 +189,7 @@ def test_what_is_dropped_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.Mon
     with pytest.raises(KeyboardInterrupt):
         llm.generate(TEXTS, GREEDY)
     monkeypatch.undo()
-    llm._engine.scheduler.manager.check_integrity()
+    assert_blocks_are_free(llm._engine)
     assert answers(llm.generate(TEXTS, GREEDY)) == expected
 
 

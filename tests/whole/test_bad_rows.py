@@ -12,9 +12,9 @@ import pytest
 from command_line import STUB, call
 from stub_jobs import CONTEXT, counts, expected, make_model, recount, spec
 
+from batchinfer.engine import prompts
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.job import run
-from batchinfer.jobs.rows import prompts
 
 CHATML = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('No tools here') }}{% endif %}"

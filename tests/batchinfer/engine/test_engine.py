@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from engines import EDGES, IdsAsText, assert_logits_of_transformers, compare_logits, engine_of, prompts_of, run, tokens
+from engines import (
+    EDGES,
+    IdsAsText,
+    assert_blocks_are_free,
+    assert_logits_of_transformers,
+    compare_logits,
+    engine_of,
+    prompts_of,
+    run,
+    tokens,
+)
 
 from batchinfer.engine.request import FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
@@ -211,7 +221,7 @@ def test_rows_that_are_dropped_leave_nothing_behind(make_model: Callable[..., Pa
         cache.key[used[used > 0]] = float("nan")
     engine.drop()
     assert not engine.unfinished
-    engine.scheduler.manager.check_integrity()
+    assert_blocks_are_free(engine)
     assert tokens(engine, requests.take(np.array([0]))) == {0: expected[0]}
     assert tokens(engine, requests) == expected
 
