@@ -31,7 +31,7 @@ class Work:
     decode_keys: Floats  # positions that those see, in whole blocks
     tiles: Floats  # of prompts
     tile_keys: Floats  # positions that those tiles see, each tile's own included
-    tile_places: Floats  # different places of tiles in their sequences
+    tile_positions: Floats  # different places of tiles in their sequences
 
     def __post_init__(self) -> None:
         assert len({len(getattr(self, field.name)) for field in fields(self)}) == 1
@@ -111,7 +111,7 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
         "head from memory": streamed * weights.head_bytes * head * (w.sampled > 0),
         "head by row": head * w.sampled,
         "logit": model.vocab_size * w.sampled,
-        "place of tiles": len(layers) * w.tile_places,
+        "place of tiles": len(layers) * w.tile_positions,
         "tile operation": width * TILE * w.tile_keys,
         "tile score": heads * TILE * w.tile_keys,
         f"tile key in {kv_cache}": kv * w.tile_keys,

@@ -37,7 +37,7 @@ class Recording:
     finite: Tensor
 
 
-class DeviceSteps:
+class CudaGraphs:
     """`run(batch)` sends a batch to the device and computes it, by replay if there is a recording of its shape."""
 
     def __init__(self, compute: Compute, device: torch.device, notes: list[str]) -> None:

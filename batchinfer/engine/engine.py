@@ -14,8 +14,9 @@ from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.config import BLOCK_SIZES, LEAST_BATCHED_TOKENS, LEAST_GPU_SHARE, EngineConfig, EngineStats
 from batchinfer.engine.cuda_graphs import padded_count
 from batchinfer.engine.drafts.draft_model import DraftModel, load_draft_model
-from batchinfer.engine.drafts.gate import Speculator
+from batchinfer.engine.drafts.gate import Gate
 from batchinfer.engine.model_runner import ModelRunner, measure_peak
+from batchinfer.engine.new_tokens import NewTokens
 from batchinfer.engine.output_lengths import OutputLengths
 from batchinfer.engine.pool_size import Room, is_out_of_memory, pool_blocks
 from batchinfer.engine.request import Completions, FinishReason, Requests, RowError
@@ -23,7 +24,6 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.transfer import Sampled
-from batchinfer.engine.verified import Gains
 from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.models.batch import Batch
@@ -74,7 +74,7 @@ class Engine:
         self.runner.allocate(blocks, config.block_size)
         lengths = OutputLengths(config.max_model_len) if config.learned_admission else None
         self.table, self.scheduler = self._scheduler(config, blocks, lengths)
-        self.drafter = self._speculator(config, draft_runner, blocks)
+        self.drafter = self._gate(config, draft_runner, blocks)
         self.steps: deque[_Step] = deque()  # under way, the oldest first
         self._settled = 0.0  # when the last one before them ended
         self._stats.load_seconds = time.perf_counter() - started
@@ -151,18 +151,18 @@ class Engine:
     def _end(self, step: _Step) -> Completions:
         """Wait for a step, and take what it sampled."""
         batch = step.batch
-        gains = self.scheduler.update(batch, *step.sampled.wait())
-        if gains.spoiled is not None:
-            self.runner.clear_slots(gains.spoiled)
-        done = self._finished(gains)
+        new_tokens = self.scheduler.update(batch, *step.sampled.wait())
+        if new_tokens.spoiled is not None:
+            self.runner.clear_slots(new_tokens.spoiled)
+        done = self._finished(new_tokens)
         completions = self._completions(list(done), done)
         for place, reason in done.items():
             self.scheduler.finish(place, reason is FinishReason.ERROR)
-        self._stats.accepted += gains.accepted
+        self._stats.accepted += new_tokens.accepted
         now = time.perf_counter()
         seconds = now - max(step.started, self._settled)
         if self.drafter is not None:
-            self.drafter.settle(batch, gains, seconds)
+            self.drafter.settle(batch, new_tokens, seconds)
             self.drafter.remember(completions)
         self._count(batch, seconds)
         self._settled = now
@@ -212,13 +212,13 @@ class Engine:
         budget, eos_ids = config.max_num_batched_tokens, np.array(self.tokenizer.eos_ids, np.int64)
         return table, Scheduler(table, manager, admission, inputs, budget, grain, eos_ids)
 
-    def _speculator(self, config: EngineConfig, runner: ModelRunner | None, blocks: int) -> Speculator | None:
+    def _gate(self, config: EngineConfig, runner: ModelRunner | None, blocks: int) -> Gate | None:
         if config.speculation.method == "off":
             return None
         grain = self.runner.decoder.row_grain
         padded = padded_count if self.runner.late else partial(padded_size, row_grain=grain)
         model = None if runner is None else DraftModel(runner, config, self.table, blocks, self.runner)
-        return Speculator(self.table, config.speculation, padded, model, self.runner.late > 0, self._stats.notes)
+        return Gate(self.table, config.speculation, padded, model, self.runner.late > 0, self._stats.notes)
 
     def _room(self, config: EngineConfig) -> Room:
         """For keys and values; on a GPU a step as large as any is computed first, to see what it takes."""
@@ -241,27 +241,27 @@ class Engine:
         free, total = torch.cuda.mem_get_info()
         return Room.on_device(total, free, activations, config.gpu_memory_utilization)
 
-    def _finished(self, gains: Gains) -> dict[int, FinishReason]:
+    def _finished(self, new_tokens: NewTokens) -> dict[int, FinishReason]:
         """The sequences that end with these tokens, and why; of several reasons the last named here wins.
 
         Tokens behind a stop string are dropped.
         """
-        table, places = self.table, gains.places
-        stopped = self._stopped(gains)
+        table, places = self.table, new_tokens.places
+        stopped = self._stopped(new_tokens)
         newest = table.tokens[places, table.length[places] - 1]
         ended = np.isin(newest, self.scheduler.eos_ids) & ~table.ignore_eos[places]
         done = {int(p): FinishReason.LENGTH for p in places[table.length[places] >= table.end[places]]}
         done |= dict.fromkeys(stopped, FinishReason.STOP)
         done |= {int(p): FinishReason.STOP for p in places[ended]}
-        done |= {int(p): FinishReason.ERROR for p in places[~gains.finite]}
+        done |= {int(p): FinishReason.ERROR for p in places[~new_tokens.finite]}
         return done
 
-    def _stopped(self, gains: Gains) -> list[int]:
+    def _stopped(self, new_tokens: NewTokens) -> list[int]:
         """Of sequences with stop strings, those in which a new token completes one; it becomes their last."""
         table = self.table
         candidates = [
             (place, length)
-            for place, count in zip(gains.places.tolist(), gains.tokens.tolist(), strict=True)
+            for place, count in zip(new_tokens.places.tolist(), new_tokens.counts.tolist(), strict=True)
             if place in table.stop
             for length in range(int(table.length[place]) - count + 1, int(table.length[place]) + 1)
         ]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchinfer.engine.attention_inputs import AttentionInputs, RaggedInputs, TiledInputs
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.cuda_graphs import DeviceSteps
+from batchinfer.engine.cuda_graphs import CudaGraphs
 from batchinfer.engine.four_bit_path import FourBitPath
 from batchinfer.engine.pool_size import bytes_per_token
 from batchinfer.engine.transfer import Sampled
@@ -70,7 +70,7 @@ class ModelRunner:
         if not isinstance(self.backend, CpuBackend):
             self.late = 1
             self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.backend.device)
-            self.steps = DeviceSteps(self._compute, self.backend.device, self.notes)
+            self.steps = CudaGraphs(self._compute, self.backend.device, self.notes)
 
     @property
     def attention_inputs(self) -> AttentionInputs:

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.attention_inputs import AttentionInputs
 from batchinfer.engine.block_manager import BlockManager
+from batchinfer.engine.new_tokens import NewTokens, verify_drafts
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.step_policy import decoding, padded_logits, piece_end
-from batchinfer.engine.verified import Gains, verified_gains
 from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.kernels.ragged import Ints
 from batchinfer.kernels.sampling import SamplingBatch
@@ -219,7 +219,7 @@ class Scheduler:
         )
         return SamplingBatch(temperature, top_k, top_p, min_p, seeds, as_tensor(positions))
 
-    def update(self, batch: Batch, tokens: Ints, finite: NDArray[np.bool_] | None = None) -> Gains:
+    def update(self, batch: Batch, tokens: Ints, finite: NDArray[np.bool_] | None = None) -> NewTokens:
         """Append what was sampled [r] to the sequences that still run; what the others got is dropped.
 
         `finite` [r] tells where the logits were; None: everywhere.
@@ -229,11 +229,11 @@ class Scheduler:
         running: NDArray[np.bool_] = table.active[batch.sequences] & (table.epoch[batch.sequences] == batch.epochs)
         if batch.drafted:
             assert running.all(), "a step with drafts ends before the next one begins"
-            return verified_gains(table, batch, tokens, finite, self.eos_ids)
+            return verify_drafts(table, batch, tokens, finite, self.eos_ids)
         places = batch.sequences[running]
         table.tokens[places, table.length[places]] = tokens[running]
         table.length[places] += 1
-        return Gains(places, np.ones_like(places), finite[running])
+        return NewTokens(places, np.ones_like(places), finite[running])
 
     def drop(self) -> None:
         """Forget all rows, those that wait and those that run."""

@@ -1,4 +1,4 @@
-"""`Speculator`: whether to draft in a step, whose drafts, and how many.
+"""`Gate`: whether to draft in a step, whose drafts, and how many.
 
 A draft costs one more token in the step, and is worth the probability that it is right, together with all drafts before
 it. So drafts are taken in the order of their worth, as many as give the most new tokens a second: none where the device
@@ -16,10 +16,10 @@ from batchinfer.engine.drafts.acceptance import Acceptance
 from batchinfer.engine.drafts.draft_model import DraftModel
 from batchinfer.engine.drafts.lookup import LookupDrafter, Proposals
 from batchinfer.engine.drafts.step_times import StepTimes
+from batchinfer.engine.new_tokens import NewTokens
 from batchinfer.engine.pool_size import is_out_of_memory
 from batchinfer.engine.request import Completions
 from batchinfer.engine.sequence import SequenceTable
-from batchinfer.engine.verified import Gains
 from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.models.batch import Batch
 
@@ -32,7 +32,7 @@ PROMPTS = 4  # prompt tokens beside one that decodes, from where on a step tells
 Floats = NDArray[np.float64]
 
 
-class Speculator:
+class Gate:
     """The `Drafter` of an engine. With `gate` off, all drafts that there are go into every step."""
 
     def __init__(
@@ -90,7 +90,7 @@ class Speculator:
         self._drafted = acceptance, places, kinds, counts
         return counts
 
-    def settle(self, batch: Batch, gains: Gains, seconds: float) -> None:
+    def settle(self, batch: Batch, new_tokens: NewTokens, seconds: float) -> None:
         """A step has ended."""
         self._rest = max(0, self._rest - 1)
         self.looked_up.fade()
@@ -101,10 +101,10 @@ class Speculator:
             self.times.observe(self.padded(batch.query_tokens), seconds)
         if batch.drafted and self._drafted is not None:
             acceptance, places, kinds, counts = self._drafted
-            right = np.zeros(len(self.table.active), np.int64)
-            right[gains.places] = gains.tokens - 1
+            accepted = np.zeros(len(self.table.active), np.int64)
+            accepted[new_tokens.places] = new_tokens.counts - 1
             tried = counts > 0
-            acceptance.observe(places[tried], kinds[tried], counts[tried], right[places[tried]])
+            acceptance.observe(places[tried], kinds[tried], counts[tried], accepted[places[tried]])
 
     def remember(self, done: Completions) -> None:
         """Rows have ended."""
@@ -131,7 +131,7 @@ class Speculator:
         return Proposals(none, np.zeros((len(places), 0), np.int32), none, none > 0)
 
     def _kinds(self, found: Proposals) -> Ints:
-        kinds: Ints = np.minimum(found.matched, self.longest) + found.from_library * (self.longest + 1)
+        kinds: Ints = np.minimum(found.matched, self.longest) + found.from_earlier_answer * (self.longest + 1)
         return kinds
 
     def _depth(self, places: Ints, most: Ints, budget: int, rate: float) -> int:
@@ -163,13 +163,13 @@ class Speculator:
         likely = self.looked_up.of(places, self.table.epoch[places], kinds, len(o_k))
         worth = np.where(o_k < counts[:, None], likely, 0.0).ravel()
         order = np.argsort(-worth, kind="stable")[: min(budget, int(counts.sum()))]
-        gained = np.concatenate([[0.0], np.cumsum(worth[order])])
+        expected = np.concatenate([[0.0], np.cumsum(worth[order])])
         # A step that is filled up anyway takes more drafts for nothing.
-        sizes = _apart(np.unique([self.padded(n + j) for j in range(len(gained))]))
-        taken = np.minimum(sizes - n, len(gained) - 1)
+        sizes = _apart(np.unique([self.padded(n + j) for j in range(len(expected))]))
+        taken = np.minimum(sizes - n, len(expected) - 1)
         seconds = np.maximum(self.times.of(sizes), 1e-9)
         plain = n / seconds[0]
-        rates = (n + gained[taken]) / (seconds + self._look_seconds)
+        rates = (n + expected[taken]) / (seconds + self._look_seconds)
         best = int(rates.argmax())
         if rates[best] < LEAST_GAIN * plain:
             return np.zeros_like(counts), plain

@@ -10,14 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.engine.config import Speculation
-from batchinfer.engine.drafts.earlier_answers import END_OF_ROW, Library
+from batchinfer.engine.drafts.earlier_answers import END_OF_ROW, EarlierAnswers
 from batchinfer.engine.drafts.ngram_index import (
     INDEXED_AT_ONCE,
     NgramIndex,
     Tokens,
     agreement,
     longest_match,
-    windows,
+    read_ngrams,
 )
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.kernels.ragged import Ints, ranges
@@ -32,7 +32,7 @@ class Proposals:
     counts: Ints  # [n]
     tokens: Tokens  # [n, K], K the most that any place may have
     matched: Ints  # [n], tokens that agreed before what was copied; 0 where nothing was found
-    from_library: NDArray[np.bool_]  # [n], copied from an earlier row's answer
+    from_earlier_answer: NDArray[np.bool_]  # [n], copied from an earlier row's answer
 
 
 class LookupDrafter:
@@ -50,14 +50,14 @@ class LookupDrafter:
         self.index = NgramIndex(shortest, longest, table.tokens.size)
         self.rows = np.full(len(table.row), -1, np.int64)  # whose n-grams are in the index ...
         self.indexed = np.zeros(len(table.row), np.int64)  # ... and how far
-        self.library = None if speculation.method == "ngram" else Library(shortest, longest)
+        self.earlier_answers = None if speculation.method == "ngram" else EarlierAnswers(shortest, longest)
 
     def draft(self, places: Ints, most: Ints) -> Proposals:
         """Drafts for sequences at these places, int64 [n], each at most so many, int64 [n]."""
         table, index = self.table, self.index
         text, lengths, starts = table.tokens.reshape(-1), table.length[places], places * table.max_tokens
         self._index_older(places, lengths)
-        newest = windows(text, starts + lengths, index.longest)
+        newest = read_ngrams(text, starts + lengths, index.longest)
         newest[np.arange(index.longest) >= lengths[:, None]] = NO_TOKEN  # there are no more
         hashes = index.hashes(newest)
         ends = index.find(index.salted(hashes, places))
@@ -70,21 +70,23 @@ class LookupDrafter:
         o_k = np.arange(counts.max(initial=0))
         # A copy that reaches the newest token goes on with what it has copied: a repetition goes on.
         tokens = text[(starts + ends)[:, None] + o_k % (lengths - ends)[:, None]]
-        from_library = np.zeros(len(places), np.bool_)
-        if self.library is not None and self.library.written:
-            found, longer = self.library.find(newest, hashes)
-            from_library = longer > matched
+        from_earlier_answer = np.zeros(len(places), np.bool_)
+        if self.earlier_answers is not None and self.earlier_answers.written:
+            found, longer = self.earlier_answers.find(newest, hashes)
+            from_earlier_answer = longer > matched
             matched = np.maximum(matched, longer)
-            copies = self.library.copy(found[from_library], len(o_k))
-            tokens[from_library] = copies
-            counts[from_library] = np.minimum(counts[from_library], (copies != END_OF_ROW).cumprod(1).sum(1))
+            copies = self.earlier_answers.copy(found[from_earlier_answer], len(o_k))
+            tokens[from_earlier_answer] = copies
+            counts[from_earlier_answer] = np.minimum(
+                counts[from_earlier_answer], (copies != END_OF_ROW).cumprod(1).sum(1)
+            )
         counts[matched == 0] = 0
-        return Proposals(counts, tokens, matched, from_library)
+        return Proposals(counts, tokens, matched, from_earlier_answer)
 
     def remember(self, token_ids: Tokens, offsets: Ints) -> None:
         """Put answers of rows that ended into the library: the i-th is `token_ids[offsets[i]:offsets[i + 1]]`."""
-        if self.library is not None:
-            self.library.write(token_ids, offsets)
+        if self.earlier_answers is not None:
+            self.earlier_answers.write(token_ids, offsets)
 
     def _index_older(self, places: Ints, lengths: Ints) -> None:
         """Index what is new since the last time, but for what ends at the newest token and would find itself."""
@@ -101,5 +103,5 @@ class LookupDrafter:
 
     def _index(self, places: Ints, ends: Ints) -> None:
         text, starts = self.table.tokens.reshape(-1), places * self.table.max_tokens
-        hashes = self.index.hashes(windows(text, starts + ends, self.index.longest))
+        hashes = self.index.hashes(read_ngrams(text, starts + ends, self.index.longest))
         self.index.put(self.index.salted(hashes, places), ends)

@@ -32,10 +32,10 @@ class NgramIndex:
         weights = np.random.default_rng(0).integers(1 << 64, size=longest + 1, dtype=np.uint64) | np.uint64(1)
         self._weights, self._text_weight = weights[:-1], weights[-1]
 
-    def hashes(self, windows: Tokens) -> Hashes:
+    def hashes(self, ngrams: Tokens) -> Hashes:
         """Of the n-grams that windows [m, W] of tokens, the newest first, begin with: [m, L], the longest first."""
         # Tokens count with their id + 1: a token of id 0 in front is another n-gram than none.
-        sums = ((windows + 1).astype(np.uint64) * self._weights).cumsum(1)
+        sums = ((ngrams + 1).astype(np.uint64) * self._weights).cumsum(1)
         of_lengths: Hashes = sums[:, self.lengths - 1]
         return of_lengths
 
@@ -58,14 +58,14 @@ class NgramIndex:
         return slots
 
 
-def windows(text: Tokens, ends: Ints, length: int) -> Tokens:
+def read_ngrams(text: Tokens, ends: Ints, length: int) -> Tokens:
     """The `length` tokens before each end [...], the newest first: [..., length]. Before the text comes its end."""
     return text.take(ends[..., None] - np.arange(1, length + 1), mode="wrap")
 
 
 def agreement(text: Tokens, ends: Ints, newest: Tokens) -> Ints:
     """How many tokens before these ends [n, L] of a text are the newest ones [n, W]: [n, L]."""
-    there = windows(text, ends, newest.shape[1])
+    there = read_ngrams(text, ends, newest.shape[1])
     differs = np.ones((*ends.shape, newest.shape[1] + 1), np.bool_)
     np.not_equal(there, newest[:, None], out=differs[..., :-1])
     agreeing: Ints = differs.argmax(-1)

@@ -1,4 +1,4 @@
-"""`Gains`: what a step has given to its sequences."""
+"""`NewTokens`: what a step has given to its sequences."""
 
 from dataclasses import dataclass
 
@@ -13,19 +13,19 @@ from batchinfer.models.batch import Batch
 
 
 @dataclass(frozen=True)
-class Gains:
+class NewTokens:
     """New tokens of g sequences, which are in the table by now."""
 
     places: Ints  # [g]
-    tokens: Ints  # [g] how many
+    counts: Ints  # [g] number of new tokens
     finite: NDArray[np.bool_]  # [g] whether the logits were finite that they come from
     accepted: int = 0  # drafts among them
     spoiled: Ints | None = None  # slots of drafts whose values are not finite
 
 
-def verified_gains(
+def verify_drafts(
     table: SequenceTable, batch: Batch, targets: Ints, finite: NDArray[np.bool_], eos_ids: Ints
-) -> Gains:
+) -> NewTokens:
     """Of a step with drafts: of each sequence those that are what the target draws in their place, and one token more.
 
     `targets` [r] and `finite` [r] are of all sampled rows. Attention gives what a token does not see a weight of zero,
@@ -50,8 +50,8 @@ def verified_gains(
     )
     new = found.new_tokens.numpy()
     counts = (new >= 0).sum(1)
-    right = found.finite.numpy()
-    again = ~right & (drafts > 0)
+    all_finite = found.finite.numpy()
+    again = ~all_finite & (drafts > 0)
     table.undrafted[places[again]] = True
     table.computed[places[again]] -= 1
     counts[again] = 0
@@ -62,10 +62,10 @@ def verified_gains(
     drafted = drafts > 0
     table.computed[places[drafted & ~again]] = table.length[places[drafted & ~again]] - 1
     kept = ~again
-    return Gains(
+    return NewTokens(
         places[kept],
         counts[kept],
-        right[kept],
+        all_finite[kept],
         int(np.maximum(counts - 1, 0)[drafted].sum()),
         _spoiled_slots(table, batch, finite),
     )
