@@ -183,7 +183,7 @@ def _timed(engine: _TimedEngine, lengths: list[int], params: SamplingParams) -> 
 def _work(batch: Batch, block: int) -> list[int]:
     """The fields of `Work` of one step."""
     contexts = batch.positions[batch.prompt_tokens : batch.prompt_tokens + batch.query_tokens] + 1
-    tiles = [place for piece in batch.pieces for place in tiles_of(piece.start, piece.end)]
+    tiles = [place for chunk in batch.chunks for place in tiles_of(chunk.start, chunk.end)]
     return [
         len(batch.tokens),
         len(batch.sampled),

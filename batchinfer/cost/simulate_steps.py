@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from batchinfer.cost.step_cost import Floats, Work
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.step_policy import decoding, padded_logits, piece_end, tiles_of
+from batchinfer.engine.step_policy import chunk_end, decoding, padded_logits, tiles_of
 from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_size
 from batchinfer.kernels.ragged import Ints
 
@@ -73,13 +73,13 @@ class _Simulation:
             self.prefilling.append(int(place))
 
     def _mixed_step(self) -> None:
-        """Pieces of prompts, and what decodes beside them."""
+        """Chunks of prompts, and what decodes beside them."""
         budget = self.config.max_num_batched_tokens
         tokens, ended, tiles = 0, 0, list[int]()
         beside = self._decoding()
         for place in self.prefilling:
             start, stop = int(self.computed[place]), int(self.prompt[place])
-            end = piece_end(start, stop, budget - tokens)
+            end = chunk_end(start, stop, budget - tokens)
             if end > start:
                 tiles += tiles_of(start, end)
                 tokens += end - start

@@ -12,16 +12,16 @@ from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints, offsets_of, ranges
 from batchinfer.kernels.ragged_attention import RaggedBatch
-from batchinfer.models.batch import Piece, as_tensor
+from batchinfer.models.batch import PromptChunk, as_tensor
 
 
 class AttentionInputs(Protocol):
     """A step's attention, by the layers' windows."""
 
     def __call__(
-        self, table: SequenceTable, pieces: list[Piece], decoding: Ints, positions: Ints
+        self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
     ) -> dict[int | None, AttentionBatch]:
-        """Of pieces of prompts, and of the places that decode, with the positions of their tokens behind them."""
+        """Of chunks of prompts, and of the places that decode, with the positions of their tokens behind them."""
         ...
 
 
@@ -32,15 +32,15 @@ class TiledInputs:
         self.windows = windows
 
     def __call__(
-        self, table: SequenceTable, pieces: list[Piece], decoding: Ints, positions: Ints
+        self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
     ) -> dict[int | None, AttentionBatch]:
         groups: dict[int, list[tuple[int, int, int]]] = {}
-        for p in pieces:
-            for start in range(p.start, p.end, TILE):
-                tile = (p.place, p.row + start - p.start, min(TILE, p.end - start))
+        for c in chunks:
+            for start in range(c.start, c.end, TILE):
+                tile = (c.place, c.row + start - c.start, min(TILE, c.end - start))
                 groups.setdefault(start // TILE, []).append(tile)
         tiles = tuple(_tile_group(table, index, tiles) for index, tiles in sorted(groups.items()))
-        prompt_tokens = sum(p.end - p.start for p in pieces)
+        prompt_tokens = sum(c.end - c.start for c in chunks)
 
         def decode(window: int | None) -> DecodeBlocks | None:
             return _decode_blocks(table, decoding, positions, prompt_tokens, window) if len(decoding) else None
@@ -59,9 +59,9 @@ class RaggedInputs:
         self.tiling, self.processors = tiling, processors
 
     def __call__(
-        self, table: SequenceTable, pieces: list[Piece], decoding: Ints, positions: Ints
+        self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
     ) -> dict[int | None, AttentionBatch]:
-        prompts = np.array([(p.place, p.end - p.start, p.end) for p in pieces], np.int64).reshape(-1, 3)
+        prompts = np.array([(c.place, c.end - c.start, c.end) for c in chunks], np.int64).reshape(-1, 3)
         first = np.flatnonzero(np.diff(decoding, prepend=-1))  # queries of one sequence are neighbours
         counts = np.diff(np.append(first, len(decoding)))
         queries = np.stack([decoding[first], counts, positions[first] + counts], 1)

@@ -1,7 +1,7 @@
 """`Scheduler`: which tokens the next step computes. Continuous batching with chunked prefill.
 
 Prompts come first: a job ends soonest when as many sequences as possible decode together. What a step has left after
-prompts goes to sequences that decode, and what they leave to drafts of what may follow. Prompt pieces end on the
+prompts goes to sequences that decode, and what they leave to drafts of what may follow. Prompt chunks end on the
 attention's grid of tiles, or at the prompt's end.
 """
 
@@ -16,11 +16,11 @@ from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.new_tokens import NewTokens, verify_drafts
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sequence import SequenceTable
-from batchinfer.engine.step_policy import decoding, padded_logits, piece_end
+from batchinfer.engine.step_policy import chunk_end, decoding, padded_logits
 from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.kernels.ragged import Ints
 from batchinfer.kernels.sampling import SamplingBatch
-from batchinfer.models.batch import Batch, Piece, Queries, as_tensor
+from batchinfer.models.batch import Batch, PromptChunk, Queries, as_tensor
 
 NOBODY = np.empty(0, np.int64)
 
@@ -77,32 +77,34 @@ class Scheduler:
         With a drafter all that earlier steps sampled is known.
         """
         self.prefilling += self.admission.admit()
-        pieces = self._prompt_pieces()
-        queries = self._queries(sum(p.end - p.start for p in pieces), drafter)
-        if not pieces and not len(queries):
+        chunks = self._prompt_chunks()
+        queries = self._queries(sum(c.end - c.start for c in chunks), drafter)
+        if not chunks and not len(queries):
             return None
-        self._take_blocks(pieces, queries)
-        batch = self._batch(pieces, queries)
-        for p in pieces:
-            self._computed(p, True)
+        self._take_blocks(chunks, queries)
+        batch = self._batch(chunks, queries)
+        for c in chunks:
+            self._computed(c, True)
         self.table.computed[queries.places] += queries.counts - queries.drafts
-        self.prefilling = [p for p in self.prefilling if self.table.computed[p] < self.table.prefill_end[p]]
+        self.prefilling = [
+            place for place in self.prefilling if self.table.computed[place] < self.table.prefill_end[place]
+        ]
         return batch
 
     def withdraw(self, batch: Batch) -> None:
         """The newest step was not computed after all; its sequences keep their blocks."""
-        for p in batch.pieces:
-            self._computed(p, False)
-        withdrawn = [place for p in batch.pieces for place in (p.place, *p.twins)]
+        for c in batch.chunks:
+            self._computed(c, False)
+        withdrawn = [place for c in batch.chunks for place in (c.place, *c.twins)]
         self.prefilling = [place for place in withdrawn if place not in self.prefilling] + self.prefilling
         self.table.computed[batch.queries.places] = batch.queries.first
 
-    def _computed(self, piece: Piece, done: bool) -> None:
+    def _computed(self, chunk: PromptChunk, done: bool) -> None:
         table = self.table
-        table.computed[piece.place] = piece.end if done else piece.start
-        for twin in piece.twins:
-            table.computed[twin] = piece.end if done else table.own_from[twin] * table.block_size
-        for tile in table.tiles[piece.place][piece.start // TILE : piece.end // TILE]:
+        table.computed[chunk.place] = chunk.end if done else chunk.start
+        for twin in chunk.twins:
+            table.computed[twin] = chunk.end if done else table.own_from[twin] * table.block_size
+        for tile in table.tiles[chunk.place][chunk.start // TILE : chunk.end // TILE]:
             tile.computed = done
 
     def _queries(self, used: int, drafter: Drafter | None) -> Queries:
@@ -124,31 +126,31 @@ class Scheduler:
             drafts = drafter.draft(places, room, used, self.budget - used - int(counts.sum()))
         return Queries(places, table.computed[places], counts + drafts, drafts)
 
-    def _prompt_pieces(self) -> list[Piece]:
-        pieces: list[Piece] = []
+    def _prompt_chunks(self) -> list[PromptChunk]:
+        chunks: list[PromptChunk] = []
         row, computed = 0, set[int]()
         twins: dict[int, list[int]] = {}
         for place in self.prefilling:
             twins.setdefault(int(self.table.twin_of[place]), []).append(place)
         for place in twins.get(-1, []):
             start, stop = int(self.table.computed[place]), int(self.table.prefill_end[place])
-            end = piece_end(start, stop, self.budget - row)
+            end = chunk_end(start, stop, self.budget - row)
             tiles = self.table.tiles[place]
             # What it shares may be in this very step: keys and values of all its tokens are stored before any is read.
             ready = all(tile.computed or id(tile) in computed for tile in tiles[: start // TILE])
             if end > start and ready:
-                pieces.append(Piece(place, start, end, row, tuple(twins.get(place, ())) if end == stop else ()))
+                chunks.append(PromptChunk(place, start, end, row, tuple(twins.get(place, ())) if end == stop else ()))
                 computed.update(map(id, tiles[start // TILE : end // TILE]))
                 row += end - start
             if row == self.budget:
                 break
-        return pieces
+        return chunks
 
-    def _take_blocks(self, pieces: list[Piece], queries: Queries) -> None:
+    def _take_blocks(self, chunks: list[PromptChunk], queries: Queries) -> None:
         table = self.table
-        for p in pieces:
-            for place in (p.place, *p.twins):
-                self._grow(place, p.end)
+        for c in chunks:
+            for place in (c.place, *c.twins):
+                self._grow(place, c.end)
         ends = queries.first + queries.counts
         for i in np.flatnonzero(ends > table.block_count[queries.places] * table.block_size).tolist():
             self._grow(int(queries.places[i]), int(ends[i]))
@@ -159,32 +161,32 @@ class Scheduler:
         table.blocks[place, have:need] = self.manager.take(need - have)
         table.block_count[place] = need
 
-    def _batch(self, pieces: list[Piece], queries: Queries) -> Batch:
+    def _batch(self, chunks: list[PromptChunk], queries: Queries) -> Batch:
         table = self.table
-        spans = [np.arange(p.start, p.end) for p in pieces]
-        prompt_places = np.repeat([p.place for p in pieces], [len(s) for s in spans]).astype(np.int64)
+        spans = [np.arange(c.start, c.end) for c in chunks]
+        prompt_places = np.repeat([c.place for c in chunks], [len(s) for s in spans]).astype(np.int64)
         prompt_tokens = len(prompt_places)
         query_places, query_positions = queries.all_places, queries.positions
         places = np.concatenate([prompt_places, query_places])
         positions = np.concatenate([*spans, query_positions])
         count = len(places)
         padding = padded_size(count, self.row_grain) - count
-        last = [p for p in pieces if p.end == table.prefill_end[p.place] == table.length[p.place]]
+        last = [c for c in chunks if c.end == table.prefill_end[c.place] == table.length[c.place]]
         # Of a sequence that is computed once more, what followed each token is known, but for the newest.
         newest = np.flatnonzero(query_positions >= table.length[query_places] - 1)
-        first_sampled = [p.row + p.end - p.start - 1 for p in last for _ in (p.place, *p.twins)]
+        first_sampled = [c.row + c.end - c.start - 1 for c in last for _ in (c.place, *c.twins)]
         sampled = np.concatenate([np.array(first_sampled, np.int64), prompt_tokens + newest])
         late = np.flatnonzero(query_positions >= table.length[query_places])
         if queries.drafts.any():
             late = NOBODY
-        first_places = [place for p in last for place in (p.place, *p.twins)]
+        first_places = [place for c in last for place in (c.place, *c.twins)]
         sequences = np.concatenate([np.array(first_places, np.int64), query_places[newest]])
-        copied, copies = self._copies(pieces)
+        copied, copies = self._copies(chunks)
         return Batch(
             tokens=as_tensor(np.pad(table.tokens[places, positions].astype(np.int64), (0, padding))),
             positions=as_tensor(np.pad(positions, (0, padding))),
             slots=as_tensor(np.pad(table.slots(places, positions), (0, padding))),
-            attention=self.attention(table, pieces, query_places, query_positions),
+            attention=self.attention(table, chunks, query_places, query_positions),
             sampled=as_tensor(np.pad(sampled, (0, padded_logits(len(sampled)) - len(sampled)))),
             sampling=self._sampling(sequences, positions[sampled] + 1),
             places=as_tensor(sequences),
@@ -192,20 +194,20 @@ class Scheduler:
             copies=as_tensor(copies),
             late_rows=as_tensor(prompt_tokens + late),
             late_places=as_tensor(query_places[late]),
-            pieces=tuple(pieces),
+            chunks=tuple(chunks),
             queries=queries,
             sequences=sequences,
             epochs=table.epoch[sequences],
             prompt_tokens=prompt_tokens,
         )
 
-    def _copies(self, pieces: list[Piece]) -> tuple[Ints, Ints]:
+    def _copies(self, chunks: list[PromptChunk]) -> tuple[Ints, Ints]:
         """Blocks of prompts' ends, and those of twins that they are copied to."""
         table, pairs = self.table, [(NOBODY, NOBODY)]
-        for p in pieces:
-            for twin in p.twins:
-                own = slice(int(table.own_from[twin]), table.blocks_for(p.end))
-                pairs.append((table.blocks[p.place, own], table.blocks[twin, own]))
+        for c in chunks:
+            for twin in c.twins:
+                own = slice(int(table.own_from[twin]), table.blocks_for(c.end))
+                pairs.append((table.blocks[c.place, own], table.blocks[twin, own]))
         copied, copies = zip(*pairs, strict=True)
         return np.concatenate(copied), np.concatenate(copies)
 

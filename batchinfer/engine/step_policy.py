@@ -10,9 +10,9 @@ from batchinfer.kernels.grain import MIN_ROWS, TILE
 from batchinfer.kernels.ragged import Ints
 
 
-def piece_end(start: int, stop: int, room: int) -> int:
-    """Where a piece of a prompt ends, of which the tokens from `start` to `stop` are left and `room` have a place in
-    the step: at the prompt's end, or on the grid of tiles before it. Not above `start` where no piece fits."""
+def chunk_end(start: int, stop: int, room: int) -> int:
+    """Where a chunk of a prompt ends, of which the tokens from `start` to `stop` are left and `room` have a place in
+    the step: at the prompt's end, or on the grid of tiles before it. Not above `start` where no chunk fits."""
     end = min(stop, start + room)
     return end if end == stop else end // TILE * TILE
 

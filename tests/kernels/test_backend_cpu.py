@@ -22,7 +22,7 @@ from batchinfer.kernels.linear_w4a16 import GROUPS, LinearW4A16
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
 from batchinfer.kernels.norm import rms_norm, rms_norm_quantize
 from batchinfer.kernels.rows import Rows, add_rows, quantize_rows
-from batchinfer.models.batch import Piece
+from batchinfer.models.batch import PromptChunk
 
 
 def true_values(rows: Rows) -> Tensor:
@@ -256,7 +256,7 @@ def test_paged_attention_is_dense_attention(
     rows = np.cumsum([0, *lengths])
     sequences, none = _Table(table, block_size), np.empty(0, np.int64)
     inputs = TiledInputs({window})
-    prompts = inputs(sequences, [Piece(i, 0, n, int(rows[i])) for i, n in enumerate(lengths)], none, none)
+    prompts = inputs(sequences, [PromptChunk(i, 0, n, int(rows[i])) for i, n in enumerate(lengths)], none, none)
     query = torch.randn(rows[-1], heads, head_dim)
     out = attention(query, cache, prompts[window], head_dim**-0.5)
     decode = inputs(sequences, [], np.arange(len(lengths)), np.array(lengths) - 1)[window]
