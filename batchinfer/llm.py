@@ -87,7 +87,7 @@ class LLM:
         folder, found = resolve_model(str(model), revision), device_of(device)
         self.tokenizer = Tokenizer.load(folder)
         length = context_length(folder, max_model_len)
-        places = MAX_NUM_SEQS[found] if max_num_seqs is None else max_num_seqs
+        seqs = MAX_NUM_SEQS[found] if max_num_seqs is None else max_num_seqs
         tokens = MAX_NUM_BATCHED_TOKENS[found] if max_num_batched_tokens is None else max_num_batched_tokens
         config = EngineConfig(
             model=folder,
@@ -96,9 +96,9 @@ class LLM:
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,
             max_model_len=length,
-            max_num_seqs=places,
+            max_num_seqs=seqs,
             max_num_batched_tokens=tokens,
-            kv_cache_tokens=places * length,
+            kv_cache_tokens=seqs * length,
             deterministic=deterministic,
             gpu_memory_utilization=gpu_memory_utilization,
             speculation=resolve_draft_model(speculation or Speculation(), str(model), self.tokenizer, length),
@@ -148,29 +148,29 @@ class LLM:
         chats: dict[int, Conversation] = {}
         given: dict[int, TokenIds] = {}
         vocabulary = self._engine.runner.decoder.config.vocab_size
-        for place, prompt in enumerate(prompts):
+        for index, prompt in enumerate(prompts):
             try:
                 match _read(prompt, vocabulary):
                     case str() as text:
-                        texts[place] = text
+                        texts[index] = text
                     case np.ndarray() as ids:
-                        given[place] = ids
+                        given[index] = ids
                     case messages:
-                        chats[place] = messages
+                        chats[index] = messages
             except BadPrompt as error:
-                errors[place] = error.row_error
+                errors[index] = error.row_error
         encoded = [
             (list(texts), *self.tokenizer.encode_batch(list(texts.values()))),
             (list(given), np.concatenate([NOTHING, *given.values()]), np.cumsum([0, *map(len, given.values())])),
         ]
         if chats:
             encoded.append((list(chats), *self._encode_chats(chats, errors)))
-        places = np.concatenate([np.array(of, np.int64) for of, _, _ in encoded])
+        indices = np.concatenate([np.array(of, np.int64) for of, _, _ in encoded])
         lengths = np.concatenate([np.diff(offsets) for _, _, offsets in encoded])
         token_ids = np.concatenate([ids for _, ids, _ in encoded])
-        order = np.argsort(places)
+        order = np.argsort(indices)
         token_ids, offsets = take_ragged(token_ids, np.append(0, np.cumsum(lengths)), order)
-        return requests_that_fit(places[order], token_ids, offsets, params, self._max_model_len, errors)
+        return requests_that_fit(indices[order], token_ids, offsets, params, self._max_model_len, errors)
 
     def _encode_chats(self, chats: dict[int, Conversation], errors: Errors) -> tuple[TokenIds, Offsets]:
         if self.tokenizer.template is None:

@@ -183,14 +183,14 @@ def _timed(engine: _TimedEngine, lengths: list[int], params: SamplingParams) -> 
 def _work(batch: Batch, block: int) -> list[int]:
     """The fields of `Work` of one step."""
     contexts = batch.positions[batch.prompt_tokens : batch.prompt_tokens + batch.query_tokens] + 1
-    tiles = [place for chunk in batch.chunks for place in tiles_of(chunk.start, chunk.end)]
+    tiles = [index for chunk in batch.chunks for index in tiles_of(chunk.start, chunk.end)]
     return [
         len(batch.tokens),
         len(batch.sampled),
         batch.query_tokens,
         int((-(-contexts // block) * block).sum()),
         len(tiles),
-        sum(place + 1 for place in tiles) * TILE,
+        sum(index + 1 for index in tiles) * TILE,
         len(set(tiles)),
     ]
 

@@ -31,7 +31,7 @@ MOST_SEQUENCES = 512
 class Recording:
     """A step of one shape: where its tensors lie, what is run for it, and where its results appear."""
 
-    place: Tensor  # bytes
+    buffer: Tensor  # [bytes] uint8, holds all tensors of the step's batch
     replay: Callable[[], None]
     tokens: Tensor
     finite: Tensor
@@ -60,7 +60,7 @@ class CudaGraphs:
         shape = shape_of(padded)
         self.met[shape] += 1
         if (recording := self.recordings.get(shape)) is not None:
-            self.transfer.send(padded, recording.place)
+            self.transfer.send(padded, recording.buffer)
             recording.replay()
             self.replays += 1
             return recording.tokens[:rows], recording.finite[:rows]
@@ -71,8 +71,8 @@ class CudaGraphs:
 
     def _record(self, padded: Batch, shape: tuple[object, ...]) -> tuple[Tensor, Tensor]:
         """Compute the step, and record it for the steps to come."""
-        place = torch.empty(sum(t.nbytes + 16 for t in tensors_of(padded)), dtype=torch.uint8, device=self.device)
-        there = self.transfer.send(padded, place)
+        buffer = torch.empty(sum(t.nbytes + 16 for t in tensors_of(padded)), dtype=torch.uint8, device=self.device)
+        there = self.transfer.send(padded, buffer)
         computed = self.compute(there)  # first, for kernels are compiled at their first call
         if self.device.type == "cuda":
             try:
@@ -87,7 +87,7 @@ class CudaGraphs:
                     "a lower --gpu-memory-utilization avoids it"
                 )
             else:
-                self.recordings[shape] = Recording(place, graph.replay, tokens, finite)
+                self.recordings[shape] = Recording(buffer, graph.replay, tokens, finite)
         else:  # the same text, without the graph
             tokens, finite = (torch.empty_like(t) for t in computed)
 
@@ -95,7 +95,7 @@ class CudaGraphs:
                 for into, new in zip((tokens, finite), self.compute(there), strict=True):
                     into.copy_(new)
 
-            self.recordings[shape] = Recording(place, replay, tokens, finite)
+            self.recordings[shape] = Recording(buffer, replay, tokens, finite)
         return computed
 
 

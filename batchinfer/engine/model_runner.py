@@ -137,15 +137,15 @@ class ModelRunner:
 
     def clear_blocks(self, blocks: NDArray[np.int64]) -> None:
         """Wipe blocks that hold values that are not finite."""
-        places = torch.from_numpy(blocks).to(self.backend.device)
+        on_device = torch.from_numpy(blocks).to(self.backend.device)
         for cache in self.caches:
-            cache.clear(places)
+            cache.clear(on_device)
 
     def clear_slots(self, slots: NDArray[np.int64]) -> None:
         """Wipe single positions that hold values that are not finite."""
-        places = torch.from_numpy(slots).to(self.backend.device)
+        on_device = torch.from_numpy(slots).to(self.backend.device)
         for cache in self.caches:
-            cache.clear_slots(places)
+            cache.clear_slots(on_device)
 
     @property
     def kv_cache_bytes(self) -> int:

@@ -19,8 +19,8 @@ from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 MAX_PROMPT_BYTES = 4 << 20  # a tokenizer at work takes more than 100 times the memory of its text
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
-Places = NDArray[np.int64]  # of prompts among those that are tokenized together
-Errors = dict[int, RowError]  # by place
+Indices = NDArray[np.int64]  # of prompts in the list that is tokenized together
+Errors = dict[int, RowError]  # by index of the prompt
 Conversation = list[dict[str, Any]]
 
 
@@ -53,24 +53,24 @@ def check_messages(messages: Any) -> None:
 def size_errors(nbytes: NDArray[np.int64]) -> Errors:
     """Of plain prompts of so many bytes [n], those that are empty, or larger than a tokenizer should get."""
     errors = dict.fromkeys(np.flatnonzero(nbytes == 0).tolist(), RowError("empty_prompt", "the prompt is empty"))
-    for place in np.flatnonzero(nbytes > MAX_PROMPT_BYTES).tolist():
-        message = f"the prompt has {nbytes[place]} bytes; at most {MAX_PROMPT_BYTES} are taken"
-        errors[place] = RowError("too_large", message)
+    for index in np.flatnonzero(nbytes > MAX_PROMPT_BYTES).tolist():
+        message = f"the prompt has {nbytes[index]} bytes; at most {MAX_PROMPT_BYTES} are taken"
+        errors[index] = RowError("too_large", message)
     return errors
 
 
 def encode_chats(
-    tokenizer: Tokenizer, places: Places, conversations: list[Conversation], errors: Errors
+    tokenizer: Tokenizer, indices: Indices, conversations: list[Conversation], errors: Errors
 ) -> tuple[TokenIds, Offsets]:
     """Token ids of the conversations at these places [n]: none where the chat template fails, which is an error."""
     token_ids, offsets, failed = tokenizer.encode_chats(conversations)
     for i, message in failed.items():
-        errors[int(places[i])] = RowError("template_error", message)
+        errors[int(indices[i])] = RowError("template_error", message)
     return token_ids, offsets
 
 
 def requests_that_fit(
-    places: Places,
+    indices: Indices,
     token_ids: TokenIds,
     offsets: Offsets,
     sampling: SamplingParams,
@@ -84,25 +84,25 @@ def requests_that_fit(
     """
     lengths = np.diff(offsets)
     for i in np.flatnonzero(lengths >= max_model_len).tolist():
-        errors[int(places[i])] = RowError(
+        errors[int(indices[i])] = RowError(
             "too_long",
             f"the prompt has {lengths[i]} tokens; it must have at most {max_model_len - 1} "
             f"(max_model_len {max_model_len}, one of them for the answer)",
         )
     for i in np.flatnonzero(lengths == 0).tolist():
-        errors.setdefault(int(places[i]), RowError("empty_prompt", "the prompt has no tokens"))
+        errors.setdefault(int(indices[i]), RowError("empty_prompt", "the prompt has no tokens"))
     params, param_index = _clip(sampling, max_model_len - lengths)
-    requests = Requests(places, token_ids, offsets, np.zeros(len(places), np.uint64), params, param_index)
+    requests = Requests(indices, token_ids, offsets, np.zeros(len(indices), np.uint64), params, param_index)
     good = np.flatnonzero((lengths > 0) & (lengths < max_model_len))
-    return requests.take(good) if len(good) < len(places) else requests
+    return requests.take(good) if len(good) < len(indices) else requests
 
 
 def _clip(sampling: SamplingParams, room: NDArray[np.int64]) -> tuple[tuple[SamplingParams, ...], NDArray[np.int32]]:
     """The params, and for rows with room for fewer than `max_tokens` some with that many; with [n] into them."""
     tight = (room > 0) & (room < sampling.max_tokens)
-    rooms, places = np.unique(room[tight], return_inverse=True)
+    rooms, found = np.unique(room[tight], return_inverse=True)
     index = np.zeros(len(room), np.int32)
-    index[tight] = 1 + places
+    index[tight] = 1 + found
     return (sampling, *(replace(sampling, max_tokens=int(tokens)) for tokens in rooms)), index
 
 

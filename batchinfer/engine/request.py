@@ -77,11 +77,11 @@ class Completions:
         tokens: list[int] = self.token_ids[self.offsets[i] : self.offsets[i + 1]].tolist()
         return tokens
 
-    def given_to(self, rows: NDArray[np.int64], places: NDArray[np.int64]) -> "Completions":
+    def given_to(self, rows: NDArray[np.int64], index: NDArray[np.int64]) -> "Completions":
         """What came of the completions at these places [m], as that of other rows [m]."""
-        token_ids, offsets = take_ragged(self.token_ids, self.offsets, places)
-        reasons = self.finish_reasons[places]
+        token_ids, offsets = take_ragged(self.token_ids, self.offsets, index)
+        reasons = self.finish_reasons[index]
         failed = np.flatnonzero(reasons == FinishReason.ERROR)
-        sources = self.rows[places[failed]].tolist()
+        sources = self.rows[index[failed]].tolist()
         errors = {row: self.errors[source] for row, source in zip(rows[failed].tolist(), sources, strict=True)}
         return Completions(rows, token_ids, offsets, reasons, errors)

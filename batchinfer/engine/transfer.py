@@ -47,9 +47,9 @@ class Transfer:
         return torch.empty(2 * size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
 
-def _view(place: Tensor, offset: int, like: Tensor) -> Tensor:
+def _view(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
     """A tensor of that shape and type in these bytes."""
-    return place[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
+    return buffer[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
 
 
 @dataclass(frozen=True)
