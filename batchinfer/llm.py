@@ -1,4 +1,4 @@
-"""`LLM`: a model in this process, for a script or a notebook."""
+"""`LLM`: runs a model in the calling process, for a script or a notebook."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,9 +38,9 @@ Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of a prompt."""
+    """The result of one prompt."""
 
-    index: int  # of the prompt, from 0
+    index: int  # index of the prompt in the list, from 0
     text: str | None  # up to the first stop string; None where there is an error
     token_ids: list[int]  # the end-of-text id included
     finish_reason: str  # stop, length or error
@@ -49,11 +49,12 @@ class Completion:
 
 
 class LLM:
-    """A model, its tokenizer and its engine, on one device; for one thread.
+    """A model, its tokenizer and its engine, on one device. Only one thread may use it.
 
-    Nothing of the process around it is changed: neither environment variables nor torch's threads, types and random
-    numbers. On an Intel processor the same prompt has the same bits in any company only where MKL is in its strict
-    mode, which a job sees to: start Python with `MKL_CBWR=AUTO,STRICT`. Without it `stats().notes` says so.
+    It changes nothing in the process around it: neither environment variables nor torch's threads, default types and
+    random numbers. On an Intel processor, a prompt's result is independent of the other prompts, to the bit, only if
+    MKL is in its strict mode. A job sets this mode; here, start Python with `MKL_CBWR=AUTO,STRICT`. Otherwise
+    `stats().notes` says so.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class LLM:
     ) -> None:
         """Load a model: a folder, a GGUF file, or the name of a model on the Hub.
 
-        The arguments are the flags of `batchinfer run`, with its defaults. A `ValueError` names an argument that is
-        wrong, and `batchinfer.errors.Refused` says what is wrong with the model.
+        The arguments are the flags of `batchinfer run`, with the same defaults. Raises `ValueError` naming a wrong
+        argument, and `batchinfer.errors.Refused` saying what is wrong with the model.
         """
         if device not in ("auto", *MAX_NUM_SEQS):
             raise ValueError(f"device is {device!r}; it must be one of auto, {', '.join(MAX_NUM_SEQS)}")
@@ -105,23 +106,23 @@ class LLM:
         )
         self._engine = Engine(config, self.tokenizer)
         self._max_model_len = length
-        self._rows = 0  # of all calls so far: the engine knows rows by number
+        self._rows = 0  # row numbers used so far: each call takes new ones
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, seed: int = 0
     ) -> list[Completion]:
-        """The completions of all prompts, in their order; as `stream` otherwise."""
+        """Return the completions of all prompts, in their order. See `stream` for arguments and errors."""
         return sorted(self.stream(prompts, params, seed=seed), key=lambda completion: completion.index)
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, seed: int = 0
     ) -> Iterator[Completion]:
-        """Completions as they come, each with the `index` of its prompt.
+        """Yield completions as prompts end, each with the `index` of its prompt.
 
-        A prompt is a text; messages, dicts with role and content, which the checkpoint's chat template renders; or
-        token ids, taken as they are. One that cannot run has a completion with an error. Above temperature 0, `seed`
-        and a prompt's tokens decide what is drawn. A `ValueError` names an argument that is wrong. Rows that are under
-        way when the iterator is closed are dropped.
+        A prompt is a text, a list of token ids, or a list of messages: dicts with role and content, which the
+        checkpoint's chat template turns into text. A prompt that cannot run gives a completion with an error. Above
+        temperature 0, `seed` and the prompt's tokens determine the random draws. Raises `ValueError` naming a wrong
+        argument. Closing the iterator drops the prompts that have not ended.
         """
         params = SamplingParams() if params is None else params
         _check_kinds(SamplingParams, "SamplingParams", params=params)
@@ -139,11 +140,11 @@ class LLM:
         return self._run(requests, errors, params.stop)
 
     def stats(self) -> EngineStats:
-        """What the engine counted since it was made, the kernels that it chose, and notes on slower paths taken."""
+        """Return the engine's counts so far, the kernels that it uses, and notes about slower paths taken."""
         return self._engine.stats()
 
     def _requests(self, prompts: Sequence[Prompt], params: SamplingParams, errors: Errors) -> Requests:
-        """Requests of the prompts that can run; errors of the others are added."""
+        """Return requests for the prompts that can run; errors for the others are added to `errors`."""
         texts: dict[int, str] = {}
         chats: dict[int, Conversation] = {}
         given: dict[int, TokenIds] = {}
@@ -213,7 +214,7 @@ def _check_kinds(kind: Any, wanted: str, **arguments: Any) -> None:
 
 
 def _read(prompt: Any, vocabulary: int) -> str | TokenIds | Conversation:
-    """A text, token ids or messages. Raises `BadPrompt` for anything else, and where these cannot run."""
+    """Return the prompt as a text, token ids or messages. Raises `BadPrompt` if it is none of these or cannot run."""
     if prompt is None:
         raise BadPrompt("null_prompt", "the prompt is None")
     if isinstance(prompt, str):

@@ -1,4 +1,4 @@
-"""`NewTokens`: what a step has given to its sequences."""
+"""`NewTokens`: the tokens that a step has added to its sequences."""
 
 from dataclasses import dataclass
 
@@ -14,22 +14,23 @@ from batchinfer.models.batch import Batch
 
 @dataclass(frozen=True)
 class NewTokens:
-    """New tokens of g sequences, which are in the table by now."""
+    """The new tokens of g sequences; the tokens themselves are in the sequence table."""
 
     places: Ints  # [g]
     counts: Ints  # [g] number of new tokens
-    finite: NDArray[np.bool_]  # [g] whether the logits were finite that they come from
-    accepted: int = 0  # drafts among them
-    spoiled: Ints | None = None  # slots of drafts whose values are not finite
+    finite: NDArray[np.bool_]  # [g] whether the logits that they were sampled from were finite
+    accepted: int = 0  # number of accepted drafts among them
+    spoiled: Ints | None = None  # KV cache slots of drafts whose values are not finite
 
 
 def verify_drafts(
     table: SequenceTable, batch: Batch, targets: Ints, finite: NDArray[np.bool_], eos_ids: Ints
 ) -> NewTokens:
-    """Of a step with drafts: of each sequence those that are what the target draws in their place, and one token more.
+    """Accept the drafts that equal the tokens the model samples at their positions; write these and one token more.
 
-    `targets` [r] and `finite` [r] are of all sampled rows. Attention gives what a token does not see a weight of zero,
-    which is no help against values that are not finite: a sequence whose drafts have any goes on without them.
+    `targets` [r] are the tokens that the model sampled in all rows, and `finite` [r] tells whether their logits were
+    finite. A sequence whose drafts made values that are not finite gets no new token in this step, and no more drafts:
+    attention gives later keys a weight of zero, but zero times infinity is not zero.
     """
     first = np.flatnonzero(np.diff(batch.sequences, prepend=-1))
     offsets = np.append(first, len(batch.sequences))
@@ -72,7 +73,7 @@ def verify_drafts(
 
 
 def _spoiled_slots(table: SequenceTable, batch: Batch, finite: NDArray[np.bool_]) -> Ints | None:
-    """Slots of drafts that made values that are not finite, and that are no part of their sequences."""
+    """Return the KV cache slots of drafts that were not accepted, in sequences with values that are not finite."""
     places, positions = batch.queries.all_places, batch.queries.positions
     odd = np.isin(places, batch.sequences[~finite]) & (positions >= table.computed[places])
     return table.slots(places[odd], positions[odd]) if odd.any() else None

@@ -1,8 +1,8 @@
-"""`Scheduler`: which tokens the next step computes. Continuous batching with chunked prefill.
+"""`Scheduler`: chooses the tokens that the next step computes; continuous batching with chunked prefill.
 
-Prompts come first: a job ends soonest when as many sequences as possible decode together. What a step has left after
-prompts goes to sequences that decode, and what they leave to drafts of what may follow. Prompt chunks end on the
-attention's grid of tiles, or at the prompt's end.
+Prompts come first, because a job ends soonest if as many sequences as possible decode together. The rest of a step's
+token budget goes to sequences that decode, and what these leave goes to drafts. A prompt chunk ends on the grid of
+tiles that attention uses, or at the prompt's end.
 """
 
 from typing import Protocol
@@ -26,21 +26,22 @@ NOBODY = np.empty(0, np.int64)
 
 
 class Drafter(Protocol):
-    """Proposes what may follow a sequence's newest token."""
+    """Drafts tokens that may follow a sequence's newest token."""
 
     def draft(self, places: Ints, room: Ints, prompt_tokens: int, budget: int) -> Ints:
-        """How many drafts each sequence has, at most `room` [n] and `budget` in all.
+        """Write drafts behind the newest token of each sequence in the table; return their numbers [n].
 
-        They are written behind its newest token in the sequence table. The step computes so many prompt tokens too.
+        A sequence gets at most `room` [n] drafts, and all get at most `budget` together. The step also computes
+        `prompt_tokens` prompt tokens.
         """
         ...
 
 
 class Scheduler:
-    """`schedule()` gives the next `Batch`, `update()` takes what it sampled.
+    """Makes each step: `schedule()` returns its `Batch`, and `update()` takes the tokens that it sampled.
 
-    Steps may be scheduled before what earlier ones sampled is known: where tokens stand does not depend on what they
-    are. A sequence that turns out to have ended is then computed once or more in vain. Nothing is drafted then.
+    A step may be scheduled before the tokens of earlier steps are known, because positions do not depend on tokens. A
+    sequence that turns out to have ended is then computed in vain, and no drafts are made.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Scheduler:
         row_grain: int,
         eos_ids: Ints,
     ) -> None:
-        self.row_grain = row_grain  # of the tokens of a step
+        self.row_grain = row_grain  # a step's number of tokens is padded to a multiple of this
         self.table = table
         self.manager = manager
         self.admission = admission
@@ -64,7 +65,7 @@ class Scheduler:
 
     @property
     def unfinished(self) -> int:
-        """Rows that wait or run."""
+        """Number of rows that wait or run."""
         return self.admission.waiting_rows + int(self.table.active.sum())
 
     def add(self, requests: Requests) -> None:
@@ -72,9 +73,9 @@ class Scheduler:
         self.admission.add(requests)
 
     def schedule(self, drafter: Drafter | None = None) -> Batch | None:
-        """The next step, counted as computed; None if there is nothing to compute.
+        """Return the next step and mark its tokens as computed; None if there is nothing to compute.
 
-        With a drafter all that earlier steps sampled is known.
+        A drafter may be passed only if all tokens of earlier steps are known.
         """
         self.prefilling += self.admission.admit()
         chunks = self._prompt_chunks()
@@ -92,7 +93,7 @@ class Scheduler:
         return batch
 
     def withdraw(self, batch: Batch) -> None:
-        """The newest step was not computed after all; its sequences keep their blocks."""
+        """Take back the newest step, which was not computed after all; its sequences keep their blocks."""
         for c in batch.chunks:
             self._computed(c, False)
         withdrawn = [place for c in batch.chunks for place in (c.place, *c.twins)]
@@ -108,7 +109,7 @@ class Scheduler:
             tile.computed = done
 
     def _queries(self, used: int, drafter: Drafter | None) -> Queries:
-        """Sequences that decode; those that were preempted have several tokens to be computed once more."""
+        """Choose the decoding tokens and drafts. A sequence that was preempted may recompute several tokens at once."""
         table = self.table
         running = table.active & decoding(table.computed, table.prefill_end, table.end)
         places = np.flatnonzero(running)[: self.budget - used]
@@ -136,7 +137,7 @@ class Scheduler:
             start, stop = int(self.table.computed[place]), int(self.table.prefill_end[place])
             end = chunk_end(start, stop, self.budget - row)
             tiles = self.table.tiles[place]
-            # What it shares may be in this very step: keys and values of all its tokens are stored before any is read.
+            # Shared tiles may be computed in this very step: it stores all keys and values before it reads any.
             ready = all(tile.computed or id(tile) in computed for tile in tiles[: start // TILE])
             if end > start and ready:
                 chunks.append(PromptChunk(place, start, end, row, tuple(twins.get(place, ())) if end == stop else ()))
@@ -157,7 +158,7 @@ class Scheduler:
 
     def _grow(self, place: int, tokens: int) -> None:
         table, have = self.table, int(self.table.block_count[place])
-        need = max(have, table.blocks_for(tokens))  # it has more after a step that was withdrawn
+        need = max(have, table.blocks_for(tokens))  # after a withdrawn step it already has more
         table.blocks[place, have:need] = self.manager.take(need - have)
         table.block_count[place] = need
 
@@ -172,7 +173,7 @@ class Scheduler:
         count = len(places)
         padding = padded_size(count, self.row_grain) - count
         last = [c for c in chunks if c.end == table.prefill_end[c.place] == table.length[c.place]]
-        # Of a sequence that is computed once more, what followed each token is known, but for the newest.
+        # A sequence that is recomputed knows the token after each of its tokens, except after the newest.
         newest = np.flatnonzero(query_positions >= table.length[query_places] - 1)
         first_sampled = [c.row + c.end - c.start - 1 for c in last for _ in (c.place, *c.twins)]
         sampled = np.concatenate([np.array(first_sampled, np.int64), prompt_tokens + newest])
@@ -202,7 +203,7 @@ class Scheduler:
         )
 
     def _copies(self, chunks: list[PromptChunk]) -> tuple[Ints, Ints]:
-        """Blocks of prompts' ends, and those of twins that they are copied to."""
+        """Return (blocks at the ends of prompts, blocks of twins that they are copied to)."""
         table, pairs = self.table, [(NOBODY, NOBODY)]
         for c in chunks:
             for twin in c.twins:
@@ -222,9 +223,9 @@ class Scheduler:
         return SamplingBatch(temperature, top_k, top_p, min_p, seeds, as_tensor(positions))
 
     def update(self, batch: Batch, tokens: Ints, finite: NDArray[np.bool_] | None = None) -> NewTokens:
-        """Append what was sampled [r] to the sequences that still run; what the others got is dropped.
+        """Append the sampled `tokens` [r] to the sequences that still run; tokens of ended sequences are dropped.
 
-        `finite` [r] tells where the logits were; None: everywhere.
+        `finite` [r] tells which logits were finite; None means all.
         """
         table = self.table
         finite = np.ones(len(tokens), np.bool_) if finite is None else finite
@@ -238,10 +239,10 @@ class Scheduler:
         return NewTokens(places, np.ones_like(places), finite[running])
 
     def drop(self) -> None:
-        """Forget all rows, those that wait and those that run."""
+        """Forget all rows, waiting and running."""
         self.prefilling = []
         self.admission.drop()
 
     def finish(self, place: int, spoiled: bool = False) -> None:
-        """Free a sequence's place and blocks; `spoiled` where what it has computed is not finite."""
+        """Free a sequence's place and blocks; `spoiled` if it computed values that are not finite."""
         self.admission.finish(place, spoiled)
