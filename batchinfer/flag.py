@@ -1,8 +1,8 @@
-"""`Flag`: the one declaration of a setting, as part of the field that holds it.
+"""`Flag`: declares a setting once, in the annotation of the field that holds it.
 
     max_tokens: Annotated[int, Flag("Stop an answer after N tokens.", "Sampling", at_least=1)] = 256
 
-The command line, the job file, the checks with their messages and the reference page are made from it.
+The command line, the job file, the checks with their messages and the reference page are made from this declaration.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,47 +14,47 @@ from typing import Annotated, Any, get_args, get_origin
 
 @dataclass(frozen=True)
 class Kind:
-    """How people write a value that is no plain text or number."""
+    """How a value that is no plain text or number is written."""
 
     metavar: str
-    parse: Callable[[str, Any], Any]  # (flag, what is written) -> the value; raises `UsageError` naming the flag
-    none: str | None = None  # how None is written, if it can be
+    parse: Callable[[str, Any], Any]  # (flag, written value) -> value; raises `UsageError` naming the flag
+    none: str | None = None  # how None is written; None if it cannot be
 
 
 @dataclass(frozen=True)
 class Flag:
-    """What a value means, which values are allowed, and how people give it.
+    """What a setting means, which values are allowed, and how it is written.
 
-    Name, type and default are those of the field that carries the flag: `flags_of` fills them in.
+    `flags_of` fills in `name`, `type` and `default` from the field that carries the flag.
     """
 
-    help: str  # verb first, complete without its neighbours
-    group: str = "Options"  # its section in the help
+    help: str  # begins with a verb, and is complete without other flags' help
+    group: str = "Options"  # section of the help
     metavar: str | None = None
     kind: Kind | None = None
-    short: str | None = None  # as "-o"
+    short: str | None = None  # short form, such as "-o"
     positional: bool = False
-    names_model: bool = False  # a directory, a GGUF file, or a model on the Hub
-    table: bool = False  # JSON on the command line, and a table in a job file if one likes
+    names_model: bool = False  # the value is a directory, a GGUF file, or a model on the Hub
+    table: bool = False  # written as JSON on the command line, and as JSON or a table in a job file
     choices: tuple[Any, ...] = ()
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    off: float | None = None  # the bound that switches it off
+    off: float | None = None  # the bound that switches the setting off
     unit: str = ""
-    name: str = ""  # the key of the job file; given only where the field has another name
+    name: str = ""  # key in the job file; given only if it differs from the field's name
     type: Any = str
-    default: Any = None  # None too where the field has none
+    default: Any = None  # None also if the field has no default
 
     @property
     def option(self) -> str:
-        """As on the command line: `--max-tokens`, or `INPUT` for a positional argument."""
+        """The flag as written on the command line: `--max-tokens`, or `INPUT` for a positional argument."""
         return self.name.upper() if self.positional else f"--{self.name.replace('_', '-')}"
 
     @property
     def value_name(self) -> str:
-        """What stands for a value in the help; empty if the flag takes none."""
+        """The placeholder for the value in the help; empty if the flag takes no value."""
         named = (
             self.metavar or (self.kind and self.kind.metavar) or ("MODEL" if self.names_model else self.unit.upper())
         )
@@ -63,17 +63,17 @@ class Flag:
 
     @property
     def many(self) -> bool:
-        """Whether it takes several values, as a list in a job file."""
+        """True if the setting takes several values; in a job file they are a list."""
         return get_origin(self.type) is tuple and get_args(self.type)[1] is ...
 
     @property
     def is_path(self) -> bool:
-        """Whether its values are paths, which in a job file are relative to that file."""
+        """True if the values are paths; in a job file they are relative to that file."""
         return Path in (self.type, *get_args(self.type))
 
     @property
     def bound(self) -> str:
-        """The values that are allowed, to follow "it must be"; empty if all are."""
+        """The allowed values, worded to follow "it must be"; empty if all values are allowed."""
         if self.choices:
             return f"one of {', '.join(map(str, self.choices))}"
         least, above, most, below = map(self._shown, (self.at_least, self.above, self.at_most, self.below))
@@ -88,7 +88,7 @@ class Flag:
 
     @property
     def shown_default(self) -> str:
-        """The default as people write it; empty if there is none."""
+        """The default as it is written on the command line; empty if there is none."""
         if self.default is None:
             return (self.kind and self.kind.none) or ""
         if isinstance(self.default, bool):
@@ -98,13 +98,16 @@ class Flag:
         return ", ".join(self.default) if self.many else str(self.default)
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, to follow the flag's name: "is 0; it must be 1 or more". None if nothing is."""
+        """Say what is wrong with a value, worded to follow the flag's name: "is 0; it must be 1 or more".
+
+        Return None if the value is allowed.
+        """
         if value is None or self._allows(value):
             return None
         return f"is {repr(value) if isinstance(value, str) else value}; it must be {self.bound}"
 
     def _allows(self, value: Any) -> bool:
-        # NaN fails each comparison.
+        # NaN fails every comparison, so it is not allowed where there is a bound.
         return (
             (not self.choices or value in self.choices)
             and (self.at_least is None or value >= self.at_least)
@@ -120,7 +123,7 @@ class Flag:
 
 
 def flags_of(declaration: type[Any]) -> dict[str, Flag]:
-    """The flags of a dataclass by field, in order; fields without a flag are left out."""
+    """Return the flags of a dataclass by field name, in order; fields without a flag are left out."""
     found = {}
     for field in fields(declaration):
         flag = flag_of(field.name, field.type, None if field.default is MISSING else field.default)
@@ -130,7 +133,7 @@ def flags_of(declaration: type[Any]) -> dict[str, Flag]:
 
 
 def flag_of(name: str, annotation: Any, default: Any) -> Flag | None:
-    """The flag in a field's or parameter's annotation, with its name, type and default; None if there is none."""
+    """Return the flag in a field's or parameter's annotation, with name, type and default filled in, or None."""
     if get_origin(annotation) is not Annotated:
         return None
     kind, *notes = get_args(annotation)
@@ -139,13 +142,13 @@ def flag_of(name: str, annotation: Any, default: Any) -> Flag | None:
 
 
 def problems(settings: object) -> Iterator[tuple[Flag, str]]:
-    """Each flag whose value in this dataclass is not allowed, and what is wrong with it."""
+    """Yield each flag whose value in `settings`, a dataclass, is not allowed, and what is wrong with it."""
     for name, flag in flags_of(type(settings)).items():
         if problem := flag.problem(getattr(settings, name)):
             yield flag, problem
 
 
 def _without_none(kind: Any) -> Any:
-    """T of `T | None`."""
+    """Return T for `T | None`, and any other type unchanged."""
     parts = [part for part in get_args(kind) if part is not NoneType]
     return parts[0] if NoneType in get_args(kind) else kind

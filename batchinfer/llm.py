@@ -1,4 +1,4 @@
-"""`LLM`: a model in this process, for a script or a notebook."""
+"""`LLM`: runs a model in the calling process, for a script or a notebook."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -38,9 +38,9 @@ Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
 @dataclass(frozen=True)
 class Completion:
-    """What became of a prompt."""
+    """The result of one prompt."""
 
-    index: int  # of the prompt, from 0
+    index: int  # index of the prompt in the list, from 0
     text: str | None  # up to the first stop string; None where there is an error
     token_ids: list[int]  # the end-of-text id included
     finish_reason: str  # stop, length or error
@@ -49,11 +49,12 @@ class Completion:
 
 
 class LLM:
-    """A model, its tokenizer and its engine, on one device; for one thread.
+    """A model, its tokenizer and its engine, on one device. Only one thread may use it.
 
-    Nothing of the process around it is changed: neither environment variables nor torch's threads, types and random
-    numbers. On an Intel processor the same prompt has the same bits in any company only where MKL is in its strict
-    mode, which a job sees to: start Python with `MKL_CBWR=AUTO,STRICT`. Without it `stats().notes` says so.
+    It changes nothing in the process around it: neither environment variables nor torch's threads, default types and
+    random numbers. On an Intel processor, a prompt's result is independent of the other prompts, to the bit, only if
+    MKL is in its strict mode. A job sets this mode; here, start Python with `MKL_CBWR=AUTO,STRICT`. Otherwise
+    `stats().notes` says so.
     """
 
     def __init__(
@@ -74,8 +75,8 @@ class LLM:
     ) -> None:
         """Load a model: a folder, a GGUF file, or the name of a model on the Hub.
 
-        The arguments are the flags of `batchinfer run`, with its defaults. A `ValueError` names an argument that is
-        wrong, and `batchinfer.errors.Refused` says what is wrong with the model.
+        The arguments are the flags of `batchinfer run`, with the same defaults. Raises `ValueError` naming a wrong
+        argument, and `batchinfer.errors.Refused` saying what is wrong with the model.
         """
         if device not in ("auto", *MAX_NUM_SEQS):
             raise ValueError(f"device is {device!r}; it must be one of auto, {', '.join(MAX_NUM_SEQS)}")
@@ -87,7 +88,7 @@ class LLM:
         folder, found = resolve_model(str(model), revision), device_of(device)
         self.tokenizer = Tokenizer.load(folder)
         length = context_length(folder, max_model_len)
-        places = MAX_NUM_SEQS[found] if max_num_seqs is None else max_num_seqs
+        seqs = MAX_NUM_SEQS[found] if max_num_seqs is None else max_num_seqs
         tokens = MAX_NUM_BATCHED_TOKENS[found] if max_num_batched_tokens is None else max_num_batched_tokens
         config = EngineConfig(
             model=folder,
@@ -96,32 +97,32 @@ class LLM:
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,
             max_model_len=length,
-            max_num_seqs=places,
+            max_num_seqs=seqs,
             max_num_batched_tokens=tokens,
-            kv_cache_tokens=places * length,
+            kv_cache_tokens=seqs * length,
             deterministic=deterministic,
             gpu_memory_utilization=gpu_memory_utilization,
             speculation=resolve_draft_model(speculation or Speculation(), str(model), self.tokenizer, length),
         )
         self._engine = Engine(config, self.tokenizer)
         self._max_model_len = length
-        self._rows = 0  # of all calls so far: the engine knows rows by number
+        self._rows = 0  # row numbers used so far: each call takes new ones
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, seed: int = 0
     ) -> list[Completion]:
-        """The completions of all prompts, in their order; as `stream` otherwise."""
+        """Return the completions of all prompts, in their order. See `stream` for arguments and errors."""
         return sorted(self.stream(prompts, params, seed=seed), key=lambda completion: completion.index)
 
     def stream(
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, seed: int = 0
     ) -> Iterator[Completion]:
-        """Completions as they come, each with the `index` of its prompt.
+        """Yield completions as prompts end, each with the `index` of its prompt.
 
-        A prompt is a text; messages, dicts with role and content, which the checkpoint's chat template renders; or
-        token ids, taken as they are. One that cannot run has a completion with an error. Above temperature 0, `seed`
-        and a prompt's tokens decide what is drawn. A `ValueError` names an argument that is wrong. Rows that are under
-        way when the iterator is closed are dropped.
+        A prompt is a text, a list of token ids, or a list of messages: dicts with role and content, which the
+        checkpoint's chat template turns into text. A prompt that cannot run gives a completion with an error. Above
+        temperature 0, `seed` and the prompt's tokens determine the random draws. Raises `ValueError` naming a wrong
+        argument. Closing the iterator drops the prompts that have not ended.
         """
         params = SamplingParams() if params is None else params
         _check_kinds(SamplingParams, "SamplingParams", params=params)
@@ -139,38 +140,38 @@ class LLM:
         return self._run(requests, errors, params.stop)
 
     def stats(self) -> EngineStats:
-        """What the engine counted since it was made, the kernels that it chose, and notes on slower paths taken."""
+        """Return the engine's counts so far, the kernels that it uses, and notes about slower paths taken."""
         return self._engine.stats()
 
     def _requests(self, prompts: Sequence[Prompt], params: SamplingParams, errors: Errors) -> Requests:
-        """Requests of the prompts that can run; errors of the others are added."""
+        """Return requests for the prompts that can run; errors for the others are added to `errors`."""
         texts: dict[int, str] = {}
         chats: dict[int, Conversation] = {}
         given: dict[int, TokenIds] = {}
         vocabulary = self._engine.runner.decoder.config.vocab_size
-        for place, prompt in enumerate(prompts):
+        for index, prompt in enumerate(prompts):
             try:
                 match _read(prompt, vocabulary):
                     case str() as text:
-                        texts[place] = text
+                        texts[index] = text
                     case np.ndarray() as ids:
-                        given[place] = ids
+                        given[index] = ids
                     case messages:
-                        chats[place] = messages
+                        chats[index] = messages
             except BadPrompt as error:
-                errors[place] = error.row_error
+                errors[index] = error.row_error
         encoded = [
             (list(texts), *self.tokenizer.encode_batch(list(texts.values()))),
             (list(given), np.concatenate([NOTHING, *given.values()]), np.cumsum([0, *map(len, given.values())])),
         ]
         if chats:
             encoded.append((list(chats), *self._encode_chats(chats, errors)))
-        places = np.concatenate([np.array(of, np.int64) for of, _, _ in encoded])
+        indices = np.concatenate([np.array(of, np.int64) for of, _, _ in encoded])
         lengths = np.concatenate([np.diff(offsets) for _, _, offsets in encoded])
         token_ids = np.concatenate([ids for _, ids, _ in encoded])
-        order = np.argsort(places)
+        order = np.argsort(indices)
         token_ids, offsets = take_ragged(token_ids, np.append(0, np.cumsum(lengths)), order)
-        return requests_that_fit(places[order], token_ids, offsets, params, self._max_model_len, errors)
+        return requests_that_fit(indices[order], token_ids, offsets, params, self._max_model_len, errors)
 
     def _encode_chats(self, chats: dict[int, Conversation], errors: Errors) -> tuple[TokenIds, Offsets]:
         if self.tokenizer.template is None:
@@ -213,7 +214,7 @@ def _check_kinds(kind: Any, wanted: str, **arguments: Any) -> None:
 
 
 def _read(prompt: Any, vocabulary: int) -> str | TokenIds | Conversation:
-    """A text, token ids or messages. Raises `BadPrompt` for anything else, and where these cannot run."""
+    """Return the prompt as a text, token ids or messages. Raises `BadPrompt` if it is none of these or cannot run."""
     if prompt is None:
         raise BadPrompt("null_prompt", "the prompt is None")
     if isinstance(prompt, str):

@@ -1,1 +1,1 @@
-"""What a step or a job costs: counted from the model's shape, and timed on this device."""
+"""Predicts the cost of a step or a job, from the model's shape and from times measured on this device."""

@@ -1,4 +1,4 @@
-"""Steps of small decoders of random weights, timed: what a device's `StepCost` is fitted to."""
+"""Time steps of small decoders with random weights, and fit a device's `StepCost` to them."""
 
 import json
 import os
@@ -33,11 +33,11 @@ from batchinfer.kernels.grain import TILE
 from batchinfer.models.batch import Batch
 from batchinfer.text.tokenizer import Tokenizer
 
-REPEATS = 2  # of each step at least
-REPEAT_SECONDS = 0.1
+REPEATS = 2  # least number of timed repeats of each step
+REPEAT_SECONDS = 0.1  # each workload is repeated for this long at least
 
-# hidden, intermediate, layers, heads, key heads, head size, vocabulary. The first is for attention, and tells what a
-# layer takes from what a step takes; the last is about as large as processors' caches.
+# hidden, intermediate, layers, heads, key heads, head size, vocabulary. The first shape is for attention, and has many
+# layers, which tells a layer's time from a step's. The last one is about as large as the caches of processors.
 SHAPES = ((256, 768, 6, 8, 4, 32, 2048), (640, 1728, 3, 10, 5, 64, 6144), (1536, 4096, 2, 16, 4, 96, 10240))
 
 
@@ -49,7 +49,7 @@ def _drawn(top_k: int, top_p: float) -> SamplingParams:
     return SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.7, top_k=top_k, top_p=top_p)
 
 
-# What is run together: lengths of prompts, how they are answered, and what that is called.
+# Rows that run together: lengths of prompts in tokens, how they are answered, and the name of that kind of sampling.
 Workload = tuple[list[int], SamplingParams, str]
 
 BY_ROWS: list[Workload] = [
@@ -57,21 +57,21 @@ BY_ROWS: list[Workload] = [
     *(([1] * count, _greedy(4), "greedy") for count in (1, 8, 16, 32, 64)),
 ]
 BY_CONTEXT: list[Workload] = [(lengths, _greedy(4), "greedy") for lengths in ([1000], [480] * 4, [96] * 32)]
-# To noise all tokens are about as likely; top_k leaves as few of them as filters leave of a trained model's.
-# Long enough that all decode side by side in the end.
+# Answers are long enough that in the end all rows decode side by side.
 MANY_KEYS: list[Workload] = [([480] * 24, _greedy(26), "greedy")]
+# With random weights all tokens are about equally likely. top_k leaves as few as filters leave with a trained model.
 BY_SAMPLING: list[Workload] = [([1] * 64, _drawn(0, 1.0), "drawn"), ([1] * 64, _drawn(20, 0.8), "filtered")]
 
 
 class _NoText(Tokenizer):
-    """Token ids are never turned into text."""
+    """A tokenizer for rows whose token ids are never turned into text."""
 
     def __init__(self) -> None:
         self.vocab_size, self.eos_ids = 1, ()
 
 
 class _TimedEngine(Engine):
-    """Steps one after the other, and what they computed."""
+    """An engine that ends each step before the next one begins, and keeps the last step's `batch`."""
 
     def step(self) -> Completions:
         self._begin()
@@ -83,12 +83,11 @@ class _TimedEngine(Engine):
 
 
 def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
-    """Time steps on the device and fit the constants to them: about two minutes on a CPU. `say` hears how far it is.
+    """Time steps on the device and fit the constants to them; takes about two minutes on a CPU.
 
-    They are fitted to the fastest repeats, for what else runs on a machine only ever adds; and then made longer by as
-    much as the middle repeat usually takes longer, for jobs take as long as usual and not as at best.
-
-    A `ValueError` says what the device lacks.
+    `say` is called with a line of text at each stage. The constants are fitted to the fastest repeats, because other
+    programs on the machine only ever add time. They are then multiplied by the usual ratio of the median repeat to the
+    fastest, because a job takes the usual time and not the best. Raises `ValueError` if the device lacks something.
     """
     costs: dict[str, StepCost] = {}
     load_seconds, operations = {}, {}
@@ -107,7 +106,7 @@ def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
                     work, seconds, middle = _timed(engine, lengths, params)
                     longer += (middle / seconds).tolist()
                     measured.append((quantities(work, shape, weights, kv_cache, sampling), seconds))
-            stats = engine.stats()  # of the largest model
+            stats = engine.stats()  # the engine of the largest model comes last
             load_seconds[name] = stats.load_seconds / layer_weights(shape)
             operations[name] = stats.peak_operations_per_second
             fitted = StepCost.fit(measured, operations[name], memory.byte_seconds[name])
@@ -116,7 +115,10 @@ def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
 
 
 def _plan(models: list[Path], automatic: str) -> Iterator[tuple[Path, str, list[Workload]]]:
-    """(model, type of keys and values, workloads), the largest model last; `automatic` is the type of most jobs."""
+    """Yield (model, type of keys and values, workloads), the largest model last.
+
+    `automatic` is the type of keys and values that a job has if its user names none.
+    """
     for kv_cache in KV_CACHES:
         if kv_cache != automatic:
             yield models[0], kv_cache, BY_CONTEXT
@@ -164,7 +166,10 @@ def _engine(model: Path, device: str, products: Products, kv_cache: str) -> _Tim
 
 
 def _timed(engine: _TimedEngine, lengths: list[int], params: SamplingParams) -> tuple[Work, Floats, Floats]:
-    """The steps of these rows, each with its shortest and its middle time of some repeats, behind one not timed."""
+    """Run these rows several times; return the work [n] of their n steps, and each one's least and median seconds [n].
+
+    The first run is left out.
+    """
     runs: list[list[float]] = []
     until = time.perf_counter() + REPEAT_SECONDS
     while len(runs) <= REPEATS or time.perf_counter() < until:
@@ -181,16 +186,16 @@ def _timed(engine: _TimedEngine, lengths: list[int], params: SamplingParams) -> 
 
 
 def _work(batch: Batch, block: int) -> list[int]:
-    """The fields of `Work` of one step."""
+    """Return the fields of `Work` for one step."""
     contexts = batch.positions[batch.prompt_tokens : batch.prompt_tokens + batch.query_tokens] + 1
-    tiles = [place for piece in batch.pieces for place in tiles_of(piece.start, piece.end)]
+    tiles = [index for chunk in batch.chunks for index in tiles_of(chunk.start, chunk.end)]
     return [
         len(batch.tokens),
         len(batch.sampled),
         batch.query_tokens,
         int((-(-contexts // block) * block).sum()),
         len(tiles),
-        sum(place + 1 for place in tiles) * TILE,
+        sum(index + 1 for index in tiles) * TILE,
         len(set(tiles)),
     ]
 

@@ -1,4 +1,4 @@
-"""`CostModel`: the operations and the bytes of keys and values that requests cost, from the model's shape."""
+"""`CostModel`: operations, and bytes of keys and values read, that requests cost; from the model's shape."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from batchinfer.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class Requests:
-    """Any number of requests that have the same lengths in tokens."""
+    """The lengths, in tokens, of requests that all have the same lengths."""
 
     prompt: int
     output: int
@@ -16,38 +16,38 @@ class Requests:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Of one model with one kind of KV cache."""
+    """The cost of requests for one model with one type of KV cache."""
 
-    linear_parameters: int  # of the layers' matrices
+    linear_parameters: int  # elements of the matrices of all layers
     head_parameters: int
-    query_numbers: int  # of a token's queries in all layers
-    kv_numbers: int  # of its keys and values
-    kv_bytes: float  # of an element of keys and values, its share of a scale included
+    query_numbers: int  # elements of a token's queries in all layers
+    kv_numbers: int  # elements of a token's keys and values in all layers
+    kv_bytes: float  # bytes of an element of keys or values, its share of a scale included
 
     @classmethod
     def of(cls, config: ModelConfig, kv_bytes: float) -> "CostModel":
-        """From a checkpoint's shape."""
+        """Return the cost model of a checkpoint with this `config`."""
         shapes = [layer.attention for layer in config.layers]
         queries, keys_values = sum(a.q.rows for a in shapes), sum(a.k.rows + a.v.rows for a in shapes)
         return cls(layer_weights(config), config.head.size, queries, keys_values, kv_bytes)
 
     @property
     def attention_operations(self) -> int:
-        """Of one token with each token that it sees."""
+        """Operations of attention between one token and one token that it sees, in all layers."""
         return 4 * self.query_numbers
 
     @property
     def kv_bytes_per_token(self) -> float:
-        """Keys and values of all layers."""
+        """Bytes of a token's keys and values in all layers."""
         return self.kv_numbers * self.kv_bytes
 
     def operations(self, requests: Requests) -> float:
-        """Of one request: its prompt, and each new token with the head."""
+        """Return the operations of one request: of its prompt, and of each new token with the head."""
         prompt, output, seen = requests.prompt, requests.output, self.attention_operations
         prefill = prompt * (2 * self.linear_parameters + seen * prompt / 2)
         a_token = 2 * self.linear_parameters + 2 * self.head_parameters + seen * (prompt + output / 2)
         return prefill + output * a_token
 
     def bytes_read(self, requests: Requests) -> float:
-        """Keys and values that one request's new tokens read."""
+        """Return the bytes of keys and values that the new tokens of one request read."""
         return requests.output * (requests.prompt + requests.output / 2) * self.kv_bytes_per_token

@@ -1,8 +1,8 @@
-"""`MemorySpeed`: what a device's memory costs, and how much of it the last cache saves, both measured.
+"""`MemorySpeed`: the speed of a device's memory and the size of its last-level cache, both measured.
 
-A virtual machine is told the last cache of its whole host, and has a part of it. And the small models that steps are
-timed on stay in that cache, so that they do not tell what a byte from memory takes. So products are timed on more and
-more weights.
+The cache size must be measured, because a virtual machine reports the cache of its whole host and has only a part of
+it. The seconds of a byte from memory must be measured apart, because the small models that steps are timed on fit in
+that cache. So matrix products are timed on more and more weights, until these exceed the cache.
 """
 
 import time
@@ -16,28 +16,32 @@ from batchinfer.cost.step_cost import PRODUCTS, Floats, Products
 from batchinfer.host.memory import available_bytes
 from batchinfer.kernels.backend_cpu import CpuBackend
 
-SIDE = 2048  # of the matrices: 4 to 16 MB, which most last caches hold
-ROWS = 32  # that they are multiplied with: between a step of a few rows and one of many
-LARGEST = 1 << 30  # bytes of weights, which no processor's part of a cache holds
-PASSES = 4  # timed, over each number of matrices; fewer where they take longer than
-PASSES_SECONDS = 0.5  # together, which on slow processors they do
-COPY_BYTES = 1 << 28
+SIDE = 2048  # rows and columns of a matrix of 4 to 16 MB, which most last-level caches hold
+ROWS = 32  # rows that the matrices are multiplied with: between a step of a few rows and one of many
+LARGEST = 1 << 30  # bytes of weights, more than any last-level cache holds
+PASSES = 4  # passes timed over each number of matrices; fewer if they take longer than PASSES_SECONDS
+PASSES_SECONDS = 0.5  # of all passes together; slow processors exceed it
+COPY_BYTES = 1 << 28  # copied to measure the copy rate
 
 Curve = tuple[Floats, Floats]
-"""Bytes of weights, growing, and the seconds that each of these bytes takes."""
+"""(bytes of weights, in growing order; seconds that a byte of that many takes), [n] each."""
 
 
 @dataclass(frozen=True)
 class MemorySpeed:
-    """Of one device."""
+    """The speed of one device's memory."""
 
-    bytes_per_second: float  # of a copy, read and written bytes counted
-    cache_bytes: float  # of so many bytes of weights, half come from memory in every step
-    byte_seconds: dict[str, float]  # by the name of `PRODUCTS`: what a byte of weights takes longer from memory
+    bytes_per_second: float  # copy rate; read and written bytes both count
+    cache_bytes: float  # with this many bytes of weights, half of them come from memory in every step
+    byte_seconds: dict[str, float]  # by name in `PRODUCTS`: extra seconds of a byte of weights from memory
 
 
 def measure_memory(device: str) -> MemorySpeed:
-    """Five seconds on two cores. Of a GPU the driver tells the cache; models that steps are timed on exceed it."""
+    """Measure the memory of `device`, "cpu" or "cuda"; takes about five seconds on two cores.
+
+    The cache size of a GPU comes from its driver. Its `byte_seconds` are 0, because the models that steps are timed on
+    exceed its cache, so that step times include reads from memory.
+    """
     if device == "cuda":
         cache_bytes = float(torch.cuda.get_device_properties(0).L2_cache_size)
         return MemorySpeed(_copy_rate(device), cache_bytes, dict.fromkeys(PRODUCTS, 0.0))
@@ -47,9 +51,9 @@ def measure_memory(device: str) -> MemorySpeed:
 
 
 def read_curves(curves: dict[str, Curve]) -> tuple[float, dict[str, float]]:
-    """`cache_bytes` and `byte_seconds`, from a curve for each kind of products.
+    """Return (`cache_bytes`, `byte_seconds`) from a curve for each kind of products.
 
-    The kind that waits for memory the most shows best where the cache ends.
+    The cache size comes from the kind whose products slow down most beyond the cache, because it shows the edge best.
     """
     byte_seconds = {name: max(0.0, float(seconds[-1] - seconds[0])) for name, (_, seconds) in curves.items()}
     nbytes, seconds = max(curves.values(), key=lambda curve: float(curve[1][-1] / curve[1][0]))
@@ -58,7 +62,7 @@ def read_curves(curves: dict[str, Curve]) -> tuple[float, dict[str, float]]:
 
 
 def _curve(kind: Products, largest: int) -> Curve:
-    """Of products with one matrix, with two, with four, and so on."""
+    """Time passes over one matrix, two, four and so on, up to `largest` bytes of weights."""
     a_matrix = int(SIDE * SIDE * kind.layer_bytes)
     counts = [1 << i for i in range(max(2, (largest // a_matrix).bit_length()))]
     products = [_product(kind) for _ in range(counts[-1])]
@@ -67,7 +71,7 @@ def _curve(kind: Products, largest: int) -> Curve:
 
 
 def _product(kind: Products) -> Callable[[], object]:
-    """With weights of its own."""
+    """Make a product of ROWS rows with a new matrix, which a call computes."""
     backend, dtype = CpuBackend(), getattr(torch, kind.dtype)
     weight = torch.ones(SIDE, SIDE, dtype=dtype if kind.quantization == "none" else torch.int8)
     made = backend.linear(weight) if kind.quantization == "none" else backend.linear_w8a8(weight, torch.ones(SIDE))
@@ -76,7 +80,7 @@ def _product(kind: Products) -> Callable[[], object]:
 
 
 def _fastest_pass(products: list[Callable[[], object]]) -> float:
-    """Seconds of one over all of them; the first is not timed."""
+    """Return the least seconds of a pass over all products; the first pass is left out."""
     times = list[float]()
     while len(times) < 2 or (len(times) <= PASSES and sum(times) < PASSES_SECONDS):
         started = time.perf_counter()
@@ -87,7 +91,7 @@ def _fastest_pass(products: list[Callable[[], object]]) -> float:
 
 
 def _copy_rate(device: str) -> float:
-    """Bytes a second, read and written, of the fastest of some copies."""
+    """Return the bytes a second, read and written, of the fastest of five copies."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = float("inf")

@@ -1,9 +1,9 @@
-"""The steps that an engine will take for rows of known lengths, counted without computing one.
+"""Simulate the steps that an engine takes for rows of known lengths, without computing them.
 
-It goes by the scheduler's rules (`engine/step_policy.py`): prompts first, in the order of the rows and on the grid of
-tiles, then one token of each sequence that decodes. Steps between two events, a row's beginning or its end, differ only
-in their contexts, and are counted together. What it leaves out: rows wait for a place, never for memory, and windows of
-attention are taken to be the whole context.
+The simulation follows the scheduler's rules (`engine/step_policy.py`): prompts first, in the order of the rows and on
+the grid of tiles, then one token of each sequence that decodes. Steps between two events (a row begins or ends) differ
+only in their context lengths, and are counted together. Two things are simplified: rows wait for a place in the
+sequence table, never for memory, and attention windows are as long as the whole context.
 """
 
 from collections import deque
@@ -14,33 +14,33 @@ from numpy.typing import NDArray
 
 from batchinfer.cost.step_cost import Floats, Work
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.step_policy import decoding, padded_logits, piece_end, tiles_of
+from batchinfer.engine.step_policy import chunk_end, decoding, padded_logits, tiles_of
 from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_size
 from batchinfer.kernels.ragged import Ints
 
-MOST_TOGETHER = 1024  # steps, for their contexts are a row of a matrix each
+MOST_TOGETHER = 1024  # steps counted at once; each has a row in a matrix of context lengths
 
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """n steps: what they compute, how many prompt tokens and new tokens, and whether rows still waited."""
+    """The work of n steps, their numbers of prompt tokens and new tokens, and whether rows still waited."""
 
     work: Work
     prompt_tokens: Floats  # [n]
-    new_tokens: Floats  # [n] of decoding sequences; a row's first one comes with its prompt
-    waiting: NDArray[np.bool_]  # [n] rows were still to begin, so that no place stayed empty
+    new_tokens: Floats  # [n] new tokens of decoding sequences; a row's first one comes with its prompt instead
+    waiting: NDArray[np.bool_]  # [n] True if rows were still waiting to begin, so that all places were taken
 
 
 def simulate(prompts: Ints, outputs: Ints, config: EngineConfig, first: int = 0) -> Steps:
-    """The steps for rows of `prompts` [r] and `outputs` [r] tokens, in this order.
+    """Return the steps for rows with `prompts` [r] prompt tokens and `outputs` [r] new tokens, run in this order.
 
-    `first` tokens of each prompt are there already, computed for another row.
+    The first `first` tokens of each prompt are shared with another row, which computes them.
     """
     return _Simulation(prompts, outputs, config, first).run()
 
 
 class _Simulation:
-    """Places of the sequence table as arrays, like the engine's own."""
+    """The state of each place of the sequence table, as arrays like the engine's own."""
 
     def __init__(self, prompts: Ints, outputs: Ints, config: EngineConfig, first: int) -> None:
         self.config, self.first = config, first
@@ -73,13 +73,13 @@ class _Simulation:
             self.prefilling.append(int(place))
 
     def _mixed_step(self) -> None:
-        """Pieces of prompts, and what decodes beside them."""
+        """Count one step of prompt chunks and of the sequences that decode beside them."""
         budget = self.config.max_num_batched_tokens
         tokens, ended, tiles = 0, 0, list[int]()
         beside = self._decoding()
         for place in self.prefilling:
             start, stop = int(self.computed[place]), int(self.prompt[place])
-            end = piece_end(start, stop, budget - tokens)
+            end = chunk_end(start, stop, budget - tokens)
             if end > start:
                 tiles += tiles_of(start, end)
                 tokens += end - start
@@ -92,13 +92,16 @@ class _Simulation:
         self._count(1, tokens, ended, beside[: budget - tokens], counts)
 
     def _decoding_steps(self) -> None:
-        """All steps up to the first end, some at a time."""
+        """Count the steps up to the next end of a row, at most MOST_TOGETHER."""
         places = self._decoding()[: self.config.max_num_batched_tokens]
         steps = min(int((self.end[places] - self.computed[places] - 1).min()), MOST_TOGETHER)
         self._count(steps, 0, 0, places, (0, 0, 0))
 
     def _count(self, n: int, prompt_tokens: int, ended: int, places: Ints, tiles: tuple[int, int, int]) -> None:
-        """`n` steps with so many prompt tokens and prompts that end, in which the sequences at `places` decode."""
+        """Count `n` steps in which the sequences at `places` decode beside `prompt_tokens` prompt tokens.
+
+        In each of them `ended` prompts end; `tiles` are the fields of `Work` about tiles.
+        """
         block = self.config.block_size
         seen = self.computed[places] + 1 + np.arange(n)[:, None]
         self.computed[places] += n

@@ -1,8 +1,8 @@
-"""Seconds of one step of the engine, from what it computes: some constants of a device, fitted once to measured steps.
+"""Predict the seconds of an engine step from what it computes, with constants fitted once to steps timed on a device.
 
-A step's time is taken to be a sum: so long for each step and layer, for each number that passes through norms and
-activations, for each weight by the number of rows that it is multiplied with, for what attention reads and computes,
-and for each logit. What overlaps on a device, or depends on more than that, the constants hold on average.
+A step's time is modelled as a sum of quantities times constants: seconds per step, per layer, per number that passes
+through norms and activations, per weight (by the number of rows it is multiplied with), per key that attention reads
+or computes, and per logit. Effects that such a sum cannot hold, such as overlap, are averaged into the constants.
 """
 
 from dataclasses import dataclass, fields
@@ -17,21 +17,21 @@ from batchinfer.models.layer import Layer
 Floats = NDArray[np.float64]
 
 ROWS = (8, 16, 32, 64, 128, 256, 512)
-"""Rows of a product for which the seconds of a weight are fitted; between them they are interpolated, and beyond them
-in proportion."""
+"""Numbers of rows of a product for which the seconds per weight are fitted. They are interpolated in between, constant
+below the first, and proportional to the rows above the last."""
 
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """What each of n steps computes, [n] each; padding is counted, since it is computed too."""
+    """The work of n steps, [n] each; padding counts, because it is computed too."""
 
     tokens: Floats
     sampled: Floats  # rows of logits
     decoding: Floats  # sequences with one new token
-    decode_keys: Floats  # positions that those see, in whole blocks
-    tiles: Floats  # of prompts
-    tile_keys: Floats  # positions that those tiles see, each tile's own included
-    tile_places: Floats  # different places of tiles in their sequences
+    decode_keys: Floats  # positions that these sequences see, rounded up to whole blocks
+    tiles: Floats  # tiles of prompts
+    tile_keys: Floats  # positions that these tiles see, each tile's own included
+    tile_positions: Floats  # different positions of tiles in their sequences: attention computes each at once
 
     def __post_init__(self) -> None:
         assert len({len(getattr(self, field.name)) for field in fields(self)}) == 1
@@ -42,7 +42,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Products:
-    """One kind of matrix products: how an engine is asked for it, and the bytes of what it holds."""
+    """One kind of matrix products: the engine settings that choose it, and the bytes of its weights."""
 
     quantization: str
     dtype: str
@@ -50,7 +50,7 @@ class Products:
     head_bytes: float
 
     def kv_cache(self, device: str) -> str:
-        """The type of keys and values where nothing else is said: that of the stream between products."""
+        """Return the default type of keys and values: that of the activations between products."""
         return "float32" if device == "cpu" and self.quantization != "none" else self.dtype
 
 
@@ -64,31 +64,31 @@ KV_CACHES = ("float32", "bfloat16", "int8", "fp8")  # the types of keys and valu
 
 @dataclass(frozen=True)
 class Weights:
-    """How a decoder's matrices are held where it runs, and what of them a step reads from memory."""
+    """Bytes of a decoder's matrix elements where it runs, and of the cache that may hold them."""
 
     layer_bytes: float  # of an element of the layers' matrices
     head_bytes: float
-    cache_bytes: float  # of the processor's last cache: weights that fit stay there from step to step
+    cache_bytes: float  # of the last-level cache: weights that fit stay in it from step to step
 
     def streamed(self, model: ModelConfig) -> float:
-        """The share that comes from memory; it grows from 0 to 1 around the cache's size."""
+        """Return the share of the weights that a step reads from memory; it grows from 0 to 1 around the cache size."""
         nbytes = layer_weights(model) * self.layer_bytes + model.head.size * self.head_bytes
         return float(np.clip(nbytes / self.cache_bytes - 0.5, 0.0, 1.0))
 
 
 def layer_weights(model: ModelConfig) -> int:
-    """Elements of the matrices of all layers."""
+    """Return the number of elements of the matrices of all layers."""
     return sum(matrix.size for layer in model.layers for matrix in layer.matrices)
 
 
 def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, sampling: str) -> dict[str, Floats]:
-    """What a step's seconds are a sum of, by name: [n] each.
+    """Return the quantities that a step's seconds are a sum of, by name: [n] each.
 
     `kv_cache` is the type of keys and values; `sampling` is greedy, drawn or filtered.
     """
     w, layers = work, model.layers
     shapes = [layer.attention for layer in layers]
-    # The last layer computes what follows attention for sampled rows only.
+    # Behind attention, the last layer computes sampled rows only.
     inner, last = layers[:-1], layers[-1]
     behind = _numbers_behind_attention(last)
     moved = w.sampled * behind + w.tokens * (
@@ -111,7 +111,7 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
         "head from memory": streamed * weights.head_bytes * head * (w.sampled > 0),
         "head by row": head * w.sampled,
         "logit": model.vocab_size * w.sampled,
-        "place of tiles": len(layers) * w.tile_places,
+        "place of tiles": len(layers) * w.tile_positions,
         "tile operation": width * TILE * w.tile_keys,
         "tile score": heads * TILE * w.tile_keys,
         f"tile key in {kv_cache}": kv * w.tile_keys,
@@ -132,12 +132,12 @@ def _weights_behind_attention(layer: Layer) -> int:
 
 
 def _numbers_behind_attention(layer: Layer) -> int:
-    """Of a token, as they pass through the second norm, the activation and the sum with the stream."""
+    """Count a token's numbers that pass through the second norm, the activation and the residual sum."""
     return 2 * layer.mlp_norm.size + 3 * layer.feed_forward.down.columns
 
 
 def _shares(rows: Floats) -> Floats:
-    """[len(ROWS), n]: how much of each number of rows a product of `rows` is; none of any for no rows."""
+    """Return interpolation weights [len(ROWS), n] for products of `rows` [n] rows; all are 0 for no rows."""
     inside = np.clip(rows, ROWS[0], ROWS[-1])
     shares: Floats = np.array([np.interp(inside, ROWS, one) for one in np.eye(len(ROWS))])
     shares[-1] *= np.maximum(rows, ROWS[-1]) / ROWS[-1]
@@ -147,19 +147,20 @@ def _shares(rows: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one device and one kind of products: seconds of each quantity, by its name."""
+    """The constants of one device and one kind of products: seconds of each quantity, by its name."""
 
     seconds: dict[str, float]
-    error: float = 0.0  # of the steps that it was fitted to, relative: half of them are as near or nearer
+    error: float = 0.0  # median relative error of the steps that it was fitted to
 
     @classmethod
     def fit(
         cls, measured: list[tuple[dict[str, Floats], Floats]], operations_per_second: float, byte_seconds: float
     ) -> "StepCost":
-        """The constants that come nearest to measured seconds [n] of steps, by relative error.
+        """Fit constants to measured steps, (quantities by name, seconds [n]), by least squares of the relative error.
 
-        None is below 0, no product is faster than the device's fastest, and no byte from memory costs less than the
-        `byte_seconds` measured: a few small shapes do not tell apart all that grows with the tokens, or the weights.
+        Constants have lower bounds: 0, the device's `operations_per_second` for products, and the measured
+        `byte_seconds` for weights from memory. Without these bounds a few small shapes would not tell apart all the
+        quantities that grow with the tokens or with the weights.
         """
         names = sorted({name for steps, _ in measured for name in steps})
         rows = [np.stack([steps.get(name, np.zeros(len(taken))) for name in names], 1) for steps, taken in measured]
@@ -173,35 +174,35 @@ class StepCost:
         return cls(dict(zip(names, found.tolist(), strict=True)), error)
 
     def times(self, factor: float) -> "StepCost":
-        """The same, all of it longer."""
+        """Return the same cost with all seconds multiplied by `factor`."""
         return StepCost({name: factor * seconds for name, seconds in self.seconds.items()}, self.error)
 
     def of(self, quantities: dict[str, Floats]) -> Floats:
-        """Seconds [n] of steps. A `KeyError` names a quantity that was not measured."""
+        """Return the seconds [n] of n steps. Raises `KeyError` naming a quantity that was not measured."""
         total: Floats = np.sum([self.seconds[name] * values for name, values in quantities.items()], axis=0)
         return total
 
 
 @dataclass(frozen=True)
 class DeviceCost:
-    """What was measured on a device, by the name of `PRODUCTS` where it depends on them."""
+    """All that was measured on a device; keys of dicts are names in `PRODUCTS`."""
 
     steps: dict[str, StepCost]
-    load_seconds: dict[str, float]  # of an element of the layers' matrices
-    start_seconds: float  # of a process until the engine's code is there
-    operations_per_second: dict[str, float]  # of the product at its best
-    bytes_per_second: float  # of a copy, read and written bytes counted
-    cache_bytes: float  # of the last cache
+    load_seconds: dict[str, float]  # to load an element of the layers' matrices
+    start_seconds: float  # from the start of a process until the engine's code is imported
+    operations_per_second: dict[str, float]  # of a large matrix product
+    bytes_per_second: float  # copy rate; read and written bytes both count
+    cache_bytes: float  # of the last-level cache
 
     def seconds(self, products: str, work: Work, model: ModelConfig, kv_cache: str, sampling: str) -> Floats:
-        """[n] of steps. A `KeyError` names what was not measured."""
+        """Return the seconds [n] of n steps. Raises `KeyError` naming a quantity or products that were not measured."""
         kind = PRODUCTS[products]
         weights = Weights(kind.layer_bytes, kind.head_bytes, self.cache_bytes)
         return self.steps[products].of(quantities(work, model, weights, kv_cache, sampling))
 
 
 def nonnegative_least_squares(a: Floats, b: Floats) -> Floats:
-    """The x >= 0 that makes |a x - b| least (Lawson and Hanson 1974), for a [m, n] and b [m]."""
+    """Return the x [n] >= 0 that makes |a x - b| least, for a [m, n] and b [m] (Lawson and Hanson 1974)."""
     scale = np.linalg.norm(a, axis=0)
     scale[scale == 0] = 1.0
     a = a / scale
@@ -219,7 +220,7 @@ def nonnegative_least_squares(a: Floats, b: Floats) -> Floats:
             below = free & (wanted <= 0)
             if not below.any():
                 break
-            # As far towards it as the first number that reaches 0, which is held there from then on.
+            # Move x towards `wanted` until the first element reaches 0, and hold that element there from then on.
             shares = np.where(below, x / np.maximum(x - wanted, 1e-300), np.inf)
             x += (wanted - x) * shares.min()
             free &= (shares > shares.min()) & (x > 0)

@@ -1,8 +1,9 @@
-"""`Admission`: which rows run, and the blocks that they have.
+"""`Admission`: decides which rows run, and promises them blocks of the KV cache.
 
-A row is admitted when the blocks that it is expected to need are promised: those of its prompt, and of as many new
-tokens as rows like it took. Where it needs more, more are promised. Where none are left, the row that was admitted
-last gives its blocks back and waits to be computed again; that is counted, and more is expected of rows from then on.
+A row is admitted when the blocks that it is expected to need can be promised: those of its prompt, and of as many new
+tokens as similar rows took. A row that needs more gets more promised. If none are left, the row that was admitted last
+is preempted: it gives its blocks back and waits to be computed again. Preemptions are counted, and each raises the
+number of tokens that rows are expected to take.
 """
 
 from collections import deque
@@ -22,6 +23,8 @@ from batchinfer.kernels.ragged import Ints
 
 @dataclass(frozen=True)
 class _Row:
+    """Row `i` of `requests`, the template that its prompt begins with, and the tokens it has generated so far."""
+
     requests: Requests
     i: int
     template: int
@@ -29,22 +32,25 @@ class _Row:
 
 
 class Admission:
-    """Rows wait in the order in which they are added; those that were preempted come before all others."""
+    """A queue of rows in the order in which they are added; preempted rows come before all others."""
 
     def __init__(self, table: SequenceTable, manager: BlockManager, share: bool, lengths: OutputLengths | None) -> None:
-        """With `share`, what neighbours begin with is computed once. `lengths` None: all blocks that a row may ever
-        need are promised, and nothing is preempted."""
+        """Make an empty queue for the sequences of `table`.
+
+        With `share`, the common start of neighbouring rows' prompts is computed once. If `lengths` is None, all blocks
+        that a row may ever need are promised, and no row is preempted.
+        """
         self._table, self._manager, self.lengths = table, manager, lengths
         self._tree = PrefixTree(manager, table.block_size)
         self._share = share
-        self._waiting: deque[tuple[Requests, Likeness, int]] = deque()  # and how many are admitted
+        self._waiting: deque[tuple[Requests, Likeness, int]] = deque()  # and number of rows admitted
         self._preempted: deque[_Row] = deque()
         self._template = -1  # of the row that was admitted last
-        self._last = -1, -1  # its place and epoch
+        self._last = -1, -1  # place and epoch of that row
         self._templates = self._epochs = 0
         self.waiting_rows = 0
-        self.admitted: list[int] = []  # rows, since the owner last emptied it
-        self.wiped: list[Ints] = []  # blocks that hold values that are not finite and are free, as above
+        self.admitted: list[int] = []  # rows admitted since the owner of this object last emptied the list
+        self.wiped: list[Ints] = []  # free blocks with values that are not finite, as above
         self.preemptions = self.shared_tokens = 0
 
     def add(self, requests: Requests) -> None:
@@ -55,7 +61,7 @@ class Admission:
             self.waiting_rows += len(requests)
 
     def drop(self) -> None:
-        """Forget all rows, those that wait and those that run; whether what these computed is finite is not known."""
+        """Forget all rows, waiting and running. Their blocks are wiped, because some values may not be finite."""
         self._waiting.clear()
         self._preempted.clear()
         for place in np.flatnonzero(self._table.active).tolist():
@@ -64,11 +70,11 @@ class Admission:
         self.waiting_rows, self.admitted = 0, []
 
     def admit(self) -> list[int]:
-        """The places of the rows that begin now."""
+        """Admit waiting rows while there are free places and blocks; return their places."""
         places: list[int] = []
         for place in np.flatnonzero(~self._table.active).tolist():
             began = bool(self._preempted) and self._readmit(place)
-            # Where nobody runs who would free blocks, those that are held for the next row are only freed by it.
+            # If no row runs, none frees blocks: those held for the next waiting row are freed only by it.
             if not began and (not self._preempted or not self._table.active.any()):
                 began = self._admit_next(place)
             if not began:
@@ -103,7 +109,7 @@ class Admission:
         return True
 
     def _computing_twin(self) -> int:
-        """The place of the sequence that computes the prompt of the row that was admitted last; -1 if that is done."""
+        """Return the place of the sequence that computes the prompt of the last admitted row; -1 if that is done."""
         table, (place, epoch) = self._table, self._last
         runs = table.active[place] and table.epoch[place] == epoch
         if not runs or table.computed[place] >= table.prompt_length[place]:
@@ -111,7 +117,7 @@ class Admission:
         return place if table.twin_of[place] < 0 else int(table.twin_of[place])
 
     def _readmit(self, place: int) -> bool:
-        """What it shared may be gone: its whole prompt is its own."""
+        """Admit the first preempted row. Tiles that it shared may be gone, so it computes its whole prompt itself."""
         row = self._preempted[0]
         need = self._need(row.requests, row.i, row.template, len(row.generated))
         if not self._manager.promise(need):
@@ -129,7 +135,7 @@ class Admission:
         self._epochs += 1
 
     def _need(self, requests: Requests, i: int, template: int, generated: int) -> int:
-        """Blocks of a row's whole sequence, as far as it is expected to come."""
+        """Return the blocks that a row is expected to need for its prompt and all new tokens."""
         most = requests.params[requests.param_index[i]].max_tokens
         prompt = int(requests.offsets[i + 1] - requests.offsets[i])
         return self._table.blocks_for(prompt + self._expected(template, generated, most))
@@ -143,9 +149,10 @@ class Admission:
         return self.lengths.expected(template, generated, most, running)
 
     def extend(self, decoding: Ints, positions: Ints) -> NDArray[np.bool_]:
-        """Promise the blocks that these sequences need up to these positions; which of them [n] still run after that.
+        """Promise each sequence in `decoding` [n] the blocks up to its position in `positions` [n].
 
-        Where none are left, those are preempted that were admitted last.
+        If too few blocks are left, the sequences that were admitted last are preempted. Returns bool [n]: which
+        sequences still run.
         """
         table = self._table
         blocks = positions // table.block_size + 1
@@ -182,7 +189,7 @@ class Admission:
             self.lengths.grow()
 
     def finish(self, place: int, spoiled: bool) -> None:
-        """A sequence has ended; `spoiled` where what it has computed is not finite."""
+        """End a sequence and free its place and blocks; `spoiled` if it computed values that are not finite."""
         table = self._table
         if spoiled:
             for tile in table.tiles[place]:

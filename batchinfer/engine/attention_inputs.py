@@ -1,4 +1,4 @@
-"""What attention reads of a step, put together on the host: one way for each backend."""
+"""Build a step's inputs to attention on the host, in the form that each backend takes."""
 
 from typing import Protocol
 
@@ -12,35 +12,42 @@ from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints, offsets_of, ranges
 from batchinfer.kernels.ragged_attention import RaggedBatch
-from batchinfer.models.batch import Piece, as_tensor
+from batchinfer.models.batch import PromptChunk, as_tensor
 
 
 class AttentionInputs(Protocol):
-    """A step's attention, by the layers' windows."""
+    """Builds a step's inputs to attention, one for each attention window that a layer has."""
 
     def __call__(
-        self, table: SequenceTable, pieces: list[Piece], decoding: Ints, positions: Ints
+        self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
     ) -> dict[int | None, AttentionBatch]:
-        """Of pieces of prompts, and of the places that decode, with the positions of their tokens behind them."""
+        """Return the inputs by window, for prompt chunks and for the decoding sequences behind them.
+
+        `decoding` [n] holds the place, and `positions` [n] the position, of each token after the prompts; the tokens of
+        one sequence are neighbours.
+        """
         ...
 
 
 class TiledInputs:
-    """For the CPU: prompts in tiles of the same place in their sequences, single queries with the blocks they walk."""
+    """Builds inputs for the CPU: prompts in tiles, and each later token as a query with the blocks that it reads.
+
+    Tiles at the same position in their sequences form a group, because they see the same number of keys.
+    """
 
     def __init__(self, windows: set[int | None]) -> None:
         self.windows = windows
 
     def __call__(
-        self, table: SequenceTable, pieces: list[Piece], decoding: Ints, positions: Ints
+        self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
     ) -> dict[int | None, AttentionBatch]:
         groups: dict[int, list[tuple[int, int, int]]] = {}
-        for p in pieces:
-            for start in range(p.start, p.end, TILE):
-                tile = (p.place, p.row + start - p.start, min(TILE, p.end - start))
+        for c in chunks:
+            for start in range(c.start, c.end, TILE):
+                tile = (c.place, c.row + start - c.start, min(TILE, c.end - start))
                 groups.setdefault(start // TILE, []).append(tile)
         tiles = tuple(_tile_group(table, index, tiles) for index, tiles in sorted(groups.items()))
-        prompt_tokens = sum(p.end - p.start for p in pieces)
+        prompt_tokens = sum(c.end - c.start for c in chunks)
 
         def decode(window: int | None) -> DecodeBlocks | None:
             return _decode_blocks(table, decoding, positions, prompt_tokens, window) if len(decoding) else None
@@ -49,19 +56,19 @@ class TiledInputs:
 
 
 class RaggedInputs:
-    """For a GPU: all sequences alike, with their new tokens, planned for one kernel."""
+    """Builds inputs for a GPU: one kernel takes all sequences, with one new token or many."""
 
     def __init__(
         self, windows: set[int | None], heads: int, kv_heads: int, tiling: Tiling, processors: int | None
     ) -> None:
-        """`processors` None: a token's bits do not depend on the batch."""
+        """Take the model's shape. `processors` is how many the GPU has; None keeps a token's bits free of the batch."""
         self.windows, self.heads, self.kv_heads = windows, heads, kv_heads
         self.tiling, self.processors = tiling, processors
 
     def __call__(
-        self, table: SequenceTable, pieces: list[Piece], decoding: Ints, positions: Ints
+        self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
     ) -> dict[int | None, AttentionBatch]:
-        prompts = np.array([(p.place, p.end - p.start, p.end) for p in pieces], np.int64).reshape(-1, 3)
+        prompts = np.array([(c.place, c.end - c.start, c.end) for c in chunks], np.int64).reshape(-1, 3)
         first = np.flatnonzero(np.diff(decoding, prepend=-1))  # queries of one sequence are neighbours
         counts = np.diff(np.append(first, len(decoding)))
         queries = np.stack([decoding[first], counts, positions[first] + counts], 1)
@@ -89,12 +96,12 @@ def _tile_group(table: SequenceTable, index: int, tiles: list[tuple[int, int, in
 def _decode_blocks(
     table: SequenceTable, places: Ints, positions: Ints, first_row: int, window: int | None
 ) -> DecodeBlocks:
-    """Of single queries; several may be of one sequence."""
+    """Return the blocks that each single query reads; several queries may belong to one sequence."""
     size = table.block_size
     start = np.zeros_like(positions) if window is None else np.maximum(positions + 1 - window, 0)
     counts = positions // size + 1 - start // size
     query = np.repeat(np.arange(len(places)), counts)
-    index, offsets = ranges(start // size, counts)  # of the block in its sequence
+    index, offsets = ranges(start // size, counts)  # index of each block in its sequence
     pool = table.blocks[places[query], index]
     key_positions = index[:, None] * size + np.arange(size)
     hidden = (key_positions > positions[query, None]) | (key_positions < start[query, None])
@@ -116,7 +123,10 @@ def _decode_blocks(
 
 
 def _group_by_users(pool: Ints, query: Ints) -> tuple[tuple[BlockUsers, ...], Ints]:
-    """Pairs of a block and a query, by how many queries a block has; and where each pair [n] has gone."""
+    """Group pairs of a block and a query by how many queries use the block.
+
+    `pool` [n] and `query` [n] are the pairs. Returns the groups, and the index [n] of each pair in them.
+    """
     uses = np.bincount(pool)[pool]
     groups: list[BlockUsers] = []
     entry, base = np.empty_like(pool), 0
@@ -125,7 +135,7 @@ def _group_by_users(pool: Ints, query: Ints) -> tuple[tuple[BlockUsers, ...], In
         pairs = used[np.argsort(pool[used], kind="stable")].reshape(-1, u)
         ids = pool[pairs[:, 0]]
         low, span = int(ids[0]), int(ids[-1] - ids[0]) + 1
-        # Single blocks are read where they lie if they lie close enough; what many queries share is worth no gap.
+        # Blocks are read as one slice of the pool if they lie close enough; shared blocks only without any gap.
         in_place = span <= (2 * len(ids) if u == 1 else len(ids))
         at = ids - low if in_place else np.arange(len(ids))
         queries = np.zeros((span if in_place else len(ids), u), np.int64)

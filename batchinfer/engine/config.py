@@ -1,41 +1,42 @@
-"""What the engine is told before it loads: resolved once by the job, frozen, picklable, free of torch."""
+"""`EngineConfig`: the settings of an engine. Frozen and picklable. Free of torch: a job's parent process makes it."""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 FEW_ROWS = 4
-"""Up to so many rows side by side, weights of 4 bits are best left in 4 bits (benchmarks/four_bit.py).
+"""With up to this many rows side by side, 4-bit weights are best left in 4 bits (benchmarks/four_bit.py).
 
-At 8 rows int4pack still makes new tokens a third faster than expanded weights do; but it computes prompts at less than
-half their speed, and from 8 rows on that is more than the gain where a row has as many new tokens as prompt tokens.
+At 8 rows the int4pack kernel still makes new tokens a third faster than weights expanded to bfloat16. But it computes
+prompts at less than half the speed. From 8 rows on this loss exceeds the gain if a row has as many new tokens as prompt
+tokens.
 """
 
-LEAST_BATCHED_TOKENS = 64  # a tile of a prompt
+LEAST_BATCHED_TOKENS = 64  # tokens of one tile of a prompt
 BLOCK_SIZES = (8, 16, 32, 64)
-LEAST_GPU_SHARE = 0.05  # of a GPU's memory
+LEAST_GPU_SHARE = 0.05  # least share of a GPU's memory
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-KV_CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}  # of a number in the KV cache
+KV_CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}  # bytes of a number in the KV cache
 KV_CACHE_DTYPES = ("auto", *KV_CACHE_BYTES)
 METHODS = ("off", "auto", "ngram", "suffix", "draft_model")
-MOST_DRAFTS = 32
+MOST_DRAFTS = 32  # tokens
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """What `--speculative-config` says, with the names that other engines have for it.
+    """The settings of `--speculative-config`, under the names that other engines use.
 
-    `ngram` looks for the newest tokens in the row itself, `suffix` also in what earlier rows of the job answered,
-    `draft_model` asks a smaller model. `auto` takes of these what pays at each step. Whoever drafts, the output is the
-    same. A `ValueError` names field, value and bound.
+    `ngram` copies drafts from the row itself, `suffix` also from answers of earlier rows of the job, and `draft_model`
+    asks a smaller model. `auto` picks among these at each step what is expected to be fastest. The output is the same
+    with every method. Raises `ValueError` naming field, value and bound.
     """
 
     method: str = "auto"
-    num_speculative_tokens: int = 8  # drafts of a row in one step, at most
-    model: Path | None = None  # of the drafts; a local directory
-    prompt_lookup_min: int = 2  # tokens that must agree before what followed them is drafted
-    prompt_lookup_max: int = 5  # tokens that are compared; more of them are no better evidence
-    gate: bool = True  # draft only where it is expected to pay, and as many as do; else always, and all
+    num_speculative_tokens: int = 8  # most drafts of a row in one step
+    model: Path | None = None  # the draft model, a local directory
+    prompt_lookup_min: int = 2  # least tokens that must match earlier text before what followed there is drafted
+    prompt_lookup_max: int = 5  # most tokens that are compared; longer matches are no better evidence
+    gate: bool = True  # draft only as many tokens as are expected to pay; False: verify all drafts at every step
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -54,16 +55,16 @@ class Speculation:
 
     @property
     def looks_up(self) -> bool:
-        """Whether drafts may be read from text that is there."""
+        """True if drafts may be copied from known text."""
         return self.method in ("auto", "ngram", "suffix")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """One engine on one device.
+    """The settings of one engine on one device.
 
-    `kv_cache_tokens` is how many tokens' keys and values the pool must hold, as the plan counted them: the engine
-    rounds up to blocks. `random_weights` fills the shape in `model/config.json` with noise, for benchmarks.
+    `kv_cache_tokens` is the number of tokens whose keys and values the pool should hold; the engine rounds up to
+    blocks. `random_weights` loads no weights but fills the shape in `model/config.json` with noise, for benchmarks.
     """
 
     model: Path  # a local directory
@@ -76,66 +77,68 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     block_size: int = 32
     kv_cache_tokens: int = 65536
-    expected_batch: int | None = None  # rows side by side; None: max_num_seqs
+    expected_batch: int | None = None  # rows that usually run side by side; None: max_num_seqs
     random_weights: bool = False
-    deterministic: bool = False  # a row's bits depend on nothing but itself on a GPU too
+    deterministic: bool = False  # on a GPU too, a row's bits do not depend on the rows beside it
     gpu_memory_utilization: float = 0.9  # the share of a GPU's memory that may be taken
-    kv_cache_memory_bytes: int | None = None  # for keys and values at most; None: what there is
+    kv_cache_memory_bytes: int | None = None  # most bytes for keys and values; None: all that is left
     speculation: Speculation = field(default_factory=Speculation)
-    prefix_sharing: bool = True  # compute what neighbouring rows begin with once
-    learned_admission: bool = True  # promise the blocks that rows like it took, not all that a row may come to take
+    prefix_sharing: bool = True  # compute the common start of neighbouring prompts once
+    learned_admission: bool = True  # promise a row the blocks that similar rows took, not all that it may need at most
 
     @property
     def few_rows(self) -> bool:
-        """True if a usual step is small; results depend on it where it chooses the product of 4-bit weights."""
+        """True if a usual step is small. This chooses the product of 4-bit weights, and so affects results."""
         return self.usual_batch <= FEW_ROWS
 
     def computed_in(self, stored: str, has_float16: bool) -> str:
-        """The type that weights in the type `stored` are multiplied in, by devices that multiply float16 or do not."""
+        """Return the type that weights of the type `stored` are multiplied in; `has_float16` is about the device."""
         if self.dtype != "auto":
             return self.dtype
-        # A checkpoint in float16 holds nothing that float32 cannot.
+        # float32 represents every float16 number.
         return "float32" if stored == "float16" and not has_float16 else stored
 
     def cached_in(self, computed: str) -> str:
-        """The type of keys and values that are computed in the type `computed`: by default as they are computed, so
-        that nothing is lost, and nothing converted at each step."""
+        """Return the type that keys and values are stored in; `computed` is the type that they are computed in.
+
+        The default is `computed`, so that no precision is lost and no step converts.
+        """
         return computed if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
     def halved(self) -> "EngineConfig":
-        """Half as many rows side by side and half as many tokens a step: for memory that turned out too small."""
+        """Return this config with half the rows side by side and half the tokens a step, for when memory ran out."""
         tokens = max(LEAST_BATCHED_TOKENS, self.max_num_batched_tokens // 2)
         return replace(self, max_num_seqs=max(1, self.max_num_seqs // 2), max_num_batched_tokens=tokens)
 
     @property
     def usual_batch(self) -> int:
-        """Tokens of a usual step."""
+        """Rows that usually run side by side, which is the number of tokens of a usual step."""
         return self.max_num_seqs if self.expected_batch is None else self.expected_batch
 
 
 @dataclass
 class EngineStats:
-    """What the engine counted so far; seconds of mixed steps are shared out by tokens."""
+    """Counts of one engine so far. Seconds of steps with prompts and decoding are split in proportion to tokens."""
 
     steps: int = 0
     prompt_tokens: int = 0  # prompt tokens computed
     completion_tokens: int = 0
-    shared_tokens: int = 0  # prompt tokens that another row had computed
+    shared_tokens: int = 0  # prompt tokens not computed, because another row shares them
     preemptions: int = 0
     drafted: int = 0
-    accepted: int = 0  # drafts that were right
-    padded_tokens: int = 0  # rows computed beside real tokens
+    accepted: int = 0  # drafts that verification accepted
+    padded_tokens: int = 0  # padding computed beside real tokens
     load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    operations: int = 0  # integer and floating-point operations of the matrix products asked for
-    peak_operations_per_second: float = 0.0  # measured here with the scheme's product, not packed in 4 bits
+    operations: int = 0  # integer and floating-point operations of all matrix products, without padding
+    peak_operations_per_second: float = 0.0  # measured on this device with the scheme's product; 4-bit weights expanded
     weight_bytes: int = 0
     kv_cache_bytes: int = 0
     peak_memory_bytes: int = 0  # of the engine's process
-    peak_device_bytes: int = 0  # of a GPU's memory, taken by the engine
-    step_sizes: dict[int, int] = field(default_factory=dict)  # tokens of a step, padded -> steps
-    kernels: dict[str, str] = field(default_factory=dict)  # op -> path taken
+    peak_device_bytes: int = 0  # of a GPU's memory that the engine took
+    step_sizes: dict[int, int] = field(default_factory=dict)  # tokens of a step with padding -> number of steps
+    kernels: dict[str, str] = field(default_factory=dict)  # operation -> implementation used
     device: str = ""
     notes: list[str] = field(default_factory=list)  # slower paths taken, for the report
 
@@ -149,7 +152,7 @@ _PEAKS = ("peak_memory_bytes", "peak_device_bytes")
 
 
 def added(before: EngineStats, after: EngineStats) -> EngineStats:
-    """What two engines counted, one after the other; what is no count is the later one's."""
+    """Return the counts of two engines that ran one after the other; fields that are no counts come from `after`."""
     sums = {name: getattr(before, name) + getattr(after, name) for name in _COUNTED}
     sizes = dict(Counter(before.step_sizes) + Counter(after.step_sizes))
     peaks = {name: max(getattr(before, name), getattr(after, name)) for name in _PEAKS}

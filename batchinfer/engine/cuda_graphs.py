@@ -1,8 +1,8 @@
-"""Steps on a GPU: decoding steps of a size are recorded as a CUDA graph once, and replayed.
+"""`CudaGraphs`: records decoding steps on a GPU as CUDA graphs and replays them.
 
-A launch costs the host about ten microseconds, and a step has hundreds: for few rows that takes longer than the device
-computes. A recording needs the same shapes and addresses at each replay, so that decoding steps are padded to some
-sizes, and travel to the same place in memory.
+Launching a kernel takes the host about ten microseconds, and a step has hundreds of kernels: with few rows this takes
+longer than the GPU computes. Replaying a graph launches all of them at once. A graph needs the same shapes and
+addresses at each replay. So decoding steps are padded to a few sizes, and their tensors are copied to a fixed buffer.
 """
 
 from collections import Counter
@@ -18,41 +18,41 @@ from batchinfer.kernels.attention_plan import ITEM, AttentionPlan, Column
 from batchinfer.models.batch import Batch
 
 Compute = Callable[[Batch], tuple[Tensor, Tensor]]
-"""A batch on the device to (token ids [r] int64, finite [r] bool) there."""
+"""Computes a batch whose tensors are on the device; returns (token ids [r] int64, finite [r] bool) there."""
 
 RECORD_AFTER = 8
-"""A shape is recorded when it has been met so often: shapes that a job seldom meets never repay the recording, which
-passes through the text twice, with the driver's own part on top. Unmeasured."""
+"""A shape is recorded when this many steps had it: a rare shape never repays the recording, which runs the step's code
+twice, with the driver's own work on top. The number is unmeasured."""
 MOST_SEQUENCES = 512
-"""Larger steps compute for longer than they are launched. Unmeasured."""
+"""Steps with more sequences are not recorded, because they compute for longer than launching takes. Unmeasured."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """A step of one shape: where its tensors lie, what is run for it, and where its results appear."""
+    """The recording of a step of one shape: its input buffer, how to replay it, and its result tensors."""
 
-    place: Tensor  # bytes
+    buffer: Tensor  # [bytes] uint8, holds all tensors of the step's batch
     replay: Callable[[], None]
     tokens: Tensor
     finite: Tensor
 
 
-class DeviceSteps:
-    """`run(batch)` sends a batch to the device and computes it, by replay if there is a recording of its shape."""
+class CudaGraphs:
+    """Runs steps on the device; a step whose shape has a recording is replayed."""
 
     def __init__(self, compute: Compute, device: torch.device, notes: list[str]) -> None:
-        """`notes` are for the report: what could not be done."""
+        """Prepare to run steps with `compute`; `notes` gets a line for the report if a step cannot be recorded."""
         self.compute, self.device, self.notes = compute, device, notes
         self.recording = True
         self.transfer = Transfer(device)
         self.met: Counter[tuple[object, ...]] = Counter()
         self.recordings: dict[tuple[object, ...], Recording] = {}
         self.replays = 0
-        if device.type == "cuda":  # recordings share their memory: no two of them run at the same time
+        if device.type == "cuda":  # graphs share one memory pool, because no two run at the same time
             self.graph_memory = torch.cuda.graph_pool_handle()
 
     def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(token ids [r], finite [r]) on the device, not yet there when this returns."""
+        """Start a step; return (token ids [r], finite [r]), tensors on the device that the step fills later."""
         rows = len(batch.sequences)
         if batch.prompt_tokens or batch.query_tokens > rows or rows > MOST_SEQUENCES or not self.recording:
             return self.compute(self.transfer.send(batch))
@@ -60,7 +60,7 @@ class DeviceSteps:
         shape = shape_of(padded)
         self.met[shape] += 1
         if (recording := self.recordings.get(shape)) is not None:
-            self.transfer.send(padded, recording.place)
+            self.transfer.send(padded, recording.buffer)
             recording.replay()
             self.replays += 1
             return recording.tokens[:rows], recording.finite[:rows]
@@ -70,10 +70,10 @@ class DeviceSteps:
         return tokens[:rows], finite[:rows]
 
     def _record(self, padded: Batch, shape: tuple[object, ...]) -> tuple[Tensor, Tensor]:
-        """Compute the step, and record it for the steps to come."""
-        place = torch.empty(sum(t.nbytes + 16 for t in tensors_of(padded)), dtype=torch.uint8, device=self.device)
-        there = self.transfer.send(padded, place)
-        computed = self.compute(there)  # first, for kernels are compiled at their first call
+        """Compute a padded step, and record it for later steps of its shape."""
+        buffer = torch.empty(sum(t.nbytes + 16 for t in tensors_of(padded)), dtype=torch.uint8, device=self.device)
+        there = self.transfer.send(padded, buffer)
+        computed = self.compute(there)  # before recording, because kernels are compiled at their first call
         if self.device.type == "cuda":
             try:
                 graph = torch.cuda.CUDAGraph()
@@ -87,20 +87,20 @@ class DeviceSteps:
                     "a lower --gpu-memory-utilization avoids it"
                 )
             else:
-                self.recordings[shape] = Recording(place, graph.replay, tokens, finite)
-        else:  # the same text, without the graph
+                self.recordings[shape] = Recording(buffer, graph.replay, tokens, finite)
+        else:  # on the CPU, for tests: the same code without a graph
             tokens, finite = (torch.empty_like(t) for t in computed)
 
             def replay() -> None:
                 for into, new in zip((tokens, finite), self.compute(there), strict=True):
                     into.copy_(new)
 
-            self.recordings[shape] = Recording(place, replay, tokens, finite)
+            self.recordings[shape] = Recording(buffer, replay, tokens, finite)
         return computed
 
 
 def padded_step(batch: Batch) -> Batch:
-    """A decoding step with as many sequences as steps of some sizes have; those that are added write to block 0."""
+    """Pad a decoding step to `padded_count` sequences; the padding writes its keys and values to block 0."""
     rows = len(batch.sequences)
     size = padded_count(rows)
     more = size - rows
@@ -123,7 +123,7 @@ def padded_step(batch: Batch) -> Batch:
 
 
 def padded_count(count: int) -> int:
-    """The next of 1, 2, 4, 8, then in steps of an eighth to a quarter of itself: never a third more than there are."""
+    """Round `count` up to 1, 2, 4, 8, or beyond that to one of four sizes per power of two."""
     if count <= 8:
         return 1 << max(count - 1, 0).bit_length()
     grain = 1 << (count - 1).bit_length() - 3
@@ -131,7 +131,11 @@ def padded_count(count: int) -> int:
 
 
 def _padded_plan(plan: AttentionPlan, size: int) -> AttentionPlan:
-    """Items for the tokens that are added, which see one key of somebody's, and items for none; room for partials."""
+    """Pad a plan to `size` tokens.
+
+    A padding token attends to one arbitrary key, and padding items do nothing. The table, the items and the partial
+    results are padded too, so that steps of similar size have the same shape.
+    """
     table = plan.table
     blocks = table.shape[1]
     wider_blocks = 1 << (blocks - 1).bit_length()
@@ -148,14 +152,15 @@ def _padded_plan(plan: AttentionPlan, size: int) -> AttentionPlan:
         launches.append((tile, F.pad(moved, (0, 0, 0, padded_count(len(moved)) - len(moved)))))
     merged = plan.merged
     if len(merged):
-        merged = torch.cat([merged, merged[:1].expand(size - len(merged))])  # some are merged twice: the same numbers
+        # Padding repeats the first entry, which writes the same numbers again.
+        merged = torch.cat([merged, merged[:1].expand(size - len(merged))])
     first = torch.cat([plan.first, plan.first[-1:].expand(size + 1 - len(plan.first))])
     partials = padded_count(plan.partials) if plan.partials else 0
     return replace(plan, table=wider, launches=tuple(launches), first=first, merged=merged, partials=partials)
 
 
 def shape_of(batch: Batch) -> tuple[object, ...]:
-    """What two steps must have in common for one to run in the other's place."""
+    """Return all that two steps must have in common for one recording to serve both."""
     layout = tuple((tuple(t.shape), t.dtype) for t in tensors_of(batch))
     return (layout, tuple((plan.partials, *(tile for tile, _ in plan.launches)) for plan in _plans(batch).values()))
 
@@ -165,7 +170,7 @@ def _plans(batch: Batch) -> dict[int | None, AttentionPlan]:
 
 
 def _pad_late(column: Tensor, more: Tensor) -> Tensor:
-    """Of tokens that only the device knows; those that are added are among them where there are any."""
+    """Append `more` to a column of late tokens, those that only the device knows; leave an empty column empty."""
     return torch.cat([column, more]) if len(column) else column
 
 

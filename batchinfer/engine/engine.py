@@ -1,4 +1,4 @@
-"""`Engine`: requests in, completions out. Schedule, launch, update."""
+"""`Engine`: turns requests into completions. It schedules steps, launches them and takes what they sampled."""
 
 import time
 from collections import deque
@@ -14,8 +14,9 @@ from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.config import BLOCK_SIZES, LEAST_BATCHED_TOKENS, LEAST_GPU_SHARE, EngineConfig, EngineStats
 from batchinfer.engine.cuda_graphs import padded_count
 from batchinfer.engine.drafts.draft_model import DraftModel, load_draft_model
-from batchinfer.engine.drafts.gate import Speculator
+from batchinfer.engine.drafts.gate import Gate
 from batchinfer.engine.model_runner import ModelRunner, measure_peak
+from batchinfer.engine.new_tokens import NewTokens
 from batchinfer.engine.output_lengths import OutputLengths
 from batchinfer.engine.pool_size import Room, is_out_of_memory, pool_blocks
 from batchinfer.engine.request import Completions, FinishReason, Requests, RowError
@@ -23,7 +24,6 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.transfer import Sampled
-from batchinfer.engine.verified import Gains
 from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.models.batch import Batch
@@ -35,7 +35,7 @@ NOT_FINITE = RowError("not_finite", "the model computed values that are not fini
 
 @dataclass(frozen=True)
 class _Step:
-    """A step under way."""
+    """A launched step whose result was not taken yet; `started` is in seconds of `time.perf_counter`."""
 
     batch: Batch
     sampled: Sampled
@@ -45,11 +45,11 @@ class _Step:
 class Engine:
     """One model on one device. `add()` requests, then `step()` until nothing is `unfinished`.
 
-    On a GPU the host schedules a step while the one before it still runs, and learns what that one sampled afterwards.
+    On a GPU the host schedules a step while the one before it still runs, and learns only later what that one sampled.
     """
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
-        """Load the model. A `ValueError` says which setting, field or tensor does not fit."""
+        """Load the model. Raises `ValueError` naming a setting, field or tensor that does not fit."""
         started = time.perf_counter()
         model = read_model_config(config.model)
         _check(config, model, tokenizer)
@@ -74,13 +74,13 @@ class Engine:
         self.runner.allocate(blocks, config.block_size)
         lengths = OutputLengths(config.max_model_len) if config.learned_admission else None
         self.table, self.scheduler = self._scheduler(config, blocks, lengths)
-        self.drafter = self._speculator(config, draft_runner, blocks)
-        self.steps: deque[_Step] = deque()  # under way, the oldest first
-        self._settled = 0.0  # when the last one before them ended
+        self.drafter = self._gate(config, draft_runner, blocks)
+        self.steps: deque[_Step] = deque()  # launched and not ended, the oldest first
+        self._settled = 0.0  # time at which the last step ended
         self._stats.load_seconds = time.perf_counter() - started
 
     def add(self, requests: Requests) -> None:
-        """Queue requests. A `ValueError` names a row whose prompt and new tokens do not fit the context."""
+        """Queue requests. Raises `ValueError` naming a row whose prompt and new tokens do not fit the context."""
         lengths = np.diff(requests.offsets)
         most = np.array([p.max_tokens for p in requests.params], np.int64)[requests.param_index]
         for i in np.flatnonzero((lengths < 1) | (lengths + most > self.table.max_tokens))[:1]:
@@ -92,17 +92,17 @@ class Engine:
 
     @property
     def unfinished(self) -> int:
-        """Rows that wait or run."""
+        """Number of rows that wait or run."""
         return self.scheduler.unfinished
 
     def take_admitted(self) -> list[int]:
-        """Rows that began since the last call."""
+        """Return the rows that began since the last call."""
         admission = self.scheduler.admission
         admitted, admission.admitted = admission.admitted, []
         return admitted
 
     def step(self) -> Completions:
-        """Begin one step, and end the oldest if as many are under way as may be; the rows that ended, often none."""
+        """Begin a step, and end the oldest if too many are under way. Return the rows that ended, often none."""
         if self.steps and self.drafter is not None and self.drafter.wanted:
             return self._end(self.steps.popleft())
         begun = self._begin()
@@ -111,7 +111,7 @@ class Engine:
         return self._end(self.steps.popleft())
 
     def _begin(self) -> bool:
-        """Launch the next step, smaller if the device's memory does not hold it; False if there is none."""
+        """Launch the next step, a smaller one if memory does not hold it; return False if there is none."""
         drafter = None if self.steps else self.drafter
         while (batch := self.scheduler.schedule(drafter)) is not None:
             self._wipe()
@@ -127,7 +127,10 @@ class Engine:
         return False
 
     def _wipe(self) -> None:
-        """Nobody may get blocks with values that are not finite: a weight of zero is no help against them."""
+        """Wipe free blocks that hold values that are not finite, before other sequences get them.
+
+        Attention gives hidden keys a weight of zero, but zero times infinity is not zero.
+        """
         admission = self.scheduler.admission
         for blocks in admission.wiped:
             self.runner.clear_blocks(blocks)
@@ -135,7 +138,7 @@ class Engine:
 
     def _shrink(self, batch: Batch, error: Exception) -> None:
         on_gpu = self.runner.backend.device.type == "cuda"
-        # Of a GPU's memory keys and values have all that nothing else needs.
+        # On a GPU, the KV cache takes all memory that nothing else needs.
         remedies = ("--gpu-memory-utilization, " if on_gpu else "") + "--max-num-seqs or --max-num-batched-tokens"
         tokens = batch.prompt_tokens + batch.query_tokens
         budget = tokens // 2 // TILE * TILE
@@ -149,34 +152,34 @@ class Engine:
         torch.cuda.empty_cache()
 
     def _end(self, step: _Step) -> Completions:
-        """Wait for a step, and take what it sampled."""
+        """Wait for a step, append what it sampled, and return the rows that ended."""
         batch = step.batch
-        gains = self.scheduler.update(batch, *step.sampled.wait())
-        if gains.spoiled is not None:
-            self.runner.clear_slots(gains.spoiled)
-        done = self._finished(gains)
+        new_tokens = self.scheduler.update(batch, *step.sampled.wait())
+        if new_tokens.spoiled is not None:
+            self.runner.clear_slots(new_tokens.spoiled)
+        done = self._finished(new_tokens)
         completions = self._completions(list(done), done)
         for place, reason in done.items():
             self.scheduler.finish(place, reason is FinishReason.ERROR)
-        self._stats.accepted += gains.accepted
+        self._stats.accepted += new_tokens.accepted
         now = time.perf_counter()
         seconds = now - max(step.started, self._settled)
         if self.drafter is not None:
-            self.drafter.settle(batch, gains, seconds)
+            self.drafter.settle(batch, new_tokens, seconds)
             self.drafter.remember(completions)
         self._count(batch, seconds)
         self._settled = now
         return completions
 
     def drop(self) -> None:
-        """Forget all rows, those that wait and those that run, after an error or an interruption too."""
+        """Forget all rows, waiting and running. Works after an error or an interruption too."""
         for step in self.steps:
             step.sampled.wait()
         self.steps.clear()
         self.scheduler.drop()
 
     def generate(self, requests: Requests) -> Iterator[Completions]:
-        """Run requests to the end; completions as they come."""
+        """Run requests to the end; yield completions as rows end."""
         self.add(requests)
         while self.unfinished:
             completions = self.step()
@@ -184,14 +187,14 @@ class Engine:
                 yield completions
 
     def stats(self) -> EngineStats:
-        """What was counted so far; the device's peak is measured when all is done, so that no start waits for it."""
+        """Return the counts so far. The device's peak speed is measured once no row is left, to delay none."""
         stats = self._stats
         if stats.steps and not self.unfinished and not stats.peak_operations_per_second:
             try:
                 peak = measure_peak(self.runner.scheme, self.runner.dtype, self.runner.backend)
                 stats.peak_operations_per_second = peak
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):  # what has no room for it has no percentage in its report
+                if not is_out_of_memory(error):  # without memory to measure it, the report leaves it out
                     raise
         admission = self.scheduler.admission
         stats.preemptions, stats.shared_tokens = admission.preemptions, admission.shared_tokens
@@ -212,16 +215,16 @@ class Engine:
         budget, eos_ids = config.max_num_batched_tokens, np.array(self.tokenizer.eos_ids, np.int64)
         return table, Scheduler(table, manager, admission, inputs, budget, grain, eos_ids)
 
-    def _speculator(self, config: EngineConfig, runner: ModelRunner | None, blocks: int) -> Speculator | None:
+    def _gate(self, config: EngineConfig, runner: ModelRunner | None, blocks: int) -> Gate | None:
         if config.speculation.method == "off":
             return None
         grain = self.runner.decoder.row_grain
         padded = padded_count if self.runner.late else partial(padded_size, row_grain=grain)
         model = None if runner is None else DraftModel(runner, config, self.table, blocks, self.runner)
-        return Speculator(self.table, config.speculation, padded, model, self.runner.late > 0, self._stats.notes)
+        return Gate(self.table, config.speculation, padded, model, self.runner.late > 0, self._stats.notes)
 
     def _room(self, config: EngineConfig) -> Room:
-        """For keys and values; on a GPU a step as large as any is computed first, to see what it takes."""
+        """Return the memory for keys and values; on a GPU, what is left after running the largest possible step."""
         if config.device == "cpu":
             return Room.on_cpu()
         length = max(1, min(config.max_num_batched_tokens // config.max_num_seqs, config.max_model_len - 1))
@@ -241,31 +244,31 @@ class Engine:
         free, total = torch.cuda.mem_get_info()
         return Room.on_device(total, free, activations, config.gpu_memory_utilization)
 
-    def _finished(self, gains: Gains) -> dict[int, FinishReason]:
-        """The sequences that end with these tokens, and why; of several reasons the last named here wins.
+    def _finished(self, new_tokens: NewTokens) -> dict[int, FinishReason]:
+        """Return the sequences, by place, that end with these tokens, and why they end.
 
-        Tokens behind a stop string are dropped.
+        Tokens behind a stop string are dropped. Reasons are added in order of rank: the last one wins.
         """
-        table, places = self.table, gains.places
-        stopped = self._stopped(gains)
+        table, places = self.table, new_tokens.places
+        stopped = self._stopped(new_tokens)
         newest = table.tokens[places, table.length[places] - 1]
         ended = np.isin(newest, self.scheduler.eos_ids) & ~table.ignore_eos[places]
         done = {int(p): FinishReason.LENGTH for p in places[table.length[places] >= table.end[places]]}
         done |= dict.fromkeys(stopped, FinishReason.STOP)
         done |= {int(p): FinishReason.STOP for p in places[ended]}
-        done |= {int(p): FinishReason.ERROR for p in places[~gains.finite]}
+        done |= {int(p): FinishReason.ERROR for p in places[~new_tokens.finite]}
         return done
 
-    def _stopped(self, gains: Gains) -> list[int]:
-        """Of sequences with stop strings, those in which a new token completes one; it becomes their last."""
+    def _stopped(self, new_tokens: NewTokens) -> list[int]:
+        """Return the places in which a new token completes a stop string, and make that token their last one."""
         table = self.table
         candidates = [
             (place, length)
-            for place, count in zip(gains.places.tolist(), gains.tokens.tolist(), strict=True)
+            for place, count in zip(new_tokens.places.tolist(), new_tokens.counts.tolist(), strict=True)
             if place in table.stop
             for length in range(int(table.length[place]) - count + 1, int(table.length[place]) + 1)
         ]
-        # A token is a byte or more, so a stop string ends within as many tokens; some before them for context.
+        # A token is one byte or more, so a stop string spans at most as many tokens as bytes; 8 more give context.
         longest = [max(len(stop.encode()) for stop in table.stop[p]) + 8 for p, _ in candidates]
         tails = [
             table.tokens[p, max(int(table.prompt_length[p]), length - most) : length]

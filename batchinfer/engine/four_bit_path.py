@@ -1,4 +1,4 @@
-"""`FourBitPath`: how weights that a checkpoint holds in 4 bits are multiplied, chosen once for a job."""
+"""`FourBitPath`: how weights that a checkpoint stores in 4 bits are multiplied, chosen once for a job."""
 
 from dataclasses import dataclass
 
@@ -13,14 +13,17 @@ from batchinfer.kernels.linear_w4a16 import vectorized
 
 @dataclass(frozen=True)
 class FourBitPath:
-    """Left in 4 bits, or expanded; and why, for the report."""
+    """Whether weights stay packed in 4 bits or are expanded, and why, for the report."""
 
     packed: bool
     reason: str
 
     @classmethod
     def choose(cls, config: EngineConfig, scheme: QuantScheme, dtype: torch.dtype, backend: Backend) -> "FourBitPath":
-        """By the expected batch where the scheme leaves it open. Both are products of rows in floating point."""
+        """Choose the path; by the expected batch if the scheme, processor and `dtype` leave both open.
+
+        On both paths activations stay in floating point.
+        """
         if scheme.name != "auto":
             return cls(False, f"--quantization {scheme.name}")
         if scheme.quantized:

@@ -1,4 +1,4 @@
-"""`ModelRunner`: a `Batch` to sampled tokens, on one device."""
+"""`ModelRunner`: computes a `Batch` on one device and samples its new tokens."""
 
 import time
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from batchinfer.engine.attention_inputs import AttentionInputs, RaggedInputs, TiledInputs
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.cuda_graphs import DeviceSteps
+from batchinfer.engine.cuda_graphs import CudaGraphs
 from batchinfer.engine.four_bit_path import FourBitPath
 from batchinfer.engine.pool_size import bytes_per_token
 from batchinfer.engine.transfer import Sampled
@@ -37,11 +37,11 @@ BITS_NOT_KEPT = (
 
 
 class ModelRunner:
-    """Weights and the pool of keys and values; `launch(batch)` is one step.
+    """Holds the weights and the KV cache; `launch(batch)` computes one step.
 
-    On a GPU a step's tokens reach the host while the next one runs, and stay on the device for it: `late` tells how
-    many steps may be under way when their tokens are needed. A `ValueError` names what cannot be: an unknown type or
-    scheme, a checkpoint that does not fit its config.
+    On a GPU the next step may start before the host knows a step's new tokens, because they stay on the device too.
+    `late` is the number of steps that may be under way like this. Raises `ValueError` naming an unknown type or scheme,
+    or what in a checkpoint does not fit its config.
     """
 
     def __init__(self, config: EngineConfig, model: ModelConfig) -> None:
@@ -70,11 +70,11 @@ class ModelRunner:
         if not isinstance(self.backend, CpuBackend):
             self.late = 1
             self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.backend.device)
-            self.steps = DeviceSteps(self._compute, self.backend.device, self.notes)
+            self.steps = CudaGraphs(self._compute, self.backend.device, self.notes)
 
     @property
     def attention_inputs(self) -> AttentionInputs:
-        """How the scheduler describes a step's attention."""
+        """The builder of a step's inputs to attention, for the scheduler."""
         c = self.decoder.config
         if isinstance(self.backend, CpuBackend):
             return TiledInputs(set(c.windows))
@@ -89,34 +89,34 @@ class ModelRunner:
 
     @property
     def device_name(self) -> str:
-        """For the report."""
+        """The name of the device in the report."""
         if self.backend.device.type == "cuda":
             return torch.cuda.get_device_name(self.backend.device)
         return f"cpu, {torch.get_num_threads()} threads"
 
     @property
     def bytes_per_token(self) -> int:
-        """Of keys and values in all layers."""
+        """Bytes of a token's keys and values in all layers."""
         return bytes_per_token(self.decoder.config, self.kv_dtype)
 
     @property
     def peak_device_bytes(self) -> int:
-        """The most that was taken of a GPU's memory, weights and pool included; 0 on the CPU."""
+        """Most bytes of a GPU's memory taken so far, weights and KV cache included; 0 on the CPU."""
         return torch.cuda.max_memory_reserved() if self.backend.device.type == "cuda" else 0
 
     def allocate(self, blocks: int, block_size: int) -> None:
-        """Make the pool, of `blocks` blocks for all layers."""
+        """Allocate the KV cache: `blocks` blocks of `block_size` tokens in each layer."""
         self.caches = self.decoder.caches(blocks, block_size, self.kv_dtype)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Sampled:
-        """Compute a step, or begin to; the result waits for it."""
+        """Start a step; `wait()` on the result returns what it sampled."""
         if not self.late:
             return Sampled.fetch(*self._sample(batch))
         return Sampled.fetch(*self.steps.run(batch))
 
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """A step whose tensors are on the device, where the newest tokens are too."""
+        """Compute a step on the device; tokens that only the device knows are filled in there."""
         if len(batch.late_rows):
             batch.tokens[batch.late_rows] = self.newest[batch.late_places]
         tokens, finite = self._sample(batch)
@@ -132,24 +132,24 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
-        """float32 [S, V], on the device, of a step whose tokens the host knows."""
+        """Return the logits of a step whose tokens the host knows: float32 [S, V], on the device."""
         return self.decoder.forward(self.steps.transfer.send(batch) if self.late else batch, self.caches)
 
     def clear_blocks(self, blocks: NDArray[np.int64]) -> None:
-        """Wipe blocks that hold values that are not finite."""
-        places = torch.from_numpy(blocks).to(self.backend.device)
+        """Zero `blocks` of the KV cache, which hold values that are not finite."""
+        on_device = torch.from_numpy(blocks).to(self.backend.device)
         for cache in self.caches:
-            cache.clear(places)
+            cache.clear(on_device)
 
     def clear_slots(self, slots: NDArray[np.int64]) -> None:
-        """Wipe single positions that hold values that are not finite."""
-        places = torch.from_numpy(slots).to(self.backend.device)
+        """Zero `slots` of the KV cache, which hold values that are not finite."""
+        on_device = torch.from_numpy(slots).to(self.backend.device)
         for cache in self.caches:
-            cache.clear_slots(places)
+            cache.clear_slots(on_device)
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Bytes of the pool; on the CPU pages that were never written take no memory."""
+        """Bytes of the KV cache. On the CPU, pages that were never written take no memory."""
         return sum(cache.nbytes for cache in self.caches)
 
 
@@ -162,7 +162,10 @@ def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, devic
 
 
 def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None) -> str:
-    """What becomes of weights in a checkpoint's format; `path` is that of weight-only 4-bit matrices, if there are."""
+    """Say for the report how quantized weights are held.
+
+    `path` is that of the weight-only 4-bit matrices, None if there are none.
+    """
     if scheme.as_stored:
         return "8-bit products"
     if scheme.quantized:
@@ -175,9 +178,9 @@ def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None) -> 
 
 @torch.inference_mode()
 def measure_peak(scheme: QuantScheme, dtype: torch.dtype, backend: Backend, seconds: float = 0.3) -> float:
-    """Operations a second of the scheme's own matrix product, the best of some repeats.
+    """Measure the scheme's matrix product for `seconds`; return the operations a second of the fastest repeat.
 
-    At 512 x 4096 x 2048 on the CPU, and 4096 x 4096 x 4096 on a GPU.
+    The product is 512 x 4096 x 2048 on the CPU, and 4096 x 4096 x 4096 on a GPU.
     """
     m, n, k = (512, 4096, 2048) if backend.device.type == "cpu" else (4096, 4096, 4096)
     noise = torch.Generator(backend.device).manual_seed(0)

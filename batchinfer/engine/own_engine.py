@@ -1,4 +1,4 @@
-"""An engine that has its process to itself."""
+"""Make an engine that has its process to itself."""
 
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.engine import Engine
@@ -8,7 +8,7 @@ from batchinfer.text.tokenizer import Tokenizer
 
 
 def own_engine(config: EngineConfig, tokenizer: Tokenizer) -> Engine:
-    """An engine, made in a process that is set up for it alone. A `ValueError` says what does not fit."""
+    """Set up this process for an engine alone, and return the engine. Raises `ValueError` saying what does not fit."""
     own_process()
     engine = Engine(config, tokenizer)
     allocator.keep_freed_memory()

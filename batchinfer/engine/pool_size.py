@@ -1,4 +1,4 @@
-"""How many blocks of keys and values fit, and what a process has used."""
+"""Compute how many blocks the KV cache gets."""
 
 from dataclasses import dataclass
 
@@ -9,27 +9,28 @@ from batchinfer.host.memory import available_bytes
 from batchinfer.kernels.kv_cache import MOST
 from batchinfer.models.config import ModelConfig
 
-CPU_SHARE = 0.9  # of the memory that the system has available
+CPU_SHARE = 0.9  # share of the system's available memory that the KV cache may take
 
 
 @dataclass(frozen=True)
 class Room:
-    """What is there for keys and values, and how that came about."""
+    """The bytes that keys and values may take, and a text that says how the number came about."""
 
     nbytes: int
     reason: str
 
     @classmethod
     def on_cpu(cls) -> "Room":
-        """Nine tenths of what is available."""
+        """Return CPU_SHARE of the system's available memory."""
         available = available_bytes()
         return cls(int(available * CPU_SHARE), f"{CPU_SHARE:.0%} of {_gb(available)} available")
 
     @classmethod
     def on_device(cls, total: int, free: int, activations: int, utilization: float) -> "Room":
-        """Of a device with so many bytes, so many of them free beside the weights, of which a step takes `activations`.
+        """Return what is left of a device's `total` bytes, of which `free` are free with the weights loaded.
 
-        The share that utilization leaves is for graphs and for what the driver keeps.
+        A step takes `activations` bytes. `utilization` is the share of `total` that may be used; the rest is for CUDA
+        graphs and the driver.
         """
         used, usable = total - free, int(total * utilization)
         reason = (
@@ -39,15 +40,16 @@ class Room:
         return cls(max(0, usable - used - activations), reason)
 
     def limited(self, most: int | None) -> "Room":
-        """No more than the user allows."""
+        """Return this room, cut to `most` bytes if the user has set a limit."""
         return self if most is None or most >= self.nbytes else Room(most, f"--kv-cache-memory-bytes {most}")
 
 
 def pool_blocks(config: EngineConfig, a_token: int, kv_dtype: torch.dtype, room: Room) -> tuple[int, str | None]:
-    """(blocks for what the plan asks, or for one longest sequence; a note where they are fewer).
+    """Return (number of blocks, note for the report or None).
 
-    A token takes `a_token` bytes in all models together.
-    A `ValueError` says why not even one sequence fits.
+    The blocks hold the tokens that `config` asks for, at least one sequence of the greatest length. If memory holds
+    fewer, the blocks are as many as fit and the note says so. A token takes `a_token` bytes in all models together.
+    Raises `ValueError` if not even one sequence fits.
     """
     asked = max(config.kv_cache_tokens, config.max_model_len)
     fits = room.nbytes // a_token
@@ -74,14 +76,14 @@ def pool_blocks(config: EngineConfig, a_token: int, kv_dtype: torch.dtype, room:
 
 
 def bytes_per_token(model: ModelConfig, kv_dtype: torch.dtype) -> int:
-    """Of keys and values in all layers."""
+    """Return the bytes of a token's keys and values in all layers."""
     scale = 4 if kv_dtype in MOST else 0
     shapes = [layer.attention for layer in model.layers]
     return sum(2 * a.kv_heads * (a.head_dim * kv_dtype.itemsize + scale) for a in shapes)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """On a device or on the host, of whose memory torch tells in words only."""
+    """True if the error means that memory ran out. For host memory, torch says so only in the error's text."""
     said = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 

@@ -1,9 +1,10 @@
-"""`PrefixTree`: what the prompts of neighbouring rows have in common is computed once, in whole tiles.
+"""`PrefixTree`: shares the common start of neighbouring prompts, in whole tiles, so that it is computed once.
 
-Rows come in depth-first order of the tree of their prompts' tiles: so only the path to the newest row is held, a tile
-of it for as long as the next row shares it. Nothing is evicted that is needed again, and nothing kept that is not.
-The last tile of a prompt is never shared, for its row computes it to see what follows; rows with the very same prompt
-are twins, which see that together, and get copies of it.
+The tiles of all prompts form a tree, and rows come in its depth-first order. So only the path to the newest row is
+held, and each tile on it only as long as the next row shares it: no tile is evicted that is needed again, and none kept
+that is not. The last tile of a prompt is never shared, because its row must compute it to sample the first new token.
+Rows with the very same prompt are twins: the prompt is computed for one of them, and the others get copies of its last
+blocks.
 """
 
 from dataclasses import dataclass
@@ -19,17 +20,17 @@ from batchinfer.kernels.ragged import Ints, indices_within
 
 @dataclass(eq=False)
 class SharedTile:
-    """`TILE` positions that several sequences begin with, at the same place."""
+    """The blocks of `TILE` positions that several sequences begin with, at the same positions."""
 
     blocks: Ints
     users: int = 0  # sequences that read it
-    wanted: bool = True  # by the next row of the plan
-    computed: bool = False  # or in the step that is being put together
-    spoiled: bool = False  # perhaps, by values that are not finite
+    wanted: bool = True  # the next row to be admitted shares it
+    computed: bool = False  # computed, or part of the step that is being scheduled
+    spoiled: bool = False  # may hold values that are not finite
 
 
 class PrefixTree:
-    """The path to the row that was admitted last."""
+    """Holds the shared tiles on the path to the row that was admitted last."""
 
     def __init__(self, manager: BlockManager, block_size: int) -> None:
         self._manager = manager
@@ -37,8 +38,11 @@ class PrefixTree:
         self._path: list[SharedTile] = []
 
     def enter(self, shared: int, shared_by_next: int) -> list[SharedTile]:
-        """The tiles of the next row: `shared` of them are those of the row before, and as many as the row after it
-        shares will be wanted again. The blocks of new ones have been promised."""
+        """Return the shared tiles of the next row.
+
+        The first `shared` are those of the row before; the first `shared_by_next` are held for the row after. The
+        blocks of new tiles must have been promised.
+        """
         new = range(shared, shared_by_next)
         tiles = self._path[:shared] + [SharedTile(self._manager.take(self._blocks_per_tile)) for _ in new]
         assert len(tiles) == max(shared, shared_by_next), "rows came in another order than they were compared in"
@@ -50,8 +54,7 @@ class PrefixTree:
         return tiles
 
     def drop(self) -> Ints:
-        """Forget what the next row may share, for none will come; returns the blocks that are free now and must be
-        wiped."""
+        """Forget the path, because no next row will come; return the blocks that this frees and that must be wiped."""
         for tile in self._path:
             tile.wanted = False
             tile.users += 1
@@ -59,7 +62,7 @@ class PrefixTree:
         return self.leave(path)
 
     def leave(self, tiles: list[SharedTile]) -> Ints:
-        """A sequence that had these tiles ends; the blocks that are free by that and must be wiped."""
+        """Release the tiles of a sequence that ends; return the blocks that this frees and that must be wiped."""
         wiped = [np.empty(0, np.int64)]
         for tile in tiles:
             tile.users -= 1
@@ -71,19 +74,19 @@ class PrefixTree:
 
 @dataclass(frozen=True)
 class Likeness:
-    """What n rows have in common, each with the one before it."""
+    """What each of n rows has in common with the row before it."""
 
-    tiles: Ints  # [n] of their prompts
-    twins: NDArray[np.bool_]  # [n] their whole prompts
+    tiles: Ints  # [n] number of tiles that may be shared
+    twins: NDArray[np.bool_]  # [n] True if the prompts are the same
 
     @classmethod
     def none(cls, rows: int) -> "Likeness":
-        """As if each row were the first."""
+        """Return the likeness of `rows` rows that share nothing."""
         return cls(np.zeros(rows, np.int64), np.zeros(rows, np.bool_))
 
 
 def likeness(requests: Requests) -> Likeness:
-    """Of neighbouring requests, found by comparing tokens."""
+    """Compare the tokens of neighbouring requests and return what they have in common."""
     lengths = np.diff(requests.offsets)
     same = _common_tokens(requests)
     before = np.concatenate([lengths[:1], lengths[:-1]])
@@ -92,7 +95,7 @@ def likeness(requests: Requests) -> Likeness:
 
 
 def _common_tokens(requests: Requests) -> Ints:
-    """[n] that the prompt of each request begins with as does the one before it."""
+    """Return [n]: the number of tokens with which each prompt begins like the prompt before it."""
     lengths = np.diff(requests.offsets)
     compared = np.zeros(len(lengths), np.int64)
     compared[1:] = np.minimum(lengths[1:], lengths[:-1])

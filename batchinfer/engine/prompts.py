@@ -1,4 +1,4 @@
-"""Prompts to requests: which can run, and why the others cannot.
+"""Turn prompts into requests, and say why some prompts cannot run.
 
 Free of torch: the parent process of a job imports this module.
 """
@@ -16,23 +16,23 @@ from batchinfer.engine.request import Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 
-MAX_PROMPT_BYTES = 4 << 20  # a tokenizer at work takes more than 100 times the memory of its text
+MAX_PROMPT_BYTES = 4 << 20  # tokenizing takes more than 100 times the memory of the text
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
-Places = NDArray[np.int64]  # of prompts among those that are tokenized together
-Errors = dict[int, RowError]  # by place
+Indices = NDArray[np.int64]  # of prompts, in the list of prompts that are tokenized together
+Errors = dict[int, RowError]  # by index of the prompt
 Conversation = list[dict[str, Any]]
 
 
 class BadPrompt(Exception):
-    """A prompt that cannot run, and the error of its row."""
+    """Raised for a prompt that cannot run; holds the error of its row."""
 
     def __init__(self, code: str, message: str) -> None:
         self.row_error = RowError(code, message)
 
 
 def check_messages(messages: Any) -> None:
-    """Raises `BadPrompt` unless it is a list of messages, each with a known role and a text."""
+    """Raise `BadPrompt` unless `messages` is a list of messages, each with a known role and a text."""
     if messages is None:
         raise BadPrompt("null_prompt", "the messages are null")
     if not isinstance(messages, list) or not messages:
@@ -51,69 +51,72 @@ def check_messages(messages: Any) -> None:
 
 
 def size_errors(nbytes: NDArray[np.int64]) -> Errors:
-    """Of plain prompts of so many bytes [n], those that are empty, or larger than a tokenizer should get."""
+    """Return errors for the plain prompts that are empty or too large; `nbytes` [n] are their sizes in bytes."""
     errors = dict.fromkeys(np.flatnonzero(nbytes == 0).tolist(), RowError("empty_prompt", "the prompt is empty"))
-    for place in np.flatnonzero(nbytes > MAX_PROMPT_BYTES).tolist():
-        message = f"the prompt has {nbytes[place]} bytes; at most {MAX_PROMPT_BYTES} are taken"
-        errors[place] = RowError("too_large", message)
+    for index in np.flatnonzero(nbytes > MAX_PROMPT_BYTES).tolist():
+        message = f"the prompt has {nbytes[index]} bytes; at most {MAX_PROMPT_BYTES} are taken"
+        errors[index] = RowError("too_large", message)
     return errors
 
 
 def encode_chats(
-    tokenizer: Tokenizer, places: Places, conversations: list[Conversation], errors: Errors
+    tokenizer: Tokenizer, indices: Indices, conversations: list[Conversation], errors: Errors
 ) -> tuple[TokenIds, Offsets]:
-    """Token ids of the conversations at these places [n]: none where the chat template fails, which is an error."""
+    """Return the token ids of n conversations and their offsets [n + 1].
+
+    A conversation for which the chat template fails has no tokens, and an error at its index in `indices` [n].
+    """
     token_ids, offsets, failed = tokenizer.encode_chats(conversations)
     for i, message in failed.items():
-        errors[int(places[i])] = RowError("template_error", message)
+        errors[int(indices[i])] = RowError("template_error", message)
     return token_ids, offsets
 
 
 def requests_that_fit(
-    places: Places,
+    indices: Indices,
     token_ids: TokenIds,
     offsets: Offsets,
     sampling: SamplingParams,
     max_model_len: int,
     errors: Errors,
 ) -> Requests:
-    """Requests, without seeds, of the prompts at these places [n] that have room for an answer; their rows are places.
+    """Return requests, with seeds 0, for the prompts that leave room for an answer; errors for the others are added.
 
-    Where there is room for fewer tokens than `max_tokens`, they get as many as there is room for. The others have an
-    error.
+    Prompt i is `token_ids[offsets[i]:offsets[i + 1]]`; its row number is `indices[i]`. A request whose prompt leaves
+    room for fewer tokens than `max_tokens` gets that many.
     """
     lengths = np.diff(offsets)
     for i in np.flatnonzero(lengths >= max_model_len).tolist():
-        errors[int(places[i])] = RowError(
+        errors[int(indices[i])] = RowError(
             "too_long",
             f"the prompt has {lengths[i]} tokens; it must have at most {max_model_len - 1} "
             f"(max_model_len {max_model_len}, one of them for the answer)",
         )
     for i in np.flatnonzero(lengths == 0).tolist():
-        errors.setdefault(int(places[i]), RowError("empty_prompt", "the prompt has no tokens"))
+        errors.setdefault(int(indices[i]), RowError("empty_prompt", "the prompt has no tokens"))
     params, param_index = _clip(sampling, max_model_len - lengths)
-    requests = Requests(places, token_ids, offsets, np.zeros(len(places), np.uint64), params, param_index)
+    requests = Requests(indices, token_ids, offsets, np.zeros(len(indices), np.uint64), params, param_index)
     good = np.flatnonzero((lengths > 0) & (lengths < max_model_len))
-    return requests.take(good) if len(good) < len(places) else requests
+    return requests.take(good) if len(good) < len(indices) else requests
 
 
 def _clip(sampling: SamplingParams, room: NDArray[np.int64]) -> tuple[tuple[SamplingParams, ...], NDArray[np.int32]]:
-    """The params, and for rows with room for fewer than `max_tokens` some with that many; with [n] into them."""
+    """Return (params, [n] index into them); rows with `room` [n] for fewer than `max_tokens` have params with less."""
     tight = (room > 0) & (room < sampling.max_tokens)
-    rooms, places = np.unique(room[tight], return_inverse=True)
+    rooms, found = np.unique(room[tight], return_inverse=True)
     index = np.zeros(len(room), np.int32)
-    index[tight] = 1 + places
+    index[tight] = 1 + found
     return (sampling, *(replace(sampling, max_tokens=int(tokens)) for tokens in rooms)), index
 
 
 def row_seeds(seed: int, keys: Iterable[bytes]) -> NDArray[np.uint64]:
-    """A seed a row [n], by what makes it the row that it is and never by its place."""
-    start = f"{seed}/0/".encode()  # 0 is the sample's index; those of others come from this one
+    """Return one seed per row, [n], from `seed` and the row's key; never from its position in the input."""
+    start = f"{seed}/0/".encode()  # 0 is the sample's index; seeds of further samples are derived from this one
     digests = b"".join(hashlib.blake2b(start + key, digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 
 def keys_by_tokens(requests: Requests) -> list[bytes]:
-    """What `row_seeds` takes of rows that have no name."""
+    """Return keys for `row_seeds`, for rows without a name of their own: the bytes of their tokens."""
     raw, bounds = requests.token_ids.astype("<i4").tobytes(), (4 * requests.offsets).tolist()
     return [b"tokens" + raw[a:b] for a, b in pairwise(bounds)]

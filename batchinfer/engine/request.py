@@ -1,4 +1,4 @@
-"""What goes into the engine and what comes out, as columns: no Python object per row on the way.
+"""`Requests` and `Completions`: the engine's input and output, as columns, without a Python object per row.
 
 Free of torch: the parent process of a job imports this module.
 """
@@ -15,7 +15,7 @@ from batchinfer.kernels.ragged import offsets_of, take_ragged
 
 
 class FinishReason(IntEnum):
-    """Why a row ended; the names in lower case are what `finish_reason` holds in the output."""
+    """Why a row ended. The output column `finish_reason` holds these names in lower case."""
 
     STOP = 0
     LENGTH = 1
@@ -34,11 +34,11 @@ class RowError:
 class Requests:
     """n tokenized rows. Row i's prompt is `token_ids[offsets[i]:offsets[i + 1]]`, never empty."""
 
-    rows: NDArray[np.int64]  # [n] ordinals in the input, each once
+    rows: NDArray[np.int64]  # [n] row numbers in the input, each once
     token_ids: NDArray[np.int32]  # [offsets[-1]]
     offsets: NDArray[np.int64]  # [n + 1]
-    seeds: NDArray[np.uint64]  # [n] row seeds; they matter only when temperature > 0
-    params: tuple[SamplingParams, ...]  # the distinct ones
+    seeds: NDArray[np.uint64]  # [n] random seeds; used only if temperature > 0
+    params: tuple[SamplingParams, ...]  # the different ones among all rows
     param_index: NDArray[np.int32]  # [n] into params
 
     def __len__(self) -> int:
@@ -46,7 +46,7 @@ class Requests:
 
     @staticmethod
     def of(prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None = None) -> "Requests":
-        """Requests from lists of token ids, numbered from 0, all with the same params."""
+        """Make requests from lists of token ids, with rows numbered from 0 and all with the same params."""
         n = len(prompts)
         offsets = offsets_of(np.array([len(p) for p in prompts], np.int64))
         flat = np.fromiter((t for p in prompts for t in p), np.int32, int(offsets[-1]))
@@ -54,7 +54,7 @@ class Requests:
         return Requests(np.arange(n), flat, offsets, row_seeds, (params,), np.zeros(n, np.int32))
 
     def take(self, index: NDArray[np.int64]) -> "Requests":
-        """The requests at these places, in this order."""
+        """Return the requests at `index`, in that order."""
         token_ids, offsets = take_ragged(self.token_ids, self.offsets, index)
         return Requests(self.rows[index], token_ids, offsets, self.seeds[index], self.params, self.param_index[index])
 
@@ -67,21 +67,21 @@ class Completions:
     token_ids: NDArray[np.int32]  # [offsets[-1]]
     offsets: NDArray[np.int64]  # [n + 1]
     finish_reasons: NDArray[np.int8]  # [n] FinishReason
-    errors: dict[int, RowError] = field(default_factory=dict)  # by row, where finish_reasons is ERROR
+    errors: dict[int, RowError] = field(default_factory=dict)  # by row number, for rows that ended with ERROR
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def tokens_of(self, i: int) -> list[int]:
-        """The new tokens of the i-th completion here."""
+        """Return the new tokens of the i-th completion."""
         tokens: list[int] = self.token_ids[self.offsets[i] : self.offsets[i + 1]].tolist()
         return tokens
 
-    def given_to(self, rows: NDArray[np.int64], places: NDArray[np.int64]) -> "Completions":
-        """What came of the completions at these places [m], as that of other rows [m]."""
-        token_ids, offsets = take_ragged(self.token_ids, self.offsets, places)
-        reasons = self.finish_reasons[places]
+    def given_to(self, rows: NDArray[np.int64], index: NDArray[np.int64]) -> "Completions":
+        """Return copies of the completions at `index` [m], as completions of other rows: `rows` [m]."""
+        token_ids, offsets = take_ragged(self.token_ids, self.offsets, index)
+        reasons = self.finish_reasons[index]
         failed = np.flatnonzero(reasons == FinishReason.ERROR)
-        sources = self.rows[places[failed]].tolist()
+        sources = self.rows[index[failed]].tolist()
         errors = {row: self.errors[source] for row, source in zip(rows[failed].tolist(), sources, strict=True)}
         return Completions(rows, token_ids, offsets, reasons, errors)

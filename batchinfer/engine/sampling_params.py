@@ -1,4 +1,4 @@
-"""`SamplingParams`: how tokens are chosen. Free of numpy, for the command line reads its flags from here."""
+"""`SamplingParams`: how tokens are sampled. Free of numpy, because the command line reads its flags from here."""
 
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -12,10 +12,10 @@ MAX_INT32 = 2**31 - 1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when a row ends.
+    """How tokens are sampled and when a row ends.
 
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `stop` may be any collection of strings. A
-    `ValueError` names field, value and bound.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `stop` may be any collection of strings.
+    Raises `ValueError` naming field, value and bound.
     """
 
     max_tokens: Annotated[

@@ -1,4 +1,4 @@
-"""`SequenceTable`: the requests under way, as arrays; a place in the table is a sequence."""
+"""`SequenceTable`: the running sequences, as arrays. A place is a sequence's row in this table."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,28 +10,31 @@ from batchinfer.kernels.grain import TILE
 
 
 class SequenceTable:
-    """Up to `capacity` sequences of up to `max_tokens` tokens, in blocks of `block_size`."""
+    """Holds up to `capacity` sequences of up to `max_tokens` tokens each, in blocks of `block_size` tokens.
+
+    Each array has one entry per place.
+    """
 
     def __init__(self, capacity: int, max_tokens: int, block_size: int) -> None:
         self.block_size = block_size
         self.max_tokens = max_tokens
         self.active = np.zeros(capacity, np.bool_)
         self.row = np.zeros(capacity, np.int64)
-        self.tokens = np.zeros((capacity, max_tokens), np.int32)  # prompt, then what was generated
+        self.tokens = np.zeros((capacity, max_tokens), np.int32)  # prompt, then generated tokens
         self.prompt_length = np.zeros(capacity, np.int64)
-        self.prefill_end = np.zeros(capacity, np.int64)  # up to here tokens are computed in tiles, then one by one
-        self.length = np.zeros(capacity, np.int64)  # tokens known
-        self.computed = np.zeros(capacity, np.int64)  # tokens whose keys and values are in the cache
-        self.end = np.zeros(capacity, np.int64)  # the length at which it stops at the latest
-        # Whole tiles, for a prompt's last one reads past its end; 0 where none is taken.
+        self.prefill_end = np.zeros(capacity, np.int64)  # tokens before this are prefilled in tiles, later ones decoded
+        self.length = np.zeros(capacity, np.int64)  # number of known tokens
+        self.computed = np.zeros(capacity, np.int64)  # number of tokens whose keys and values are in the cache
+        self.end = np.zeros(capacity, np.int64)  # greatest length, at which the sequence ends
+        # Room for whole tiles, because a prompt's last tile reads past the prompt's end; 0 where no block is taken.
         self.blocks = np.zeros((capacity, -(-max_tokens // TILE) * (TILE // block_size)), np.int64)
         self.block_count = np.zeros(capacity, np.int64)
-        self.own_from = np.zeros(capacity, np.int64)  # blocks before this one belong to shared tiles
-        self.promised = np.zeros(capacity, np.int64)  # blocks of its own
-        self.epoch = np.zeros(capacity, np.int64)  # which of all sequences that ever ran it is, in order of admission
-        # The place of a sequence with the same prompt that computes the last of it for both; -1 where there is none.
+        self.own_from = np.zeros(capacity, np.int64)  # number of blocks of shared tiles, which come first
+        self.promised = np.zeros(capacity, np.int64)  # number of blocks of its own that are promised
+        self.epoch = np.zeros(capacity, np.int64)  # number of the sequence, counted in order of admission
+        # Place of the twin (a sequence with the same prompt) that computes the end of the prompt for both; -1 if none.
         self.twin_of = np.full(capacity, -1, np.int64)
-        self.template = np.full(capacity, -1, np.int64)  # the same number for rows that begin alike
+        self.template = np.full(capacity, -1, np.int64)  # a number shared by rows whose prompts begin alike; -1 if none
         self.tiles: list[list[SharedTile]] = [[] for _ in range(capacity)]
         self.request: list[tuple[Requests, int] | None] = [None] * capacity
         self.seed = np.zeros(capacity, np.int64)
@@ -40,15 +43,15 @@ class SequenceTable:
         self.top_p = np.ones(capacity, np.float32)
         self.min_p = np.zeros(capacity, np.float32)
         self.ignore_eos = np.zeros(capacity, np.bool_)
-        self.undrafted = np.zeros(capacity, np.bool_)  # a draft of it has made values that are not finite
-        self.stop: dict[int, tuple[str, ...]] = {}  # of sequences that have stop strings
+        self.undrafted = np.zeros(capacity, np.bool_)  # True: gets no drafts, as earlier ones were not finite
+        self.stop: dict[int, tuple[str, ...]] = {}  # by place, for sequences that have stop strings
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold this many tokens."""
+        """Return the number of blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_size)
 
     def add(self, place: int, requests: Requests, i: int, generated: NDArray[np.int32]) -> None:
-        """Put the i-th request into a free place, with new tokens that it has from an earlier one."""
+        """Put request `i` into a free place; `generated` are its new tokens from before it was preempted."""
         prompt = requests.token_ids[requests.offsets[i] : requests.offsets[i + 1]]
         params: SamplingParams = requests.params[requests.param_index[i]]
         self.active[place] = True
@@ -72,14 +75,14 @@ class SequenceTable:
             self.stop[place] = params.stop
 
     def share(self, place: int, tiles: list[SharedTile]) -> None:
-        """These tiles are the first of the sequence in this place."""
+        """Let the sequence at `place` begin with these shared tiles."""
         blocks = np.concatenate([tile.blocks for tile in tiles]) if tiles else np.empty(0, np.int64)
         self.tiles[place] = tiles
         self.blocks[place, : len(blocks)] = blocks
         self.block_count[place] = self.own_from[place] = len(blocks)
 
     def remove(self, place: int) -> NDArray[np.int64]:
-        """Free a place; returns the blocks that were its own."""
+        """Free a place; return the blocks that only its sequence used."""
         self.active[place] = False
         self.stop.pop(place, None)
         self.request[place] = None
@@ -90,11 +93,11 @@ class SequenceTable:
         return own
 
     def slots(self, places: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where in the pool the tokens at these positions of these sequences lie."""
+        """Return the KV cache slots of the tokens at `positions` [n] of the sequences at `places` [n]."""
         block = self.blocks[places, positions // self.block_size]
         return block * self.block_size + positions % self.block_size
 
     def generated(self, place: int) -> NDArray[np.int32]:
-        """The new tokens so far."""
+        """Return the tokens that were generated so far."""
         new: NDArray[np.int32] = self.tokens[place, self.prompt_length[place] : self.length[place]]
         return new

@@ -1,6 +1,6 @@
-"""What goes into a step: the rules by which the scheduler fills it, and by which a job's steps are counted beforehand.
+"""The rules that fill a step. The scheduler follows them, and so does the simulation that predicts a job's steps.
 
-Free of torch: the parent process of a job counts by them.
+Free of torch: the parent process of a job imports this module.
 """
 
 import numpy as np
@@ -10,25 +10,29 @@ from batchinfer.kernels.grain import MIN_ROWS, TILE
 from batchinfer.kernels.ragged import Ints
 
 
-def piece_end(start: int, stop: int, room: int) -> int:
-    """Where a piece of a prompt ends, of which the tokens from `start` to `stop` are left and `room` have a place in
-    the step: at the prompt's end, or on the grid of tiles before it. Not above `start` where no piece fits."""
+def chunk_end(start: int, stop: int, room: int) -> int:
+    """Return the end of the chunk that begins at `start`: the prompt's end `stop`, or before it on the grid of tiles.
+
+    The step has room for `room` more tokens. The result is at most `start` if no chunk fits.
+    """
     end = min(stop, start + room)
     return end if end == stop else end // TILE * TILE
 
 
 def tiles_of(start: int, end: int) -> range:
-    """The places, on the sequence's grid, of the tiles that the prompt tokens [start, end) lie in."""
+    """Return the indices, in the sequence, of the tiles that hold the prompt tokens [start, end)."""
     return range(start // TILE, (end - 1) // TILE + 1)
 
 
 def decoding(computed: Ints, prefill_end: Ints, end: Ints) -> NDArray[np.bool_]:
-    """[n] which sequences have a token to decode: their prompt is computed, and their last token is sampled and never
-    computed."""
+    """Return [n]: which sequences have a token to decode.
+
+    Their prompt is computed, and they are not at their end: a sequence's last token is sampled but never computed.
+    """
     found: NDArray[np.bool_] = (computed >= prefill_end) & (computed + 1 < end)
     return found
 
 
 def padded_logits(rows: int) -> int:
-    """Rows of logits of a step that samples so many."""
+    """Return the rows of logits, padding included, that a step computes to sample `rows` tokens."""
     return -(-rows // MIN_ROWS) * MIN_ROWS

@@ -1,4 +1,4 @@
-"""Steps between host and device: all tensors of a batch in one copy, what was sampled in another, nobody waiting."""
+"""Copy steps between host and device without waiting: a batch in one copy, its sampled tokens in another."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from batchinfer.models.batch import Batch
 
-ALIGNMENT = 16  # bytes: what Triton's kernels take for granted of a pointer, once they have seen it
+ALIGNMENT = 16  # bytes; Triton compiles a kernel for pointers aligned like this, if its first pointers were
 T = TypeVar("T")
 
 
 class Transfer:
-    """Two pinned buffers take turns, so that one is written while the other is still read."""
+    """Sends batches to the device through two pinned buffers: one is written while the other is still read."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._host = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
-        self._read: list[torch.cuda.Event | None] = [None, None]  # when the device has read them
+        self._read: list[torch.cuda.Event | None] = [None, None]  # events at which the device has read the buffers
 
     def send(self, batch: Batch, into: Tensor | None = None) -> Batch:
-        """The same batch on the device; its tensors are views of `into`, bytes there, or of a new tensor."""
+        """Return a copy of the batch on the device, whose tensors are views of `into` (uint8) or of a new tensor."""
         tensors = tensors_of(batch)
         offsets = np.cumsum([0, *(-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in tensors)]).tolist()
         if (read := self._read[0]) is not None:
@@ -47,38 +47,38 @@ class Transfer:
         return torch.empty(2 * size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
 
-def _view(place: Tensor, offset: int, like: Tensor) -> Tensor:
-    """A tensor of that shape and type in these bytes."""
-    return place[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
+def _view(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
+    """Return a view of `buffer` (uint8) at byte `offset`, with the shape and dtype of `like`."""
+    return buffer[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Tokens and flags on their way to the host."""
+    """The sampled tokens of a step, and whether their logits were finite, on their way to the host."""
 
     tokens: Tensor  # [r] int64
     finite: Tensor  # [r] bool
-    there: torch.cuda.Event | None  # None: they have arrived
+    there: torch.cuda.Event | None  # happens when they arrive; None: they have
 
     @classmethod
     def fetch(cls, tokens: Tensor, finite: Tensor) -> "Sampled":
-        """Begin to copy them from their device."""
+        """Begin to copy `tokens` and `finite` from their device."""
         device = tokens.device
         if device.type == "cpu":
-            return cls(tokens.clone(), finite.clone(), None)  # a replay writes to the same place again
+            return cls(tokens.clone(), finite.clone(), None)  # copied, because a replay overwrites these tensors
         pinned = (torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (tokens, finite))
         tokens, finite = (p.copy_(t, non_blocking=True) for p, t in zip(pinned, (tokens, finite), strict=True))
         return cls(tokens, finite, _event(device))
 
     def wait(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """(token ids [r], finite [r]), once the step has ended."""
+        """Wait for the step to end; return (token ids [r], finite [r])."""
         if self.there is not None:
             self.there.synchronize()
         return self.tokens.numpy(), self.finite.numpy()
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:
-    """Happens when the device has done all that it was given so far; None: it has already."""
+    """Return an event that happens when the device has done all work queued so far; None on the CPU."""
     if device.type == "cpu":
         return None
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -87,7 +87,7 @@ def _event(device: torch.device) -> torch.cuda.Event | None:
 
 
 def tensors_of(value: object) -> list[Tensor]:
-    """All tensors of a batch, each once, in an order that depends on its shape alone."""
+    """Return all tensors of a batch, each once; their order depends only on the batch's structure."""
     found: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def tensors_of(value: object) -> list[Tensor]:
 
 
 def with_tensors(value: T, change: Callable[[Tensor], Tensor]) -> T:
-    """The same dataclass, tuple or dict of such, with every tensor in it changed."""
+    """Return a copy of a nested dataclass, tuple or dict with `change` applied to every tensor in it."""
     return cast(T, _changed(value, change))
 
 

@@ -16,7 +16,7 @@ from batchinfer.kernels.sampling import SamplingBatch
 
 
 @dataclass(frozen=True)
-class Piece:
+class PromptChunk:
     """A chunk of a prompt: the tokens [start, end) of a sequence, which begin at `row` of the step's tokens.
 
     Twins are sequences with the same prompt: it is computed once, and they get copies of its last blocks.
@@ -67,7 +67,7 @@ class Batch:
     copies: Tensor  # [c] int64, the blocks that they are copied to
     late_rows: Tensor  # [l] int64, rows of tokens that only the device knows yet
     late_places: Tensor  # [l] int64, places of these tokens' sequences
-    pieces: tuple[Piece, ...]
+    chunks: tuple[PromptChunk, ...]
     queries: Queries
     sequences: Ints  # [r] place for each row of `sampled`; a sequence with drafts has several rows
     epochs: Ints  # [r] tells which sequence had the place when the step was scheduled: places are reused

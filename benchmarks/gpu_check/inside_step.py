@@ -69,9 +69,9 @@ def run_replayed(session: Session) -> None:
 
 def run_eager(session: Session) -> None:
     """The same steps, never recorded."""
-    import batchinfer.engine.cuda_graphs as device_steps
+    from batchinfer.engine import cuda_graphs
 
-    device_steps.RECORD_AFTER = 1 << 60
+    cuda_graphs.RECORD_AFTER = 1 << 60
     with _engine(session) as engine:
         for rows in session.pick(ROWS, (2,)):
             with session.case(f"eager steps of {rows} rows"):

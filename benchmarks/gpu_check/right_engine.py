@@ -103,7 +103,7 @@ def _agreement(session: Session, engine: str, found: list[list[int]], expected: 
 
 def run_graphs(session: Session) -> None:
     """Steps recorded and replayed give the tokens of steps that are not."""
-    import batchinfer.engine.cuda_graphs as device_steps
+    from batchinfer.engine import cuda_graphs
 
     with tempfile.TemporaryDirectory() as name:
         model = write_model(session, Path(name))
@@ -121,7 +121,7 @@ def run_graphs(session: Session) -> None:
             for temperature in session.pick((0.0, 0.8), (0.8,)):
                 with session.case(f"graphs, {case}, temperature {temperature}"):
                     requests = requests_of(prompts, new, temperature=temperature)
-                    often = device_steps.RECORD_AFTER if not session.smoke else 2
+                    often = cuda_graphs.RECORD_AFTER if not session.smoke else 2
                     with _recorded_after(often):
                         engine = _engine(session, model, session.dtype, **settings)
                         replayed, replays = tokens_of(engine, requests), engine.runner.steps.replays
@@ -146,13 +146,13 @@ def run_graphs(session: Session) -> None:
 
 @contextmanager
 def _recorded_after(often: int) -> Iterator[None]:
-    import batchinfer.engine.cuda_graphs as device_steps
+    from batchinfer.engine import cuda_graphs
 
-    before, device_steps.RECORD_AFTER = device_steps.RECORD_AFTER, often
+    before, cuda_graphs.RECORD_AFTER = cuda_graphs.RECORD_AFTER, often
     try:
         yield
     finally:
-        device_steps.RECORD_AFTER = before
+        cuda_graphs.RECORD_AFTER = before
 
 
 def run_alone(session: Session) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from batchinfer.engine.attention_inputs import TiledInputs
 from batchinfer.kernels.attention import attention
 from batchinfer.kernels.kv_cache import KVCache, cache_rows
-from batchinfer.models.batch import Piece
+from batchinfer.models.batch import PromptChunk
 
 
 class _Table:
@@ -56,7 +56,7 @@ def test_paged_attention_is_dense_attention(
     rows = np.cumsum([0, *lengths])
     sequences, none = _Table(table, block_size), np.empty(0, np.int64)
     inputs = TiledInputs({window})
-    prompts = inputs(sequences, [Piece(i, 0, n, int(rows[i])) for i, n in enumerate(lengths)], none, none)
+    prompts = inputs(sequences, [PromptChunk(i, 0, n, int(rows[i])) for i, n in enumerate(lengths)], none, none)
     query = torch.randn(rows[-1], heads, head_dim)
     out = attention(query, cache, prompts[window], head_dim**-0.5)
     decode = inputs(sequences, [], np.arange(len(lengths)), np.array(lengths) - 1)[window]

@@ -1,4 +1,4 @@
-"""The draft model's folder, and whether it suits the model that it drafts for. Free of torch."""
+"""Find the draft model's folder and check that it suits the model that it drafts for. Free of torch."""
 
 from dataclasses import replace
 
@@ -9,9 +9,10 @@ from batchinfer.text.tokenizer import Tokenizer
 
 
 def resolve_draft_model(speculation: Speculation, model: str, tokenizer: Tokenizer, max_model_len: int) -> Speculation:
-    """The setting with its draft model's folder, if it names one, beside a `model` that has this tokenizer.
+    """Return the setting with the draft model's name replaced by its folder; unchanged if it names no draft model.
 
-    Raises `Refused` where the draft model's tokens are others, or too few.
+    `tokenizer` is that of `model`, which the draft model drafts for. Raises `Refused` if the draft model has other
+    tokens, a vocab_size below its tokenizer's, or fewer positions than `max_model_len`.
     """
     if speculation.model is None:
         return speculation
@@ -28,7 +29,7 @@ def resolve_draft_model(speculation: Speculation, model: str, tokenizer: Tokeniz
         )
     config = read_config(folder)
     size, length = config.get("vocab_size"), config.get("max_position_embeddings")
-    if type(size) is int and size < tokenizer.vocab_size:  # what is no number the engine refuses
+    if type(size) is int and size < tokenizer.vocab_size:  # the engine refuses a value that is no number
         raise Refused(
             f"{name} has vocab_size {size}, but its tokenizer has {tokenizer.vocab_size} tokens; leave it out"
         )

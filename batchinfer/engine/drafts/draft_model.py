@@ -1,8 +1,9 @@
-"""`DraftModel`: a smaller model of the same tokenizer says what may follow.
+"""`DraftModel`: a smaller model with the same tokenizer drafts what may follow.
 
-It samples with the target's parameters and the target's noise, so that it is right wherever the two agree about the
-likely tokens, and not only where it draws the same by chance. Its own keys and values may come about in any way: they
-decide what is tried, never what comes out.
+The target is the model that the job runs. The draft model samples with the target's parameters and the target's noise.
+So its drafts are accepted wherever the two models agree about the likely tokens, and not only where both draw the same
+token by chance. The bits of the draft model's keys and values do not matter: they decide which drafts are tried, never
+what the job writes.
 """
 
 import time
@@ -23,12 +24,15 @@ from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints
 from batchinfer.models.config import read_model_config
 
-LEAST_SHARE = 0.3  # of a step of the target, however much smaller the model is: of launching, not of computing
+LEAST_SHARE = 0.3  # of a target step's time: a draft step takes at least that, because launching it costs the same
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
 def load_draft_model(config: EngineConfig) -> ModelRunner | None:
-    """The model that `config.speculation` names, if it does. A `ValueError` says what does not fit."""
+    """Load the draft model that `config.speculation` names; None if it names none or does not use it.
+
+    Raises `ValueError` if the model does not fit the configuration.
+    """
     if config.speculation.model is None or config.speculation.method not in ("auto", "draft_model"):
         return None
     own = replace(config, model=config.speculation.model, quantization="auto", kv_cache_dtype="auto")
@@ -36,12 +40,12 @@ def load_draft_model(config: EngineConfig) -> ModelRunner | None:
 
 
 class DraftModel:
-    """The sequences of `table`, a little further on, in a table and in blocks of its own."""
+    """Runs the sequences of the target's `table` a few tokens ahead, in a table and in KV cache blocks of its own."""
 
     def __init__(
         self, runner: ModelRunner, config: EngineConfig, table: SequenceTable, blocks: int, target: ModelRunner
     ) -> None:
-        """Of the engine of `config`, with so many blocks for its keys and values."""
+        """Set up `runner` as the draft model of an engine with this `config`; it gets `blocks` KV cache blocks."""
         self._vocabulary, self._target_vocabulary = (r.decoder.config.vocab_size for r in (runner, target))
         self.share = max(LEAST_SHARE, runner.decoder.weight_bytes / target.decoder.weight_bytes)
         self.runner = runner
@@ -51,7 +55,9 @@ class DraftModel:
         for column in SAMPLING:
             setattr(self.table, column, getattr(table, column))
         self.table.epoch[:] = -1
-        self._taken = np.zeros_like(table.length)  # tokens of each sequence that are known to be the target's
+        self._taken = np.zeros_like(
+            table.length
+        )  # [capacity] each sequence's tokens that are known to equal the target's
         self.manager = BlockManager(blocks)
         admission = Admission(self.table, self.manager, False, None)
         inputs, grain = self.runner.attention_inputs, self.runner.decoder.row_grain
@@ -60,16 +66,19 @@ class DraftModel:
         self._times = StepTimes()
 
     def seconds(self, sequences: int, target_seconds: float) -> float:
-        """Of one more draft for each of so many, where the target's step takes so long."""
+        """Return the expected seconds to draft one more token for each of `sequences` sequences.
+
+        Before any was timed, this is a share of `target_seconds`, the time of a step of the target.
+        """
         return float(self._times.of(np.array([sequences]))[0]) or self.share * target_seconds
 
     def behind(self, places: Ints) -> int:
-        """Tokens of these sequences that it has not read."""
+        """Return how many tokens of these sequences the draft model has not computed yet."""
         known = np.where(self.table.epoch[places] == self.target.epoch[places], self.table.computed[places], 0)
         return int(np.maximum(self.target.length[places] - known, 0).sum())
 
     def draft(self, places: Ints, most: Ints) -> Proposals:
-        """Drafts [n, K] for sequences at these places [n], `most` [n] for each, or none where memory has no blocks."""
+        """Draft `most` [n] tokens for the sequences in `places` [n]; none for those that no blocks are left for."""
         started = time.perf_counter()
         self._release_ended()
         drafting = self._catch_up(places, most)
@@ -86,7 +95,7 @@ class DraftModel:
         return Proposals(counts, tokens, np.zeros_like(counts), np.zeros(len(places), np.bool_))
 
     def _release_ended(self) -> None:
-        """Blocks of sequences that are no more."""
+        """Free the blocks of sequences that the target has ended."""
         table = self.table
         gone = (table.epoch >= 0) & ((table.epoch != self.target.epoch) | ~self.target.active)
         for place in np.flatnonzero(gone).tolist():
@@ -96,7 +105,7 @@ class DraftModel:
             table.epoch[place] = -1
 
     def _catch_up(self, places: Ints, most: Ints) -> NDArray[np.bool_]:
-        """Take over what the target has by now; which of the sequences [n] are drafted for."""
+        """Copy the tokens that the target has by now. Return bool [n]: which of the sequences get drafts."""
         table, target = self.table, self.target
         drafting = most > 0
         for i in np.flatnonzero(drafting).tolist():
@@ -105,20 +114,20 @@ class DraftModel:
             if not drafting[i]:
                 continue
             agreed = self._agreed(place, length)
-            # Embeddings may be padded, to more in one model than in the other.
+            # Vocabularies may be padded to different sizes: the target may sample an id that this model lacks.
             table.tokens[place, agreed:length] = np.minimum(target.tokens[place, agreed:length], self._vocabulary - 1)
             table.epoch[place] = target.epoch[place]
             table.active[place] = True
             table.length[place], table.end[place] = length, length + int(most[i])
             table.computed[place] = self._taken[place] = table.prefill_end[place] = agreed
-            if length - agreed > TILE:  # much is new: in tiles, but for the last tokens
+            if length - agreed > TILE:  # many tokens are new: compute them in tiles, all but the last ones
                 table.computed[place] = agreed // TILE * TILE
                 table.prefill_end[place] = self._taken[place] = (length - 1) // TILE * TILE
                 self.scheduler.prefilling.append(place)
         return drafting
 
     def _promise(self, place: int, tokens: int) -> bool:
-        """Promise blocks for so many tokens of the sequence in all; False where there are none."""
+        """Promise the sequence blocks for `tokens` tokens in all; return False if too few are left."""
         need = max(0, self.table.blocks_for(tokens) - int(self.table.promised[place]))
         if not self.manager.promise(need):
             return False
@@ -126,8 +135,10 @@ class DraftModel:
         return True
 
     def _agreed(self, place: int, length: int) -> int:
-        """The tokens, up to the first that the target has otherwise, of which it has keys and values: what it had
-        drafted may not be what followed."""
+        """Return how many of the sequence's first tokens have valid keys and values here.
+
+        They end before the first token that differs from the target's: a draft that was not accepted.
+        """
         had = min(int(self.table.computed[place]), length - 1)
         first = min(int(self._taken[place]), had)
         differs = np.flatnonzero(self.table.tokens[place, first:had] != self.target.tokens[place, first:had])

@@ -1,6 +1,6 @@
-"""`NgramIndex`: where an n-gram of a text ended last, as a hash table in a flat array.
+"""`NgramIndex`: a hash table in a flat array that says where an n-gram of a text ended last.
 
-Letters in shapes: m places in texts, n sequences, L lengths of n-grams, W tokens of the longest.
+Letters in shapes: m positions in texts, n sequences, L lengths of n-grams, W tokens of the longest n-gram.
 """
 
 import numpy as np
@@ -11,15 +11,15 @@ from batchinfer.kernels.ragged import Ints
 Tokens = NDArray[np.int32]
 Hashes = NDArray[np.uint64]
 
-MOST_SLOT_BITS = 24  # 64 MiB, taken as they are written; of more n-grams than that some are not found again
-INDEXED_AT_ONCE = 1 << 16  # places in a text, for the sake of memory
+MOST_SLOT_BITS = 24  # 64 MiB, allocated as slots are written; with more n-grams some overwrite others
+INDEXED_AT_ONCE = 1 << 16  # positions of a text; more at once would take more memory
 
 
 class NgramIndex:
-    """The last ends of n-grams of `shortest` to `longest` tokens, in a text of about `size` tokens.
+    """Holds the last end of each n-gram of `shortest` to `longest` tokens, in a text of about `size` tokens.
 
-    An entry may be of another n-gram, and of a text that is no longer there: who reads the text at the end that was
-    found has to compare. So nothing is ever taken out.
+    An entry may belong to another n-gram with the same slot, or to text that was overwritten since. So the caller must
+    compare the text at the end that was found, and no entry is ever deleted.
     """
 
     def __init__(self, shortest: int, longest: int, size: int) -> None:
@@ -28,44 +28,50 @@ class NgramIndex:
         bits = min(MOST_SLOT_BITS, (2 * size * (longest - shortest + 1)).bit_length())
         self._ends = np.zeros(1 << bits, np.int32)
         self._shift = np.uint64(64 - bits)
-        # Sums weighted at random are a universal hash, in its high bits.
+        # The high bits of a sum with random weights are a universal hash.
         weights = np.random.default_rng(0).integers(1 << 64, size=longest + 1, dtype=np.uint64) | np.uint64(1)
         self._weights, self._text_weight = weights[:-1], weights[-1]
 
-    def hashes(self, windows: Tokens) -> Hashes:
-        """Of the n-grams that windows [m, W] of tokens, the newest first, begin with: [m, L], the longest first."""
-        # Tokens count with their id + 1: a token of id 0 in front is another n-gram than none.
-        sums = ((windows + 1).astype(np.uint64) * self._weights).cumsum(1)
+    def hashes(self, ngrams: Tokens) -> Hashes:
+        """Return the hashes [m, L], longest n-gram first, of the n-grams that each row of `ngrams` [m, W] begins with.
+
+        A row holds tokens, the newest first.
+        """
+        # Adding 1 makes an n-gram that begins with id 0 differ from the same n-gram without that token.
+        sums = ((ngrams + 1).astype(np.uint64) * self._weights).cumsum(1)
         of_lengths: Hashes = sums[:, self.lengths - 1]
         return of_lengths
 
     def salted(self, hashes: Hashes, texts: Ints) -> Hashes:
-        """The same [m, L] for n-grams that are kept apart by the number of their text, [m]."""
+        """Return `hashes` [m, L] mixed with the number of their text, `texts` [m]; this keeps texts apart."""
         of_texts: Hashes = hashes + (texts.view(np.uint64) * self._text_weight)[:, None]
         return of_texts
 
     def find(self, hashes: Hashes) -> Ints:
-        """Where n-grams [m, L] ended last; 0 where none has."""
+        """Return where the n-grams with these hashes [m, L] ended last, [m, L]; 0 where none did."""
         return self._ends[self._slots(hashes)].astype(np.int64)
 
     def put(self, hashes: Hashes, ends: Ints) -> None:
-        """N-grams [m, L] end here, [m]; of equal ones the last counts."""
+        """Record that the n-grams with these hashes [m, L] end at `ends` [m]; of equal ones the last counts."""
         slots = self._slots(hashes)
-        self._ends.put(slots, ends.repeat(slots.shape[1]))  # one after the other, which an assignment does not promise
+        self._ends.put(slots, ends.repeat(slots.shape[1]))  # in order, which an indexed assignment does not promise
 
     def _slots(self, hashes: Hashes) -> Ints:
         slots: Ints = (hashes >> self._shift).view(np.int64)
         return slots
 
 
-def windows(text: Tokens, ends: Ints, length: int) -> Tokens:
-    """The `length` tokens before each end [...], the newest first: [..., length]. Before the text comes its end."""
+def read_ngrams(text: Tokens, ends: Ints, length: int) -> Tokens:
+    """Return the `length` tokens before each of `ends` [...], newest first: [..., length].
+
+    The text is read as a ring: its end comes before its start.
+    """
     return text.take(ends[..., None] - np.arange(1, length + 1), mode="wrap")
 
 
 def agreement(text: Tokens, ends: Ints, newest: Tokens) -> Ints:
-    """How many tokens before these ends [n, L] of a text are the newest ones [n, W]: [n, L]."""
-    there = windows(text, ends, newest.shape[1])
+    """Return how many tokens before each of `ends` [n, L] equal the `newest` tokens [n, W], counted back: [n, L]."""
+    there = read_ngrams(text, ends, newest.shape[1])
     differs = np.ones((*ends.shape, newest.shape[1] + 1), np.bool_)
     np.not_equal(there, newest[:, None], out=differs[..., :-1])
     agreeing: Ints = differs.argmax(-1)
@@ -73,7 +79,10 @@ def agreement(text: Tokens, ends: Ints, newest: Tokens) -> Ints:
 
 
 def longest_match(ends: Ints, agreeing: Ints, lengths: Ints) -> tuple[Ints, Ints]:
-    """(ends [n], their lengths [n]) of the first n-gram in each row of [n, L] that agrees; 0 and 0 where none does."""
+    """Return (ends [n], lengths [n]) of the longest n-gram of each sequence that agrees in full; 0 and 0 if none does.
+
+    `ends` and `agreeing` are [n, L], and `lengths` [L], longest first.
+    """
     agrees = agreeing >= lengths
     best = agrees.argmax(1)
     chosen = best + np.arange(len(ends)) * len(lengths)

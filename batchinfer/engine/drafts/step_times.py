@@ -1,31 +1,32 @@
-"""`StepTimes`: what a step of so many tokens takes, learned from the steps that ran."""
+"""`StepTimes`: the seconds that a step of N tokens takes, learned from the steps that ran."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-WEIGHT = 0.2  # of the newest step in the means
-KEPT = 0.95  # of what a token more was seen to cost, from step to step: a slow one must not end all drafting
-GROWING = 0.5  # the share of a step's time that grows with its tokens, as long as nothing tells
-LINE = 2.0  # steps that the line counts for, beside those of a size itself
+WEIGHT = 0.2  # of the newest step in running means
+KEPT = 0.95  # share of the slope's sums that is kept at each step, so that one slow step cannot end all drafting
+GROWING = 0.5  # assumed share of a step's time that grows with its tokens, until steps tell
+LINE = 2.0  # weight of the fitted line, in observed steps, beside the observed steps of a size
 
 Floats = NDArray[np.float64]
 
 
 class StepTimes:
-    """Seconds by size: a straight line through the newest steps, and how far off it steps of a size are.
+    """Predicts seconds by step size: a straight line through recent steps, plus each size's own offset from it.
 
-    What a token costs is seen from one step to the next. Over many, sequences grow and machines slow down, and the
-    steps of the last few rows would seem to take longer for being small.
+    The line's slope, the seconds per token, is fitted to differences between consecutive steps. Fitted to all steps it
+    would be biased: sequences grow and machines slow down during a job, so that the small steps of the last few rows
+    would seem slow because they are small.
     """
 
     def __init__(self) -> None:
-        self._off: dict[int, tuple[float, int]] = {}  # size -> seconds beside the line, how many steps were seen
-        self._mean = self._last = np.zeros(2)  # (size, seconds) of the newest steps, and of the last
-        self._sums = np.zeros(2)  # of size ** 2 and size * seconds, differences from step to step
-        self.prompt_token = 0.0  # seconds of a token in steps of prompts; 0 before any was seen
+        self._off: dict[int, tuple[float, int]] = {}  # size -> (mean seconds above the line, number of steps seen)
+        self._mean = self._last = np.zeros(2)  # (size, seconds): running mean, and the last step
+        self._sums = np.zeros(2)  # sums of d_size ** 2 and d_size * d_seconds over differences between steps
+        self.prompt_token = 0.0  # seconds per token in prompt steps; 0 before any was seen
 
     def observe(self, size: int, seconds: float) -> None:
-        """A step of that size took so long."""
+        """Learn that a step of `size` tokens took `seconds`."""
         step = np.array([size, seconds])
         if not self._off:
             self._mean = self._last = step
@@ -33,21 +34,23 @@ class StepTimes:
         mean, seen = self._off.get(size, (off, 0))
         mean = min(mean, off) if seen == 1 else mean
         self._off[size] = mean + WEIGHT * (off - mean), seen + 1
-        if seen:  # the first step of a size makes its kernels
+        if seen:  # the first step of a size is left out, because it also compiles kernels
             more = step - self._last
             self._sums = KEPT * self._sums + more[0] * more
             self._mean = self._mean + WEIGHT * (step - self._mean)
             self._last = step
 
     def observe_prompts(self, tokens: int, seconds: float) -> None:
-        """A step of prompts took so long. Before steps of several sizes were seen, a token more is taken to cost what
-        it costs there."""
+        """Learn that a step of `tokens` prompt tokens took `seconds`.
+
+        The seconds per prompt token serve as the slope until steps of several sizes were seen.
+        """
         each = seconds / tokens
         before = self.prompt_token or each
         self.prompt_token = min(each, before + WEIGHT * (each - before))
 
     def of(self, sizes: NDArray[np.int64]) -> Floats:
-        """Expected seconds [n] of steps of these sizes [n]; 0 before any was seen."""
+        """Return the expected seconds [n] of steps of `sizes` [n] tokens; 0 before any step was seen."""
         if not self._off:
             return np.zeros(len(sizes))
         off, seen = np.array([self._off.get(size, (0.0, 0)) for size in sizes.tolist()]).T
@@ -61,9 +64,12 @@ class StepTimes:
         return on_line
 
     def _slope(self) -> float:
-        """Seconds of a token more: the least-squares slope of the differences from step to step, drawn towards what a
-        token costs in steps of prompts (ridge regression). That prior weighs as much as one difference of half the mean
-        size, so that a few observations of larger differences outweigh it."""
+        """Return the seconds per additional token, by ridge regression.
+
+        This is the least-squares slope of differences between consecutive steps, drawn towards the seconds per prompt
+        token. That prior weighs as much as one difference of half the mean size, so that a few observed differences
+        that are larger outweigh it.
+        """
         size, seconds = self._mean
         squares, products = self._sums
         prior = min(self.prompt_token, seconds / size) or GROWING * seconds / size

@@ -31,7 +31,7 @@ def random_work(n: int, seed: int = 0) -> Work:
         decode_keys=decoding * 32.0 * rng.integers(1, 30, n),
         tiles=tiles * 1.0,
         tile_keys=tiles * 64.0 * rng.integers(1, 12, n),
-        tile_places=np.minimum(tiles, rng.integers(1, 9, n)) * 1.0,
+        tile_positions=np.minimum(tiles, rng.integers(1, 9, n)) * 1.0,
     )
 
 

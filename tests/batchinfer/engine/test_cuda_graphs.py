@@ -19,7 +19,7 @@ from batchinfer.engine.transfer import Transfer, tensors_of
 from batchinfer.kernels.attention_plan import Tile, Tiling, plan_attention
 from batchinfer.kernels.ragged_attention import RaggedBatch
 from batchinfer.kernels.sampling import SamplingBatch
-from batchinfer.models.batch import Batch, Piece, Queries
+from batchinfer.models.batch import Batch, PromptChunk, Queries
 from batchinfer.models.config import read_model_config
 
 TILING = Tiling(few=Tile(16, 32), many=Tile(64, 32), same=Tile(64, 32), split=64, least=32)
@@ -40,7 +40,7 @@ def decoding(contexts: list[int]) -> Batch:
         sampled=torch.arange(-(-rows // 8) * 8) % rows,
         sampling=SamplingBatch(**columns),
         places=torch.arange(rows) + 3,
-        pieces=(),
+        chunks=(),
         sequences=np.arange(rows) + 3,
         copied=torch.empty(0, dtype=torch.int64),
         copies=torch.empty(0, dtype=torch.int64),
@@ -140,12 +140,12 @@ def test_a_withdrawn_step_comes_again(make_model: Callable[..., Path]) -> None:
     engine = engine_of(make_model("llama"), max_num_batched_tokens=128, max_num_seqs=3)
     engine.add(Requests.of([[5] * 100, [6] * 60, [7] * 30], SamplingParams(max_tokens=4)))
     first = engine.scheduler.schedule()
-    assert first is not None and [p.end for p in first.pieces] == [100]
+    assert first is not None and [p.end for p in first.chunks] == [100]
     engine.scheduler.withdraw(first)
     assert engine.scheduler.prefilling == [0, 1, 2]
     engine.scheduler.budget = 64
     smaller = engine.scheduler.schedule()
-    assert smaller is not None and smaller.pieces == (Piece(0, 0, 64, 0),)
+    assert smaller is not None and smaller.chunks == (PromptChunk(0, 0, 64, 0),)
 
 
 def test_memory_of_a_device_is_its_share_less_what_is_in_use() -> None:

@@ -10,11 +10,11 @@ import pytest
 from engines import IdsAsText, engine_of, prompts_of, run, tokens
 
 from batchinfer.engine.config import Speculation
-from batchinfer.engine.drafts.gate import Speculator
+from batchinfer.engine.drafts.gate import Gate
 from batchinfer.engine.engine import Engine
+from batchinfer.engine.new_tokens import NewTokens
 from batchinfer.engine.request import Completions, FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
-from batchinfer.engine.verified import Gains
 from batchinfer.kernels.ragged import Ints
 from batchinfer.models.batch import Batch
 
@@ -43,7 +43,7 @@ class Adversary:
             self.table.tokens[place, length : length + count] = drafts
         return counts
 
-    def settle(self, batch: Batch, gains: Gains, seconds: float) -> None:
+    def settle(self, batch: Batch, new_tokens: NewTokens, seconds: float) -> None:
         pass
 
     def remember(self, done: Completions) -> None:
@@ -239,11 +239,11 @@ def test_a_draft_model_that_is_the_target_is_nearly_always_right(
 
 
 class Interrupted:
-    """A `Speculator` whose model draws with other seeds in one step, is not asked for some, and then drafts again."""
+    """A `Gate` whose model draws with other seeds in one step, is not asked for some, and then drafts again."""
 
     wanted = True
 
-    def __init__(self, drafter: Speculator, pause: int) -> None:
+    def __init__(self, drafter: Gate, pause: int) -> None:
         assert drafter.model is not None
         self.drafter, self.model, self.pause = drafter, drafter.model, pause
         self.steps = self.drafted = self.accepted = self.misled = 0
@@ -262,13 +262,13 @@ class Interrupted:
         self.model.table.seed = seeds
         return counts
 
-    def settle(self, batch: Batch, gains: Gains, seconds: float) -> None:
-        self.drafter.settle(batch, gains, seconds)
+    def settle(self, batch: Batch, new_tokens: NewTokens, seconds: float) -> None:
+        self.drafter.settle(batch, new_tokens, seconds)
         if self.back:
             self.drafted += batch.drafted
-            self.accepted += gains.accepted
+            self.accepted += new_tokens.accepted
         else:
-            self.misled += batch.drafted - gains.accepted
+            self.misled += batch.drafted - new_tokens.accepted
 
     def remember(self, done: Completions) -> None:
         self.drafter.remember(done)

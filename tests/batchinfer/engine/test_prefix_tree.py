@@ -113,7 +113,7 @@ def test_twins_whose_step_was_withdrawn_are_computed_in_the_next(make_model: Cal
     engine.add(requests)
     for _ in range(2):
         batch = engine.scheduler.schedule()
-        assert batch is not None and batch.pieces[0].twins == (1, 2, 3)
+        assert batch is not None and batch.chunks[0].twins == (1, 2, 3)
         engine.scheduler.withdraw(batch)
     assert tokens(engine, requests.take(np.arange(0))) == expected
 

@@ -13,10 +13,10 @@ import pytest
 
 from batchinfer.engine.config import Speculation
 from batchinfer.engine.drafts.draft_model import DraftModel
-from batchinfer.engine.drafts.gate import LONGEST_REST, Speculator
+from batchinfer.engine.drafts.gate import LONGEST_REST, Gate
 from batchinfer.engine.drafts.lookup import Proposals
+from batchinfer.engine.new_tokens import NewTokens
 from batchinfer.engine.sequence import SequenceTable
-from batchinfer.engine.verified import Gains
 from batchinfer.kernels.ragged import Ints
 from batchinfer.models.batch import Batch, Queries
 
@@ -24,7 +24,7 @@ HOUR = 3600.0
 DRAFTS = Speculation().num_speculative_tokens
 REPEATS = [1, 2, 3, 4] * 8  # 1, 2, 3, 4, 1 and so on are what will be drafted
 NOVEL = list(range(100, 132))
-READ = ("queries", "prompt_tokens")  # of a batch, by a speculator
+READ = ("queries", "prompt_tokens")  # of a batch, by a gate
 UNREAD: dict[str, Any] = dict.fromkeys(f.name for f in fields(Batch) if f.name not in READ)
 DEVICES: dict[str, Callable[[int], float]] = {  # seconds of a step of so many tokens
     "flat": lambda size: HOUR,
@@ -65,7 +65,7 @@ class StandIn:
 
 @dataclass
 class Rows:
-    """Rows of these texts, and a speculator that drafts for them."""
+    """Rows of these texts, and a gate that drafts for them."""
 
     texts: list[list[int]]
     device: str = "flat"
@@ -81,37 +81,37 @@ class Rows:
         for place, text in enumerate(self.texts):
             self.table.tokens[place, : len(text)], self.table.length[place] = text, len(text)
         speculation, drafter = Speculation("auto", model=Path(), gate=self.gate), cast(DraftModel | None, self.model)
-        self.speculator = Speculator(self.table, speculation, padded, drafter, self.overlapping, self.notes)
+        self.gate = Gate(self.table, speculation, padded, drafter, self.overlapping, self.notes)
 
     def taught(self, share: float | None = None) -> "Rows":
         """Steps of all sizes were seen, and many drafts of which each token was right with this probability."""
         for size in np.random.default_rng(0).permutation(np.tile(np.arange(8, 641, 8), 20)).tolist():
-            self.speculator.times.observe(size, self.seconds(size))
+            self.gate.times.observe(size, self.seconds(size))
         tokens = np.random.default_rng(0).random((300, DRAFTS)) < (share or 0.0)
-        place, kind = np.array([0]), np.array([self.speculator.longest])
+        place, kind = np.array([0]), np.array([self.gate.longest])
         for i, right in enumerate(tokens.cumprod(1).sum(1) if share is not None else []):
-            self.speculator.looked_up.of(place, np.array([5000 + i]), kind, DRAFTS)  # of a row that begins
-            self.speculator.looked_up.observe(place, kind, np.array([DRAFTS]), np.array([right]))
+            self.gate.looked_up.of(place, np.array([5000 + i]), kind, DRAFTS)  # of a row that begins
+            self.gate.looked_up.observe(place, kind, np.array([DRAFTS]), np.array([right]))
         return self
 
     def draft(self, room: int | list[int] = 64, prompt_tokens: int = 0, budget: int = 4096) -> list[int]:
         rooms = np.broadcast_to(np.array(room), self.places.shape)
-        return [int(count) for count in self.speculator.draft(self.places, rooms, prompt_tokens, budget)]
+        return [int(count) for count in self.gate.draft(self.places, rooms, prompt_tokens, budget)]
 
     def end_step(self, counts: list[int], right: list[int] | None = None, prompts: int = 0, hours: float = 0) -> None:
         """Of these drafts so many were right, or none; the rows' texts are left as they were."""
         drafts, tokens = np.array(counts), 1 + np.array(right or [0] * len(counts))
         queries = Queries(self.places, self.table.length - 1, 1 + drafts, drafts)
         batch = Batch(queries=queries, prompt_tokens=prompts, **UNREAD)
-        gains = Gains(self.places, tokens, np.ones(len(counts), np.bool_), int(tokens.sum()) - len(counts))
-        self.speculator.settle(batch, gains, hours * HOUR or self.seconds(padded(len(queries))))
+        new_tokens = NewTokens(self.places, tokens, np.ones(len(counts), np.bool_), int(tokens.sum()) - len(counts))
+        self.gate.settle(batch, new_tokens, hours * HOUR or self.seconds(padded(len(queries))))
 
     def looks(self, steps: int) -> list[int]:
         """At which of the next steps it wanted to look; all drafts are right."""
         looked = []
         for step in range(steps):
-            looked += [step] * self.speculator.wanted
-            counts = self.draft() if self.speculator.wanted else [0] * len(self.places)
+            looked += [step] * self.gate.wanted
+            counts = self.draft() if self.gate.wanted else [0] * len(self.places)
             self.end_step(counts, counts)
         return looked
 
@@ -220,11 +220,11 @@ def test_looks_that_find_nothing_become_rare_where_steps_overlap(text: list[int]
     assert rows.looks(looked[-1] + 1) == looked
     for place in range(8):
         rows.table.tokens[place, :32] = REPEATS
-    ours, theirs = rows.speculator.looked_up, paying.speculator.looked_up
-    rows.speculator.looked_up = theirs
+    ours, theirs = rows.gate.looked_up, paying.gate.looked_up
+    rows.gate.looked_up = theirs
     assert rows.draft() == [0] * 8, "it rests, whoever asks"
     assert rows.looks(rests + 5) == list(range(rests, rests + 5))
-    rows.speculator.looked_up, rows.table.row[:] = ours, 99  # other rows
+    rows.gate.looked_up, rows.table.row[:] = ours, 99  # other rows
     rows.table.tokens[:, :32] = text
     assert rows.looks(7) == [0, 2, 6]
 
@@ -244,7 +244,7 @@ def test_a_model_is_asked_where_it_pays(cost: float, unread: int, device: str, a
     """Not where its steps are too slow, where the device is saturated, or where it had too much to read first."""
     model = StandIn(cost, unread)
     rows = Rows([NOVEL] * 8, device, model=model).taught()
-    rows.speculator.times.observe_prompts(512, HOUR)
+    rows.gate.times.observe_prompts(512, HOUR)
     counts = rows.draft(room=[64] * 7 + [1])
     assert (sum(counts) > 0) is asks and len(model.asked) == asks
     assert not asks or (1 < counts[0] == model.asked[0] and counts == [counts[0]] * 7 + [1])

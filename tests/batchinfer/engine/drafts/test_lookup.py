@@ -89,7 +89,7 @@ class Rows:
         )
         for i, (place, limit) in enumerate(zip(places, most, strict=True)):
             drafts = found.tokens[i, : found.counts[i]].tolist()
-            ours = int(found.matched[i]), bool(found.from_library[i]), drafts
+            ours = int(found.matched[i]), bool(found.from_earlier_answer[i]), drafts
             assert ours == reference(self.texts[place], self.answers, self.speculation, limit)
 
 
@@ -173,12 +173,12 @@ def test_an_earlier_answer_counts_where_it_agrees_with_more() -> None:
     rows = Rows(Speculation("suffix", 4))
     rows.begin(0, 0, [7, 1, 2, 3, 8, 9, 7, 1, 2])
     rows.end([[6, 7, 1, 2, 40]])
-    assert not rows.draft([0], [4]).from_library[0], "as many agree in its own text"
+    assert not rows.draft([0], [4]).from_earlier_answer[0], "as many agree in its own text"
     rows.end([[9, 7, 1, 2, 50, 51]])
     found = rows.draft([0], [4])
-    assert found.from_library[0]
+    assert found.from_earlier_answer[0]
     assert found.tokens[0, : found.counts[0]].tolist() == [50, 51]
-    rows.drafter.library = None
+    rows.drafter.earlier_answers = None
     assert rows.draft([0], [4]).tokens[0].tolist() == [3, 8, 9, 7]
 
 
@@ -197,7 +197,7 @@ def test_no_ngram_is_of_two_answers() -> None:
 
 
 def test_answers_are_forgotten_when_the_library_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(earlier_answers, "LIBRARY_TOKENS", 64)
+    monkeypatch.setattr(earlier_answers, "KEPT_TOKENS", 64)
     rows = Rows(Speculation("suffix", 4))
     rng = np.random.default_rng(0)
     hits = 0
@@ -210,7 +210,7 @@ def test_answers_are_forgotten_when_the_library_is_full(monkeypatch: pytest.Monk
             found = rows.draft([0], [4])
             n, drafts = int(found.matched[0]), found.tokens[0, : found.counts[0]].tolist()
             pattern = text[len(text) - n :] + drafts
-            if found.from_library[0]:
+            if found.from_earlier_answer[0]:
                 assert any(kept[j : j + len(pattern)] == pattern for j in range(64)), "this was overwritten"
                 hits += 1
         assert rows.drafter.draft(np.array([0]), np.array([4])).counts[0] == 0, "9, 9 was never answered"
@@ -227,13 +227,13 @@ def test_nothing_is_forgotten_when_the_index_grows(monkeypatch: pytest.MonkeyPat
         assert rows.draft([0], [4]).tokens[0, :1].tolist() == [5]
         rows.begin(0, i + 1, [i + 1, i + 2])
         assert rows.draft([0], [4]).tokens[0, :3].tolist() == [i + 3, i + 4, i + 5]
-        assert rows.drafter.library is not None
-        sizes.add(rows.drafter.library.index.size)
+        assert rows.drafter.earlier_answers is not None
+        sizes.add(rows.drafter.earlier_answers.index.size)
     assert sizes == {8, 32, 128, 512, 2048}
 
 
 def test_an_answer_longer_than_the_library_leaves_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(earlier_answers, "LIBRARY_TOKENS", 64)
+    monkeypatch.setattr(earlier_answers, "KEPT_TOKENS", 64)
     rows = Rows(Speculation("suffix", 4))
     rows.end([list(range(100, 200))])
     rows.begin(0, 0, [120, 121])
@@ -255,7 +255,7 @@ def test_an_index_that_is_full_finds_less_and_never_something_wrong(monkeypatch:
         found = rows.draft([0, 1, 2], [4, 4, 4])
         for i in range(PLACES):
             n, drafts = int(found.matched[i]), found.tokens[i, : found.counts[i]].tolist()
-            text = rows.answers[0] if found.from_library[i] else rows.texts[i] + drafts
+            text = rows.answers[0] if found.from_earlier_answer[i] else rows.texts[i] + drafts
             pattern = rows.texts[i][len(rows.texts[i]) - n :] + drafts
             assert n == 0 or any(text[j : j + len(pattern)] == pattern for j in range(len(text)))
 

@@ -1,4 +1,4 @@
-"""`Gains`: what a step has given to its sequences."""
+"""`NewTokens`: the tokens that a step has added to its sequences."""
 
 from dataclasses import dataclass
 
@@ -13,23 +13,24 @@ from batchinfer.models.batch import Batch
 
 
 @dataclass(frozen=True)
-class Gains:
-    """New tokens of g sequences, which are in the table by now."""
+class NewTokens:
+    """The new tokens of g sequences; the tokens themselves are in the sequence table."""
 
     places: Ints  # [g]
-    tokens: Ints  # [g] how many
-    finite: NDArray[np.bool_]  # [g] whether the logits were finite that they come from
-    accepted: int = 0  # drafts among them
-    spoiled: Ints | None = None  # slots of drafts whose values are not finite
+    counts: Ints  # [g] number of new tokens
+    finite: NDArray[np.bool_]  # [g] whether the logits that they were sampled from were finite
+    accepted: int = 0  # number of accepted drafts among them
+    spoiled: Ints | None = None  # KV cache slots of drafts whose values are not finite
 
 
-def verified_gains(
+def verify_drafts(
     table: SequenceTable, batch: Batch, targets: Ints, finite: NDArray[np.bool_], eos_ids: Ints
-) -> Gains:
-    """Of a step with drafts: of each sequence those that are what the target draws in their place, and one token more.
+) -> NewTokens:
+    """Accept the drafts that equal the tokens the model samples at their positions; write these and one token more.
 
-    `targets` [r] and `finite` [r] are of all sampled rows. Attention gives what a token does not see a weight of zero,
-    which is no help against values that are not finite: a sequence whose drafts have any goes on without them.
+    `targets` [r] are the tokens that the model sampled in all rows, and `finite` [r] tells whether their logits were
+    finite. A sequence whose drafts made values that are not finite gets no new token in this step, and no more drafts:
+    attention gives later keys a weight of zero, but zero times infinity is not zero.
     """
     first = np.flatnonzero(np.diff(batch.sequences, prepend=-1))
     offsets = np.append(first, len(batch.sequences))
@@ -50,8 +51,8 @@ def verified_gains(
     )
     new = found.new_tokens.numpy()
     counts = (new >= 0).sum(1)
-    right = found.finite.numpy()
-    again = ~right & (drafts > 0)
+    all_finite = found.finite.numpy()
+    again = ~all_finite & (drafts > 0)
     table.undrafted[places[again]] = True
     table.computed[places[again]] -= 1
     counts[again] = 0
@@ -62,17 +63,17 @@ def verified_gains(
     drafted = drafts > 0
     table.computed[places[drafted & ~again]] = table.length[places[drafted & ~again]] - 1
     kept = ~again
-    return Gains(
+    return NewTokens(
         places[kept],
         counts[kept],
-        right[kept],
+        all_finite[kept],
         int(np.maximum(counts - 1, 0)[drafted].sum()),
         _spoiled_slots(table, batch, finite),
     )
 
 
 def _spoiled_slots(table: SequenceTable, batch: Batch, finite: NDArray[np.bool_]) -> Ints | None:
-    """Slots of drafts that made values that are not finite, and that are no part of their sequences."""
+    """Return the KV cache slots of drafts that were not accepted, in sequences with values that are not finite."""
     places, positions = batch.queries.all_places, batch.queries.positions
     odd = np.isin(places, batch.sequences[~finite]) & (positions >= table.computed[places])
     return table.slots(places[odd], positions[odd]) if odd.any() else None
