@@ -111,7 +111,7 @@ class Loop:
     def _cache_tokens(self, config: EngineConfig) -> int:
         """Exact if the first window holds all rows; else twice what that one needs, as later rows may be longer."""
         samples = self._spec.computed_samples
-        need = samples * self._windows.plan.kv_cache_tokens(-(-config.max_num_seqs // samples))
+        need = samples * self._windows.figures.kv_cache_tokens(-(-config.max_num_seqs // samples))
         if self._windows.rows_read == self._total:
             return need
         return min(2 * need, config.max_num_seqs * config.max_model_len)
@@ -136,7 +136,7 @@ class Loop:
     def _feed(self) -> None:
         if self._in_flight.enough:
             return
-        requests = self._windows.next_piece()
+        requests = self._windows.next_chunk()
         if requests is not None:
             self._engine.send(requests)
             self._in_flight.add(requests)

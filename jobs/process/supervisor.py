@@ -123,7 +123,8 @@ class Supervisor:
         self._send_again(in_flight)
 
     def ended(self, in_flight: InFlight, rows: set[int]) -> dict[int, RowError]:
-        """Note that rows ended. So the engine itself works: returns the errors of the rows that were given up before."""
+        """Note that rows ended. So the engine itself works: returns the errors of the rows that were given up
+        before."""
         to_blame, self._given_up = self._given_up, {}
         in_flight.end(rows)
         if self._suspects.finished(rows):
@@ -135,7 +136,8 @@ class Supervisor:
         self._worker.close()
 
     def _halve(self) -> None:
-        """Halve the size of the engine's steps: it was killed with SIGKILL, most likely by the system for lack of memory."""
+        """Halve the size of the engine's steps: it was killed with SIGKILL, most likely by the system for lack of
+        memory."""
         config = self._load.config.halved()
         if config != self._load.config:
             self._load = replace(self._load, config=config)
