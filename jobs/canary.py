@@ -20,7 +20,7 @@ from batchinfer.jobs.log import printable, say
 from batchinfer.jobs.process.interruption import Interruption
 from batchinfer.jobs.process.messages import Fault, Found
 from batchinfer.jobs.process.worker import Worker
-from batchinfer.jobs.rows.length_figures import JobPlan
+from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.token_file import StoredRequests
 from batchinfer.jobs.rows.windows import Prompts
 from batchinfer.jobs.spec import JobSpec
@@ -184,8 +184,8 @@ def compare(pipe: Any, comparison: Comparison) -> None:
 
     started = time.monotonic()
     spec, requests = comparison.spec, comparison.requests
-    plan = JobPlan.of(StoredRequests.of(requests), np.arange(len(requests)), spec.block_size)
-    tokens = plan.kv_cache_tokens(comparison.config.max_num_seqs)
+    figures = LengthFigures.of(StoredRequests.of(requests), np.arange(len(requests)), spec.block_size)
+    tokens = figures.kv_cache_tokens(comparison.config.max_num_seqs)
     try:
         tokenizer = Tokenizer.load(comparison.config.model, comparison.tokenizer)
         engine, reference = (

@@ -10,7 +10,7 @@ import numpy as np
 from batchinfer.engine.config import EngineConfig, EngineStats
 from batchinfer.engine.request import Completions
 from batchinfer.errors import EngineFailed, Interrupted, Refused
-from batchinfer.jobs.process.in_flight import UnderWay
+from batchinfer.jobs.process.in_flight import InFlight
 from batchinfer.jobs.process.interruption import Interruption
 from batchinfer.jobs.process.messages import Admitted, Completed, Heartbeat, Load, Message, Ready
 from batchinfer.jobs.process.supervisor import Supervisor
@@ -44,7 +44,7 @@ class Loop:
         self._results = results
         self._progress = progress
         self._engine = Supervisor(start_worker, spec.step_timeout)
-        self._under_way = UnderWay()
+        self._in_flight = InFlight()
         self._total = total  # rows of the input
         self.generate_seconds = 0.0  # from the engine's being ready to its last row
         self.duplicates = 0  # rows that got the result of another one
@@ -59,7 +59,7 @@ class Loop:
             return self._run(load, interruption)
         except EngineFailed as error:
             self._results.commit()
-            begun = self._under_way.begun
+            begun = self._in_flight.begun
             some = f"; {len(begun)} rows were under way, the first of them row {begun[0]}" if begun else ""
             raise EngineFailed(f"{error}{some}") from error
         except (Refused, Interrupted):
@@ -86,11 +86,11 @@ class Loop:
                 self._step()
             except EngineFailed as error:
                 self._results.commit()
-                self._engine.replace(self._under_way, error)
+                self._engine.replace(self._in_flight, error)
             self._results.commit_if_due()
         self._check(interruption)
-        if len(self._under_way):
-            raise EngineFailed(f"the engine ended with {len(self._under_way)} rows unfinished")
+        if len(self._in_flight):
+            raise EngineFailed(f"the engine ended with {len(self._in_flight)} rows unfinished")
         self._end(set())
         self._results.commit()
         return self._engine.stats
@@ -102,7 +102,7 @@ class Loop:
             if self._windows.over:
                 self._engine.drain()
         self._take(0.0 if self._windows.reading else POLL_SECONDS)
-        self._engine.check(self._under_way)
+        self._engine.check(self._in_flight)
 
     def _read(self) -> None:
         if errors := self._windows.read():
@@ -111,7 +111,7 @@ class Loop:
     def _cache_tokens(self, config: EngineConfig) -> int:
         """Exact if the first window holds all rows; else twice what that one needs, as later rows may be longer."""
         samples = self._spec.computed_samples
-        need = samples * self._windows.plan.kv_cache_tokens(-(-config.max_num_seqs // samples))
+        need = samples * self._windows.figures.kv_cache_tokens(-(-config.max_num_seqs // samples))
         if self._windows.rows_read == self._total:
             return need
         return min(2 * need, config.max_num_seqs * config.max_model_len)
@@ -134,12 +134,12 @@ class Loop:
                     self._take(POLL_SECONDS)
 
     def _feed(self) -> None:
-        if self._under_way.enough:
+        if self._in_flight.enough:
             return
-        requests = self._windows.next_piece()
+        requests = self._windows.next_chunk()
         if requests is not None:
             self._engine.send(requests)
-            self._under_way.add(requests)
+            self._in_flight.add(requests)
 
     def _take(self, timeout: float) -> None:
         """Handle the messages that are there; where there are none, wait for one."""
@@ -152,7 +152,7 @@ class Loop:
             case Ready():
                 self._progress.generating()
             case Admitted(rows):
-                self._under_way.begin(rows)
+                self._in_flight.begin(rows)
             case Completed(completions):
                 self.generate_seconds = time.monotonic() - self._engine.ready
                 self._complete(completions)
@@ -161,7 +161,7 @@ class Loop:
                 self._progress.update(stats.prompt_tokens + stats.completion_tokens)
 
     def _complete(self, completions: Completions) -> None:
-        prompt_tokens = self._under_way.prompt_tokens(completions.rows)
+        prompt_tokens = self._in_flight.prompt_tokens(completions.rows)
         self._results.add(completions, prompt_tokens)
         samples = np.arange(self._spec.computed_samples)
         places, followers = self._windows.followers.take(completions.rows[:: len(samples)])
@@ -176,7 +176,7 @@ class Loop:
         self._end(set(completions.rows.tolist()))
 
     def _end(self, rows: set[int]) -> None:
-        if errors := self._engine.ended(self._under_way, rows):
+        if errors := self._engine.ended(self._in_flight, rows):
             given_up = list(errors)
             places, followers = self._windows.followers.take(np.array(given_up))
             followed = {row: errors[given_up[place]] for row, place in zip(followers.tolist(), places, strict=True)}

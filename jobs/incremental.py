@@ -29,7 +29,7 @@ from batchinfer.jobs.results.output_writer import OutputWriter, refuse_foreign
 from batchinfer.jobs.results.run_folder import RunFolder, grown_files, rows_of, run_folder
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text, check_ids
-from batchinfer.jobs.tables.json_lines import places_not_text
+from batchinfer.jobs.tables.json_lines import indices_not_text
 from batchinfer.jobs.tables.table import Table
 
 BATCH_ROWS = 8192
@@ -197,7 +197,7 @@ def _as_stored(batch: pa.RecordBatch, columns: list[str]) -> pa.RecordBatch:
     """Values of columns of text that were no text in JSON are nulls in Parquet: an error of their rows either way."""
     arrays = []
     for name, array in zip(batch.schema.names, batch.columns, strict=True):
-        places = places_not_text(batch, name) if name in columns else []
+        places = indices_not_text(batch, name) if name in columns else []
         if places:
             wrong = np.isin(np.arange(len(array)), places)
             array = pc.if_else(pa.array(wrong), pa.scalar(None, array.type), array)

@@ -30,7 +30,7 @@ from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.durable import write_json
 from batchinfer.jobs.results.output_writer import digest_of
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.rows.length_figures import JobPlan
+from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.prompts import PromptSource
 from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec
@@ -114,23 +114,23 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     }
     wall = finished - started
     report = _report(
-        spec, results, done, duplicates, windows.plan, stats, phases, generating, wall, canary, digest_of(merged)
+        spec, results, done, duplicates, windows.figures, stats, phases, generating, wall, canary, digest_of(merged)
     )
     if engine == TORCH_ENGINE and results.new_tokens:
-        report = replace(report, predicted=_forecast(spec, config, windows.plan, results))
+        report = replace(report, predicted=_forecast(spec, config, windows.figures, results))
     write_json(folder.report, asdict(report))
     folder.publish(merged)
     return report
 
 
-def _forecast(spec: JobSpec, config: EngineConfig, plan: JobPlan, results: Results) -> Forecast | None:
+def _forecast(spec: JobSpec, config: EngineConfig, figures: LengthFigures, results: Results) -> Forecast | None:
     """What was to be expected of the rows that this run computed."""
     cost, _ = read_device_cost(DeviceKey.of(config.device))
     if cost is None:
         return None
     setting, job = (
         Setting.of(config),
-        Job(JobShape.of(plan, spec.sampling, config.max_model_len, spec.computed_samples), config),
+        Job(JobShape.of(figures, spec.sampling, config.max_model_len, spec.computed_samples), config),
     )
     if not job.measured(cost, setting):
         return None
@@ -162,7 +162,7 @@ def _report(
     results: Results,
     done: Done,
     duplicates: int,
-    plan: JobPlan,
+    figures: LengthFigures,
     stats: EngineStats,
     phases: dict[str, float],
     generating: float,
@@ -204,7 +204,7 @@ def _report(
         preemptions=stats.preemptions,
         padded_tokens=stats.padded_tokens,
         step_sizes={str(size): count for size, count in sorted(stats.step_sizes.items())},
-        buckets={str(edge): rows for edge, rows in plan.buckets.items() if rows},
+        buckets={str(edge): rows for edge, rows in figures.buckets.items() if rows},
         phases=phases,
         generate_seconds=generating,
         wall_seconds=wall,

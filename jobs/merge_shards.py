@@ -47,7 +47,7 @@ def _merge(shards: list[Path], output: Path, written_as: OutputFormat) -> int:
     remove_left(path for path in (aside, aside.with_name(f"{aside.name}-earlier")) if path.exists())
     with OutputWriter(output, aside, written_as.schema(files[0])) as writer:
         for path in files:
-            for rows in written_as.pieces(path):
+            for rows in written_as.slices(path):
                 writer.write(rows)
     publish(aside, output)
     return sum(read_report(path).rows for path in shards)  # every shard was verified

@@ -22,7 +22,7 @@ from batchinfer.jobs.plan.histogram import bars
 from batchinfer.jobs.plan.prediction import Job, JobShape, Prediction, Setting
 from batchinfer.jobs.preflight import Preflight, preflight
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.rows.length_figures import JobPlan
+from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.models.config import ModelConfig
@@ -144,13 +144,13 @@ def plan(spec: JobSpec) -> Outlook:
     with TemporaryDirectory(prefix="batchinfer-plan-") as folder:
         windows = Windows(job.table, job.source, spec.block_size, done, Path(folder))
         failing = _read(windows)
-    shape = JobShape.of(windows.plan, spec.sampling, job.config.max_model_len, spec.computed_samples)
+    shape = JobShape.of(windows.figures, spec.sampling, job.config.max_model_len, spec.computed_samples)
     key = DeviceKey.of(job.config.device)
     cost, missing = read_device_cost(key)
     setting, notes = Setting.of(job.config), [] if missing is None else [missing]
     if spec.incremental:
         notes.append("all rows are planned: those that an earlier run has done are among them")
-    simulated = Job(shape, job.config) if windows.plan.rows else None
+    simulated = Job(shape, job.config) if windows.figures.rows else None
     prediction, candidates, drafts_pay = None, [], {}
     if simulated is not None and cost is not None:
         candidates = _candidates(simulated, job.config, cost)
@@ -169,7 +169,7 @@ def plan(spec: JobSpec) -> Outlook:
         device=f"{key.device}, {key.cores} cores" if job.config.device == "cpu" else key.device,
         rows=job.table.num_rows,
         rows_done=int(done.sum()),
-        rows_to_run=windows.plan.rows,
+        rows_to_run=windows.figures.rows,
         rows_failing=failing,
         kv_cache=setting.kv_cache,
         step_sizes={} if simulated is None else {str(s): count for s, count in simulated.step_sizes().items()},
@@ -178,8 +178,8 @@ def plan(spec: JobSpec) -> Outlook:
         candidates=candidates,
         drafts_pay=drafts_pay,
         notes=notes,
-        **_lengths(windows.plan),
-        **_demands(simulated, windows.plan, job.config, setting, spec.computed_samples),
+        **_lengths(windows.figures),
+        **_demands(simulated, windows.figures, job.config, setting, spec.computed_samples),
     )
 
 
@@ -204,21 +204,23 @@ def _read(windows: Windows) -> dict[str, Failing]:
     return {code: Failing(count, first[code]) for code, count in counts.most_common()}
 
 
-def _lengths(plan: JobPlan) -> dict[str, Any]:
+def _lengths(figures: LengthFigures) -> dict[str, Any]:
     return {
-        "duplicates": plan.duplicates,
-        "duplicate_tokens": plan.duplicate_tokens,
-        "groups": plan.groups,
-        "grouped_rows": plan.grouped_rows,
-        "shared_tokens": plan.shared_tokens,
-        "prompt_tokens": plan.prompt_tokens,
-        "longest_prompt": plan.quantile(1.0),
-        "median_prompt": plan.quantile(0.5),
-        "prompt_lengths": {str(edge): rows for edge, rows in plan.buckets.items()},
+        "duplicates": figures.duplicates,
+        "duplicate_tokens": figures.duplicate_tokens,
+        "groups": figures.groups,
+        "grouped_rows": figures.grouped_rows,
+        "shared_tokens": figures.shared_tokens,
+        "prompt_tokens": figures.prompt_tokens,
+        "longest_prompt": figures.quantile(1.0),
+        "median_prompt": figures.quantile(0.5),
+        "prompt_lengths": {str(edge): rows for edge, rows in figures.buckets.items()},
     }
 
 
-def _demands(job: Job | None, plan: JobPlan, config: EngineConfig, setting: Setting, samples: int) -> dict[str, Any]:
+def _demands(
+    job: Job | None, figures: LengthFigures, config: EngineConfig, setting: Setting, samples: int
+) -> dict[str, Any]:
     """New tokens, memory and work of the rows that run, as if no prompt were shared, whatever the device takes for it;
     nothing where no row can run."""
     if job is None:
@@ -227,7 +229,7 @@ def _demands(job: Job | None, plan: JobPlan, config: EngineConfig, setting: Sett
     most = np.maximum(job.shape.most_tokens(lengths), 0)
     model = CostModel.of(job.model, kv_bytes=_kv_element_bytes(job.model, setting.kv_cache))
     total = int(most @ job.shape.lengths)
-    tokens = samples * plan.kv_cache_tokens(-(-config.max_num_seqs // samples))
+    tokens = samples * figures.kv_cache_tokens(-(-config.max_num_seqs // samples))
     each = [
         (Requests(length, int(most[length])), int(job.shape.lengths[length]))
         for length in np.flatnonzero(job.shape.lengths).tolist()

@@ -17,7 +17,7 @@ from batchinfer.cost.step_cost import PRODUCTS, DeviceCost, Floats, Weights, Wor
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused
-from batchinfer.jobs.rows.length_figures import JobPlan
+from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.kernels.grain import MIN_ROWS, padded_size
 from batchinfer.kernels.ragged import Ints
 from batchinfer.models.config import ModelConfig, parse_model_config, stored_dtype
@@ -44,11 +44,11 @@ class JobShape:
     shared_tokens: int = 0  # of the prompts, computed once for several rows
 
     @classmethod
-    def of(cls, plan: JobPlan, sampling: SamplingParams, max_model_len: int, samples: int) -> "JobShape":
+    def of(cls, figures: LengthFigures, sampling: SamplingParams, max_model_len: int, samples: int) -> "JobShape":
         """Of a job whose rows are all read, with so many samples to compute of each."""
-        all_tokens = int(plan.run_lengths @ np.arange(len(plan.run_lengths)))
-        shared = plan.shared_tokens + (samples - 1) * all_tokens  # a second sample has all of the first one's prompt
-        return cls(samples * plan.run_lengths, sampling, max_model_len, shared)
+        all_tokens = int(figures.run_lengths @ np.arange(len(figures.run_lengths)))
+        shared = figures.shared_tokens + (samples - 1) * all_tokens  # a second sample has all of the first one's prompt
+        return cls(samples * figures.run_lengths, sampling, max_model_len, shared)
 
     @property
     def rows(self) -> int:

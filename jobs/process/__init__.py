@@ -1,1 +1,1 @@
-"""The engine's process, and what watches it from the job's own."""
+"""The engine's process, and the code in the job's own process that watches it."""

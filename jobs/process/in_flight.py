@@ -1,4 +1,4 @@
-"""The rows that the engine has: which of them began, and which are unfinished."""
+"""The rows in flight: those that were sent to the engine and are unfinished."""
 
 from dataclasses import dataclass
 
@@ -10,60 +10,60 @@ from batchinfer.engine.request import Requests
 
 @dataclass
 class _Sent:
-    """A piece that was sent."""
+    """A chunk of rows that was sent to the engine."""
 
-    requests: Requests  # what the engine got, should another one need it
-    unfinished: NDArray[np.bool_]  # [n] by place in `requests`
-    rows: NDArray[np.int64]  # [n] their ordinals, ascending
-    places: NDArray[np.int64]  # [n] and where they are in `requests`
+    requests: Requests  # as they were sent; kept in case another engine must run them again
+    unfinished: NDArray[np.bool_]  # [n] in the order of `requests`
+    rows: NDArray[np.int64]  # [n] ordinals of the rows, ascending
+    indices: NDArray[np.int64]  # [n] index in `requests` of each of `rows`
 
     @property
     def left(self) -> int:
         return int(self.unfinished.sum())
 
     def find(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Which of these rows are in the piece: (places in `rows`, places in `requests`)."""
+        """Find the rows that are in this chunk. Returns (their indices in `rows`, their indices in `requests`)."""
         near = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
         mine = np.flatnonzero(self.rows[near] == rows)
-        return mine, self.places[near[mine]]
+        return mine, self.indices[near[mine]]
 
 
-class UnderWay:
-    """Pieces are added as they are sent, and forgotten when their last row has ended."""
+class InFlight:
+    """Keeps each chunk of rows from when it is sent to the engine until its last row has ended."""
 
     def __init__(self) -> None:
         self._sent: list[_Sent] = []
         self._begun: set[int] = set()
 
     def __len__(self) -> int:
-        """Unfinished rows."""
+        """Number of unfinished rows."""
         return sum(sent.left for sent in self._sent)
 
     @property
     def enough(self) -> bool:
-        """True while more than half of the last piece is unfinished."""
+        """True while more than half of the last chunk is unfinished, so that the engine needs no more rows yet."""
         return bool(self._sent) and self._sent[-1].left > len(self._sent[-1].requests) // 2
 
     @property
     def begun(self) -> list[int]:
-        """The rows that began and did not end, in order."""
+        """Ordinals of the rows that began and did not end, ascending."""
         return sorted(self._begun)
 
     def add(self, requests: Requests) -> None:
-        """The engine gets this piece, of one row at least."""
-        places = np.argsort(requests.rows)
-        self._sent.append(_Sent(requests, np.ones(len(requests), np.bool_), requests.rows[places], places))
+        """Add a chunk of one row or more that is sent to the engine."""
+        indices = np.argsort(requests.rows)
+        self._sent.append(_Sent(requests, np.ones(len(requests), np.bool_), requests.rows[indices], indices))
 
     def begin(self, rows: list[int]) -> None:
-        """The engine has begun these rows."""
+        """Note that the engine has begun these rows."""
         self._begun.update(rows)
 
     def begin_again(self) -> None:
-        """Another engine takes over: it has begun nothing yet."""
+        """Note that another engine takes over, which has begun no row yet."""
         self._begun.clear()
 
     def end(self, rows: set[int]) -> None:
-        """These rows are finished, one way or the other."""
+        """Remove these rows, which are finished or given up."""
         ended = np.fromiter(rows, np.int64, len(rows))
         for sent in self._sent:
             sent.unfinished[sent.find(ended)[1]] = False
@@ -71,16 +71,16 @@ class UnderWay:
         self._begun.difference_update(rows)
 
     def requests(self, alone: list[int]) -> list[Requests]:
-        """Of unfinished rows, piece by piece: of those in `alone`, or of all where it is empty."""
+        """Return the requests of unfinished rows, chunk by chunk: only rows in `alone`, or all if `alone` is empty."""
         rests = [sent.requests.take(np.flatnonzero(sent.unfinished)) for sent in self._sent]
         if alone:
             rests = [rest.take(np.flatnonzero(np.isin(rest.rows, alone))) for rest in rests]
         return [rest for rest in rests if len(rest)]
 
     def prompt_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
-        """[n] the lengths of these rows' prompts."""
+        """Return the lengths of these rows' prompts [n]."""
         found = np.zeros(len(rows), np.int32)
         for sent in self._sent:
-            mine, places = sent.find(rows)
-            found[mine] = np.diff(sent.requests.offsets)[places]
+            mine, indices = sent.find(rows)
+            found[mine] = np.diff(sent.requests.offsets)[indices]
         return found

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGUSR1 and the clock as a question that the job asks, instead of an exception anywhere."""
+"""Interruption by Ctrl-C, SIGTERM, SIGUSR1 or a deadline: a flag that the job checks, instead of an exception."""
 
 import signal
 import threading
@@ -7,21 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # USR1 is what Slurm sends before a job's time is up
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Slurm sends USR1 before a job's time is up
 
-# Signals so close together are one: who ends all processes of a job also reaches a launcher, which hands it on.
+# Two signals within this time count as one: a launcher passes on a signal that this process has got itself already.
 SAME_SECONDS = 1.0
 
 
 class Interruption:
-    """Inside, the first signal sets `requested`; a second one acts as it did before, and so ends all.
+    """A context in which the first signal sets `requested`. A second signal has its usual effect and ends the process.
 
-    Outside the main thread nothing is caught: Python delivers signals only there. `deadline` is a time of
-    `time.monotonic` from which on it is requested too.
+    In other threads than the main one no signal is caught, since Python delivers signals to the main thread only.
+    `requested` is also true once `time.monotonic()` reaches `deadline`.
     """
 
     def __init__(self, deadline: float | None = None) -> None:
-        self._signalled: float | None = None  # when
+        self._signalled: float | None = None  # time.monotonic() of the first signal
         self._deadline = deadline
         self._catches = threading.current_thread() is threading.main_thread()
 
@@ -53,7 +53,7 @@ class Interruption:
 
 @contextmanager
 def ignoring_signals() -> Iterator[None]:
-    """Children started inside ignore these signals from their first instruction on: the parent decides for them."""
+    """Let child processes that are started in this context ignore `SIGNALS`: the parent decides when they end."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""The words that a job and its engine's process exchange."""
+"""The messages that a job and its engine's process exchange."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from batchinfer.engine.request import Completions, Requests
 
 
 class Engine(Protocol):
-    """What a job needs of an engine."""
+    """The interface of an engine, as a job uses it."""
 
     @property
     def unfinished(self) -> int: ...
@@ -19,7 +19,8 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
 
 
-# "module:name" of what makes an `Engine` of an `EngineConfig` and a `Tokenizer`. Only the child imports it.
+# "module:name" of the function that makes an `Engine` from an `EngineConfig` and a `Tokenizer`. Only the child process
+# imports it.
 TORCH_ENGINE = "batchinfer.engine.own_engine:own_engine"
 
 
@@ -28,25 +29,25 @@ class Load:
     """Parent to child, first: load this engine."""
 
     config: EngineConfig
-    tokenizer: Path | None  # a folder, where it is not the model's own
-    samples: int  # of a row
+    tokenizer: Path | None  # folder of the tokenizer; None: the model's own
+    samples: int  # computed for each row
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Parent to child: more rows, in the order to run them."""
+    """Parent to child: run these rows too, in this order."""
 
     requests: Requests
 
 
 @dataclass(frozen=True)
 class Drain:
-    """Parent to child: no more rows will come; finish those that came."""
+    """Parent to child: no more rows will come; finish those that were sent."""
 
 
 @dataclass(frozen=True)
 class Stop:
-    """Parent to child: finish nothing more."""
+    """Parent to child: end now, without finishing more rows."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Admitted:
-    """Child to parent: rows that began. Those begun and not completed are what a fault may be owed to."""
+    """Child to parent: rows that began. If the engine dies, a row that began and did not end may be the cause."""
 
     rows: list[int]
 
@@ -72,14 +73,14 @@ class Completed:
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Child to parent, about once a second while it works."""
+    """Child to parent, about once a second while the engine works: statistics so far."""
 
     stats: EngineStats
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Child to parent, last: the engine failed; `refused` where the model or a flag is to blame."""
+    """Child to parent, last message: the engine failed. `refused` is true if the model or a flag is the cause."""
 
     text: str
     refused: bool
@@ -87,14 +88,14 @@ class Fault:
 
 @dataclass(frozen=True)
 class Finished:
-    """Child to parent, last: after `Drain` or `Stop`."""
+    """Child to parent, last message, after `Drain` or `Stop`: final statistics."""
 
     stats: EngineStats
 
 
 @dataclass(frozen=True)
 class Found:
-    """Child to parent, last: what a child was to find out that does not run the job's rows."""
+    """Child to parent, last message of a child that does not run the job's rows: its result."""
 
     value: Any
 

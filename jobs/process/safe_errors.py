@@ -1,7 +1,7 @@
-"""What may be said of an unexpected error: logs and messages hold no text of a row.
+"""Describing unexpected errors without showing any row's text in logs or messages.
 
-Any library may put what it was given into its error's text. So a text counts only where the error comes from code that
-has numbers alone; of others the type and the place are said.
+A library may quote its input in the text of an error. So the text is shown only if the error was raised in code that
+handles nothing but numbers. Of any other error, the type, the module and the line are shown.
 """
 
 import traceback
@@ -12,7 +12,7 @@ _TEXTS = ("batchinfer.jobs", "batchinfer.text")
 
 
 def described(error: BaseException) -> str:
-    """The type and the text; or the type and the place, where the text might be a row's."""
+    """Return the error's type and text; or its type, module and line, if the text might quote a row."""
     kind = type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         return f"{kind}: {error.strerror}"
@@ -23,11 +23,11 @@ def described(error: BaseException) -> str:
     module = str(frame.f_globals.get("__name__"))
     if _within(module, _NUMBERS) and not _within(module, _TEXTS):
         return f"{kind}: {error}"
-    return f"{kind} in {module}, line {line} (its text is left out: it might hold a prompt's)"
+    return f"{kind} in {module}, line {line} (the error's text is left out, since it might quote a prompt)"
 
 
 def traced(error: BaseException) -> Iterator[str]:
-    """As Python prints it, with those that led to it, each as it is `described`."""
+    """Yield the traceback as Python prints it, with the errors that led to it; each error is shown by `described`."""
     earlier = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     if earlier is not None:
         yield from traced(earlier)

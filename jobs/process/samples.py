@@ -1,4 +1,4 @@
-"""Several samples of a row: to the engine each is a row of its own, to the job they are answers of one row."""
+"""Several samples of a row: each is a row of its own for the engine, and one of the row's answers for the job."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -23,10 +23,10 @@ class _Sample:
 
 
 class SampledEngine:
-    """Answers every row `n` times, by an engine that answers a row once.
+    """Answers every row `n` times, with an engine that answers each row once.
 
-    Sample s of row r is row `n * r + s` there; those of a row are neighbours, in order. A row ends when all its samples
-    have, and is then in the completions n times, in their order; what has ended before is kept until then.
+    Sample s of row r is row `n * r + s` of that engine. A row ends when its last sample ends; samples that end earlier
+    are kept until then. The completions then hold the row n times in succession, in the order of its samples.
     """
 
     def __init__(self, engine: "Engine", n: int) -> None:
@@ -35,7 +35,7 @@ class SampledEngine:
 
     @property
     def unfinished(self) -> int:
-        """Samples that wait or run."""
+        """Number of samples that wait or run."""
         return self._engine.unfinished
 
     def add(self, requests: Requests) -> None:
@@ -43,16 +43,18 @@ class SampledEngine:
         self._engine.add(sampled(requests, self._n))
 
     def take_admitted(self) -> list[int]:
-        """Rows of which a sample began since the last call."""
+        """Return the rows of which a sample began since the last call."""
         return list(dict.fromkeys(sample // self._n for sample in self._engine.take_admitted()))
 
     def step(self) -> Completions:
-        """The rows of which the last sample ended in this step."""
+        """Take a step. Returns the rows whose last sample ended in it."""
         done = self._engine.step()
         whole = []
         for i, (number, reason) in enumerate(zip(done.rows.tolist(), done.finish_reasons.tolist(), strict=True)):
             row, index = divmod(number, self._n)
-            token_ids = done.token_ids[done.offsets[i] : done.offsets[i + 1]].copy()  # not the whole step's
+            token_ids = done.token_ids[
+                done.offsets[i] : done.offsets[i + 1]
+            ].copy()  # a copy, so that the whole step's array is not kept alive
             kept = self._kept.setdefault(row, {})
             kept[index] = _Sample(token_ids, reason, done.errors.get(number))
             if len(kept) == self._n:
@@ -60,11 +62,11 @@ class SampledEngine:
         return self._take(whole)
 
     def stats(self) -> EngineStats:
-        """The engine's."""
+        """Return the statistics of the engine."""
         return self._engine.stats()
 
     def _take(self, rows: list[int]) -> Completions:
-        """The completions of these rows; the error of one is that of its first sample that has any."""
+        """Remove these rows and return their completions. A row's error is that of its first sample with an error."""
         samples, errors = [], {}
         for row in rows:
             kept = self._kept.pop(row)
@@ -82,7 +84,7 @@ class SampledEngine:
 
 
 def sampled(requests: Requests, n: int) -> Requests:
-    """A request a sample: sample s of row r is row `n * r + s`. The first one of a row has the row's own seed."""
+    """Return a request for each sample: sample s of row r is row `n * r + s`. Sample 0 has the row's own seed."""
     repeated = requests.take(np.repeat(np.arange(len(requests)), n))
     index = np.tile(np.arange(n), len(requests))
     digests = b"".join(map(_seed, repeated.seeds.tolist(), index.tolist()))

@@ -1,4 +1,4 @@
-"""An engine that computes nothing: for tests of the job layer, and to measure the job layer alone."""
+"""An engine that computes nothing, for tests and measurements of the job layer without an engine."""
 
 from collections import deque
 
@@ -12,7 +12,7 @@ from batchinfer.text.tokenizer import Tokenizer
 
 
 class StubEngine:
-    """Answers a row with the first `max_tokens` tokens of its prompt; rows that came together end in one step."""
+    """Answers a row with the first `max_tokens` tokens of its prompt. Rows that were added together end in one step."""
 
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer) -> None:
         self._waiting: deque[Requests] = deque()
@@ -26,7 +26,7 @@ class StubEngine:
         self._waiting.append(requests)
 
     def take_admitted(self) -> list[int]:
-        """None: a row ends in the step in which it begins."""
+        """Return no rows, since every row ends in the step in which it begins."""
         return []
 
     def step(self) -> Completions:
@@ -34,13 +34,13 @@ class StubEngine:
         lengths = np.diff(requests.offsets)
         limits = np.array([p.max_tokens for p in requests.params])[requests.param_index]
         taken = np.minimum(lengths, limits)
-        places, offsets = ranges(requests.offsets[:-1], taken)
+        indices, offsets = ranges(requests.offsets[:-1], taken)
         self._stats.steps += 1
         self._stats.prompt_tokens += len(requests.token_ids)
         self._stats.completion_tokens += int(offsets[-1])
         return Completions(
             requests.rows,
-            requests.token_ids[places],
+            requests.token_ids[indices],
             offsets,
             np.where(lengths > limits, FinishReason.LENGTH, FinishReason.STOP).astype(np.int8),
         )

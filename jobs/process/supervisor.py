@@ -1,4 +1,4 @@
-"""The engine at work, watched: another one takes its place when it dies or stands still."""
+"""Watching the engine's process, and starting another one when it dies or takes no step for too long."""
 
 import time
 from collections import Counter
@@ -8,37 +8,37 @@ from dataclasses import replace
 from batchinfer.engine.config import EngineStats, added
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.errors import EngineFailed, EngineKilled
-from batchinfer.jobs.process.in_flight import UnderWay
+from batchinfer.jobs.process.in_flight import InFlight
 from batchinfer.jobs.process.messages import Drain, Finished, Heartbeat, Load, Message, Ready, Rows, Stop
 from batchinfer.jobs.process.suspects import Suspects
 from batchinfer.jobs.process.worker import Worker
 
 MOST_GIVEN_UP = 8
-"""So many rows one after the other that kill the engine, and none that ends, are the engine's own fault."""
+"""If more rows than this are given up and no row ends in between, the engine itself is taken to be at fault."""
 
 
 class Supervisor:
-    """Passes rows to the engine, and on what it says. Rows that kill it again and again are found and given up."""
+    """Sends rows to the engine and passes on its messages. Finds rows that kill it repeatedly, and gives them up."""
 
     def __init__(self, start_worker: Callable[[], Worker], step_timeout: float) -> None:
         self._start_worker = start_worker
         self._step_timeout = step_timeout
         self._worker = start_worker()
         self._suspects = Suspects()
-        self._given_up: dict[int, RowError] = {}  # since another row ended: only then they are to blame
-        self._deaths: Counter[str] = Counter()  # by what was said of them
-        self._heard = 0.0  # when the engine last said something
+        self._given_up: dict[int, RowError] = {}  # since a row last ended; they fail only once another row ends
+        self._deaths: Counter[str] = Counter()  # by message
+        self._heard = 0.0  # time.monotonic() of the engine's last message
         self._loaded = self._drained = False
-        self._before = EngineStats()  # of engines that died
-        self._stats = EngineStats()  # of the one at work
+        self._before = EngineStats()  # sum over the engines that died
+        self._stats = EngineStats()  # of the engine at work
         self._notes: list[str] = []
-        self.ready = 0.0  # when the first engine was loaded
+        self.ready = 0.0  # time.monotonic() at which the first engine was loaded; 0 before
         self.finished = False
 
     @property
     def stats(self) -> EngineStats:
-        """Of all engines together, and what became of them."""
-        died = [f"the engine was started again, {n} times: {said}" for said, n in self._deaths.items()]
+        """Statistics summed over all engines, with notes on those that died."""
+        died = [f"the engine died and was started again {n} times: {said}" for said, n in self._deaths.items()]
         return replace(added(self._before, self._stats), notes=died + self._notes + self._stats.notes)
 
     @property
@@ -47,27 +47,30 @@ class Supervisor:
         return not self._suspects.alone
 
     def load(self, load: Load) -> None:
-        """What the engine, and each that replaces it, is to load."""
+        """Have the engine, and each engine that replaces it, load this."""
         self._load = load
         self._worker.send(load)
 
     def send(self, requests: Requests) -> None:
-        """More rows."""
+        """Send the engine more rows."""
         self._heard = time.monotonic()
         self._worker.send(Rows(requests))
 
     def drain(self) -> None:
-        """No more rows will come."""
+        """Tell the engine, once, that no more rows will come."""
         if not self._drained:
             self._worker.send(Drain())
             self._drained = True
 
     def stop(self) -> None:
-        """Finish nothing more."""
+        """Tell the engine to end without finishing more rows."""
         self._worker.send(Stop())
 
     def receive(self, timeout: float) -> Message | None:
-        """What the engine says; None after `timeout` seconds. Raises `EngineFailed` where it is dead, or `Refused`."""
+        """Return the engine's next message, or None after `timeout` seconds.
+
+        Raises `EngineFailed` if the engine failed or died, and `Refused` if it refused the model or a flag.
+        """
         message = self._worker.receive(timeout)
         if message is None:
             return None
@@ -83,20 +86,22 @@ class Supervisor:
                 self.finished = True
         return message
 
-    def check(self, under_way: UnderWay) -> None:
-        """Raises `EngineFailed` where it has rows and took no step for too long."""
+    def check(self, in_flight: InFlight) -> None:
+        """Raise `EngineFailed` if the engine has rows and took no step for longer than the step timeout."""
         waited = time.monotonic() - self._heard
-        if self._loaded and len(under_way) and not self.finished and waited > self._step_timeout:
-            raise EngineFailed(f"the engine took no step for {waited:.0f} s (--step-timeout {self._step_timeout})")
+        if self._loaded and len(in_flight) and not self.finished and waited > self._step_timeout:
+            raise EngineFailed(
+                f"the engine took no step for {waited:.0f} s; --step-timeout allows {self._step_timeout:g} s"
+            )
 
-    def replace(self, under_way: UnderWay, error: EngineFailed) -> None:
-        """Another engine goes on, without the rows that kill it.
+    def replace(self, in_flight: InFlight, error: EngineFailed) -> None:
+        """Start another engine, which goes on without the rows that kill the engine.
 
-        Raises `error` where no row can be to blame: before the first engine was loaded, or without any where an engine
-        before it said the same.
+        Raises `error` if no row can be the cause: if no engine was ever loaded, or if this engine had no rows and an
+        earlier engine died with the same message. Also raises it if more than `MOST_GIVEN_UP` rows were given up.
         """
-        # A step says what it began when it ends: of the first one nothing is known.
-        rows = under_way.begun or [row for rest in under_way.requests([]) for row in rest.rows.tolist()]
+        # The engine reports the rows that it began at the end of a step. If it died in its first step, none is known.
+        rows = in_flight.begun or [row for rest in in_flight.requests([]) for row in rest.rows.tolist()]
         said = str(error).splitlines()[0]
         if not self.ready or (not rows and self._deaths[said]):
             raise error
@@ -107,40 +112,42 @@ class Supervisor:
         self._given_up |= dict.fromkeys(given_up, code)
         if len(self._given_up) > MOST_GIVEN_UP:
             raise error
-        under_way.end(set(given_up))
-        under_way.begin_again()
+        in_flight.end(set(given_up))
+        in_flight.begin_again()
         if isinstance(error, EngineKilled):
             self._halve()
         self._before, self._stats = added(self._before, self._stats), EngineStats()
         self._loaded = self._drained = False
         self._worker = self._start_worker()
         self._worker.send(self._load)
-        self._send_again(under_way)
+        self._send_again(in_flight)
 
-    def ended(self, under_way: UnderWay, rows: set[int]) -> dict[int, RowError]:
-        """Rows ended, so the engine can do those: others that it died over are to blame; the errors of them."""
+    def ended(self, in_flight: InFlight, rows: set[int]) -> dict[int, RowError]:
+        """Note that rows ended. So the engine itself works: returns the errors of the rows that were given up
+        before."""
         to_blame, self._given_up = self._given_up, {}
-        under_way.end(rows)
+        in_flight.end(rows)
         if self._suspects.finished(rows):
-            self._send_again(under_way)
+            self._send_again(in_flight)
         return to_blame
 
     def close(self) -> None:
-        """End the engine, at once if it still runs."""
+        """Kill the engine's process if it still runs."""
         self._worker.close()
 
     def _halve(self) -> None:
-        """Nobody but the system kills an engine like that, and it does so for want of memory."""
+        """Halve the size of the engine's steps: it was killed with SIGKILL, most likely by the system for lack of
+        memory."""
         config = self._load.config.halved()
         if config != self._load.config:
             self._load = replace(self._load, config=config)
             self._notes = [
-                f"the engine was killed, for want of memory it seems: from then on {config.max_num_seqs} rows at most "
-                f"ran side by side, in steps of {config.max_num_batched_tokens} tokens at most; --max-num-seqs and "
-                "--max-num-batched-tokens say so from the start"
+                f"the engine was killed, probably for lack of memory; after that at most {config.max_num_seqs} rows "
+                f"ran side by side, in steps of at most {config.max_num_batched_tokens} tokens; to begin with these "
+                "limits, give them as --max-num-seqs and --max-num-batched-tokens"
             ]
 
-    def _send_again(self, under_way: UnderWay) -> None:
-        """To a new engine, or after rows that ran alone: all unfinished rows that may run now."""
-        for requests in under_way.requests(self._suspects.alone):
+    def _send_again(self, in_flight: InFlight) -> None:
+        """Send all unfinished rows that may run now, to a new engine or after rows that ran alone."""
+        for requests in in_flight.requests(self._suspects.alone):
             self.send(requests)

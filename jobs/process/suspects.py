@@ -1,13 +1,14 @@
-"""Which rows kill the engine: found by running those that were under way alone, in halves."""
+"""Finding the rows that kill the engine, by running the rows that were in flight alone, in halves."""
 
 from collections import Counter, deque
 
 
 class Suspects:
-    """A first death may be nobody's fault: all rows run again. Of rows that were under way at two, halves run alone.
+    """Searches for the rows that kill the engine.
 
-    A half that lives through is cleared; one that does not is halved again, until a single row is left, which is given
-    up.
+    After a first death all rows run again, since no row need be the cause. Rows that had begun at two deaths are split
+    into halves, and each half runs alone. If the engine survives a half, its rows are cleared. If it dies, the half is
+    halved again, until a single row is left, which is given up.
     """
 
     def __init__(self) -> None:
@@ -16,11 +17,11 @@ class Suspects:
 
     @property
     def alone(self) -> list[int]:
-        """Rows that are to run now, and no others; empty if all may."""
+        """Rows that must run now without any others; empty if all rows may run."""
         return self._groups[0] if self._groups else []
 
     def finished(self, rows: set[int]) -> bool:
-        """Rows ended; True if those were the last of the rows that ran alone, so that others may run."""
+        """Note that rows ended. Returns True if they were the last of those that ran alone, so that others may run."""
         if not self._groups:
             return False
         self._groups[0] = [row for row in self._groups[0] if row not in rows]
@@ -29,16 +30,16 @@ class Suspects:
         self._groups.popleft()
         return True
 
-    def died(self, under_way: list[int]) -> list[int]:
-        """The engine died over these rows; those of them to give up."""
+    def died(self, begun: list[int]) -> list[int]:
+        """Note that the engine died after it began these rows. Returns those of them to give up."""
         if self._groups:
             group = self._groups.popleft()
             if len(group) == 1:
                 return group
             self._halve(group)
             return []
-        self._deaths.update(under_way)
-        twice = [row for row in under_way if self._deaths[row] > 1]
+        self._deaths.update(begun)
+        twice = [row for row in begun if self._deaths[row] > 1]
         for row in twice:
             del self._deaths[row]
         if len(twice) == 1:

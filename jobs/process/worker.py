@@ -1,7 +1,8 @@
-"""A child process that holds an engine, and the words that it and the job exchange.
+"""A child process that holds an engine, and its pipe to the job.
 
-The parent never imports torch. A child leaves signals to the parent, writes whatever it prints to the run's log, and
-ends when the parent is gone. Threads of the parent read and write, so that it never waits for a child that is busy.
+The parent process never imports torch. The child ignores signals, which the parent handles, writes all that it prints
+to the run's log, and ends with the parent. The parent reads and writes the pipe in threads, so that it never waits for
+a busy child.
 """
 
 import contextlib
@@ -45,7 +46,10 @@ PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
 class Worker:
-    """A child process, seen from the parent: it runs `life(pipe, *arguments)`, which importing must not load torch."""
+    """The parent's handle of a child process that runs `life(pipe, *arguments)`.
+
+    Importing the module of `life` must not load torch.
+    """
 
     def __init__(self, log: Path, life: Callable[..., None], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -72,15 +76,15 @@ class Worker:
         while (command := self._commands.get()) is not None:
             try:
                 self._pipe.send(command)
-            except OSError:  # the child is dead: whoever listens hears of it
+            except OSError:  # the child is dead, which `receive` reports
                 return
 
     def send(self, command: Command) -> None:
-        """Returns at once, however busy the child is; that it is dead is told by `receive`."""
+        """Send a command without waiting, even if the child is busy. If the child is dead, `receive` reports it."""
         self._commands.put(command)
 
     def receive(self, timeout: float) -> Message | None:
-        """The next message, or None after `timeout` seconds.
+        """Return the next message, or None after `timeout` seconds.
 
         Raises `Refused` or `EngineFailed` for a `Fault`, and `EngineFailed` or `EngineKilled` once the child is dead.
         """
@@ -107,7 +111,7 @@ class Worker:
         return f"was killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
 
     def close(self) -> None:
-        """End the child, at once if it still runs."""
+        """Kill the child if it still runs."""
         self._process.kill()
         self._process.join()
         self._commands.put(None)
@@ -117,7 +121,7 @@ class Worker:
 
 
 def serve(pipe: Any, log: Path, life: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """The child: its life, and what becomes of an error in it."""
+    """Run the child: call `life`, and send an unexpected error to the parent as a `Fault`."""
     _print_to(log)
     _die_with_parent()
     try:
@@ -130,7 +134,7 @@ def serve(pipe: Any, log: Path, life: Callable[..., None], arguments: tuple[Any,
 
 
 def _die_with_parent() -> None:
-    """At once, not only after the step at whose end the broken pipe is seen. Linux; elsewhere that has to do."""
+    """Have the system kill this process when the parent dies. Otherwise it would notice only at the end of a step."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -144,8 +148,8 @@ def _print_to(log: Path) -> None:
 
 
 def run_engine(pipe: "Connection[Message, Command]", engine_name: str) -> None:
-    """The life of a job's engine: load, take rows, step, report; until told to stop or the parent is gone."""
-    make_engine = pkgutil.resolve_name(engine_name)  # imported while the parent still tokenizes
+    """Run a job's engine in the child: load it, take rows, step and report, until the parent ends it."""
+    make_engine = pkgutil.resolve_name(engine_name)  # imported here, while the parent still tokenizes
     order: Any = pipe.recv()
     try:
         engine: Engine = make_engine(order.config, Tokenizer.load(order.config.model, order.tokenizer))

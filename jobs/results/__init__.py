@@ -1,1 +1,1 @@
-"""Finished rows: parts that are committed, and the output that is made of them."""
+"""Finished rows: the parts that are committed while a job runs, and the output that is merged from them."""

@@ -1,4 +1,4 @@
-"""Finished rows on their way to a part: token ids become text, outcomes become columns and counts."""
+"""Collecting finished rows for the next part: token ids become text, outcomes become columns and counts."""
 
 import time
 from collections import Counter
@@ -21,9 +21,9 @@ REASONS = pa.array([reason.name.lower() for reason in FinishReason])
 
 
 class Results:
-    """Collects finished rows and commits them every `commit_rows` rows, or samples of rows, or `commit_seconds`.
+    """Collects finished rows, and commits them as a part every `commit_rows` samples or `commit_seconds` seconds.
 
-    Keeps the counts, over the rows that were done before too.
+    The counts include the rows that earlier runs have done.
     """
 
     def __init__(self, spec: JobSpec, tokenizer: Tokenizer, folder: RunFolder, done: Done) -> None:
@@ -38,7 +38,9 @@ class Results:
         self.by_error = Counter(done.by_error)
         self.prompt_tokens = done.prompt_tokens
         self.completion_tokens = done.completion_tokens
-        self.new_tokens: Counter[int] = Counter()  # of a row that this run computed -> rows
+        self.new_tokens: Counter[int] = (
+            Counter()
+        )  # completion tokens of a sample -> how many samples of this run have them
 
     @property
     def rows(self) -> int:
@@ -49,18 +51,19 @@ class Results:
         return self.by_reason["error"]
 
     def refuse_too_many_errors(self, total: int) -> None:
-        """Raises `Refused` where a larger share of the `total` rows failed than `max_error_rate`."""
+        """Raise `Refused` if a larger share of the `total` rows failed than `max_error_rate`."""
         if self.failed > self._spec.max_error_rate * total:
             codes = ", ".join(f"{code} {count:,}" for code, count in self.by_error.most_common())
             raise Refused(
                 f"{self.failed:,} of {total:,} rows failed ({codes}), more than --max-error-rate "
-                f"{self._spec.max_error_rate} allows"
+                f"{self._spec.max_error_rate} allows; correct these rows, or give a higher rate"
             )
 
     def add(self, completions: Completions, prompt_tokens: NDArray[np.int32]) -> None:
-        """Take rows from the engine, all computed samples of each; `prompt_tokens` [n] are their prompts' lengths.
+        """Take finished rows from the engine, with all computed samples of each.
 
-        A row's own columns are those of its first sample, or of the first one that failed.
+        `prompt_tokens` [n] are the prompt lengths of the n samples. A row's own columns are those of its first sample,
+        or of its first failed sample if any failed.
         """
         answers = self._answers(completions)
         failed = (completions.finish_reasons == FinishReason.ERROR).reshape(-1, self._spec.computed_samples)
@@ -73,7 +76,7 @@ class Results:
         self._collect(rows, answers.take(pa.array(own)), pa.array(prompt_tokens[own]), errors, samples)
 
     def _answers(self, completions: Completions) -> pa.StructArray:
-        """[n] of `SAMPLE`; without a text where it failed."""
+        """Return the samples' columns [n], as `SAMPLE`; a failed sample has no text."""
         decoded = self._tokenizer.decode_batch(completions.token_ids, completions.offsets)
         stop = self._spec.sampling.stop
         texts: list[str | None] = [before_stop(text, stop) for text in decoded] if stop else list(decoded)
@@ -84,7 +87,7 @@ class Results:
         return answers_of(pa.array(texts, pa.string()), completions.finish_reasons, pa.array(lengths))
 
     def refuse(self, errors: dict[int, RowError]) -> None:
-        """Take rows that never reached the engine: without token counts."""
+        """Take rows that failed without an answer, by ordinal. Their token counts are null."""
         n = len(errors)
         unknown = pa.nulls(n, pa.int32())
         answers = answers_of(pa.nulls(n, pa.string()), np.full(n, FinishReason.ERROR, np.int8), unknown)
@@ -113,13 +116,13 @@ class Results:
         self.completion_tokens += completion_tokens(batch)
 
     def commit_if_due(self) -> None:
-        """Commit where enough rows or seconds have gathered."""
+        """Commit if `commit_rows` or `commit_seconds` is reached."""
         waited = time.monotonic() - self._last_commit
         if self._uncommitted >= self._spec.commit_rows or waited >= self._spec.commit_seconds:
             self.commit()
 
     def commit(self) -> None:
-        """Commit what is finished. Raises `OSError` where it cannot be written."""
+        """Commit the finished rows as a part. Raises `OSError` if the part cannot be written."""
         started = time.monotonic()
         if self._finished:
             self.folder.commit(self._finished)
@@ -130,9 +133,10 @@ class Results:
 
 
 def samples_of(answers: pa.StructArray, failed: NDArray[np.bool_], n: int) -> pa.ListArray:
-    """[rows] the `n` samples of each row, one for all where just one was computed; null for a row with a failed one.
+    """Return the list of the `n` samples of each row [rows]; null for a row with a failed sample.
 
-    `failed` [rows, computed] says it of the answers, which are one row's after the other's.
+    `answers` [rows * computed] holds the computed samples, row by row, and `failed` [rows, computed] says which failed.
+    If one sample was computed, it stands for all `n`.
     """
     good = ~failed.any(axis=1)
     index = np.arange(failed.size).reshape(failed.shape)[good][:, np.arange(n) % failed.shape[1]]
@@ -142,6 +146,6 @@ def samples_of(answers: pa.StructArray, failed: NDArray[np.bool_], n: int) -> pa
 
 
 def answers_of(texts: pa.Array, reasons: NDArray[np.int8], tokens: pa.Array) -> pa.StructArray:
-    """Columns side by side, as `SAMPLE`; `reasons` are those of `FinishReason`."""
+    """Join texts, `FinishReason` values and token counts, [n] each, into an array of `SAMPLE`."""
     names = pa.DictionaryArray.from_arrays(pa.array(reasons), REASONS).dictionary_decode()
     return pa.StructArray.from_arrays([texts, names, tokens], fields=list(SAMPLE))

@@ -1,4 +1,4 @@
-"""What the parts of a run hold already: which rows, how they ended, and what they cost."""
+"""Reading the parts of a run: which rows are done, how they ended, and their token counts."""
 
 import json
 from collections import Counter
@@ -33,7 +33,7 @@ class Part:
 
     @classmethod
     def of(cls, name: str, table: pa.Table, size: int, digest: str) -> "Part":
-        """Of rows in the order of their ordinals, at least one, and the file that they are in."""
+        """Describe a part file: its rows (one or more, ascending), its size in bytes and its sha256."""
         return cls(
             name=name,
             rows=len(table),
@@ -47,22 +47,22 @@ class Part:
         )
 
     def listed(self) -> dict[str, Any]:
-        """For the manifest."""
+        """Return the entry for the manifest."""
         return asdict(self)
 
 
 @dataclass
 class Done:
-    """Rows of the input [num_rows] that need not run any more, and counts over them; of parts, the last one counts."""
+    """The rows that need not run any more, and counts over them. If a row is in several parts, the last one counts."""
 
-    rows: NDArray[np.bool_]
+    rows: NDArray[np.bool_]  # [rows of the input]
     by_reason: Counter[str] = field(default_factory=Counter)
     by_error: Counter[str] = field(default_factory=Counter)
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    failed: int = 0  # rows with an error, which are to run again: not counted as done
+    failed: int = 0  # rows with an error that will run again; not counted as done
     parts: list[Part] = field(default_factory=list)
-    engines: set[str] = field(default_factory=set)  # fingerprints of the engines that computed them
+    engines: set[str] = field(default_factory=set)  # fingerprints of the engines that computed the rows
 
     @property
     def count(self) -> int:
@@ -76,14 +76,16 @@ class Done:
 def read_done(folder: Path, num_rows: int, fingerprints: dict[str, str], retry_errors: bool) -> Done:
     """Read the parts of a run, newest first.
 
-    Raises `Refused` where a part is of another job, and `OSError` where it is damaged.
+    Raises `Refused` if a part belongs to another job, and `OSError` if a part is damaged.
     """
     done = Done(np.zeros(num_rows, np.bool_))
     seen = np.zeros(num_rows, np.bool_)
     for path in sorted(folder.glob("part-*.parquet"), reverse=True):
         table, written_as = read_part(path)
         if (differing := differences(written_as, fingerprints)) or table[ROW][-1].as_py() >= num_rows:
-            raise Refused(f"{path} is of a job with another {' and '.join(differing) or 'input'}; move it away")
+            raise Refused(
+                f"part {path} belongs to a job with another {' and '.join(differing) or 'input'}; move it away"
+            )
         done.parts.insert(0, Part.of(path.name, table, path.stat().st_size, sha256(path)))
         done.engines.add(written_as.get("engine", ""))
         rows = table[ROW].to_numpy()
@@ -101,7 +103,8 @@ def read_done(folder: Path, num_rows: int, fingerprints: dict[str, str], retry_e
 
 
 def read_part(path: Path) -> tuple[pa.Table, dict[str, str]]:
-    """(the columns that are counted, the fingerprints in its footer). Raises `OSError` if it is damaged."""
+    """Return (the part's columns that are counted, the fingerprints in its footer). Raises `OSError` if it is
+    damaged."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
             if not any(file.schema_arrow.equals(part_schema(samples)) for samples in (1, 2)):
@@ -121,7 +124,7 @@ REMEDY = "remove it, and its rows are computed again"
 
 
 def completion_tokens(results: pa.Table | pa.RecordBatch) -> int:
-    """Of all samples of each row; of one that has none, as it failed or as there are no others, its own."""
+    """Sum the completion tokens over all samples of all rows; a row without samples counts its own."""
     if not has_samples(results.schema):
         return pc.sum(results["completion_tokens"]).as_py() or 0
     without = results["completion_tokens"].filter(pc.is_null(results[SAMPLES.name]))
@@ -130,10 +133,11 @@ def completion_tokens(results: pa.Table | pa.RecordBatch) -> int:
 
 
 def counts(column: pa.ChunkedArray) -> Counter[str]:
-    """How often each value is there; nulls are not counted."""
+    """Count how often each value occurs; nulls are not counted."""
     return Counter({pair["values"].as_py(): pair["counts"].as_py() for pair in pc.value_counts(column.drop_null())})
 
 
 def differences(a: dict[str, str], b: dict[str, str]) -> list[str]:
-    """What of a job differs between two sets of fingerprints; engines may differ."""
+    """Return the names of the fingerprints that differ between two jobs. The engine is left out, since it may
+    differ."""
     return [name for name in sorted({*a, *b} - {"engine"}) if a.get(name) != b.get(name)]

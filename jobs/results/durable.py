@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the machine stops: written aside, synced, then linked or renamed."""
+"""Writing files that are whole or absent even if the machine stops: written aside, synced, then linked or renamed."""
 
 import fcntl
 import json
@@ -13,7 +13,7 @@ from batchinfer.errors import Refused
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An `OSError` from within names this file, if it names none."""
+    """Add this file's name to an `OSError` that is raised inside and names no file."""
     try:
         yield
     except OSError as error:
@@ -24,7 +24,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, synced at the end, or absent after any error. An `OSError` names it."""
+    """Open a new file for writing. It is synced at the end, and removed after any error. An `OSError` names it."""
     file = path.open("xb")
     try:
         with naming(path):
@@ -33,14 +33,14 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
             file.close()
     except BaseException:
-        with suppress(OSError):  # it would write what is left, and fail again
+        with suppress(OSError):  # closing writes the buffered rest, which fails again
             file.close()
         path.unlink()
         raise
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole, by rename."""
+    """Write a file so that it is whole or unchanged, by rename."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)
     with writing(temporary) as file:
@@ -50,25 +50,27 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file whole, by rename."""
+    """Write a JSON file so that it is whole or unchanged, by rename."""
     write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())
 
 
 def link_new(source: Path, target: Path) -> None:
-    """Give a file its name, which nobody else may have given before: raises `Refused` then."""
+    """Give the file `source` the name `target` too. Raises `Refused` if another process made a file of that name."""
     try:
         os.link(source, target)
     except OSError as error:
-        # Over NFS a link may take and its answer be lost: then the file has both names.
+        # Over NFS the link may be made and the reply be lost. Then the file has both names, and all is well.
         if source.stat().st_nlink == 2:
             return
         if isinstance(error, FileExistsError):
-            raise Refused(f"{target} is there already: another run writes to the same output") from error
+            raise Refused(
+                f"{target} exists already: another run writes to the same output; wait until it ends, or stop it"
+            ) from error
         raise
 
 
 def sync_folder(path: Path) -> None:
-    """The names in it survive a loss of power."""
+    """Sync a folder, so that the names in it survive a loss of power."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,10 +79,11 @@ def sync_folder(path: Path) -> None:
 
 
 def lock(path: Path) -> int | None:
-    """A descriptor that holds the file's lock until it is closed or the process ends; None if another one has it.
+    """Lock a file. Returns a descriptor that holds the lock until it is closed or the process ends, or None if another
+    process holds it.
 
-    It saves two runs the work that only one of them could commit; nothing is correct only because of it, for some
-    file systems do not lock: there it is always granted.
+    The lock keeps a second run from doing work that it could not commit. Correctness does not depend on it: on file
+    systems without locks it is always granted.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:

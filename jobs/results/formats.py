@@ -11,35 +11,35 @@ from batchinfer.errors import UsageError
 from batchinfer.jobs.results.json_lines import JsonLines
 from batchinfer.jobs.results.parquet import Parquet
 
-FOLDER_SUFFIX = ".parquet"  # of the files in an output that is a folder
+FOLDER_SUFFIX = ".parquet"  # suffix of the files in an output folder
 
-Rows: TypeAlias = pa.Table | memoryview  # a table, or bytes as they stand in a finished file of the same format
+Rows: TypeAlias = pa.Table | memoryview  # a table, or bytes of a finished file of the same format
 
 
 class Writer(Protocol):
-    """Rows on their way into a file."""
+    """Writes rows into an open file."""
 
     def write(self, rows: Rows) -> None:
-        """Add rows behind the others: a table of the file's schema, or what `OutputFormat.pieces` gave."""
+        """Append rows: a table of the file's schema, or a slice from `OutputFormat.slices`."""
 
 
 class OutputFormat(Protocol):
-    """How rows are written into a file, and read again from a finished one, in bounded memory."""
+    """Writes rows into a file, and reads them from a finished file, in bounded memory."""
 
     def refuse_unfit(self, schema: pa.Schema) -> None:
-        """Raises `Refused`, naming column and type, where a column cannot be written without loss of meaning."""
+        """Raise `Refused`, naming column and type, if a column cannot be written without loss of meaning."""
 
     def open(self, file: pa.NativeFile, schema: pa.Schema) -> AbstractContextManager[Writer]:
-        """Begin a file. All rows are in it when the context ends, which may close it."""
+        """Begin to write a file. It has all rows when the context ends, and may be closed then."""
 
     def schema(self, path: Path) -> pa.Schema:
-        """The schema of a finished file; without a column where the format does not say it."""
+        """Return the schema of a finished file, or an empty one if the format does not store it."""
 
-    def pieces(self, path: Path) -> Iterator[Rows]:
-        """All rows of a finished file, as the `Writer` of another one takes them."""
+    def slices(self, path: Path) -> Iterator[Rows]:
+        """Yield all rows of a finished file, slice by slice, for the `Writer` of another file."""
 
     def results(self, path: Path) -> Iterator[pa.Table]:
-        """The columns of results of a finished file, as far as they are counted. Raises `Refused` for damage."""
+        """Yield the columns of a finished file that `verify` counts. Raises `Refused` if the file is damaged."""
 
 
 FORMATS: dict[str, OutputFormat] = {
@@ -49,21 +49,24 @@ FORMATS: dict[str, OutputFormat] = {
 
 
 def format_of(output: Path) -> OutputFormat:
-    """The format of a file, or of the files in a folder. Raises `UsageError` for a suffix that is not in `FORMATS`."""
+    """Return the format of an output file, or of the files in an output folder, by the suffix of the output's name.
+
+    Raises `UsageError` for a suffix that is not in `FORMATS`.
+    """
     suffix = FOLDER_SUFFIX if is_folder(output) else output.suffix
     if suffix not in FORMATS or not output.name:
         raise UsageError(
-            f"--output is {output}; its name must end in {suffixes()}, or have no suffix: then it is a folder of "
+            f"--output is {output}; its name must end in {suffixes()}, or have no suffix to make a folder of "
             f"{FOLDER_SUFFIX} files"
         )
     return FORMATS[suffix]
 
 
 def is_folder(output: Path) -> bool:
-    """Whether an output is a folder of files, by its name."""
+    """Return whether an output's name stands for a folder of files: it has no suffix."""
     return not output.suffix
 
 
 def suffixes() -> str:
-    """Those that an output may have, for messages."""
+    """Return the suffixes that an output may have, for messages."""
     return " or ".join(FORMATS)

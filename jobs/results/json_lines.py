@@ -1,17 +1,17 @@
-"""Outputs in JSON Lines: a row is one object on a line of its own, in UTF-8, with the columns as keys, in their order.
+"""Outputs in JSON Lines: each row is one object on a line of its own, in UTF-8, with the columns as keys, in order.
 
-Lists and structs are JSON's own; a map is a list of {"key": ..., "value": ...}, since its keys need not be text. What
-JSON has no form for is written so:
+Lists and structs become JSON's lists and objects. A map becomes a list of {"key": ..., "value": ...}, since its keys
+need not be text. Values that JSON has no form for are written like this:
 
 - NaN and infinities: null
-- decimals: text with all digits, as a number would be read as a float
-- dates and times: text by ISO 8601, 2024-05-17, 08:30:00.250, 2024-05-17T08:30:00; with a time zone the same moment in
-  UTC, 2024-05-17T06:30:00Z. Where a year has more than five digits: the stored number, in a text that says so
+- decimals: text with all digits, since readers would take a number for a float
+- dates and times: text by ISO 8601, like 2024-05-17, 08:30:00.250 or 2024-05-17T08:30:00; with a time zone, the same
+  moment in UTC, like 2024-05-17T06:30:00Z. If a year has more than five digits: a text with the stored number
 - bytes: text in Base64
 - UUIDs, and text that is JSON itself: text
-- bytes in a column of text that are no UTF-8: U+FFFD
+- bytes in a text column that are not UTF-8: U+FFFD
 
-Integers have all their digits, those beyond 2**53 too. Columns of other types, as durations and unions, are refused.
+Integers keep all their digits, beyond 2**53 too. Columns of other types, like durations and unions, are refused.
 """
 
 import base64
@@ -30,16 +30,16 @@ import pyarrow.compute as pc
 from batchinfer.errors import Refused
 from batchinfer.jobs.results.schema import COUNTED, RESULT_FIELDS, SAMPLE, SAMPLES
 
-SLICE_ROWS = 1024  # that are Python's objects at a time,
-SLICE_BYTES = 1 << 22  # or so many bytes of them
-BLOCK_BYTES = 1 << 20  # that are written or copied at a time
-DEEPEST = 100  # lists and structs within each other
+SLICE_ROWS = 1024  # most rows that are Python objects at a time
+SLICE_BYTES = 1 << 22  # most bytes of them
+BLOCK_BYTES = 1 << 20  # bytes that are written or copied at a time
+DEEPEST = 100  # most levels of lists and structs within each other
 
-_ESCAPED = re.compile(rb'["\\\x00-\x1f]')  # what JSON does not hold as it stands; never a part of a longer character
+_ESCAPED = re.compile(rb'["\\\x00-\x1f]')  # JSON escapes these bytes, which are never part of a longer character
 
 
 class JsonLines:
-    """Keeps values, not types: see above."""
+    """The format JSON Lines. It keeps the values of a table but not their types, as described above."""
 
     @staticmethod
     def refuse_unfit(schema: pa.Schema) -> None:
@@ -64,7 +64,7 @@ class JsonLines:
         return pa.schema([])
 
     @staticmethod
-    def pieces(path: Path) -> Iterator[memoryview]:
+    def slices(path: Path) -> Iterator[memoryview]:
         with path.open("rb") as file:
             while data := file.read(BLOCK_BYTES):
                 yield memoryview(data)
@@ -84,7 +84,7 @@ class JsonLines:
 
 
 def _counted(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """What is counted of a row."""
+    """Return the values of a row that are counted."""
     try:
         row = json.loads(line)
         counted = {name: row[name] for name in COUNTED}
@@ -93,7 +93,7 @@ def _counted(path: Path, number: int, line: bytes) -> dict[str, Any]:
             counted[SAMPLES.name] = row[SAMPLES.name] and [{tokens: one[tokens]} for one in row[SAMPLES.name]]
         return counted
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise Refused(f"{path} is damaged: line {number} is no row of an output: {error}") from error
+        raise Refused(f"{path} is damaged: line {number} is not a row of an output: {error}") from error
 
 
 class _Lines:
@@ -116,7 +116,7 @@ class _Lines:
                 self._write_large(dict(zip(rows.column_names, columns, strict=True)))
 
     def _write_large(self, row: dict[str, pa.Array]) -> None:
-        """A row alone, its text piece by piece: as an object of Python's it would take up to nine times its bytes."""
+        """Write one large row, its text block by block: as a Python object it would take up to nine times its bytes."""
         before = "{"
         for name, value in row.items():
             self._write(f"{before}{self._encode(name)}:".encode())
@@ -136,15 +136,15 @@ class _Lines:
 
 
 def _bytes_of(text: pa.Array) -> memoryview:
-    """What the first value of an array of text lies in; a scalar would be a copy."""
+    """Return the bytes of the first value of a text array, without a copy."""
     large = text.cast(pa.large_string())
     _, offsets, data = large.buffers()
     first, end = np.frombuffer(offsets, np.int64)[large.offset : large.offset + 2]
-    return memoryview(data or b"")[first:end]  # of empty texts there may be no buffer
+    return memoryview(data or b"")[first:end]  # an array of empty texts may have no buffer
 
 
 class _UnfitError(Exception):
-    """The type that JSON has no form for, or a part of it."""
+    """Names the type, or the part of a type, that JSON has no form for."""
 
 
 _LISTS = (
@@ -164,7 +164,7 @@ _BYTES = (
 
 
 def as_json_has_it(array: pa.Array, depth: int = 0) -> pa.Array:
-    """The same values in types that JSON has a form for. Raises `_UnfitError`, for the type alone."""
+    """Convert values to types that JSON has a form for. Raises `_UnfitError` if the type, not a value, has none."""
     kind, types = array.type, pa.types
     if depth > DEEPEST:
         raise _UnfitError(f"nested deeper than {DEEPEST}")
@@ -180,7 +180,7 @@ def as_json_has_it(array: pa.Array, depth: int = 0) -> pa.Array:
     if types.is_struct(kind):
         names = [field.name for field in kind]
         if len(set(names)) < len(names):
-            raise _UnfitError("a struct with a name that is there twice")
+            raise _UnfitError("a struct with two fields of the same name")
         children = [as_json_has_it(child, depth + 1) for child in array.flatten()]
         return pa.StructArray.from_arrays(children, names, mask=array.is_null())
     if any(is_one(kind) for is_one in _LISTS):

@@ -1,4 +1,5 @@
-"""The output: a file, or a folder of files of bounded size; written aside, whole when it gets its name."""
+"""Writing the output, a file or a folder of files of bounded size. It is written aside, and renamed when it is
+whole."""
 
 import hashlib
 import os
@@ -16,17 +17,17 @@ from batchinfer.host.files import sha256
 from batchinfer.jobs.results.durable import sync_folder, writing
 from batchinfer.jobs.results.formats import FOLDER_SUFFIX, Rows, format_of, is_folder, suffixes
 
-FILE_BYTES = 1 << 30  # of a file in a folder, before compression
+FILE_BYTES = 1 << 30  # after which a folder's next file begins, before compression
 
 
 class OutputWriter:
-    """A context in which rows are written in order; afterwards they are on disk, or after any error nothing is left.
+    """A context in which rows are written in order. At its end they are on disk; after any error nothing is left.
 
-    The files of a folder are part-000001.parquet, part-000002.parquet, ...; there is one even without rows.
+    The files of a folder are part-000001.parquet, part-000002.parquet, ...; an output without rows has one file too.
     """
 
     def __init__(self, output: Path, aside: Path, schema: pa.Schema) -> None:
-        """Write to `aside` what is to become `output`, whose name says the format."""
+        """Write to `aside`, which becomes `output` later. The name of `output` decides the format."""
         self._aside, self._schema = aside, schema
         self._folder, self._format = is_folder(output), format_of(output)
         self._files = 0
@@ -39,7 +40,7 @@ class OutputWriter:
         return self
 
     def write(self, rows: Rows) -> None:
-        """Add rows behind the others."""
+        """Append rows."""
         if self._folder and self._bytes >= FILE_BYTES:
             self._open_file.close()
             self._open()
@@ -64,14 +65,16 @@ class OutputWriter:
         path = self._aside / f"part-{self._files:06d}{FOLDER_SUFFIX}" if self._folder else self._aside
         with ExitStack() as opened:
             opened.enter_context(writing(path))
-            file = opened.enter_context(pa.OSFile(str(path), "wb"))  # into Python's own all bytes would be copied
+            file = opened.enter_context(pa.OSFile(str(path), "wb"))  # a Python file would copy all bytes
             self._writer = opened.enter_context(self._format.open(file, self._schema))
             self._open_file = opened.pop_all()
 
 
 def publish(aside: Path, output: Path) -> None:
-    """Give what was written aside its name. A file takes the place of an earlier one; a folder that of an earlier one
-    a moment after that is gone."""
+    """Rename `aside` to `output`, replacing an earlier output.
+
+    A file is replaced in one step. A folder is absent for a moment between the earlier one and the new one.
+    """
     if output.is_dir() and any(output.iterdir()):
         earlier = aside.with_name(f"{aside.name}-earlier")
         output.rename(earlier)
@@ -83,17 +86,17 @@ def publish(aside: Path, output: Path) -> None:
 
 
 def files_of(output: Path) -> list[Path]:
-    """The files of an output, in the order of their rows."""
+    """Return the files of an output, in the order of their rows."""
     return sorted(output.iterdir()) if output.is_dir() else [output]
 
 
 def is_there(output: Path) -> bool:
-    """True unless it is absent, or an empty folder."""
+    """Return whether an output exists and is not an empty folder."""
     return output.exists() and bool(files_of(output))
 
 
 def digest_of(output: Path) -> str:
-    """sha256 of the file; of a folder, of its files' names and their sha256."""
+    """Return the sha256 of an output file; for a folder, the sha256 of its files' names and digests."""
     if not output.is_dir():
         return sha256(output)
     listed = "".join(f"{path.name} {sha256(path)}\n" for path in files_of(output))
@@ -101,7 +104,7 @@ def digest_of(output: Path) -> str:
 
 
 def remove(output: Path) -> None:
-    """Where it is there. Raises `Refused` where it holds what no run wrote."""
+    """Remove an output if it exists. Raises `Refused` if it holds files that no run wrote."""
     refuse_foreign(output)
     if output.is_dir():
         shutil.rmtree(output)
@@ -109,7 +112,7 @@ def remove(output: Path) -> None:
 
 
 def remove_left(paths: Iterable[Path]) -> None:
-    """Files and folders that a dead process left aside."""
+    """Remove files and folders that a dead process left aside."""
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path)
@@ -118,18 +121,19 @@ def remove_left(paths: Iterable[Path]) -> None:
 
 
 def refuse_foreign(output: Path) -> None:
-    """Raises `Refused` where a folder is asked for and a file is there, or the other way round, or a folder holds
-    what no run wrote."""
+    """Raise `Refused` if something at `output` must not be replaced: a file where a folder is wanted, a folder where a
+    file is wanted, a link, a mount point, or a folder with files that no run wrote."""
     if is_folder(output) and output.exists() and not output.is_dir():
         raise Refused(f"output {output} is a file; name one that ends in {suffixes()}, or a folder")
     if is_folder(output) and (output.is_symlink() or os.path.ismount(output)):
         raise Refused(
-            f"output {output} is a link or a mount point, and a folder gets there by rename; name the folder that it "
-            "leads to, or one in it"
+            f"output {output} is a link or a mount point, which cannot be replaced by a folder; name the folder that "
+            "it "
+            "leads to, or a new folder in it"
         )
     if not output.is_dir():
         return
     if not is_folder(output):
-        raise Refused(f"output {output} is a directory; expected a file")
+        raise Refused(f"output {output} is a directory; expected a file: choose another name, or one without a suffix")
     if others := [path.name for path in files_of(output) if not re.fullmatch(r"part-\d{6}\.parquet", path.name)]:
         raise Refused(f"output {output} holds {others[0]!r}, which no run wrote; choose another folder")

@@ -1,4 +1,4 @@
-"""Outputs in Parquet: in compressed row groups of bounded size, each page with a checksum."""
+"""Outputs in Parquet: compressed row groups of bounded size, with a checksum for each page."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,21 +10,21 @@ import pyarrow.parquet as pq
 from batchinfer.errors import Refused
 from batchinfer.jobs.results.schema import PARQUET, counted
 
-GROUP_BYTES = 1 << 25  # of a row group, before compression
-PIECE_ROWS = 8192
+GROUP_BYTES = 1 << 25  # after which the next row group begins, before compression
+SLICE_ROWS = 8192
 
 
 class Parquet:
-    """Keeps every type that a table is read with."""
+    """The format Parquet. It keeps the types of all columns of the input."""
 
     @staticmethod
     def refuse_unfit(schema: pa.Schema) -> None:
-        """Every column fits."""
+        """Refuse nothing: Parquet holds every column."""
 
     @staticmethod
     @contextmanager
     def open(file: pa.NativeFile, schema: pa.Schema) -> Iterator["_RowGroups"]:
-        # Least and greatest of a column of text would be copies of whole cells, however large.
+        # No statistics for text: a text column's minimum and maximum would be copies of whole cells, however large.
         primitive = [field.name for field in schema if pa.types.is_primitive(field.type)]
         with pq.ParquetWriter(file, schema, write_statistics=primitive, use_dictionary=primitive, **PARQUET) as writer:
             groups = _RowGroups(writer)
@@ -36,11 +36,11 @@ class Parquet:
         return pq.read_schema(path)
 
     @staticmethod
-    def pieces(path: Path) -> Iterator[pa.Table]:
+    def slices(path: Path) -> Iterator[pa.Table]:
         with _open(path) as file:
-            # About a row group, whose bytes are bounded: with many samples few rows are large.
+            # Read about a row group at a time, whose bytes are bounded: with many samples a few rows are large already.
             group_rows = 1 + file.metadata.num_rows // max(1, file.metadata.num_row_groups)
-            for batch in file.iter_batches(min(PIECE_ROWS, group_rows), use_threads=False):
+            for batch in file.iter_batches(min(SLICE_ROWS, group_rows), use_threads=False):
                 yield pa.Table.from_batches([batch], file.schema_arrow)
 
     @staticmethod
@@ -54,7 +54,7 @@ class Parquet:
 
 
 class _RowGroups:
-    """Puts tables together until they are a row group."""
+    """Gathers tables until they fill a row group."""
 
     def __init__(self, writer: pq.ParquetWriter) -> None:
         self._writer = writer
@@ -66,7 +66,7 @@ class _RowGroups:
             self.flush()
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Write the gathered tables as a row group."""
         if self._waiting:
             self._writer.write_table(pa.concat_tables(self._waiting))
             self._waiting = []

@@ -1,4 +1,4 @@
-"""All parts side by side by ascending ordinal, in bounded memory: what the output is merged from."""
+"""Reading all parts together, by ascending ordinal and in bounded memory, to merge the output."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,27 +7,30 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from batchinfer.jobs.results.done import REMEDY
 from batchinfer.jobs.results.schema import ROW
 
 
 class PartsInOrder:
-    """Opens a part when its first ordinal comes up. Where a row is in several parts, the last of them counts."""
+    """Merges parts. A part is opened when its first ordinal is reached. If a row is in several parts, the last
+    counts."""
 
     def __init__(self, parts: list[tuple[Path, int]], schema: pa.Schema) -> None:
-        """(path, first ordinal) of each, in the order of their numbers; their columns."""
+        """`parts` has (path, first ordinal) of each part, by part number; `schema` is the schema of all."""
         self._schema = schema
         numbered = [(number, path, first) for number, (path, first) in enumerate(parts)]
         self._later = sorted(numbered, key=lambda part: part[2], reverse=True)
         self._open: list[tuple[int, _Cursor]] = []
 
     def take(self, first: int, end: int) -> pa.Table | None:
-        """The rows from `first` to before `end`, in order; None unless each of them is there, and no other."""
+        """Return rows `first` to `end - 1`, in order. Returns None if one of them is missing or there are other
+        rows."""
         while self._later and self._later[-1][2] < end:
             number, path, _ = self._later.pop()
             self._open.append((number, _Cursor(path, self._schema)))
         self._open.sort(key=lambda opened: opened[0])
-        pieces = (piece for _, cursor in self._open for piece in cursor.below(end))
-        table = pa.concat_tables([self._schema.empty_table(), *pieces])
+        tables = (table for _, cursor in self._open for table in cursor.below(end))
+        table = pa.concat_tables([self._schema.empty_table(), *tables])
         self._open = [opened for opened in self._open if not opened[1].exhausted]
         rows = table[ROW].to_numpy()
         order = np.argsort(rows, kind="stable")
@@ -39,7 +42,7 @@ class PartsInOrder:
 
 
 class _Cursor:
-    """One part, a row group at a time; no file stays open in between, since a job may have thousands of parts."""
+    """Reads one part, a row group at a time. The file is closed in between, since a job may have thousands of parts."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._path = path
@@ -52,7 +55,7 @@ class _Cursor:
         return not len(self._table) and self._next_group == self._metadata.num_row_groups
 
     def below(self, end: int) -> Iterator[pa.Table]:
-        """The rows not yet given whose ordinals are below `end`."""
+        """Yield the rows with ordinals below `end` that were not yielded yet."""
         while not self.exhausted:
             if not len(self._table):
                 self._table = self._read(self._next_group)
@@ -70,4 +73,4 @@ class _Cursor:
             ) as file:
                 return file.read_row_group(group, use_threads=False).replace_schema_metadata(None)
         except (OSError, pa.ArrowException) as error:
-            raise OSError(f"part {self._path} is damaged: {error}") from error
+            raise OSError(f"part {self._path} is damaged: {error}; {REMEDY}") from error

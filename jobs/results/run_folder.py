@@ -1,8 +1,8 @@
-"""What a job has written: finished rows in parts while it runs, and at the end one table in input order.
+"""The run folder `OUT.run` beside an output: it holds finished rows in parts until the output is merged from them.
 
 `OUT.run/parts/part-N.parquet` holds finished rows, sorted by their ordinal. A part is whole or absent: it is written
-aside, synced, and linked into place under the number after the last listed one, so that a second writer fails instead
-of overwriting. The rows done are the union of the parts' ordinals. The output is put there last, by rename.
+aside, synced, and linked to its name, whose number follows that of the last part. So a second writer fails instead of
+overwriting it. A row is done if its ordinal is in a part. At the end the output is put in place by rename.
 """
 
 import hashlib
@@ -32,31 +32,32 @@ from batchinfer.jobs.results.output_writer import (
 from batchinfer.jobs.results.parts_in_order import PartsInOrder
 from batchinfer.jobs.results.schema import PARQUET, ROW, part_schema, result_fields
 
-ROW_GROUP_BYTES = 1 << 18  # of a part: what the merge holds of each part at a time
+ROW_GROUP_BYTES = 1 << 18  # size of a part's row groups; the merge holds one of each part at a time
 FORMAT_VERSION = 2
-BEFORE_A_RUN = {"run.json.tmp", "lock"}  # what may be there of a run that was killed before it began
+BEFORE_A_RUN = {"run.json.tmp", "lock"}  # a run that was killed before it began may leave these
 
 
 def run_folder(output: Path) -> Path:
-    """`OUT.run` beside an output; of a file in a folder that grows, `FILE.run` in that folder's own."""
+    """Return the run folder of an output, `OUT.run` beside it. For a file of an incremental output, it is `FILE.run` in
+    the run folder of the output folder."""
     rows = rows_of(output)
     return rows.with_name(f"{output.stem}.run") if rows.exists() else output.parent / f"{output.stem}.run"
 
 
 def rows_of(part: Path) -> Path:
-    """Where the rows of a file in a folder that grows are set aside before they run."""
+    """Return the path at which the rows for a file of an incremental output are set aside before they run."""
     folder = part.parent.absolute()
     return folder.parent / f"{folder.name}.run" / f"{part.stem}.rows.parquet"
 
 
 def grown_files(output: Path) -> list[Path]:
-    """The files of a folder that grows, the unfinished one too; none of any other output."""
+    """Return the files of an incremental output, also an unfinished one; an empty list for any other output."""
     rows = sorted((output.parent / f"{output.stem}.run").glob("part-*.rows.parquet"))
     return [output / f"{path.name.partition('.')[0]}.parquet" for path in rows]
 
 
 class RunFolder:
-    """The folder `OUT.run` of the output `OUT.parquet`, or of another suffix, and the parts in it."""
+    """The run folder of an output, with its parts, manifest, report and log."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
@@ -66,42 +67,45 @@ class RunFolder:
         self.manifest = self.path / "manifest.json"
         self._run = self.path / "run.json"
         self.parts = self.path / "parts"
-        self.temporary = self.path / "tmp"  # for files that are none of the run's own yet; emptied when one begins
+        self.temporary = self.path / "tmp"  # for files that are being written; emptied when a run begins
         self._listed: list[Part] = []
         self._fingerprints: dict[str, str] = {}
         self._lock: int | None = None
 
     def refuse_foreign(self) -> None:
-        """Raises `Refused` where something stands in the way that no run wrote."""
+        """Raise `Refused` if the output's or the run folder's path has something that no run wrote."""
         refuse_foreign(self.output)
         for path in (self.output, self.path):
             if path.is_symlink() and not path.exists():
                 raise Refused(f"{path} is a link that leads nowhere; remove it, or choose another output")
         if self.path.exists() and not self.path.is_dir():
-            raise Refused(f"{self.path} is a file; output {self.output} needs a folder of that name for its parts")
+            raise Refused(
+                f"{self.path} is a file; output {self.output} needs a folder of that name for its parts: choose "
+                "another output"
+            )
         if any(self.path.glob("*.rows.parquet")):
-            raise Refused(f"{self.path} was begun with --incremental; give it again, or choose another output")
+            raise Refused(f"{self.path} was begun with --incremental; give that flag again, or choose another output")
         unknown = self.path.is_dir() and not self._run.exists()
         if unknown and {entry.name for entry in self.path.iterdir()} - BEFORE_A_RUN:
             raise Refused(f"{self.path} holds files that no run wrote; choose another output or move them away")
 
     @property
     def begun(self) -> bool:
-        """True if an earlier run has left anything, be it the output alone."""
+        """True if an earlier run has left a run folder or an output."""
         return self._run.exists() or is_there(self.output)
 
     def open(
         self, run: dict[str, Any], fingerprints: dict[str, str], num_rows: int, overwrite: bool, retry_errors: bool
     ) -> Done:
-        """Begin the run, or go on with it: what it has done already. `run` is everything resolved, for `run.json`.
+        """Begin a run, or continue an earlier one. Returns the rows that are done already.
 
-        With `overwrite` what an earlier run left is removed. Raises `Refused` where that was another job, and
-        `Interrupted` where another process is at work on it.
+        `run` has all resolved settings, for `run.json`. With `overwrite`, the files of an earlier run are removed
+        first. Raises `Refused` if the earlier run was of another job, and `Interrupted` if another run is at work here.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = lock(self.path / "lock")
         if self._lock is None:
-            raise Interrupted(f"another run is at work in {self.path}; nothing was done")
+            raise Interrupted(f"another run is at work in {self.path}; nothing was done: try again when it has ended")
         self._fingerprints = fingerprints
         if overwrite:
             self._remove_all()
@@ -116,14 +120,14 @@ class RunFolder:
         return done
 
     def read(self, fingerprints: dict[str, str], num_rows: int, retry_errors: bool) -> Done:
-        """What an earlier run has done, if there was one; nothing is changed. Raises `Refused` as `open` does."""
+        """Return the rows that an earlier run has done, if there was one, and change nothing. Raises as `open` does."""
         if self.begun:
             self._refuse_another_job(fingerprints)
         return read_done(self.parts, num_rows, fingerprints, retry_errors)
 
     @property
     def taken(self) -> bool:
-        """True if another run is at work here."""
+        """True if another run is at work in this folder."""
         path = self.path / "lock"
         if self._lock is not None or not path.exists():
             return False
@@ -133,7 +137,7 @@ class RunFolder:
         return free is None
 
     def close(self) -> None:
-        """Let another run have the folder."""
+        """Release the folder's lock, so that another run can begin."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -145,15 +149,15 @@ class RunFolder:
             before = json.loads(self._run.read_text("utf-8"))["fingerprints"]
             differing = differences(before, fingerprints)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise Refused(f"{self._run} is damaged: give --overwrite to start anew") from error
+            raise Refused(f"{self._run} is damaged; give --overwrite to start anew") from error
         if differing:
             raise Refused(
-                f"{self.path} was begun with another {' and '.join(differing)}; give the same command to go on, "
-                "another output, or --overwrite to start anew"
+                f"{self.path} was begun with another {' and '.join(differing)}; give the same command to continue it, "
+                "choose another output, or give --overwrite to start anew"
             )
 
     def _remove_all(self) -> None:
-        """`run.json` last: as long as it is there the folder is known as a run's."""
+        """Remove the output and all files of the run, `run.json` last: it marks the folder as a run's."""
         remove(self.output)
         for entry in self.path.iterdir():
             if entry.is_dir():
@@ -164,7 +168,7 @@ class RunFolder:
 
     @property
     def published(self) -> bool:
-        """True if the output is there as its report says, made of all the parts that there are."""
+        """True if the output exists, has the digest in the report, and was merged from all parts."""
         try:
             listed = json.loads(self.manifest.read_text("utf-8"))["parts"]
             digest = json.loads(self.report.read_text("utf-8"))["output_sha256"]
@@ -174,16 +178,19 @@ class RunFolder:
         return made_of_all and is_there(self.output) and digest_of(self.output) == digest
 
     def remove_if_empty(self) -> None:
-        """Leave nothing behind where no part was committed."""
+        """Remove the run folder if it has no part."""
         if not self._listed:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def commit(self, finished: list[pa.RecordBatch]) -> None:
-        """Write these rows (`part_schema`) as the next part. Raises `OSError`; `Refused` if another run writes here."""
+        """Write these rows (`part_schema`) as the next part.
+
+        Raises `OSError` if the part cannot be written, and `Refused` if another run has written a part of that number.
+        """
         table = pa.Table.from_batches(finished)
         rows = table[ROW].to_numpy()
         order = np.argsort(rows)
-        assert (np.diff(rows[order]) > 0).all(), "a row ends once"
+        assert (np.diff(rows[order]) > 0).all(), "a row is finished twice"
         table = table.take(order).replace_schema_metadata({"batchinfer": json.dumps(self._fingerprints)})
         sink = pa.BufferOutputStream()
         group_rows = max(1, len(table) * ROW_GROUP_BYTES // max(1, table.nbytes))
@@ -202,7 +209,7 @@ class RunFolder:
         return int(self._listed[-1].name[5:11]) + 1 if self._listed else 1
 
     def write_manifest(self, num_rows: int) -> None:
-        """List the parts, once all rows are done; what an earlier run reported is no more."""
+        """Write the list of all parts, once all rows are done. Removes the report of an earlier run."""
         self.report.unlink(missing_ok=True)
         sync_folder(self.path)
         manifest = {
@@ -216,11 +223,12 @@ class RunFolder:
     def merge(
         self, schema: pa.Schema, batches: Iterable[tuple[int, pa.RecordBatch]], num_rows: int, samples: int = 1
     ) -> Path:
-        """The input's kept columns and the parts side by side, in input order, in a file or folder aside; returns it.
+        """Write the input's kept columns beside the results, in input order. Returns the path of the new file or
+        folder.
 
-        `batches` are (first ordinal, columns of `schema`), in order; `samples` those that the parts have of a row.
-        Holds a batch, and a row group of each part whose range of ordinals is being passed. Raises `Refused` where the
-        input is not the one that was run.
+        `batches` are (first ordinal, columns of `schema`), in order; `samples` is the number of samples for each row.
+        Memory holds one batch, and a row group of each part that overlaps it. Raises `Refused` if the input is not the
+        one that was run.
         """
         aside = self.temporary / f"merged{self.output.suffix}"
         listed = [(self.parts / part.name, part.first_row) for part in self._listed]
@@ -232,12 +240,19 @@ class RunFolder:
                 end = first + len(batch)
                 results = parts.take(first, end)
                 if results is None:
-                    raise Refused(f"the input changed while it was run: rows {first} to {end - 1} do not match")
+                    raise Refused(
+                        f"the input changed during the run: rows {first} to {end - 1} do not match the results; run "
+                        "the job anew with "
+                        "--overwrite"
+                    )
                 writer.write(pa.Table.from_arrays([*batch.columns, *results.columns[1:]], schema=merged_schema))
             if end != num_rows:
-                raise Refused(f"the input changed while it was run: it had {num_rows} rows, now it has {end}")
+                raise Refused(
+                    f"the input changed during the run: it had {num_rows} rows, now it has {end}; run the job anew "
+                    "with --overwrite"
+                )
         return aside
 
     def publish(self, aside: Path) -> None:
-        """Give the merged rows the output's name: from now on the job is complete."""
+        """Rename the merged rows to the output, which completes the job."""
         publish(aside, self.output)

@@ -1,4 +1,4 @@
-"""Rows that must come out alike: one of them is computed, and the others get its result."""
+"""Rows that must have the same answer: the first of them, their leader, is computed, and the others get its result."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,12 +6,15 @@ from numpy.typing import NDArray
 from batchinfer.jobs.rows.token_file import StoredRequests, cut
 from batchinfer.kernels.ragged import Ints, indices_within, ranges
 
-HASHED_TOKENS = 1 << 21  # that are in memory at a time
+HASHED_TOKENS = 1 << 21  # most tokens in memory at a time
 
 
 def leaders(prompts: StoredRequests) -> Ints:
-    """[n] for each row, one at least, the place of the first that has the same tokens, the same params, and the same
-    seed where tokens are drawn: its own place where there is none before it."""
+    """Return the index of each row's leader [n].
+
+    That is the first row with the same tokens, the same sampling params and, if tokens are drawn at random, the same
+    seed. A row without such a row before it is its own leader. There must be one row or more.
+    """
     sampled = np.array([params.temperature > 0 for params in prompts.params], np.bool_)[prompts.param_index]
     seeds = np.where(sampled, prompts.seeds, np.uint64(0))
     keys = _keys(prompts, seeds)
@@ -31,7 +34,7 @@ def leaders(prompts: StoredRequests) -> Ints:
 
 
 def _keys(prompts: StoredRequests, seeds: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """[n] hashes, equal for rows that are equal: sums of numbers that belong to the places, by what stands there."""
+    """Return a hash of each row [n]: the sum of its tokens times random weights of their positions."""
     longest = int(prompts.lengths.max(initial=0))
     weights = np.random.default_rng(0).integers(0, 1 << 64, longest + 3, np.uint64) | np.uint64(1)
     keys: NDArray[np.uint64] = prompts.lengths.astype(np.uint64) * weights[-1] + seeds * weights[-2]
@@ -44,7 +47,7 @@ def _keys(prompts: StoredRequests, seeds: NDArray[np.uint64]) -> NDArray[np.uint
 
 
 def _same_tokens(prompts: StoredRequests, a: Ints, b: Ints) -> NDArray[np.bool_]:
-    """[m] whether the prompts at these places, of equal lengths, are equal."""
+    """Return whether the prompts at indices `a` [m] and `b` [m], of equal lengths, have equal tokens [m]."""
     same = np.zeros(len(a), np.bool_)
     for some in cut(prompts.lengths[a], len(a), HASHED_TOKENS):
         ours, offsets = prompts.prompts(a[some])
@@ -54,20 +57,21 @@ def _same_tokens(prompts: StoredRequests, a: Ints, b: Ints) -> NDArray[np.bool_]
 
 
 class Followers:
-    """Rows that wait for the result of another one, their leader; forgotten some time after they have it."""
+    """Rows that wait for the result of another row, their leader."""
 
     def __init__(self) -> None:
         self._leaders = self._followers = np.zeros(0, np.int64)
         self._waiting = np.zeros(0, np.bool_)
 
     def add(self, leaders: Ints, followers: Ints) -> None:
-        """More of them, beside each its leader. Leaders come in order, after all that were added before."""
+        """Add followers [n] and their leaders [n]. Leaders are ascending, and greater than all leaders added before."""
         self._leaders = np.concatenate((self._leaders[self._waiting], leaders))
         self._followers = np.concatenate((self._followers[self._waiting], followers))
         self._waiting = np.ones(len(self._leaders), np.bool_)
 
     def take(self, rows: Ints) -> tuple[Ints, Ints]:
-        """Of rows that ended: ([m] places in `rows` of those that are led by, [m] the rows that follow them)."""
+        """Remove the followers of rows that ended. Returns (the index in `rows` of each one's leader [m], followers
+        [m])."""
         first = np.searchsorted(self._leaders, rows, "left")
         counts = np.searchsorted(self._leaders, rows, "right") - first
         found, _ = ranges(first, counts)

@@ -1,4 +1,4 @@
-"""The figures of a whole job's plan, counted window by window."""
+"""Figures about the prompt lengths of a whole job, counted window by window."""
 
 from dataclasses import dataclass
 
@@ -11,28 +11,28 @@ from batchinfer.kernels.grain import TILE
 
 
 @dataclass(frozen=True, eq=False)
-class JobPlan:
-    """Figures of the rows planned so far: exact, and no larger than the longest row, whatever the number of rows."""
+class LengthFigures:
+    """Exact figures of the rows read so far, in memory that grows with the longest row, not with the number of rows."""
 
     block_size: int
-    lengths: NDArray[np.int64]  # [longest prompt + 1] how many prompts have so many tokens, duplicates too
-    run_lengths: NDArray[np.int64]  # the same of the rows that run
-    reservations: NDArray[np.int64]  # [most blocks + 1] how many rows that run may come to hold so many KV blocks
-    duplicates: int = 0  # rows that get the result of another one
-    duplicate_tokens: int = 0  # of their prompts
-    shared_tokens: int = 0  # of prompts that run, with the same place in the prompt that runs before
-    groups: int = 0  # of rows that run, two or more, with the same first tile
-    grouped_rows: int = 0  # in these groups
+    lengths: NDArray[np.int64]  # [longest prompt + 1] number of prompts by length, duplicates included
+    run_lengths: NDArray[np.int64]  # the same for the rows that run
+    reservations: NDArray[np.int64]  # [most blocks + 1] rows that run by the most KV blocks they may need
+    duplicates: int = 0  # rows that get the result of another row
+    duplicate_tokens: int = 0  # tokens of their prompts
+    shared_tokens: int = 0  # tokens that a prompt shares with the prompt that runs before it
+    groups: int = 0  # groups of two or more rows that run and have the same first tile
+    grouped_rows: int = 0  # rows in these groups
 
     @staticmethod
-    def of(prompts: StoredRequests, order: NDArray[np.int64], block_size: int) -> "JobPlan":
-        """The figures of one window, of which the rows at the places `order` run, in that order."""
+    def of(prompts: StoredRequests, order: NDArray[np.int64], block_size: int) -> "LengthFigures":
+        """Return the figures of one window, whose rows at the indices `order` run, in that order."""
         limits = np.array([params.max_tokens for params in prompts.params], np.int64)[prompts.param_index]
         blocks = -(-(prompts.lengths + limits)[order] // block_size)
         shared = shared_tiles(prompts, order)
-        joins = shared > 0  # the group of the row before
+        joins = shared > 0  # belongs to the group of the row before it
         groups = int(joins.sum() - (joins[1:] & joins[:-1]).sum())
-        return JobPlan(
+        return LengthFigures(
             block_size,
             np.bincount(prompts.lengths, minlength=1),
             np.bincount(prompts.lengths[order], minlength=1),
@@ -44,10 +44,10 @@ class JobPlan:
             grouped_rows=groups + int(joins.sum()),
         )
 
-    def __add__(self, other: "JobPlan") -> "JobPlan":
-        """The figures of both, which have the same block size."""
+    def __add__(self, other: "LengthFigures") -> "LengthFigures":
+        """Return the figures of both together. They must have the same block size."""
         assert self.block_size == other.block_size
-        return JobPlan(
+        return LengthFigures(
             self.block_size,
             _sum(self.lengths, other.lengths),
             _sum(self.run_lengths, other.run_lengths),
@@ -68,13 +68,14 @@ class JobPlan:
         return int(self.lengths @ np.arange(len(self.lengths)))
 
     def quantile(self, q: float) -> int:
-        """The least length that a share `q` of the prompts do not exceed; 0 without rows."""
+        """Return the least length that a share `q` of the prompts do not exceed; 0 without rows."""
         return int(np.searchsorted(np.cumsum(self.lengths), max(q * self.rows, 1))) if self.rows else 0
 
     @property
     def buckets(self) -> dict[int, int]:
-        """Rows by length, in order: power of two from 32 on -> how many prompts are as long as that or shorter, and
-        longer than the edge before."""
+        """Prompts by length, ascending: longest prompt of a bucket -> number of prompts. The buckets end at the powers
+        of
+        two from 32 on."""
         longest = len(self.lengths) - 1
         edges = [32]
         while edges[-1] < longest:
@@ -83,7 +84,8 @@ class JobPlan:
         return {edge: rows - before for edge, rows, before in zip(edges, below, [0, *below], strict=False)}
 
     def kv_cache_tokens(self, max_num_seqs: int) -> int:
-        """Tokens of KV, in whole blocks, that the `max_num_seqs` largest rows take when all run at once to the end."""
+        """Return the KV tokens, in whole blocks, that the `max_num_seqs` largest rows need if they run at the same
+        time."""
         largest_first = self.reservations[::-1]
         before = np.cumsum(largest_first) - largest_first
         taken = np.minimum(largest_first, np.maximum(max_num_seqs - before, 0))

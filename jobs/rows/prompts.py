@@ -1,4 +1,4 @@
-"""Rows of the table to token ids: a column, a template over columns, or messages; and why a row has none."""
+"""Making token ids from the rows of a table, by a column, a template over columns, or messages; or a row's error."""
 
 import json
 import operator
@@ -28,17 +28,17 @@ from batchinfer.engine.request import Requests, RowError
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text, id_bytes
-from batchinfer.jobs.tables.json_lines import places_not_text
+from batchinfer.jobs.tables.json_lines import indices_not_text
 from batchinfer.jobs.tables.table import find_field
 from batchinfer.text.tokenizer import Tokenizer
 
 
 class PromptSource:
-    """Makes requests out of record batches. `columns` are those that it needs."""
+    """Makes requests from record batches. `columns` are the table's columns that it needs."""
 
     def __init__(self, spec: JobSpec, tokenizer: Tokenizer, max_model_len: int, schema: pa.Schema) -> None:
-        """Raises `Refused` naming file and column if the table or the checkpoint does not fit, `UsageError` for a
-        template that is none."""
+        """Raises `Refused`, naming file and column, if the table or the checkpoint does not fit, and `UsageError` for a
+        wrong prompt template."""
         self._spec = spec
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
@@ -54,7 +54,11 @@ class PromptSource:
         elif spec.messages_column is not None:
             names = [spec.messages_column]
             _check_types(
-                file, schema, names, _is_messages, "a list of (role, content) without nanoseconds, or its JSON as text"
+                file,
+                schema,
+                names,
+                _is_messages,
+                "a list of {role, content} without times in nanoseconds, or its JSON as text",
             )
         else:
             names = [spec.prompt_column or "prompt"]
@@ -64,33 +68,36 @@ class PromptSource:
             names.append(spec.id_column)
         self.columns = list(dict.fromkeys(names))
         if (spec.chat or spec.messages_column is not None) and tokenizer.template is None:
-            raise Refused(f"{spec.tokenizer or spec.model} has no chat template; give plain prompts by --prompt-column")
+            raise Refused(
+                f"{spec.tokenizer or spec.model} has no chat template; give plain prompts with --prompt-column, or a "
+                "tokenizer that has one with --tokenizer"
+            )
 
     def tokenize(self, first_row: int, batch: pa.RecordBatch) -> tuple[Requests, dict[int, RowError]]:
-        """Requests for the rows that can run, in table order, and the errors of the others, by row."""
+        """Return requests for the rows that can run, in table order, and the errors of the other rows, by ordinal."""
         errors: Errors = {}
         if self._spec.messages_column is not None:
-            places, conversations = self._conversations(batch, errors)
-            token_ids, offsets = encode_chats(self._tokenizer, places, conversations, errors)
+            indices, conversations = self._conversations(batch, errors)
+            token_ids, offsets = encode_chats(self._tokenizer, indices, conversations, errors)
         else:
             column = self._templated(batch, errors) if self._spec.prompt_template else self._plain(batch, errors)
-            places, texts = _good_texts(column, errors)
+            indices, texts = _good_texts(column, errors)
             if self._spec.chat:
                 chats = [[*self._system, {"role": "user", "content": text}] for text in texts]
-                token_ids, offsets = encode_chats(self._tokenizer, places, chats, errors)
+                token_ids, offsets = encode_chats(self._tokenizer, indices, chats, errors)
             else:
                 token_ids, offsets = self._tokenizer.encode_batch(texts, self._spec.allow_special_tokens)
 
         sampling = self._spec.sampling
-        requests = requests_that_fit(places, token_ids, offsets, sampling, self._max_model_len, errors)
+        requests = requests_that_fit(indices, token_ids, offsets, sampling, self._max_model_len, errors)
         seeds = self._seeds(requests, batch) if sampling.temperature > 0 else requests.seeds
-        by_row = {first_row + place: error for place, error in sorted(errors.items())}
+        by_row = {first_row + index: error for index, error in sorted(errors.items())}
         return replace(requests, rows=first_row + requests.rows, seeds=seeds), by_row
 
     def _plain(self, batch: pa.RecordBatch, errors: Errors) -> pa.Array:
         name = self.columns[0]
-        for place in places_not_text(batch, name):
-            errors[place] = RowError("wrong_type", f"column {name!r} holds no text")
+        for index in indices_not_text(batch, name):
+            errors[index] = RowError("wrong_type", f"column {name!r} holds a value that is not text")
         return _text_column(batch, name, errors)
 
     def _templated(self, batch: pa.RecordBatch, errors: Errors) -> pa.Array:
@@ -111,23 +118,24 @@ class PromptSource:
         else:
             candidates, values = np.arange(len(column)), column
             convert = operator.methodcaller("as_py")
-        places, conversations = [], []
-        for place, value in zip(candidates.tolist(), values, strict=True):
+        indices, conversations = [], []
+        for index, value in zip(candidates.tolist(), values, strict=True):
             try:
                 messages = convert(value)
                 check_messages(messages)
             except BadPrompt as error:
-                errors[place] = error.row_error
+                errors[index] = error.row_error
             except UnicodeDecodeError:
-                errors[place] = _invalid_utf8(name)
+                errors[index] = _invalid_utf8(name)
             else:
                 system = [] if messages[0]["role"] == "system" else self._system
-                places.append(place)
+                indices.append(index)
                 conversations.append([*system, *messages])
-        return np.array(places, np.int64), conversations
+        return np.array(indices, np.int64), conversations
 
     def _seeds(self, requests: Requests, batch: pa.RecordBatch) -> NDArray[np.uint64]:
-        """By the row's id if there is an id column, else by its token ids: never by its place in the table."""
+        """Return the rows' random seeds: from the id column if there is one, else from the token ids. They never depend
+        on a row's position in the table."""
         if self._spec.id_column is None:
             return row_seeds(self._spec.seed, keys_by_tokens(requests))
         ids = batch.column(self._spec.id_column).take(pa.array(requests.rows))
@@ -135,9 +143,9 @@ class PromptSource:
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:
-    """(literal, column or None) pairs of a text with '{column}' in it; '{{' and '}}' are braces.
+    """Split a template like 'Title: {column}' into pairs (literal text, column or None); '{{' and '}}' are braces.
 
-    Raises `UsageError` where what stands in braces is not just a column's name, or where there is none.
+    Raises `UsageError` if braces hold anything but a column's name, or if no column is named.
     """
     try:
         parts = list(string.Formatter().parse(template))
@@ -145,7 +153,9 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
         raise UsageError(f"--prompt-template: {error}; write '{{{{' and '}}}}' for braces") from error
     for _, name, form, conversion in parts:
         if name is not None and (not name or form or conversion or any(sign in name for sign in ".[]")):
-            raise UsageError(f"--prompt-template: {name!r} in braces is not just a column's name")
+            raise UsageError(
+                f"--prompt-template has {name!r} in braces; write a column's name alone, as in '{{column}}'"
+            )
     if all(name is None for _, name, _, _ in parts):
         raise UsageError("--prompt-template names no column; write '{column}' where a row's text belongs")
     return [(literal, name) for literal, name, _, _ in parts]
@@ -159,23 +169,23 @@ def _parse_json(text: str) -> Any:
     except UnicodeEncodeError:
         raise BadPrompt("invalid_utf8", "the messages hold half of a surrogate pair") from None
     except (ValueError, RecursionError):
-        raise BadPrompt("bad_messages", "the messages are not JSON, or nested too deep") from None
+        raise BadPrompt("bad_messages", "the messages are not JSON, or are nested too deep") from None
     return value
 
 
 def _text_column(batch: pa.RecordBatch, name: str, errors: Errors) -> pa.Array:
-    """The column as large_string, null in each place that has an error now."""
+    """Return the column as large_string, with null for each row that has an error. New errors are added to `errors`."""
     column = as_text(batch.column(name))
-    for place in np.flatnonzero(column.is_null()).tolist():
-        errors.setdefault(place, RowError("null_prompt", f"column {name!r} is null"))
+    for index in np.flatnonzero(column.is_null()).tolist():
+        errors.setdefault(index, RowError("null_prompt", f"column {name!r} is null"))
     try:
         column.validate(full=True)
     except pa.ArrowInvalid:
-        for place, value in enumerate(column.cast(pa.large_binary())):
+        for index, value in enumerate(column.cast(pa.large_binary())):
             try:
                 str(value.as_py() or b"", "utf-8")
             except UnicodeDecodeError:
-                errors.setdefault(place, _invalid_utf8(name))
+                errors.setdefault(index, _invalid_utf8(name))
     if not errors:
         return column
     bad = np.zeros(len(column), np.bool_)
@@ -184,15 +194,16 @@ def _text_column(batch: pa.RecordBatch, name: str, errors: Errors) -> pa.Array:
 
 
 def _good_texts(column: pa.Array, errors: Errors) -> tuple[NDArray[np.int64], list[str]]:
-    """(places, texts) of what is neither null, nor empty, nor too large; errors for the latter two are added."""
+    """Return (indices, texts) of values that are not null, empty or too large; adds errors for empty and too large
+    ones."""
     sizes = pc.fill_null(pc.binary_length(column), 0).to_numpy()
-    for place, error in size_errors(sizes).items():
-        errors.setdefault(place, error)
-    places = np.arange(len(column))
+    for index, error in size_errors(sizes).items():
+        errors.setdefault(index, error)
+    indices = np.arange(len(column))
     if errors:
-        places = np.delete(places, list(errors))
-        column = column.take(pa.array(places))
-    return places, column.to_pylist()
+        indices = np.delete(indices, list(errors))
+        column = column.take(pa.array(indices))
+    return indices, column.to_pylist()
 
 
 def _invalid_utf8(name: str) -> RowError:
@@ -216,7 +227,8 @@ def _check_zones(file: Path, schema: pa.Schema, names: list[str]) -> None:
                 as_text(pa.array([0], kind))
             except pa.ArrowInvalid as error:
                 raise Refused(
-                    f"{file}: column {name!r} has the time zone {kind.tz!r}, which is not known here"
+                    f"{file}: column {name!r} has the time zone {kind.tz!r}, which this machine does not know; "
+                    "install tzdata, or convert the column"
                 ) from error
 
 
@@ -236,7 +248,7 @@ def _is_messages(t: pa.DataType) -> bool:
     if not (pa.types.is_list(t) or pa.types.is_large_list(t)):
         return _is_text(t)
     fields = {f.name: f.type for f in t.value_type} if pa.types.is_struct(t.value_type) else {}
-    if any(getattr(kind, "unit", "") == "ns" for kind in fields.values()):  # which Python's own times do not have
+    if any(getattr(kind, "unit", "") == "ns" for kind in fields.values()):  # Python's times have no nanoseconds
         return False
     return all(name in fields and _is_text(fields[name]) for name in ("role", "content"))
 

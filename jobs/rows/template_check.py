@@ -1,4 +1,4 @@
-"""A checkpoint's chat template, tried before the job in a process that may die of it."""
+"""Trying a checkpoint's chat template before the job, in a process of its own, since a template may kill it."""
 
 import multiprocessing
 import resource
@@ -7,7 +7,7 @@ from multiprocessing.connection import Connection
 from batchinfer.errors import Refused
 from batchinfer.text.chat import MAX_SECONDS, ChatError, ChatTemplate, TemplateRefused
 
-SECONDS = 60.0  # of the clock, for the process to start and to end
+SECONDS = 60.0  # time for the process to start, try the template and end
 SAMPLES = (
     [{"role": "user", "content": "Hello"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}],
@@ -17,8 +17,10 @@ SAMPLES = (
 
 
 def check_template(template: ChatTemplate, model: str) -> None:
-    """Render some conversations. Raises `Refused` where the template takes too much time or memory, does what its
-    sandbox forbids, or is the end of the process; that it takes no system message, say, is its own affair.
+    """Render some sample conversations with the template.
+
+    Raises `Refused` if the template takes too much time or memory, does what its sandbox forbids, or kills the process.
+    A template may refuse a sample itself, for instance one with a system message.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -29,16 +31,16 @@ def check_template(template: ChatTemplate, model: str) -> None:
         refusal = receiver.recv() if receiver.poll(SECONDS) else f"did not end within {SECONDS:.0f} seconds"
     except EOFError:
         process.join()
-        refusal = f"was the end of the process that tried it (exit code {process.exitcode})"
+        refusal = f"killed the process that tried it (exit code {process.exitcode})"
     finally:
         process.kill()
         process.join()
     if refusal is not None:
-        raise Refused(f"{model}: the chat template {refusal}; take another with --tokenizer, or give plain prompts")
+        raise Refused(f"{model}: the chat template {refusal}; take another one with --tokenizer, or give plain prompts")
 
 
 def _try(sender: "Connection[str | None, None]", source: str, variables: dict[str, str]) -> None:
-    """The child: None is sent where all is well, else the end of a sentence about the template."""
+    """Run the check in the child. Sends None if the template is good, else a predicate that says what it did."""
     limit = int(2 * MAX_SECONDS)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

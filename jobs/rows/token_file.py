@@ -1,4 +1,4 @@
-"""Prompts that were tokenized, on disk: written a slice at a time, memory-mapped once they are complete."""
+"""Tokenized prompts on disk: written a slice at a time, and memory-mapped once they are complete."""
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,11 +21,11 @@ class StoredRequests:
     """n tokenized rows. Row i's prompt is `token_ids[starts[i]:starts[i] + lengths[i]]`, never empty."""
 
     rows: NDArray[np.int64]  # [n] ordinals in the input, ascending
-    token_ids: NDArray[np.int32]  # of a file: all that is in it, prompts and what is between them
+    token_ids: NDArray[np.int32]  # all prompts; mapped from a file, it also has the file's bytes between them
     starts: NDArray[np.int64]  # [n]
     lengths: NDArray[np.int64]  # [n]
     seeds: NDArray[np.uint64]  # [n]
-    params: tuple[SamplingParams, ...]  # the distinct ones
+    params: tuple[SamplingParams, ...]  # without repetitions
     param_index: NDArray[np.int32]  # [n] into params
 
     def __len__(self) -> int:
@@ -33,7 +33,7 @@ class StoredRequests:
 
     @staticmethod
     def of(requests: Requests) -> "StoredRequests":
-        """The same requests, in memory."""
+        """Return the same requests, in memory."""
         return StoredRequests(
             requests.rows,
             requests.token_ids,
@@ -45,21 +45,21 @@ class StoredRequests:
         )
 
     def prompts(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """(token ids, offsets [m + 1]) of the prompts at these places [m], in this order."""
-        places, offsets = ranges(self.starts[index], self.lengths[index])
-        return self.token_ids[places], offsets
+        """Return (token ids, offsets [m + 1]) of the prompts at the indices [m], in this order."""
+        tokens, offsets = ranges(self.starts[index], self.lengths[index])
+        return self.token_ids[tokens], offsets
 
     def take(self, index: NDArray[np.int64]) -> Requests:
-        """The requests at these places, in this order, in memory."""
+        """Return the requests at the indices, in this order, in memory."""
         token_ids, offsets = self.prompts(index)
         return Requests(self.rows[index], token_ids, offsets, self.seeds[index], self.params, self.param_index[index])
 
 
 class TokenFile:
-    """Requests that are appended: their token ids go to an Arrow file, a batch a slice; the rest stays in memory."""
+    """Gathers requests: token ids go to an Arrow file, a record batch for each slice; the rest stays in memory."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `OSError`, as `append` does, where the file cannot be written."""
+        """Raises `OSError`, as `append` does, if the file cannot be written."""
         self._path = path
         self._writer = pa.ipc.new_file(str(path), SCHEMA)
         self._slices: list[Requests] = []  # without their token ids
@@ -68,18 +68,20 @@ class TokenFile:
         self.rows = self.tokens = 0
 
     def append(self, requests: Requests) -> None:
-        """More rows, later ones than all before."""
+        """Append a slice of rows, with greater ordinals than all rows before."""
         prompts = pa.LargeListArray.from_arrays(requests.offsets, requests.token_ids)
         with naming(self._path):
             self._writer.write_batch(pa.RecordBatch.from_arrays([prompts], schema=SCHEMA))
-        places = [self._params.setdefault(params, len(self._params)) for params in requests.params]
-        self._param_index.append(np.array(places, np.int32)[requests.param_index])
+        indices = [self._params.setdefault(params, len(self._params)) for params in requests.params]
+        self._param_index.append(np.array(indices, np.int32)[requests.param_index])
         self._slices.append(replace(requests, token_ids=np.zeros(0, np.int32)))
         self.rows += len(requests)
         self.tokens += len(requests.token_ids)
 
     def complete(self) -> StoredRequests:
-        """All rows, one at least. The file loses its name: it is gone with the last use of its rows, or the process."""
+        """Return all rows; there must be one or more. The file is unlinked: it disappears once its rows are not used
+        any
+        more, or the process ends."""
         with naming(self._path):
             self._writer.close()
         mapped = pa.memory_map(str(self._path))
@@ -101,21 +103,22 @@ class TokenFile:
         )
 
     def close(self) -> None:
-        """Remove a file that nobody will complete."""
-        with suppress(OSError):  # it would write what is left, and fail again
+        """Remove the file without completing it."""
+        with suppress(OSError):  # closing writes the buffered rest, which fails again
             self._writer.close()
         self._path.unlink(missing_ok=True)
 
 
 def cut(lengths: NDArray[np.int64], most_rows: int, most_tokens: int) -> list[slice]:
-    """Neighbouring prompts of these lengths [n], one or more at a time: so many rows or tokens at most, where more than
-    one."""
+    """Cut prompts of these lengths [n] into runs of at most `most_rows` rows and `most_tokens` tokens. A prompt with
+    more
+    tokens is a run of its own."""
     ends = np.cumsum(lengths)
-    pieces: list[slice] = []
+    runs: list[slice] = []
     first = 0
     while first < len(lengths):
         fit = int(np.searchsorted(ends, ends[first] - lengths[first] + most_tokens, "right"))
         end = max(first + 1, min(fit, first + most_rows))
-        pieces.append(slice(first, end))
+        runs.append(slice(first, end))
         first = end
-    return pieces
+    return runs

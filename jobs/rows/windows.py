@@ -1,4 +1,4 @@
-"""Rows ahead of the engine: tokenized a slice at a time, planned a window at a time, sent a piece at a time."""
+"""Preparing rows for the engine: they are tokenized in slices, ordered in windows, and sent in chunks."""
 
 import time
 from collections import deque
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.jobs.rows.duplicates import Followers, leaders
-from batchinfer.jobs.rows.length_figures import JobPlan
+from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.run_order import depth_first
 from batchinfer.jobs.rows.token_file import StoredRequests, TokenFile, cut
 from batchinfer.jobs.tables.table import Table
 
 
 class Prompts(Protocol):
-    """Turns rows of the input into requests."""
+    """The interface of what turns rows of the input into requests."""
 
     @property
     def columns(self) -> list[str]: ...
@@ -28,12 +28,12 @@ class Prompts(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """How much there is of what waits. A window or a piece is full at so many rows or prompt tokens."""
+    """Sizes of slices, chunks and windows. A chunk or a window is full when it reaches its limit of rows or tokens."""
 
-    slice_rows: int = 2048  # between two slices the parent looks after what the engine finished
-    piece_rows: int = 32_768  # in memory, of the parent and of the engine
-    piece_tokens: int = 1 << 22
-    window_rows: int = 1 << 20  # in a file, a gigabyte of it at most
+    slice_rows: int = 2048  # between two slices, the job handles the rows that the engine finished
+    chunk_rows: int = 32_768  # a chunk is in memory, in the job's process and in the engine's
+    chunk_tokens: int = 1 << 22
+    window_rows: int = 1 << 20  # a window is in a file of at most one gigabyte
     window_tokens: int = 1 << 28
 
 
@@ -42,17 +42,18 @@ LIMITS = Limits()
 
 @dataclass(frozen=True, eq=False)
 class _Window:
-    """Neighbouring rows that were planned together."""
+    """Consecutive rows of the table that were ordered together."""
 
     prompts: StoredRequests
-    pieces: deque[NDArray[np.int64]]  # places in `prompts`, in the order to run: those not sent yet
+    chunks: deque[NDArray[np.int64]]  # not sent yet; indices in `prompts`, in the order to run
 
 
 class Windows:
-    """Reads ahead: while one window is sent, piece by piece, the next one is tokenized. Rows that an earlier run has
-    done are left out.
+    """Reads ahead: while the chunks of one window are sent, the next window is tokenized. Rows that are done are left
+    out.
 
-    All is one window, unless it is larger than a file is meant to be. Memory holds some words a row of two windows.
+    A job is one window, unless it exceeds the limits of a window. Memory holds a few numbers for each row of two
+    windows.
     """
 
     def __init__(
@@ -66,59 +67,60 @@ class Windows:
         samples: int = 1,
         limits: Limits = LIMITS,
     ) -> None:
-        """`done` [rows of the table] need not run; of each other row so many `samples` are computed. `folder` is for
-        token ids, and left empty."""
+        """`done` [rows of the table] says which rows need not run. Of every other row, `samples` samples are computed.
+        Files of token ids are written in `folder`, and none is left there."""
         self._prompts, self._done, self._samples, self._limits = prompts, done, samples, limits
         self._batches = table.batches(prompts.columns, max(1, limits.slice_rows // samples))
         self._path = folder / "prompts.arrow"
         self._deduplicate = deduplicate
-        self._file: TokenFile | None = None  # of the window that is being read
+        self._file: TokenFile | None = None  # for the window that is being read
         self._waiting: _Window | None = None
         self._sending: _Window | None = None
         self._read_all = False
         self.rows_read = 0
-        self.plan = JobPlan(block_size, *np.zeros((3, 1), np.int64))  # of the windows so far
-        self.followers = Followers()  # of their rows
-        self.seconds = 0.0  # spent reading, tokenizing and planning
+        self.figures = LengthFigures(block_size, *np.zeros((3, 1), np.int64))  # of all windows read so far
+        self.followers = Followers()  # duplicates of their rows
+        self.seconds = 0.0  # spent reading, tokenizing and ordering
 
     @property
     def reading(self) -> bool:
-        """True while `read` has something to do: rows are left, and no window waits."""
+        """True while `read` has work to do: rows of the table are left, and no window waits to be sent."""
         return self._waiting is None and not self._read_all
 
     @property
     def over(self) -> bool:
-        """True once the last piece was taken."""
-        return self._read_all and self._waiting is None and not (self._sending and self._sending.pieces)
+        """True once the last chunk was taken."""
+        return self._read_all and self._waiting is None and not (self._sending and self._sending.chunks)
 
     def read(self) -> dict[int, RowError]:
-        """Tokenize one slice more, and plan the window that this completes; the errors of rows that cannot run.
+        """Tokenize one more slice, and order the window if that completes it. Returns the errors of rows that cannot
+        run.
 
-        Raises `OSError` where their token ids cannot be written.
+        Raises `OSError` if token ids cannot be written.
         """
         started = time.monotonic()
         errors = self._read_slice()
         if self._file is not None and (self._full(self._file) or self._read_all):
             prompts = self._file.complete()
             self._file = None
-            self._waiting = self._planned(prompts)
+            self._waiting = self._ordered(prompts)
         self.seconds += time.monotonic() - started
         return errors
 
-    def next_piece(self) -> Requests | None:
-        """The next rows to send; None where none are ready."""
-        if not (self._sending and self._sending.pieces):
+    def next_chunk(self) -> Requests | None:
+        """Take the next chunk of rows to send; None if no window is ready."""
+        if not (self._sending and self._sending.chunks):
             self._sending, self._waiting = self._waiting, None
         if self._sending is None:
             return None
-        return self._sending.prompts.take(self._sending.pieces.popleft())
+        return self._sending.prompts.take(self._sending.chunks.popleft())
 
     def pass_over(self) -> None:
-        """The window that waits, if there is one, is not sent."""
+        """Drop the window that waits, if there is one, without sending it."""
         self._waiting, self.followers = None, Followers()
 
     def close(self) -> None:
-        """Leave no file behind."""
+        """Remove the file of token ids."""
         if self._file is not None:
             self._file.close()
 
@@ -144,15 +146,15 @@ class Windows:
     def _full(self, file: TokenFile) -> bool:
         return file.rows >= self._limits.window_rows or file.tokens >= self._limits.window_tokens
 
-    def _planned(self, prompts: StoredRequests) -> _Window:
+    def _ordered(self, prompts: StoredRequests) -> _Window:
         own = np.arange(len(prompts))
         leader = leaders(prompts) if self._deduplicate else own
         led = np.flatnonzero(leader != own)
         led = led[np.argsort(leader[led], kind="stable")]
         self.followers.add(prompts.rows[leader[led]], prompts.rows[led])
         order = depth_first(prompts, np.flatnonzero(leader == own))
-        self.plan += JobPlan.of(prompts, order, self.plan.block_size)
-        # The engine has a prompt for each sample.
-        most_rows, most_tokens = self._limits.piece_rows // self._samples, self._limits.piece_tokens // self._samples
-        pieces = cut(prompts.lengths[order], max(1, most_rows), most_tokens)
-        return _Window(prompts, deque(order[piece] for piece in pieces))
+        self.figures += LengthFigures.of(prompts, order, self.figures.block_size)
+        # The engine holds each prompt once for every sample.
+        most_rows, most_tokens = self._limits.chunk_rows // self._samples, self._limits.chunk_tokens // self._samples
+        chunks = cut(prompts.lengths[order], max(1, most_rows), most_tokens)
+        return _Window(prompts, deque(order[chunk] for chunk in chunks))

@@ -1,1 +1,1 @@
-"""Reading input tables: one file a format, all yielding the same batches of records."""
+"""Reading input tables: one file for each format; all formats yield record batches."""

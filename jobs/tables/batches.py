@@ -1,4 +1,4 @@
-"""What readers of every format share: how large a batch gets, and damage that becomes a refusal."""
+"""Code that the readers of all formats share: limiting the size of batches, and refusing damaged files."""
 
 import re
 from collections.abc import Iterator
@@ -9,33 +9,33 @@ import pyarrow as pa
 
 from batchinfer.errors import Refused
 
-BATCH_BYTES = 32 << 20  # a batch stops growing here, however few its rows
-PIECE_ROWS = 128  # decoded at once, for a value may be large and repeated; batches are put together from such pieces
+BATCH_BYTES = 32 << 20  # a batch with this many bytes is full, even with few rows
+SLICE_ROWS = 128  # rows decoded at once: few, since values may be large and repeated; batches are joined from slices
 
 
-def grouped(pieces: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
-    """Pieces, none of more than `rows` rows, as batches of just `rows` rows, or fewer once they have `BATCH_BYTES`."""
+def grouped(slices: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """Join slices of at most `rows` rows each into batches of `rows` rows, or fewer if they reach `BATCH_BYTES`."""
     held: list[pa.RecordBatch] = []
     count = size = 0
-    for piece in pieces:
-        full = size + piece.nbytes > BATCH_BYTES  # a large cell comes alone: putting it together with others copies it
-        if held and (full or count + piece.num_rows > rows):
+    for table_slice in slices:
+        full = size + table_slice.nbytes > BATCH_BYTES  # a large cell stays alone, since joining it copies it
+        if held and (full or count + table_slice.num_rows > rows):
             fits = 0 if full else rows - count
             if fits:
-                held.append(piece.slice(0, fits))
+                held.append(table_slice.slice(0, fits))
             yield _taken(held)
-            piece = piece.slice(fits)
+            table_slice = table_slice.slice(fits)
             count = size = 0
-        held.append(piece)
-        count += piece.num_rows
-        size += piece.nbytes
-        del piece  # while the batch is at work nothing else holds what may be a large cell
+        held.append(table_slice)
+        count += table_slice.num_rows
+        size += table_slice.nbytes
+        del table_slice  # frees a large cell while the caller works on the batch
     if held:
         yield _taken(held)
 
 
 def _taken(held: list[pa.RecordBatch]) -> pa.RecordBatch:
-    """What is held, as one batch; nothing holds it any more."""
+    """Join the slices in `held` into one batch, and empty `held`."""
     batch = held[0] if len(held) == 1 else pa.concat_batches(held)
     held.clear()
     return batch
@@ -43,13 +43,13 @@ def _taken(held: list[pa.RecordBatch]) -> pa.RecordBatch:
 
 @contextmanager
 def refusing(path: Path, kind: str) -> Iterator[None]:
-    """Damage becomes `Refused`; a true error of the system stays an `OSError`, with its number."""
+    """Turn errors from damaged files into `Refused`. Errors of the system stay `OSError`, with their number."""
     try:
         yield
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, PermissionError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        # A malformed row of CSV is quoted there; its number is enough.
+        # pyarrow quotes a malformed CSV row. The message keeps its number only.
         reason = re.sub(r"(, got \d+): .*", r"\1", reason)
         raise Refused(f"{path} cannot be read as {kind}: {reason}") from error

@@ -1,4 +1,4 @@
-"""CSV files as record batches of text; TSV files are such with a tab between the values."""
+"""Reading CSV files as record batches of text. TSV files are CSV files with a tab as delimiter."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,17 +7,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from batchinfer.jobs.tables.batches import PIECE_ROWS, grouped, refusing
+from batchinfer.jobs.tables.batches import SLICE_ROWS, grouped, refusing
 
 CSV_BLOCK_BYTES = 16 << 20
-MAX_ROW_BYTES = (
-    112 << 20
-)  # the block for a file with rows that do not fit into the usual one; it is there several times
+# Block size for a file with rows that do not fit into the usual block. Memory holds several such blocks.
+MAX_ROW_BYTES = 112 << 20
 
 
 @dataclass(frozen=True)
 class Csv:
-    """Values may be in quotes, whatever stands between them."""
+    """The format CSV. Values may be in quotes, also with line ends and delimiters in them."""
 
     delimiter: str = ","
 
@@ -25,19 +24,19 @@ class Csv:
         with refusing(path, "CSV"):
             with self._open(path, (), CSV_BLOCK_BYTES if self._fits(path) else MAX_ROW_BYTES) as reader:
                 names = reader.schema.names
-            # As text: the first block alone does not tell the type of a column.
+            # Every column is text, since the first block alone does not tell a column's type.
             rows = sum(batch.num_rows for batch in self._blocks(path, names))
         return pa.schema([(name, pa.string()) for name in names]), rows
 
     def read(self, path: Path, schema: pa.Schema, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
         with refusing(path, "CSV"):
-            step = min(rows, PIECE_ROWS)
+            step = min(rows, SLICE_ROWS)
             blocks = self._blocks(path, schema.names)
-            pieces = (block.slice(i, step) for block in blocks for i in range(0, block.num_rows, step))
-            yield from grouped((piece.select(columns) for piece in pieces), rows)
+            slices = (block.slice(i, step) for block in blocks for i in range(0, block.num_rows, step))
+            yield from grouped((table_slice.select(columns) for table_slice in slices), rows)
 
     def _fits(self, path: Path) -> bool:
-        """Whether the first rows fit into a block."""
+        """Return whether the first row fits into a usual block."""
         try:
             with self._open(path, (), CSV_BLOCK_BYTES):
                 return True
@@ -47,7 +46,8 @@ class Csv:
             return False
 
     def _blocks(self, path: Path, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        """All columns as text, a block at a time; in large blocks from where a row does not fit into the usual one."""
+        """Yield all columns as text, block by block. From the first row that does not fit into a usual block on, blocks
+        are large."""
         done = 0
         try:
             with self._open(path, names, CSV_BLOCK_BYTES) as reader:

@@ -1,6 +1,7 @@
-"""The column of ids: each row has one, of the same kind, and no two rows have the same.
+"""Checking the id column: each row must have an id, all ids must be of one kind, and no two may be equal.
 
-A row's seed comes from its id, and whoever reads the output finds its row by it. Both would be wrong without a word.
+A row's random seed comes from its id, and readers of the output find a row by its id. With wrong ids, both would be
+wrong without an error.
 """
 
 import hashlib
@@ -12,16 +13,17 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from batchinfer.errors import Refused
-from batchinfer.jobs.tables.json_lines import places_not_text
+from batchinfer.jobs.tables.json_lines import indices_not_text
 from batchinfer.jobs.tables.table import Table
 
 BATCH_ROWS = 8192
 
 
 def check_ids(table: Table, column: str) -> None:
-    """Read the column of ids (text or integers) once, with 8 bytes a row in memory; twice where two hashes agree.
+    """Check the id column, of text or integers.
 
-    Raises `Refused` naming file, column and rows where an id is null, no text among text, or there twice.
+    Reads it once, with 8 bytes of memory for each row, and a second time if two hashes are equal. Raises `Refused`,
+    naming file, column and rows, if an id is null, is not text in a text column, or is used twice.
     """
     hashes = np.empty(table.num_rows, np.uint64)
     end = 0
@@ -32,7 +34,7 @@ def check_ids(table: Table, column: str) -> None:
         _check_kinds(table, column, first, batch)
         hashes[first:end] = _hashes(id_bytes(batch.column(column)))
     if end != len(hashes):
-        raise Refused(f"{_where(table, column)} changed while it was read: give the command again")
+        raise Refused(f"{_where(table, column)} changed while it was read; give the command again")
     hashes.sort()
     repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
     if len(repeated):
@@ -40,13 +42,13 @@ def check_ids(table: Table, column: str) -> None:
 
 
 def id_bytes(ids: pa.Array) -> list[bytes]:
-    """What stands for each id, none of them null: its text, that of a number being its digits."""
+    """Return the text of each id as bytes; a number's text is its digits. No id may be null."""
     values: list[bytes] = as_text(ids).cast(pa.large_binary()).to_pylist()
     return values
 
 
 def as_text(column: pa.Array) -> pa.Array:
-    """Text, numbers and times as large_string, out of a dictionary too."""
+    """Convert a column of text, numbers or times, also in a dictionary, to large_string."""
     if pa.types.is_dictionary(column.type):
         return column.dictionary.cast(pa.large_string()).take(column.indices)
     return column.cast(pa.large_string())
@@ -57,10 +59,10 @@ def _check_kinds(table: Table, column: str, first: int, batch: pa.RecordBatch) -
     if ids.null_count:
         row = first + pc.index(ids.is_null(), True).as_py()
         raise Refused(f"{_where(table, column)} is null in row {row}; every row needs an id")
-    if no_text := places_not_text(batch, column):
+    if no_text := indices_not_text(batch, column):
         raise Refused(
-            f"{_where(table, column)} holds something else than text in row {first + no_text[0]}; ids are all text, or "
-            "all integers of 64 bits"
+            f"{_where(table, column)} holds a value that is not text in row {first + no_text[0]}; ids must be all "
+            "text, or all integers of 64 bits"
         )
 
 
@@ -70,18 +72,21 @@ def _hashes(ids: list[bytes]) -> NDArray[np.uint64]:
 
 
 def _find_equal(table: Table, column: str, repeated: NDArray[np.uint64]) -> None:
-    """Raises `Refused` for the first two rows whose ids are equal; their hashes are among `repeated` (sorted)."""
+    """Raise `Refused` for the first two rows with equal ids. Only ids with a hash in `repeated` (sorted) are
+    compared."""
     seen: dict[bytes, int] = {}
     for row, value in _with_hash(table, column, repeated):
         if (before := seen.setdefault(value, row)) != row:
-            raise Refused(f"{_where(table, column)} holds the same id in rows {before} and {row}; ids are there once")
+            raise Refused(
+                f"{_where(table, column)} holds the same id in rows {before} and {row}; each id may be used once"
+            )
 
 
 def _with_hash(table: Table, column: str, wanted: NDArray[np.uint64]) -> Iterator[tuple[int, bytes]]:
     for first, batch in table.batches([column], BATCH_ROWS):
         ids = id_bytes(batch.column(column))
-        for place in np.flatnonzero(np.isin(_hashes(ids), wanted)).tolist():
-            yield first + place, ids[place]
+        for index in np.flatnonzero(np.isin(_hashes(ids), wanted)).tolist():
+            yield first + index, ids[index]
 
 
 def _where(table: Table, column: str) -> str:

@@ -1,4 +1,4 @@
-"""JSON Lines as record batches; values that a column cannot hold are kept as their JSON, and told."""
+"""Reading JSON Lines as record batches. A text column keeps values that are not text as JSON, and lists their rows."""
 
 import json
 from collections.abc import Iterator
@@ -10,27 +10,29 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchinfer.errors import Refused
-from batchinfer.jobs.tables.batches import PIECE_ROWS, refusing
+from batchinfer.jobs.tables.batches import SLICE_ROWS, refusing
 
-JSON_BLOCK_BYTES = 8 << 20  # of text, which takes several times that as objects
+JSON_BLOCK_BYTES = 8 << 20  # bytes of text in a block; as Python objects they take several times as much
 MAX_LINE_BYTES = 256 << 20
 
-DEEPEST = 500  # objects and lists within each other, in a line
-DEEPEST_TYPE = 32  # of a column; deeper values are kept as JSON
+DEEPEST = 500  # most levels of objects and lists in a line
+DEEPEST_TYPE = 32  # most levels of a column's type; deeper values are kept as JSON
 
-_UNFIT = (pa.ArrowException, UnicodeEncodeError, OverflowError)  # what pyarrow raises where a value has another type
+_UNFIT = (pa.ArrowException, UnicodeEncodeError, OverflowError)  # raised by pyarrow if a value does not fit the type
 
-# Metadata of a batch: for each column of text read from JSON, the places where the value was no text.
+# Key of a batch's metadata: for each text column read from JSON, the indices of values that were not text.
 _NOT_TEXT = b"not_text"
 
 
 class JsonLines:
+    """The format JSON Lines: one object on each line."""
+
     @staticmethod
     def inspect(path: Path) -> tuple[pa.Schema, int]:
         types: dict[str, pa.DataType] = {}
         count, promoted = 0, set()
         with refusing(path, "JSON Lines"):
-            for objects in _json_blocks(path, PIECE_ROWS):
+            for objects in _json_blocks(path, SLICE_ROWS):
                 count += len(objects)
                 for name in dict.fromkeys(chain.from_iterable(objects)):
                     _check_name(path, name)
@@ -60,7 +62,7 @@ def _json_blocks(path: Path, rows: int) -> Iterator[list[dict[str, Any]]]:
         while line := file.readline(MAX_LINE_BYTES):
             number += 1
             if len(line) == MAX_LINE_BYTES:
-                raise Refused(f"{path}: line {number} is longer than {MAX_LINE_BYTES} bytes")
+                raise Refused(f"{path}: line {number} is longer than {MAX_LINE_BYTES} bytes; shorten its values")
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.isspace() or not line:
@@ -70,12 +72,14 @@ def _json_blocks(path: Path, rows: int) -> Iterator[list[dict[str, Any]]]:
             except (ValueError, RecursionError) as error:
                 where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
                 told = f": {error}" if isinstance(error, _NoRow) else ""
-                raise Refused(f"{path}: line {number} is not JSON{where}; expected one object a line{told}") from error
+                raise Refused(
+                    f"{path}: line {number} is not JSON{where}; expected one object on each line{told}"
+                ) from error
             if not isinstance(value, dict):
                 raise Refused(f"{path}: line {number} holds a {type(value).__name__}; expected an object")
             objects.append(value)
             size += len(line)
-            del line, value  # they may be large, and while the block is at work nothing else holds them
+            del line, value  # they may be large; free them while the caller works on the block
             if len(objects) == rows or size >= JSON_BLOCK_BYTES:
                 yield objects
                 objects, size = [], 0
@@ -87,25 +91,25 @@ def _check_name(path: Path, name: str) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise Refused(f"{path}: the name of a column is not UTF-8: {name!a}") from None
+        raise Refused(f"{path}: the name of a column is not UTF-8: {name!a}; rename it") from None
 
 
 class _NoRow(ValueError):
-    """JSON that is no row. The text holds nothing of the line."""
+    """Says why a line's JSON is not a row. The message quotes nothing of the line."""
 
 
 def _parse(line: bytes) -> Any:
-    # Bytes that are no UTF-8 come out as lone surrogates: an error of that row alone, later.
+    # Bytes that are not UTF-8 become lone surrogates, which later are an error of that row alone.
     value = json.loads(line.decode("utf-8", "surrogateescape"), object_pairs_hook=_object)
     if line.count(b"[") + line.count(b"{") > DEEPEST and _nesting(value) > DEEPEST:
-        raise _NoRow(f"its values are nested deeper than {DEEPEST}")
+        raise _NoRow(f"its values are nested more than {DEEPEST} levels deep")
     return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        raise _NoRow("a key is there twice")
+        raise _NoRow("it has a key twice")
     return made
 
 
@@ -119,9 +123,12 @@ def _nesting(value: Any) -> int:
 
 
 def _misfits(path: Path, types: dict[str, pa.DataType]) -> set[str]:
-    """Columns of types that became wider on the way, where some value does not fit: numbers beyond 2**53 as floats."""
+    """Return the columns with a value that does not fit the type found for the whole file.
+
+    For instance, integers beyond 2**53 do not fit a column that is of floats because of other rows.
+    """
     found: set[str] = set()
-    for objects in _json_blocks(path, PIECE_ROWS):
+    for objects in _json_blocks(path, SLICE_ROWS):
         for name in types.keys() - found:
             try:
                 pa.array([item.get(name) for item in objects], types[name])
@@ -134,8 +141,8 @@ def _json_type(values: list[Any]) -> pa.DataType:
     try:
         found = pa.array(values).type
     except _UNFIT:
-        return pa.string()  # mixed: as JSON text
-    # Parquet cannot hold an object without fields, and nothing reads what is nested without end.
+        return pa.string()  # values of several types are kept as JSON text
+    # Parquet cannot hold an object without fields, and readers fail on very deep types.
     return pa.string() if "struct<>" in str(found) or _depth(found) > DEEPEST_TYPE else found
 
 
@@ -164,17 +171,18 @@ def _json_array(values: list[Any], field: pa.Field, not_text: dict[str, list[int
         return pc.cast(raw, options=pc.CastOptions(pa.string(), allow_invalid_utf8=True))
 
 
-def places_not_text(batch: pa.RecordBatch, column: str) -> list[int]:
-    """Where a column of text, read from JSON, held something else; the batch has its JSON there."""
+def indices_not_text(batch: pa.RecordBatch, column: str) -> list[int]:
+    """Return the indices at which a text column, read from JSON, has other values than text. The batch has their
+    JSON."""
     metadata = batch.schema.metadata or {}
-    places: list[int] = json.loads(metadata.get(_NOT_TEXT, b"{}")).get(column, [])
-    return places
+    indices: list[int] = json.loads(metadata.get(_NOT_TEXT, b"{}")).get(column, [])
+    return indices
 
 
 def cut(batch: pa.RecordBatch, start: int, end: int) -> pa.RecordBatch:
-    """Rows `start` to before `end`."""
+    """Return rows `start` to `end - 1` of a batch, with its metadata adjusted."""
     cut = batch.slice(start, end - start)
     if (stored := (batch.schema.metadata or {}).get(_NOT_TEXT)) is None:
         return cut
-    places = {name: [i - start for i in found if start <= i < end] for name, found in json.loads(stored).items()}
-    return cut.replace_schema_metadata({_NOT_TEXT: json.dumps(places)})
+    indices = {name: [i - start for i in found if start <= i < end] for name, found in json.loads(stored).items()}
+    return cut.replace_schema_metadata({_NOT_TEXT: json.dumps(indices)})

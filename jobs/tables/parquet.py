@@ -1,4 +1,4 @@
-"""Parquet files as record batches in bounded memory."""
+"""Reading Parquet files as record batches, in bounded memory."""
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -10,13 +10,15 @@ import pyarrow.parquet as pq
 
 from batchinfer.errors import Refused
 from batchinfer.jobs.tables import batches
-from batchinfer.jobs.tables.batches import PIECE_ROWS, grouped, refusing
+from batchinfer.jobs.tables.batches import SLICE_ROWS, grouped, refusing
 from batchinfer.jobs.tables.parquet_footer import Footer
 
-FEW_ROWS = 16  # of a row group with large cells: each is read anew, from the group's start
+FEW_ROWS = 16  # a row group with large cells and at most this many rows is read anew, from its start, for each row
 
 
 class Parquet:
+    """The format Parquet."""
+
     @staticmethod
     def inspect(path: Path) -> tuple[pa.Schema, int]:
         footer = Footer.read(path)
@@ -26,40 +28,43 @@ class Parquet:
     @staticmethod
     def read(path: Path, schema: pa.Schema, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
         footer = Footer.read(path)
-        piece_rows = min(rows, PIECE_ROWS, max(1, batches.BATCH_BYTES // footer.largest_row(columns)))
+        slice_rows = min(rows, SLICE_ROWS, max(1, batches.BATCH_BYTES // footer.largest_row(columns)))
         with refusing(path, "Parquet"):
-            # One row group after the other: a batch over two may have two dictionaries in a nested column.
-            pieces = (
-                piece.select(columns)
+            # Row groups are read one by one: a batch from two groups could have two dictionaries in a nested column.
+            slices = (
+                table_slice.select(columns)
                 for number, group in enumerate(footer.groups)
-                for piece in (
+                for table_slice in (
                     _rows_alone(path, number, group.rows, columns)
-                    if piece_rows == 1 and group.rows <= FEW_ROWS
-                    else _pieces(path, number, columns, piece_rows)
+                    if slice_rows == 1 and group.rows <= FEW_ROWS
+                    else _slices(path, number, columns, slice_rows)
                 )
             )
             count = 0
-            for batch in grouped(pieces, rows):
+            for batch in grouped(slices, rows):
                 count += batch.num_rows
                 yield batch
             if count != footer.rows:
-                raise Refused(f"{path}: the footer counts {footer.rows} rows, its pages hold {count}")
+                raise Refused(
+                    f"{path}: the footer counts {footer.rows} rows, its pages hold {count}; write the file anew"
+                )
 
 
-def _pieces(path: Path, group: int, columns: list[str], rows: int) -> Generator[pa.RecordBatch]:
+def _slices(path: Path, group: int, columns: list[str], rows: int) -> Generator[pa.RecordBatch]:
     with _open_parquet(path) as file:
         yield from file.iter_batches(rows, [group], columns, use_threads=False)
 
 
 def _rows_alone(path: Path, group: int, rows: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """Each by a reader that is closed before the row is used: an open one holds a large cell twice, beside the row."""
+    """Yield the rows one by one. Each is read by a reader of its own that is closed first, since an open reader holds
+    two more copies of a large cell."""
     for row in range(rows):
-        with closing(_pieces(path, group, columns, 1)) as pieces:
-            piece = next(islice(pieces, row, None))
-        yield piece
-        del piece
+        with closing(_slices(path, group, columns, 1)) as slices:
+            table_slice = next(islice(slices, row, None))
+        yield table_slice
+        del table_slice
 
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
-    # Without pre-buffering and with small reads, memory does not grow with a row group.
+    # Without pre-buffering and with small reads, memory does not depend on the size of row groups.
     return pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)

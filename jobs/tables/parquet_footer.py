@@ -1,8 +1,8 @@
-"""What a Parquet file says of itself, before pyarrow is asked: a footer that is encrypted, or contradicts itself, would
-end the process there.
+"""Reading and checking a Parquet file's footer before pyarrow does, which crashes on encrypted or contradictory
+footers.
 
-The footer and the headers of pages are structs in Thrift's compact protocol; here a struct is a dict by field number,
-as in parquet.thrift.
+The footer and the page headers are structs in Thrift's compact protocol. Here, a struct is a dict from field number to
+value; parquet.thrift defines the numbers.
 """
 
 import os
@@ -15,24 +15,26 @@ from typing import Any, BinaryIO
 from batchinfer.errors import Refused
 
 MAX_FOOTER_BYTES = 1 << 28
-DEEPEST = 32  # structs within structs; the footer's own are 6 deep
-HEADER_BYTES = 64  # of a page: its kind and sizes come first
+DEEPEST = 32  # most levels of structs within structs; a valid footer has 6
+HEADER_BYTES = 64  # read of a page's header, which begins with its kind and sizes
 BYTE_ARRAY, DICTIONARY_PAGE = 6, 2
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A column's values in a row group."""
+    """A column chunk: a column's values in a row group."""
 
-    column: str  # of the table, in which it may be nested
-    values: int  # with nulls; of a column that is not nested one a row
-    of_bytes: bool  # values of no fixed size
-    start: int  # where its first page is
-    end: int
+    column: str  # the table's column that has it; it may be nested in that column
+    values: int  # nulls included; one for each row if the column is not nested
+    of_bytes: bool  # whether values have no fixed size
+    start: int  # offset of its first page in the file
+    end: int  # offset of its end
 
 
 @dataclass(frozen=True)
 class RowGroup:
+    """A row group of a Parquet file."""
+
     rows: int
     bytes: int  # decompressed, but not decoded
     chunks: tuple[Chunk, ...]
@@ -40,14 +42,14 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Footer:
-    """Row groups whose counts and places are found possible. `rows` is their sum."""
+    """A footer whose row counts and offsets are consistent. `rows` is the sum over its row groups."""
 
     path: Path
     groups: tuple[RowGroup, ...]
 
     @staticmethod
     def read(path: Path) -> "Footer":
-        """Raises `Refused` naming the file where it is no Parquet, is encrypted, or contradicts itself."""
+        """Read a file's footer. Raises `Refused` if it is not Parquet, is encrypted, or contradicts itself."""
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             metadata = _metadata(path, file, size)
@@ -57,12 +59,14 @@ class Footer:
             encrypted = 8 in metadata or any(8 in chunk for group in metadata[4] for chunk in group[1])
             claimed = int(metadata[3])
         except (LookupError, TypeError, AttributeError, ValueError) as error:
-            raise _damaged(path, "its footer has not the fields of one") from error
+            raise _damaged(path, "its footer lacks fields that every footer has") from error
         if encrypted:
-            raise Refused(f"{path} is encrypted Parquet; give it decrypted")
+            raise Refused(f"{path} is encrypted Parquet; decrypt it first")
         footer = Footer(path, groups)
         if footer.rows != claimed:
-            raise Refused(f"{path}: the footer counts {claimed} rows, its row groups {footer.rows}")
+            raise Refused(
+                f"{path}: the footer counts {claimed} rows, its row groups {footer.rows}; write the file anew"
+            )
         for number, group in enumerate(groups):
             if len(group.chunks) != leaves:
                 raise _damaged(path, f"row group {number} has {len(group.chunks)} columns; expected {leaves}")
@@ -72,7 +76,7 @@ class Footer:
                         path, f"row group {number} counts {group.rows} rows, its column {chunk.column!r} {chunk.values}"
                     )
                 if not 4 <= chunk.start < chunk.end <= size and group.rows:
-                    raise _damaged(path, f"column {chunk.column!r} of row group {number} ends behind the file's end")
+                    raise _damaged(path, f"column {chunk.column!r} of row group {number} ends after the file's end")
         return footer
 
     @property
@@ -80,9 +84,10 @@ class Footer:
         return sum(group.rows for group in self.groups)
 
     def largest_row(self, columns: Collection[str]) -> int:
-        """Bytes that any one row may have in these columns, where it repeats what is stored once; and on average.
+        """Return an estimate of the bytes of the largest row in these columns.
 
-        Values that are repeated stand in a dictionary, which is the first page of its chunk.
+        It is no less than the average row, nor than a row that holds a chunk's whole dictionary. The dictionary has the
+        values that are repeated, and is the first page of its chunk.
         """
         largest = 1
         with self.path.open("rb") as file:
@@ -98,12 +103,14 @@ def _metadata(path: Path, file: BinaryIO, size: int) -> dict[int, Any]:
     file.seek(max(0, size - 8))
     tail = file.read()
     if tail[4:] == b"PARE":
-        raise Refused(f"{path} is encrypted Parquet; give it decrypted")
+        raise Refused(f"{path} is encrypted Parquet; decrypt it first")
     if len(tail) < 8 or tail[4:] != b"PAR1":
-        raise _damaged(path, "Parquet magic bytes not found in its footer; it is no Parquet, or was cut off")
+        raise _damaged(path, "Parquet magic bytes not found in its footer; it is not Parquet, or was cut off")
     length = int.from_bytes(tail[:4], "little")
     if length > min(size - 12, MAX_FOOTER_BYTES):
-        raise _damaged(path, f"its footer claims {length} bytes; at most {min(size - 12, MAX_FOOTER_BYTES)} can be")
+        raise _damaged(
+            path, f"its footer claims {length} bytes; it can have at most {min(size - 12, MAX_FOOTER_BYTES)}"
+        )
     file.seek(size - 8 - length)
     try:
         return dict(_Compact(file.read(length)).fields())
@@ -112,7 +119,7 @@ def _metadata(path: Path, file: BinaryIO, size: int) -> dict[int, Any]:
 
 
 def _row_group(group: dict[int, Any]) -> RowGroup:
-    # Without a field 3 a chunk is encrypted.
+    # A chunk without field 3 is encrypted.
     chunks = tuple(_chunk(chunk[3]) for chunk in group[1] if 3 in chunk)
     return RowGroup(int(group[3]), int(group[2]), chunks)
 
@@ -129,7 +136,7 @@ def _dictionary_bytes(file: BinaryIO, chunk: Chunk) -> int:
     try:
         (_, kind), (_, size) = next(fields), next(fields)
     except (LookupError, ValueError, StopIteration):
-        return 0  # no header of a page: pyarrow refuses it
+        return 0  # not a page header: pyarrow will refuse the file
     return size if kind == DICTIONARY_PAGE and isinstance(size, int) else 0
 
 
@@ -138,14 +145,14 @@ def _damaged(path: Path, what: str) -> Refused:
 
 
 class _Compact:
-    """Thrift's compact protocol. Garbled bytes raise `LookupError`, `ValueError` or `struct.error`."""
+    """A reader of Thrift's compact protocol. Garbled bytes raise `LookupError`, `ValueError` or `struct.error`."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._at = 0
 
     def fields(self, depth: int = 0) -> Iterator[tuple[int, Any]]:
-        """(number, value) of each field of the struct that begins here."""
+        """Yield (number, value) of each field of the struct that begins at the current position."""
         if depth > DEEPEST:
             raise ValueError("structs are nested too deep")
         number = 0
@@ -163,11 +170,11 @@ class _Compact:
             return dict(self.fields(depth + 1))
         if kind in (9, 10):
             return self._list(depth + 1)
-        if kind in (1, 2, 3):  # of a list: true, false or a number of one byte
+        if kind in (1, 2, 3):  # an element of a list: true, false or a number of one byte
             return self._byte()
         if kind == 7:
             return struct.unpack("<d", self._take(8))[0]
-        raise ValueError(f"no kind of field is {kind}")
+        raise ValueError(f"a field has the unknown kind {kind}")
 
     def _list(self, depth: int) -> list[Any]:
         head = self._byte()

@@ -1,4 +1,4 @@
-"""Tables read as record batches in bounded memory, whatever the format; several files are one after the other."""
+"""Reading input files of any format as one table, in record batches and bounded memory."""
 
 import os
 import stat
@@ -14,17 +14,17 @@ from batchinfer.jobs.tables.csv import Csv
 from batchinfer.jobs.tables.json_lines import JsonLines, cut
 from batchinfer.jobs.tables.parquet import Parquet
 
-MAX_ROWS = 1 << 31  # some bytes of memory a row: its being done, the hash of its id
+MAX_ROWS = 1 << 31  # each row takes some bytes of memory: whether it is done, and the hash of its id
 
 
 class TableFormat(Protocol):
-    """How files of a kind are read. Both methods raise `Refused` for damage."""
+    """The interface of a format's reader. Both methods raise `Refused` if the file is damaged."""
 
     def inspect(self, path: Path) -> tuple[pa.Schema, int]:
-        """The schema and the number of rows."""
+        """Return the schema and the number of rows."""
 
     def read(self, path: Path, schema: pa.Schema, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-        """Batches of at most `rows` rows with these columns of the table's schema."""
+        """Yield batches of at most `rows` rows with these columns of the table's schema."""
 
 
 FORMATS: dict[str, TableFormat] = {
@@ -39,21 +39,21 @@ FORMATS: dict[str, TableFormat] = {
 
 @dataclass(frozen=True)
 class Table:
-    """Input files of one schema, as one table whose rows are numbered from 0 across the files."""
+    """Input files of the same schema, as one table. Its rows are numbered from 0 across the files."""
 
     paths: tuple[Path, ...]
     schema: pa.Schema
     num_rows: int
     formats: Mapping[str, TableFormat]  # by suffix
-    skipped: int | None = None  # of a shard: rows of the files that come before its first
+    skipped: int | None = None  # in a shard: number of rows before its first
 
     @staticmethod
     def open(inputs: Sequence[Path], csv_delimiter: str | None = None) -> "Table":
-        """Look at each file, and at all files of a folder. JSON Lines and CSV are read through once, to know their
-        columns and to count them.
+        """Open files, and all files in folders, as one table.
 
-        CSV columns are text; `csv_delimiter` stands between the values of .csv files, None is a comma. Raises `Refused`
-        with one line naming file, column, what was found and expected, and `UsageError` for a delimiter without CSV.
+        JSON Lines and CSV files are read once, to find their columns and count their rows. CSV columns are text.
+        `csv_delimiter` separates the values of .csv files; None is a comma. Raises `Refused`, naming file, column, what
+        was found and what was expected, and `UsageError` for a delimiter without a .csv file.
         """
         paths = [path for given in inputs for path in _files(given)]
         formats = FORMATS
@@ -73,25 +73,28 @@ class Table:
             if num_rows > MAX_ROWS:
                 raise Refused(f"{path} has row {num_rows:,}; a job has at most {MAX_ROWS:,}: split the input")
         if num_rows and not schema.names:
-            raise Refused(f"{paths[0]} has {num_rows} rows and no column; expected a column with prompts")
-        # Of several files only some may have nulls; what one of them promises counts for none.
+            raise Refused(f"{paths[0]} has {num_rows} rows but no columns; expected a column with prompts")
+        # All columns are nullable, since another file of the table may have nulls.
         schema = pa.schema([field.with_nullable(True) for field in schema])
         return Table(tuple(paths), schema, num_rows, formats)
 
     def shard(self, index: int, count: int) -> "Table":
-        """The `index`-th of `count` runs of neighbouring rows, from 0, as a table of its own; they differ by a row."""
+        """Return shard `index`, from 0, of `count` shards: consecutive rows, as a table of its own.
+
+        The sizes of two shards differ by at most one row.
+        """
         first, end = (self.num_rows * i // count for i in (index, index + 1))
         return replace(self, num_rows=end - first, skipped=first)
 
     def check(self, columns: Sequence[str]) -> None:
-        """Raises `Refused` naming file and column if one of them is not there."""
+        """Raise `Refused`, naming file and column, if a column is missing."""
         for name in columns:
             find_field(self.schema, name, self.paths[0])
 
     def batches(self, columns: Sequence[str] | None, rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """(ordinal of its first row, batch) of at most `rows` rows and about `BATCH_BYTES`, with these columns or all.
+        """Yield (ordinal of the first row, batch) for all rows, with these columns or, for None, all columns.
 
-        Raises `Refused` where a file turns out to be damaged.
+        A batch has at most `rows` rows and about `BATCH_BYTES` bytes. Raises `Refused` if a file is damaged.
         """
         names = self.schema.names if columns is None else list(columns)
         self.check(names)
@@ -109,17 +112,20 @@ class Table:
 
 
 def _files(path: Path) -> list[Path]:
-    """Of a folder those in it, in the order of their names; what begins with '.' or '_' is no table, by custom."""
+    """Return the path of a file, or the files in a folder, sorted by name.
+
+    Names that begin with '.' or '_' are left out, since by custom they are not tables.
+    """
     if not os.path.isdir(path):
         return [path]
     files = sorted(file for file in path.iterdir() if file.name[0] not in "._")
     if not files:
-        raise Refused(f"{path} is a folder without a file; expected tables in it")
+        raise Refused(f"{path} is a folder without files; expected tables in it")
     return files
 
 
 def find_field(schema: pa.Schema, name: str, path: Path) -> pa.Field:
-    """The field of this name. Raises `Refused` naming file, column and the columns that are there."""
+    """Return the field of this name. Raises `Refused`, naming the file, the missing column and the columns it has."""
     if name not in schema.names:
         raise Refused(f"{path} has no column {name!r}; its columns are {', '.join(map(repr, schema.names))}")
     return schema.field(name)
@@ -133,7 +139,7 @@ def _format_of(path: Path, formats: Mapping[str, TableFormat]) -> TableFormat:
     kinds = {stat.S_ISDIR: "a directory", stat.S_ISFIFO: "a FIFO", stat.S_ISSOCK: "a socket"}
     if not stat.S_ISREG(status.st_mode):
         kind = next((name for test, name in kinds.items() if test(status.st_mode)), "a device")
-        raise Refused(f"{path} is {kind}; expected a file, which can be read more than once")
+        raise Refused(f"{path} is {kind}; expected a regular file, which can be read more than once")
     if status.st_size == 0:
         raise Refused(f"{path} has no bytes; a table without rows still has its column names")
     if path.suffix.lower() not in formats:
@@ -150,7 +156,7 @@ def _check_names(path: Path, schema: pa.Schema) -> None:
 def _check_same(path: Path, found: pa.Schema, first: Path, expected: pa.Schema) -> None:
     for name in found.names:
         if name not in expected.names:
-            raise Refused(f"{path} has a column {name!r}, which {first} has not; all inputs need the same columns")
+            raise Refused(f"{path} has a column {name!r}, which {first} lacks; all inputs need the same columns")
     for field in expected:
         other = find_field(found, field.name, path)
         if other.type != field.type:

@@ -45,7 +45,7 @@ def test_every_row_is_answered_in_input_order(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, window_rows: int
 ) -> None:
     n = 40 if window_rows == 1 else 1000
-    limit(monkeypatch, Limits(slice_rows=min(window_rows, 32), piece_rows=50, window_rows=window_rows))
+    limit(monkeypatch, Limits(slice_rows=min(window_rows, 32), chunk_rows=50, window_rows=window_rows))
     texts = prompts(n)
     path = write(tmp_path / "in.parquet", id=list(range(n)), prompt=texts, extra=np.arange(n) / 3)
     report = run(spec(model, path, commit_rows=100), STUB)
@@ -256,9 +256,9 @@ def test_an_engine_that_dies_now_and_then_is_started_again(
     report = run(spec(model, path, max_num_seqs=64, max_num_batched_tokens=256), engine(name))
     assert pq.read_table(tmp_path / "out.parquet")["generated_text"].to_pylist() == expected(model, prompts(40))
     assert report.rows_failed == 0 and counts(report) == recount(tmp_path / "out.parquet")
-    assert report.notes[0].startswith("the engine was started again, 3 times: ") and said in report.notes[0]
+    assert report.notes[0].startswith("the engine died and was started again 3 times: ") and said in report.notes[0]
     halved = [note for note in report.notes if "8 rows at most ran side by side, in steps of 64 tokens at most" in note]
-    assert len(halved) == len(report.notes) - 1 == (name == "Dies"), "the system kills for want of memory"
+    assert len(halved) == len(report.notes) - 1 == (name == "Dies"), "the system kills for lack of memory"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_model(tmp_path_factory.mktemp("job"))
     path = write(folder / "in.parquet", prompt=[*prompts(99), None])
     with pytest.MonkeyPatch.context() as patch:
-        limit(patch, Limits(slice_rows=32, piece_rows=64))
+        limit(patch, Limits(slice_rows=32, chunk_rows=64))
         run(spec(folder, path, commit_rows=64), STUB)
         run(spec(folder, path, commit_rows=1, retry_errors=True), STUB)
     assert len(list((folder / "out.run" / "parts").iterdir())) == 3

@@ -300,7 +300,8 @@ def test_an_error_among_numbers_keeps_its_text_and_any_other_its_place() -> None
     with pytest.raises(ValueError, match=CANARY) as led:
         int(CANARY)
     led.value.__cause__ = text.value
-    assert re.fullmatch(r"KeyError in .*test_security, line \d+ \(its text is left out: .*\)", described(text.value))
+    pattern = r"KeyError in .*test_security, line \d+ \(the error's text is left out, .*\)"
+    assert re.fullmatch(pattern, described(text.value))
     whole = "".join(traced(led.value))
     assert CANARY not in whole and whole.count("Traceback") == 2 and "which led to" in whole
     with pytest.raises(OSError) as system:

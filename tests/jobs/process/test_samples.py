@@ -255,7 +255,7 @@ def test_a_row_is_committed_whole_and_the_same_command_goes_on(
 
 @pytest.mark.parametrize(
     ("limits", "steps"),
-    [(Limits(slice_rows=8, piece_rows=120), [1, 1, 5]), (Limits(slice_rows=8, piece_tokens=900), [1, 2, 7])],
+    [(Limits(slice_rows=8, chunk_rows=120), [1, 1, 5]), (Limits(slice_rows=8, chunk_tokens=900), [1, 2, 7])],
 )
 def test_samples_count_for_what_the_engine_is_sent_at_once(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, limits: Limits, steps: list[int]

@@ -6,7 +6,7 @@ import pytest
 
 from batchinfer.engine.config import EngineConfig, EngineStats
 from batchinfer.errors import EngineFailed
-from batchinfer.jobs.process.in_flight import UnderWay
+from batchinfer.jobs.process.in_flight import InFlight
 from batchinfer.jobs.process.messages import Command, Heartbeat, Load, Message, Ready
 from batchinfer.jobs.process.supervisor import Supervisor
 from batchinfer.jobs.process.worker import Worker
@@ -36,12 +36,12 @@ def test_an_engine_that_dies_while_it_has_no_rows_is_replaced_once() -> None:
     load = Load(EngineConfig(Path("model")), None, 1)
     supervisor.load(load)
     with pytest.raises(EngineFailed, match="too early"):
-        supervisor.replace(UnderWay(), EngineFailed("too early"))
+        supervisor.replace(InFlight(), EngineFailed("too early"))
     while supervisor.receive(0) is not None:
         pass
-    supervisor.replace(UnderWay(), EngineFailed("killed by SIGKILL"))
+    supervisor.replace(InFlight(), EngineFailed("killed by SIGKILL"))
     assert (workers[0].sent, workers[1].sent) == ([load, "closed"], [load])
     assert supervisor.stats.steps == 3
-    assert supervisor.stats.notes == ["the engine was started again, 1 times: killed by SIGKILL"]
+    assert supervisor.stats.notes == ["the engine died and was started again 1 times: killed by SIGKILL"]
     with pytest.raises(EngineFailed, match="SIGKILL"):
-        supervisor.replace(UnderWay(), EngineFailed("killed by SIGKILL"))
+        supervisor.replace(InFlight(), EngineFailed("killed by SIGKILL"))

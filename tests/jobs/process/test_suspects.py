@@ -13,13 +13,13 @@ def run(rows: int, batch: int, killers: set[int]) -> tuple[set[int], set[int], i
     suspects, ended, given_up, deaths = Suspects(), set[int](), set[int](), 0
     while len(ended | given_up) < rows:
         waiting = suspects.alone or [row for row in range(rows) if row not in ended | given_up]
-        under_way = waiting[:batch]
-        if killers & set(under_way):
+        in_flight = waiting[:batch]
+        if killers & set(in_flight):
             deaths += 1
-            given_up |= set(suspects.died(under_way))
+            given_up |= set(suspects.died(in_flight))
         else:
-            ended |= set(under_way)
-            suspects.finished(set(under_way))
+            ended |= set(in_flight)
+            suspects.finished(set(in_flight))
     return ended, given_up, deaths
 
 

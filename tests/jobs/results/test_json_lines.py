@@ -143,10 +143,10 @@ def test_a_flipped_byte_is_found(finished: Path, place: float) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        (b'{"prompt":"prompt 7 ', b'"prompt":"prompt 7 ', "line 8 is no row of an output: Extra data"),
-        (b'{"prompt":"prompt 7 ', b'[]\n{"prompt":"prompt 7 ', "line 8 is no row of an output"),
-        (b'"finish_reason"', b'"finish_raisin"', "line 1 is no row of an output: 'finish_reason'"),
-        (b'"prompt_tokens":', b'"prompt_tokens":"x', "line 1 is no row of an output"),
+        (b'{"prompt":"prompt 7 ', b'"prompt":"prompt 7 ', "line 8 is not a row of an output: Extra data"),
+        (b'{"prompt":"prompt 7 ', b'[]\n{"prompt":"prompt 7 ', "line 8 is not a row of an output"),
+        (b'"finish_reason"', b'"finish_raisin"', "line 1 is not a row of an output: 'finish_reason'"),
+        (b'"prompt_tokens":', b'"prompt_tokens":"x', "line 1 is not a row of an output"),
         (b'"prompt_tokens":', b'"prompt_tokens":"x","a":', "results in lines 1 to 100: .*'x'"),
         (b'"completion_tokens":8', b'"completion_tokens":9', r"counts .*; the parts hold"),
     ],
@@ -256,7 +256,7 @@ def test_large_cells_are_written_as_small_ones(tmp_path: Path, monkeypatch: pyte
         (pa.list_(pa.struct([("d", pa.duration("s"))])), r"column 'x' is duration\[s\] \(in list<.*>\), which"),
         (pa.month_day_nano_interval(), "is month_day_nano_interval, which"),
         (pa.dense_union([pa.field("a", pa.int8()), pa.field("b", pa.string())]), "is dense_union<.*>, which"),
-        (pa.struct([("a", pa.int8()), ("a", pa.int8())]), "is a struct with a name that is there twice"),
+        (pa.struct([("a", pa.int8()), ("a", pa.int8())]), "is a struct with two fields of the same name"),
         (pa.run_end_encoded(pa.int16(), pa.int8()), "is run_end_encoded<.*>, which"),
     ],
 )

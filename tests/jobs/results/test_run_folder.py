@@ -246,14 +246,14 @@ def test_a_part_of_another_job_is_refused(tmp_path: Path) -> None:
     open_folder(other, fingerprints={"input": "xyz"})
     other.commit([finished([0])])
     shutil.copy(other.path / "parts" / "part-000001.parquet", folder.path / "parts" / "part-000004.parquet")
-    with pytest.raises(Refused, match=r"part-000004\.parquet is of a job with another input"):
+    with pytest.raises(Refused, match=r"part-000004\.parquet belongs to a job with another input"):
         reopened(folder)
 
 
 def test_rows_beyond_the_input_are_refused(tmp_path: Path) -> None:
     folder = new_folder(tmp_path)
     folder.commit([finished([0, 7])])
-    with pytest.raises(Refused, match="is of a job with another input"):
+    with pytest.raises(Refused, match="belongs to a job with another input"):
         reopened(folder, num_rows=7)
 
 

@@ -54,7 +54,7 @@ def leaders_of(texts: list[str]) -> list[int]:
     return sorted({first.setdefault(text, row) for row, text in enumerate(texts)})
 
 
-@pytest.mark.parametrize("limits", [Limits(), Limits(slice_rows=64, piece_rows=30), Limits(piece_tokens=500)])
+@pytest.mark.parametrize("limits", [Limits(), Limits(slice_rows=64, chunk_rows=30), Limits(chunk_tokens=500)])
 def test_each_prompt_is_computed_once(
     tmp_path: Path, model: Path, engine: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, limits: Limits
 ) -> None:
@@ -76,7 +76,7 @@ def test_each_prompt_is_computed_once(
 def test_each_window_has_leaders_of_its_own(
     tmp_path: Path, model: Path, engine: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    limit(monkeypatch, Limits(slice_rows=40, window_rows=200, piece_rows=64))
+    limit(monkeypatch, Limits(slice_rows=40, window_rows=200, chunk_rows=64))
     path = write(tmp_path / "in.parquet", prompt=TEXTS)
     report = run(spec(model, path), engine("Records"))
     second = [200 + row for row in leaders_of(TEXTS[200:])]

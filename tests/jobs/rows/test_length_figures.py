@@ -5,7 +5,7 @@ import pytest
 
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
-from batchinfer.jobs.rows.length_figures import JobPlan
+from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.token_file import StoredRequests
 
 LENGTHS = [5, 300, 32, 33, 1, 300, 64, 65, 31, 5]
@@ -21,9 +21,9 @@ def requests_of(lengths: list[int], first_row: int = 0, max_tokens: tuple[int, .
     return Requests(rows, np.repeat(rows, lengths).astype(np.int32), offsets, rows.astype(np.uint64), params, index)
 
 
-def plan_of(requests: Requests, block_size: int = 32) -> JobPlan:
+def plan_of(requests: Requests, block_size: int = 32) -> LengthFigures:
     """Of rows that run in the order of the table."""
-    return JobPlan.of(StoredRequests.of(requests), np.arange(len(requests)), block_size)
+    return LengthFigures.of(StoredRequests.of(requests), np.arange(len(requests)), block_size)
 
 
 def test_figures_of_one_window() -> None:
@@ -69,7 +69,7 @@ def test_no_rows() -> None:
 def test_duplicates_count_as_rows_and_not_in_the_cache() -> None:
     """Rows 0 and 3 follow others."""
     prompts = StoredRequests.of(requests_of([100, 300, 64, 200]))
-    plan = JobPlan.of(prompts, np.array([1, 2]), block_size=32)
+    plan = LengthFigures.of(prompts, np.array([1, 2]), block_size=32)
     assert (plan.rows, plan.prompt_tokens, plan.duplicates, plan.duplicate_tokens) == (4, 664, 2, 300)
     assert plan.kv_cache_tokens(4) == 320 + 96
     both = plan + plan
@@ -79,7 +79,7 @@ def test_duplicates_count_as_rows_and_not_in_the_cache() -> None:
 def test_shared_tokens_and_groups_add_up() -> None:
     alike = [[5] * 130, [5] * 130 + [6], [5] * 65, [6] * 65, [6] * 200, [7] * 64, [7] * 64]
     prompts = StoredRequests.of(Requests.of(alike, SamplingParams()))
-    plan = JobPlan.of(prompts, np.arange(7), block_size=32)
+    plan = LengthFigures.of(prompts, np.arange(7), block_size=32)
     assert (plan.shared_tokens, plan.groups, plan.grouped_rows) == (64 * (2 + 1 + 1), 2, 5)
     both = plan + plan
     assert (both.shared_tokens, both.groups, both.grouped_rows) == (64 * 8, 4, 10)

@@ -314,7 +314,7 @@ TIMED = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("a
         ({}, pa.dictionary(pa.int32(), pa.int64()), "expected text"),
         ({"prompt_template": "{prompt}"}, pa.list_(pa.string()), "expected text, a number, a boolean or a date"),
         ({"messages_column": "prompt"}, pa.list_(pa.string()), "expected a list of .role, content. without"),
-        ({"messages_column": "prompt"}, TIMED, "expected a list of .role, content. without nanoseconds"),
+        ({"messages_column": "prompt"}, TIMED, "expected a list of .role, content. without times in nanoseconds"),
         ({"messages_column": "prompt"}, pa.list_(pa.struct([("role", pa.string())])), "expected a list of"),
         ({"prompt_column": "gone"}, pa.string(), "in.parquet has no column 'gone'; its columns are 'prompt', 'id'"),
         ({"prompt_template": "{prompt}{gone}"}, pa.string(), "in.parquet has no column 'gone'"),

@@ -15,7 +15,7 @@ from batchinfer.engine.request import Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.preflight import preflight
 from batchinfer.jobs.rows.duplicates import Followers, leaders
-from batchinfer.jobs.rows.length_figures import JobPlan
+from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.run_order import depth_first, shared_tiles
 from batchinfer.jobs.rows.token_file import StoredRequests, TokenFile, cut
 from batchinfer.jobs.rows.windows import Limits, Windows
@@ -76,7 +76,7 @@ def test_figures_of_what_is_shared(prompts: list[Prompt]) -> None:
     expected = neighbours(prompts, order.tolist())
     assert shared_tiles(stored(prompts), order).tolist() == expected
     order = depth_first(stored(prompts), np.arange(len(prompts)))
-    plan = JobPlan.of(stored(prompts), order, block_size=32)
+    plan = LengthFigures.of(stored(prompts), order, block_size=32)
     assert plan.shared_tokens == TILE * sum(neighbours(prompts, order.tolist()))
     first = [tiles_of(prompt)[0] for prompt in prompts if tiles_of(prompt)]
     groups = [first.count(tile) for tile in set(first) if first.count(tile) > 1]
@@ -211,7 +211,7 @@ def test_windows_that_are_full_by_tokens_lose_no_row(tmp_path: Path, window_toke
     job = preflight(spec(model, write(tmp_path / "in.parquet", prompt=texts)))
     done = np.isin(np.arange(150), [3, 40, 41, 90])
     (folder := tmp_path / "ids").mkdir()
-    limits = Limits(slice_rows=7, piece_rows=9, window_tokens=window_tokens)
+    limits = Limits(slice_rows=7, chunk_rows=9, window_tokens=window_tokens)
     windows = Windows(job.table, job.source, 32, done, folder, limits=limits)
     errors: dict[int, RowError] = {}
     sent: list[int] = []
@@ -219,7 +219,7 @@ def test_windows_that_are_full_by_tokens_lose_no_row(tmp_path: Path, window_toke
     while not windows.over:
         if windows.reading:
             errors |= windows.read()
-        elif (piece := windows.next_piece()) is not None:
+        elif (piece := windows.next_chunk()) is not None:
             assert [len(texts[row]) for row in piece.rows] == np.diff(piece.offsets).tolist()
             sent += piece.rows.tolist()
             followed += windows.followers.take(piece.rows)[1].tolist()
@@ -236,6 +236,6 @@ def test_windows_that_are_full_by_tokens_lose_no_row(tmp_path: Path, window_toke
     assert sent == expected
     assert sorted(sent + followed) == [row for row in range(150) if left[row]]
     assert {row: error.code for row, error in errors.items()} == {77: "empty_prompt"}
-    assert (windows.plan.rows, windows.plan.prompt_tokens) == (145, sum(left))
-    assert (windows.plan.duplicates, len(followed)) == (duplicates, duplicates)
+    assert (windows.figures.rows, windows.figures.prompt_tokens) == (145, sum(left))
+    assert (windows.figures.duplicates, len(followed)) == (duplicates, duplicates)
     assert windows.rows_read == 150 and not list(folder.iterdir())

@@ -17,7 +17,7 @@ from repository import ROOT
 
 from batchinfer.errors import Refused
 from batchinfer.jobs.tables import batches
-from batchinfer.jobs.tables.json_lines import places_not_text
+from batchinfer.jobs.tables.json_lines import indices_not_text
 from batchinfer.jobs.tables.table import Table
 
 
@@ -190,8 +190,8 @@ def test_json_values_that_are_no_text_are_kept_and_told(tmp_path: Path) -> None:
     assert ours.schema == pa.schema([("id", pa.int64()), ("prompt", pa.string())])
     (_, batch), (first, second) = ours.batches(None, 4)
     assert batch.column("prompt").to_pylist() == ["text", "3", None, '["a"]']
-    assert places_not_text(batch, "prompt") == [1, 3] and places_not_text(batch, "id") == []
-    assert (first, places_not_text(second, "prompt")) == (4, [0, 1])
+    assert indices_not_text(batch, "prompt") == [1, 3] and indices_not_text(batch, "id") == []
+    assert (first, indices_not_text(second, "prompt")) == (4, [0, 1])
     assert second.column("prompt").to_pylist() == ['{"b": 1}', "true", "3"]
 
 
@@ -248,14 +248,14 @@ def loop(path: Path) -> None:
 BAD: list[tuple[str, Callable[[Path], Any], str]] = [
     ("in.parquet", lambda path: None, "cannot be opened: No such file"),
     ("in.parquet", loop, "cannot be opened: Too many levels of symbolic links"),
-    ("in.parquet", Path.mkdir, "is a folder without a file; expected tables in it"),
-    ("in.jsonl", os.mkfifo, "is a FIFO; expected a file"),
+    ("in.parquet", Path.mkdir, "is a folder without files; expected tables in it"),
+    ("in.jsonl", os.mkfifo, "is a FIFO; expected a regular file"),
     ("in.parquet", Path.touch, "has no bytes"),
     ("in.csv", Path.touch, "has no bytes"),
     ("in.txt", lambda path: path.write_text("a"), "has the suffix '.txt'; expected one of .parquet"),
     ("in.parquet", lambda path: path.write_text("id,prompt\n1,a\n"), "cannot be read as Parquet: .*magic bytes"),
     ("in.parquet", cut, "cannot be read as Parquet"),
-    ("in.parquet", encrypted, "is encrypted Parquet; give it decrypted"),
+    ("in.parquet", encrypted, "is encrypted Parquet; decrypt it first"),
     ("in.parquet", flipped, "cannot be read as Parquet: .*CRC"),
     ("in.parquet", duplicated, "has 2 columns named 'prompt'; expected one"),
     ("in.csv", lambda path: path.write_text("a,a\n1,2\n"), "has 2 columns named 'a'; expected one"),
@@ -287,7 +287,7 @@ def test_what_cannot_be_read_is_refused(
     [
         ({"id": ["1"], "prompt": ["a"]}, "column 'id' is string; expected int64, as in .*0.parquet"),
         ({"prompt": ["a"]}, "has no column 'id'"),
-        ({"id": [1], "prompt": ["a"], "more": [1]}, "has a column 'more', which .*0.parquet has not"),
+        ({"id": [1], "prompt": ["a"], "more": [1]}, "has a column 'more', which .*0.parquet lacks;"),
     ],
 )
 def test_drift_between_files_is_refused(tmp_path: Path, second: dict[str, Any], said: str) -> None:

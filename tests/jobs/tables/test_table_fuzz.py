@@ -143,7 +143,7 @@ def fuzz_text(path: Path, original: bytes) -> Callable[[Damage], None]:
 
 def fuzz_values(path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[list[dict[str, Any]]], None]:
     """JSON of any kind, looked at in blocks of 2 rows: what is not refused can be written, and holds as many rows."""
-    monkeypatch.setattr(json_lines, "PIECE_ROWS", 2)
+    monkeypatch.setattr(json_lines, "SLICE_ROWS", 2)
 
     def fuzz(rows: list[dict[str, Any]]) -> None:
         path.write_text("".join(json.dumps({"prompt": "x", **row}) + "\n" for row in rows for _ in range(3)))
