@@ -1,1 +1,1 @@
-"""The job: tables in, tables out; planned, committed as it runs, resumed, reported."""
+"""Running a job: it reads a table of prompts, has the engine answer them, and writes the table with the answers."""

@@ -1,11 +1,11 @@
-"""Amounts as a person reads them: seconds, bytes, and how often something was met."""
+"""Formatting amounts for people: seconds, bytes and counts."""
 
 from collections import Counter
 from collections.abc import Mapping
 
 
 def in_seconds(seconds: float) -> str:
-    """Like 12.34 s, or 1:02:03."""
+    """Format a time, as 12.34 s below a minute and as 1:02:03 otherwise."""
     if seconds < 60:
         return f"{seconds:.2f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -13,12 +13,12 @@ def in_seconds(seconds: float) -> str:
 
 
 def in_bytes(size: float) -> str:
-    """In MB or GB of a thousand."""
+    """Format a size in MB or GB, which are powers of 1000."""
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
 
 def most_frequent(counts: Mapping[str, int], most: int = 6) -> str:
-    """The most frequent sizes, by size."""
+    """List the most frequent sizes and their counts, sorted by size."""
     frequent = sorted(Counter(counts).most_common(most), key=lambda item: int(item[0]))
     shown = ", ".join(f"{size}: {count:,}" for size, count in frequent)
     return (shown or "-") + (f", {len(counts) - most} more sizes" if len(counts) > most else "")

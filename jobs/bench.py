@@ -1,4 +1,4 @@
-"""Synthetic prompts through the path of a job: how fast this machine runs a model, or a model's shape."""
+"""Running synthetic prompts as a job, to measure how fast this machine runs a model, or a model's shape."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ TOKEN_IDS = "prompt_token_ids"
 
 @dataclass(frozen=True)
 class Workload:
-    """`num_prompts` rows of `input_len` random token ids, each answered with just `output_len` tokens."""
+    """`num_prompts` rows of `input_len` random token ids, each answered with exactly `output_len` tokens."""
 
     num_prompts: int = 256
     input_len: int = 256
@@ -48,14 +48,14 @@ class Workload:
 
 
 class TokenIdPrompts:
-    """Takes prompts that are token ids already."""
+    """Makes requests from prompts that are token ids already."""
 
     def __init__(self, spec: JobSpec, tokenizer: Tokenizer, max_model_len: int, schema: pa.Schema) -> None:
         self.columns = [TOKEN_IDS]
         self._params = (spec.sampling,)
 
     def tokenize(self, first_row: int, batch: pa.RecordBatch) -> tuple[Requests, dict[int, RowError]]:
-        """Requests of all rows."""
+        """Return requests for all rows."""
         column, n = batch.column(TOKEN_IDS), batch.num_rows
         offsets = offsets_of(column.value_lengths().to_numpy())
         rows = np.arange(first_row, first_row + n)
@@ -66,7 +66,7 @@ class TokenIdPrompts:
 def bench(model: str | None, revision: str | None, workload: Workload, stub: bool) -> Report:
     """Run the workload and return its report. Raises as `run` does.
 
-    With `stub` no engine computes, and `model` is needed only for its vocabulary.
+    With `stub`, no engine computes; `model`, if given, is used for its vocabulary size only.
     """
     if model is None and not stub:
         raise UsageError("give --model, or --stub to measure the job layer alone")
@@ -77,7 +77,7 @@ def bench(model: str | None, revision: str | None, workload: Workload, stub: boo
         spec = _spec(folder, shape, vocabulary, workload)
         report = run(spec, STUB_ENGINE if stub else TORCH_ENGINE, TokenIdPrompts)
     except EngineFailed:
-        raise  # its log is in the folder
+        raise  # the folder is kept, since the engine's log is in it
     except BaseException:
         shutil.rmtree(folder)
         raise
@@ -86,7 +86,7 @@ def bench(model: str | None, revision: str | None, workload: Workload, stub: boo
 
 
 def figures(workload: Workload, report: Report) -> dict[str, Any]:
-    """The figures that benchmarks of other engines give, and the whole report."""
+    """Return the figures under the names that benchmarks of other engines use, and the whole report."""
     rates = report.tokens_per_second
     return {
         "num_prompts": workload.num_prompts,
@@ -106,12 +106,12 @@ def figures(workload: Workload, report: Report) -> dict[str, Any]:
 def _vocabulary(shape: Path) -> int:
     size = read_config(shape).get("vocab_size")
     if not isinstance(size, int) or size < 1:
-        raise Refused(f"model {shape}: config.json has no vocab_size")
+        raise Refused(f"model {shape}: config.json has no positive vocab_size; bench needs it to make prompts")
     return size
 
 
 def _spec(folder: Path, shape: Path | None, vocabulary: int, workload: Workload) -> JobSpec:
-    """A job over prompts that are written to `folder`, as is a tokenizer for a shape without one."""
+    """Write prompts to `folder`, and a tokenizer if the model has none. Returns the job that runs them."""
     prompts = folder / "prompts.parquet"
     _write_prompts(prompts, workload, vocabulary)
     numbers = None if shape is not None and (shape / "tokenizer.json").exists() else folder / "tokenizer"
@@ -126,13 +126,13 @@ def _spec(folder: Path, shape: Path | None, vocabulary: int, workload: Workload)
         columns=("id",),
         sampling=SamplingParams(max_tokens=workload.output_len, ignore_eos=True),
         max_model_len=workload.input_len + workload.output_len,
-        deduplicate=False,  # each row is to be measured
+        deduplicate=False,  # every row must be computed
         **workload.engine,
     )
 
 
 def _write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Each token is a number; as a model, it has as many of them."""
+    """Write a tokenizer whose tokens are numbers, and a config.json with its vocabulary size."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"vocab_size": vocabulary}))
     numbers = WordLevel({f" {i}": i for i in range(vocabulary)}, " 0")

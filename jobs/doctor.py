@@ -1,4 +1,4 @@
-"""What a machine offers to jobs, and what to do about what is missing."""
+"""Describing what this machine offers to jobs, what is missing, and how to get it."""
 
 import os
 from collections.abc import Iterator
@@ -15,13 +15,14 @@ from batchinfer.jobs.report import versions
 
 Line = tuple[str, str]
 
-LARGEST_ERROR = 0.15  # of steps as they were fitted; on a machine at rest it is far below
+LARGEST_ERROR = 0.15  # largest error of the fitted step times to trust; an idle machine has far less
 
 
 def examine(device: str, calibrate: bool) -> str:
-    """Aligned lines about "cpu" or "cuda", or what `auto` takes; the device is measured first if asked.
+    """Return aligned lines about the device "cpu" or "cuda", or the one that "auto" takes. With `calibrate`, the device
+    is measured first.
 
-    Raises `Refused` for a device that is not there.
+    Raises `Refused` if there is no such device, or if it cannot be measured.
     """
     found = device_of(device)
     key = DeviceKey.of(found)
@@ -31,7 +32,7 @@ def examine(device: str, calibrate: bool) -> str:
 
         own_process()
         allocator.keep_freed_memory()
-        say(f"measuring {key.device}; figures are too low where other programs run meanwhile")
+        say(f"measuring {key.device}; speeds come out too low if other programs run at the same time")
         try:
             write_device_cost(key, measure(found, say))
         except ValueError as error:
@@ -56,7 +57,7 @@ def _memory() -> str:
 
 
 def _kernels(device: str) -> Iterator[Line]:
-    """Which products are fast here, as torch finds out."""
+    """Yield lines about the fast products of this machine, as torch reports them."""
     import torch
 
     from batchinfer.kernels.backends import choose_backend
@@ -72,20 +73,23 @@ def _kernels(device: str) -> Iterator[Line]:
         free, total = torch.cuda.mem_get_info()
         yield "GPU memory", f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
         return
-    yield "processor's code", torch.backends.cpu.get_cpu_capability()
+    yield "CPU instructions", torch.backends.cpu.get_cpu_capability()
     if "x86" not in torch.backends.quantized.supported_engines:
-        yield "missing", "oneDNN's product of 8-bit numbers: w8a8-int8 takes the plain reference, which is slow"
+        yield "missing", "oneDNN's product of 8-bit integers: w8a8-int8 runs with slow reference code"
     if not vectorized():
-        yield "missing", "AVX2: weights in 4 bits are expanded"
+        yield "missing", "AVX2: weights in 4 bits are expanded to floating point before they are used"
     if has_gpu(torch.__version__):
-        yield "GPU", "there is one; jobs take it unless they are told --device cpu"
+        yield "GPU", "present; jobs use it unless --device cpu is given"
 
 
 def _ceilings(cost: DeviceCost, path: Path) -> Iterator[Line]:
     for products, operations in cost.operations_per_second.items():
         error = cost.steps[products].error
-        doubt = "; measure again while nothing else runs" if error > LARGEST_ERROR else ""
-        yield f"{products} products", f"{operations / 1e9:,.0f} GOP/s; steps fitted to {100 * error:.0f} %{doubt}"
+        doubt = "; this is much: measure again while nothing else runs" if error > LARGEST_ERROR else ""
+        yield (
+            f"{products} products",
+            f"{operations / 1e9:,.0f} GOP/s; error of fitted steps {100 * error:.0f} %{doubt}",
+        )
     yield "memory copies", f"{cost.bytes_per_second / 1e9:,.1f} GB/s"
-    yield "last cache", f"{cost.cache_bytes / 1e6:,.0f} MB of weights stay there"
+    yield "last cache", f"{cost.cache_bytes / 1e6:,.0f} MB of weights stay in it between steps"
     yield "measured", str(path)

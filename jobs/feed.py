@@ -1,4 +1,4 @@
-"""Between the rows that wait and the engine: feed it ahead of its need, take what it finished."""
+"""Feeding rows to the engine before it runs out of them, and taking its finished rows."""
 
 import time
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec
 
 POLL_SECONDS = 0.2
-FOLLOWERS = 4096  # that are given their results at a time
+FOLLOWERS = 4096  # most duplicates that are given their results at a time
 FOLLOWERS_TOKENS = 1 << 20
-STOP_SHARE = 0.7  # of the time until the job must have ended: for the engine to end its step
+STOP_SHARE = 0.7  # share of the grace time in which the engine may end its step; the rest is for committing
 
 
 class Loop:
-    """Runs all rows through the engine, which has about a piece and a half of them; others wait on disk, in order."""
+    """Runs all rows through the engine. The engine has about one and a half chunks of rows; the others wait on disk."""
 
     def __init__(
         self,
@@ -46,21 +46,21 @@ class Loop:
         self._engine = Supervisor(start_worker, spec.step_timeout)
         self._in_flight = InFlight()
         self._total = total  # rows of the input
-        self.generate_seconds = 0.0  # from the engine's being ready to its last row
-        self.duplicates = 0  # rows that got the result of another one
+        self.generate_seconds = 0.0  # from when the engine was ready to its last row
+        self.duplicates = 0  # rows that got the result of another row
 
     def run(self, load: Load, interruption: Interruption) -> EngineStats:
-        """Feed and take until the last row is done.
+        """Feed rows and take results until the last row is done.
 
-        Raises `EngineFailed`, `Refused` and `Interrupted`, with all finished rows committed; `OSError` where a part
-        cannot be written.
+        Raises `EngineFailed`, `Refused` and `Interrupted`, after all finished rows are committed, and `OSError` if a
+        part cannot be written.
         """
         try:
             return self._run(load, interruption)
         except EngineFailed as error:
             self._results.commit()
             begun = self._in_flight.begun
-            some = f"; {len(begun)} rows were under way, the first of them row {begun[0]}" if begun else ""
+            some = f"; {len(begun)} rows were in flight, the first of them row {begun[0]}" if begun else ""
             raise EngineFailed(f"{error}{some}") from error
         except (Refused, Interrupted):
             self._results.commit()
@@ -96,7 +96,7 @@ class Loop:
         return self._engine.stats
 
     def _step(self) -> None:
-        """Feed and take. Raises `EngineFailed` where the engine is dead or stands still."""
+        """Feed rows and take results once. Raises `EngineFailed` if the engine is dead or takes no step."""
         if self._engine.takes_all:
             self._feed()
             if self._windows.over:
@@ -109,7 +109,11 @@ class Loop:
             self._results.refuse(errors)
 
     def _cache_tokens(self, config: EngineConfig) -> int:
-        """Exact if the first window holds all rows; else twice what that one needs, as later rows may be longer."""
+        """Return how many tokens the KV cache must hold.
+
+        This is exact if the first window has all rows. Else it is twice what that window needs, since later rows may be
+        longer.
+        """
         samples = self._spec.computed_samples
         need = samples * self._windows.figures.kv_cache_tokens(-(-config.max_num_seqs // samples))
         if self._windows.rows_read == self._total:
@@ -117,7 +121,7 @@ class Loop:
         return min(2 * need, config.max_num_seqs * config.max_model_len)
 
     def _check(self, interruption: Interruption) -> None:
-        """Raises what ends the job early."""
+        """Raise `Interrupted` or `Refused` if the job must end early."""
         if interruption.requested:
             self._stop()
             rows = self._results.rows
@@ -129,7 +133,7 @@ class Loop:
         if self._engine.ready:
             self._engine.stop()
             deadline = time.monotonic() + STOP_SHARE * self._spec.grace
-            with suppress(EngineFailed):  # it ends either way
+            with suppress(EngineFailed):  # the job ends in any case
                 while not self._engine.finished and time.monotonic() < deadline:
                     self._take(POLL_SECONDS)
 
@@ -142,7 +146,7 @@ class Loop:
             self._in_flight.add(requests)
 
     def _take(self, timeout: float) -> None:
-        """Handle the messages that are there; where there are none, wait for one."""
+        """Handle all messages that have arrived. If there are none, wait up to `timeout` seconds for one."""
         while not self._engine.finished and (message := self._engine.receive(timeout)) is not None:
             self._handle(message)
             timeout = 0.0
@@ -164,10 +168,10 @@ class Loop:
         prompt_tokens = self._in_flight.prompt_tokens(completions.rows)
         self._results.add(completions, prompt_tokens)
         samples = np.arange(self._spec.computed_samples)
-        places, followers = self._windows.followers.take(completions.rows[:: len(samples)])
-        theirs = (places[:, None] * len(samples) + samples).reshape(-1, len(samples))
+        indices, followers = self._windows.followers.take(completions.rows[:: len(samples)])
+        theirs = (indices[:, None] * len(samples) + samples).reshape(-1, len(samples))
         tokens = np.diff(completions.offsets)[theirs].sum(1)
-        # One row may have the result of a million: they are written as they would be had they come one by one.
+        # A row may have a million duplicates. They are written a few at a time, so that commits keep their usual size.
         for some in cut(tokens, FOLLOWERS, FOLLOWERS_TOKENS):
             given = completions.given_to(np.repeat(followers[some], len(samples)), theirs[some].ravel())
             self._results.add(given, prompt_tokens[theirs[some].ravel()])
@@ -178,7 +182,7 @@ class Loop:
     def _end(self, rows: set[int]) -> None:
         if errors := self._engine.ended(self._in_flight, rows):
             given_up = list(errors)
-            places, followers = self._windows.followers.take(np.array(given_up))
-            followed = {row: errors[given_up[place]] for row, place in zip(followers.tolist(), places, strict=True)}
+            indices, followers = self._windows.followers.take(np.array(given_up))
+            followed = {row: errors[given_up[index]] for row, index in zip(followers.tolist(), indices, strict=True)}
             self._results.refuse(errors | followed)
             self.duplicates += len(followed)

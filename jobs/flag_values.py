@@ -1,4 +1,4 @@
-"""Values of flags as people write them: times, numbers, shards, and the TOML file of a job."""
+"""Parsing the values of flags: times, numbers, shards, names, and the TOML file of a job."""
 
 import difflib
 import json
@@ -15,7 +15,9 @@ _UNITS: dict[int, tuple[int, ...]] = {1: (60,), 2: (60, 1), 3: (3600, 60, 1)}
 
 
 def seconds_of(flag: str, text: str) -> float:
-    """A time as Slurm writes it: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, or DAYS-HOURS[:MINUTES[:SECONDS]].
+    """Parse a time as Slurm does, into seconds.
+
+    The forms are MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, and DAYS-HOURS[:MINUTES[:SECONDS]].
 
     Raises `UsageError` for anything else.
     """
@@ -29,14 +31,14 @@ def seconds_of(flag: str, text: str) -> float:
 
 
 def number_or_auto(flag: str, text: str) -> int | None:
-    """None for "auto". Raises `UsageError` for what is no number."""
+    """Parse a whole number, or "auto" as None. Raises `UsageError` for anything else."""
     if text != "auto" and not text.isdecimal():
-        raise UsageError(f"{flag} is {text!r}; it must be a number, or auto")
+        raise UsageError(f"{flag} is {text!r}; it must be a whole number, or auto")
     return None if text == "auto" else int(text)
 
 
 def shard_of(flag: str, text: str) -> tuple[int, int]:
-    """(index, count) of "I/N". Raises `UsageError` for anything else."""
+    """Parse "I/N" into (index, count). Raises `UsageError` for anything else."""
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(count)):
         raise UsageError(f"{flag} is {text!r}; give I/N, with I from 0 to N - 1")
@@ -44,18 +46,18 @@ def shard_of(flag: str, text: str) -> tuple[int, int]:
 
 
 def delimiter_of(flag: str, text: str) -> str:
-    r"""The character between the values of CSV files; \t is a tab. Raises `UsageError` for anything else."""
+    r"""Parse the delimiter of CSV files, one character; \t is a tab. Raises `UsageError` for anything else."""
     delimiter = "\t" if text == r"\t" else text
     if len(delimiter) != 1 or not delimiter.isascii() or delimiter in "\"'\r\n":
         raise UsageError(
-            f"{flag} is {text!r}; give one ASCII character that is no quote and no line end, as ';' or '|', "
+            f"{flag} is {text!r}; give one ASCII character that is neither a quote nor a line end, as ';' or '|', "
             "or \\t for a tab"
         )
     return delimiter
 
 
 def names_of(flag: str, texts: Iterable[str]) -> tuple[str, ...]:
-    """All names in texts of names with commas between them."""
+    """Split texts at their commas into names."""
     return tuple(name for text in texts for name in text.split(",") if name)
 
 
@@ -67,18 +69,18 @@ DELIMITER = Kind("CHARACTER", delimiter_of)
 
 
 def read_job_file(path: Path, known: Mapping[str, Flag | None], option: str = "--config") -> dict[str, Any]:
-    """The keys of a TOML file of flags, with '_' for '-'; paths in it are taken relative to it.
+    """Read a TOML file of flags. Returns its values by key, with '_' for '-'; paths are relative to the file.
 
-    `known` has the flag of each key, or None for one plain value. Raises `UsageError` for a file that cannot be read,
-    a key that is not known and a value of a wrong kind.
+    `known` has the flag of each key, or None for a key with one plain value. Raises `UsageError` for a file that cannot
+    be read, an unknown key and a value of a wrong kind.
     """
     try:
         with path.open("rb") as file:
             table = tomllib.load(file)
     except OSError as error:
         raise UsageError(f"{option} {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # what tomllib raises of its own, and for numbers of 5,000 digits
-        raise UsageError(f"{option} {path} is no valid TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # raised by tomllib, also for numbers of 5,000 digits
+        raise UsageError(f"{option} {path} is not valid TOML: {error}") from error
     values: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
@@ -96,7 +98,7 @@ def read_job_file(path: Path, known: Mapping[str, Flag | None], option: str = "-
 
 def _job_value(folder: Path, flag: Flag | None, value: Any) -> Any:
     if any("\0" in text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)):
-        raise ValueError("a text with a NUL character; leave it out")
+        raise ValueError("a text with a NUL character; remove that character")
     if flag is not None and flag.many:
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -115,7 +117,7 @@ def _job_value(folder: Path, flag: Flag | None, value: Any) -> Any:
 
 
 def _located(folder: Path, model: Any) -> Any:
-    """A model as a path from the job file's folder, where there is such a file or folder; else it is on the Hub."""
+    """Return a model as a path relative to the job file's folder if that path exists, else as a name on the Hub."""
     if not isinstance(model, str | int | float):
         raise ValueError(f"a {type(model).__name__}; expected one value")
     return str(folder / str(model)) if os.path.exists(folder / str(model)) else model

@@ -1,4 +1,4 @@
-"""A job from its spec to its report: open, check, run, merge; nothing is written before all is known to fit."""
+"""Running a job from its spec to its report: check, run, merge. Nothing is written before all checks have passed."""
 
 import shlex
 import sys
@@ -39,10 +39,10 @@ MERGE_ROWS = 8192
 
 
 def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = PromptSource) -> Report:
-    """Run a job to its end, or go on with one: when this returns, `spec.output` is there, whole.
+    """Run a job to its end, or continue an earlier run. When this returns, `spec.output` is complete.
 
-    Raises `Refused` (the data, the model or the output), `EngineFailed`, `Interrupted`, `OSError` (the disk). Then the
-    output is absent, and the parts that were committed stay.
+    Raises `Refused` for wrong data, model or output, `EngineFailed`, `Interrupted`, and `OSError` from the disk. Then
+    there is no output, and the committed parts are kept.
     """
     allocator.return_freed_memory()
     with closing(RunFolder(spec.output)) as folder, Metrics(spec, folder) as metrics:
@@ -53,7 +53,9 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     started = time.monotonic()
     folder.refuse_foreign()
     if not (spec.resume or spec.overwrite) and folder.begun:
-        raise Refused(f"{folder.path} or {spec.output} is there, and --no-resume starts only in an empty place")
+        raise Refused(
+            f"{folder.path} or {spec.output} exists, and --no-resume starts only a new job; choose another output"
+        )
     job = preflight(spec, prompts)
     table, source, config, digests = job.table, job.source, job.config, job.fingerprints
     reference = reference_config(spec, config) if spec.canary else None
@@ -66,7 +68,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     }
 
     canary = None
-    if reference is not None and (spec.overwrite or not folder.begun):  # before what an earlier run left is removed
+    if reference is not None and (spec.overwrite or not folder.begun):  # before the files of an earlier run are removed
         comparison = Comparison(spec, config, reference, job.tokenizer_folder, canary_rows(table, source, spec.canary))
         with Interruption() as interruption:
             canary = run_canary(comparison, interruption)
@@ -75,7 +77,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     results = Results(spec, job.tokenizer, folder, done)
     metrics.begin(results, table.num_rows)
     if folder.published and done.complete:
-        say(f"{spec.output} is complete already")
+        say(f"{spec.output} is complete already; nothing is run")
         return read_report(spec.output)
     stats, generating, duplicates = EngineStats(notes=_resumed(done, digests) + _sampled(spec)), 0.0, 0
     try:
@@ -99,7 +101,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         batches = table.batches(job.kept, max(1, MERGE_ROWS // spec.n))
         merged = folder.merge(input_columns, progress.merging(batches), table.num_rows, spec.n)
     except EngineFailed:
-        raise  # its log is in the folder
+        raise  # the folder is kept, since the engine's log is in it
     except BaseException:
         folder.remove_if_empty()
         raise
@@ -124,7 +126,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
 
 
 def _forecast(spec: JobSpec, config: EngineConfig, figures: LengthFigures, results: Results) -> Forecast | None:
-    """What was to be expected of the rows that this run computed."""
+    """Predict the time for the rows that this run computed; None if the device or setting was not measured."""
     cost, _ = read_device_cost(DeviceKey.of(config.device))
     if cost is None:
         return None
@@ -140,20 +142,20 @@ def _forecast(spec: JobSpec, config: EngineConfig, figures: LengthFigures, resul
 
 
 def _resumed(done: Done, digests: dict[str, str]) -> list[str]:
-    """For the report: that rows were there before, and whether another engine computed them."""
+    """Note for the report that rows were done before, and whether another engine computed them."""
     if not done.count:
         return []
     others = done.engines - {digests["engine"]}
     by = ", some by another version or device of batchinfer" if others else ""
-    return [f"{done.count:,} of the rows were done when this run began{by}: times and rates are of the others"]
+    return [f"{done.count:,} of the rows were done when this run began{by}; times and rates are for the other rows"]
 
 
 def _sampled(spec: JobSpec) -> list[str]:
-    """For the report: how many answers its completion tokens are of."""
+    """Note for the report that its completion tokens are those of all samples."""
     if spec.n == 1:
         return []
-    said = f"every row has {spec.n} samples (--n), and completion tokens are those of all"
-    same = "; at temperature 0 they are all the same, so that one is computed"
+    said = f"every row has {spec.n} samples (--n), and completion tokens are counted over all of them"
+    same = "; at temperature 0 they are all the same, so only one is computed"
     return [said + (same if spec.computed_samples == 1 else "")]
 
 

@@ -1,4 +1,4 @@
-"""What a job did so far as a textfile for Prometheus, which node_exporter's textfile collector reads."""
+"""Writing a job's progress to a text file for Prometheus, read by node_exporter's textfile collector."""
 
 import re
 import time
@@ -15,9 +15,9 @@ from batchinfer.jobs.spec import JobSpec
 PREFIX = "batchinfer_job_"
 HELP = {
     "start_time_seconds": "Unix time at which the run began.",
-    "seconds": "Seconds that the run took so far.",
+    "seconds": "Seconds that the run has taken so far.",
     "running": "1 while the run is at work, 0 once it ended.",
-    "exit_code": "What the run exited with; absent while it is at work.",
+    "exit_code": "Exit code of the run; absent while it is at work.",
     "last_success_time_seconds": "Unix time at which a run last exited with 0; kept while later runs fail.",
     "rows": "Rows of the input.",
     "rows_done": "Rows with an answer or an error, those of earlier runs included.",
@@ -28,16 +28,16 @@ HELP = {
 
 
 class Metrics:
-    """Writes `--metrics-textfile`, where there is one: as the run begins, when `write` is called, and as it ends.
+    """Writes the file of `--metrics-textfile`, if it is given: when the run begins, at each `write`, and when it ends.
 
-    A run that ends before it has its folder writes how it ended, without rows. Where another run is at work in the
-    folder the file is that run's, and stays as it is. The time of the last success is taken over from the file, since
-    the alert that too long passed since then must outlast the runs that fail. Where the file cannot be written the job
-    goes on, and says so once.
+    A run that ends before it has opened its run folder writes its exit code without rows. If another run is at work in
+    the folder, the file belongs to that run and is left alone. The time of the last success is kept from the earlier
+    file, so that an alert on its age still works after runs that fail. If the file cannot be written, the job prints
+    one line and continues.
     """
 
     def __init__(self, spec: JobSpec, folder: RunFolder) -> None:
-        """Raises `Refused` where the file has no folder, and `OSError` where an earlier one cannot be read."""
+        """Raises `Refused` if the file's folder does not exist, and `OSError` if an earlier file cannot be read."""
         self._path = spec.metrics_textfile
         output = spec.output.parent if spec.incremental and not spec.grows else spec.output
         self._label = _escaped(str(output.absolute()))
@@ -62,7 +62,7 @@ class Metrics:
         self.write(code)
 
     def failed(self, error: BaseException) -> None:
-        """There was no run, because of this; no other one is at work."""
+        """Write that the run failed with this error before it began. Call it only if no other run is at work."""
         self.write(exit_code(error))
 
     @property
@@ -70,19 +70,19 @@ class Metrics:
         return self._results is not None and 0 < self._results.rows == self._results.failed
 
     def begin(self, results: Results, total: int) -> None:
-        """The run has its folder; the input has `total` rows."""
+        """Note that the run folder is open and that the input has `total` rows, and write the file."""
         self._results, self._total = results, total
         self.write()
 
     def write(self, code: int | None = None) -> None:
-        """Write the file, by rename. `code` is what the run exits with; None while it is at work."""
+        """Write the file, by rename. `code` is the run's exit code, or None while it is at work."""
         if self._path is None:
             return
         try:
             write_whole(self._path, self._text(code).encode())
         except OSError as error:
             if not self._complained:
-                say(f"--metrics-textfile {self._path} cannot be written: {error.strerror or error}; the job goes on")
+                say(f"--metrics-textfile {self._path} cannot be written: {error.strerror or error}; the job continues")
             self._complained = True
 
     def _text(self, code: int | None) -> str:
@@ -110,15 +110,16 @@ class Metrics:
 
 
 def _escaped(label: str) -> str:
-    """As the exposition format wants it; bytes of a name that are no UTF-8 become escapes."""
+    """Escape a label for the exposition format. Bytes that are not UTF-8 become escapes too."""
     text = label.encode("utf-8", "backslashreplace").decode()
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def _last_success(path: Path) -> float | None:
-    """What an earlier run wrote into the file."""
+    """Return the time of the last success that an earlier run wrote, if any. Raises `Refused` if the folder is
+    missing."""
     if not path.parent.is_dir():
-        raise Refused(f"--metrics-textfile {path}: there is no folder {path.parent}; make it, or name another one")
+        raise Refused(f"--metrics-textfile {path}: there is no folder {path.parent}; make it, or name another file")
     try:
         text = path.read_bytes()
     except FileNotFoundError:

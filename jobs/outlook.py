@@ -1,4 +1,4 @@
-"""What a job will be, before a weight is loaded: which rows can run, how long they are, what they will take."""
+"""Planning a job before its weights are loaded: which rows can run, how long they are, how long the job will take."""
 
 import os
 from collections import Counter
@@ -28,21 +28,22 @@ from batchinfer.jobs.spec import JobSpec
 from batchinfer.models.config import ModelConfig
 
 SCHEMA_VERSION = 1
-NOWHERE = Path(os.devnull) / "plan.parquet"  # a plan has no output; this one is in no folder of the input
-SCALE_BYTES = 4  # of a token and head, where keys and values are in 8 bits
+# stands for the output, which a plan does not have; it is in no input folder
+NOWHERE = Path(os.devnull) / "plan.parquet"
+SCALE_BYTES = 4  # size of the scale for each token and head, if keys and values are in 8 bits
 
 
 @dataclass(frozen=True)
 class Failing:
-    """Rows that cannot run, of one reason."""
+    """Rows that cannot run for the same reason."""
 
     rows: int
-    first: int  # the first one's ordinal
+    first: int  # ordinal of the first of them
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run the job, and seconds of generating by it."""
+    """A way to run the job, and its predicted seconds of generating."""
 
     products: str
     kv_cache: str
@@ -51,56 +52,58 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Outlook:
-    """The fields of `plan --json`. Times are None, with a note, where the device was not measured."""
+    """The fields of `plan --json`. Times are None, with a note, if the device was not measured."""
 
     schema_version: int
     model: str
     device: str
     rows: int
-    rows_done: int  # by an earlier run
+    rows_done: int  # done by an earlier run
     rows_to_run: int
     rows_failing: dict[str, Failing]  # by error_code
-    duplicates: int  # rows that get the result of another one
-    duplicate_tokens: int  # of their prompts
-    groups: int  # of rows whose prompts begin with the same tile
-    grouped_rows: int
-    shared_tokens: int  # of prompts, computed once for neighbours
+    duplicates: int  # rows that get the result of another row
+    duplicate_tokens: int  # tokens of their prompts
+    groups: int  # groups of rows whose prompts begin with the same tile
+    grouped_rows: int  # rows in these groups
+    shared_tokens: int  # prompt tokens that are computed once for several rows
     prompt_tokens: int
     longest_prompt: int
     median_prompt: int
-    prompt_lengths: dict[str, int]  # longest prompt of a bucket -> rows
+    prompt_lengths: dict[str, int]  # longest prompt of a bucket -> number of rows
     most_new_tokens: int
-    kv_cache: str  # its type
-    kv_cache_bytes: int  # at most in use at once
-    step_sizes: dict[str, int]  # tokens of a step, padded -> steps, by the central estimate
-    operations: float  # if each row takes all tokens that it may, and none less
+    kv_cache: str  # type of keys and values
+    kv_cache_bytes: int  # most that are in use at the same time
+    step_sizes: dict[str, int]  # tokens of a step, with padding -> number of steps, by the central estimate
+    operations: float  # if each row generates all tokens that it may
     kv_bytes_read: float
     products: str
     prediction: Prediction | None
-    candidates: list[Candidate]  # the fastest first
-    drafts_pay: dict[str, float | None]  # rows side by side -> how likely drafts must be right; None: they never pay
+    candidates: list[Candidate]  # fastest first
+    # rows side by side -> least useful acceptance rate of drafts; None: they never pay
+    drafts_pay: dict[str, float | None]
     notes: list[str]
 
     def json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Return the fields for `--json`."""
         return asdict(self)
 
     def text(self, width: int | None) -> str:
-        """Aligned lines and a histogram in `width` columns, or in plain signs for None."""
+        """Return aligned lines and a histogram of `width` columns; for None, the histogram has ASCII characters
+        only."""
         lines = [
             ("model", self.model),
             ("device", self.device),
-            ("rows", f"{self.rows:,}, of which {self.rows_to_run:,} can run"),
+            ("rows", f"{self.rows:,}; {self.rows_to_run:,} of them can run"),
             *([("  done before", f"{self.rows_done:,}")] if self.rows_done else []),
-            *[(f"  {code}", f"{f.rows:,} rows, the first is row {f.first}") for code, f in self.rows_failing.items()],
+            *[(f"  {code}", f"{f.rows:,} rows, first row {f.first}") for code, f in self.rows_failing.items()],
             (
                 "prompt tokens",
                 f"{self.prompt_tokens:,}; median {self.median_prompt:,}, longest {self.longest_prompt:,}",
             ),
-            ("  computed once", f"{self.duplicates:,} duplicates ({self.duplicate_tokens:,} tokens)"),
+            ("  duplicates", f"{self.duplicates:,} rows with {self.duplicate_tokens:,} tokens are not computed again"),
             (
                 "  shared",
-                f"{self.shared_tokens:,} tokens; {self.groups:,} groups of {self.grouped_rows:,} rows begin alike",
+                f"{self.shared_tokens:,} tokens; {self.grouped_rows:,} rows in {self.groups:,} groups begin alike",
             ),
             ("new tokens", f"{self.most_new_tokens:,} at most"),
             ("KV cache", f"{in_bytes(self.kv_cache_bytes)} in {self.kv_cache} at its fullest"),
@@ -129,7 +132,7 @@ class Outlook:
             lines.append((f"  {c.products}, KV {c.kv_cache}", f"{in_seconds(c.generate_seconds)} of generating{mark}"))
         if self.drafts_pay:
             shares = [
-                f"{rows} rows: {'never' if right is None else f'from {right:.0%} right'}"
+                f"{rows} rows: {'never' if right is None else f'if {right:.0%} or more are right'}"
                 for rows, right in self.drafts_pay.items()
             ]
             lines.append(("drafts pay", "; ".join(shares)))
@@ -137,8 +140,8 @@ class Outlook:
 
 
 def plan(spec: JobSpec) -> Outlook:
-    """Read and tokenize all rows that are left to do; no weight is looked at. Raises what `run` would before its first
-    row."""
+    """Read and tokenize all rows that are not done, without loading weights. Raises what `run` would raise before its
+    first row."""
     job = preflight(spec)
     done = _done(spec, job)
     with TemporaryDirectory(prefix="batchinfer-plan-") as folder:
@@ -149,7 +152,7 @@ def plan(spec: JobSpec) -> Outlook:
     cost, missing = read_device_cost(key)
     setting, notes = Setting.of(job.config), [] if missing is None else [missing]
     if spec.incremental:
-        notes.append("all rows are planned: those that an earlier run has done are among them")
+        notes.append("the plan is for all rows, including those that earlier runs have done")
     simulated = Job(shape, job.config) if windows.figures.rows else None
     prediction, candidates, drafts_pay = None, [], {}
     if simulated is not None and cost is not None:
@@ -161,7 +164,8 @@ def plan(spec: JobSpec) -> Outlook:
             drafts_pay = {str(n): simulated.drafts_pay(n, cost, setting) for n in [*few, side_by_side]}
         else:
             notes.append(
-                f"{setting.products} with keys and values in {setting.kv_cache} is not measured on this device"
+                f"{setting.products} with keys and values in {setting.kv_cache} was not measured on this device, so "
+                "that no time is predicted"
             )
     return Outlook(
         schema_version=SCHEMA_VERSION,
@@ -184,7 +188,7 @@ def plan(spec: JobSpec) -> Outlook:
 
 
 def _done(spec: JobSpec, job: Preflight) -> NDArray[np.bool_]:
-    """[rows] those that an earlier run of this job has done."""
+    """Return whether an earlier run of this job has done each row [rows]."""
     if spec.overwrite or spec.incremental:
         return np.zeros(job.table.num_rows, np.bool_)
     folder = RunFolder(spec.output)
@@ -193,7 +197,7 @@ def _done(spec: JobSpec, job: Preflight) -> NDArray[np.bool_]:
 
 
 def _read(windows: Windows) -> dict[str, Failing]:
-    """Read all rows; those that fail, by code."""
+    """Read all rows. Returns the rows that cannot run, by error code."""
     counts: Counter[str] = Counter()
     first: dict[str, int] = {}
     while windows.reading:
@@ -221,8 +225,8 @@ def _lengths(figures: LengthFigures) -> dict[str, Any]:
 def _demands(
     job: Job | None, figures: LengthFigures, config: EngineConfig, setting: Setting, samples: int
 ) -> dict[str, Any]:
-    """New tokens, memory and work of the rows that run, as if no prompt were shared, whatever the device takes for it;
-    nothing where no row can run."""
+    """Return new tokens, memory and operations of the rows that run, as if no prompt were shared; zeros if no row can
+    run. They do not depend on the device's speed."""
     if job is None:
         return {"most_new_tokens": 0, "kv_cache_bytes": 0, "operations": 0.0, "kv_bytes_read": 0.0}
     lengths = np.arange(len(job.shape.lengths))
@@ -243,13 +247,15 @@ def _demands(
 
 
 def _kv_element_bytes(model: ModelConfig, kv_cache: str) -> float:
-    """With its share of a scale; as the engine takes it to be where it is not known before: bfloat16."""
+    """Return the bytes of a key's or value's element, with its share of a scale. A type that is known only once the
+    engine runs counts as bfloat16."""
     nbytes = KV_CACHE_BYTES.get(kv_cache, 2)
     return nbytes + (SCALE_BYTES / model.attention.head_dim if nbytes == 1 else 0)
 
 
 def _candidates(job: Job, config: EngineConfig, cost: DeviceCost) -> list[Candidate]:
-    """Products as the checkpoint has them and in 8 bits, by each type of keys and values."""
+    """Predict the ways to run the job: products as the checkpoint has them or in 8 bits, with each type of keys and
+    values. The fastest is first."""
     plain = Setting.of(replace(config, quantization="none")).products
     settings = [
         Setting(products, kv_cache)

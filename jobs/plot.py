@@ -1,4 +1,4 @@
-"""The errors by layer as a picture: an SVG file that any browser shows, on a white ground of its own."""
+"""Drawing the errors by layer as an SVG file on a white background, which any browser shows."""
 
 import math
 from collections.abc import Iterator
@@ -8,13 +8,14 @@ from pathlib import Path
 from batchinfer.jobs.evaluate import Evaluation, LayerError
 
 WIDTH, HEIGHT = 760, 440
-LEFT, RIGHT, TOP, BOTTOM = 92, 736, 142, 380  # of the field that the bars stand in
+LEFT, RIGHT, TOP, BOTTOM = 92, 736, 142, 380  # edges of the area with the bars
 INK, FAINT, BAR, WORST, LINE = "#1f2933", "#5f6b7a", "#9dbfe3", "#2f6db0", "#d9622b"
 MOST_LETTERS = 90
 
 
 def layer_plot(done: Evaluation, layers: list[LayerError]) -> str:
-    """An SVG: a bar a layer for the error that it adds, a line for what has gathered in the residual stream."""
+    """Return an SVG: a bar for the error that each layer adds, and a line for the error accumulated in the residual
+    stream."""
     worst = max(layers, key=lambda layer: layer.own)
     step = _tick(100 * max(max(layer.own, layer.stream) for layer in layers))
     top = step * max(1, math.ceil(100 * max(max(layer.own, layer.stream) for layer in layers) / step))
@@ -39,12 +40,12 @@ def _head(done: Evaluation, worst: LayerError) -> Iterator[str]:
         figures += f"  ·  top-1 agreement {100 * done.top1_agreement:.2f} %"
     yield _text(24, 80, figures, INK, weight="bold")
     yield f'<rect x="24" y="99" width="13" height="13" fill="{BAR}"/>'
-    yield _text(43, 110, "error of what the layer adds", INK)
+    yield _text(43, 110, "error that the layer adds", INK)
     yield f'<rect x="240" y="99" width="13" height="13" fill="{WORST}"/>'
-    yield _text(259, 110, f"layer {worst.layer}: loses most", INK)
+    yield _text(259, 110, f"layer {worst.layer}: adds the most", INK)
     yield f'<path d="M406 105.5h26" stroke="{LINE}" stroke-width="2.5"/>'
     yield f'<circle cx="419" cy="105.5" r="4" fill="{LINE}"/>'
-    yield _text(440, 110, "error of the stream behind it, accumulated", INK)
+    yield _text(440, 110, "accumulated error of the stream after it", INK)
 
 
 def _axes(layers: int, step: float, top: float) -> Iterator[str]:
@@ -90,7 +91,7 @@ def _y(percent: float, top: float) -> float:
 
 
 def _tick(most: float) -> float:
-    """1, 2 or 5 times a power of ten, so that four to ten of them reach `most`; 1 where all is 0."""
+    """Return the step of the axis: 1, 2 or 5 times a power of ten, so that 4 to 10 steps reach `most`; 1 for 0."""
     if most <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(most / 4))
@@ -98,7 +99,7 @@ def _tick(most: float) -> float:
 
 
 def _name(model: str) -> str:
-    """A folder's own name; a Hub model has its organization's before it."""
+    """Return a folder's name without its path; the name of a model on the Hub keeps its organization."""
     return Path(model).name if Path(model).exists() else model
 
 

@@ -1,4 +1,4 @@
-"""A job before its first row: everything opened, resolved and checked, so that what does not fit is refused at once."""
+"""Opening, resolving and checking all parts of a job, so that errors are found before its first row."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -27,19 +27,19 @@ PromptsFactory = Callable[[JobSpec, Tokenizer, int, pa.Schema], Prompts]
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a job consists of."""
+    """The checked input, model and settings of a job."""
 
     table: Table
     kept: list[str]  # input columns that the output keeps
     config: EngineConfig
     tokenizer: Tokenizer
-    tokenizer_folder: Path | None  # where it is not the model's own
+    tokenizer_folder: Path | None  # None: the model's own
     source: Prompts
     fingerprints: dict[str, str]
 
 
 def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
-    """Raises `Refused` where the data or the model do not fit, and `UsageError` for flags that do not."""
+    """Check a job. Raises `Refused` if the data or the model do not fit, and `UsageError` if flags do not."""
     whole = Table.open(spec.inputs, spec.csv_delimiter)
     table = whole if spec.shard is None else whole.shard(*spec.shard)
     kept = _kept_columns(spec, table)
@@ -56,7 +56,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
         check_ids(whole, spec.id_column)
     if (spec.chat or spec.messages_column is not None) and tokenizer.template is not None:
         check_template(tokenizer.template, spec.tokenizer or spec.model)
-    # Of a table that grows, the rows that are set aside are the input of a run of their own.
+    # An incremental job's input may change. Each run's own input are the new rows, which are set aside.
     inputs = () if spec.grows else whole.paths
     digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept)
     return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests)
@@ -68,7 +68,7 @@ def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
     clash = [field.name for field in result_fields(spec.n) if field.name in kept]
     if clash:
         raise Refused(
-            f"{spec.inputs[0]} has a column {clash[0]!r}, which the output needs for itself; rename it, or name the "
+            f"{spec.inputs[0]} has a column {clash[0]!r}, which the output adds itself; rename it, or name the "
             "columns to keep with --columns"
         )
     return kept
@@ -80,16 +80,17 @@ def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
     except ValueError as error:
         raise Refused(f"tokenizer: {error}") from error
     size = read_config(model).get("vocab_size")
-    if type(size) is int and tokenizer.vocab_size > size:  # what is no number the engine refuses
+    if type(size) is int and tokenizer.vocab_size > size:  # the engine refuses a size that is not a number
         raise Refused(
             f"{(folder or model) / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, but vocab_size is {size} in "
-            f"{model / 'config.json'}: they do not belong together; take the model's own tokenizer"
+            f"{model / 'config.json'}: they do not belong together: leave out --tokenizer, or take the model's own"
         )
     return tokenizer
 
 
 def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
-    """The fields of the job that have the same name, and those that depend on model, device and table."""
+    """Return the engine's config: fields of the job with the same name, and those that depend on model, device or
+    table."""
     device = device_of(spec.device)
     max_num_seqs = spec.max_num_seqs or MAX_NUM_SEQS[device]
     given = {field.name: getattr(spec, field.name) for field in fields(EngineConfig) if hasattr(spec, field.name)}
@@ -99,7 +100,7 @@ def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
         "max_model_len": context_length(model, spec.max_model_len),
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": spec.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[device],
-        # Rows that come one day after the other have one kind of product, however few they are.
+        # Incremental runs must all compute in the same way, even those with few rows.
         "expected_batch": max_num_seqs if spec.incremental else min(max_num_seqs, rows * spec.computed_samples),
     }
     return EngineConfig(**given | resolved)

@@ -1,4 +1,4 @@
-"""How far a job is: a bar on a terminal, a line a minute in a log file, and the metrics that go with it."""
+"""Showing a job's progress: a bar on a terminal or a line a minute in a log file, and the metrics file."""
 
 import sys
 import time
@@ -16,10 +16,9 @@ Item = TypeVar("Item")
 
 
 class Progress:
-    """Rows done, tokens a second and time left, on stderr; counted from the engine's readiness on.
+    """Shows rows done, tokens a second and time left on stderr. Rates are measured from when the engine is ready.
 
-    `clock` gives seconds. It is looked at whenever the job calls `tick`, so that a job in which nothing moves is heard
-    of too.
+    `clock` returns seconds. The job calls `tick` often, even while no row ends, so that lines appear then too.
     """
 
     def __init__(
@@ -34,7 +33,7 @@ class Progress:
         self._bar: tqdm[None] | None = None
 
     def generating(self) -> None:
-        """The engine is ready; another one that replaces it changes nothing."""
+        """Note that the engine is ready. For an engine that replaces the first one, this does nothing."""
         if self._phase == "generating":
             return
         self._phase = "generating"
@@ -45,21 +44,21 @@ class Progress:
             )
 
     def update(self, tokens: int) -> None:
-        """So many were computed since the engine is ready, of prompts and answers together."""
+        """Note how many tokens, of prompts and answers together, were computed since the engine is ready."""
         self._tokens = tokens
         if self._bar is not None:
             self._bar.set_postfix_str(f"{self._rate():,.0f} tok/s", refresh=False)
             self._bar.update(self._results.rows - self._bar.n)
 
     def merging(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items, which the output is made of."""
+        """Yield the items from which the output is merged, and show progress meanwhile."""
         self._phase = "merging"
         for item in items:
             self.tick()
             yield item
 
     def tick(self) -> None:
-        """Once a minute: a line, unless there is a bar's terminal; and the metrics."""
+        """Once a minute, print a line, unless a terminal shows the bar, and write the metrics."""
         late = self._clock() - self._due
         if late < 0:
             return

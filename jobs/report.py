@@ -1,4 +1,4 @@
-"""What a job did, in numbers: `report.json`, and the same as a table on the terminal."""
+"""The report of a job: `report.json`, and the same figures as a table for the terminal."""
 
 import importlib.metadata
 import json
@@ -18,19 +18,19 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of generating that were to be expected if no draft were right, to stand beside `generate_seconds`."""
+    """Predicted seconds of generating without drafts, to compare with `generate_seconds`."""
 
-    seconds: float  # before the run, by the central estimate of output lengths
+    seconds: float  # predicted before the run, from the central estimate of output lengths
     low: float
     high: float
-    seconds_for_lengths: float  # for the lengths that came: what is left is the cost model's own error
+    seconds_for_lengths: float  # predicted for the actual output lengths: the rest is the cost model's error
 
     def lines(self) -> list[tuple[str, str]]:
-        """Of the report's table."""
+        """Return lines for the report's table."""
         range_ = f"{in_seconds(self.low)} to {in_seconds(self.high)}"
         return [
             ("predicted", f"{in_seconds(self.seconds)} of generating without drafts ({range_})"),
-            ("  for the lengths", f"{in_seconds(self.seconds_for_lengths)}, had they been known"),
+            ("  known lengths", f"{in_seconds(self.seconds_for_lengths)}, if output lengths had been known before"),
         ]
 
 
@@ -38,9 +38,9 @@ class Forecast:
 class Report:
     """The fields of `report.json`.
 
-    The parent tokenizes and commits while the engine computes, so phases overlap and do not add up to `wall_seconds`.
-    `generate_seconds` is from the engine's readiness to its last row; `tokens_per_second` holds `prefill` and `decode`
-    over their own phases, `input`, `output` and `total` over `generate_seconds`.
+    The job tokenizes and commits while the engine computes. So phases overlap, and do not add up to `wall_seconds`.
+    `generate_seconds` is the time from when the engine is ready to its last row. In `tokens_per_second`, `prefill` and
+    `decode` are over their own phases, and `input`, `output` and `total` are over `generate_seconds`.
     """
 
     schema_version: int
@@ -62,8 +62,8 @@ class Report:
     steps: int
     preemptions: int
     padded_tokens: int
-    step_sizes: dict[str, int]  # tokens of a step, padded -> steps
-    buckets: dict[str, int]  # longest prompt of a bucket -> rows
+    step_sizes: dict[str, int]  # tokens of a step, with padding -> number of steps
+    buckets: dict[str, int]  # longest prompt of a bucket -> number of rows
     phases: dict[str, float]  # load, tokenize, prefill, decode, commit, merge: seconds
     generate_seconds: float
     wall_seconds: float
@@ -71,8 +71,8 @@ class Report:
     rows_per_second: float
     operations: int
     peak_operations_per_second: float
-    percent_of_peak: float | None  # None where the peak was not measured
-    peak_memory_bytes: dict[str, int]  # parent, engine; gpu, where there is one
+    percent_of_peak: float | None  # None if the peak was not measured
+    peak_memory_bytes: dict[str, int]  # keys: parent (the job's process), engine, and gpu if it was used
     weight_bytes: int
     kv_cache_bytes: int
     device: str
@@ -81,12 +81,12 @@ class Report:
     versions: dict[str, str]
     command: str
     canary: Canary | None = None
-    predicted: Forecast | None = None  # None where the device was not measured
-    output_sha256: str = ""  # of the output's bytes
-    prompt_tokens_shared: int = 0  # not computed, for another row had them
+    predicted: Forecast | None = None  # None if the device was not measured
+    output_sha256: str = ""  # digest of the output; for a folder, of its files' names and digests
+    prompt_tokens_shared: int = 0  # not computed, since they were computed for another row
 
     def table(self) -> str:
-        """The report as aligned lines, without colour."""
+        """Return the report as aligned lines, without colour."""
         rate, memory = self.tokens_per_second, self.peak_memory_bytes
         computed = self.prompt_tokens_computed + self.completion_tokens
         sources = f"{self.prompt_tokens_computed:,} computed, {self.prompt_tokens_shared:,} shared"
@@ -97,12 +97,15 @@ class Report:
             ("device", self.device),
             ("rows", f"{self.rows:,} ({self.rows_ok:,} ok, {self.rows_failed:,} failed)"),
             *([("  done before", f"{self.rows_resumed:,}")] if self.rows_resumed else []),
-            *([("  like another row", f"{self.rows_duplicate:,}")] if self.rows_duplicate else []),
+            *([("  duplicates", f"{self.rows_duplicate:,} rows")] if self.rows_duplicate else []),
             *[(f"  {code}", f"{count:,} rows") for code, count in self.rows_by_error.items()],
             ("prompt tokens", f"{self.prompt_tokens:,} ({sources})"),
             ("completion tokens", f"{self.completion_tokens:,}"),
             *([("drafts", f"{self.drafted:,} drafted, {right}")] if self.drafted else []),
-            ("wall time", f"{in_seconds(self.wall_seconds)}, of which generating {in_seconds(self.generate_seconds)}"),
+            (
+                "wall time",
+                f"{in_seconds(self.wall_seconds)}; generating {in_seconds(self.generate_seconds)}",
+            ),
             *[(f"  {name}", in_seconds(seconds)) for name, seconds in self.phases.items()],
             *([] if self.predicted is None else self.predicted.lines()),
             ("rows/s", f"{self.rows_per_second:,.2f}"),
@@ -110,11 +113,11 @@ class Report:
             ("  by phase", f"prefill {rate['prefill']:,.1f}, decode {rate['decode']:,.1f}"),
         ]
         if self.percent_of_peak is not None:
-            peak = f"{self.percent_of_peak:.1f} % of {self.peak_operations_per_second / 1e9:,.0f} GOP/s as measured"
+            peak = f"{self.percent_of_peak:.1f} % of {self.peak_operations_per_second / 1e9:,.0f} GOP/s, as measured"
             lines.append(("arithmetic", peak))
         lines += [
             ("peak memory", ", ".join(f"{name} {in_bytes(size)}" for name, size in memory.items())),
-            ("  of the engine's", f"weights {in_bytes(self.weight_bytes)}, KV cache {in_bytes(self.kv_cache_bytes)}"),
+            ("  in the engine", f"weights {in_bytes(self.weight_bytes)}, KV cache {in_bytes(self.kv_cache_bytes)}"),
             ("steps", f"{self.steps:,}, preemptions {self.preemptions:,}"),
             ("  tokens: steps", most_frequent(self.step_sizes)),
             ("prompt lengths", most_frequent(self.buckets)),
@@ -128,16 +131,16 @@ class Report:
 
 
 def read_report(output: Path) -> Report:
-    """The report of the job that wrote `output`, of a folder that grows the last one.
+    """Return the report of the job that wrote `output`; for an incremental output, the report of its last file.
 
-    Raises `Refused` where there is none, or of another version.
+    Raises `Refused` if there is no report, or if it has another schema version.
     """
     path = RunFolder([output, *grown_files(output)][-1]).report
     try:
         values = json.loads(path.read_text("utf-8"))
         version = values["schema_version"]
         if version != SCHEMA_VERSION:
-            raise Refused(f"report {path} has schema_version {version}; this batchinfer reads {SCHEMA_VERSION}")
+            raise Refused(f"report {path} has schema_version {version}; this batchinfer reads only {SCHEMA_VERSION}")
         canary, predicted = values.get("canary"), values.get("predicted")
         parts = {
             "canary": None if canary is None else Canary(**canary),
@@ -145,18 +148,18 @@ def read_report(output: Path) -> Report:
         }
         return Report(**{**values, **parts})
     except OSError as error:
-        raise Refused(f"report {path}: {error.strerror}; it is written when a job is complete") from error
+        raise Refused(f"report {path}: {error.strerror}; a report is written when its job is complete") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise Refused(f"report {path} is no report of batchinfer: {error}") from error
+        raise Refused(f"report {path} is not a report of batchinfer: {error}") from error
 
 
 def rates(tokens: dict[str, int], seconds: dict[str, float]) -> dict[str, float]:
-    """Tokens a second by kind; 0 where no time passed."""
+    """Return tokens a second by kind; 0 if no time passed."""
     return {kind: tokens[kind] / seconds[kind] if seconds[kind] > 0 else 0.0 for kind in tokens}
 
 
 def versions() -> dict[str, str]:
-    """What ran: names to versions, read without importing them."""
+    """Return the versions of batchinfer, Python and the main packages, without importing them."""
     packages = ("torch", "triton", "tokenizers", "pyarrow", "numpy")
     installed = {dist.name: dist.version for dist in map(_distribution, packages) if dist is not None}
     return {"batchinfer": __version__, "python": platform.python_version(), **installed}

@@ -1,4 +1,4 @@
-"""What a job is: every choice of `batchinfer run`, resolved once, frozen; and which choices go together."""
+"""The specification of a job: all choices of `batchinfer run`, and checks of which choices fit together."""
 
 import os
 from dataclasses import dataclass, field
@@ -13,15 +13,16 @@ from batchinfer.jobs.flags import JobFlags
 
 @dataclass(frozen=True)
 class JobSpec(JobFlags):
-    """One job: its flags, and what else it may be told. A `UsageError` names flag, value, bound and remedy."""
+    """A job's flags and settings. Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    speculation: Speculation = field(default_factory=Speculation)  # its model is a directory or a Hub id, as given
-    # These have no flag of `run`: benchmarks set them.
+    # its model is a directory or a Hub id, as the user gave it
+    speculation: Speculation = field(default_factory=Speculation)
+    # `run` has no flags for these settings: benchmarks set them.
     random_weights: bool = False
     prefix_sharing: bool = True
     learned_admission: bool = True
-    deduplicate: bool = True  # rows that must come out alike are computed once
+    deduplicate: bool = True  # rows that must have the same answer are computed once
 
     def __post_init__(self) -> None:
         for flag, problem in problems(self):
@@ -35,12 +36,13 @@ class JobSpec(JobFlags):
 
     @property
     def grows(self) -> bool:
-        """Whether the output is a folder that gets one more file; the run of that file is one like any other."""
+        """Whether this is an incremental job, which adds a file to its output folder. The run that makes that file is
+        an ordinary job, whose output is the file."""
         return self.incremental and not self.output.suffix
 
     @property
     def computed_samples(self) -> int:
-        """How many samples of a row are computed; without noise they are all the same."""
+        """Number of samples of each row that are computed: one at temperature 0, since all are the same then."""
         return self.n if self.sampling.temperature > 0 else 1
 
 
@@ -57,10 +59,10 @@ def _check_prompt_source(job: JobSpec) -> None:
 
 def _check_chat(job: JobSpec) -> None:
     if job.chat and job.messages_column is not None:
-        raise UsageError("--chat wraps a plain prompt; --messages-column has its own roles: leave one out")
+        raise UsageError("--chat wraps a plain prompt, but --messages-column has whole chats; leave one of them out")
     templated = job.chat or job.messages_column is not None
     if job.system_prompt is not None and not templated:
-        raise UsageError("--system-prompt needs --chat or --messages-column")
+        raise UsageError("--system-prompt needs --chat or --messages-column; give one of them, or leave it out")
     if job.allow_special_tokens and templated:
         raise UsageError("--allow-special-tokens is for plain prompts: leave out --chat and --messages-column")
 
@@ -71,10 +73,10 @@ def _check_files(job: JobSpec) -> None:
     _check_suffix(job.output)
     output = os.path.realpath(job.output)
     if any(f"{os.path.realpath(path)}{os.sep}".startswith(f"{output}{os.sep}") for path in job.inputs):
-        raise UsageError(f"--output {job.output} is an input too, or holds one; choose another name")
+        raise UsageError(f"--output {job.output} is an input too, or contains one; choose another name")
     folders = [path for path in job.inputs if os.path.isdir(path)]
     if any(output.startswith(f"{os.path.realpath(path)}{os.sep}") for path in folders):
-        raise UsageError(f"--output {job.output} is in a folder of the input; choose another one")
+        raise UsageError(f"--output {job.output} is in an input folder; choose another folder")
     if job.columns is not None and not job.columns:
         raise UsageError("--columns is empty; name one input column or more, or leave it out to keep all")
     if job.metrics_textfile is not None and job.metrics_textfile.suffix != ".prom":
@@ -85,7 +87,7 @@ def _check_shard(job: JobSpec) -> None:
     if job.shard is not None and not 0 <= job.shard[0] < job.shard[1]:
         index, count = job.shard
         raise UsageError(
-            f"--shard is {index}/{count}; shards are counted from 0: give 0/{count} to {count - 1}/{count}"
+            f"--shard is {index}/{count}; shards are counted from 0: give one from 0/{count} to {count - 1}/{count}"
         )
 
 
@@ -98,19 +100,19 @@ def _check_incremental(job: JobSpec) -> None:
     if not job.incremental:
         return
     if job.id_column is None:
-        raise UsageError("--incremental needs --id-column: by id and content it knows which rows are new")
+        raise UsageError("--incremental needs --id-column: it recognizes new rows by id and content")
     against = {"--shard": job.shard is not None, "--overwrite": job.overwrite, "--no-resume": not job.resume}
     for flag, wanted in against.items():
         if wanted:
-            raise UsageError(f"--incremental adds to what is there: leave {flag} out")
+            raise UsageError(f"--incremental adds to the earlier output; leave {flag} out")
 
 
 def _check_suffix(output: Path) -> None:
-    from batchinfer.jobs.results.formats import format_of  # with pyarrow, which --help is faster without
+    from batchinfer.jobs.results.formats import format_of  # imports pyarrow, which --help does without
 
     format_of(output)
 
 
 def sharded(output: Path, index: int, count: int) -> Path:
-    """Where that shard of an output goes: OUT-I-of-N with the same suffix, or the folder OUT-I-of-N."""
+    """Return the output of shard `index` of `count`: OUT-I-of-N with the same suffix, or the folder OUT-I-of-N."""
     return output.with_name(f"{output.stem}-{index}-of-{count}{output.suffix}")

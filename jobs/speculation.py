@@ -1,4 +1,5 @@
-"""`--speculative-config` and `--draft-model`: who drafts tokens, in the JSON of other engines, or by name alone."""
+"""Parsing `--speculative-config` and `--draft-model`, which say how tokens are drafted: a method's name, or JSON with
+the keys that other engines use."""
 
 import difflib
 import json
@@ -19,7 +20,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     "prompt_lookup_max": (int, "a whole number"),
     "gate": (bool, "true or false"),
 }
-# What other engines call it.
+# Names in other engines -> names here.
 _METHODS_ELSEWHERE = {
     "draft": "draft_model",
     "none": "off",
@@ -39,7 +40,7 @@ _KEYS_ELSEWHERE = {
 
 @dataclass(frozen=True)
 class SpeculationFlags:
-    """The two flags that a job's `Speculation` comes from, as they are written."""
+    """The two flags that make a job's `Speculation`, as the user writes them."""
 
     speculative_config: Annotated[
         str,
@@ -58,9 +59,9 @@ class SpeculationFlags:
 
 
 def speculation_of(text: str, draft_model: str | None) -> Speculation:
-    """What the two flags say: a JSON object or the name of a method, and a model; its path is as the user gave it.
+    """Parse the two flags: a JSON object or the name of a method, and a model, whose path is kept as the user gave it.
 
-    Raises `UsageError` for anything else, naming the key, and the nearest known one of a key that is unknown.
+    Raises `UsageError`, naming the key, and for an unknown key the nearest known key.
     """
     values = _values(text)
     if draft_model is not None:
@@ -86,13 +87,13 @@ def _values(text: str) -> dict[str, Any]:
     try:
         return json.loads(text, object_pairs_hook=_once)  # type: ignore[no-any-return]
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{FLAG} is no JSON object: {error}") from error
+        raise UsageError(f"{FLAG} is not a JSON object: {error}") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("it has a key twice")
     return values
 
 
@@ -104,6 +105,6 @@ def _check(key: str, value: Any) -> None:
     if type(value) is not kind:
         raise UsageError(f"{FLAG}: {key} is {str(value)[:50]!r}; it must be {name}")
     if key == "method" and value in _METHODS_ELSEWHERE:
-        raise UsageError(f"{FLAG}: method is {value!r}; here its name is {_METHODS_ELSEWHERE[value]!r}")
+        raise UsageError(f"{FLAG}: method is {value!r}; batchinfer calls it {_METHODS_ELSEWHERE[value]!r}")
     if key == "model" and (not value or "\0" in str(value)):
         raise UsageError(f"{FLAG}: model is {value!r}; name a directory, a GGUF file or a model on the Hub")

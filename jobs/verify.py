@@ -1,4 +1,4 @@
-"""Is an output what its run computed? Counted again from the files alone: hashes, rows and tokens."""
+"""Checking that an output is what its run computed: hashes, rows and tokens are counted again from the files."""
 
 import json
 from collections import Counter
@@ -22,7 +22,7 @@ from batchinfer.jobs.results.schema import ROW
 
 @dataclass
 class Totals:
-    """Counts over rows, each counted once."""
+    """Counts over rows."""
 
     reasons: Counter[str]
     errors: Counter[str]
@@ -43,7 +43,7 @@ class Totals:
         self.completion_tokens += completion_tokens(table)
 
     def text(self) -> str:
-        """On one line."""
+        """Return the counts on one line."""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.reasons.items()))
         return (
             f"{self.rows:,} rows ({reasons or 'none'}), {self.prompt_tokens:,} prompt tokens, "
@@ -52,23 +52,25 @@ class Totals:
 
 
 def verify(output: Path) -> list[str]:
-    """Lines that say what was counted, file by file of a folder that grows.
+    """Check an output. Returns lines with the counts; an incremental output is checked and described file by file.
 
-    Raises `Refused` with the first thing that is not as it should be.
+    Raises `Refused` with the first difference that is found.
     """
     if grown := grown_files(output):
         if others := set(files_of(output)) - set(grown):
-            raise Refused(f"{min(others)} was written by no run")
+            raise Refused(f"{min(others)} was written by no run; move it away")
         return [line for file in grown for line in verify(file)]
     folder = RunFolder(output)
     manifest = _manifest(folder)
     in_parts = _verify_parts(folder, manifest)
     report = read_report(output)
     if not is_there(output):
-        raise Refused(f"{output} is not there, though {folder.manifest} says that all rows are done: run the job again")
+        raise Refused(
+            f"{output} does not exist, though {folder.manifest} says that all rows are done; run the job again"
+        )
     if digest_of(output) != report.output_sha256:
         another = "" if Path(report.output).name == output.name else f", which is about {report.output}"
-        raise Refused(f"{output} is not what was written: its sha256 is not that of {folder.report}{another}")
+        raise Refused(f"{output} was changed: its sha256 is not the one in {folder.report}{another}; run the job again")
     in_output = _count_output(output)
     in_report = Totals(
         Counter(report.rows_by_finish_reason),
@@ -88,20 +90,22 @@ def _manifest(folder: RunFolder) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(folder.manifest.read_text("utf-8"))
         if not isinstance(manifest["rows"], int):
-            raise ValueError("rows is no number")
+            raise ValueError("rows is not a whole number")
         manifest["parts"] = [Part(**part) for part in manifest["parts"]]
         return manifest
     except FileNotFoundError as error:
-        raise Refused(f"{folder.manifest} is not there: the job is not complete; give its command again") from error
+        raise Refused(f"{folder.manifest} does not exist: the job is not complete; give its command again") from error
     except (ValueError, TypeError, KeyError) as error:
         raise Refused(f"{folder.manifest} is damaged: {error}") from error
 
 
 def _verify_parts(folder: RunFolder, manifest: dict[str, Any]) -> Totals:
-    """The counts of all rows, from the parts, newest first: the last result of a row counts."""
+    """Check the parts against the manifest. Returns the counts of all rows; a row's last result counts."""
     names = {part.name for part in manifest["parts"]}
     if more := sorted(path.name for path in folder.parts.iterdir() if path.name not in names):
-        raise Refused(f"{folder.parts / more[0]} is not in the manifest: the job goes on, or a row ran again; run it")
+        raise Refused(
+            f"{folder.parts / more[0]} is not in the manifest: the job is not complete; give its command again"
+        )
     totals, seen = Totals.empty(), np.zeros(manifest["rows"], np.bool_)
     for part in reversed(manifest["parts"]):
         path = folder.parts / part.name
@@ -113,20 +117,23 @@ def _verify_parts(folder: RunFolder, manifest: dict[str, Any]) -> Totals:
         if found != part:
             differing = next(name for name in vars(part) if getattr(found, name) != getattr(part, name))
             raise Refused(
-                f"part {path} is not as the manifest says: {differing} is {getattr(found, differing)}, not "
-                f"{getattr(part, differing)}"
+                f"part {path} differs from the manifest: {differing} is {getattr(found, differing)}, not "
+                f"{getattr(part, differing)}; remove the part and run the job again"
             )
         totals.add(_fresh(table, seen, path))
     if missing := np.flatnonzero(~seen)[:1].tolist():
-        raise Refused(f"row {missing[0]} is in no part")
+        raise Refused(f"row {missing[0]} is in no part; run the job again")
     return totals
 
 
 def _fresh(table: pa.Table, seen: np.ndarray[Any, np.dtype[np.bool_]], path: Path) -> pa.Table:
-    """The rows that no later part has; a row that has a later result must have failed in this one."""
+    """Return the rows of a part that no later part has, and mark them in `seen`.
+
+    Raises `Refused` for an impossible row, and for a row that is in a later part though it had not failed in this one.
+    """
     rows = table[ROW].to_numpy()
     if len(np.unique(rows)) < len(rows) or rows.min() < 0 or rows.max() >= len(seen):
-        raise Refused(f"part {path} has a row twice, or one that the input has not")
+        raise Refused(f"part {path} has a row twice, or a row that is not in the input")
     again = seen[rows]
     failed = pc.equal(table["finish_reason"], "error").to_numpy()
     if (again & ~failed).any():

@@ -148,7 +148,12 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], list[str], str]] = {
         [],
         "'error_code', which the output needs",
     ),
-    "a key twice": ("in.jsonl", lambda path: path.write_text('{"prompt": "a", "prompt": "b"}\n'), [], "it has a key twice"),
+    "a key twice": (
+        "in.jsonl",
+        lambda path: path.write_text('{"prompt": "a", "prompt": "b"}\n'),
+        [],
+        "has a key twice",
+    ),
     "a key of half a character": ("in.jsonl", json_lines({"prompt": "a", "\ud800": 1}), [], "is not UTF-8: '\\ud800'"),
     "values nested without end": (
         "in.jsonl",
