@@ -1,4 +1,4 @@
-"""Calibration sequences: token ids of rows from a table, or of what every machine has, the standard library's text."""
+"""Choosing calibration sequences: token ids from rows of a table, or from the source of Python's standard library."""
 
 import sysconfig
 from collections.abc import Iterator
@@ -14,16 +14,17 @@ from batchinfer.text.tokenizer import Tokenizer
 TokenIds = NDArray[np.int32]
 
 SPARE = 4
-"""Times as many rows are drawn as are asked for: some are too short."""
+"""Factor by which more rows are drawn than sequences are wanted, since some rows are too short."""
 
 
 def calibration_sequences(
     data: Path | None, column: str, rows: int, tokens: int, seed: int, tokenizer: Tokenizer
 ) -> list[TokenIds]:
-    """`rows` sequences of at most `tokens` tokens, drawn from the table's rows: a piece of each, of long ones any.
+    """Draw `rows` sequences of at most `tokens` tokens from a table: one chunk from each row, at random in long rows.
 
-    Where there are fewer rows, several pieces of a row, and at the end fewer sequences. Without `data` they are drawn
-    from the source of the running Python's standard library. Raises `UsageError` and `Refused`.
+    If the table has too few rows, several chunks of a row are taken. If that is not enough, fewer sequences are
+    returned. Without `data`, the text is the source of the running Python's standard library. Raises `UsageError` for
+    numbers that are too small, and `Refused` if there is no text.
     """
     if rows < 1:
         raise UsageError(f"--calibration-rows is {rows}; it must be 1 or more")
@@ -31,24 +32,27 @@ def calibration_sequences(
         raise UsageError(f"--calibration-tokens is {tokens}; it must be 2 or more")
     random = np.random.default_rng(seed)
     texts = _library(rows * SPARE, random) if data is None else _drawn(data, column, rows * SPARE, random)
-    pieces: list[list[TokenIds]] = []
+    chunks: list[list[TokenIds]] = []
     for text in texts:
         ids, _ = tokenizer.encode_batch([text])
         first = random.integers(len(ids) % tokens + 1) if len(ids) > tokens else 0
         whole = [ids[a : a + tokens] for a in range(first, len(ids), tokens)]
-        # Of a long row whole pieces alone, from anywhere in it.
-        kept = [piece for piece in whole if len(piece) == min(tokens, max(len(ids), 2))]
-        pieces.append([kept[i] for i in random.permutation(len(kept))])
-        if sum(map(bool, pieces)) == rows:
+        # Take only whole chunks of a long row, beginning at a random token.
+        kept = [chunk for chunk in whole if len(chunk) == min(tokens, max(len(ids), 2))]
+        chunks.append([kept[i] for i in random.permutation(len(kept))])
+        if sum(map(bool, chunks)) == rows:
             break
-    found = [row[turn] for turn in range(max(map(len, pieces), default=0)) for row in pieces if turn < len(row)]
+    found = [row[turn] for turn in range(max(map(len, chunks), default=0)) for row in chunks if turn < len(row)]
     if not found:
         raise Refused(f"{data}: column {column!r} has no text of two tokens or more to calibrate with")
     return found[:rows]
 
 
 def _drawn(data: Path, column: str, rows: int, random: np.random.Generator) -> list[str]:
-    """The text of random rows among those that have some, in random order: the rows with the smallest lots."""
+    """Draw `rows` random rows that have text; returns their texts in random order.
+
+    Each row gets a random number, and the rows with the smallest numbers are taken.
+    """
     table = Table.open([data])
     table.check([column])
     drawn: list[tuple[float, str]] = []

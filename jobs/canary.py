@@ -1,4 +1,4 @@
-"""A canary: a few rows of a job, through its engine and through a reference, before the hours are spent."""
+"""The canary: before a long job, a few of its rows run through its engine and a reference, to compare the answers."""
 
 import sys
 import tempfile
@@ -32,55 +32,55 @@ from batchinfer.text.stop import before_stop
 from batchinfer.text.tokenizer import Tokenizer
 
 POLL_SECONDS = 0.2
-BATCH_ROWS = 64  # tokenized for the sake of one
+BATCH_ROWS = 64  # rows that are tokenized to find one with a prompt
 UNQUANTIZED = {"F32", "F16", "BF16"}
 
 
 @dataclass(frozen=True)
 class Canary:
-    """How near the job's answers are to the reference's."""
+    """How close the job's answers are to the reference's."""
 
-    rows: int  # for which the reference has an answer
+    rows: int  # rows for which the reference has an answer
     reference: str
     identical: int  # rows with the same text
-    prefix: float  # share of the reference's answer that comes before the first other token, the mean over rows
-    tokens: int  # of the reference's answers, end of text included; along these, given to both:
-    top1_agreement: float  # share of them for which both models' likeliest token is the same
-    divergence: float  # nats a token, mean Kullback-Leibler divergence from the reference
+    prefix: float  # share of the reference's answer before the first token that differs, as the mean over rows
+    tokens: int  # of the reference's answers, end of text included. Both models read these tokens to compute:
+    top1_agreement: float  # share of the tokens for which both models' likeliest token is the same
+    divergence: float  # mean Kullback-Leibler divergence from the reference, in nats a token
     seconds: float
 
     def lines(self) -> list[tuple[str, str]]:
-        """For the report's table."""
+        """Return lines for the report's table."""
         return [
-            ("canary", f"{self.rows:,} rows beside {self.reference}, in {self.seconds:.1f} s"),
+            ("canary", f"{self.rows:,} rows compared with {self.reference} in {self.seconds:.1f} s"),
             ("  same text", f"{self.identical:,} of {self.rows:,} rows"),
             ("  same beginning", f"{100 * self.prefix:.1f} % of the reference's answer"),
-            ("  along the answer", f"top-1 agreement {100 * self.top1_agreement:.2f} %"),
+            ("  top-1 agreement", f"{100 * self.top1_agreement:.2f} % of the answer's tokens"),
             ("  KL divergence", f"{self.divergence:.6f} nats a token"),
         ]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the child is to do."""
+    """The task of the child process."""
 
     spec: JobSpec
     config: EngineConfig
     reference: EngineConfig
-    tokenizer: Path | None  # a folder, where it is not the model's own
+    tokenizer: Path | None  # folder of the tokenizer; None: the model's own
     requests: Requests
 
 
 def reference_config(spec: JobSpec, config: EngineConfig) -> EngineConfig:
-    """The engine that the job is compared with: floating point, of the same model or of `--canary-reference`.
+    """Return the config of the reference engine: in floating point, with the same model or `--canary-reference`.
 
-    Raises `UsageError` where that would be the job's own engine, or the same quantized checkpoint.
+    Raises `UsageError` if the reference would be quantized, or equal to the job's own engine.
     """
     quantized = _is_quantized(config.model)
     if spec.canary_reference is None and quantized:
         raise UsageError(
-            f"--canary {spec.canary}: {spec.model} is quantized already; name the checkpoint that it was made from "
-            "with --canary-reference"
+            f"--canary {spec.canary} needs a reference, since {spec.model} is quantized; name the checkpoint that it "
+            "was made from with --canary-reference"
         )
     named = spec.canary_reference
     model = config.model if named is None else resolve_model(named, None, tokenizer=False)
@@ -93,9 +93,9 @@ def reference_config(spec: JobSpec, config: EngineConfig) -> EngineConfig:
     if plain and model == config.model:
         raise UsageError(
             f"--canary {spec.canary} shows what quantization costs, but --quantization is {spec.quantization} and "
-            f"{spec.model} is in floating point: leave --canary out, or quantize"
+            f"{spec.model} is in floating point; leave out --canary, or quantize"
         )
-    off = Speculation("off")  # for some rows it is not worth a draft model's second copy in memory
+    off = Speculation("off")  # not worth a second copy of a draft model in memory for a few rows
     return replace(config, model=model, quantization="none", kv_cache_dtype="auto", speculation=off)
 
 
@@ -106,34 +106,35 @@ def _is_quantized(model: Path) -> bool:
 
 
 def canary_rows(table: Table, prompts: Prompts, count: int) -> Requests:
-    """`count` rows that have a prompt, spread evenly over the table; fewer where there are not as many.
+    """Return `count` rows that have a prompt, spread evenly over the table; fewer if there are not as many.
 
-    From `count` places at even distances on, each time the next row that has one. Raises `Refused` where none has.
+    From each of `count` evenly spaced positions on, the next row with a prompt is taken. Raises `Refused` if no row has
+    a prompt.
     """
-    places = np.arange(count) * table.num_rows // count
+    positions = np.arange(count) * table.num_rows // count
     chosen: list[Requests] = []
     found = 0
     for first, batch in table.batches(prompts.columns, BATCH_ROWS):
         if found == count:
             break
-        if places[found] >= first + batch.num_rows:
+        if positions[found] >= first + batch.num_rows:
             continue
         requests, _ = prompts.tokenize(first, batch)
         taken = []
         for i, row in enumerate(requests.rows.tolist()):
-            if found < count and row >= places[found]:
+            if found < count and row >= positions[found]:
                 taken.append(i)
                 found += 1
         chosen.append(requests.take(np.array(taken, np.int64)))
     if not found:
-        raise Refused(f"--canary {count}: there is no row with a prompt to compare")
+        raise Refused(f"--canary {count}: no row has a prompt to compare; leave out --canary")
     return _joined(chosen)
 
 
 def _joined(slices: list[Requests]) -> Requests:
-    """The requests of all slices, one after the other."""
+    """Join the requests of all slices."""
     params = tuple(dict.fromkeys(p for requests in slices for p in requests.params))
-    place = {p: i for i, p in enumerate(params)}
+    index = {p: i for i, p in enumerate(params)}
     lengths = np.concatenate([np.diff(requests.offsets) for requests in slices])
     return Requests(
         np.concatenate([requests.rows for requests in slices]),
@@ -142,24 +143,24 @@ def _joined(slices: list[Requests]) -> Requests:
         np.concatenate([requests.seeds for requests in slices]),
         params,
         np.concatenate(
-            [np.array([place[p] for p in r.params], np.int32)[r.param_index] for r in slices], dtype=np.int32
+            [np.array([index[p] for p in r.params], np.int32)[r.param_index] for r in slices], dtype=np.int32
         ),
     )
 
 
 def run_canary(comparison: Comparison, interruption: Interruption) -> Canary:
-    """Compare, in a child process, and print what was found. Its log is a temporary file, kept where it fails.
+    """Compare in a child process, and print the result. The log is a temporary file, which is kept if the child fails.
 
     Raises `Refused` and `EngineFailed` as the job does, and `Interrupted`.
     """
     with tempfile.NamedTemporaryFile(prefix="batchinfer-canary-", suffix=".log", delete=False) as file:
         log = Path(file.name)
     rows = len(comparison.requests)
-    say(f"canary: {rows} rows, beside {_reference_name(comparison.spec)}")
+    say(f"canary: comparing {rows} rows with {_reference_name(comparison.spec)}")
     with closing(Worker(log, compare, comparison)) as worker:
         while (message := worker.receive(POLL_SECONDS)) is None:
             if interruption.requested:
-                raise Interrupted("stopped while the canary ran, before the first row")
+                raise Interrupted("stopped during the canary, before the job's first row")
     assert isinstance(message, Found)
     canary: Canary = message.value
     log.unlink()
@@ -172,13 +173,14 @@ def _reference_name(spec: JobSpec) -> str:
 
 
 def same_beginning(ours: list[int], theirs: list[int]) -> float:
-    """The share of their answer, which is not empty, that comes before the first token in which ours differs."""
+    """Return the share of `theirs`, which must not be empty, that comes before the first token that differs in
+    `ours`."""
     same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False)))
     return same / len(theirs)
 
 
 def compare(pipe: Any, comparison: Comparison) -> None:
-    """The child's life: both engines at once, row by row."""
+    """Run the comparison in the child, with both engines in memory, row by row."""
     from batchinfer.engine.own_engine import own_engine
     from batchinfer.quality.evaluator import answers, check_vocabularies, distance_along
 

@@ -1,4 +1,4 @@
-"""`batchinfer evaluate`: a model's perplexity on a column of text, its distance from a reference, by layer too."""
+"""Measuring a model on a column of text: its perplexity, and its distance from a reference, also layer by layer."""
 
 import sys
 import time
@@ -23,27 +23,30 @@ if TYPE_CHECKING:
     from batchinfer.models.config import ModelConfig
 
 CONTEXT = 512
-"""Tokens of a window, if nothing is said."""
+"""Default number of tokens of a window."""
 
 
 @dataclass(frozen=True)
 class LayerError:
-    """What a layer loses to quantization: relative errors, 0.01 is 1 %."""
+    """The errors of a layer through quantization, as relative errors: 0.01 is 1 %."""
 
     layer: int  # from 0
-    own: float  # of what it adds to the residual stream, fed with the reference's input
-    stream: float  # of the residual stream behind it, when the model runs on its own
+    own: float  # error of what the layer adds to the residual stream, given the reference's input
+    stream: float  # error of the residual stream after the layer, when the model runs on its own
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured. The protocol: each row is tokenized as a prompt is and cut into windows of `context` tokens
-    without overlap; a window's first token is not predicted, and windows of one token are left out."""
+    """The figures of a measurement.
+
+    Each row is tokenized like a prompt, and cut into windows of `context` tokens without overlap. A window's first
+    token is not predicted, and windows of one token are left out.
+    """
 
     model: str
     reference: str | None
     quantization: str
-    scheme: str  # that, and how the checkpoint is stored
+    scheme: str  # the quantization, and how the checkpoint is stored
     data: str
     column: str
     context: int
@@ -52,7 +55,7 @@ class Evaluation:
     tokens: int
     perplexity: float
     bits_per_byte: float
-    divergence: float | None  # nats a token, mean Kullback-Leibler divergence from the reference
+    divergence: float | None  # mean Kullback-Leibler divergence from the reference, in nats a token
     top1_agreement: float | None  # share of tokens for which both models' likeliest next token is the same
     layers: list[LayerError] | None
     seconds: float
@@ -60,11 +63,11 @@ class Evaluation:
 
     @property
     def worst_layer(self) -> LayerError | None:
-        """The layer that loses most by itself."""
+        """The layer that adds the largest error."""
         return max(self.layers, key=lambda layer: layer.own) if self.layers else None
 
     def table(self) -> str:
-        """For people."""
+        """Return the figures as aligned lines."""
         lines = {
             "model": self.model,
             "quantization": self.scheme,
@@ -78,10 +81,10 @@ class Evaluation:
             lines["KL divergence"] = f"{self.divergence:.6f} nats a token"
             lines["top-1 agreement"] = f"{100 * self.top1_agreement:.2f} %"
         if self.layers is not None and self.worst_layer is not None:
-            lines["errors by layer"] = "of what the layer adds    of the stream behind it"
+            lines["errors by layer"] = "of what the layer adds     of the stream after it"
             for layer in self.layers:
                 lines[f"  layer {layer.layer}"] = f"{100 * layer.own:20.3f} % {100 * layer.stream:24.3f} %"
-            lines["loses most"] = f"layer {self.worst_layer.layer}"
+            lines["largest error"] = f"layer {self.worst_layer.layer}"
         lines["time"] = f"{self.seconds:.1f} s"
         shown = [f"{name:<17}{value}" for name, value in lines.items()]
         return "\n".join(shown + [f"{'note':<17}{note}" for note in self.notes])
@@ -90,9 +93,9 @@ class Evaluation:
 def evaluate(
     model: str, reference: str | None, data: Path, column: str, quantization: str, asked: int | None, rows: int | None
 ) -> Evaluation:
-    """Measure `model`, and its distance from `reference`, in windows of `asked` tokens, or as many as the model takes.
+    """Measure `model`, and its distance from `reference`, in windows of `asked` tokens.
 
-    Raises `UsageError` and `Refused`.
+    For None, windows have 512 tokens, or the model's context if that is shorter. Raises `UsageError` and `Refused`.
     """
     if rows is not None and rows < 1:
         raise UsageError(f"--rows is {rows}; it must be 1 or more")
@@ -150,7 +153,7 @@ def _context(model: Path, asked: int | None) -> int:
     from batchinfer.models.config import read_model_config
 
     try:
-        # A window is followed by a token that is never computed, but has its place.
+        # The engine reserves room for one more token after a window.
         longest = read_model_config(model).max_positions - 1
     except ValueError as error:
         raise Refused(str(error)) from error
@@ -161,7 +164,10 @@ def _context(model: Path, asked: int | None) -> int:
 
 
 def engine_for_windows(model: Path, quantization: str, context: int, tokenizer: Tokenizer) -> "Engine":
-    """An engine that takes a window of `context` tokens in one step. A `ValueError` names what does not fit."""
+    """Return an engine that computes a window of `context` tokens in one step.
+
+    Raises `ValueError`, naming what does not fit.
+    """
     from batchinfer.engine.config import EngineConfig
     from batchinfer.engine.own_engine import own_engine
 
@@ -180,7 +186,7 @@ def engine_for_windows(model: Path, quantization: str, context: int, tokenizer: 
 def windows_of(
     table: Table, column: str, tokenizer: Tokenizer, context: int, rows: int, left_out: list[int]
 ) -> Iterator[NDArray[np.int32]]:
-    """Windows of two tokens or more; rows that give none are added to `left_out`."""
+    """Yield windows of two tokens or more. Adds the ordinals of rows without a window to `left_out`."""
     for first, batch in table.batches([column], 256):
         values: list[Any] = batch.column(column).slice(0, max(0, rows - first)).to_pylist()
         ids, offsets = tokenizer.encode_batch([value if isinstance(value, str) else "" for value in values])
@@ -195,4 +201,6 @@ def windows_of(
 
 
 def _left_out(rows: list[int]) -> list[str]:
-    return [f"{len(rows)} rows have no text of two tokens, the first of them row {rows[0]}"] if rows else []
+    if not rows:
+        return []
+    return [f"{len(rows)} rows with less than two tokens of text were left out, the first of them row {rows[0]}"]

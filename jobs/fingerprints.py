@@ -1,4 +1,4 @@
-"""What a result depends on, as digests: parts that carry other ones belong to another job."""
+"""Fingerprints of a job: digests of all that its results depend on. A part with other digests is of another job."""
 
 import hashlib
 import json
@@ -19,11 +19,11 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 def fingerprints(
     spec: JobSpec, inputs: Sequence[Path], model: Path, tokenizer: str, config: EngineConfig, columns: list[str]
 ) -> dict[str, str]:
-    """One sha256 each for input, model, tokenizer, template, sampling, quantization and engine; the delimiter of CSV
-    files, where it is no comma.
+    """Return the fingerprints by name: a sha256 each for columns, input, model, tokenizer, template, sampling,
+    quantization and engine; the shard; and the delimiter of CSV files if it is not a comma.
 
-    Files of the input are read wholly. Of weights, which are large and change everywhere if at all, 64 samples a file
-    are.
+    Input files are read completely. Of weights, which are large and differ everywhere if they differ at all, 64 samples
+    of each file are read.
     """
     weights = sorted([*model.glob("*.safetensors"), *model.glob("*.gguf")])
     configs = sorted(model.glob("*config.json"))
@@ -36,7 +36,7 @@ def fingerprints(
         "allow_special_tokens": spec.allow_special_tokens,
         "id_column": spec.id_column,
     }
-    # The same bytes are another table with another delimiter. Rows that were set aside have none any more.
+    # With another delimiter, the same bytes are another table. Rows set aside for an incremental run have none.
     delimiter = {} if spec.csv_delimiter in (None, ",") or spec.grows else {"csv_delimiter": spec.csv_delimiter}
     return {
         **delimiter,

@@ -1,7 +1,8 @@
-"""A table that grows: the rows that are new since the last run become one more file of the output folder.
+"""Incremental jobs: each run answers the rows that are new since the last run, and adds a file to the output folder.
 
-`OUT/` has a file a run, part-N.parquet. Beside it, `OUT.run/part-N.rows.parquet` holds the rows of that run, set aside
-before it begins: however the input changes, the run goes on with them. `OUT.run/part-N.run/` is its run folder.
+`OUT/` has one file for each run, part-N.parquet. `OUT.run/part-N.rows.parquet` holds the new rows of that run. They are
+set aside before it begins, so that it can continue with them even if the input changes. `OUT.run/part-N.run/` is the
+run folder of that file.
 """
 
 import hashlib
@@ -39,13 +40,16 @@ Keys = NDArray[np.bytes_]  # [n] of KEY_BYTES each
 
 
 def run_new_rows(spec: JobSpec, run: Callable[[JobSpec], Report]) -> Report:
-    """Finish what an earlier run began, then run the rows whose id and content no run has had; the last run's report.
+    """Finish an interrupted run, then run the rows whose id and content are new. Returns the report of the last run.
 
-    With `retry_errors` rows that failed in earlier runs run again, in their files. Raises what `run` raises, and
-    `Refused` where a run would differ from those before it in more than its rows.
+    With `retry_errors`, rows that failed in earlier runs run again, and their files are replaced. Raises what `run`
+    raises, and `Refused` if more than the rows differs from earlier runs.
     """
     if not spec.grows:
-        raise UsageError(f"--incremental adds a file a run: --output {spec.output} must be a folder, without a suffix")
+        raise UsageError(
+            f"--incremental adds one file in each run, so --output {spec.output} must be a folder; give a name "
+            "without suffix"
+        )
     until = None if spec.time_limit is None else time.monotonic() + spec.time_limit
     folder = run_folder(spec.output)
     with _alone(folder):
@@ -66,13 +70,13 @@ def run_new_rows(spec: JobSpec, run: Callable[[JobSpec], Report]) -> Report:
         if report is None:
             last = grown_files(spec.output)[-1]
             say(f"no new rows since {last}")
-            report = run(_run_of(spec, job, last, until))  # which is complete: to be seen as a run like any other
+            report = run(_run_of(spec, job, last, until))  # complete already; reports and metrics show it as a run
         return report
 
 
 @contextmanager
 def _told(spec: JobSpec) -> Iterator[None]:
-    """What happens before there is a run is in the metrics too."""
+    """Write to the metrics file if an error ends the job before a run has begun."""
     try:
         yield
     except BaseException as error:
@@ -83,11 +87,13 @@ def _told(spec: JobSpec) -> Iterator[None]:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     if (folder / "run.json").exists():
-        raise Refused(f"{folder} was begun without --incremental; give the same command to go on, or another output")
+        raise Refused(
+            f"{folder} was begun without --incremental; leave that flag out to continue it, or give another output"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = lock(folder / "lock")
     if descriptor is None:
-        raise Interrupted(f"another run is at work in {folder}; nothing was done")
+        raise Interrupted(f"another run is at work in {folder}; nothing was done: try again when it has ended")
     try:
         yield
     finally:
@@ -114,16 +120,18 @@ def _refuse_another_job(output: Path, job: Preflight) -> None:
         differing = differences(before["fingerprints"], now["fingerprints"])
         drifted = [name for name in types if before["types"].get(name) != types[name]]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Refused(f"{file} is damaged: give another output to start anew") from error
+        raise Refused(f"{file} is damaged; give another output to start anew") from error
     if differing:
         raise Refused(
-            f"{folder} was begun with another {' and '.join(differing)}; give the same command to go on, or another "
-            "output"
+            f"{folder} was begun with another {' and '.join(differing)}; give the same command to continue it, or "
+            "another output"
         )
     if drifted:
         name = drifted[0]
         raise Refused(
-            f"column {name!r} is {types[name]}; in earlier runs it was {before['types'].get(name, 'not kept')}"
+            f"column {name!r} is {types[name]}; in earlier runs it was {before['types'].get(name, 'not kept')}; give "
+            "it that "
+            "type again, or give another output"
         )
 
 
@@ -132,7 +140,7 @@ def _columns(job: Preflight) -> list[str]:
 
 
 def _set_aside_new_rows(job: Preflight, spec: JobSpec, target: Path) -> bool:
-    """Write the rows that no run has had to `target`, whole; False if there are none, unless it is the first run."""
+    """Write the new rows to `target`. Returns False if there are none, unless this is the first run."""
     seen = _seen(job, spec)
     schema = pa.schema([job.table.schema.field(name) for name in _columns(job)])
     aside = target.with_name("aside.parquet")
@@ -147,7 +155,7 @@ def _set_aside_new_rows(job: Preflight, spec: JobSpec, target: Path) -> bool:
     if not count and grown_files(spec.output):
         aside.unlink()
         return False
-    check_ids(Table.open([aside]), str(spec.id_column))  # the input may have grown since it was looked at
+    check_ids(Table.open([aside]), str(spec.id_column))  # rows may have been added since the input was checked
     aside.rename(target)
     sync_folder(target.parent)
     return True
@@ -162,15 +170,15 @@ def _seen(job: Preflight, spec: JobSpec) -> Keys:
 
 
 def _among(keys: Keys, known: Keys) -> NDArray[np.bool_]:
-    """[n] which of the keys are in `known`, which is sorted."""
+    """Return which of the keys [n] are in `known`, which is sorted."""
     if not len(known):
         return np.zeros(len(keys), np.bool_)
-    places = np.minimum(np.searchsorted(known, keys), len(known) - 1)
-    return np.asarray(known[places] == keys)
+    indices = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+    return np.asarray(known[indices] == keys)
 
 
 def row_keys(batch: pa.RecordBatch, columns: list[str]) -> Keys:
-    """[rows] a digest of these columns' values; a text is the same in whatever type of text it is stored."""
+    """Return a digest of each row's values in these columns [rows]. It does not depend on which text type is used."""
     digests = [hashlib.blake2b(digest_size=KEY_BYTES) for _ in range(len(batch))]
     for name in columns:
         for digest, value in zip(digests, _values(batch.column(name)), strict=True):
@@ -190,16 +198,17 @@ def _json(value: pa.Scalar) -> bytes:
     try:
         return json.dumps(value.as_py(), sort_keys=True, default=str).encode()
     except UnicodeDecodeError:
-        return b"no UTF-8"  # an error of its row, whatever it holds
+        return b"no UTF-8"  # its row fails, whatever the other bytes are
 
 
 def _as_stored(batch: pa.RecordBatch, columns: list[str]) -> pa.RecordBatch:
-    """Values of columns of text that were no text in JSON are nulls in Parquet: an error of their rows either way."""
+    """Set values of text columns that were not text in JSON to null, since Parquet cannot mark them. Their rows fail in
+    both cases."""
     arrays = []
     for name, array in zip(batch.schema.names, batch.columns, strict=True):
-        places = indices_not_text(batch, name) if name in columns else []
-        if places:
-            wrong = np.isin(np.arange(len(array)), places)
+        indices = indices_not_text(batch, name) if name in columns else []
+        if indices:
+            wrong = np.isin(np.arange(len(array)), indices)
             array = pc.if_else(pa.array(wrong), pa.scalar(None, array.type), array)
         arrays.append(array)
     return pa.record_batch(arrays, batch.schema.remove_metadata())

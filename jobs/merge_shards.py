@@ -1,4 +1,4 @@
-"""Shards of one job put together: their outputs, one after the other, as if it had been one."""
+"""Merging the outputs of all shards of a job into the output that the job would have made without shards."""
 
 import json
 import os
@@ -17,10 +17,10 @@ from batchinfer.jobs.verify import verify
 
 
 def merge_shards(shards: Sequence[Path], output: Path, overwrite: bool) -> int:
-    """Write `output`, whole, from the outputs of all shards, in any order; its rows.
+    """Write `output` from the outputs of all shards, which may be in any order. Returns its number of rows.
 
-    Raises `Refused` where a shard is missing, there twice, unfinished, damaged, or of another job, and `Interrupted`
-    where one is at work.
+    Raises `Refused` if a shard is missing, given twice, unfinished, damaged or of another job, and `Interrupted` if a
+    shard or another merge is at work.
     """
     written_as = format_of(output)
     refuse_foreign(output)
@@ -28,11 +28,13 @@ def merge_shards(shards: Sequence[Path], output: Path, overwrite: bool) -> int:
         raise Refused(f"output {output} exists; choose another one, or give --overwrite to replace it")
     ordered = _in_order([(path, _fingerprints(path)) for path in shards])
     if others := [path for path in ordered if format_of(path) is not written_as]:
-        raise Refused(f"shard {others[0]} has another format than output {output}; name one with the shards' suffix")
-    # What a merge has written aside another one takes for a dead one's: a lock that is there already keeps them apart.
+        raise Refused(
+            f"shard {others[0]} has another format than output {output}; name an output with the shards' suffix"
+        )
+    # A merge removes what a dead merge has left aside. The first shard's lock keeps it from doing so to a living one.
     held = lock(RunFolder(ordered[0]).path / "lock")
     if held is None:
-        raise Interrupted(f"a run or a merge of {ordered[0]} is at work; nothing was done")
+        raise Interrupted(f"a run or a merge of {ordered[0]} is at work; nothing was done: try again when it has ended")
     try:
         return _merge(ordered, output, written_as)
     finally:
@@ -58,18 +60,20 @@ def _fingerprints(path: Path) -> dict[str, str]:
     try:
         found: dict[str, str] = json.loads(file.read_text("utf-8"))["fingerprints"]
         if not found.get("shard"):
-            raise Refused(f"{path} is no shard: its run had no --shard")
+            raise Refused(f"{path} is not a shard: its run had no --shard; give the outputs of shards only")
         return found
     except OSError as error:
-        raise Refused(f"{path} is not the output of a run: {file} is not there") from error
+        raise Refused(
+            f"{path} is not the output of a run: {file} does not exist; give the outputs of shards only"
+        ) from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise Refused(f"{file} is damaged: {error}") from error
+        raise Refused(f"{file} is damaged: {error}; run that shard anew with --overwrite") from error
 
 
 def _in_order(shards: list[tuple[Path, dict[str, str]]]) -> list[Path]:
-    """By index. Raises `Refused` for holes, overlaps and shards of different jobs."""
+    """Sort the shards by index. Raises `Refused` if one is missing, given twice, or of another job."""
     if not shards:
-        raise Refused("no shard; give the outputs of all")
+        raise Refused("no shards; give the outputs of all shards")
     first, expected = shards[0]
     by_index: dict[int, Path] = {}
     count = _numbers(expected)[1]
@@ -77,14 +81,17 @@ def _in_order(shards: list[tuple[Path, dict[str, str]]]) -> list[Path]:
         index, of = _numbers(found)
         differing: list[Any] = [name for name in differences(expected, found) if name != "shard"]
         if of != count:
-            raise Refused(f"{path} is one of {of} shards, {first} one of {count}")
+            raise Refused(f"{path} is one of {of} shards, {first} one of {count}; give the shards of one job")
         if differing:
-            raise Refused(f"{path} is of another job than {first}: another {' and '.join(differing)}")
+            raise Refused(f"{path} belongs to another job than {first}: it has another {' and '.join(differing)}")
         if index in by_index:
-            raise Refused(f"shard {index} of {count} is there twice: {by_index[index]} and {path}")
+            raise Refused(f"shard {index} of {count} is given twice, as {by_index[index]} and {path}; leave one out")
         by_index[index] = path
     if missing := [str(i) for i in range(count) if i not in by_index]:
-        raise Refused(f"of {count} shards {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+        raise Refused(
+            f"of {count} shards, {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; give the "
+            "outputs of all"
+        )
     return [by_index[i] for i in range(count)]
 
 

@@ -1,4 +1,4 @@
-"""A quantized checkpoint from a floating-point one: the walk with its progress, the model card, the closing lines."""
+"""Quantizing a checkpoint: the run with its progress, the model card and the closing table."""
 
 import shlex
 import sys
@@ -20,13 +20,16 @@ from batchinfer.models.hub import resolve_model
 from batchinfer.text.tokenizer import Tokenizer
 
 TOKENS = 512
-"""Of a calibration row, if nothing is said."""
+"""Default for the most tokens of a calibration row."""
 RECIPE_KEYS = ("description", "scheme", "method", "group_size", "rotate")
 RECIPES = Path(batchinfer.quantize.__path__[0]) / "recipes"
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """The flags of a recipe that comes with batchinfer, or of a TOML file. Raises `UsageError`."""
+    """Return the flags of a recipe, by the name of one that comes with batchinfer or as a TOML file.
+
+    Raises `UsageError` if there is no such recipe, or if its keys or values are wrong.
+    """
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not name.endswith(".toml") and not path.is_file():
         known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
@@ -36,11 +39,11 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was made, and what it lost."""
+    """The result of quantizing: the new checkpoint's figures and errors."""
 
     output: Path
     scheme: str
-    method: str  # and what was done before it
+    method: str  # with what was done before it, as 'gptq after rotation'
     group_size: int
     calibration: str | None
     layers_resumed: int
@@ -49,22 +52,23 @@ class Quantized:
     bytes_before: int
     bytes_after: int
     notes: list[str]
-    errors: dict[str, float]  # the mean relative error, by the modules' last name
+    errors: dict[str, float]  # mean relative error of all matrices whose module's name ends in this
 
     @property
     def measured(self) -> str:
-        """What the errors are of."""
-        return "weights" if self.calibration is None else "products on the calibration's rows"
+        """What the errors were measured on."""
+        return "weights" if self.calibration is None else "matrix products on the calibration text"
 
     def table(self) -> str:
-        """For people."""
+        """Return the result as aligned lines."""
         group = f"groups of {self.group_size}" if self.group_size else "whole channels"
         lines = {
             "output": str(self.output),
             "scheme": f"{self.scheme}, {group}, by {self.method}",
-            "calibration": self.calibration or "none: this method looks at weights alone",
+            "calibration": self.calibration or "none: this method reads the weights only",
             "size": f"{self.bytes_before / 1e6:,.0f} MB to {self.bytes_after / 1e6:,.0f} MB",
-            "time": f"{self.seconds:.1f} s" + (f", {self.layers_resumed} files kept" if self.layers_resumed else ""),
+            "time": f"{self.seconds:.1f} s"
+            + (f"; {self.layers_resumed} files were made before" if self.layers_resumed else ""),
             "peak memory": f"{self.peak_memory_bytes / 1e6:,.0f} MB",
         }
         lines["error of"] = self.measured
@@ -76,12 +80,13 @@ class Quantized:
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """Which rows a calibrated method looks at; without `data`, the source of the standard library."""
+    """The rows that a calibrated method reads. Without `data`, they come from the source of Python's standard
+    library."""
 
     data: Path | None = None
     column: str = "text"
     rows: int = 128
-    tokens: int | None = None  # of a row, at most; None: 512, or the model's context where that is shorter
+    tokens: int | None = None  # most tokens of a row; None: 512, or the model's context if that is shorter
     seed: int = 0
 
 
@@ -97,7 +102,7 @@ def quantize(
 ) -> Quantized:
     """Quantize `model` into the folder `output`. Raises `UsageError`, `Refused` and `OSError`.
 
-    Ctrl-C and SIGTERM end it by `Interrupted` when the layer under way is written.
+    After Ctrl-C or SIGTERM, the current layer is finished and written, and `Interrupted` is raised.
     """
     from batchinfer.formats.scheme import weight_scheme
     from batchinfer.quantize import methods
@@ -111,7 +116,9 @@ def quantize(
         field, _, rest = str(refusal).partition(" ")
         raise UsageError(f"--{field.replace('_', '-')} {rest}") from refusal
     if model.endswith(".gguf"):
-        raise Refused(f"model {model} is a GGUF file, quantized for good; take the checkpoint that it was made from")
+        raise Refused(
+            f"model {model} is a GGUF file, which cannot be quantized again; give the checkpoint that it was made from"
+        )
     source = resolve_model(model, revision)
     own_process()
     started = time.monotonic()
@@ -125,7 +132,7 @@ def quantize(
                 reports.append(report)
                 if interruption.requested:
                     raise Interrupted(
-                        f"stopped after {len(reports)} of {quantizer.files} files; the same command goes on from there"
+                        f"stopped after {len(reports)} of {quantizer.files} files; give the same command to continue"
                     )
     except ValueError as refusal:
         raise Refused(str(refusal)) from refusal
@@ -158,18 +165,20 @@ def _sequences(model: Path, rows: CalibrationRows) -> list[TokenIds]:
     longest = read_model_config(model).max_positions
     tokens = min(TOKENS, longest) if rows.tokens is None else rows.tokens
     if tokens > longest:
-        raise UsageError(f"--calibration-tokens is {tokens}; this model has a context of {longest}: lower it")
+        raise UsageError(f"--calibration-tokens is {tokens}; it must be at most {longest}, the model's context")
     return calibration_sequences(rows.data, rows.column, rows.rows, tokens, rows.seed, Tokenizer.load(model))
 
 
 def _few(rows: CalibrationRows, sequences: list[TokenIds], hidden_size: int) -> list[str]:
-    """What is to be said of too little text."""
+    """Return notes if there is too little text for the calibration."""
     notes = []
     tokens = sum(map(len, sequences))
     if len(sequences) < rows.rows:
-        notes.append(f"there was text for {len(sequences)} sequences where --calibration-rows asks for {rows.rows}")
+        notes.append(
+            f"the text gave only {len(sequences)} of the {rows.rows} sequences that --calibration-rows asks for"
+        )
     if tokens < hidden_size:
-        notes.append(f"{tokens} tokens of calibration are few for hidden_size {hidden_size}: give more rows")
+        notes.append(f"{tokens} tokens of calibration are few for hidden_size {hidden_size}; give more rows")
     return notes
 
 
@@ -192,9 +201,9 @@ Made from `{model}` by batchinfer {batchinfer.__version__}:
 {shlex.join(sys.argv)}
 ```
 
-The matrices of the layers are quantized ({done.scheme}, {done.method}); the output head is in floating point.
-Calibration: {done.calibration or "none"}. Format: compressed-tensors. Relative error of the {done.measured}, the mean
-over layers:
+The matrices of the layers are quantized ({done.scheme}, {done.method}). The output head is in floating point.
+Calibration: {done.calibration or "none"}. Format: compressed-tensors. The table has relative errors, measured on
+{done.measured}, as the mean over layers:
 
 | matrix | error |
 |---|---:|

@@ -104,7 +104,7 @@ class Report:
             *([("drafts", f"{self.drafted:,} drafted, {right}")] if self.drafted else []),
             (
                 "wall time",
-                f"{in_seconds(self.wall_seconds)}; generating {in_seconds(self.generate_seconds)}",
+                f"{in_seconds(self.wall_seconds)}, of which generating {in_seconds(self.generate_seconds)}",
             ),
             *[(f"  {name}", in_seconds(seconds)) for name, seconds in self.phases.items()],
             *([] if self.predicted is None else self.predicted.lines()),

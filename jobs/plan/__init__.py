@@ -1,1 +1,1 @@
-"""How long a job will take on this device, and what the prediction goes by."""
+"""Predicting how long a job will take on this device, and showing its prompt lengths."""

@@ -1,4 +1,5 @@
-"""What `batchinfer doctor --calibrate` measured, kept in the user's cache: a file a device and set of releases."""
+"""Storing what `batchinfer doctor --calibrate` measured: a file in the user's cache for each device and set of
+versions."""
 
 import hashlib
 import json
@@ -14,51 +15,54 @@ from batchinfer.cost.step_cost import DeviceCost, StepCost
 from batchinfer.host.device import device_name
 from batchinfer.jobs.results.durable import write_json
 
-SCHEMA_VERSION = 2  # 1: with a term for a token by itself, and the last cache as the system tells it
+SCHEMA_VERSION = 2  # version 1 had a cost for each token, and the size of the last cache as the system reports it
 REMEDY = "measure this device with 'batchinfer doctor --calibrate'"
 
 
 @dataclass(frozen=True)
 class DeviceKey:
-    """What the figures depend on."""
+    """All that the measured figures depend on."""
 
     device: str
     cores: int
     torch: str
-    batchinfer: str  # the release alone: a device is not measured again for every commit
+    batchinfer: str  # the release only, so that a device need not be measured again after every commit
 
     @classmethod
     def of(cls, device: str) -> "DeviceKey":
-        """Of this machine's "cpu" or "cuda"."""
+        """Return the key of this machine's device "cpu" or "cuda"."""
         return cls(device_name(device), len(os.sched_getaffinity(0)), version("torch"), release(__version__))
 
     @property
     def path(self) -> Path:
-        """Where its figures are, if they were ever measured."""
+        """Path of the file with the device's figures, if it was measured. Raises `RuntimeError` without a home
+        folder."""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
         return cache / "batchinfer" / "devices" / f"{digest}.json"
 
 
 def release(version: str) -> str:
-    """The release that a version leads to: "0.1.1" of "0.1.1.dev3+g1a2b3c4"."""
+    """Return the release that a development version leads to: "0.1.1" for "0.1.1.dev3+g1a2b3c4"."""
     return version.partition("+")[0].partition(".dev")[0]
 
 
 def write_device_cost(key: DeviceKey, cost: DeviceCost) -> Path:
-    """Keep it, whole; returns where. Raises `OSError`."""
+    """Write the figures to their file. Returns its path. Raises `OSError`."""
     key.path.parent.mkdir(parents=True, exist_ok=True)
     write_json(key.path, {"schema_version": SCHEMA_VERSION, "measured_on": asdict(key), **asdict(cost)})
     return key.path
 
 
 def read_device_cost(key: DeviceKey) -> tuple[DeviceCost | None, str | None]:
-    """(what is known of the device, or None; why it is None). A file that is damaged, or another device's, is not
-    used, and that is said."""
+    """Return (the device's figures or None, the reason if they are None).
+
+    A file that is damaged, or belongs to another device, gives None with that reason.
+    """
     try:
         path = key.path
-    except RuntimeError as error:  # nobody's home
-        return None, f"figures of devices have no place here ({error}): set XDG_CACHE_HOME; {REMEDY}"
+    except RuntimeError as error:  # there is no home folder
+        return None, f"there is no folder for the figures of devices ({error}); set XDG_CACHE_HOME, then {REMEDY}"
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -68,7 +72,7 @@ def read_device_cost(key: DeviceKey) -> tuple[DeviceCost | None, str | None]:
     try:
         return _parsed(values, key), None
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-        return None, f"{path} is not what was written there ({error!r}); {REMEDY}"
+        return None, f"{path} is damaged ({error!r}); {REMEDY} again"
 
 
 def _parsed(values: Any, key: DeviceKey) -> DeviceCost:

@@ -1,21 +1,21 @@
-"""Counts as bars of text, as wide as the terminal."""
+"""Drawing counts as bars of text."""
 
 import shutil
 import sys
 from collections.abc import Mapping
 
 EIGHTHS = " ▏▎▍▌▋▊▉"
-PLAIN_WIDTH = 80  # where nobody looks on, as in a file
+PLAIN_WIDTH = 80  # if the output is not a terminal
 LEAST_BAR = 10
 
 
 def terminal_width() -> int | None:
-    """Columns of the terminal on stdout; None where it is none."""
+    """Return the number of columns of the terminal on stdout, or None if stdout is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def bars(counts: Mapping[str, int], width: int | None) -> list[str]:
-    """A line a count: label, count and bar, in `width` columns; without a width in plain signs, in 80."""
+    """Return a line for each count: label, count and bar, in `width` columns; for None, in ASCII and 80 columns."""
     if not counts:
         return []
     labels = max(map(len, counts))

@@ -1,9 +1,9 @@
-"""How long a job will take, from its lengths, the model's shape and what was measured on the device.
+"""Predicting how long a job will take, from its prompt lengths, the model's shape and the measured device.
 
-Output lengths are unknown before a run, unless end-of-text is ignored: the central estimate has them spread evenly from
-one token to as many as a row may have; the range goes from a tenth of those for each row to all of them. Rows are taken
-to run longest prompts first, all in one window, and never to wait for memory; weights in 4 bits are taken to be
-expanded, and what a job's other process takes of the cores is left out.
+Unless end-of-text is ignored, output lengths are unknown before a run. The central estimate draws them from the usual
+lengths of answers (`USUAL`, `DEVIATION`). The range goes from a tenth of the tokens that each row may have to all of
+them. The prediction assumes that rows run longest prompt first, in one window, and never wait for memory. It also
+assumes that weights in 4 bits are expanded, and that the job's other process takes no time from the cores.
 """
 
 from collections.abc import Mapping
@@ -24,39 +24,39 @@ from batchinfer.models.config import ModelConfig, parse_model_config, stored_dty
 from batchinfer.models.hub import read_config
 
 SAMPLE_ROWS = 2048
-PROMPT_STEPS = 4_000  # a sample of very long prompts or answers has fewer rows
+PROMPT_STEPS = 4_000  # most steps to simulate; with very long prompts or answers the sample has fewer rows
 DECODING_STEPS = 100_000
-DRAFTS = 4  # of a row in a step, where it is asked whether they pay
+DRAFTS = 4  # drafts for each row in a step, when deciding whether drafts pay
 USUAL, DEVIATION = 322.0, 244.0
-"""New tokens of an answer that may end by itself, before anything is known: those of ShareGPT's answers, as Kwon et al.
-2023 used them; lognormal."""
-LEAST_SHARE = 0.1  # of the tokens that a row may have, for the low end
+"""Mean and standard deviation of the lengths of answers that may end by themselves, taken to be lognormal. They are
+those of ShareGPT's answers, as used by Kwon et al. 2023."""
+LEAST_SHARE = 0.1  # share of the tokens that a row may have, for the low end of the range
 GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True, eq=False)
 class JobShape:
-    """What the time of a job depends on, beside model and device."""
+    """The properties of a job that its time depends on, beside model and device."""
 
-    lengths: Ints  # [longest prompt + 1] how many prompts that are computed have so many tokens
+    lengths: Ints  # [longest prompt + 1] number of computed prompts by length
     sampling: SamplingParams
     max_model_len: int
-    shared_tokens: int = 0  # of the prompts, computed once for several rows
+    shared_tokens: int = 0  # prompt tokens that are computed once for several rows
 
     @classmethod
     def of(cls, figures: LengthFigures, sampling: SamplingParams, max_model_len: int, samples: int) -> "JobShape":
-        """Of a job whose rows are all read, with so many samples to compute of each."""
+        """Return the shape of a job from the figures of all its rows, with `samples` to compute for each row."""
         all_tokens = int(figures.run_lengths @ np.arange(len(figures.run_lengths)))
-        shared = figures.shared_tokens + (samples - 1) * all_tokens  # a second sample has all of the first one's prompt
+        shared = figures.shared_tokens + (samples - 1) * all_tokens  # further samples share the first one's prompt
         return cls(samples * figures.run_lengths, sampling, max_model_len, shared)
 
     @property
     def rows(self) -> int:
-        """That are computed."""
+        """Number of rows that are computed."""
         return int(self.lengths.sum())
 
     def sample(self, config: EngineConfig) -> Ints:
-        """Prompt lengths of the job, or of a sample of its rows: [n], longest first."""
+        """Return the prompt lengths of all rows or of a sample of the rows [n], longest first."""
         prompt = max(int(self.lengths @ np.arange(len(self.lengths))) / max(self.rows, 1), 1)
         answer = min(self.sampling.max_tokens, self.max_model_len)
         most = min(
@@ -67,20 +67,21 @@ class JobShape:
         return _quantiles(self.lengths, _even(min(self.rows, max(most, 4 * config.max_num_seqs))))[::-1]
 
     def most_tokens(self, prompts: Ints) -> Ints:
-        """New tokens that rows with such prompts may have."""
+        """Return the most new tokens that rows with these prompt lengths may have."""
         return np.minimum(self.sampling.max_tokens, self.max_model_len - prompts)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to run a model: by the name of its `PRODUCTS`, and the type of keys and values."""
+    """A way to run a model: the kind of matrix products (a name in `PRODUCTS`), and the type of keys and values."""
 
     products: str
     kv_cache: str
 
     @classmethod
     def of(cls, config: EngineConfig) -> "Setting":
-        """As the engine resolves it. Raises `Refused` for a model that has no config.json."""
+        """Return the setting that the engine resolves from this config. Raises `Refused` for a model without
+        config.json."""
         raw = read_config(config.model)
         dtype = config.computed_in(stored_dtype(raw), has_float16=config.device != "cpu")
         scheme = config.quantization.removesuffix("+head")
@@ -93,7 +94,7 @@ class Setting:
 
 
 def _has_8_bit_inputs(quantization: object) -> bool:
-    """Whether a checkpoint was made for 8-bit integer products, as far as its config tells without its tensors."""
+    """Return whether a checkpoint was made for 8-bit integer products, according to its config."""
     groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
     inputs = [
         group.get("input_activations")
@@ -107,7 +108,7 @@ def _has_8_bit_inputs(quantization: object) -> bool:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds; `generate_seconds` is prefill and decode together, `low` to `high` the range of it."""
+    """Predicted seconds. `generate_seconds` is prefill and decode together; `low` to `high` is its range."""
 
     start_seconds: float
     load_seconds: float
@@ -119,12 +120,12 @@ class Prediction:
 
     @property
     def wall_seconds(self) -> float:
-        """From the start of the engine's process to the last row; commits go on meanwhile."""
+        """Seconds from the start of the engine's process to the last row. Commits happen meanwhile."""
         return self.start_seconds + self.load_seconds + self.generate_seconds
 
 
 def read_shape(config: EngineConfig) -> ModelConfig:
-    """The model's shape, whatever its weights are stored in. Raises `Refused` for a model that cannot run."""
+    """Read the model's shape, without its quantization. Raises `Refused` for a model that cannot run."""
     raw = {key: value for key, value in read_config(config.model).items() if key != "quantization_config"}
     try:
         return parse_model_config(raw)
@@ -133,7 +134,7 @@ def read_shape(config: EngineConfig) -> ModelConfig:
 
 
 class Job:
-    """A job's steps, counted once for each guess at its output lengths, and priced for any setting."""
+    """The simulated steps of a job, for three estimates of its output lengths. Any setting's time follows from them."""
 
     def __init__(self, shape: JobShape, config: EngineConfig) -> None:
         """Raises `Refused` for a model that cannot run."""
@@ -147,7 +148,7 @@ class Job:
             self.low = self._steps(prompts, np.ceil(LEAST_SHARE * most).astype(np.int64))
 
     def measured(self, cost: DeviceCost, setting: Setting) -> bool:
-        """Whether the device's costs have all that the job's steps consist of."""
+        """Return whether the device's costs have all quantities of which the job's steps consist."""
         step = cost.steps.get(setting.products)
         if step is None:
             return False
@@ -156,14 +157,14 @@ class Job:
         return needed.keys() <= step.seconds.keys()
 
     def predict(self, cost: DeviceCost, setting: Setting) -> Prediction:
-        """Of a setting that was measured."""
+        """Predict the job's times for a setting that was measured."""
         prefill, decode = self._seconds(self.central, cost, setting)
         low, high = (sum(self._seconds(steps, cost, setting)) for steps in (self.low, self.high))
         load = cost.load_seconds[setting.products] * layer_weights(self.model)
         return Prediction(cost.start_seconds, load, prefill, decode, prefill + decode, low, high)
 
     def seconds_for(self, outputs: Mapping[int, int], cost: DeviceCost, setting: Setting) -> float:
-        """Of generating, for rows of which so many (values) had so many new tokens (keys)."""
+        """Return the seconds of generating for known output lengths; `outputs` maps new tokens -> number of rows."""
         prompts = self.shape.sample(self.config)
         histogram = np.zeros(max(outputs) + 1, np.int64)
         for length, count in outputs.items():
@@ -173,8 +174,10 @@ class Job:
         return sum(self._seconds(steps, cost, setting))
 
     def drafts_pay(self, rows: int, cost: DeviceCost, setting: Setting) -> float | None:
-        """The least probability of a draft to be right at which `DRAFTS` of them in each of so many rows make a step
-        give more tokens a second than one without; None where even right ones do not."""
+        """Return the least acceptance rate at which drafts pay, or None if they never pay.
+
+        Drafts pay if a step with `DRAFTS` drafts for each of `rows` rows gives more tokens a second than one without.
+        """
         lengths = self.shape.lengths
         context = float(lengths @ np.arange(len(lengths))) / max(int(lengths.sum()), 1)
         context += float(self.shape.most_tokens(np.array([round(context)]))[0]) / 2
@@ -189,9 +192,9 @@ class Job:
         return float(right[pays[0]]) if len(pays) else None
 
     def step_sizes(self) -> dict[int, int]:
-        """Tokens of a step, padded -> steps, by the central estimate."""
-        sizes, places = np.unique(self.central.work.tokens, return_inverse=True)
-        counts = np.bincount(places, self._repeats(self.central))
+        """Return tokens of a step, with padding -> number of steps, by the central estimate."""
+        sizes, index = np.unique(self.central.work.tokens, return_inverse=True)
+        counts = np.bincount(index, self._repeats(self.central))
         return {int(size): round(count) for size, count in zip(sizes, counts, strict=True)}
 
     def _steps(self, prompts: Ints, outputs: Ints) -> Steps:
@@ -199,19 +202,20 @@ class Job:
         return simulate(prompts, outputs, self.config, shared)
 
     def _seconds(self, steps: Steps, cost: DeviceCost, setting: Setting) -> tuple[float, float]:
-        """(prefill, decode): a step of both is shared out by tokens, as the engine's report does it."""
+        """Return (prefill, decode) seconds. A step with both is split by its tokens, as in the engine's statistics."""
         taken = cost.seconds(setting.products, steps.work, self.model, setting.kv_cache, self._sampling)
         taken *= self._repeats(steps)
         share = steps.prompt_tokens / np.maximum(steps.prompt_tokens + steps.new_tokens, 1)
         return float(taken @ share), float(taken @ (1 - share))
 
     def _repeats(self, steps: Steps) -> Floats:
-        """[n] how often the whole job has each step of the sample: its end, when places stay empty, comes but once."""
+        """Return how often the whole job has each step of the sample [n]. Steps at the end, when no row waits, count
+        once."""
         sampled = len(self.shape.sample(self.config))
-        places = min(self.config.max_num_seqs, sampled)
+        side_by_side = min(self.config.max_num_seqs, sampled)
         if sampled == self.shape.rows:
             return np.ones(len(steps.waiting))
-        return np.where(steps.waiting, (self.shape.rows - places) / (sampled - places), 1.0)
+        return np.where(steps.waiting, (self.shape.rows - side_by_side) / (sampled - side_by_side), 1.0)
 
     @property
     def _sampling(self) -> str:
@@ -222,23 +226,23 @@ class Job:
 
 
 def _even(n: int) -> Floats:
-    """[n] shares from 0 to 1, in order."""
+    """Return `n` evenly spaced shares from 0 to 1, ascending [n]."""
     return np.asarray((np.arange(n) + 0.5) / max(n, 1), np.float64)
 
 
 def _spread(n: int) -> Floats:
-    """[n] shares from 0 to 1, evenly spread, neighbours far from each other."""
+    """Return `n` evenly spread shares from 0 to 1, in an order in which neighbours differ much [n]."""
     return np.asarray((np.arange(1, n + 1) * GOLDEN) % 1.0, np.float64)
 
 
 def _usual_lengths(n: int) -> Ints:
-    """[n] new tokens, neighbours far from each other."""
+    """Return usual numbers of new tokens, in an order in which neighbours differ much [n]."""
     variance = float(np.log(1 + (DEVIATION / USUAL) ** 2))
     drawn = NormalDist(np.log(USUAL) - variance / 2, variance**0.5)
     return np.exp([drawn.inv_cdf(share) for share in np.clip(_spread(n), 1e-4, 1 - 1e-4).tolist()]).astype(np.int64)
 
 
 def _quantiles(histogram: Ints, shares: Floats) -> Ints:
-    """The values that these shares of a histogram's members are below."""
+    """Return the quantiles of a histogram at these shares [n]."""
     cumulated = np.cumsum(histogram)
     return np.asarray(np.searchsorted(cumulated, shares * cumulated[-1], side="right"), np.int64)

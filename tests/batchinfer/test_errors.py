@@ -74,7 +74,7 @@ def test_done(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> No
     assert ended(start("stub"))[0] == 0
     assert pq.read_table(tmp_path / "out.parquet")["generated_text"].to_pylist() == expected(tmp_path, prompts(400))
     code, said = ended(start("stub"))
-    assert code == 0 and said.endswith("batchinfer: out.parquet is complete already")
+    assert code == 0 and said.endswith("batchinfer: out.parquet is complete already; nothing is run")
 
 
 def test_a_wrong_flag(start: Callable[..., subprocess.Popen[str]]) -> None:

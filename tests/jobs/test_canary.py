@@ -103,10 +103,10 @@ def test_the_figures_are_those_of_transformers(
     assert canary.divergence == pytest.approx(divergence / tokens, rel=1e-3)
 
     printed = capsys.readouterr().err
-    assert printed.index(f"beside {TARGET}") < printed.index("KL divergence") < printed.index("batchinfer: loading")
+    assert printed.index(f"rows with {TARGET}") < printed.index("KL divergence") < printed.index("batchinfer: loading")
     assert read_report(spec.output) == report
     shown = report.table()
-    assert f"4 rows beside {TARGET}" in shown and f"{canary.divergence:.6f} nats a token" in shown
+    assert f"4 rows compared with {TARGET}" in shown and f"{canary.divergence:.6f} nats a token" in shown
     noted = json.loads((tmp_path / "out.run" / "run.json").read_text())
     assert (noted["spec"]["canary"], noted["spec"]["canary_reference"]) == (4, str(TARGET))
     assert noted["canary_engine"]["model"] == str(TARGET) and noted["canary_engine"]["quantization"] == "none"
@@ -129,7 +129,7 @@ def test_an_engine_that_cannot_be_is_refused_as_in_the_job(tmp_path: Path, make_
         assert not spec.output.exists() and not (tmp_path / "out.run").exists()
     spec = job(tmp_path, TARGET, canary=2, quantization="w8a8-int8")
     pq.write_table(pa.table({"prompt": pa.nulls(3, pa.string())}), tmp_path / "in.parquet")
-    with pytest.raises(Refused, match="--canary 2: there is no row with a prompt to compare"):
+    with pytest.raises(Refused, match="--canary 2: no row has a prompt to compare"):
         run(spec)
 
 
@@ -148,7 +148,7 @@ def test_what_the_reference_is(tmp_path: Path) -> None:
     (made / "config.json").write_text(json.dumps(stored))
     quantized = replace(config, model=made, quantization="auto")
     spec = job(tmp_path, made, canary=2)
-    with pytest.raises(UsageError, match=r"w4 is quantized already; name .* with --canary-reference"):
+    with pytest.raises(UsageError, match=r"w4 is quantized; name .* with --canary-reference"):
         reference_config(spec, quantized)
     assert reference_config(replace(spec, canary_reference=str(TARGET)), quantized) == plain
     with pytest.raises(UsageError, match=r"--canary-reference .*w4 is quantized itself; name the checkpoint"):

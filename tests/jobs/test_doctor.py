@@ -94,7 +94,7 @@ def test_another_file_is_not_used(content: bytes) -> None:
 def test_the_machine_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     out = printed(capsys, "--device", "cpu")
     assert device.device_name("cpu") in out
-    for name in ("memory", "batchinfer", "torch", "python", "8-bit products", "processor's code"):
+    for name in ("memory", "batchinfer", "torch", "python", "8-bit products", "CPU instructions"):
         assert any(line.startswith(name) for line in out.splitlines()), name
     assert _remedy() in out
     write_device_cost(DeviceKey.of("cpu"), COST)

@@ -181,11 +181,11 @@ def test_the_command(tmp_path: Path) -> None:
     done = run(*flags, "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.svg"))
     assert "perplexity" in done.stdout and "top-1 agreement" in done.stdout, done.stderr
     figures = json.loads((tmp_path / "out.json").read_text())
-    assert figures["notes"] == ["2 rows have no text of two tokens, the first of them row 1"]
+    assert figures["notes"] == ["2 rows with less than two tokens of text were left out, the first of them row 1"]
     assert [layer["layer"] for layer in figures["layers"]] == [*range(6)]
     worst = max(figures["layers"], key=lambda layer: layer["own"])
-    assert f"loses most       layer {worst['layer']}" in done.stdout
-    assert f"layer {worst['layer']}: loses most" in (tmp_path / "out.svg").read_text("utf-8")
+    assert f"largest error    layer {worst['layer']}" in done.stdout
+    assert f"layer {worst['layer']}: adds the most" in (tmp_path / "out.svg").read_text("utf-8")
     assert figures["scheme"] == "w8a8-int8 from bfloat16" and figures["quantization"] == "w8a8-int8"
     assert figures["perplexity"] < 10 and 0 < figures["divergence"] < 0.1 and figures["top1_agreement"] > 0.9
     for wrong, code, message in (

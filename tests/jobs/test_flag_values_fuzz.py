@@ -122,9 +122,9 @@ def test_many_bytes_make_a_job_or_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("x = " + "[" * 100_000, "is no valid TOML"),
-        ("max_tokens = " + "9" * 5000, "is no valid TOML"),
-        (f"seed = {'9' * 5000}", "is no valid TOML"),
+        ("x = " + "[" * 100_000, "is not valid TOML"),
+        ("max_tokens = " + "9" * 5000, "is not valid TOML"),
+        (f"seed = {'9' * 5000}", "is not valid TOML"),
         ('model = "a\\u0000b"', "model"),
         ('input = "a\\u0000b"', "input"),
         ('stop = ["a", "\\u0000"]', "stop is a text with a NUL character"),

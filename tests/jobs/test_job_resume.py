@@ -147,10 +147,10 @@ def test_rows_that_failed_run_again_only_if_asked(tmp_path: Path, model: Path, e
 def test_no_resume_begins_only_in_an_empty_place(tmp_path: Path, model: Path) -> None:
     path = write(tmp_path / "in.parquet", prompt=prompts(3))
     run(spec(model, path, resume=False), STUB)
-    with pytest.raises(Refused, match="--no-resume starts only in an empty place"):
+    with pytest.raises(Refused, match="exists, and --no-resume starts only a new job"):
         run(spec(model, path, resume=False), STUB)
     (tmp_path / "out.parquet").unlink()
-    with pytest.raises(Refused, match="--no-resume starts only in an empty place"):
+    with pytest.raises(Refused, match="exists, and --no-resume starts only a new job"):
         run(spec(model, path, resume=False), STUB)
     run(spec(model, path, resume=False, overwrite=True), STUB)
 

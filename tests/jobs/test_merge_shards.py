@@ -77,15 +77,15 @@ def test_holes_overlaps_and_strangers_are_named(tmp_path: Path, model: Path) -> 
     write(tmp_path / "in.parquet", prompt=prompts(N))
     outputs = run_shards(tmp_path, model, 4)
     for shards, message in (
-        (outputs[1:3], "of 4 shards 0, 3 are missing"),
-        (outputs[:3], "of 4 shards 3 is missing"),
-        ([*outputs, outputs[2]], "shard 2 of 4 is there twice"),
+        (outputs[1:3], "of 4 shards, 0, 3 are missing"),
+        (outputs[:3], "of 4 shards, 3 is missing"),
+        ([*outputs, outputs[2]], "shard 2 of 4 is given twice"),
         ([*outputs[:3], tmp_path / "no.parquet"], r"no\.parquet is not the output of a run"),
     ):
         with pytest.raises(Refused, match=message):
             merge_shards(shards, tmp_path / "all.parquet", overwrite=False)
     others = run_shards(tmp_path, model, 4, [3], seed=5, overwrite=True)
-    with pytest.raises(Refused, match=r"is of another job than .*: another sampling"):
+    with pytest.raises(Refused, match=r"belongs to another job than .*: it has another sampling"):
         merge_shards(outputs[:3] + others, tmp_path / "all.parquet", overwrite=False)
     assert not (tmp_path / "all.parquet").exists()
 
@@ -96,10 +96,10 @@ def test_a_shard_that_is_damaged_or_unfinished_is_refused(tmp_path: Path, model:
     data = bytearray(outputs[1].read_bytes())
     data[len(data) // 2] ^= 1
     outputs[1].write_bytes(data)
-    with pytest.raises(Refused, match=r"out-1-of-2\.parquet is not what was written"):
+    with pytest.raises(Refused, match=r"out-1-of-2\.parquet was changed: its sha256"):
         merge_shards(outputs, tmp_path / "all.parquet", overwrite=False)
     outputs[1].unlink()
-    with pytest.raises(Refused, match=r"out-1-of-2\.parquet is not there"):
+    with pytest.raises(Refused, match=r"out-1-of-2\.parquet does not exist"):
         merge_shards(outputs, tmp_path / "all.parquet", overwrite=False)
 
 

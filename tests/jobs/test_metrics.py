@@ -197,7 +197,7 @@ def test_a_file_that_cannot_be_written_is_said_once_and_the_job_goes_on(
     report = run(job(prompts(3)), STUB)
     assert report.rows_ok == 3
     said = [line for line in capsys.readouterr().err.splitlines() if "--metrics-textfile" in line]
-    assert len(said) == 1 and said[0].endswith("; the job goes on")
+    assert len(said) == 1 and said[0].endswith("; the job continues")
     assert not (tmp_path / "job.prom").exists()
 
 

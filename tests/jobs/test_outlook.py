@@ -60,7 +60,7 @@ def test_rows_of_two_templates_are_groups_that_share(model: Path) -> None:
     # 1,200 - 768 = 432 tokens, padded to a multiple of 32; then each row's other 4, 6 rows padded to 8.
     assert found.step_sizes == {"448": 1, "8": 4}
     assert re.search(r"\nsteps +5\n +tokens: steps", found.text(None))
-    assert "768 tokens; 2 groups of 6 rows begin alike" in found.text(None)
+    assert "768 tokens; 6 rows in 2 groups begin alike" in found.text(None)
 
 
 def test_a_single_tile_that_all_rows_share(model: Path) -> None:

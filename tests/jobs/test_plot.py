@@ -51,7 +51,7 @@ def test_bars_and_points_have_the_heights_of_their_errors() -> None:
     texts = [text.text for text in svg.iter(f"{SVG}text")]
     assert texts[:2] == ["org/a<b>&c", "GPTQ, 4 bits; reference org/name"]
     assert texts[2] == "perplexity 11.5950  ·  KL divergence 0.032200 nats a token  ·  top-1 agreement 89.94 %"
-    assert {"layer 1: loses most", "0 %", "10 %", "0", "1", "2"} <= set(texts)
+    assert {"layer 1: adds the most", "0 %", "10 %", "0", "1", "2"} <= set(texts)
 
 
 @pytest.mark.parametrize("layers", [1, 7, 28, 126])

@@ -82,7 +82,7 @@ def test_what_was_expected_stands_beside_the_result(tmp_path: Path) -> None:
     assert [line.split(None, 1)[1] for line in lines if line.startswith("predicted ")] == [
         "0:01:30 of generating without drafts (30.00 s to 0:02:30)"
     ]
-    assert any("for the lengths" in line and "0:01:38" in line for line in lines)
+    assert any("known lengths" in line and "0:01:38" in line for line in lines)
     assert "predicted" not in REPORT.table()
 
 
@@ -118,10 +118,10 @@ def test_what_was_not_measured_is_not_shown() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({**asdict(REPORT), "schema_version": 99}, "has schema_version 99; this batchinfer reads 1"),
-        ([], "is no report of batchinfer"),
-        ({"rows": 1}, "is no report of batchinfer"),
-        ({"schema_version": SCHEMA_VERSION, "rows": 1}, "is no report of batchinfer"),
+        ({**asdict(REPORT), "schema_version": 99}, "has schema_version 99; this batchinfer reads only 1"),
+        ([], "is not a report of batchinfer"),
+        ({"rows": 1}, "is not a report of batchinfer"),
+        ({"schema_version": SCHEMA_VERSION, "rows": 1}, "is not a report of batchinfer"),
     ],
 )
 def test_another_report_is_refused(tmp_path: Path, values: object, message: str) -> None:
@@ -143,5 +143,5 @@ def test_peak_memory_is_of_this_process() -> None:
 
 
 def test_rows_that_got_the_result_of_another_are_said() -> None:
-    assert "like another row" not in REPORT.table()
-    assert "  like another row  7\n" in replace(REPORT, rows_duplicate=7).table()
+    assert "duplicates" not in REPORT.table()
+    assert "  duplicates       7 rows\n" in replace(REPORT, rows_duplicate=7).table()

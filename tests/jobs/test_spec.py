@@ -87,7 +87,7 @@ def test_lists_may_be_given_as_one_text(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('prompt_colum = "p"', "unknown key 'prompt_colum'; the nearest known key is 'prompt_column'"),
-        ("max_tokens = ", r"job\.toml is no valid TOML"),
+        ("max_tokens = ", r"job\.toml is not valid TOML"),
         ("max_tokens = 1\nmax-tokens = 2", "'max_tokens' twice"),
         ("max_tokens = { a = 1 }", "max_tokens is a dict; expected one value"),
         ("max_tokens = [1, 2]", "max_tokens is a list; expected one value"),

@@ -251,7 +251,7 @@ def test_what_cannot_be_is_refused_by_name(make_model: Callable[..., Path], tmp_
     (tmp_path / "full" / "precious.txt").write_text("x")
     with pytest.raises(Refused, match="full is not empty; take another folder"):
         job.quantize(model, None, tmp_path / "full", "w4a16", "rtn", 32, rows)
-    with pytest.raises(Refused, match=r"model x/y/z.gguf is a GGUF file, quantized for good"):
+    with pytest.raises(Refused, match=r"model x/y/z.gguf is a GGUF file, which cannot be quantized again"):
         job.quantize("x/y/z.gguf", None, tmp_path / "gguf", "w8a16", "rtn", None, rows)
     job.quantize(model, None, tmp_path / "once", "w8a16", "rtn", None, rows)
     with pytest.raises(Refused, match=r"is quantized already \(compressed-tensors, pack-quantized 8 bits\)"):

@@ -73,7 +73,7 @@ def test_rows_lengths_and_what_cannot_run(
     # Three rows in blocks of 32 tokens: keys and values, of 2 layers and 2 heads with 16 numbers of 2 bytes each.
     assert written["kv_cache_bytes"] == (1 + 2 + 2) * 32 * 2 * 2 * 2 * 16 * 2
     assert written["prediction"] is None and written["candidates"] == []
-    assert "doctor --calibrate" in out and "too_long" in out and "the first is row 4" in out
+    assert "doctor --calibrate" in out and "too_long" in out and "first row 4" in out
     assert out.splitlines()[-1].startswith("1-32  3  ####")
     assert not (tmp_path / "out.parquet").exists() and not list(tmp_path.glob("*.run"))
 
@@ -196,7 +196,7 @@ def test_a_table_without_rows_that_run(model: Path, tmp_path: Path, capsys: pyte
     path = tmp_path / "empty.parquet"
     pq.write_table(pa.table({"prompt": pa.array([None, None], pa.string())}), path)
     out = planned(capsys, path, "--model", model)
-    assert "2, of which 0 can run" in out
+    assert "2; 0 of them can run" in out
 
 
 def test_no_torch_is_loaded(model: Path, table: Path) -> None:

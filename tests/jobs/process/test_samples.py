@@ -181,7 +181,7 @@ def test_the_output_has_the_rows_as_without_and_their_samples(
     assert all(len(set(samples)) > 1 for samples in samples_in(table.slice(0, 40)))
     assert (report.rows, report.rows_failed, report.rows_by_error) == (42, 2, {"null_prompt": 1, "empty_prompt": 1})
     assert report.prompt_tokens == sum(table["prompt_tokens"].drop_null().to_pylist())
-    assert report.notes == ["every row has 5 samples (--n), and completion tokens are those of all"]
+    assert report.notes == ["every row has 5 samples (--n), and completion tokens are counted over all of them"]
 
 
 def test_greedy_samples_are_the_same_and_one_is_computed(tmp_path: Path, model: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_sample_that_was_changed_is_found(tmp_path: Path, model: Path, engine:
     rows[2][1]["completion_tokens"] += 1
     place = table.schema.get_field_index("samples")
     pq.write_table(table.set_column(place, table.schema.field(place), pa.array(rows, table["samples"].type)), output)
-    with pytest.raises(Refused, match=r"out\.parquet is not what was written"):
+    with pytest.raises(Refused, match=r"out\.parquet was changed: its sha256"):
         verify(output)
     values = json.loads(report.read_text())
     values["output_sha256"] = job.digest_of(output)

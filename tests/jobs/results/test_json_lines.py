@@ -136,7 +136,7 @@ def test_a_flipped_byte_is_found(finished: Path, place: float) -> None:
     data = bytearray(finished.read_bytes())
     data[int(place * len(data))] ^= 1
     finished.write_bytes(data)
-    with pytest.raises(Refused, match=r"o\.jsonl is not what was written"):
+    with pytest.raises(Refused, match=r"o\.jsonl was changed: its sha256"):
         verify(finished)
 
 
