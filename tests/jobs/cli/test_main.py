@@ -259,7 +259,9 @@ def test_names_with_control_characters_stay_on_one_line(
     assert call(capsys, "run", table, "-o", out, "--model", linked)[0] == 0
     code, printed, err = call(capsys, "run", table, "-o", out, "--model", linked)
     assert code == 0
-    assert err.count("\n") == 1 and err.endswith(r"o\nbatchinfer: error: forged.parquet is complete already; nothing is run" + "\n")
+    assert err.count("\n") == 1 and err.endswith(
+        r"o\nbatchinfer: error: forged.parquet is complete already; nothing is run" + "\n"
+    )
     assert r"a\x07 model" in printed and all(c.isprintable() for c in printed.replace("\n", ""))
 
 
