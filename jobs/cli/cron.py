@@ -1,4 +1,4 @@
-"""The command that has a job run at given times."""
+"""The command that makes cron or systemd run a job at given times."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,5 @@
-"""Flags of a job on the command line: arguments of a command made from their declaration, and its help in sections."""
+"""A job's flags on the command line: making a command's parameters from their declarations, and its help in
+sections."""
 
 import inspect
 from collections.abc import Callable
@@ -19,9 +20,9 @@ RunArguments = Annotated[
 
 
 def takes(*fields: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the flags of these fields of a job, and those that annotate its own parameters.
+    """Give a command the flags of these fields of a job, and the flags that annotate its own parameters.
 
-    It gets their values, by name of field or parameter. A value that is not allowed is a `UsageError`.
+    The command gets the values by name of field or parameter. A value out of bounds raises `UsageError`.
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -50,7 +51,7 @@ def takes(*fields: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 def described(flag: Flag) -> str:
-    """Its help, with the bound and the default in brackets."""
+    """Return a flag's help, with its bound and default in brackets."""
     facts = [flag.bound, f"default: {flag.shown_default}" if flag.shown_default else ""]
     known = "; ".join(filter(None, facts))
     return f"{flag.help}  [{known}]" if known else flag.help
@@ -75,7 +76,8 @@ class SectionedCommand(TyperCommand):
 
 
 def _parameter(flag: Flag, required: bool = False) -> inspect.Parameter:
-    """What typer reads: text where a kind parses it, and None where nothing is given but `_value` knows the default."""
+    """Return the parameter that typer reads. It is text if the flag's kind parses it, and its default is None if
+    `_value` fills in the default."""
     plain: Any = GenericAlias(list, get_args(flag.type)[:1]) if flag.many else str if flag.kind else flag.type
     default = None if flag.many or flag.kind else flag.default
     shared: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """The command line. An error is one line on stderr and an exit code, never a traceback.
 
-The engine's process imports this module again, as part of the program that started it: so each command imports for
-itself what is large.
+The engine's process imports this module again, as part of the program that started it. So each command imports large
+modules itself, only when it runs.
 """
 
 import os
@@ -28,7 +28,7 @@ from batchinfer.jobs.cli import cron, models, outputs, plan, ray, run, slurm
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.process.safe_errors import described, traced
 
-# The system's own allocator gives large cells back at once; pyarrow's, which it takes as it is loaded, keeps them.
+# pyarrow chooses its allocator when it is loaded. The system's frees large cells at once; pyarrow's default keeps them.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -38,7 +38,7 @@ app.add_typer(slurm.app, name="slurm")
 
 
 def main() -> NoReturn:
-    """The entry point: runs a command and exits with its code."""
+    """Run a command and exit with its code. This is the program's entry point."""
     try:
         sys.exit(app(prog_name="batchinfer", standalone_mode=False))
     except typer.TyperException as error:

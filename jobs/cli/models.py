@@ -1,4 +1,4 @@
-"""The commands about models: bring one, quantize it, measure it. Each imports for itself what is large."""
+"""The commands about models: fetch, quantize, evaluate, bench. Each imports large modules only when it runs."""
 
 import json
 from dataclasses import asdict

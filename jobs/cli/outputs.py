@@ -1,4 +1,4 @@
-"""The commands about outputs: report, merge, verify. Each imports for itself what is large."""
+"""The commands about outputs: report, merge, verify. Each imports large modules only when it runs."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The commands before a job: plan and doctor. Each imports for itself what is large."""
+"""The commands before a job: plan and doctor. Each imports large modules only when it runs."""
 
 from pathlib import Path
 from typing import Annotated

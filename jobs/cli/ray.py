@@ -1,4 +1,4 @@
-"""The command that runs the shards of a job on a Ray cluster. It imports for itself what is large."""
+"""The command that runs the shards of a job on a Ray cluster. It imports large modules only when it runs."""
 
 from typing import Annotated
 
@@ -57,27 +57,31 @@ def ray(
     spec = job_of(arguments)
     _refuse_what_shards_cannot_have(spec)
     if spec.output.exists():
-        raise Refused(f"output {spec.output} exists; choose another one, or remove it to have it merged again")
+        raise Refused(f"output {spec.output} exists; choose another one, or remove it to merge the shards again")
     failed = ray_tasks.run_shards(spec, arguments, shards, cluster)
     if failed:
         first, end = next(iter(failed.items()))
         kinds = {code: kind for kind, code in EXIT_CODES.items()}
         raise kinds.get(end.code, EngineFailed)(
-            f"{len(failed)} of {shards} shards failed, first shard {first}: {end}; nothing was merged, and the "
-            "same command goes on"
+            f"{len(failed)} of {shards} shards failed, shard {first} first: {end}; nothing was merged; give the same "
+            "command to continue"
         )
     outputs = [sharded(spec.output, shard, shards) for shard in range(shards)]
     print(f"{spec.output}: {merge_shards(outputs, spec.output, overwrite=False):,} rows of {shards} shards")
 
 
 def _refuse_what_shards_cannot_have(spec: JobSpec) -> None:
-    """Each shard's command is the same at every try."""
+    """Raise `UsageError` for flags that do not work if each shard's command may run several times."""
     for flag, given, remedy in (
-        ("--shard", spec.shard is not None, "--shards N makes them"),
-        ("--incremental", spec.incremental, "what is new is one job, and small: run it as one"),
-        ("--overwrite", spec.overwrite, "each try would begin anew: remove the outputs and run folders of the shards"),
-        ("--no-resume", not spec.resume, "no try could go on: choose an output that is not there"),
-        ("--time-limit", spec.time_limit is not None, "each try would have it for itself: interrupt this command"),
+        ("--shard", spec.shard is not None, "--shards N makes the shards"),
+        ("--incremental", spec.incremental, "new rows are one small job: run it without shards"),
+        ("--overwrite", spec.overwrite, "each try would begin anew; remove the outputs and run folders of the shards"),
+        ("--no-resume", not spec.resume, "no try could continue an earlier one; choose a new output"),
+        (
+            "--time-limit",
+            spec.time_limit is not None,
+            "each try would get it all; interrupt this command instead",
+        ),
     ):
         if given:
             raise UsageError(f"leave {flag} out of the arguments after --: {remedy}")

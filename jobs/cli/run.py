@@ -1,4 +1,4 @@
-"""The command that runs a job, and the job that its arguments stand for."""
+"""The command that runs a job, and making a job from its arguments."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,12 +25,12 @@ def _use_job_file(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def job_of(arguments: Sequence[str], output: Path | None = None) -> JobSpec:
-    """The job that `batchinfer run` with these arguments would run. Raises `UsageError` and typer's exceptions.
+    """Return the job that `batchinfer run` with these arguments would run. Raises `UsageError` and typer's exceptions.
 
-    `output` stands where they name none.
+    `output` is used if the arguments name no output.
     """
     jobs: list[JobSpec] = []
-    default = [] if output is None else [f"--output={output}"]  # of an option that is there twice the last counts
+    default = [] if output is None else [f"--output={output}"]  # if an option is given twice, the last one counts
     app([*default, *arguments], prog_name="batchinfer run", obj=jobs.append, standalone_mode=False)
     if not jobs:
         raise UsageError("these arguments ask for help and describe no job; give those of a job to 'batchinfer run'")
@@ -54,7 +54,7 @@ def run(
 ) -> None:
     """Answer every row of a table, and write the table with its answers, in the order of the input."""
     spec = _spec(values)
-    if context.obj is not None:  # somebody else's question: which job is it?
+    if context.obj is not None:  # `job_of` wants the job, and does not run it
         context.obj(spec)
         return
     from batchinfer.jobs import job
@@ -63,14 +63,14 @@ def run(
     done = run_new_rows(spec, job.run) if spec.incremental else job.run(spec)
     print(done.table())
     if done.rows and not done.rows_ok:
-        raise Refused(f"every row failed; {values['output']} has each one's error_code and error_message")
+        raise Refused(f"every row failed; {values['output']} has the error_code and error_message of each")
 
 
 def _spec(values: dict[str, Any]) -> JobSpec:
-    """The job of these values of flags. Raises `UsageError`."""
+    """Make a job from the values of flags. Raises `UsageError`."""
     for name in ("output", "model"):
         if values[name] is None:
-            raise UsageError(f"--{name} is missing")
+            raise UsageError(f"--{name} is missing; give it")
     fields = dict(values)
     if fields["prompt_template"] is None and fields["messages_column"] is None:
         fields["prompt_column"] = fields["prompt_column"] or "prompt"

@@ -49,7 +49,7 @@ def submit(
     slurm.check_job(spec, time)
     options = {"--time": time, "--partition": partition}
     submission = slurm.Submission(
-        command=[sys.executable, "-P", "-m", "batchinfer"],  # -P: nothing is imported from where it is submitted
+        command=[sys.executable, "-P", "-m", "batchinfer"],  # -P: import nothing from the current folder
         arguments=arguments,
         folder=Path.cwd(),
         output=Path.cwd() / spec.output,
@@ -62,4 +62,4 @@ def submit(
         return
     shards, merge = slurm.submit(submission)
     print(f"array {shards}: {array} shards; job {merge} merges them into {submission.output} when all are done")
-    print(f"logs: {submission.place}/shard-*.log and merge.log")
+    print(f"logs: {submission.scripts_folder}/shard-*.log and merge.log")

@@ -1,1 +1,1 @@
-"""Jobs that something else starts: Slurm, Ray, cron, systemd."""
+"""Starting jobs with Slurm, Ray, cron and systemd."""

@@ -1,7 +1,7 @@
-"""The shards of a job as tasks on a Ray cluster: each runs the command line of its shard as a child process.
+"""Running the shards of a job as tasks on a Ray cluster: each task runs its shard's command line as a child process.
 
-What is exact about a job is so by its shards' own run folders. A shard that was stopped, or whose worker died, runs
-again on whichever node is free, and goes on where it was: so all nodes must see the same files.
+A shard's run folder keeps its state. If a shard was stopped or its worker died, it runs again on any free node and
+continues from its run folder. So all nodes must see the same files.
 """
 
 import logging
@@ -24,10 +24,10 @@ from batchinfer.jobs.report import read_report
 from batchinfer.jobs.spec import JobSpec, sharded
 
 PROGRAM = ("-m", "batchinfer", "run")
-"""What Python runs for a shard, before the shard's arguments."""
+"""Python's arguments for a shard's command, before the shard's own arguments."""
 POLL_SECONDS = 0.2
 CONNECT_SECONDS = 10.0
-STOP_SECONDS = 10.0  # beyond the job's grace: until the tasks have told of it
+STOP_SECONDS = 10.0  # time after the job's grace until stopped tasks must have reported their end
 LAST_LINE_BYTES = 4096
 MAX_PORT = 65535
 INTERNAL, IO_ERROR, STOPPED = 70, 74, 75  # exit codes
@@ -35,14 +35,14 @@ INTERNAL, IO_ERROR, STOPPED = 70, 74, 75  # exit codes
 
 @dataclass(frozen=True)
 class Ended:
-    """How a shard's command ended: its exit code, less than 0 where it was killed; and what there is to say of it."""
+    """How a shard's command ended: its exit code, which is negative if it was killed, and a message."""
 
     code: int
     said: str
 
     @property
     def unfinished(self) -> bool:
-        """True where the same command can go on: it was stopped or killed, and found nothing to refuse."""
+        """True if the same command can continue the shard, since it was stopped or killed."""
         return self.code == STOPPED or self.code < 0
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Share:
-    """What a shard takes of the cluster, and the device it runs on: cpu or cuda."""
+    """The resources of the cluster that a shard takes, and the device that it runs on: cpu or cuda."""
 
     device: str
     cpus: int
@@ -63,12 +63,12 @@ class Share:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Which Ray, and how it is used. A `UsageError` names flag, value and bound."""
+    """The Ray cluster to use, and how. Raises `UsageError`, naming flag, value and bound, for a wrong value."""
 
-    address: str | None = None  # HOST:PORT; auto: one that runs; local: one that is started; None: whichever there is
-    gpus_per_shard: int | None = None  # None of both: by the job's device and the nodes
+    address: str | None = None  # HOST:PORT; auto: a running one; local: start one; None: Ray's default
+    gpus_per_shard: int | None = None  # if both are None, the job's device and the nodes decide
     cpus_per_shard: int | None = None
-    max_retries: int = 3  # of each shard
+    max_retries: int = 3  # for each shard
 
     def __post_init__(self) -> None:
         if self.address not in (None, "auto", "local"):
@@ -86,17 +86,17 @@ class Cluster:
                 raise UsageError(f"{flag} is {value}; it must be {bound} or more")
 
     def share(self, device: str, nodes: Sequence[Mapping[str, float]]) -> Share:
-        """What a shard of a job with that `--device` takes, of nodes with these resources.
+        """Return the resources for each shard of a job with this `--device`, on nodes with these resources.
 
-        By default one GPU, where there are some and `device` allows it; else the CPUs of the smallest node, so that a
-        shard has a node to itself. Raises `UsageError` where that is another device than the job's, and `Refused`
-        where no node has so much.
+        By default a shard takes one GPU, if there are GPUs and `device` allows them. Else it takes all CPUs of the
+        smallest node, so that it has a node to itself. Raises `UsageError` if the flags ask for another device than
+        the job's, and `Refused` if no node has enough.
         """
         wants_cpus = self.cpus_per_shard is not None or device == "cpu"
         if wants_cpus and device == "cuda":
-            raise UsageError("--cpus-per-shard is for jobs on the CPU; this one has --device cuda")
+            raise UsageError("--cpus-per-shard is for jobs on the CPU, but --device is cuda; leave one of them out")
         if wants_cpus and self.gpus_per_shard is not None:
-            raise UsageError("--gpus-per-shard is for jobs on a GPU; this one has --device cpu")
+            raise UsageError("--gpus-per-shard is for jobs on a GPU, but --device is cpu; leave one of them out")
         gpus = self.gpus_per_shard
         if not wants_cpus and (device == "cuda" or gpus is not None or _most("GPU", nodes)):
             share = Share("cuda", 1, gpus or 1)
@@ -107,34 +107,35 @@ class Cluster:
             if wanted > _most(noun, nodes):
                 raise Refused(
                     f"a shard takes {_counted(wanted, noun)}, and no node of the cluster has more than "
-                    f"{_most(noun, nodes)}: start another node, or ask for less"
+                    f"{_most(noun, nodes)}: add a larger node, or ask for less"
                 )
         return share
 
 
 def _most(resource: str, nodes: Sequence[Mapping[str, float]]) -> int:
-    """Of one node."""
+    """Return the most of a resource that any node has."""
     return int(max((node.get(resource, 0) for node in nodes), default=0))
 
 
 def run_shards(
     spec: JobSpec, arguments: Sequence[str], count: int, cluster: Cluster, program: Sequence[str] = PROGRAM
 ) -> dict[int, Ended]:
-    """Run `program` with `arguments` for each of `count` shards of the job `spec`; those that failed, first come first.
+    """Run `program` with `arguments` for each of `count` shards of the job `spec`. Returns how shards failed, by shard,
+    in the order of their failures.
 
-    Where a shard fails the others go on. Raises `UsageError` and `Refused` for a cluster that is not to be had, and
-    `Interrupted` after a signal: then the shards have committed what they had finished.
+    If a shard fails, the others continue. Raises `UsageError` and `Refused` if the cluster cannot be used, and
+    `Interrupted` after a signal. Then the shards have committed their finished rows.
     """
-    with redirect_stdout(sys.stderr):  # where Ray says that a worker died
+    with redirect_stdout(sys.stderr):  # Ray prints there that a worker died
         ray = _connect(cluster.address)
         try:
             share = cluster.share(spec.device, [node["Resources"] for node in ray.nodes() if node["Alive"]])
             _say(f"{_counted(count, 'shard')}, each with {share}")
-            # Whether a shard runs again is for `_watch` to say: Ray would print a traceback for each that was stopped.
+            # `_watch` runs shards again, not Ray, which would print a traceback for each shard that was stopped.
             task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=0)(run_shard)
 
             def start(shard: int) -> Any:
-                # In front, so that a device which the arguments name themselves is the one that counts.
+                # --device comes first, so that a device in the arguments overrides it.
                 command = [*program, "--device", share.device, "--shard", f"{shard}/{count}", *arguments]
                 return task.remote(command, Path.cwd(), sharded(spec.output, shard, count))
 
@@ -144,7 +145,7 @@ def run_shards(
 
 
 def run_shard(command: Sequence[str], folder: Path, output: Path) -> Ended:
-    """The task: run Python with `command` in `folder`, and add what it writes to the log beside the shard's output."""
+    """Run Python with `command` in `folder`, as a task. Its output is appended to the log beside the shard's output."""
     log = (folder / output).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
@@ -154,7 +155,7 @@ def run_shard(command: Sequence[str], folder: Path, output: Path) -> Ended:
     try:
         while (code := process.poll()) is None:
             time.sleep(POLL_SECONDS)
-    except KeyboardInterrupt:  # that is how Ray cancels a task
+    except KeyboardInterrupt:  # Ray cancels a task in this way
         process.terminate()
         process.wait()
         raise
@@ -167,11 +168,12 @@ def _last_line(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_LINE_BYTES))
         lines = file.read().decode("utf-8", "replace").strip().splitlines()
-    return lines[-1].removeprefix("batchinfer: error: ") if lines else "nothing was said"
+    return lines[-1].removeprefix("batchinfer: error: ") if lines else "its log is empty"
 
 
 def _connect(address: str | None) -> Any:
-    """The module of Ray, connected. Raises `UsageError` where it is not installed, `Refused` where no Ray answers."""
+    """Connect to Ray. Returns its module. Raises `UsageError` if Ray is not installed, and `Refused` if no Ray
+    answers."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         import ray
@@ -189,7 +191,7 @@ def _connect(address: str | None) -> Any:
 
 
 def _watch(ray: Any, start: Callable[[int], Any], count: int, max_retries: int, grace: float) -> dict[int, Ended]:
-    """Start the tasks of all shards, wait for them, and tell of each that ends; the shards that failed."""
+    """Start the tasks of all shards, wait for them, and print how each ends. Returns the shards that failed."""
     failed: dict[int, Ended] = {}
     retries: Counter[int] = Counter()  # by shard
     with Interruption() as interruption:
@@ -199,13 +201,13 @@ def _watch(ray: Any, start: Callable[[int], Any], count: int, max_retries: int, 
             if interruption.requested:
                 _stop(ray, list(tasks), grace)
                 done = count - len(tasks)
-                raise Interrupted(f"stopped when {done} of {count} shards had ended; the same command goes on")
+                raise Interrupted(f"stopped when {done} of {count} shards had ended; give the same command to continue")
             for task in ended:
                 shard, end = tasks.pop(task), _end_of(ray, task)
                 name = f"shard {shard} of {count}"
                 if end.unfinished and retries[shard] < max_retries:
                     retries[shard] += 1
-                    _say(f"{name} runs again, {retries[shard]} of {max_retries} times at most: {end}")
+                    _say(f"{name} runs again (retry {retries[shard]} of at most {max_retries}): {end}")
                     tasks[start(shard)] = shard
                 elif end.code:
                     failed[shard] = end
@@ -219,7 +221,7 @@ def _end_of(ray: Any, task: Any) -> Ended:
     try:
         end: Ended = ray.get(task)
         return end
-    except ray.exceptions.RayTaskError as error:  # raised by the task itself: a folder is not there, say
+    except ray.exceptions.RayTaskError as error:  # raised by the task itself, for instance for a missing folder
         code = IO_ERROR if isinstance(error.cause, OSError) else INTERNAL
         last = str(error.cause).strip().splitlines()[-1:]
         return Ended(code, f"{type(error.cause).__name__}: {''.join(last)}")
@@ -228,7 +230,7 @@ def _end_of(ray: Any, task: Any) -> Ended:
 
 
 def _stop(ray: Any, tasks: list[Any], grace: float) -> None:
-    """Cancel the tasks, and give their commands the time to commit."""
+    """Cancel the tasks, and wait for their commands to commit."""
     for task in tasks:
         ray.cancel(task)
     ray.wait(tasks, num_returns=len(tasks), timeout=grace + STOP_SECONDS)

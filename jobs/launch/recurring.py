@@ -1,4 +1,4 @@
-"""A job that is started at given times: by cron or by systemd, in the folder and with the command of now."""
+"""A job that cron or systemd starts at given times, with the current command, in the current folder."""
 
 import hashlib
 import re
@@ -12,26 +12,27 @@ from batchinfer.jobs.launch.schedule import Schedule
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.spec import JobSpec
 
-UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and bytes of a name that are no UTF-8
+UNFIT = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 
 
 @dataclass(frozen=True)
 class RecurringJob:
-    """What is started and when. Paths are absolute; everything is text without control characters."""
+    """The command that is started, and when. Paths are absolute, and all texts are free of control characters."""
 
-    name: str  # of letters, digits, '-', '_' and '.'; each output has another one
+    name: str  # has letters, digits, '-', '_' and '.'; differs for each output
     output: Path
     schedule: Schedule
-    folder: Path  # in which it is started
+    folder: Path  # the command is started here
     command: tuple[str, ...]
-    log: Path  # what the job prints is added to it
-    grace: float  # seconds that the job takes to end when it is told to
+    log: Path  # the job's output is appended to it
+    grace: float  # seconds that the job may take to end after a signal
 
     @classmethod
     def of(cls, spec: JobSpec, arguments: Sequence[str], schedule: Schedule, log: Path | None) -> "RecurringJob":
-        """The job of `batchinfer run ARGUMENTS...`, here and with this interpreter; `log` is beside the output if None.
+        """Return the job that runs `batchinfer run ARGUMENTS...` in this folder with this Python.
 
-        Raises `UsageError` for what has no place in a crontab, and `Refused` where the log has no folder.
+        If `log` is None, the log is beside the output. Raises `UsageError` for a text that a crontab cannot hold, and
+        `Refused` if the log's folder does not exist.
         """
         output = spec.output.absolute()
         log = output.with_suffix(".log") if log is None else log.absolute()
@@ -49,20 +50,22 @@ class RecurringJob:
         for text in (str(output), str(job.folder), str(log), *job.command):
             if UNFIT.search(text):
                 raise UsageError(
-                    f"'{printable(text)}' holds a control character or is no UTF-8, and has no place in a crontab or a "
-                    "unit: give another name, or put what is no name into a job file (--config)"
+                    f"'{printable(text)}' has a control character or is not UTF-8, which a crontab or a unit cannot "
+                    "hold: "
+                    "choose another name, or put such a value into a job file (--config)"
                 )
         return job
 
 
 def _program() -> tuple[str, ...]:
-    """What this interpreter was started with: the script, or the package, which is not started by its file."""
+    """Return Python's arguments to start batchinfer again: the script, or `-m batchinfer` if it was started so."""
     script = Path(sys.argv[0]).absolute()
     return ("-P", "-m", "batchinfer") if script.name == "__main__.py" else (str(script),)
 
 
 def _name(output: Path) -> str:
-    """Of an absolute path: its name, as far as a unit may be called so, and a digest of the whole path."""
+    """Return a job's name from its output's absolute path: the path's last name, as far as a unit's name can have it,
+    and a digest of the whole path."""
     readable = re.sub(r"[^A-Za-z0-9_.-]", "-", output.stem)[:64]
     digest = hashlib.sha256(str(output).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return f"batchinfer-{readable}-{digest}"

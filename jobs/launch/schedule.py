@@ -1,4 +1,4 @@
-"""When a job is due, written as a crontab does: in five fields. Systemd gets the same times in its own notation."""
+"""A job's schedule in the five fields of a crontab, and the same times in systemd's notation."""
 
 import re
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ TERM = re.compile(r"(?:\*|(?P<first>[a-zA-Z0-9]+)(?:-(?P<last>[a-zA-Z0-9]+))?)(?
 
 @dataclass(frozen=True)
 class Field:
-    """One of the five: its bounds, and names that stand for the numbers from `first` on."""
+    """One of the five fields: its bounds, and its names for the numbers from `first` on."""
 
     name: str
     first: int
@@ -20,7 +20,7 @@ class Field:
     names: tuple[str, ...] = ()
 
     def values(self, text: str) -> frozenset[int]:
-        """Of a list of numbers, ranges `a-b` and `*`, the latter two with a `/step`. Raises `ValueError`."""
+        """Parse a list of numbers, ranges `a-b` and `*`, the latter two also with a `/step`. Raises `ValueError`."""
         return frozenset(value for term in text.split(",") for value in self._term(term))
 
     def _term(self, text: str) -> range:
@@ -51,7 +51,7 @@ FIELDS = (MINUTE, HOUR, DAY, MONTH, WEEKDAY)
 
 @dataclass(frozen=True)
 class Schedule:
-    """Minutes at which a job is due. `text` has the five fields, one space apart."""
+    """The times at which a job is due. `text` has the five fields, with single spaces between them."""
 
     text: str
     minutes: frozenset[int]
@@ -62,7 +62,7 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str) -> "Schedule":
-        """Raises `UsageError` for what is no list of five fields that cron and systemd both can have."""
+        """Parse five fields. Raises `UsageError` for fields that cron or systemd cannot have."""
         parts = text.split()
         if len(parts) != len(FIELDS):
             names = ", ".join(field.name for field in FIELDS)
@@ -71,10 +71,11 @@ class Schedule:
         return cls(" ".join(parts), minutes, hours, days, months, frozenset(day % 7 for day in weekdays))
 
     def calendars(self) -> list[str]:
-        """The same times for systemd's `OnCalendar=`, which may be there twice: then they add up.
+        """Return the same times as one or two values for systemd's `OnCalendar=`.
 
-        Cron starts a job on days that match either, where both the day of the month and that of the week are given;
-        where one begins with `*`, on those that match both. Systemd always wants both.
+        If both the day of the month and the day of the week are given, cron starts a job on days that match either. If
+        one of them begins with `*`, the day must match both. Systemd always requires both, so the first case takes two
+        lines.
         """
         _, _, day, _, weekday = self.text.split()
         any_day, any_weekday = DAY.values("*"), frozenset(range(7))
@@ -96,7 +97,7 @@ def _values(field: Field, text: str) -> frozenset[int]:
     except ValueError as error:
         raise UsageError(
             f"--schedule has {text!r} as its {field.name}; give numbers from {field.first} to {field.last}, ranges a-b "
-            "or *, these two with /step if need be, with commas between them"
+            "or *, the last two also with /step, and commas between them"
         ) from error
 
 

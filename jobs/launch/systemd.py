@@ -1,4 +1,4 @@
-"""A job as a systemd service of the user, and the timer that starts it."""
+"""Running a job by systemd: the user's service, and the timer that starts it."""
 
 from pathlib import Path
 
@@ -6,12 +6,12 @@ from batchinfer.errors import UsageError
 from batchinfer.jobs.launch.recurring import RecurringJob
 from batchinfer.jobs.results.durable import write_whole
 
-MORE_THAN_GRACE = 10  # seconds until systemd kills a job that it told to stop
+MORE_THAN_GRACE = 10  # seconds after the job's grace until systemd kills it
 
 
 def units(job: RecurringJob) -> dict[str, str]:
-    """The text of each unit, by the name of its file. Raises `UsageError` for a path that a unit cannot hold."""
-    # ':' before the program: '$' in its arguments is no variable.
+    """Return the text of each unit, by file name. Raises `UsageError` for a path that a unit cannot hold."""
+    # With ':' before the program, systemd does not replace variables ('$') in its arguments.
     service = f"""\
 [Unit]
 Description=batchinfer run: {_plain(job.output)}
@@ -39,31 +39,34 @@ WantedBy=timers.target
 
 
 def quoted(word: str) -> str:
-    """A word of `ExecStart=`, free of control characters."""
+    """Quote a word for `ExecStart=`. It must not have control characters."""
     escaped = word.replace("\\", r"\\").replace('"', r"\"").replace("%", "%%")
     return f'"{escaped}"'
 
 
 def _plain(path: Path) -> str:
-    """A path to a line's end, which knows no quotes. Raises `UsageError` for one that would not end there."""
+    """Escape a path for the end of a line, where systemd knows no quotes.
+
+    Raises `UsageError` for a path that ends in a space or a backslash.
+    """
     text = str(path)
     if text != text.rstrip("\\ "):
-        raise UsageError(f"'{text}' ends in a space or a backslash, which a unit cannot hold: give another name")
+        raise UsageError(f"'{text}' ends in a space or a backslash, which a unit cannot hold: choose another name")
     return text.replace("%", "%%")
 
 
 def unit_folder() -> Path:
-    """Where the units of the user lie."""
+    """Return the folder of the user's units."""
     return Path.home() / ".config" / "systemd" / "user"
 
 
 def install(job: RecurringJob) -> list[str]:
-    """Write the units, in the place of earlier ones; the commands that start the timer. Raises `OSError`."""
+    """Write the units, replacing earlier ones. Returns the commands that start the timer. Raises `OSError`."""
     unit_folder().mkdir(parents=True, exist_ok=True)
     for name, text in units(job).items():
         write_whole(unit_folder() / name, text.encode())
     return [
         "systemctl --user daemon-reload",
         f"systemctl --user enable --now {job.name}.timer",
-        "loginctl enable-linger  # it runs while you are logged out too",
+        "loginctl enable-linger  # lets the job run while you are logged out",
     ]

@@ -162,7 +162,7 @@ def test_later_rows_may_be_longer_than_the_first_window(
     [
         ({"prompt_column": "text"}, "no column 'text'"),
         ({"columns": ("id", "nope")}, "no column 'nope'"),
-        ({"columns": ("id", "finish_reason")}, "column 'finish_reason', which the output needs"),
+        ({"columns": ("id", "finish_reason")}, "column 'finish_reason', which the output adds"),
         ({"prompt_column": "id"}, "expected text"),
         ({"tokenizer": "/nowhere"}, "/nowhere"),
         ({"chat": True}, "no chat template"),
@@ -257,7 +257,7 @@ def test_an_engine_that_dies_now_and_then_is_started_again(
     assert pq.read_table(tmp_path / "out.parquet")["generated_text"].to_pylist() == expected(model, prompts(40))
     assert report.rows_failed == 0 and counts(report) == recount(tmp_path / "out.parquet")
     assert report.notes[0].startswith("the engine died and was started again 3 times: ") and said in report.notes[0]
-    halved = [note for note in report.notes if "8 rows at most ran side by side, in steps of 64 tokens at most" in note]
+    halved = [note for note in report.notes if "at most 8 rows ran side by side, in steps of at most 64 tokens" in note]
     assert len(halved) == len(report.notes) - 1 == (name == "Dies"), "the system kills for lack of memory"
 
 

@@ -106,5 +106,5 @@ def test_a_missing_job_file_is_an_error(tmp_path: Path) -> None:
 
 
 def test_an_output_in_a_folder_of_the_input_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is in a folder of the input"):
+    with pytest.raises(UsageError, match="is in an input folder"):
         JobSpec((tmp_path,), tmp_path / "out.parquet", "model", prompt_column="prompt")

@@ -69,7 +69,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
         ("report.json", lambda r: r.update(completion_tokens=1), r"report\.json counts .* 1 completion tokens"),
         ("report.json", lambda r: r.update(rows_by_error={}), r"report\.json counts"),
         ("manifest.json", lambda m: m.update(rows=101), "row 100 is in no part"),
-        ("manifest.json", lambda m: m.update(rows=99), "one that the input has not"),
+        ("manifest.json", lambda m: m.update(rows=99), "or a row that is not in the input"),
         ("manifest.json", lambda m: m["parts"].pop(), r"part-000003\.parquet is not in the manifest"),
         ("manifest.json", lambda m: m["parts"][1].update(rows=1), r"part-000002\.parquet .*rows is 35, not 1"),
         ("manifest.json", lambda m: m["parts"][0].pop("sha256"), r"manifest\.json is damaged"),

@@ -141,12 +141,12 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], list[str], str]] = {
     "a missing column": ("in.parquet", table(text=P), [], "has no column 'prompt'; its columns are 'text'"),
     "a struct for text": ("in.parquet", table(prompt=[{"a": "b"}] * 3), [], "expected text"),
     "a struct for text in JSON": ("in.jsonl", json_lines({"prompt": {"a": 1}}), [], "expected text"),
-    "a clash": ("in.parquet", table(prompt=P, generated_text=P), [], "'generated_text', which the output needs"),
+    "a clash": ("in.parquet", table(prompt=P, generated_text=P), [], "'generated_text', which the output adds"),
     "a clash in CSV": (
         "in.csv",
         lambda path: path.write_text("prompt,error_code\na,b\n"),
         [],
-        "'error_code', which the output needs",
+        "'error_code', which the output adds",
     ),
     "a key twice": (
         "in.jsonl",

@@ -270,7 +270,7 @@ def test_a_crontab_that_cannot_be_read_is_not_replaced(table: Path, cron: Cron) 
 def test_without_cron_the_error_names_the_remedy(table: Path, cron: Cron, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     code, _, err = cron("--schedule", "0 2 * * *", "--install")
-    assert code == 65 and "there is no program crontab here: install cron, or give --systemd" in err
+    assert code == 65 and "the program crontab is not installed: install cron, give --systemd" in err
 
 
 def test_units_are_printed_or_put_where_the_user_s_lie(
@@ -301,7 +301,7 @@ def test_units_are_printed_or_put_where_the_user_s_lie(
         (["--schedule", "0 2 * * *"], ["--no-such-flag"], 2, "--no-such-flag"),
         (["--schedule", "0 2 * * *"], ["--config", "none.toml"], 2, "none.toml: No such file"),
         (["--schedule", "0 2 * * *"], ["--help"], 2, "ask for help and describe no job"),
-        (["--schedule", "0 2 * * *"], ["--stop", "\n"], 2, r"'\n' holds a control character"),
+        (["--schedule", "0 2 * * *"], ["--stop", "\n"], 2, r"'\n' has a control character"),
         (["--schedule", "0 2 * * *", "--log", "x/y.log"], [], 65, "there is no folder"),
         (["--schedule", "0 2 * * *"], ["--stop", "x" * 1000], 2, "put the flags into a job file (--config)"),
     ],

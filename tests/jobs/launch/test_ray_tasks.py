@@ -161,7 +161,7 @@ def test_what_ends_a_shard_for_good(tmp_path: Path, code: int) -> None:
 @pytest.mark.parametrize(
     ("ending", "end"),
     [
-        ("exit(75)", Ended(75, "nothing was said")),
+        ("exit(75)", Ended(75, "its log is empty")),
         ("print('batchinfer: error: stopped after 3 of 5 rows'); exit(75)", Ended(75, "stopped after 3 of 5 rows")),
         ("import os; os.kill(os.getpid(), 9)", Ended(-9, "it was killed by SIGKILL")),
     ],
@@ -267,7 +267,7 @@ def test_a_shard_whose_worker_is_killed_goes_on_where_it_was(tmp_path: Path, mod
     assert reports[0].rows_resumed == 0
     assert 40 <= reports[1].rows_resumed < N // 2
     assert "batchinfer: shard 0 of 2 is done: 1,000 rows\n" in err
-    assert "batchinfer: shard 1 of 2 runs again, 1 of 3 times at most: its worker died" in err
+    assert "batchinfer: shard 1 of 2 runs again (retry 1 of at most 3): its worker died" in err
     assert f"batchinfer: shard 1 of 2 is done: 1,000 rows ({reports[1].rows_resumed} done before)\n" in err
     table = pq.read_table(job.output)
     assert table["prompt"].to_pylist() == prompts(N)
@@ -282,7 +282,7 @@ def test_an_interruption_commits_and_the_same_command_goes_on(tmp_path: Path, mo
         job.interrupt()
         code, _, err = job.wait()
     assert code == 75
-    assert err.endswith("batchinfer: error: stopped when 0 of 2 shards had ended; the same command goes on\n")
+    assert err.endswith("batchinfer: error: stopped when 0 of 2 shards had ended; give the same command to continue\n")
     assert not any(command.is_running() for command in commands)
     for shard in job.shards:
         assert "batchinfer: error: stopped after" in shard.with_suffix(".log").read_text()
@@ -309,8 +309,8 @@ def test_failures_are_told_and_what_was_stopped_runs_again(tmp_path: Path, model
         code, out, err = job.wait()
     assert (code, out) == (70, "")
     assert "batchinfer: shard 0 of 2 failed: exit code 1: 0/2 is bad\n" in err
-    assert "batchinfer: shard 1 of 2 runs again, 2 of 2 times at most: exit code 75: began\n" in err
+    assert "batchinfer: shard 1 of 2 runs again (retry 2 of at most 2): exit code 75: began\n" in err
     assert "batchinfer: shard 1 of 2 failed: exit code 75: began\n" in err
-    assert "batchinfer: error: 2 of 2 shards failed, first shard 0: exit code 1: 0/2 is bad; nothing was merged" in err
+    assert "batchinfer: error: 2 of 2 shards failed, shard 0 first: exit code 1: 0/2 is bad; nothing was merged" in err
     assert [shard.with_suffix(".log").read_text().count("began") for shard in job.shards] == [1, 3]
     assert not job.output.exists()

@@ -249,7 +249,7 @@ def test_a_dry_run_needs_no_slurm_and_leaves_nothing(
     assert commands == [made.shards_command(), made.merge_command("ARRAY_JOB_ID")]
     code, out, err = command_line(capsys, "--array", "2", "--", *RUN)
     assert (code, out, list(here.iterdir())) == (65, "", [])
-    assert "scontrol is not here: submit on a machine of a Slurm cluster; --dry-run shows" in err
+    assert "scontrol is not installed: submit on a machine of a Slurm cluster; --dry-run shows" in err
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_a_dry_run_needs_no_slurm_and_leaves_nothing(
         (
             ["--array", "1002"],
             RUN,
-            "--array is 1002; this site takes at most 1001 (its MaxArraySize): give fewer shards",
+            "--array is 1002; this site takes at most 1001 (Slurm's MaxArraySize): give fewer shards",
         ),
         (["--array", "2", "--time", "soon"], RUN, "--time is 'soon'"),
         (["--array", "2", "--time", "2:59"], RUN, "--time is '2:59'; it must be 3 minutes or more"),
@@ -268,12 +268,12 @@ def test_a_dry_run_needs_no_slurm_and_leaves_nothing(
         (
             ["--array", "2"],
             [*RUN, "--shard", "0/2"],
-            "--shard cannot be given here, for the shards are made by --array",
+            "--shard cannot be given here: --array makes the shards",
         ),
         (
             ["--array", "2"],
             [*RUN, "--time-limit", "5"],
-            "--time-limit cannot be given here, for a task is told to stop",
+            "--time-limit cannot be given here: a task is told to stop",
         ),
         (["--array", "2"], [*RUN, "--overwrite"], "--overwrite cannot be given here"),
         (["--array", "2"], [*RUN, "--no-resume"], "--no-resume cannot be given here"),
@@ -310,7 +310,9 @@ def test_what_sbatch_refuses_is_said(here: Path, site: Path) -> None:
     stand_in(
         site, "sbatch", '[[ "$*" != *--dependency* ]] && echo 7 || { echo "sbatch: error: no such QOS" >&2; exit 1; }'
     )
-    with pytest.raises(Refused, match=r"array 7 is submitted, its merge is not: sbatch failed: .*no such QOS; stop it"):
+    with pytest.raises(
+        Refused, match=r"array 7 was submitted, but its merge was not: sbatch failed: .*no such QOS; stop the array"
+    ):
         slurm.submit(submission(here))
     stand_in(site, "sbatch", 'echo "sbatch: error: invalid partition" >&2; exit 1')
     with pytest.raises(Refused, match=r"^sbatch failed: sbatch: error: invalid partition$"):

@@ -225,7 +225,7 @@ def outputs(job: Submission) -> list[Path]:
 
 
 def log(job: Submission, index: int) -> str:
-    return (job.place / f"shard-{index}.log").read_text()
+    return (job.scripts_folder / f"shard-{index}.log").read_text()
 
 
 def parts(output: Path) -> int:
@@ -279,5 +279,5 @@ def test_a_task_that_is_cancelled_stays_so(cluster: Path, job: Submission) -> No
     slurm_says("scancel", f"{array}_1")
     eventually("all jobs have ended", all_ended)
     assert ended(f"{array}_1") == ("CANCELLED", 0) and ended(merge)[0] == "FAILED"
-    assert "manifest.json does not exist: the job is not complete" in (job.place / "merge.log").read_text()
+    assert "manifest.json does not exist: the job is not complete" in (job.scripts_folder / "merge.log").read_text()
     assert not job.output.exists()
