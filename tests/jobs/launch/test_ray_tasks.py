@@ -133,8 +133,8 @@ def test_what_a_shard_takes(nodes: Any, device: str, fields: dict[str, int], sha
         (GPU_NODES, "auto", {"gpus_per_shard": 9}, "takes 9 GPUs, and no node of the cluster has more than 8"),
         (GPU_NODES, "cpu", {"cpus_per_shard": 33}, "takes 33 CPUs, and no node of the cluster has more than 32"),
         ([], "auto", {}, "takes 1 CPU, and no node of the cluster has more than 0"),
-        (GPU_NODES, "cuda", {"cpus_per_shard": 1}, "--device cuda"),
-        (GPU_NODES, "cpu", {"gpus_per_shard": 1}, "--device cpu"),
+        (GPU_NODES, "cuda", {"cpus_per_shard": 1}, "--device is cuda"),
+        (GPU_NODES, "cpu", {"gpus_per_shard": 1}, "--device is cpu"),
     ],
 )
 def test_what_no_node_has_is_refused(nodes: Any, device: str, fields: dict[str, int], message: str) -> None:
