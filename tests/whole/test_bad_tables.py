@@ -137,7 +137,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], list[str], str]] = {
     "an encrypted column": ("in.parquet", encrypted(plaintext_footer=True), [], "is encrypted Parquet"),
     "an encrypted footer": ("in.parquet", encrypted(plaintext_footer=False), [], "is encrypted Parquet"),
     "no columns": ("in.parquet", table(), [], "has no column 'prompt'"),
-    "objects without a key": ("in.jsonl", json_lines({}), [], "has 1 rows and no column"),
+    "objects without a key": ("in.jsonl", json_lines({}), [], "has 1 rows but no columns"),
     "a missing column": ("in.parquet", table(text=P), [], "has no column 'prompt'; its columns are 'text'"),
     "a struct for text": ("in.parquet", table(prompt=[{"a": "b"}] * 3), [], "expected text"),
     "a struct for text in JSON": ("in.jsonl", json_lines({"prompt": {"a": 1}}), [], "expected text"),
@@ -172,7 +172,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], list[str], str]] = {
         "in.parquet",
         table(prompt=P, x=pa.array([0, 1, 2], pa.timestamp("us", "Mars/Base"))),
         ["--prompt-template", "{x}"],
-        "column 'x' has the time zone 'Mars/Base', which is not known here",
+        "column 'x' has the time zone 'Mars/Base', which this machine does not know",
     ),
 }
 

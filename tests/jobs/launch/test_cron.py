@@ -151,7 +151,7 @@ def test_cron_takes_the_same_lines(tmp_path: Path) -> None:
 def test_a_line_that_is_too_long_for_cron_names_the_remedy(tmp_path: Path) -> None:
     rest = 998 - len(crontab_line(recurring(tmp_path, "é")).removeprefix("0 2 * * * ").encode())
     crontab_line(recurring(tmp_path, "é" + "x" * rest))
-    with pytest.raises(UsageError, match=r"999 bytes .* takes 998: .*--config"):
+    with pytest.raises(UsageError, match=r"999 bytes .* takes at most 998: .*--config"):
         crontab_line(recurring(tmp_path, "é" + "x" * (rest + 1)))
 
 
