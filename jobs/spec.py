@@ -35,8 +35,8 @@ class JobSpec(JobFlags):
         _check_incremental(self)
 
     @property
-    def grows(self) -> bool:
-        """Whether this is an incremental job, which adds a file to its output folder. The run that makes that file is
+    def adds_file(self) -> bool:
+        """True if this is an incremental job, which adds a file to its output folder. The run that makes that file is
         an ordinary job, whose output is the file."""
         return self.incremental and not self.output.suffix
 

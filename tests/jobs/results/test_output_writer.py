@@ -11,7 +11,7 @@ from batchinfer.jobs.job import run
 from batchinfer.jobs.merge_shards import merge_shards
 from batchinfer.jobs.report import Report
 from batchinfer.jobs.results import output_writer
-from batchinfer.jobs.results.run_folder import RunFolder, grown_files
+from batchinfer.jobs.results.run_folder import RunFolder, incremental_files
 from batchinfer.jobs.spec import JobSpec, sharded
 from batchinfer.jobs.verify import verify
 
@@ -167,4 +167,4 @@ def test_what_a_dead_merge_left_is_in_nobodys_way(job: JobSpec, tmp_path: Path, 
 def test_places_at_the_root_have_run_folders() -> None:
     assert RunFolder(Path("/out.parquet")).path == Path("/out.run")
     assert RunFolder(Path("/out")).path == Path("/out.run")
-    assert grown_files(Path(".")) == [] == grown_files(Path("/"))
+    assert incremental_files(Path(".")) == [] == incremental_files(Path("/"))
