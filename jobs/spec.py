@@ -16,7 +16,7 @@ class JobSpec(JobFlags):
     """A job's flags and settings. Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    # its model is a directory or a Hub id, as the user gave it
+    # The model of `speculation` is a directory or a Hub id, as the user gave it.
     speculation: Speculation = field(default_factory=Speculation)
     # `run` has no flags for these settings: benchmarks set them.
     random_weights: bool = False
