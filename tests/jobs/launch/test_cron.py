@@ -300,7 +300,7 @@ def test_units_are_printed_or_put_where_the_user_s_lie(
         (["--schedule", "0 2 * * *"], ["--max-tokens", "0"], 2, "--max-tokens is 0"),
         (["--schedule", "0 2 * * *"], ["--no-such-flag"], 2, "--no-such-flag"),
         (["--schedule", "0 2 * * *"], ["--config", "none.toml"], 2, "none.toml: No such file"),
-        (["--schedule", "0 2 * * *"], ["--help"], 2, "ask for help and describe no job"),
+        (["--schedule", "0 2 * * *"], ["--help"], 2, "ask for help and do not describe a job"),
         (["--schedule", "0 2 * * *"], ["--stop", "\n"], 2, r"'\n' has a control character"),
         (["--schedule", "0 2 * * *", "--log", "x/y.log"], [], 65, "there is no folder"),
         (["--schedule", "0 2 * * *"], ["--stop", "x" * 1000], 2, "put the flags into a job file (--config)"),

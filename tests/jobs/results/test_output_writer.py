@@ -119,7 +119,7 @@ def test_a_file_where_the_folder_would_be_is_refused(job: JobSpec) -> None:
 def test_an_input_in_the_output_folder_is_refused(tmp_path: Path, model: Path) -> None:
     (tmp_path / "answers").mkdir()
     path = write(tmp_path / "answers" / "in.parquet", prompt=prompts(3))
-    with pytest.raises(UsageError, match="is an input too, or holds one"):
+    with pytest.raises(UsageError, match="is an input too, or contains one"):
         spec(model, path, output=tmp_path / "answers")
 
 
