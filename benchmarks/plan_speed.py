@@ -87,14 +87,14 @@ def main() -> None:
         while windows.reading:
             windows.read()
         planned = time.monotonic()
-    plan = windows.plan
+    lengths = windows.figures
     figures = {
-        "rows": plan.rows,
-        "prompt_tokens": plan.prompt_tokens,
-        "duplicates": plan.duplicates,
-        "shared_tokens": plan.shared_tokens,
-        "groups": plan.groups,
-        "grouped_rows": plan.grouped_rows,
+        "rows": lengths.rows,
+        "prompt_tokens": lengths.prompt_tokens,
+        "duplicates": lengths.duplicates,
+        "shared_tokens": lengths.shared_tokens,
+        "groups": lengths.groups,
+        "grouped_rows": lengths.grouped_rows,
         "write_seconds": round(written - started, 2),
         "plan_seconds": round(planned - written, 2),
         "peak_memory_bytes": peak_memory_bytes(),

@@ -44,7 +44,9 @@ def calibration_sequences(
             break
     found = [row[turn] for turn in range(max(map(len, chunks), default=0)) for row in chunks if turn < len(row)]
     if not found:
-        raise Refused(f"{data}: column {column!r} has no text of two tokens or more to calibrate with")
+        raise Refused(
+            f"{data}: column {column!r} has no text of two tokens or more to calibrate with; give another column"
+        )
     return found[:rows]
 
 

@@ -38,7 +38,7 @@ UNQUANTIZED = {"F32", "F16", "BF16"}
 
 @dataclass(frozen=True)
 class Canary:
-    """How close the job's answers are to the reference's."""
+    """The result of a canary: figures of how close the job's answers are to the reference's."""
 
     rows: int  # rows for which the reference has an answer
     reference: str

@@ -121,7 +121,9 @@ def evaluate(
     windows = windows_of(table, column, tokenizer, context, count, left_out)
     scores = evaluator.scores(tqdm(windows, unit=" windows", disable=None, file=sys.stderr))
     if not scores.tokens:
-        raise Refused(f"{data}: column {column!r} has no text of two tokens or more in {count} rows")
+        raise Refused(
+            f"{data}: column {column!r} has no text of two tokens or more in {count} rows; give another column or table"
+        )
     layers = None if evaluator.layers is None else enumerate(evaluator.layers.figures())
     return Evaluation(
         model=model,

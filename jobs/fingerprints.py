@@ -37,7 +37,7 @@ def fingerprints(
         "id_column": spec.id_column,
     }
     # With another delimiter, the same bytes are another table. Rows set aside for an incremental run have none.
-    delimiter = {} if spec.csv_delimiter in (None, ",") or spec.grows else {"csv_delimiter": spec.csv_delimiter}
+    delimiter = {} if spec.csv_delimiter in (None, ",") or spec.adds_file else {"csv_delimiter": spec.csv_delimiter}
     return {
         **delimiter,
         "columns": _digest(columns),

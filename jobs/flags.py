@@ -21,7 +21,7 @@ MAX_SAMPLES = 128  # of a row, which are in memory together
 
 @dataclass(frozen=True)
 class JobFlags:
-    """What a user chooses for a job, but for sampling and speculation. Paths and models are as the user gave them."""
+    """A user's choices for a job, except sampling and speculation. Paths and models are as the user gave them."""
 
     inputs: Annotated[
         tuple[Path, ...],

@@ -27,7 +27,7 @@ from batchinfer.jobs.report import Report, read_report
 from batchinfer.jobs.results.done import differences
 from batchinfer.jobs.results.durable import lock, sync_folder, write_json
 from batchinfer.jobs.results.output_writer import OutputWriter, refuse_foreign
-from batchinfer.jobs.results.run_folder import RunFolder, grown_files, rows_of, run_folder
+from batchinfer.jobs.results.run_folder import RunFolder, incremental_files, rows_of, run_folder
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text, check_ids
 from batchinfer.jobs.tables.json_lines import indices_not_text
@@ -45,7 +45,7 @@ def run_new_rows(spec: JobSpec, run: Callable[[JobSpec], Report]) -> Report:
     With `retry_errors`, rows that failed in earlier runs run again, and their files are replaced. Raises what `run`
     raises, and `Refused` if more than the rows differs from earlier runs.
     """
-    if not spec.grows:
+    if not spec.adds_file:
         raise UsageError(
             f"--incremental adds one file in each run, so --output {spec.output} must be a folder; give a name "
             "without suffix"
@@ -59,16 +59,16 @@ def run_new_rows(spec: JobSpec, run: Callable[[JobSpec], Report]) -> Report:
             _refuse_another_job(spec.output, job)
             spec.output.mkdir(exist_ok=True)
         report = None
-        for part in grown_files(spec.output):
+        for part in incremental_files(spec.output):
             if not part.exists() or (spec.retry_errors and read_report(part).rows_failed):
                 report = run(_run_of(spec, job, part, until))
-        part = spec.output / f"part-{len(grown_files(spec.output)) + 1:06d}.parquet"
+        part = spec.output / f"part-{len(incremental_files(spec.output)) + 1:06d}.parquet"
         with _told(spec):
             begun = _set_aside_new_rows(job, spec, rows_of(part))
         if begun:
             return run(_run_of(spec, job, part, until))
         if report is None:
-            last = grown_files(spec.output)[-1]
+            last = incremental_files(spec.output)[-1]
             say(f"no new rows since {last}")
             report = run(_run_of(spec, job, last, until))  # complete already; reports and metrics show it as a run
         return report
@@ -112,7 +112,7 @@ def _refuse_another_job(output: Path, job: Preflight) -> None:
     file = folder / "growth.json"
     types = {name: str(job.table.schema.field(name).type) for name in _columns(job)}
     now = {"fingerprints": job.fingerprints, "types": types}
-    if not grown_files(output):
+    if not incremental_files(output):
         write_json(file, now)
         return
     try:
@@ -152,7 +152,7 @@ def _set_aside_new_rows(job: Preflight, spec: JobSpec, target: Path) -> bool:
             new = batch.filter(pa.array(~_among(row_keys(batch, job.source.columns), seen)))
             writer.write(pa.Table.from_arrays(new.columns, schema=schema))
             count += len(new)
-    if not count and grown_files(spec.output):
+    if not count and incremental_files(spec.output):
         aside.unlink()
         return False
     check_ids(Table.open([aside]), str(spec.id_column))  # rows may have been added since the input was checked
@@ -163,7 +163,7 @@ def _set_aside_new_rows(job: Preflight, spec: JobSpec, target: Path) -> bool:
 
 def _seen(job: Preflight, spec: JobSpec) -> Keys:
     keys = [np.empty(0, f"S{KEY_BYTES}")]
-    for part in grown_files(spec.output):
+    for part in incremental_files(spec.output):
         rows = Table.open([rows_of(part)])
         keys += [row_keys(batch, job.source.columns) for _, batch in rows.batches(job.source.columns, BATCH_ROWS)]
     return np.sort(np.concatenate(keys))

@@ -39,7 +39,7 @@ class Metrics:
     def __init__(self, spec: JobSpec, folder: RunFolder) -> None:
         """Raises `Refused` if the file's folder does not exist, and `OSError` if an earlier file cannot be read."""
         self._path = spec.metrics_textfile
-        output = spec.output.parent if spec.incremental and not spec.grows else spec.output
+        output = spec.output.parent if spec.incremental and not spec.adds_file else spec.output
         self._label = _escaped(str(output.absolute()))
         self._folder = folder
         self._results: Results | None = None

@@ -79,7 +79,7 @@ class Outlook:
     products: str
     prediction: Prediction | None
     candidates: list[Candidate]  # fastest first
-    # rows side by side -> least useful acceptance rate of drafts; None: they never pay
+    # Rows side by side -> least useful acceptance rate of drafts; None: they never pay
     drafts_pay: dict[str, float | None]
     notes: list[str]
 

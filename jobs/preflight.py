@@ -56,8 +56,8 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
         check_ids(whole, spec.id_column)
     if (spec.chat or spec.messages_column is not None) and tokenizer.template is not None:
         check_template(tokenizer.template, spec.tokenizer or spec.model)
-    # An incremental job's input may change. Each run's own input are the new rows, which are set aside.
-    inputs = () if spec.grows else whole.paths
+    # An incremental job's input may change. Its runs read the new rows from a file in which they were set aside.
+    inputs = () if spec.adds_file else whole.paths
     digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept)
     return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests)
 

@@ -56,7 +56,7 @@ class Quantized:
 
     @property
     def measured(self) -> str:
-        """What the errors were measured on."""
+        """Name of the quantity whose errors were measured."""
         return "weights" if self.calibration is None else "matrix products on the calibration text"
 
     def table(self) -> str:

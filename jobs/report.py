@@ -11,7 +11,7 @@ from batchinfer.errors import Refused
 from batchinfer.jobs.amounts import in_bytes, in_seconds, most_frequent
 from batchinfer.jobs.canary import Canary
 from batchinfer.jobs.log import printable
-from batchinfer.jobs.results.run_folder import RunFolder, grown_files
+from batchinfer.jobs.results.run_folder import RunFolder, incremental_files
 
 SCHEMA_VERSION = 1
 
@@ -135,7 +135,7 @@ def read_report(output: Path) -> Report:
 
     Raises `Refused` if there is no report, or if it has another schema version.
     """
-    path = RunFolder([output, *grown_files(output)][-1]).report
+    path = RunFolder([output, *incremental_files(output)][-1]).report
     try:
         values = json.loads(path.read_text("utf-8"))
         version = values["schema_version"]
@@ -150,7 +150,9 @@ def read_report(output: Path) -> Report:
     except OSError as error:
         raise Refused(f"report {path}: {error.strerror}; a report is written when its job is complete") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise Refused(f"report {path} is not a report of batchinfer: {error}") from error
+        raise Refused(
+            f"report {path} is not a report of batchinfer: {error}; run the job anew with --overwrite"
+        ) from error
 
 
 def rates(tokens: dict[str, int], seconds: dict[str, float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ class JobSpec(JobFlags):
     """A job's flags and settings. Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
-    # its model is a directory or a Hub id, as the user gave it
+    # The model of `speculation` is a directory or a Hub id, as the user gave it.
     speculation: Speculation = field(default_factory=Speculation)
     # `run` has no flags for these settings: benchmarks set them.
     random_weights: bool = False
@@ -35,8 +35,8 @@ class JobSpec(JobFlags):
         _check_incremental(self)
 
     @property
-    def grows(self) -> bool:
-        """Whether this is an incremental job, which adds a file to its output folder. The run that makes that file is
+    def adds_file(self) -> bool:
+        """True if this is an incremental job, which adds a file to its output folder. The run that makes that file is
         an ordinary job, whose output is the file."""
         return self.incremental and not self.output.suffix
 

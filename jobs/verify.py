@@ -16,7 +16,7 @@ from batchinfer.jobs.report import read_report
 from batchinfer.jobs.results.done import Part, completion_tokens, counts, read_part
 from batchinfer.jobs.results.formats import format_of
 from batchinfer.jobs.results.output_writer import digest_of, files_of, is_there
-from batchinfer.jobs.results.run_folder import RunFolder, grown_files
+from batchinfer.jobs.results.run_folder import RunFolder, incremental_files
 from batchinfer.jobs.results.schema import ROW
 
 
@@ -56,10 +56,10 @@ def verify(output: Path) -> list[str]:
 
     Raises `Refused` with the first difference that is found.
     """
-    if grown := grown_files(output):
-        if others := set(files_of(output)) - set(grown):
+    if files := incremental_files(output):
+        if others := set(files_of(output)) - set(files):
             raise Refused(f"{min(others)} was written by no run; move it away")
-        return [line for file in grown for line in verify(file)]
+        return [line for file in files for line in verify(file)]
     folder = RunFolder(output)
     manifest = _manifest(folder)
     in_parts = _verify_parts(folder, manifest)
@@ -81,7 +81,9 @@ def verify(output: Path) -> list[str]:
     )
     for name, found in ((str(output), in_output), (str(folder.report), in_report)):
         if found != in_parts:
-            raise Refused(f"{name} counts {found.text()}; the parts hold {in_parts.text()}")
+            raise Refused(
+                f"{name} counts {found.text()}, but the parts hold {in_parts.text()}; run the job anew with --overwrite"
+            )
     listed = len(manifest["parts"])
     return [f"{output}: {in_output.text()}", f"{listed:,} parts, report and output agree; all hashes are right"]
 
@@ -96,7 +98,7 @@ def _manifest(folder: RunFolder) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise Refused(f"{folder.manifest} does not exist: the job is not complete; give its command again") from error
     except (ValueError, TypeError, KeyError) as error:
-        raise Refused(f"{folder.manifest} is damaged: {error}") from error
+        raise Refused(f"{folder.manifest} is damaged: {error}; run the job anew with --overwrite") from error
 
 
 def _verify_parts(folder: RunFolder, manifest: dict[str, Any]) -> Totals:
@@ -133,11 +135,16 @@ def _fresh(table: pa.Table, seen: np.ndarray[Any, np.dtype[np.bool_]], path: Pat
     """
     rows = table[ROW].to_numpy()
     if len(np.unique(rows)) < len(rows) or rows.min() < 0 or rows.max() >= len(seen):
-        raise Refused(f"part {path} has a row twice, or a row that is not in the input")
+        raise Refused(
+            f"part {path} has a row twice, or a row that is not in the input; run the job anew with --overwrite"
+        )
     again = seen[rows]
     failed = pc.equal(table["finish_reason"], "error").to_numpy()
     if (again & ~failed).any():
-        raise Refused(f"row {rows[again & ~failed][0]} of part {path} is in a later part too, though it had not failed")
+        raise Refused(
+            f"row {rows[again & ~failed][0]} of part {path} is in a later part too, though it had not failed; run the "
+            "job anew with --overwrite"
+        )
     seen[rows] = True
     return table.filter(pa.array(~again))
 

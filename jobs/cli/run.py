@@ -33,7 +33,9 @@ def job_of(arguments: Sequence[str], output: Path | None = None) -> JobSpec:
     default = [] if output is None else [f"--output={output}"]  # if an option is given twice, the last one counts
     app([*default, *arguments], prog_name="batchinfer run", obj=jobs.append, standalone_mode=False)
     if not jobs:
-        raise UsageError("these arguments ask for help and describe no job; give those of a job to 'batchinfer run'")
+        raise UsageError(
+            "these arguments ask for help and do not describe a job; give the arguments of 'batchinfer run' for a job"
+        )
     return jobs[0]
 
 

@@ -35,7 +35,7 @@ INTERNAL, IO_ERROR, STOPPED = 70, 74, 75  # exit codes
 
 @dataclass(frozen=True)
 class Ended:
-    """How a shard's command ended: its exit code, which is negative if it was killed, and a message."""
+    """The end of a shard's command: its exit code, which is negative if it was killed, and a message."""
 
     code: int
     said: str

@@ -21,7 +21,7 @@ REMEDY = "measure this device with 'batchinfer doctor --calibrate'"
 
 @dataclass(frozen=True)
 class DeviceKey:
-    """All that the measured figures depend on."""
+    """The device and versions on which measured figures depend."""
 
     device: str
     cores: int

@@ -52,9 +52,8 @@ class SampledEngine:
         whole = []
         for i, (number, reason) in enumerate(zip(done.rows.tolist(), done.finish_reasons.tolist(), strict=True)):
             row, index = divmod(number, self._n)
-            token_ids = done.token_ids[
-                done.offsets[i] : done.offsets[i + 1]
-            ].copy()  # a copy, so that the whole step's array is not kept alive
+            # Copy the tokens, so that the array of the whole step is not kept alive.
+            token_ids = done.token_ids[done.offsets[i] : done.offsets[i + 1]].copy()
             kept = self._kept.setdefault(row, {})
             kept[index] = _Sample(token_ids, reason, done.errors.get(number))
             if len(kept) == self._n:

@@ -38,9 +38,8 @@ class Results:
         self.by_error = Counter(done.by_error)
         self.prompt_tokens = done.prompt_tokens
         self.completion_tokens = done.completion_tokens
-        self.new_tokens: Counter[int] = (
-            Counter()
-        )  # completion tokens of a sample -> how many samples of this run have them
+        # Completion tokens of a sample -> how many samples of this run have them
+        self.new_tokens: Counter[int] = Counter()
 
     @property
     def rows(self) -> int:

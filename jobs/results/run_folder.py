@@ -50,7 +50,7 @@ def rows_of(part: Path) -> Path:
     return folder.parent / f"{folder.name}.run" / f"{part.stem}.rows.parquet"
 
 
-def grown_files(output: Path) -> list[Path]:
+def incremental_files(output: Path) -> list[Path]:
     """Return the files of an incremental output, also an unfinished one; an empty list for any other output."""
     rows = sorted((output.parent / f"{output.stem}.run").glob("part-*.rows.parquet"))
     return [output / f"{path.name.partition('.')[0]}.parquet" for path in rows]

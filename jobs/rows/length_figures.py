@@ -12,12 +12,13 @@ from batchinfer.kernels.grain import TILE
 
 @dataclass(frozen=True, eq=False)
 class LengthFigures:
-    """Exact figures of the rows read so far, in memory that grows with the longest row, not with the number of rows."""
+    """Exact figures of the rows read so far, in memory proportional to the longest row, not to the number of rows."""
 
     block_size: int
     lengths: NDArray[np.int64]  # [longest prompt + 1] number of prompts by length, duplicates included
     run_lengths: NDArray[np.int64]  # the same for the rows that run
-    reservations: NDArray[np.int64]  # [most blocks + 1] rows that run by the most KV blocks they may need
+    # [most blocks + 1] number of rows that run, by the most KV blocks that a row may need
+    reservations: NDArray[np.int64]
     duplicates: int = 0  # rows that get the result of another row
     duplicate_tokens: int = 0  # tokens of their prompts
     shared_tokens: int = 0  # tokens that a prompt shares with the prompt that runs before it

@@ -99,7 +99,9 @@ def test_the_machine_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> 
     assert _remedy() in out
     write_device_cost(DeviceKey.of("cpu"), COST)
     out = printed(capsys, "--device", "cpu")
-    assert "800 GOP/s" in out and "25.0 GB/s" in out and "34 MB of weights" in out and "fitted to 5 %" in out
+    assert (
+        "800 GOP/s" in out and "25.0 GB/s" in out and "34 MB of weights" in out and "error of fitted steps 5 %" in out
+    )
     assert _remedy() not in out and "measure again" not in out
 
 

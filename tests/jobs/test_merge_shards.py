@@ -117,7 +117,7 @@ def test_what_is_no_shard_is_refused(text: str) -> None:
 
 
 def test_shards_are_counted_from_0(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(UsageError, match="--shard is 3/3; shards are counted from 0: give 0/3 to 2/3"):
+    with pytest.raises(UsageError, match="--shard is 3/3; shards are counted from 0: give one from 0/3 to 2/3"):
         spec(model, tmp_path / "in.parquet", shard=(3, 3))
 
 

@@ -151,7 +151,7 @@ def test_cron_takes_the_same_lines(tmp_path: Path) -> None:
 def test_a_line_that_is_too_long_for_cron_names_the_remedy(tmp_path: Path) -> None:
     rest = 998 - len(crontab_line(recurring(tmp_path, "é")).removeprefix("0 2 * * * ").encode())
     crontab_line(recurring(tmp_path, "é" + "x" * rest))
-    with pytest.raises(UsageError, match=r"999 bytes .* at most 998: .*--config"):
+    with pytest.raises(UsageError, match=r"999 bytes .* takes at most 998: .*--config"):
         crontab_line(recurring(tmp_path, "é" + "x" * (rest + 1)))
 
 
@@ -300,7 +300,7 @@ def test_units_are_printed_or_put_where_the_user_s_lie(
         (["--schedule", "0 2 * * *"], ["--max-tokens", "0"], 2, "--max-tokens is 0"),
         (["--schedule", "0 2 * * *"], ["--no-such-flag"], 2, "--no-such-flag"),
         (["--schedule", "0 2 * * *"], ["--config", "none.toml"], 2, "none.toml: No such file"),
-        (["--schedule", "0 2 * * *"], ["--help"], 2, "ask for help and describe no job"),
+        (["--schedule", "0 2 * * *"], ["--help"], 2, "ask for help and do not describe a job"),
         (["--schedule", "0 2 * * *"], ["--stop", "\n"], 2, r"'\n' has a control character"),
         (["--schedule", "0 2 * * *", "--log", "x/y.log"], [], 65, "there is no folder"),
         (["--schedule", "0 2 * * *"], ["--stop", "x" * 1000], 2, "put the flags into a job file (--config)"),

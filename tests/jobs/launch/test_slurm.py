@@ -280,7 +280,7 @@ def test_a_dry_run_needs_no_slurm_and_leaves_nothing(
         (["--array", "2"], [*RUN, "--grace", "121"], "--grace is 121; it must be at most 120"),
         (["--array", "2"], RUN[:-2], "--model is missing"),
         (["--array", "2"], [*RUN, "--max-tokens", "0"], "--max-tokens is 0"),
-        (["--array", "2"], ["--help"], "ask for help and describe no job"),
+        (["--array", "2"], ["--help"], "ask for help and do not describe a job"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_submitted(

@@ -190,7 +190,7 @@ def test_greedy_samples_are_the_same_and_one_is_computed(tmp_path: Path, model: 
     table = check(tmp_path / "out.parquet", 3)
     assert samples_in(table.slice(0, 20)) == [[text] * 3 for text in expected(model, prompts(20))]
     assert report.completion_tokens == 3 * 20 * 8 and report.prompt_tokens_computed == report.prompt_tokens
-    assert "at temperature 0 they are all the same, so that one is computed" in report.notes[0]
+    assert "at temperature 0 they are all the same, so only one is computed" in report.notes[0]
 
 
 def test_a_row_of_which_a_sample_failed_has_the_error_of_the_first_such(
@@ -328,7 +328,7 @@ def test_no_rows_give_an_output_with_the_column(tmp_path: Path, model: Path) -> 
 def test_a_column_of_that_name_is_refused_only_where_it_clashes(tmp_path: Path, model: Path) -> None:
     theirs = [[{"completion_tokens": i}] for i in range(3)]
     path = write(tmp_path / "in.parquet", prompt=prompts(3), samples=theirs)
-    with pytest.raises(Refused, match="has a column 'samples', which the output needs for itself"):
+    with pytest.raises(Refused, match="has a column 'samples', which the output adds itself"):
         run(spec(model, path, n=2), STUB)
     run(spec(model, path, columns=("prompt", "samples")), STUB)
     verify(tmp_path / "out.parquet")
@@ -349,7 +349,9 @@ def test_a_sample_that_was_changed_is_found(tmp_path: Path, model: Path, engine:
     values = json.loads(report.read_text())
     values["output_sha256"] = job.digest_of(output)
     report.write_text(json.dumps(values))
-    with pytest.raises(Refused, match=rf"counts 5 rows .* {tokens_of(table) + 1} completion tokens; the parts hold"):
+    with pytest.raises(
+        Refused, match=rf"counts 5 rows .* {tokens_of(table) + 1} completion tokens, but the parts hold"
+    ):
         verify(output)
 
 

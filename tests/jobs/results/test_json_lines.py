@@ -148,7 +148,7 @@ def test_a_flipped_byte_is_found(finished: Path, place: float) -> None:
         (b'"finish_reason"', b'"finish_raisin"', "line 1 is not a row of an output: 'finish_reason'"),
         (b'"prompt_tokens":', b'"prompt_tokens":"x', "line 1 is not a row of an output"),
         (b'"prompt_tokens":', b'"prompt_tokens":"x","a":', "results in lines 1 to 100: .*'x'"),
-        (b'"completion_tokens":8', b'"completion_tokens":9', r"counts .*; the parts hold"),
+        (b'"completion_tokens":8', b'"completion_tokens":9', r"counts .*, but the parts hold"),
     ],
 )
 def test_rows_that_are_none_are_named_though_the_digest_is_right(

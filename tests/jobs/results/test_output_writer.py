@@ -11,7 +11,7 @@ from batchinfer.jobs.job import run
 from batchinfer.jobs.merge_shards import merge_shards
 from batchinfer.jobs.report import Report
 from batchinfer.jobs.results import output_writer
-from batchinfer.jobs.results.run_folder import RunFolder, grown_files
+from batchinfer.jobs.results.run_folder import RunFolder, incremental_files
 from batchinfer.jobs.spec import JobSpec, sharded
 from batchinfer.jobs.verify import verify
 
@@ -119,7 +119,7 @@ def test_a_file_where_the_folder_would_be_is_refused(job: JobSpec) -> None:
 def test_an_input_in_the_output_folder_is_refused(tmp_path: Path, model: Path) -> None:
     (tmp_path / "answers").mkdir()
     path = write(tmp_path / "answers" / "in.parquet", prompt=prompts(3))
-    with pytest.raises(UsageError, match="is an input too, or holds one"):
+    with pytest.raises(UsageError, match="is an input too, or contains one"):
         spec(model, path, output=tmp_path / "answers")
 
 
@@ -167,4 +167,4 @@ def test_what_a_dead_merge_left_is_in_nobodys_way(job: JobSpec, tmp_path: Path, 
 def test_places_at_the_root_have_run_folders() -> None:
     assert RunFolder(Path("/out.parquet")).path == Path("/out.run")
     assert RunFolder(Path("/out")).path == Path("/out.run")
-    assert grown_files(Path(".")) == [] == grown_files(Path("/"))
+    assert incremental_files(Path(".")) == [] == incremental_files(Path("/"))
