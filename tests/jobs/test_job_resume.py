@@ -114,7 +114,7 @@ def test_another_command_is_refused_by_what_differs(
 ) -> None:
     path = write(tmp_path / "in.parquet", prompt=prompts(9), id=[str(i) for i in range(9)])
     run(spec(model, path), STUB)
-    with pytest.raises(Refused, match=rf"out\.run was begun with another {named}; .* or --overwrite"):
+    with pytest.raises(Refused, match=rf"out\.run was begun with another {named}; .* or give --overwrite"):
         run(spec(model, path, **fields), STUB)
     assert recount(tmp_path / "out.parquet")["rows"] == 9
 

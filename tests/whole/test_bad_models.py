@@ -250,7 +250,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding(model: Path, tmp_path: 
     path = write(tmp_path / "in.parquet", prompt=["Hello"])
     with pytest.raises(Refused, match=f"tokenizer.json has {tokens} tokens, but vocab_size is {tokens - 1} in ") as e:
         run(spec(model, path), STUB)
-    assert str(model / "config.json") in str(e.value) and "take the model's own tokenizer" in str(e.value)
+    assert str(model / "config.json") in str(e.value) and "leave out --tokenizer" in str(e.value)
 
 
 def test_an_unknown_key_in_a_job_file_is_a_usage_error(model: Path, tmp_path: Path, refused: Refusal) -> None:
@@ -285,7 +285,7 @@ def test_a_template_that_burns_or_escapes_refuses_the_model(
     (model / "chat_template.jinja").write_text(template)
     path = write(tmp_path / "in.parquet", prompt=["Hello"])
     run(spec(model, path, overwrite=True), STUB)  # plain prompts do not go through it
-    with pytest.raises(Refused, match=f"{model}: the chat template {said}.*; take another with --tokenizer"):
+    with pytest.raises(Refused, match=f"{model}: the chat template {said}.*; take another one with --tokenizer"):
         run(spec(model, path, chat=True, overwrite=True), STUB)
 
 

@@ -76,7 +76,9 @@ def test_what_is_a_delimiter(text: str, delimiter: str) -> None:
 
 @pytest.mark.parametrize("text", ["", ";;", '"', "'", "\r", "\n", r"\n", "é", "\u3001"])
 def test_what_is_no_delimiter_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"^--csv-delimiter is .*; give one ASCII character that is no quote"):
+    with pytest.raises(
+        UsageError, match=r"^--csv-delimiter is .*; give one ASCII character that is neither a quote nor a line end"
+    ):
         delimiter_of("--csv-delimiter", text)
 
 
