@@ -27,16 +27,25 @@ class OutputFormat(Protocol):
     """Writes rows into a file, and reads them from a finished file, in bounded memory."""
 
     def refuse_unfit(self, schema: pa.Schema) -> None:
-        """Raise `Refused`, naming column and type, if a column cannot be written without loss of meaning."""
+        """Raise `Refused`, naming column and type, if a column cannot be written without loss of meaning.
+
+        `schema` has the input's columns only; every format must also write those of `schema.py`, with nested `samples`.
+        """
 
     def open(self, file: pa.NativeFile, schema: pa.Schema) -> AbstractContextManager[Writer]:
         """Begin to write a file. It has all rows when the context ends, and may be closed then."""
 
     def schema(self, path: Path) -> pa.Schema:
-        """Return the schema of a finished file, or an empty one if the format does not store it."""
+        """Return the schema of a finished file, or an empty one if the format does not store it.
+
+        `merge` gives it to `open`, so a format with a header must return the names in it.
+        """
 
     def slices(self, path: Path) -> Iterator[Rows]:
-        """Yield all rows of a finished file, slice by slice, for the `Writer` of another file."""
+        """Yield all rows of a finished file, slice by slice, for the `Writer` of another file.
+
+        They come without what `open` writes by itself, such as a header.
+        """
 
     def results(self, path: Path) -> Iterator[pa.Table]:
         """Yield the columns of a finished file that `verify` counts. Raises `Refused` if the file is damaged."""
@@ -69,4 +78,5 @@ def is_folder(output: Path) -> bool:
 
 def suffixes() -> str:
     """Return the suffixes that an output may have, for messages."""
-    return " or ".join(FORMATS)
+    *first, last = FORMATS
+    return f"{', '.join(first)} or {last}"
