@@ -282,9 +282,9 @@ def test_a_signal_stops_it_behind_a_layer(make_model: Callable[..., Path], tmp_p
         time.sleep(0.001)
     running.send_signal(signal.SIGTERM)
     _, said = running.communicate()
-    assert running.returncode == 75 and re.search(r"stopped after \d+ of 41 files; the same command goes on", said), (
-        said
-    )
+    assert running.returncode == 75 and re.search(
+        r"stopped after \d+ of 41 files; give the same command to continue", said
+    ), said
     assert "Traceback" not in said and not (output / "config.json").exists()
     again = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert re.search(r"time +[\d.]+ s, \d+ files kept", again) and (output / "config.json").exists()
