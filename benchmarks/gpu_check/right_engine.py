@@ -61,7 +61,7 @@ def run_greedy(session: Session) -> None:
     from batchinfer.text.tokenizer import Tokenizer
 
     rows, new = session.pick((48, 48), (2, 2))
-    text = (ROOT / "batchinfer" / "tokenizer.py").read_text()  # of the kind that it was trained on
+    text = (ROOT / "batchinfer" / "text" / "tokenizer.py").read_text()  # of the kind that it was trained on
     cuts = np.linspace(200, len(text) - 100, rows).astype(int).tolist()
     texts = [text[max(0, cut - 60 - 17 * i) : cut] for i, cut in enumerate(cuts)]
     flat, offsets = Tokenizer.load(TARGET).encode_batch(texts)

@@ -1,11 +1,28 @@
-"""The choices that a job may name are those that the engine has."""
+"""The types that an engine computes in and caches in."""
 
-from batchinfer.engine.config import DTYPES, KV_CACHE_BYTES, KV_CACHE_DTYPES
-from batchinfer.engine.model_runner import DTYPES as TORCH_DTYPES
-from batchinfer.kernels.kv_cache import KV_DTYPES
+from pathlib import Path
+
+import pytest
+
+from batchinfer.engine.config import EngineConfig
 
 
-def test_types_are_those_of_the_engine() -> None:
-    assert ("auto", *TORCH_DTYPES) == DTYPES
-    assert ("auto", *KV_DTYPES) == KV_CACHE_DTYPES
-    assert {name: dtype.itemsize for name, dtype in KV_DTYPES.items()} == KV_CACHE_BYTES
+@pytest.mark.parametrize(
+    ("dtype", "stored", "has_float16", "computed"),
+    [
+        ("auto", "bfloat16", False, "bfloat16"),
+        ("auto", "float16", True, "float16"),
+        ("auto", "float16", False, "float32"),
+        ("float16", "float32", False, "float16"),  # refuse or take it as it was asked for
+        ("bfloat16", "float16", False, "bfloat16"),
+    ],
+)
+def test_weights_are_multiplied_as_asked_or_as_stored(
+    dtype: str, stored: str, has_float16: bool, computed: str
+) -> None:
+    assert EngineConfig(Path(), dtype=dtype).computed_in(stored, has_float16) == computed
+
+
+@pytest.mark.parametrize(("asked", "cached"), [("auto", "bfloat16"), ("int8", "int8")])
+def test_keys_and_values_are_cached_as_asked_or_as_computed(asked: str, cached: str) -> None:
+    assert EngineConfig(Path(), kv_cache_dtype=asked).cached_in("bfloat16") == cached
