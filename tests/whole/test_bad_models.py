@@ -275,7 +275,7 @@ COMPARED = (
         (DOUBLED, "took more than 1024 MiB"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "did what its sandbox forbids"),
         ("{{ cycler.__init__.__globals__.os.system('true') }}", "did what its sandbox forbids"),
-        pytest.param(COMPARED, "was the end of the process that tried it", marks=pytest.mark.long),
+        pytest.param(COMPARED, "killed the process that tried it", marks=pytest.mark.long),
     ],
     ids=["time", "memory", "escape", "globals", "compared"],
 )
