@@ -192,7 +192,10 @@ def _locate(model: Path) -> dict[str, Path]:
     """
     index = model / "model.safetensors.index.json"
     claimed = _claimed(index) if index.exists() else None
-    paths = sorted(model.glob("*.safetensors") if claimed is None else set(claimed.values()))
+    if (single := model / "model.safetensors").is_file() and _decides(single, claimed):
+        claimed, paths = None, [single]
+    else:
+        paths = sorted(model.glob("*.safetensors") if claimed is None else set(claimed.values()))
     if not paths:
         raise ValueError(
             f"{model} has no *.safetensors; other weight files (pickles) are never read: save the model anew with "
@@ -208,6 +211,22 @@ def _locate(model: Path) -> dict[str, Path]:
         wrong = sorted(set(claimed.items()) ^ set(found.items()))[0]
         raise ValueError(f"{index} and the files beside it disagree about tensor {wrong[0]}")
     return found
+
+
+def _decides(single: Path, claimed: dict[str, Path] | None) -> bool:
+    """Return whether all weights are in `model.safetensors`, as they are unless an index names it among its files.
+
+    Raises `ValueError` if the files of the index are there too. transformers would read the one file, vLLM the others.
+    """
+    files = set() if claimed is None else set(claimed.values())
+    if single in files:
+        return False
+    if there := sorted(file.name for file in files if file.is_file()):
+        raise ValueError(
+            f"{single.parent} holds two sets of weights: model.safetensors, and {there[0]} with what else "
+            "model.safetensors.index.json names; delete the set that is out of date"
+        )
+    return True
 
 
 def _claimed(index: Path) -> dict[str, Path]:

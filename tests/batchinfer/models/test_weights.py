@@ -52,6 +52,29 @@ def test_shards_and_their_index_must_agree(tmp_path: Path) -> None:
         SafetensorsWeights(tmp_path)
 
 
+def test_files_beside_the_model_are_not_its_weights(tmp_path: Path) -> None:
+    """Transformers reads `model.safetensors` alone where there is one, whatever lies beside it."""
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+    save_file({"exp_avg": torch.zeros(1)}, tmp_path / "optimizer.safetensors")
+    # An index whose shards a later, smaller save_pretrained deleted.
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    weights = SafetensorsWeights(folder_with(tmp_path, a=torch.ones(1)))
+    assert weights.names() == ["a"] and weights.take("a", (1,)).equal(torch.ones(1))
+    weights.finish()
+
+
+def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model-1.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    with pytest.raises(ValueError, match=r"two sets of weights: model.safetensors, and model-1.safetensors .* delete"):
+        SafetensorsWeights(folder_with(tmp_path, a=torch.ones(1)))
+
+
+def test_the_one_file_of_an_index_is_read(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
+    assert SafetensorsWeights(folder_with(tmp_path, a=torch.ones(1))).names() == ["a"]
+
+
 def test_files_that_are_not_weights(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no \*.safetensors"):
         SafetensorsWeights(tmp_path)
