@@ -10,14 +10,20 @@ from batchinfer.formats.gguf_file import GGUFFile
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
-# Regular expressions that split text into words before byte-pair merging, by the name in the GGUF file. They are those
-# of the models' own tokenizer.json.
+# Regular expressions that split text before byte-pair merging, by the name in the GGUF file. Each splits what the one
+# before left whole. They are those of llama.cpp (src/llama-vocab.cpp) and of the models' own tokenizer.json.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PATTERNS = {"llama-bpe": _WORDS % "{1,3}", "qwen2": _WORDS % ""}
+_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_PATTERNS = {
+    "llama-bpe": (_WORDS % "{1,3}",),
+    "qwen2": (_WORDS % "",),
+    "gpt-2": (_GPT2_WORDS,),
+    "smollm": (r"\p{N}", _GPT2_WORDS),
+    "default": (r"[\p{P}$+<=>^~|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9]{3}"),
+}
 _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
-_BYTE_LEVEL = ("gpt-2", "default")
 _REMEDY = "give the original tokenizer with --tokenizer"
 
 
@@ -75,15 +81,12 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tokenizers.Tokenizer:
     name = _ALIASES.get(name, name)
     vocabulary = {token: i for i, token in enumerate(tokens)}
     made = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))
-    if name in _PATTERNS:
-        cut = pre_tokenizers.Split(Regex(_PATTERNS[name]), "isolated")
-        whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        made.pre_tokenizer = pre_tokenizers.Sequence([cut, whole])
-    elif name in _BYTE_LEVEL:
-        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    else:
-        known = ", ".join([*_PATTERNS, *_ALIASES, *_BYTE_LEVEL])
+    if name not in _PATTERNS:
+        known = ", ".join([*_PATTERNS, *_ALIASES])
         raise ValueError(f"{file.path}: tokenizer.ggml.pre is {str(name)[:50]!a}; supported are {known}: {_REMEDY}")
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _PATTERNS[name]]
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([*cuts, whole])
     if name == "qwen2":
         made.normalizer = normalizers.NFC()
     made.decoder = decoders.ByteLevel()

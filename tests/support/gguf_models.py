@@ -31,11 +31,12 @@ def train(cut: Any, normalizer: Any = None) -> tokenizers.Tokenizer:
     return made
 
 
-def add_byte_level(writer: gguf.GGUFWriter, made: tokenizers.Tokenizer, pre: str) -> None:
+def add_byte_level(writer: gguf.GGUFWriter, made: tokenizers.Tokenizer, pre: str | None) -> None:
     model = json.loads(made.to_str())["model"]
     tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
     writer.add_token_merges([" ".join(pair) for pair in model["merges"]])

@@ -1,5 +1,6 @@
 """GGUF files against the format's own library and transformers; a damaged file gives a one-line error."""
 
+import json
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from engines import compare_logits, engine_of, prompts_of
@@ -110,6 +112,24 @@ def test_byte_level_tokenizers_come_out_as_they_went_in(tmp_path: Path, pre: str
     assert unpacked.eos_ids == (1,)
     chat, _, errors = unpacked.encode_chats([[{"role": "user", "content": "Hello"}]])
     assert not errors and chat[0] == 0 and chat[-1] == 1
+
+
+RECORDED = json.loads((Path(__file__).parent / "llama_cpp_ids.json").read_text())
+
+
+@pytest.mark.parametrize("pre", ["default", None, *sorted(RECORDED["ids"].keys() - {"default"})])
+def test_words_are_cut_as_llama_cpp_cuts_them(tmp_path: Path, pre: str | None) -> None:
+    """The ids are those that llama.cpp v0.5.0 (in node-llama-cpp 3.22.1) printed for these texts.
+
+    The vocabulary was trained on text that was not cut into words, so that every cut shows in the ids. A file that
+    names no way of cutting is cut in the default way, as there.
+    """
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(RECORDED["vocab"], [tuple(pair) for pair in RECORDED["merges"]]))
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    add_byte_level(writer, made, pre)
+    ids, offsets = unpack_tokenizer(writer, tmp_path).encode_batch(RECORDED["texts"])
+    for i, expected in enumerate(RECORDED["ids"][pre or "default"]):
+        assert ids[offsets[i] : offsets[i + 1]].tolist() == expected
 
 
 def unpack_tokenizer(writer: gguf.GGUFWriter, tmp_path: Path) -> Tokenizer:
