@@ -10,13 +10,13 @@ import numpy as np
 from batchinfer.engine.config import EngineConfig, EngineStats
 from batchinfer.engine.request import Completions
 from batchinfer.errors import EngineFailed, Interrupted, Refused
+from batchinfer.jobs.collector import Results
 from batchinfer.jobs.process.in_flight import InFlight
 from batchinfer.jobs.process.interruption import Interruption
 from batchinfer.jobs.process.messages import Admitted, Completed, Heartbeat, Load, Message, Ready
 from batchinfer.jobs.process.supervisor import Supervisor
 from batchinfer.jobs.process.worker import Worker
 from batchinfer.jobs.progress import Progress
-from batchinfer.jobs.results.collector import Results
 from batchinfer.jobs.rows.token_file import cut
 from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec

@@ -14,6 +14,7 @@ from batchinfer.errors import EngineFailed, Refused
 from batchinfer.host import allocator
 from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
+from batchinfer.jobs.collector import Results
 from batchinfer.jobs.feed import Loop
 from batchinfer.jobs.log import say
 from batchinfer.jobs.metrics import Metrics
@@ -25,7 +26,6 @@ from batchinfer.jobs.process.messages import TORCH_ENGINE, Load
 from batchinfer.jobs.process.worker import Worker, run_engine
 from batchinfer.jobs.progress import Progress
 from batchinfer.jobs.report import SCHEMA_VERSION, Forecast, Report, rates, read_report, versions
-from batchinfer.jobs.results.collector import Results
 from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.durable import write_json
 from batchinfer.jobs.results.output_writer import digest_of

@@ -6,8 +6,8 @@ from pathlib import Path
 from types import TracebackType
 
 from batchinfer.errors import Refused, exit_code
+from batchinfer.jobs.collector import Results
 from batchinfer.jobs.log import say
-from batchinfer.jobs.results.collector import Results
 from batchinfer.jobs.results.durable import write_whole
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.spec import JobSpec

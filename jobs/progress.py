@@ -7,9 +7,9 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from batchinfer.jobs.collector import Results
 from batchinfer.jobs.log import say
 from batchinfer.jobs.metrics import Metrics
-from batchinfer.jobs.results.collector import Results
 
 HEARTBEAT_SECONDS = 60.0
 Item = TypeVar("Item")

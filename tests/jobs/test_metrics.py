@@ -11,9 +11,9 @@ from prometheus_client import parser
 from stub_jobs import ENGINES, STUB, make_model, prompts, recount, spec, write
 
 from batchinfer.errors import EngineFailed, Interrupted, Refused, exit_code
+from batchinfer.jobs.collector import Results
 from batchinfer.jobs.job import run
 from batchinfer.jobs.metrics import Metrics
-from batchinfer.jobs.results.collector import Results
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.spec import JobSpec
 

@@ -11,11 +11,11 @@ import pytest
 from stub_jobs import ENGINES, make_model, prompts, spec, write
 
 from batchinfer.jobs import progress
+from batchinfer.jobs.collector import Results
 from batchinfer.jobs.job import run
 from batchinfer.jobs.log import printable, say
 from batchinfer.jobs.metrics import Metrics
 from batchinfer.jobs.progress import Progress
-from batchinfer.jobs.results.collector import Results
 from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.text.tokenizer import Tokenizer

@@ -23,7 +23,6 @@ FLOORS = [
     ["jobs.flags"],
     ["jobs.results"],
     ["jobs.spec"],
-    ["jobs.results.collector"],
     ["jobs.tables"],
     ["jobs.rows"],
     ["jobs.process"],
