@@ -46,7 +46,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))
     model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
-    config = _engine_config(spec, model, table.num_rows)
+    config = _engine_config(spec, model, whole.num_rows)
     tokenizer = _load_tokenizer(model, tokenizer_folder)
     named = spec.tokenizer or spec.model
     speculation = resolve_draft_model(spec.speculation, named, tokenizer, config.max_model_len)
@@ -90,7 +90,7 @@ def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
 
 def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
     """Return the engine's config: fields of the job with the same name, and those that depend on model, device or
-    table."""
+    table. `rows` are those of the whole table, so that all shards compute in the same way, as the job does whole."""
     device = device_of(spec.device)
     max_num_seqs = spec.max_num_seqs or MAX_NUM_SEQS[device]
     given = {field.name: getattr(spec, field.name) for field in fields(EngineConfig) if hasattr(spec, field.name)}
