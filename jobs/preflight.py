@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ from batchinfer.jobs.rows.windows import Prompts
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import check_ids
 from batchinfer.jobs.tables.table import Table
+from batchinfer.jobs.template_date import known_moment, moment_of_prompts, notes_about, now
 from batchinfer.models.hub import TOKENIZER_FILES, context_length, read_config, resolve_model
 from batchinfer.text.tokenizer import Tokenizer
 
@@ -36,6 +38,7 @@ class Preflight:
     tokenizer_folder: Path | None  # None: the model's own
     source: Prompts
     fingerprints: dict[str, str]
+    notes: list[str]  # for the report and the plan
 
 
 def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
@@ -47,19 +50,22 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
     config = _engine_config(spec, model, whole.num_rows)
-    tokenizer = _load_tokenizer(model, tokenizer_folder)
+    known = known_moment(spec)
+    tokenizer = _load_tokenizer(model, tokenizer_folder, known or now())
     named = spec.tokenizer or spec.model
     speculation = resolve_draft_model(spec.speculation, named, tokenizer, config.max_model_len)
     config = replace(config, speculation=speculation)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
     if spec.id_column is not None:
         check_ids(whole, spec.id_column)
-    if (spec.chat or spec.messages_column is not None) and tokenizer.template is not None:
+    moment = moment_of_prompts(spec, tokenizer.template, known)
+    if spec.renders_chats and tokenizer.template is not None:
         check_template(tokenizer.template, spec.tokenizer or spec.model)
     # An incremental job's input may change. Its runs read the new rows from a file in which they were set aside.
     inputs = () if spec.adds_file else whole.paths
-    digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept)
-    return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests)
+    digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept, moment)
+    notes = notes_about(spec, moment)
+    return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests, notes)
 
 
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
@@ -74,9 +80,9 @@ def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
     return kept
 
 
-def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
+def _load_tokenizer(model: Path, folder: Path | None, moment: datetime) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.load(model, folder)
+        tokenizer = Tokenizer.load(model, folder, moment)
     except ValueError as error:
         raise Refused(f"tokenizer: {error}") from error
     size = read_config(model).get("vocab_size")
