@@ -33,9 +33,7 @@ N = 20
 
 def make_dated(folder: Path, template: str = DATED) -> Path:
     folder.mkdir(exist_ok=True)
-    size = json.loads((make_model(folder) / "config.json").read_text())["vocab_size"]
-    (folder / "config.json").write_text(json.dumps({**SHAPE, "vocab_size": size, "max_position_embeddings": 64}))
-    (folder / "chat_template.jinja").write_text(template)
+    (make_model(folder, **SHAPE) / "chat_template.jinja").write_text(template)
     return folder
 
 
