@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -72,11 +73,13 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         deterministic: bool = False,
         speculation: Speculation | None = None,
+        template_date: datetime | None = None,
     ) -> None:
         """Load a model: a folder, a GGUF file, or the name of a model on the Hub.
 
-        The arguments are the flags of `batchinfer run`, with the same defaults. Raises `ValueError` naming a wrong
-        argument, and `batchinfer.errors.Refused` saying what is wrong with the model.
+        The arguments are the flags of `batchinfer run`, with the same defaults. The chat template takes
+        `template_date` for now, or the moment of this call. Raises `ValueError` naming a wrong argument, and
+        `batchinfer.errors.Refused` saying what is wrong with the model.
         """
         if device not in ("auto", *MAX_NUM_SEQS):
             raise ValueError(f"device is {device!r}; it must be one of auto, {', '.join(MAX_NUM_SEQS)}")
@@ -85,8 +88,9 @@ class LLM:
         _check_kinds(Real, "a number", gpu_memory_utilization=gpu_memory_utilization)
         _check_kinds(int | None, "a whole number, or None", max_model_len=max_model_len, max_num_seqs=max_num_seqs)
         _check_kinds(int | None, "a whole number, or None", max_num_batched_tokens=max_num_batched_tokens)
+        _check_kinds(datetime | None, "a datetime, or None", template_date=template_date)
         folder, found = resolve_model(str(model), revision), device_of(device)
-        self.tokenizer = Tokenizer.load(folder)
+        self.tokenizer = Tokenizer.load(folder, moment=template_date)
         length = context_length(folder, max_model_len)
         seqs = MAX_NUM_SEQS[found] if max_num_seqs is None else max_num_seqs
         tokens = MAX_NUM_BATCHED_TOKENS[found] if max_num_batched_tokens is None else max_num_batched_tokens

@@ -11,12 +11,14 @@ from batchinfer.engine.config import EngineConfig, EngineStats
 from batchinfer.engine.request import Completions
 from batchinfer.errors import EngineFailed, Interrupted, Refused
 from batchinfer.jobs.collector import Results
+from batchinfer.jobs.log import say
 from batchinfer.jobs.process.in_flight import InFlight
 from batchinfer.jobs.process.interruption import Interruption
 from batchinfer.jobs.process.messages import Admitted, Completed, Heartbeat, Load, Message, Ready
 from batchinfer.jobs.process.supervisor import Supervisor
 from batchinfer.jobs.process.worker import Worker
 from batchinfer.jobs.progress import Progress
+from batchinfer.jobs.rows.duplicates import told_alike
 from batchinfer.jobs.rows.token_file import cut
 from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec
@@ -76,6 +78,8 @@ class Loop:
             self._check(interruption)
             self._read()
             self._results.commit_if_due()
+        for note in told_alike(self._spec, self._windows.figures):  # at once: the job may run for days
+            say(note)
         self._engine.load(replace(load, config=replace(load.config, kv_cache_tokens=self._cache_tokens(load.config))))
         while not self._engine.finished:
             self._progress.tick()

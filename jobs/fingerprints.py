@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,17 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
 def fingerprints(
-    spec: JobSpec, inputs: Sequence[Path], model: Path, tokenizer: str, config: EngineConfig, columns: list[str]
+    spec: JobSpec,
+    inputs: Sequence[Path],
+    model: Path,
+    tokenizer: str,
+    config: EngineConfig,
+    columns: list[str],
+    moment: datetime | None = None,
 ) -> dict[str, str]:
     """Return the fingerprints by name: a sha256 each for columns, input, model, tokenizer, template, sampling,
-    quantization and engine; the shard; and the delimiter of CSV files if it is not a comma.
+    quantization and engine; the shard; the delimiter of CSV files if it is not a comma; and the `moment` that the chat
+    template writes into prompts, if it does.
 
     Input files are read completely. Of weights, which are large and differ everywhere if they differ at all, 64 samples
     of each file are read.
@@ -38,8 +46,11 @@ def fingerprints(
     }
     # With another delimiter, the same bytes are another table. Rows set aside for an incremental run have none.
     delimiter = {} if spec.csv_delimiter in (None, ",") or spec.adds_file else {"csv_delimiter": spec.csv_delimiter}
+    # Each part of an incremental job has a moment of its own.
+    template_date = {} if moment is None or spec.adds_file else {"template_date": moment.isoformat()}
     return {
         **delimiter,
+        **template_date,
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
         "input": _digest([sha256(path) for path in inputs]),

@@ -5,6 +5,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,27 @@ def names_of(flag: str, texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for text in texts for name in text.split(",") if name)
 
 
+def moment_of(flag: str, text: str) -> datetime:
+    """Parse a date, which stands for its midnight, or a date and time, in ISO 8601. Raises `UsageError` for anything
+    else, for a time zone, and for a year that is not written in four digits."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = datetime.min
+    if moment.year < 1000 or moment.tzinfo is not None:
+        raise UsageError(
+            f"{flag} is {text!r}; give a date, or a date and time without a time zone, as 2026-11-28 or "
+            "2026-11-28T09:30, from the year 1000 on"
+        )
+    return moment
+
+
 TIME = Kind("TIME", seconds_of)
 NUMBER_OR_AUTO = Kind("N|auto", number_or_auto, none="auto")
 SHARD = Kind("I/N", shard_of)
 NAMES = Kind("NAME,...", names_of)
 DELIMITER = Kind("CHARACTER", delimiter_of)
+MOMENT = Kind("DATE", moment_of)
 
 
 def read_job_file(path: Path, known: Mapping[str, Flag | None], option: str = "--config") -> dict[str, Any]:
@@ -107,6 +124,8 @@ def _job_value(folder: Path, flag: Flag | None, value: Any) -> Any:
     if flag is not None and flag.table and isinstance(value, dict):
         model = {"model": _located(folder, value["model"])} if "model" in value else {}
         return json.dumps({**value, **model}, default=str)
+    if flag is not None and flag.type is datetime and isinstance(value, date):  # TOML has dates of its own
+        return value.isoformat()
     if not isinstance(value, str | int | float):
         raise ValueError(f"a {type(value).__name__}; expected one value")
     if flag is None:

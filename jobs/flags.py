@@ -4,6 +4,7 @@
 """
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +13,7 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.flag import Flag, flags_of
 from batchinfer.formats.scheme import QUANTIZATIONS
 from batchinfer.host.device import DEVICES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
-from batchinfer.jobs.flag_values import DELIMITER, NAMES, NUMBER_OR_AUTO, SHARD, TIME
+from batchinfer.jobs.flag_values import DELIMITER, MOMENT, NAMES, NUMBER_OR_AUTO, SHARD, TIME
 from batchinfer.jobs.speculation import SpeculationFlags
 
 GROUPS = ("Input", "Prompt", "Sampling", "Model", "Engine", "Job", "Output")
@@ -92,6 +93,15 @@ class JobFlags:
     ] = None
     system_prompt: Annotated[str | None, Flag("Begin every chat with this system message.", "Prompt")] = None
     chat: Annotated[bool, Flag("Wrap each prompt in the model's chat template.", "Prompt")] = False
+    template_date: Annotated[
+        datetime | None,
+        Flag(
+            "Have the chat template take this for now, if it writes the date into prompts: a date, or a date and time, "
+            "as 2026-11-28T09:30. If none is given, a job takes and keeps the moment at which it begins.",
+            "Prompt",
+            kind=MOMENT,
+        ),
+    ] = None
     allow_special_tokens: Annotated[
         bool,
         Flag(

@@ -30,6 +30,7 @@ from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.durable import write_json
 from batchinfer.jobs.results.output_writer import digest_of
 from batchinfer.jobs.results.run_folder import RunFolder
+from batchinfer.jobs.rows.duplicates import told_alike
 from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.prompts import PromptSource
 from batchinfer.jobs.rows.windows import Windows
@@ -79,7 +80,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     if folder.published and done.complete:
         say(f"{spec.output} is complete already; nothing is run")
         return read_report(spec.output)
-    stats, generating, duplicates = EngineStats(notes=_resumed(done, digests) + _sampled(spec)), 0.0, 0
+    stats, generating, duplicates = EngineStats(notes=_resumed(done, digests) + _sampled(spec) + job.notes), 0.0, 0
     try:
         windows = Windows(
             table, source, spec.block_size, done.rows, folder.temporary, spec.deduplicate, spec.computed_samples
@@ -92,7 +93,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
                 start_worker = partial(Worker, folder.log, run_engine, engine)
                 loop = Loop(spec, windows, results, progress, start_worker, table.num_rows)
                 found = loop.run(Load(config, job.tokenizer_folder, spec.computed_samples), interruption)
-            stats = replace(found, notes=found.notes + stats.notes)
+            stats = replace(found, notes=found.notes + stats.notes + told_alike(spec, windows.figures))
             generating, duplicates = loop.generate_seconds, loop.duplicates
         results.refuse_too_many_errors(table.num_rows)
         folder.write_manifest(table.num_rows)

@@ -22,6 +22,7 @@ from batchinfer.jobs.plan.histogram import bars
 from batchinfer.jobs.plan.prediction import Job, JobShape, Prediction, Setting
 from batchinfer.jobs.preflight import Preflight, preflight
 from batchinfer.jobs.results.run_folder import RunFolder
+from batchinfer.jobs.rows.duplicates import told_alike
 from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec
@@ -150,7 +151,8 @@ def plan(spec: JobSpec) -> Outlook:
     shape = JobShape.of(windows.figures, spec.sampling, job.config.max_model_len, spec.computed_samples)
     key = DeviceKey.of(job.config.device)
     cost, missing = read_device_cost(key)
-    setting, notes = Setting.of(job.config), [] if missing is None else [missing]
+    setting, notes = Setting.of(job.config), job.notes + ([] if missing is None else [missing])
+    notes += told_alike(spec, windows.figures)
     if spec.incremental:
         notes.append("the plan is for all rows, including those that earlier runs have done")
     simulated = Job(shape, job.config) if windows.figures.rows else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ from batchinfer.jobs.rows.windows import Prompts
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import check_ids
 from batchinfer.jobs.tables.table import Table
+from batchinfer.jobs.template_date import known_moment, moment_of_prompts, notes_about, now
 from batchinfer.models.hub import TOKENIZER_FILES, context_length, read_config, resolve_model
 from batchinfer.text.tokenizer import Tokenizer
 
@@ -36,6 +38,7 @@ class Preflight:
     tokenizer_folder: Path | None  # None: the model's own
     source: Prompts
     fingerprints: dict[str, str]
+    notes: list[str]  # for the report and the plan
 
 
 def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
@@ -46,20 +49,23 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))
     model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
-    config = _engine_config(spec, model, table.num_rows)
-    tokenizer = _load_tokenizer(model, tokenizer_folder)
+    config = _engine_config(spec, model, whole.num_rows)
+    known = known_moment(spec)
+    tokenizer = _load_tokenizer(model, tokenizer_folder, known or now())
     named = spec.tokenizer or spec.model
     speculation = resolve_draft_model(spec.speculation, named, tokenizer, config.max_model_len)
     config = replace(config, speculation=speculation)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
     if spec.id_column is not None:
         check_ids(whole, spec.id_column)
-    if (spec.chat or spec.messages_column is not None) and tokenizer.template is not None:
+    moment = moment_of_prompts(spec, tokenizer.template, known)
+    if spec.renders_chats and tokenizer.template is not None:
         check_template(tokenizer.template, spec.tokenizer or spec.model)
     # An incremental job's input may change. Its runs read the new rows from a file in which they were set aside.
     inputs = () if spec.adds_file else whole.paths
-    digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept)
-    return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests)
+    digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept, moment)
+    notes = notes_about(spec, moment)
+    return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests, notes)
 
 
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
@@ -74,9 +80,9 @@ def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
     return kept
 
 
-def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
+def _load_tokenizer(model: Path, folder: Path | None, moment: datetime) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.load(model, folder)
+        tokenizer = Tokenizer.load(model, folder, moment)
     except ValueError as error:
         raise Refused(f"tokenizer: {error}") from error
     size = read_config(model).get("vocab_size")
@@ -90,7 +96,7 @@ def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
 
 def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
     """Return the engine's config: fields of the job with the same name, and those that depend on model, device or
-    table."""
+    table. `rows` are those of the whole table, so that all shards compute in the same way, as the job does whole."""
     device = device_of(spec.device)
     max_num_seqs = spec.max_num_seqs or MAX_NUM_SEQS[device]
     given = {field.name: getattr(spec, field.name) for field in fields(EngineConfig) if hasattr(spec, field.name)}

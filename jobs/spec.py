@@ -41,6 +41,11 @@ class JobSpec(JobFlags):
         return self.incremental and not self.output.suffix
 
     @property
+    def renders_chats(self) -> bool:
+        """True if the model's chat template makes the prompts."""
+        return self.chat or self.messages_column is not None
+
+    @property
     def computed_samples(self) -> int:
         """Number of samples of each row that are computed: one at temperature 0, since all are the same then."""
         return self.n if self.sampling.temperature > 0 else 1
@@ -60,10 +65,9 @@ def _check_prompt_source(job: JobSpec) -> None:
 def _check_chat(job: JobSpec) -> None:
     if job.chat and job.messages_column is not None:
         raise UsageError("--chat wraps a plain prompt, but --messages-column has whole chats; leave one of them out")
-    templated = job.chat or job.messages_column is not None
-    if job.system_prompt is not None and not templated:
+    if job.system_prompt is not None and not job.renders_chats:
         raise UsageError("--system-prompt needs --chat or --messages-column; give one of them, or leave it out")
-    if job.allow_special_tokens and templated:
+    if job.allow_special_tokens and job.renders_chats:
         raise UsageError("--allow-special-tokens is for plain prompts: leave out --chat and --messages-column")
 
 

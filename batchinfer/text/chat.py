@@ -3,10 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import jinja2
 from jinja2.exceptions import SecurityError
+from jinja2.nodes import Name
 
 from batchinfer.host.limits import limited
 from batchinfer.text.sandbox import Sandbox
@@ -36,20 +38,29 @@ class ChatTemplate:
     source: str
     template: jinja2.Template
     variables: Mapping[str, str]  # bos_token, eos_token, ...
+    moment: datetime  # local time that the template takes for now
+    tells_time: bool  # the template may write `moment`
 
     @staticmethod
-    def compile(source: str, variables: Mapping[str, str]) -> "ChatTemplate":
-        """Compile a template. Raises `ValueError` with the line of a syntax error or the limit that was exceeded."""
+    def compile(source: str, variables: Mapping[str, str], moment: datetime | None = None) -> "ChatTemplate":
+        """Compile a template, which takes `moment` for now, or the moment of this call if none is given.
+
+        Raises `ValueError` with the line of a syntax error or the limit that was exceeded.
+        """
+        moment = moment or datetime.now()
         if len(source) > MAX_SOURCE:
             raise ValueError(f"the chat template has {len(source)} characters; at most {MAX_SOURCE} are allowed")
         try:
             with limited(MAX_SECONDS, MAX_MEMORY):
-                template = Sandbox().from_string(source)
+                sandbox = Sandbox(moment)
+                tree = sandbox.parse(source)
+                tells_time = any(name.name == "strftime_now" for name in tree.find_all(Name))
+                template = sandbox.from_string(tree)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"the chat template has a syntax error on line {error.lineno}: {error.message}") from error
         except Exception as error:  # for example nesting that is too deep, or a constant that cannot be computed
             raise ValueError(f"the chat template cannot be compiled ({type(error).__name__})") from error
-        return ChatTemplate(source, template, variables)
+        return ChatTemplate(source, template, variables, moment, tells_time)
 
     def render(self, messages: Sequence[Message]) -> str:
         """Return the prompt's text, up to where the assistant's turn begins. Keys whose value is None are left out.

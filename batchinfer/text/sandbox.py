@@ -25,10 +25,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"*", "**"})
 
-    def __init__(self) -> None:
+    def __init__(self, moment: datetime) -> None:
+        """Set up Jinja for templates that take `moment` for now."""
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = datetime.now().strftime  # the same time for all rows of a job
+        self.globals["strftime_now"] = moment.strftime
         self.filters["tojson"] = _tojson
         self.filters["int"] = _int
         self.filters["round"] = _round

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,8 @@ class Tokenizer:
         self._words = _one_of(words) if words else None
 
     @staticmethod
-    def load(model_dir: Path, tokenizer_dir: Path | None = None) -> "Tokenizer":
-        """Load the tokenizer from a checkpoint's folder.
+    def load(model_dir: Path, tokenizer_dir: Path | None = None, moment: datetime | None = None) -> "Tokenizer":
+        """Load the tokenizer from a checkpoint's folder. The chat template takes `moment` for now.
 
         With `tokenizer_dir`, everything but the end-of-text ids comes from that folder. Raises `ValueError` naming the
         file that is missing or wrong.
@@ -114,7 +115,7 @@ class Tokenizer:
             eos_ids = () if eos_id is None else (eos_id,)
         source = _template_source(folder, config)
         try:
-            template = None if source is None else ChatTemplate.compile(source, named)
+            template = None if source is None else ChatTemplate.compile(source, named, moment)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
         digest = hashlib.sha256(data)

@@ -52,13 +52,14 @@ def ray(
     """
     from batchinfer.jobs.launch import ray_tasks
     from batchinfer.jobs.merge_shards import merge_shards
+    from batchinfer.jobs.template_date import for_all_shards
 
     cluster = ray_tasks.Cluster(address, gpus_per_shard, cpus_per_shard, max_retries)
     spec = job_of(arguments)
     _refuse_what_shards_cannot_have(spec)
     if spec.output.exists():
         raise Refused(f"output {spec.output} exists; choose another one, or remove it to merge the shards again")
-    failed = ray_tasks.run_shards(spec, arguments, shards, cluster)
+    failed = ray_tasks.run_shards(spec, for_all_shards(spec, arguments, shards), shards, cluster)
     if failed:
         first, end = next(iter(failed.items()))
         kinds = {code: kind for kind, code in EXIT_CODES.items()}

@@ -42,6 +42,7 @@ def submit(
     Given again, the same command runs only what is left.
     """
     from batchinfer.jobs.launch import slurm
+    from batchinfer.jobs.template_date import for_all_shards
 
     if wrong := [option for option in sbatch if not option.startswith("-")]:
         raise UsageError(f"--sbatch is {wrong[0]!r}; it must be an option of sbatch, as --sbatch=--account=me")
@@ -50,7 +51,7 @@ def submit(
     options = {"--time": time, "--partition": partition}
     submission = slurm.Submission(
         command=[sys.executable, "-P", "-m", "batchinfer"],  # -P: import nothing from the current folder
-        arguments=arguments,
+        arguments=for_all_shards(spec, arguments, array),
         folder=Path.cwd(),
         output=Path.cwd() / spec.output,
         count=array,

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,14 @@ class RunFolder:
     def begun(self) -> bool:
         """True if an earlier run has left a run folder or an output."""
         return self._run.exists() or is_there(self.output)
+
+    @property
+    def template_date(self) -> datetime | None:
+        """The moment that the chat template takes for now in the run that began here; None if its prompts have none."""
+        try:
+            return datetime.fromisoformat(json.loads(self._run.read_text("utf-8"))["fingerprints"]["template_date"])
+        except (OSError, ValueError, TypeError, KeyError):  # `open` refuses a damaged file
+            return None
 
     def open(
         self, run: dict[str, Any], fingerprints: dict[str, str], num_rows: int, overwrite: bool, retry_errors: bool

@@ -3,7 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.token_file import StoredRequests, cut
+from batchinfer.jobs.spec import JobSpec
 from batchinfer.kernels.ragged import Ints, indices_within, ranges
 
 HASHED_TOKENS = 1 << 21  # most tokens in memory at a time
@@ -54,6 +56,21 @@ def _same_tokens(prompts: StoredRequests, a: Ints, b: Ints) -> NDArray[np.bool_]
         theirs, _ = prompts.prompts(b[some])
         same[some] = np.logical_and.reduceat(ours == theirs, offsets[:-1])
     return same
+
+
+def told_alike(spec: JobSpec, figures: LengthFigures) -> list[str]:
+    """Return a note for the log and the report if rows with equal prompts draw equal answers at random.
+
+    The rows of each window are counted, whose duplicates are known.
+    """
+    rows = figures.duplicates
+    if not rows or spec.sampling.temperature == 0 or spec.id_column is not None:
+        return []
+    return [
+        f"{rows:,} {'row has' if rows == 1 else 'rows have'} the prompt of an earlier row and so its answer, also at "
+        f"temperature {spec.sampling.temperature:g}: a row's seed comes from its prompt; give --id-column to take it "
+        "from the row's id, or --n for several answers of one prompt"
+    ]
 
 
 class Followers:

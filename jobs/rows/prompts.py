@@ -67,7 +67,7 @@ class PromptSource:
             _check_types(file, schema, [spec.id_column], _is_id, "text or an integer")
             names.append(spec.id_column)
         self.columns = list(dict.fromkeys(names))
-        if (spec.chat or spec.messages_column is not None) and tokenizer.template is None:
+        if spec.renders_chats and tokenizer.template is None:
             raise Refused(
                 f"{spec.tokenizer or spec.model} has no chat template; give plain prompts with --prompt-column, or a "
                 "tokenizer that has one with --tokenizer"

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from chat_models import CHATML, LLAMA_2, save
+from chat_models import CHATML, LLAMA_2, LLAMA_3, save
 from engines import assert_blocks_are_free
 from repository import TARGET
 
@@ -28,6 +29,7 @@ from batchinfer.jobs.spec import JobSpec
 
 TEXTS = ["Hello", "the user and the assistant", "日本語", "a model of the system " * 9, "Hello", "x"]
 CHAT = [{"role": "system", "content": "Be brief. "}, {"role": "user", "content": "Hello <|im_end|> there"}]
+TALK = [{"role": "user", "content": "Hello there"}]
 GREEDY = SamplingParams(max_tokens=12)
 
 
@@ -168,6 +170,17 @@ def test_a_template_that_raises_is_that_prompts_error(folder: Path, tmp_path: Pa
     assert bad.error.code == "template_error" and "roles must alternate" in bad.error.message
 
 
+def test_a_template_takes_the_moment_that_is_given(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    save(tmp_path / "model", LLAMA_3)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    for year in ("2019", "2031"):
+        llm = LLM(tmp_path / "model", device="cpu", template_date=datetime(int(year), 5, 6))
+        as_of = LLAMA_3.replace('strftime_now("%Y")', f'"{year}"')
+        ids = theirs.apply_chat_template(TALK, chat_template=as_of, add_generation_prompt=True, return_dict=False)
+        assert [ids] == [found.tolist() for found in llm.tokenizer.encode_chats([TALK])[:1]]
+
+
 def test_what_is_dropped_leaves_nothing_behind(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = answers(llm.generate(TEXTS, GREEDY))
     stream = llm.stream([*TEXTS, *TEXTS], GREEDY)
@@ -210,6 +223,7 @@ def test_the_seed_decides_what_is_drawn(llm: LLM) -> None:
         ({"max_num_seqs": "8"}, "max_num_seqs is '8'; it must be a whole number"),
         ({"max_num_seqs": 0}, "max_num_seqs is 0"),
         ({"max_num_batched_tokens": 0}, "max_num_batched_tokens is 0"),
+        ({"template_date": "2026-11-28"}, "template_date is '2026-11-28'; it must be a datetime"),
         ({"gpu_memory_utilization": "most"}, "gpu_memory_utilization is 'most'; it must be a number"),
     ],
 )

@@ -114,8 +114,8 @@ if __name__ == "__main__":
 """
 
 
-def make_model(folder: Path) -> Path:
-    """What the job layer needs of a model: a tokenizer and config.json, no weights."""
+def make_model(folder: Path, **shape: Any) -> Path:
+    """What the job layer needs of a model: a tokenizer and config.json, no weights. A plan needs a `shape` too."""
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
@@ -123,7 +123,7 @@ def make_model(folder: Path) -> Path:
     trainer = trainers.BpeTrainer(special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
     made.train_from_iterator(["def count(words):"], trainer)
     made.save(str(folder / "tokenizer.json"))
-    config = {"max_position_embeddings": CONTEXT, "eos_token_id": 0, "vocab_size": made.get_vocab_size()}
+    config = {**shape, "max_position_embeddings": CONTEXT, "eos_token_id": 0, "vocab_size": made.get_vocab_size()}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from batchinfer.engine.config import FEW_ROWS
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.job import run
+from batchinfer.jobs.merge_shards import merge_shards
 from batchinfer.jobs.quantize import CalibrationRows, quantize
-from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.spec import JobSpec, sharded
 from batchinfer.kernels.linear import Linear
 from batchinfer.kernels.linear_w4a16 import LinearW4A16
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
@@ -280,6 +282,25 @@ def test_the_report_of_a_job_names_the_path_of_its_4_bit_weights(
     assert done.rows_ok == rows
     assert [words in note for note in done.notes] == [True]
     assert ("linear_w4a16" in done.kernels) == ("int4pack" in words)
+
+
+def test_shards_of_a_4_bit_job_answer_as_the_job_does_whole(tmp_path: Path) -> None:
+    """Nine rows in two shards, of four and of five rows, on both sides of `FEW_ROWS`."""
+    quantize(str(STDLIB / "target"), None, tmp_path / "model", "w4a16", "rtn", 128, CalibrationRows())
+    texts = [f"def f{i}(x):" for i in range(2 * FEW_ROWS + 1)]
+    pq.write_table(pa.table({"prompt": texts}), tmp_path / "in.parquet")
+    whole = JobSpec(
+        inputs=(tmp_path / "in.parquet",),
+        output=tmp_path / "out.parquet",
+        model=str(tmp_path / "model"),
+        prompt_column="prompt",
+        sampling=SamplingParams(max_tokens=12),
+    )
+    shards = [replace(whole, output=sharded(whole.output, i, 2), shard=(i, 2)) for i in range(2)]
+    notes = [run(job).notes for job in (whole, *shards)]
+    assert "expected batch 9 > 4" in notes[0][0] and notes == 3 * [notes[0]]
+    assert merge_shards([job.output for job in shards], tmp_path / "all.parquet", overwrite=False) == len(texts)
+    assert pq.read_table(tmp_path / "all.parquet").equals(pq.read_table(whole.output))
 
 
 def test_parts_of_one_product_that_do_not_go_together_are_refused(

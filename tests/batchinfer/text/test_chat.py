@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pytest
 import transformers
-from chat_models import CHATML, LLAMA_2, SPECIAL, TAGS, TEMPLATES, save
+from chat_models import CHATML, LLAMA_2, LLAMA_3, SPECIAL, TAGS, TEMPLATES, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -200,3 +201,45 @@ def test_without_a_template_chats_are_refused(tmp_path: Path, config: Any) -> No
     assert ours.template is None
     with pytest.raises(ValueError, match="no chat template"):
         ours.encode_chats([turns("a")])
+
+
+# As the templates of Llama 3.2 and of Granite 3.3 write it, and at an odd place.
+DATES = [
+    LLAMA_3.replace("%Y", "%d %b %Y"),
+    "Today's Date: {{ strftime_now('%B %d, %Y') }}.\n" + CHATML,
+    "{% macro at(form) %}{{ strftime_now(form) }}{% endmacro %}{{ at('%A %j %H:%M:%S %f|%Z%z|%%') }}" + CHATML,
+]
+
+
+@pytest.mark.parametrize("moment", [datetime(2024, 2, 29, 23, 59, 59, 7), datetime(1999, 1, 1), datetime(9999, 12, 31)])
+@pytest.mark.parametrize("template", DATES)
+def test_a_date_is_written_as_transformers_would_write_it_at_that_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str, moment: datetime
+) -> None:
+    class Then(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return moment
+
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Then)
+    folder = save(tmp_path, template)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = theirs.apply_chat_template(turns("Hello"), tokenize=False, add_generation_prompt=True)
+    found = Tokenizer.load(folder, moment=moment).template
+    assert found is not None and found.tells_time and found.render(turns("Hello")) == expected
+    assert f"{moment:%d}" in expected or f"{moment:%j}" in expected
+
+
+@pytest.mark.parametrize(
+    ("template", "tells_time"),
+    [
+        *((template, True) for template in DATES),
+        ("{% if strftime_now is defined %}{{ strftime_now('%Y') }}{% endif %}", True),
+        ("{% set now = strftime_now %}{{ now('%Y') }}", True),
+        (CHATML, False),
+        ("{# strftime_now('%Y') #}{{ 'strftime_now' }}{% raw %}{{ strftime_now('%Y') }}{% endraw %}", False),
+        ("{{ messages[0].strftime_now }}", False),
+    ],
+)
+def test_whether_a_template_tells_the_time_is_read_from_its_names(template: str, tells_time: bool) -> None:
+    assert ChatTemplate.compile(template, {}).tells_time == tells_time

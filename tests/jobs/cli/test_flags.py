@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ WRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "metrics_textfile": ("x.prom", Path("x.prom"), {}),
     "system_prompt": ("Be brief.", "Be brief.", {"chat": True}),
     "canary_reference": ("other", "other", {"canary": 1}),
+    "template_date": ("2026-11-28T09:30", datetime(2026, 11, 28, 9, 30), {}),
     "incremental": (True, True, {"id_column": "id"}),
     "resume": (False, False, {}),
     "inputs": ("other.parquet", (Path("other.parquet"),), {}),
@@ -122,6 +124,46 @@ def test_a_bound_holds_for_the_command_line_and_for_the_job(field: str) -> None:
         with pytest.raises((UsageError, ValueError)) as refused_by_job:
             SamplingParams(**{field: value}) if field in SAMPLING else spec(**{field: value})
         assert str(refused_by_job.value) == (said.replace(flag.option, field) if field in SAMPLING else said)
+
+
+@pytest.mark.parametrize(
+    ("written", "moment"),
+    [
+        ("2026-11-28", datetime(2026, 11, 28)),
+        ("2026-11-28T09:30", datetime(2026, 11, 28, 9, 30)),
+        ("2026-11-28 09:30:15", datetime(2026, 11, 28, 9, 30, 15)),
+        ("1000-01-01", datetime(1000, 1, 1)),
+        ("9999-12-31", datetime(9999, 12, 31)),
+    ],
+)
+def test_a_template_date_is_a_date_or_a_date_and_time_also_as_toml_has_them(
+    written: str, moment: datetime, tmp_path: Path
+) -> None:
+    (tmp_path / "job.toml").write_text(f'input = "i"\noutput = "o.parquet"\nmodel = "m"\ntemplate-date = {written}\n')
+    assert job_of(arguments(NEEDED | {"template_date": written})).template_date == moment
+    if len(written) != len("2026-11-28T09:30"):  # TOML 1.0 has no time without seconds
+        assert job_of(["--config", str(tmp_path / "job.toml")]).template_date == moment
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        *("", "now", "28.11.2026", "2026-02-30", "20261-11-28", "0999-12-31", "2026-11-28T25:00", "1e9", "2026"),
+        *("2026-11-28T09:30+01:00", "2026-11-28T09:30Z", "\u0662026-11-28"),
+    ],
+)
+def test_what_is_no_date_here_is_refused(written: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, line = call(capsys, "run", *arguments(NEEDED), f"--template-date={written}")
+    assert code == 2 and line.startswith(f"batchinfer: error: --template-date is {written!r}; give a date, or a date ")
+
+
+def test_a_job_file_with_another_kind_of_time_is_refused(tmp_path: Path) -> None:
+    for written, said in (("09:30:00", "is a time"), ("2026-11-28T09:30:00Z", "without a time zone")):
+        (tmp_path / "job.toml").write_text(
+            f'input = "i"\noutput = "o.parquet"\nmodel = "m"\ntemplate-date = {written}\n'
+        )
+        with pytest.raises(UsageError, match=said):
+            job_of(["--config", str(tmp_path / "job.toml")])
 
 
 def spec(**fields: Any) -> JobSpec:

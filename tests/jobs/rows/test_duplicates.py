@@ -3,16 +3,19 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import stub_jobs
+from measured_devices import SHAPE
 from stub_jobs import ENGINES, STUB, counts, expected, limit, prompts, recount, spec, write
 
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused
 from batchinfer.jobs.job import run
+from batchinfer.jobs.outlook import plan
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.rows.windows import Limits
 from batchinfer.jobs.verify import verify
@@ -33,7 +36,7 @@ TEXTS = [f"prompt {i % 150} " + "x" * (i % 5) for i in range(N)]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return stub_jobs.make_model(tmp_path_factory.mktemp("model"))
+    return stub_jobs.make_model(tmp_path_factory.mktemp("model"), **SHAPE)
 
 
 @pytest.fixture
@@ -208,3 +211,48 @@ def test_one_row_has_many_followers_and_memory_only_some_at_a_time(
     assert len(list((tmp_path / "out.run" / "parts").iterdir())) >= 7, "followers are committed as they come"
     assert pq.read_table(tmp_path / "out.parquet")["generated_text"].to_pylist() == expected(model, ["the same"]) * 1000
     verify(tmp_path / "out.parquet")
+
+
+SAMPLED = SamplingParams(max_tokens=8, temperature=0.7)
+WORDS = "rows have the prompt of an earlier row and so its answer, also at temperature 0.7"
+
+
+def told(notes: list[str]) -> list[str]:
+    return [note for note in notes if "of an earlier row" in note]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_rows_that_draw_the_same_text_are_told_in_log_report_and_plan(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], n: int
+) -> None:
+    path = write(tmp_path / "in.parquet", prompt=TEXTS)
+    job = spec(model, path, sampling=SAMPLED, n=n)
+    (planned,) = told(plan(job).notes)
+    report = run(job, STUB)
+    again = N - len(set(TEXTS))
+    assert planned.startswith(f"{again} {WORDS}") and "--id-column" in planned and "--n " in planned
+    assert told(report.notes) == [planned] and planned in report.table()
+    lines = capsys.readouterr().err.splitlines()
+    assert [planned in line for line in lines if "of an earlier row" in line] == [True]
+
+
+@pytest.mark.parametrize(
+    ("texts", "fields"),
+    [
+        (TEXTS, {"sampling": SamplingParams(max_tokens=8)}),  # one answer is the only one
+        (TEXTS, {"sampling": SAMPLED, "id_column": "id"}),  # each draws its own
+        (prompts(N), {"sampling": SAMPLED}),
+    ],
+)
+def test_rows_that_draw_their_own_or_have_one_answer_are_not_told(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], texts: list[str], fields: dict[str, Any]
+) -> None:
+    path = write(tmp_path / "in.parquet", prompt=texts, id=range(N))
+    job = spec(model, path, **fields)
+    assert told(plan(job).notes) == told(run(job, STUB).notes) == told(capsys.readouterr().err.splitlines()) == []
+
+
+def test_one_row_is_told_as_one(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path / "in.parquet", prompt=["a", "b", "a"])
+    (note,) = told(run(spec(model, path, sampling=SAMPLED), STUB).notes)
+    assert note.startswith("1 row has the prompt of an earlier row and so its answer")

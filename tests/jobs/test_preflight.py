@@ -1,0 +1,55 @@
+"""What is chosen once for a job is the same in each of its shards, and in the plan of each."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stub_jobs import STUB, make_model, prompts, spec, write
+
+from batchinfer.engine.config import FEW_ROWS
+from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.jobs.job import run
+from batchinfer.jobs.outlook import plan
+from batchinfer.jobs.preflight import preflight
+from batchinfer.jobs.spec import sharded
+
+few_examples = settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@few_examples
+@given(
+    rows=st.integers(0, 40),
+    count=st.integers(1, 12),
+    n=st.integers(1, 6),
+    temperature=st.sampled_from([0.0, 1.0]),
+    places=st.sampled_from([None, 1, 5]),
+)
+def test_all_shards_multiply_4_bit_weights_as_the_whole_job_does(
+    tmp_path: Path, model: Path, rows: int, count: int, n: int, temperature: float, places: int | None
+) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(rows))
+    sampling = SamplingParams(max_tokens=8, temperature=temperature)
+    whole, *shards = (
+        preflight(spec(model, path, shard=shard, n=n, sampling=sampling, max_num_seqs=places))
+        for shard in (None, *((i, count) for i in range(count)))
+    )
+    assert {job.config for job in shards} == {whole.config}
+    samples = n if temperature else 1
+    assert whole.config.few_rows == (min(rows * samples, places or FEW_ROWS + 1) <= FEW_ROWS)
+    assert {job.fingerprints["quantization"] for job in shards} == {whole.fingerprints["quantization"]}
+
+
+def test_the_plan_of_a_shard_is_of_the_job_that_the_shard_began(tmp_path: Path, model: Path) -> None:
+    path = write(tmp_path / "in.parquet", prompt=prompts(9))
+    for i in range(2):
+        shard = spec(model, path, shard=(i, 2), output=sharded(tmp_path / "out.parquet", i, 2))
+        run(shard, STUB)
+        assert plan(shard).rows_done == 4 + i
