@@ -39,7 +39,10 @@ from batchinfer.quantize.layer_inputs import Calibration
 from batchinfer.quantize.methods import Method
 from batchinfer.quantize.rotated_weights import RotatedWeights
 
-_COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja", "vocab*", "merges.txt")
+_COPIED = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.jinja", "additional_chat_templates/*.jinja",
+)  # fmt: skip
 _CALIBRATION = "calibration"
 STATE = "quantize.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float32, "float32": torch.float32}
@@ -281,7 +284,9 @@ class Quantizer:
         (self.output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         for pattern in _COPIED:
             for source in self.model.glob(pattern):
-                shutil.copyfile(source, self.output / source.name)
+                target = self.output / source.relative_to(self.model)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, target)
         config = json.loads((self.model / "config.json").read_text())
         config["quantization_config"] = quantization_config(self.scheme, [self.config.head.name])
         if self.untied:

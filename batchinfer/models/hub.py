@@ -8,7 +8,7 @@ from typing import Any
 from batchinfer.errors import Refused
 from batchinfer.host.files import read_object
 
-TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "*config.json"]
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]  # never a pickle
 
 

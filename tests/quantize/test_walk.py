@@ -87,6 +87,16 @@ def test_transformers_computes_from_it_what_we_do(
     assert note in engine_of(output).stats().notes[0]
 
 
+def test_the_files_of_the_tokenizer_come_along(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    model, output = shutil.copytree(make_model("llama"), tmp_path / "model"), tmp_path / "out"
+    beside = [Path("tokenizer.json"), Path("added_tokens.json"), Path("additional_chat_templates/default.jinja")]
+    for path in beside:
+        (model / path).parent.mkdir(exist_ok=True)
+        (model / path).write_text(path.name)
+    finished(Quantizer(model, output, weight_scheme("w8a16", 16), method("rtn")))
+    assert [(output / path).read_text() for path in beside] == [path.name for path in beside]
+
+
 @pytest.mark.parametrize("rotation", [None, 0])
 def test_a_head_that_is_stored_beside_a_tied_config_is_kept(
     make_model: Callable[..., Path], tmp_path: Path, rotation: int | None
