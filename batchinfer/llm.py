@@ -28,7 +28,8 @@ from batchinfer.engine.request import Completions, FinishReason, Requests, RowEr
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.kernels.ragged import take_ragged
-from batchinfer.models.hub import context_length, resolve_model
+from batchinfer.models.config import read_shape
+from batchinfer.models.hub import resolve_model
 from batchinfer.text.stop import before_stop
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 
@@ -90,8 +91,9 @@ class LLM:
         _check_kinds(int | None, "a whole number, or None", max_num_batched_tokens=max_num_batched_tokens)
         _check_kinds(datetime | None, "a datetime, or None", template_date=template_date)
         folder, found = resolve_model(str(model), revision), device_of(device)
+        shape = read_shape(folder)
         self.tokenizer = Tokenizer.load(folder, moment=template_date)
-        length = context_length(folder, max_model_len)
+        length = shape.max_positions if max_model_len is None else max_model_len
         seqs = MAX_NUM_SEQS[found] if max_num_seqs is None else max_num_seqs
         tokens = MAX_NUM_BATCHED_TOKENS[found] if max_num_batched_tokens is None else max_num_batched_tokens
         config = EngineConfig(

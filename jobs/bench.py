@@ -15,13 +15,14 @@ from tokenizers.models import WordLevel
 
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
-from batchinfer.errors import EngineFailed, Refused, UsageError
+from batchinfer.errors import EngineFailed, UsageError
 from batchinfer.jobs.job import run
 from batchinfer.jobs.process.messages import TORCH_ENGINE
 from batchinfer.jobs.report import Report
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.kernels.ragged import offsets_of
-from batchinfer.models.hub import read_config, resolve_model
+from batchinfer.models.config import read_shape
+from batchinfer.models.hub import resolve_model
 from batchinfer.text.tokenizer import Tokenizer
 
 STUB_ENGINE = "batchinfer.jobs.process.stub_engine:StubEngine"
@@ -71,7 +72,7 @@ def bench(model: str | None, revision: str | None, workload: Workload, stub: boo
     if model is None and not stub:
         raise UsageError("give --model, or --stub to measure the job layer alone")
     shape = None if model is None else resolve_model(model, revision)
-    vocabulary = STUB_VOCABULARY if shape is None else _vocabulary(shape)
+    vocabulary = STUB_VOCABULARY if shape is None else read_shape(shape).vocab_size
     folder = Path(tempfile.mkdtemp(prefix="batchinfer-bench-"))
     try:
         spec = _spec(folder, shape, vocabulary, workload)
@@ -103,20 +104,13 @@ def figures(workload: Workload, report: Report) -> dict[str, Any]:
     }
 
 
-def _vocabulary(shape: Path) -> int:
-    size = read_config(shape).get("vocab_size")
-    if not isinstance(size, int) or size < 1:
-        raise Refused(f"model {shape}: config.json has no positive vocab_size; bench needs it to make prompts")
-    return size
-
-
 def _spec(folder: Path, shape: Path | None, vocabulary: int, workload: Workload) -> JobSpec:
     """Write prompts to `folder`, and a tokenizer if the model has none. Returns the job that runs them."""
     prompts = folder / "prompts.parquet"
     _write_prompts(prompts, workload, vocabulary)
     numbers = None if shape is not None and (shape / "tokenizer.json").exists() else folder / "tokenizer"
     if numbers is not None:
-        _write_tokenizer(numbers, vocabulary)
+        _write_tokenizer(numbers, vocabulary, workload.input_len + workload.output_len)
     return JobSpec(
         inputs=(prompts,),
         output=folder / "answers.parquet",
@@ -131,10 +125,12 @@ def _spec(folder: Path, shape: Path | None, vocabulary: int, workload: Workload)
     )
 
 
-def _write_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Write a tokenizer whose tokens are numbers, and a config.json with its vocabulary size."""
+def _write_tokenizer(folder: Path, vocabulary: int, length: int) -> None:
+    """Write a tokenizer whose tokens are numbers, and the config.json of the least model with that vocabulary."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"vocab_size": vocabulary}))
+    least = dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), 2)
+    config = {"model_type": "llama", "head_dim": 2, "vocab_size": vocabulary, "max_position_embeddings": length}
+    (folder / "config.json").write_text(json.dumps({**least, **config}))
     numbers = WordLevel({f" {i}": i for i in range(vocabulary)}, " 0")
     tokenizers.Tokenizer(numbers).save(str(folder / "tokenizer.json"))
 

@@ -21,7 +21,8 @@ from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import check_ids
 from batchinfer.jobs.tables.table import Table
 from batchinfer.jobs.template_date import known_moment, moment_of_prompts, notes_about, now
-from batchinfer.models.hub import TOKENIZER_FILES, context_length, read_config, resolve_model
+from batchinfer.models.config import ModelConfig, read_shape
+from batchinfer.models.hub import TOKENIZER_FILES, resolve_model
 from batchinfer.text.tokenizer import Tokenizer
 
 PromptsFactory = Callable[[JobSpec, Tokenizer, int, pa.Schema], Prompts]
@@ -48,10 +49,11 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     kept = _kept_columns(spec, table)
     format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))
     model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
+    shape = read_shape(model)
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
-    config = _engine_config(spec, model, whole.num_rows)
+    config = _engine_config(spec, model, shape, whole.num_rows)
     known = known_moment(spec)
-    tokenizer = _load_tokenizer(model, tokenizer_folder, known or now())
+    tokenizer = _load_tokenizer(model, tokenizer_folder, shape.vocab_size, known or now())
     named = spec.tokenizer or spec.model
     speculation = resolve_draft_model(spec.speculation, named, tokenizer, config.max_model_len)
     config = replace(config, speculation=speculation)
@@ -80,13 +82,12 @@ def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
     return kept
 
 
-def _load_tokenizer(model: Path, folder: Path | None, moment: datetime) -> Tokenizer:
+def _load_tokenizer(model: Path, folder: Path | None, size: int, moment: datetime) -> Tokenizer:
     try:
         tokenizer = Tokenizer.load(model, folder, moment)
     except ValueError as error:
         raise Refused(f"tokenizer: {error}") from error
-    size = read_config(model).get("vocab_size")
-    if type(size) is int and tokenizer.vocab_size > size:  # the engine refuses a size that is not a number
+    if tokenizer.vocab_size > size:
         raise Refused(
             f"{(folder or model) / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, but vocab_size is {size} in "
             f"{model / 'config.json'}: they do not belong together: leave out --tokenizer, or take the model's own"
@@ -94,7 +95,7 @@ def _load_tokenizer(model: Path, folder: Path | None, moment: datetime) -> Token
     return tokenizer
 
 
-def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
+def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) -> EngineConfig:
     """Return the engine's config: fields of the job with the same name, and those that depend on model, device or
     table. `rows` are those of the whole table, so that all shards compute in the same way, as the job does whole."""
     device = device_of(spec.device)
@@ -103,7 +104,7 @@ def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:
     resolved = {
         "model": model,
         "device": device,
-        "max_model_len": context_length(model, spec.max_model_len),
+        "max_model_len": shape.max_positions if spec.max_model_len is None else spec.max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": spec.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[device],
         # Incremental runs must all compute in the same way, even those with few rows.

@@ -32,14 +32,17 @@ from batchinfer.formats.scheme import WeightScheme
 from batchinfer.host.files import write_checksums
 from batchinfer.models.config import read_model_config
 from batchinfer.models.layer import LAYERS
-from batchinfer.models.weights import SafetensorsWeights, tensor_names
+from batchinfer.models.weights import SafetensorsWeights, tensor_names, with_stored_head
 from batchinfer.quantize.channel_scales import scale_channels
 from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.layer_inputs import Calibration
 from batchinfer.quantize.methods import Method
 from batchinfer.quantize.rotated_weights import RotatedWeights
 
-_COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "*.jinja", "vocab*", "merges.txt")
+_COPIED = (
+    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.jinja", "additional_chat_templates/*.jinja",
+)  # fmt: skip
 _CALIBRATION = "calibration"
 STATE = "quantize.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float32, "float32": torch.float32}
@@ -79,24 +82,25 @@ class Quantizer:
         sequences: list[NDArray[np.int32]] | None = None,
         rotation: int | None = None,
     ) -> None:
-        self.config = c = read_model_config(model)
-        if c.form is not None:
-            raise ValueError(f"{model} is quantized already ({c.form.name}); take its floating-point one")
-        for layer in c.layers:
+        named = read_model_config(model)
+        if named.form is not None:
+            raise ValueError(f"{model} is quantized already ({named.form.name}); take its floating-point one")
+        for layer in named.layers:
             for matrix in layer.matrices:
                 if scheme.group_size and matrix.columns % scheme.group_size:
                     raise ValueError(
                         f"--group-size {scheme.group_size} does not divide the {matrix.columns} columns of "
                         f"{layer.prefix}{matrix.name}; take a smaller one, or 0"
                     )
-        if c.dtype not in DTYPES:
-            raise ValueError(f"{model}: dtype is {c.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if named.dtype not in DTYPES:
+            raise ValueError(f"{model}: dtype is {named.dtype!r}; it must be one of {', '.join(DTYPES)}")
         self.model, self.output, self.method = model, output, method
-        self.scheme = replace(scheme, scale_type=c.dtype)
+        self.scheme = replace(scheme, scale_type=named.dtype)
         weights = SafetensorsWeights(model)
+        self.config = c = with_stored_head(named, weights)
         self.weights = weights if rotation is None else RotatedWeights(weights, c, rotation)
         self.checksums = weights.checksums
-        self.untied = c.tied and rotation is not None
+        self.untied = named.tied and (rotation is not None or not c.tied)
         self._check(weights, sequences)
         stamp = {
             "batchinfer": __version__,
@@ -142,7 +146,7 @@ class Quantizer:
                 continue
             prefix = "" if layer < 0 else layers[layer].prefix
             tensors = {name.removeprefix(prefix): self.weights.read(name) for name in group}
-            report = LayerReport(layer, {}, [], resumed=False)
+            report = LayerReport(layer, {}, list(self.config.notes), resumed=False)
             if layer >= 0:
                 report = self._layer(layer, tensors)
             elif self.calibration is not None:
@@ -280,7 +284,9 @@ class Quantizer:
         (self.output / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
         for pattern in _COPIED:
             for source in self.model.glob(pattern):
-                shutil.copyfile(source, self.output / source.name)
+                target = self.output / source.relative_to(self.model)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(source, target)
         config = json.loads((self.model / "config.json").read_text())
         config["quantization_config"] = quantization_config(self.scheme, [self.config.head.name])
         if self.untied:

@@ -26,7 +26,7 @@ from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.gguf_weights import GGUFWeights
 from batchinfer.models.loader import load_decoder
-from batchinfer.models.weights import RandomWeights, SafetensorsWeights, WeightSource
+from batchinfer.models.weights import RandomWeights, SafetensorsWeights, WeightSource, with_stored_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -51,11 +51,12 @@ class ModelRunner:
         _check_scheme(self.scheme, self.backend)
         self.dtype = _dtype(config, model.dtype, self.backend)
         weights = _weights(config, model, self.dtype, self.backend.device)
+        model = with_stored_head(model, weights)
         path = FourBitPath.choose(config, self.scheme, self.dtype, self.backend)
         loaded = load_decoder(model, self.scheme, self.dtype, weights, self.backend, path.packed)
         self.decoder = loaded.decoder
         self.kv_dtype = _kv_dtype(config, self.decoder.stream, self.backend)
-        self.notes: list[str] = []
+        self.notes = list(model.notes)
         if isinstance(self.backend, CpuBackend) and not bits_are_kept():
             self.notes.append(BITS_NOT_KEPT)
         if weights.stored_as is not None:

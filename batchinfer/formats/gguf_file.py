@@ -27,7 +27,11 @@ TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 8: ("Q8_0", 32, 34),
     12: ("Q4_K", 256, 144), 14: ("Q6_K", 256, 210),
 }  # fmt: skip
-_OTHERS = {3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 15: "Q8_K", 39: "MXFP4"}
+_OTHERS = {
+    3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 15: "Q8_K", 16: "IQ2_XXS",
+    17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M",
+    34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,10 @@ class StoredTensor:
 
 
 class GGUFFile:
-    """A GGUF file's `metadata` by key and `tensors` by name. Raises `ValueError` saying what is wrong, and where."""
+    """A GGUF file's `metadata` by key and `tensors` by name. Raises `ValueError` saying what is wrong, and where.
+
+    Tensors of a type that is not supported are only in `unsupported`: their names by the type.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,10 +77,14 @@ class GGUFFile:
         described = [self._description() for _ in range(tensors)]
         base = -(-self._at // alignment) * alignment
         self.tensors: dict[str, StoredTensor] = {}
+        self.unsupported: dict[str, list[str]] = {}
         for name, kind, shape, offset in described:
             if name in self.tensors:
                 raise ValueError(f"{path}: tensor {_short(name)} is there twice")
-            self.tensors[name] = self._located(name, kind, shape, base, offset, alignment)
+            if kind in TYPES:
+                self.tensors[name] = self._located(name, kind, shape, base, offset, alignment)
+            else:
+                self.unsupported.setdefault(_OTHERS.get(kind, f"number {kind}"), []).append(_short(name))
 
     def read(self, tensor: StoredTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Return a copy of a tensor's bytes."""
@@ -82,11 +93,6 @@ class GGUFFile:
     def _located(
         self, name: str, kind: int, shape: tuple[int, ...], base: int, offset: int, alignment: int
     ) -> StoredTensor:
-        if kind not in TYPES:
-            raise ValueError(
-                f"{self.path}: tensor {_short(name)} is of type {_OTHERS.get(kind, kind)}; supported are "
-                f"{', '.join(entry[0] for entry in TYPES.values())}: take another quantization of the model"
-            )
         label, elements, nbytes = TYPES[kind]
         if shape[-1] % elements:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""`ModelConfig`: the shape of a decoder, read from a checkpoint's `config.json`. Unknown fields are refused."""
+"""`ModelConfig`: the shape of a decoder, read from a checkpoint's `config.json`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from batchinfer.errors import Refused
 from batchinfer.host.files import read_object
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import cwm, internlm3, iquestcoder, llama, ministral, mistral, qwen2, qwen3
+from batchinfer.models.known_fields import read_fields
 from batchinfer.models.layer import Attention, Layer, Matrix, Norm
 from batchinfer.models.rope import Rope, read_rope
 
@@ -18,22 +20,6 @@ if TYPE_CHECKING:  # the formats import torch, which takes long: only a quantize
 
 MAX_MESSAGE = 1000  # characters of an error message, which quotes a value of any size
 
-# Fields that do not change what the model computes here.
-_IGNORED = {
-    "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
-    "id2label", "initializer_range", "is_decoder", "label2id", "max_window_layers", "name_or_path", "pad_token_id",
-    "torch_dtype", "transformers_version", "use_cache", "use_sliding_window", "return_dict", "task_specific_params",
-    "tokenizer_class", "model_type", "problem_type", "finetuning_task", "prefix",
-}  # fmt: skip
-# Fields that change the result, and the one value that is supported.
-_FIXED: dict[str, Any] = {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0, "use_mrope": False}
-_USED = {
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
-    "rope_parameters", "sliding_window", "layer_types", "tie_word_embeddings", "attention_bias", "mlp_bias",
-    "quantization_config",
-}  # fmt: skip
-
 
 class Family(Protocol):
     """A model family: a module in `models/families/`."""
@@ -41,6 +27,16 @@ class Family(Protocol):
     @property
     def ARCHITECTURES(self) -> tuple[str, ...]:
         """The names that `architectures` in config.json may have."""
+        ...
+
+    @property
+    def DEFAULTS(self) -> Mapping[str, Any]:
+        """The fields that only some families read, and fields with a default of this family's own."""
+        ...
+
+    @property
+    def FIXED(self) -> Mapping[str, Any]:
+        """Fields that would change the result, each with the one value that is supported."""
         ...
 
     def layers(self, config: ConfigFile) -> list[Layer]:
@@ -78,6 +74,7 @@ class ModelConfig:
     rope: Rope
     dtype: str
     form: Format | None  # the format of quantized weights; None for floating-point weights
+    notes: tuple[str, ...] = ()  # for the report: what in config.json is not followed
 
     @property
     def vocab_size(self) -> int:
@@ -109,8 +106,8 @@ class ModelConfig:
             yield f"{self.head.name}.weight", (self.vocab_size, self.hidden_size)
 
 
-def read_model_config(model: Path) -> ModelConfig:
-    """Read the config in a checkpoint's folder.
+def read_model_config(model: Path, quantization: bool = True) -> ModelConfig:
+    """Read the config in a checkpoint's folder; without `quantization`, as if its weights were in floating point.
 
     Raises `ValueError` naming a field, its value and what is supported.
     """
@@ -120,18 +117,27 @@ def read_model_config(model: Path) -> ModelConfig:
     except FileNotFoundError:
         raise ValueError(f"{model} has no config.json; a model is a folder in the Hugging Face layout") from None
     try:
-        return parse_model_config(raw)
+        return parse_model_config(raw if quantization else {**raw, "quantization_config": None})
     except ValueError as error:
         raise ValueError(f"{model}/{error}"[:MAX_MESSAGE]) from None
+
+
+def read_shape(model: Path) -> ModelConfig:
+    """Read the config without its quantization, and without torch. Raises `Refused` for a model that cannot run."""
+    try:
+        return read_model_config(model, quantization=False)
+    except ValueError as error:
+        raise Refused(f"model {error}") from error
 
 
 def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     """Make the config from parsed JSON. Raises `ValueError` as `read_model_config` does."""
     family = _family(raw)
-    _refuse_unknown(raw)
-    config = ConfigFile(raw)
+    config, unknown = read_fields(raw, family.DEFAULTS, family.FIXED)
     layers = tuple(family.layers(config))
     vocab, hidden, positions = (config.size(key) for key in ("vocab_size", "hidden_size", "max_position_embeddings"))
+    quantization = config.get("quantization_config")
+    names = ", ".join(unknown)
     return ModelConfig(
         embedding=Matrix("model.embed_tokens", vocab, hidden),
         layers=layers,
@@ -139,10 +145,11 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
         head=Matrix("lm_head", vocab, hidden),
         tied=config.flag("tie_word_embeddings"),
         max_positions=positions,
-        norm_eps=config.number("rms_norm_eps", 1e-6),
+        norm_eps=config.number("rms_norm_eps"),
         rope=read_rope(config, layers[0].attention.head_dim, positions),
         dtype=stored_dtype(raw),
-        form=_form(raw["quantization_config"]) if raw.get("quantization_config") else None,
+        form=_form(quantization) if quantization else None,
+        notes=(f"fields of config.json that are not read, as in transformers: {names}",) if unknown else (),
     )
 
 
@@ -154,7 +161,9 @@ def stored_dtype(raw: Mapping[str, Any]) -> str:
 def _family(raw: dict[str, Any]) -> Family:
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(f"config.json: model_type is {name!r}; supported are {', '.join(FAMILIES)}")
+        text = raw.get("text_config")
+        inside = f", which wraps a language model of type {text.get('model_type')!r}" if isinstance(text, dict) else ""
+        raise ValueError(f"config.json: model_type is {name!r}{inside}; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     named = raw.get("architectures")
     if named and named not in [[architecture] for architecture in family.ARCHITECTURES]:
@@ -167,17 +176,3 @@ def _form(quantization: Any) -> Format:
     from batchinfer.formats.registry import checkpoint_format
 
     return checkpoint_format(quantization)
-
-
-def _refuse_unknown(raw: dict[str, Any]) -> None:
-    if "auto_map" in raw:
-        raise ValueError("config.json: auto_map asks to run code from the checkpoint, which is never done")
-    for key, value in raw.items():
-        if key in _FIXED:
-            if value is not None and value != _FIXED[key]:
-                raise ValueError(f"config.json: {key} is {value!r}; supported is {_FIXED[key]!r}")
-        elif key not in _USED | _IGNORED and not key.startswith("_") and value not in (None, False, {}, []):
-            raise ValueError(
-                f"config.json: {key} is {value!r}, a field that is not known and may change the result; "
-                "remove it if it does not matter"
-            )

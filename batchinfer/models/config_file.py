@@ -19,8 +19,9 @@ class ConfigFile:
     A field that is null counts as missing.
     """
 
-    def __init__(self, fields: dict[str, Any]) -> None:
-        self.fields = fields
+    def __init__(self, fields: dict[str, Any], name: str = "config.json") -> None:
+        """Take the fields of the file, or of the object in it that `name` ends with."""
+        self.fields, self.name = fields, name
 
     def get(self, key: str) -> Any:
         """Return the field unchecked, or None if it is missing."""
@@ -28,33 +29,39 @@ class ConfigFile:
 
     def size(self, key: str, default: int | None = None) -> int:
         """Return the field, an integer of 1 or more."""
-        value = default if self.get(key) is None else self.get(key)
+        value = self._given(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST[key]:
-            raise ValueError(f"config.json: {key} is {value!r}; it must be a whole number from 1 to {_LARGEST[key]}")
+            raise ValueError(f"{self.name}: {key} is {value!r}; it must be a whole number from 1 to {_LARGEST[key]}")
         return value
 
     def size_or_none(self, key: str) -> int | None:
         """Return the field, an integer of 1 or more, or None if it is missing."""
         return None if self.get(key) is None else self.size(key)
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float | None = None) -> float:
         """Return the field, a positive number."""
-        value = default if self.get(key) is None else self.get(key)
+        value = self._given(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST:
-            raise ValueError(f"config.json: {key} is {value!r}; it must be a positive number")
+            raise ValueError(f"{self.name}: {key} is {value!r}; it must be a positive number")
         return float(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
         """Return the field, true or false."""
-        value = default if self.get(key) is None else self.get(key)
+        value = self._given(key, default)
         if not isinstance(value, bool):
-            raise ValueError(f"config.json: {key} is {value!r}; it must be true or false")
+            raise ValueError(f"{self.name}: {key} is {value!r}; it must be true or false")
         return value
 
-    def object(self, *keys: str) -> "ConfigFile":
-        """Return the first of these fields that is not empty, an object; an empty object if all of them are empty."""
-        key = next((key for key in keys if self.get(key)), keys[0])
-        value = self.get(key) or {}
+    def object(self, key: str) -> "ConfigFile":
+        """Return the field, an object; an empty one if it is missing."""
+        value = self._given(key, {})
         if not isinstance(value, dict):
-            raise ValueError(f"config.json: {key} is {value!r}; it must be an object")
-        return ConfigFile(value)
+            raise ValueError(f"{self.name}: {key} is {value!r}; it must be an object")
+        return ConfigFile(value, f"{self.name}: {key}")
+
+    def _given(self, key: str, default: Any) -> Any:
+        value = default if self.get(key) is None else self.get(key)
+        if value is None:
+            told = f"{self.name}: {key} is null" if key in self.fields else f"{self.name} has no {key}"
+            raise ValueError(f"{told}; it must have a value")
+        return value

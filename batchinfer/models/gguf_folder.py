@@ -5,26 +5,39 @@ of a job imports it.
 """
 
 import json
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from batchinfer.formats.gguf_file import GGUFFile
-from batchinfer.models.gguf_tokenizer import tokenizer_files
+from batchinfer.formats.gguf_file import TYPES, GGUFFile
+from batchinfer.models.gguf_tokenizer import end_of_text_ids, tokenizer_files
 
 WEIGHTS = "model.gguf"
+_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 
 
 def unpack_gguf(path: Path, folder: Path, tokenizer: bool = True) -> None:
     """Write config.json, generation_config.json, the tokenizer's files and a link to the GGUF file to `folder`.
 
-    Without `tokenizer`, the file's tokenizer is not read. Raises `ValueError` for a file that is damaged or not
-    supported.
+    Without `tokenizer`, the file's tokenizer is not read. Raises `ValueError` for a file that is damaged, or naming all
+    that is not supported.
     """
     file = GGUFFile(path)
-    files = {"config.json": _config(file), **(tokenizer_files(file) if tokenizer else {})}
-    eos_ids = _eos_ids(file)
+    _refuse_part(file)
+    architecture = _architecture(file)
+    refusals, files = [], {}
+    try:
+        files = tokenizer_files(file) if tokenizer else {}
+    except ValueError as error:
+        refusals.append(str(error))
+    if file.unsupported:
+        refusals.append(_types(file))
+    if refusals:
+        raise ValueError("; and ".join(refusals))
+    files["config.json"] = _config(file, architecture)
+    eos_ids = end_of_text_ids(file)
     files["generation_config.json"] = {"eos_token_id": eos_ids} if eos_ids else {}
     folder.mkdir(parents=True, exist_ok=True)
     # Each file is moved there by a rename, because another job may be reading the same folder.
@@ -36,13 +49,44 @@ def unpack_gguf(path: Path, folder: Path, tokenizer: bool = True) -> None:
             (Path(scratch) / name).replace(folder / name)
 
 
-def _config(file: GGUFFile) -> dict[str, Any]:
-    architecture = _entry(file, "general.architecture", str)
+def _refuse_part(file: GGUFFile) -> None:
+    """Raise `ValueError` if the model is in several files, by the file's own entry or by its name."""
+    name = _PART.fullmatch(file.path.name)
+    count = file.metadata.get("split.count") or (int(name["count"]) if name else 1)
+    if type(count) is not int or count < 2:
+        return
+    others = "its other files"
+    if name is not None:
+        numbers = [i for i in range(1, count + 1) if i != int(name["number"])]
+        others = ", ".join(f"{name['stem']}-{i:05}-of-{count:05}.gguf" for i in numbers[:3])
+        others += f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
+    raise ValueError(
+        f"{file.path} is one of {count} files of a model, with {others}; only a whole file is supported: join them by "
+        "llama.cpp's `llama-gguf-split --merge FIRST OUT`, or take a file of the model that is not split"
+    )
+
+
+def _architecture(file: GGUFFile) -> str:
+    architecture: str = _entry(file, "general.architecture", str)
     if architecture not in FAMILIES:
         raise ValueError(
             f"{file.path}: general.architecture is {_shown(architecture)}; supported are "
             f"{', '.join(FAMILIES)} (Mistral models say llama)"
         )
+    return architecture
+
+
+def _types(file: GGUFFile) -> str:
+    """Say which tensors are of types that are not supported."""
+    found = [
+        f"{len(names)} tensor{'s' if len(names) > 1 else ''} of type {kind} ({names[0]}{', ...' if names[1:] else ''})"
+        for kind, names in sorted(file.unsupported.items())
+    ]
+    supported = ", ".join(name for name, _, _ in TYPES.values())
+    return f"{file.path} has {', '.join(found)}; supported are {supported}: take another quantization of the model"
+
+
+def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
     tensors = file.tensors
     for name in ("token_embd.weight", "blk.0.ffn_gate.weight"):
         if name not in tensors:
@@ -93,12 +137,6 @@ def _rope(file: GGUFFile, architecture: str, number: Any) -> dict[str, Any]:
     if kind == "yarn":
         rope["original_max_position_embeddings"] = number("rope.scaling.original_context_length")
     return rope
-
-
-def _eos_ids(file: GGUFFile) -> list[int]:
-    """Return the ids of the tokens that end a text, a turn or a message, as far as the file names them."""
-    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
-    return sorted({file.metadata[key] for key in keys if isinstance(file.metadata.get(key), int)})
 
 
 def _entry(file: GGUFFile, key: str, kind: type) -> Any:

@@ -24,6 +24,13 @@ _PATTERNS = {
     "default": (r"[\p{P}$+<=>^~|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9]{3}"),
 }
 _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+# Tokens at which llama.cpp ends an answer by their text (llama_vocab::impl::load in src/llama-vocab.cpp of
+# ggml-org/llama.cpp), whatever the file says of them; without the tokens of code infilling, which end no answer.
+_ENDS = {
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
+    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+}  # fmt: skip
 _REMEDY = "give the original tokenizer with --tokenizer"
 
 
@@ -40,12 +47,31 @@ def tokenizer_files(file: GGUFFile) -> dict[str, Any]:
         raise ValueError(f"{file.path}: its tokenizer is damaged ({str(error)[:100]!a}); {_REMEDY}") from error
 
 
+def end_of_text_ids(file: GGUFFile) -> list[int]:
+    """Return the ids of the tokens that end a text, a turn or a message: those the file names, and those of `_ENDS`."""
+    keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
+    ids = {file.metadata[key] for key in keys if isinstance(file.metadata.get(key), int)}
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    return sorted(ids.union(_ends(tokens) if isinstance(tokens, list) else ()))
+
+
+def _ends(tokens: list[str]) -> list[int]:
+    found = {text: i for i, text in enumerate(tokens) if text in _ENDS}
+    if {"<|return|>", "<|call|>"} <= found.keys() or {"<|calls|>", "<|flush|>"} <= found.keys():
+        found.pop("<|end|>", None)  # it ends a part of an answer there
+    if "<|tool_response>" in found:
+        found.pop("</s>", None)  # a word like any other there
+    return list(found.values())
+
+
 def _files(file: GGUFFile) -> dict[str, Any]:
     tokens = _column(file, "tokens", list)
     kinds = file.metadata.get("tokenizer.ggml.token_type")
     kinds = [_NORMAL] * len(tokens) if kinds is None else list(map(int, kinds))
     if len(kinds) != len(tokens) or len(set(tokens)) != len(tokens):
         raise ValueError(f"{file.path}: tokenizer.ggml.tokens and token_type do not fit together, or tokens repeat")
+    for i in _ends(tokens):
+        kinds[i] = _CONTROL
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
         made = _byte_level(file, tokens)

@@ -50,6 +50,10 @@ class GGUFWeights:
         """Return a module's weight [N, K]."""
         return self.take(f"{module}.weight", shape)
 
+    def has_own_head(self, config: ModelConfig) -> bool:
+        """Return False: the config was made from this file, and ties the head only if the file has none."""
+        return False
+
     def drop(self, name: str) -> None:
         """Count a tensor as used without reading it; it may be missing."""
         self.taken.add(self._stored_name(name))

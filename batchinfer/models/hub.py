@@ -8,7 +8,7 @@ from typing import Any
 from batchinfer.errors import Refused
 from batchinfer.host.files import read_object
 
-TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "*.jinja", "*config.json"]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "*config.json"]
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]  # never a pickle
 
 
@@ -115,16 +115,3 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise Refused(f"model {folder}: cannot read config.json ({error.strerror})") from error
     except ValueError as error:
         raise Refused(f"model {error}") from error
-
-
-def context_length(folder: Path, asked: int | None) -> int:
-    """Return the most tokens of a row, prompt and answer together: `asked`, or by default the checkpoint's limit.
-
-    Raises `Refused` if there is neither.
-    """
-    if asked is not None:
-        return asked
-    length = read_config(folder).get("max_position_embeddings")
-    if type(length) is not int or length < 2:
-        raise Refused(f"model {folder}: config.json has no max_position_embeddings; give --max-model-len")
-    return length

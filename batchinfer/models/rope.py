@@ -88,12 +88,23 @@ class Rope:
 def read_rope(config: ConfigFile, head_dim: int, positions: int) -> Rope:
     """Read `rope_parameters`, which newer checkpoints have, or `rope_scaling` and `rope_theta`, which older ones have.
 
-    Raises `ValueError` naming what is not supported.
+    Raises `ValueError` naming what is not supported, or both fields if they say different things.
     """
-    scaling = config.object("rope_parameters", "rope_scaling")
+    given = [key for key in ("rope_parameters", "rope_scaling") if config.get(key)] or ["rope_parameters"]
+    found = [_read(config, config.object(key), head_dim, positions) for key in given]
+    if found[0] != found[-1]:
+        raise ValueError(
+            f"config.json has rope_parameters {config.get('rope_parameters')} and rope_scaling "
+            f"{config.get('rope_scaling')}, which say different things: keep the one that is meant, with its rope_theta"
+        )
+    return found[0]
+
+
+def _read(config: ConfigFile, scaling: ConfigFile, head_dim: int, positions: int) -> Rope:
+    """Read one of the two objects; what it leaves out comes from the config."""
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     known = {
-        "default": set(),
+        "default": {"mrope_section", "mrope_interleaved"},  # positions of images; those of text are all alike
         "linear": {"factor"},
         "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
         "yarn": {
@@ -104,11 +115,15 @@ def read_rope(config: ConfigFile, head_dim: int, positions: int) -> Rope:
     }  # fmt: skip
     if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"config.json: RoPE scaling {kind!r} is not supported; supported are {', '.join(known)}")
+    if by_layer := [key for key, value in scaling.fields.items() if isinstance(value, dict)]:
+        raise ValueError(
+            f"{scaling.name} has RoPE for each type of layer ({', '.join(by_layer)}); supported is one for all layers"
+        )
     for key in scaling.fields.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"} - known[kind]:
         raise ValueError(f"config.json: RoPE scaling {kind!r} has a field {key!r} that is not known")
     if scaling.fields.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("config.json: partial_rotary_factor other than 1 is not supported")
-    theta = (scaling if "rope_theta" in scaling.fields else config).number("rope_theta", 10000.0)
+    theta = (scaling if "rope_theta" in scaling.fields else config).number("rope_theta")
     if kind == "default":
         return Rope("default", theta, head_dim)
     if kind == "divided":
@@ -120,10 +135,11 @@ def read_rope(config: ConfigFile, head_dim: int, positions: int) -> Rope:
         ):
             raise ValueError(f"config.json: RoPE's divisors is {divisors!r}; expected {head_dim // 2} positive numbers")
         return Rope("divided", theta, head_dim, divisors=tuple(divisors))
-    factor = scaling.number("factor", 0.0)
-    original = scaling.size("original_max_position_embeddings", positions)
+    factor = scaling.number("factor")
     if kind == "linear":
         return Rope("linear", theta, head_dim, factor)
+    inside = scaling if config.get("original_max_position_embeddings") is None else config
+    original = inside.size("original_max_position_embeddings", positions)
     if kind == "llama3":
         low, high = scaling.number("low_freq_factor", 1.0), scaling.number("high_freq_factor", 4.0)
         return Rope("llama3", theta, head_dim, factor, original, low, high)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.registry import Format
 from batchinfer.host.files import Checksums, read_object, refuse_pointer
+from batchinfer.models.config import ModelConfig
 
+ROWS = 1024  # of a matrix, compared at a time
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -33,9 +36,22 @@ class WeightSource(Protocol):
         """Count a tensor as used without reading it."""
         ...
 
+    def has_own_head(self, config: ModelConfig) -> bool:
+        """Return whether the tensors hold a head, and it is another matrix than the embedding."""
+        ...
+
     def finish(self) -> None:
         """Raise `ValueError` if a tensor was not used or a file's checksum is wrong."""
         ...
+
+
+def with_stored_head(config: ModelConfig, weights: WeightSource) -> ModelConfig:
+    """Return the config with the head that is stored: the tensors decide, whatever `tie_word_embeddings` says."""
+    if not config.tied or not weights.has_own_head(config):
+        return config
+    head, embedding = f"{config.head.name}.weight", f"{config.embedding.name}.weight"
+    note = f"tie_word_embeddings is true, but {head} is stored and differs from {embedding}: the stored one is used"
+    return replace(config, tied=False, notes=(*config.notes, note))
 
 
 class SafetensorsWeights:
@@ -66,6 +82,18 @@ class SafetensorsWeights:
     def has(self, name: str) -> bool:
         """Return whether there is a tensor of this name."""
         return name in self.files
+
+    def has_own_head(self, config: ModelConfig) -> bool:
+        """Compare the head with the embedding, a slice of both at a time."""
+        head, embedding = f"{config.head.name}.weight", f"{config.embedding.name}.weight"
+        if not self.has(head) or not self.has(embedding):
+            return False
+        with safe_open(self._file(head), "pt") as left, safe_open(self._file(embedding), "pt") as right:
+            ours, theirs = left.get_slice(head), right.get_slice(embedding)
+            if ours.get_shape() != theirs.get_shape() or ours.get_dtype() != theirs.get_dtype():
+                return True
+            starts = range(0, config.vocab_size, ROWS)
+            return not all(torch.equal(ours[i : i + ROWS], theirs[i : i + ROWS]) for i in starts)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the tensor's shape from the file's header. Raises `ValueError` if it is missing."""
@@ -155,6 +183,10 @@ class RandomWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return (): a format that asks for a stored shape gets a scalar."""
         return ()
+
+    def has_own_head(self, config: ModelConfig) -> bool:
+        """Return False: the config decides."""
+        return False
 
     def drop(self, name: str) -> None:
         """Do nothing."""

@@ -11,16 +11,23 @@ from contextlib import contextmanager
 from datetime import datetime
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 from tokenizers import AddedToken
 
-from batchinfer.host.files import read_object, refuse_pointer
 from batchinfer.kernels.ragged import ranges
+from batchinfer.text.added_tokens import add_tokens, tokens_outside
 from batchinfer.text.chat import MARK_END, MARK_START, ChatError, ChatTemplate, Message, mark
+from batchinfer.text.tokenizer_files import (
+    end_of_text_ids,
+    named_tokens,
+    read_bytes,
+    read_json,
+    template_source,
+    tokenizer_config,
+)
 
 TokenIds = NDArray[np.int32]  # the rows' token ids, one row after the other
 Offsets = NDArray[np.int64]  # row i is token_ids[offsets[i]:offsets[i + 1]]
@@ -104,22 +111,31 @@ class Tokenizer:
                 f"{folder} has no tokenizer.json; save one there with transformers: "
                 "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
             )
-        data = _read(file)
+        data = read_bytes(file)
         with _naming(file):
             backend = tokenizers.Tokenizer.from_buffer(data)
-        config = _read_json(folder / "tokenizer_config.json")
-        named = _named_tokens(folder, config)
-        eos_ids = _eos_ids(model_dir)
+        config = tokenizer_config(folder)
+        in_file, size = _added(backend), read_json(model_dir / "config.json").get("vocab_size")
+        left_out = add_tokens(backend, tokens_outside(folder, config), size if type(size) is int else None)
+        named = named_tokens(config)
+        eos_ids = end_of_text_ids(model_dir)
         if eos_ids is None:
             eos_id = backend.token_to_id(named.get("eos_token", ""))
             eos_ids = () if eos_id is None else (eos_id,)
-        source = _template_source(folder, config)
+        source = template_source(folder, config)
         try:
             template = None if source is None else ChatTemplate.compile(source, named, moment)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
+        for text in left_out:
+            if source is not None and any(name in source for name in (text, *(k for k in named if named[k] == text))):
+                raise ValueError(
+                    f"{folder}: the chat template writes {text[:50]!a}, a token beyond the model's vocab_size {size}"
+                )
         digest = hashlib.sha256(data)
         digest.update(json.dumps([eos_ids, named, source], sort_keys=True).encode())
+        if (added := _added(backend)) != in_file:
+            digest.update(added.encode())
         bos_id = backend.token_to_id(named.get("bos_token", ""))
         with _naming(file):
             return Tokenizer(backend, bos_id, eos_ids, template, digest.hexdigest())
@@ -246,6 +262,11 @@ def _one_of(texts: list[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
+def _added(backend: tokenizers.Tokenizer) -> str:
+    """Return the added tokens as a text: their ids, their characters, and how they are matched."""
+    return repr(sorted((i, repr(token)) for i, token in backend.get_added_tokens_decoder().items()))
+
+
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
     """Turn whatever the tokenizers library raises inside into a `ValueError` that names the file."""
@@ -255,57 +276,3 @@ def _naming(file: Path) -> Iterator[None]:
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise ValueError(f"{file} is not a file of the tokenizers library: {str(error)[:500]}") from error
-
-
-def _read(path: Path) -> bytes:
-    refuse_pointer(path)
-    return path.read_bytes()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path) if path.is_file() else {}
-
-
-def _named_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Return the text of bos_token, eos_token and so on. Older checkpoints have them in a file of their own."""
-    older = {} if "added_tokens_decoder" in config else _read_json(folder / "special_tokens_map.json")
-    named = {}
-    for key, value in {**config, **older}.items():
-        text = value.get("content") if isinstance(value, dict) else value
-        if key.endswith("_token") and isinstance(text, str):
-            named[key] = text
-    return named
-
-
-def _eos_ids(model_dir: Path) -> tuple[int, ...] | None:
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(model_dir / name).get("eos_token_id")
-        if value is not None:
-            ids = value if isinstance(value, list) else [value]
-            if not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):
-                raise ValueError(
-                    f"{model_dir / name}: eos_token_id is {str(value)[:50]!a}; expected one id or a list of ids"
-                )
-            return tuple(ids)
-    return None
-
-
-def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
-    """Return the chat template's source, or None.
-
-    chat_template.jinja has precedence over the entry in tokenizer_config.json. Of several named templates, the one
-    called 'default' is taken.
-    """
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return _read(file).decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8: {error}") from None
-    source = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(source, list):
-        named = [e.get("template") for e in source if isinstance(e, dict) and e.get("name") == "default"]
-        source = named[-1] if named else None
-    if source is not None and not isinstance(source, str):
-        raise ValueError(f"{folder}: chat_template is a {type(source).__name__}; expected a text or named templates")
-    return source

@@ -16,11 +16,10 @@ from batchinfer.cost.simulate_steps import Steps, simulate
 from batchinfer.cost.step_cost import PRODUCTS, DeviceCost, Floats, Weights, Work, layer_weights, quantities
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.sampling_params import SamplingParams
-from batchinfer.errors import Refused
 from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.kernels.grain import MIN_ROWS, padded_size
 from batchinfer.kernels.ragged import Ints
-from batchinfer.models.config import ModelConfig, parse_model_config, stored_dtype
+from batchinfer.models.config import read_shape, stored_dtype
 from batchinfer.models.hub import read_config
 
 SAMPLE_ROWS = 2048
@@ -124,21 +123,12 @@ class Prediction:
         return self.start_seconds + self.load_seconds + self.generate_seconds
 
 
-def read_shape(config: EngineConfig) -> ModelConfig:
-    """Read the model's shape, without its quantization. Raises `Refused` for a model that cannot run."""
-    raw = {key: value for key, value in read_config(config.model).items() if key != "quantization_config"}
-    try:
-        return parse_model_config(raw)
-    except ValueError as error:
-        raise Refused(f"model {config.model}: {error}") from error
-
-
 class Job:
     """The simulated steps of a job, for three estimates of its output lengths. Any setting's time follows from them."""
 
     def __init__(self, shape: JobShape, config: EngineConfig) -> None:
         """Raises `Refused` for a model that cannot run."""
-        self.shape, self.config, self.model = shape, config, read_shape(config)
+        self.shape, self.config, self.model = shape, config, read_shape(config.model)
         prompts = shape.sample(config)
         most = shape.most_tokens(prompts)
         self.high = self._steps(prompts, most)

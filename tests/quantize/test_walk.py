@@ -87,6 +87,32 @@ def test_transformers_computes_from_it_what_we_do(
     assert note in engine_of(output).stats().notes[0]
 
 
+def test_the_files_of_the_tokenizer_come_along(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    model, output = shutil.copytree(make_model("llama"), tmp_path / "model"), tmp_path / "out"
+    beside = [Path("tokenizer.json"), Path("added_tokens.json"), Path("additional_chat_templates/default.jinja")]
+    for path in beside:
+        (model / path).parent.mkdir(exist_ok=True)
+        (model / path).write_text(path.name)
+    finished(Quantizer(model, output, weight_scheme("w8a16", 16), method("rtn")))
+    assert [(output / path).read_text() for path in beside] == [path.name for path in beside]
+
+
+@pytest.mark.parametrize("rotation", [None, 0])
+def test_a_head_that_is_stored_beside_a_tied_config_is_kept(
+    make_model: Callable[..., Path], tmp_path: Path, rotation: int | None
+) -> None:
+    model, output = shutil.copytree(make_model("llama", tie_word_embeddings=True), tmp_path / "model"), tmp_path / "out"
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    reports = finished(Quantizer(model, output, weight_scheme("w8a16", 16), method("rtn"), None, rotation))
+    assert any("lm_head.weight is stored and differs" in note for note in reports[0].notes)
+    assert json.loads((output / "config.json").read_text())["tie_word_embeddings"] is False
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for ours, expected in compare_logits(engine_of(output, quantization="none"), oracle, prompts_of(8, 100)):
+        assert torch.cosine_similarity(ours, expected, 0) > 0.95
+
+
 @pytest.mark.parametrize(("name", "rotation"), [("rtn", None), ("gptq", 5), ("awq", None)])
 def test_an_interrupted_run_goes_on_where_it_stopped(
     make_model: Callable[..., Path], tmp_path: Path, name: str, rotation: int | None

@@ -19,6 +19,11 @@ from batchinfer.jobs.spec import JobSpec
 
 STUB = "batchinfer.jobs.process.stub_engine:StubEngine"
 CONTEXT = 64
+# The least of a config.json that a job accepts, but for vocab_size.
+SHAPE: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1,
+    "max_position_embeddings": CONTEXT,
+}  # fmt: skip
 
 # Engines that misbehave, as a module that the child imports by name. `Slow` ends a few rows a step.
 ENGINES = """
@@ -123,7 +128,7 @@ def make_model(folder: Path, **shape: Any) -> Path:
     trainer = trainers.BpeTrainer(special_tokens=["<eos>"], initial_alphabet=alphabet, show_progress=False)
     made.train_from_iterator(["def count(words):"], trainer)
     made.save(str(folder / "tokenizer.json"))
-    config = {**shape, "max_position_embeddings": CONTEXT, "eos_token_id": 0, "vocab_size": made.get_vocab_size()}
+    config = {**SHAPE, **shape, "eos_token_id": 0, "vocab_size": made.get_vocab_size()}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 

@@ -21,6 +21,7 @@ from batchinfer.errors import Refused
 from batchinfer.host.files import Checksums
 from batchinfer.jobs.cli.main import main
 from batchinfer.jobs.job import run
+from batchinfer.llm import LLM
 from batchinfer.models.config import read_model_config
 from batchinfer.models.hub import resolve_model
 from batchinfer.models.weights import SafetensorsWeights, refuse_not_finite
@@ -240,6 +241,18 @@ def test_absurd_dimensions_end_the_job_with_65(model: Path, refused: Refusal) ->
     (model / "config.json").write_text(json.dumps({**config, "hidden_size": 1 << 40}))
     code, line = refused(model)
     assert code == 65 and f"{model / 'config.json'}: hidden_size is {1 << 40}; it must be" in line
+
+
+def test_the_type_is_refused_before_anything_else_is_asked_for(model: Path, refused: Refusal) -> None:
+    """A model for images and text, with neither max_position_embeddings nor a tokenizer that is read."""
+    wrapper = {"model_type": "mistral3", "text_config": {"model_type": "mistral", "max_position_embeddings": 512}}
+    (model / "config.json").write_text(json.dumps(wrapper))
+    (model / "tokenizer.json").write_text("no tokenizer")
+    code, line = refused(model)
+    said = "config.json: model_type is 'mistral3', which wraps a language model of type 'mistral'; supported are cwm,"
+    assert code == 65 and said in line
+    with pytest.raises(Refused, match="which wraps a language model of type 'mistral'"):
+        LLM(model)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding(model: Path, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from batchinfer.host.limits import limited
 from batchinfer.models.config import read_model_config
 from batchinfer.models.gguf_folder import unpack_gguf
 from batchinfer.models.gguf_weights import GGUFWeights
-from batchinfer.models.hub import context_length
 from batchinfer.models.weights import SafetensorsWeights
 from batchinfer.text.tokenizer import Tokenizer
 
@@ -189,7 +188,6 @@ CONFIGS = [
 
 
 def read_config(folder: Path) -> None:
-    context_length(folder, None)
     config = read_model_config(folder)
     assert config.attention.heads % config.attention.kv_heads == 0
     cos, _ = config.rope.tables(8)

@@ -19,7 +19,7 @@ import tokenizers
 import torch
 from chat_models import CHATML, save
 from product import product
-from stub_jobs import ENGINES, spec, write
+from stub_jobs import ENGINES, SHAPE, spec, write
 
 from batchinfer.formats.pack import unpack
 from batchinfer.jobs.job import run
@@ -243,7 +243,7 @@ def test_no_text_of_a_row_is_logged(tmp_path: Path, kind: str, engine: str) -> N
     (tmp_path / "main.py").write_text(MAIN)
     folder = save(tmp_path / "model", RAISES)
     size = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 256, "vocab_size": size}))
+    (folder / "config.json").write_text(json.dumps({**SHAPE, "max_position_embeddings": 256, "vocab_size": size}))
     # Rows 13 and 30 are those that engines die over.
     texts = [CANARY * 300, f"a {CANARY}", None, f"{CANARY}\x00", ""] * 7
     ids = [f"{CANARY}-{i}" for i in range(len(texts))]
@@ -331,7 +331,7 @@ def test_an_internal_error_of_the_job_is_logged_without_the_row(
 
 def test_a_template_reads_no_file_of_the_machine(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", "{% include '/etc/passwd' %}{% import 'os' as os %}{{ os.getcwd() }}")
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 64, "vocab_size": 1000}))
+    (folder / "config.json").write_text(json.dumps({**SHAPE, "vocab_size": 1000}))
     path = write(tmp_path / "in.parquet", prompt=["Hello"])
     run(spec(folder, path, chat=True), "batchinfer.jobs.process.stub_engine:StubEngine")
     [message] = pq.read_table(tmp_path / "out.parquet")["error_message"].to_pylist()

@@ -1,10 +1,17 @@
 """Code World Model (Meta 2025): Mistral with a window in the layers that `layer_types` names."""
 
+from typing import Any
+
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import mistral
 from batchinfer.models.layer import Layer
 
 ARCHITECTURES = ("CwmForCausalLM",)
+DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": 8192,
+    "mlp_bias": False,
+}  # fmt: skip
+FIXED: dict[str, Any] = {}
 
 
 def layers(config: ConfigFile) -> list[Layer]:

@@ -1,9 +1,14 @@
 """Llama (Touvron et al. 2023). The other families here are variations of its layer."""
 
+from typing import Any
+
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.layer import LAYERS, Attention, FeedForward, Layer, Matrix, Norm
 
 ARCHITECTURES = ("LlamaForCausalLM",)
+DEFAULTS: dict[str, Any] = {"attention_bias": False, "mlp_bias": False}
+# transformers keeps that many positions of a cache, but lets a prompt see all of its own.
+FIXED: dict[str, Any] = {"sliding_window": None}
 
 
 def layers(
@@ -11,15 +16,13 @@ def layers(
     *,
     window: int | None = None,
     first_window: int = 0,
-    head_dim: int | None = None,
     head_norm: bool = False,
     qkv_bias: bool = False,
 ) -> list[Layer]:
     """Describe the layers that `config.json` asks for.
 
     `window` is the attention window of the layers that `layer_types` names, or, if the file has no `layer_types`, of
-    the layers from `first_window` on. `head_dim` is the default for a missing `head_dim`, instead of
-    hidden_size / heads. Raises `ValueError` for sizes that do not fit together.
+    the layers from `first_window` on. Raises `ValueError` for sizes that do not fit together.
     """
     heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
     kv_heads = config.size("num_key_value_heads", heads)
@@ -27,9 +30,9 @@ def layers(
         raise ValueError(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
-    if head_dim is None and config.get("head_dim") is None and hidden % heads:
+    if config.get("head_dim") is None and hidden % heads:
         raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    d = config.size("head_dim", head_dim or hidden // heads)
+    d = config.size("head_dim", hidden // heads)
     if d % 2:
         raise ValueError(
             f"config.json: head_dim is {d}; it must be even, because rotary embedding takes pairs of numbers"

@@ -3,4 +3,5 @@
 from batchinfer.models.families import mistral
 
 ARCHITECTURES = ("MinistralForCausalLM",)
+DEFAULTS, FIXED = mistral.DEFAULTS, mistral.FIXED
 layers = mistral.layers

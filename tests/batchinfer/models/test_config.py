@@ -70,7 +70,6 @@ def test_rope_scaling_as_older_checkpoints_write_it(scaling: dict[str, Any]) -> 
 
 
 def test_windows_by_family() -> None:
-    assert parse(sliding_window=40).windows == (None,) * 3  # Llama has no such field
     assert parse(model_type="mistral", sliding_window=40).windows == (40,) * 3
     assert parse(model_type="mistral", sliding_window=None).windows == (None,) * 3
     assert parse(model_type="qwen2", sliding_window=40, max_window_layers=1).windows == (None,) * 3
@@ -78,6 +77,28 @@ def test_windows_by_family() -> None:
     assert parse(**used, max_window_layers=1).windows == (None, 40, 40)
     kinds = ["sliding_attention", "full_attention", "sliding_attention"]
     assert parse(**used, layer_types=kinds).windows == (40, None, 40)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+def test_rope_parameters_and_rope_scaling_must_say_the_same() -> None:
+    """transformers takes rope_scaling then, and loses the rope_theta that is only in rope_parameters."""
+    with pytest.raises(ValueError, match=r"rope_parameters \{.*'default'.*\} and rope_scaling \{.*'yarn'.*\}, which"):
+        parse(rope_parameters={"rope_type": "default", "rope_theta": 5e5}, rope_scaling=YARN)
+    with pytest.raises(ValueError, match="which say different things"):
+        parse(rope_parameters={**YARN, "rope_theta": 5e5}, rope_scaling=YARN)
+    both = parse(rope_parameters={**YARN, "rope_theta": 5e5}, rope_scaling=YARN, rope_theta=5e5)
+    assert both.rope == parse(rope_scaling=YARN, rope_theta=5e5).rope
+    assert parse(rope_parameters=YARN, rope_scaling=None).rope == parse(rope_parameters=YARN, rope_scaling={}).rope
+
+
+def test_original_positions_beside_rope_come_first() -> None:
+    parameters = {**YARN, "rope_theta": 5e5}
+    oracle = transformers.LlamaConfig(**{**BASE, "rope_parameters": parameters, "original_max_position_embeddings": 64})
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](oracle, torch.device("cpu"))
+    ours = parse(rope_parameters=parameters, original_max_position_embeddings=64).rope
+    torch.testing.assert_close(ours.frequencies(), expected, rtol=1e-6, atol=0)
 
 
 def test_a_head_dim_that_is_not_hidden_over_heads() -> None:
@@ -101,7 +122,16 @@ def test_a_head_dim_that_is_not_hidden_over_heads() -> None:
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "'longrope'"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "wobble": 1}}, "'wobble'"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "factor is 0.0"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling has no factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "rope_scaling: factor is null"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default"}, "sliding_attention": {}}},
+            "rope_parameters has RoPE for each type of layer (full_attention, sliding_attention)",
+        ),
+        ({"sliding_window": 40}, "sliding_window is 40; supported is null"),
+        ({"is_causal": False}, "is_causal is False; supported is True"),
+        ({"model_type": "internlm3", "qkv_bias": True}, "qkv_bias is True; supported is False"),
+        ({"model_type": "gemma3", "text_config": {"model_type": "g3"}}, "wraps a language model of type 'g3'"),
         ({"residual_multiplier": 0.22}, "residual_multiplier is 0.22"),
         ({"auto_map": {"AutoModel": "m.M"}}, "auto_map"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),

@@ -1,6 +1,7 @@
 """GGUF files against the format's own library and transformers; a damaged file gives a one-line error."""
 
 import json
+import shutil
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from gguf import GGMLQuantizationType as Q
 from gguf_models import TEXTS, add_byte_level, byte_level, write_model
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
-from batchinfer.formats.gguf_file import GGUFFile
 from batchinfer.formats.gguf_numbers import dequantize
 from batchinfer.models.gguf_folder import unpack_gguf
 from batchinfer.models.hub import resolve_model
@@ -61,6 +62,20 @@ def test_logits_are_those_of_transformers(
     assert engine.stats().notes == (
         [] if kind == "F32" else [f"the checkpoint is GGUF, {kind}: its matrices are expanded to float32 at load"]
     )
+
+
+def test_a_head_in_the_file_is_used_whatever_the_checkpoint_tied(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    model = shutil.copytree(make_model("llama", tie_word_embeddings=True), tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = -tensors["model.embed_tokens.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    write_model(tmp_path / "a.gguf", model, "F32")
+    unpack_gguf(tmp_path / "a.gguf", tmp_path / "unpacked")
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    for ours, expected in compare_logits(engine_of(tmp_path / "unpacked"), oracle, prompts_of(4, 60)):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_file_on_the_hub_is_as_one_that_lies_here(
@@ -246,15 +261,71 @@ def test_claims_beyond_the_file_are_refused(small: bytes, tmp_path: Path, at: in
         opened(small[:-40], tmp_path)
 
 
-def test_what_is_not_supported_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "a.gguf"
-    writer = gguf.GGUFWriter(path, "gemma")
-    writer.add_tensor("x", np.zeros((1, 144 + 32), np.uint8), raw_dtype=Q.Q5_K)
+def write_refused(path: Path, architecture: str, pre: str, **entries: int) -> Path:
+    writer = gguf.GGUFWriter(path, architecture)
+    add_byte_level(writer, byte_level("gpt-2"), pre)
+    for name, value in entries.items():
+        writer.add_uint16(name.replace("_", "."), value)
+    for name, kind, width in (("x", Q.Q5_K, 176), ("y", Q.Q5_K, 176), ("z", Q.IQ4_NL, 18)):
+        writer.add_tensor(name, np.zeros((1, width), np.uint8), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(
-        ValueError, match="tensor x is of type Q5_K; supported are F32, F16, BF16, Q4_0, Q8_0, Q4_K, Q6_K"
-    ):
-        GGUFFile(path)
+    return path
+
+
+TYPES = (
+    r"a.gguf has 1 tensor of type IQ4_NL \(z\), 2 tensors of type Q5_K \(x, ...\); supported are F32, F16, BF16, Q4_0, "
+    "Q8_0, Q4_K, Q6_K: take another quantization of the model$"
+)
+
+
+def test_what_is_not_supported_is_refused_by_name_and_at_once(tmp_path: Path) -> None:
+    """The type of the model first, because nothing else helps then."""
+    with pytest.raises(ValueError, match=r"a.gguf: general.architecture is 'gemma'; supported are llama, [^;]*$"):
+        unpack_gguf(write_refused(tmp_path / "a.gguf", "gemma", "smaug"), tmp_path / "unpacked")
+    path = write_refused(tmp_path / "a.gguf", "llama", "smaug")
+    with pytest.raises(ValueError, match=rf"tokenizer.ggml.pre is 'smaug'; .* with --tokenizer; and .*{TYPES}"):
+        unpack_gguf(path, tmp_path / "unpacked")
+    with pytest.raises(ValueError, match=TYPES):
+        unpack_gguf(path, tmp_path / "unpacked", tokenizer=False)
+    assert not (tmp_path / "unpacked").exists()
+
+
+def test_one_of_several_files_names_the_others(tmp_path: Path) -> None:
+    path = write_refused(tmp_path / "m-00002-of-00005.gguf", "llama", "gpt-2", split_count=5, split_no=1)
+    others = "m-00001-of-00005.gguf, m-00003-of-00005.gguf, m-00004-of-00005.gguf and 1 more"
+    for name in (path.name, "m-00002-of-00005.gguf"):
+        with pytest.raises(
+            ValueError, match=rf"{name} is one of 5 files of a model, with {others}; .*llama-gguf-split"
+        ):
+            unpack_gguf(path, tmp_path / "unpacked")
+        write_refused(path, "llama", "gpt-2")
+    renamed = write_refused(tmp_path / "m.gguf", "llama", "gpt-2", split_count=2)
+    with pytest.raises(ValueError, match="is one of 2 files of a model, with its other files; only a whole file"):
+        unpack_gguf(renamed, tmp_path / "unpacked")
+    whole = write_refused(tmp_path / "m-00001-of-00001.gguf", "llama", "gpt-2", split_count=1)
+    with pytest.raises(ValueError, match="type Q5_K"):
+        unpack_gguf(whole, tmp_path / "unpacked")
+
+
+@pytest.mark.parametrize("more", [(), ("<|return|>", "<|call|>")], ids=["", "harmony"])
+def test_the_end_of_a_turn_is_known_by_its_text(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """The file names only the end of the text, and has the others as ordinary tokens."""
+    made = byte_level("gpt-2")
+    made.add_tokens(["<|im_end|>", "<|endoftext|>", "<|im_start|>", *more])
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    texts = sorted(made.get_vocab(), key=made.get_vocab().__getitem__)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(texts)
+    writer.add_token_types([1] * len(texts))
+    writer.add_token_merges([" ".join(pair) for pair in json.loads(made.to_str())["model"]["merges"]])
+    writer.add_eos_token_id(0)
+    unpacked = unpack_tokenizer(writer, tmp_path)
+    ends = {"<|im_end|>", "<|endoftext|>", *(more or ("<|end|>",))}
+    assert [texts[i] for i in unpacked.eos_ids] == sorted({texts[0], *ends}, key=texts.index)
+    ids, _ = unpacked.encode_batch(["<|im_end|>"], allow_special_tokens=True)
+    assert ids.tolist() == [texts.index("<|im_end|>")]
+    assert unpacked.decode_batch(ids, np.array([0, 1])) == [""]

@@ -1,13 +1,17 @@
 """Checkpoints on disk: in one file, in shards, and damaged."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from engines import assert_logits_of_transformers, engine_of
+from safetensors.torch import load_file, save_file
 
-from batchinfer.models.weights import SafetensorsWeights
+from batchinfer.models.config import read_model_config
+from batchinfer.models.weights import SafetensorsWeights, with_stored_head
 
 
 def folder_with(tmp_path: Path, **tensors: torch.Tensor) -> Path:
@@ -73,6 +77,39 @@ def test_two_sets_of_weights_are_refused(tmp_path: Path) -> None:
 def test_the_one_file_of_an_index_is_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model.safetensors"}}')
     assert SafetensorsWeights(folder_with(tmp_path, a=torch.ones(1))).names() == ["a"]
+
+
+def with_head(model: Path, folder: Path, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of a tied model that holds a head too, in a file of its own: the embedding, changed."""
+    shutil.copytree(model, folder)
+    rest = (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    head = folder / "model-2.safetensors"
+    save_file({"lm_head.weight": change(load_file(rest)["model.embed_tokens.weight"])}, head, {"format": "pt"})
+    weight_map = {name: path.name for path in (rest, head) for name in load_file(path)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def last_row_changed(embedding: torch.Tensor) -> torch.Tensor:
+    embedding[-1] += 1
+    return embedding
+
+
+@pytest.mark.parametrize("change", [torch.neg, last_row_changed], ids=["another", "one row"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_stored_head_is_used_even_if_the_config_ties_it(
+    make_model: Callable[..., Path], tmp_path: Path, family: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    model = with_head(make_model(family, tie_word_embeddings=True), tmp_path / "model", change)
+    assert_logits_of_transformers(model)
+    assert any("lm_head.weight is stored and differs from" in note for note in engine_of(model).stats().notes)
+
+
+def test_a_stored_head_that_is_the_embedding_is_tied(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = with_head(make_model("llama", tie_word_embeddings=True), tmp_path / "model", lambda embedding: embedding)
+    config = read_model_config(model)
+    assert with_stored_head(config, SafetensorsWeights(model)) == config and config.tied
+    assert engine_of(model).stats().notes == []
 
 
 def test_files_that_are_not_weights(tmp_path: Path) -> None:

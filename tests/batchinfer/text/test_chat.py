@@ -195,6 +195,27 @@ def test_where_the_template_comes_from(
     assert template is not None and template.render(turns("a")) == expected
 
 
+@pytest.mark.parametrize("files", [("default",), ("default", "rag"), ("rag",)], ids=" ".join)
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("config", [None, "from the config"])
+def test_additional_templates_are_those_of_transformers(
+    tmp_path: Path, config: str | None, beside: bool, files: tuple[str, ...]
+) -> None:
+    folder = save(tmp_path / "model", config)
+    (folder / "additional_chat_templates").mkdir()
+    for name in files:
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(f"additional {name}")
+    if beside:
+        write_jinja(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    try:
+        expected = theirs.apply_chat_template(turns("a"), tokenize=False)
+    except ValueError:  # several templates, and none is the default
+        expected = None
+    template = Tokenizer.load(folder).template
+    assert (None if template is None else template.render(turns("a"))) == expected
+
+
 @pytest.mark.parametrize("config", [None, NAMED[:1]])
 def test_without_a_template_chats_are_refused(tmp_path: Path, config: Any) -> None:
     ours = Tokenizer.load(save(tmp_path, config))

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
+from stub_jobs import SHAPE
 from tokenizers import decoders, models, pre_tokenizers
 
 from batchinfer import __version__
@@ -32,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.save(str(folder / "tokenizer.json"))
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 64, "vocab_size": 256}))
+    (folder / "config.json").write_text(json.dumps({**SHAPE, "vocab_size": 256}))
     return folder
 
 
@@ -166,19 +167,24 @@ def test_what_is_refused_exits_65(
     assert sorted(path.name for path in table.parent.iterdir()) == ["in.parquet"]
 
 
-def test_a_model_without_a_context_length_is_refused(
+def test_a_model_whose_config_cannot_be_read_is_refused(
     capsys: pytest.CaptureFixture[str], table: Path, model: Path, tmp_path: Path, stub: None
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
     out = tmp_path / "o.parquet"
-    for config, message in (("{}", "--max-model-len"), ("[]", "holds a list"), ("{", "is not JSON")):
+    no_length = json.dumps({key: 256 for key in (*SHAPE, "vocab_size")} | {"model_type": "llama", "head_dim": 2})
+    no_length = no_length.replace("max_position_embeddings", "max_length")
+    for config, message in (
+        ("[]", "holds a list"),
+        ("{", "is not JSON"),
+        ("{}", "model_type is None; supported are"),
+        (no_length, "config.json has no max_position_embeddings"),
+    ):
         (other / "config.json").write_text(config)
-        code, line = error_of(capsys, "run", table, "-o", out, "--model", other)
+        code, line = error_of(capsys, "run", table, "-o", out, "--model", other, "--max-model-len", "32")
         assert (code, message in line) == (65, True)
-    (other / "config.json").write_text("{}")
-    assert call(capsys, "run", table, "-o", out, "--model", other, "--max-model-len", "32")[0] == 0
 
 
 def test_a_hub_model_that_cannot_be_had_names_the_remedy(
