@@ -37,6 +37,7 @@ class Preflight:
     tokenizer_folder: Path | None  # None: the model's own
     source: Prompts
     fingerprints: dict[str, str]
+    shape: ModelConfig  # without quantization
 
 
 def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
@@ -61,7 +62,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     # An incremental job's input may change. Its runs read the new rows from a file in which they were set aside.
     inputs = () if spec.adds_file else whole.paths
     digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept)
-    return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests)
+    return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests, shape)
 
 
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
