@@ -26,7 +26,7 @@ from batchinfer.jobs.rows.duplicates import told_alike
 from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec
-from batchinfer.models.config import ModelConfig, read_shape
+from batchinfer.models.config import ModelConfig
 
 SCHEMA_VERSION = 1
 # stands for the output, which a plan does not have; it is in no input folder
@@ -151,7 +151,7 @@ def plan(spec: JobSpec) -> Outlook:
     shape = JobShape.of(windows.figures, spec.sampling, job.config.max_model_len, spec.computed_samples)
     key = DeviceKey.of(job.config.device)
     cost, missing = read_device_cost(key)
-    setting, notes = Setting.of(job.config), [*read_shape(job.config.model).notes, *job.notes]
+    setting, notes = Setting.of(job.config), [*job.shape.notes, *job.notes]
     if missing is not None:
         notes.append(missing)
     notes += told_alike(spec, windows.figures)

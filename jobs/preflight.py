@@ -39,6 +39,7 @@ class Preflight:
     tokenizer_folder: Path | None  # None: the model's own
     source: Prompts
     fingerprints: dict[str, str]
+    shape: ModelConfig  # without quantization
     notes: list[str]  # for the report and the plan
 
 
@@ -67,7 +68,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     inputs = () if spec.adds_file else whole.paths
     digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept, moment)
     notes = notes_about(spec, moment)
-    return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests, notes)
+    return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests, shape, notes)
 
 
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:

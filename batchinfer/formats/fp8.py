@@ -22,8 +22,9 @@ class BlockFP8:
         if not (
             isinstance(block, list) and len(block) == 2 and all(type(b) is int and 0 < b <= 1 << 16 for b in block)
         ):
+            whole = " (FP8 with one scale for a whole tensor or row)" if block is None else ""
             raise ValueError(
-                f"config.json: quantization_config: weight_block_size is {block!r}; expected two whole numbers"
+                f"config.json: quantization_config: weight_block_size is {block!r}{whole}; expected two whole numbers"
             )
         if (scheme := config.get("activation_scheme", "dynamic")) != "dynamic":
             raise ValueError(
@@ -34,7 +35,8 @@ class BlockFP8:
 
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
         """Return the module's weight [N, K], or None if it is not quantized."""
-        if module == "lm_head" or module in self.left_out:
+        # transformers takes these names as beginnings of a module's name, up to a dot, and as its end.
+        if module == "lm_head" or any(f"{module}.".startswith(f"{n}.") or module.endswith(n) for n in self.left_out):
             return None
         (n, k), (rows, columns) = shape, self.block
         values = tensors.take(f"{module}.weight", shape, torch.float8_e4m3fn)

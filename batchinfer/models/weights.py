@@ -90,10 +90,11 @@ class SafetensorsWeights:
             return False
         with safe_open(self._file(head), "pt") as left, safe_open(self._file(embedding), "pt") as right:
             ours, theirs = left.get_slice(head), right.get_slice(embedding)
-            if ours.get_shape() != theirs.get_shape() or ours.get_dtype() != theirs.get_dtype():
+            shape = [config.vocab_size, config.hidden_size]
+            if ours.get_shape() != shape or theirs.get_shape() != shape or ours.get_dtype() != theirs.get_dtype():
                 return True
-            starts = range(0, config.vocab_size, ROWS)
-            return not all(torch.equal(ours[i : i + ROWS], theirs[i : i + ROWS]) for i in starts)
+            pieces = (slice(i, i + ROWS) for i in range(0, config.vocab_size, ROWS))
+            return not all(ours[piece].view(torch.uint8).equal(theirs[piece].view(torch.uint8)) for piece in pieces)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the tensor's shape from the file's header. Raises `ValueError` if it is missing."""

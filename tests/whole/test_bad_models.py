@@ -243,6 +243,14 @@ def test_absurd_dimensions_end_the_job_with_65(model: Path, refused: Refusal) ->
     assert code == 65 and f"{model / 'config.json'}: hidden_size is {1 << 40}; it must be" in line
 
 
+def test_fields_that_are_not_read_are_noted(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "is_llama_config": True, "unsloth_fixed": True}))
+    report = run(spec(model, write(tmp_path / "in.parquet", prompt=["Hello"])))
+    note = "fields of config.json that are not read, as in transformers: is_llama_config, unsloth_fixed"
+    assert note in report.notes and note in capsys.readouterr().err
+
+
 def test_the_type_is_refused_before_anything_else_is_asked_for(model: Path, refused: Refusal) -> None:
     """A model for images and text, with neither max_position_embeddings nor a tokenizer that is read."""
     wrapper = {"model_type": "mistral3", "text_config": {"model_type": "mistral", "max_position_embeddings": 512}}

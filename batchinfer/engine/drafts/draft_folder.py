@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from batchinfer.engine.config import Speculation
 from batchinfer.errors import Refused
-from batchinfer.models.hub import read_config, resolve_model
+from batchinfer.models.config import read_shape
+from batchinfer.models.hub import resolve_model
 from batchinfer.text.tokenizer import Tokenizer
 
 
@@ -18,6 +19,7 @@ def resolve_draft_model(speculation: Speculation, model: str, tokenizer: Tokeniz
         return speculation
     name = f"draft model {speculation.model}"
     folder = resolve_model(str(speculation.model), None)
+    shape = read_shape(folder)
     try:
         drafts = Tokenizer.load(folder)
     except ValueError as error:
@@ -27,13 +29,12 @@ def resolve_draft_model(speculation: Speculation, model: str, tokenizer: Tokeniz
             f"{name} has another tokenizer than {model}; the two must have the same tokens with the same ids: take a "
             "smaller model of the same family, or leave it out"
         )
-    config = read_config(folder)
-    size, length = config.get("vocab_size"), config.get("max_position_embeddings")
-    if type(size) is int and size < tokenizer.vocab_size:  # the engine refuses a value that is no number
+    size, length = shape.vocab_size, shape.max_positions
+    if size < tokenizer.vocab_size:
         raise Refused(
             f"{name} has vocab_size {size}, but its tokenizer has {tokenizer.vocab_size} tokens; leave it out"
         )
-    if type(length) is int and length < max_model_len:
+    if length < max_model_len:
         raise Refused(
             f"{name} takes {length} tokens of prompt and answer, and the job up to {max_model_len}; give "
             f"--max-model-len {length}, or another draft model"

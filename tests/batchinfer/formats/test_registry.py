@@ -11,6 +11,7 @@ from compressed_tensors.quantization import QuantizationScheme
 from packers import awq_tensors, gptq_tensors, int32, one_by_one, words_of
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.registry import checkpoint_format
@@ -131,6 +132,18 @@ def test_block_fp8(name: str) -> None:
             expected[n, k] = float(weight[n, k].float()) * float(scale[n // rows, k // columns])
     config = {"quant_method": "fp8", "weight_block_size": [rows, columns], "activation_scheme": "dynamic"}
     check(read(config, {"weight": weight, name: scale}), expected)
+
+
+@pytest.mark.parametrize("name", ["down_proj", "mlp", "model.layers.1", "model.layers.11.mlp.down_proj", "layers"])
+def test_the_modules_that_fp8_leaves_out_are_those_of_transformers(name: str) -> None:
+    modules = [f"model.layers.{i}.{m}" for i in (1, 11) for m in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj")]
+    form = checkpoint_format({"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": [name]})
+    for module in modules:
+        stored = Stored({})
+        stored[f"{module}.weight"] = torch.zeros(N, K).to(torch.float8_e4m3fn)
+        stored[f"{module}.weight_scale_inv"] = torch.ones(1, 1)
+        converted = form.matrix(module, (N, K), stored) is not None
+        assert converted == should_convert_module(module, [name])
 
 
 def compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:

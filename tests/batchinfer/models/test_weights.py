@@ -95,8 +95,7 @@ def last_row_changed(embedding: torch.Tensor) -> torch.Tensor:
     return embedding
 
 
-@pytest.mark.parametrize("change", [torch.neg, last_row_changed], ids=["another", "one row"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(("family", "change"), [("llama", torch.neg), ("qwen3", last_row_changed)])
 def test_a_stored_head_is_used_even_if_the_config_ties_it(
     make_model: Callable[..., Path], tmp_path: Path, family: str, change: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
