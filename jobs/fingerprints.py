@@ -20,7 +20,8 @@ def fingerprints(
     spec: JobSpec, inputs: Sequence[Path], model: Path, tokenizer: str, config: EngineConfig, columns: list[str]
 ) -> dict[str, str]:
     """Return the fingerprints by name: a sha256 each for columns, input, model, tokenizer, template, sampling,
-    quantization and engine; the shard; and the delimiter of CSV files if it is not a comma.
+    quantization and engine; the shard; and the delimiter and the encoding of CSV files if they are not a comma and
+    UTF-8.
 
     Input files are read completely. Of weights, which are large and differ everywhere if they differ at all, 64 samples
     of each file are read.
@@ -36,10 +37,11 @@ def fingerprints(
         "allow_special_tokens": spec.allow_special_tokens,
         "id_column": spec.id_column,
     }
-    # With another delimiter, the same bytes are another table. Rows set aside for an incremental run have none.
-    delimiter = {} if spec.csv_delimiter in (None, ",") or spec.adds_file else {"csv_delimiter": spec.csv_delimiter}
+    # Read in another way, the same bytes are another table. Rows set aside for an incremental run are not CSV.
+    csv = {"csv_delimiter": (spec.csv_delimiter, ","), "csv_encoding": (spec.csv_encoding, "utf-8")}
+    unusual = {name: given for name, (given, usual) in csv.items() if given not in (None, usual)}
     return {
-        **delimiter,
+        **({} if spec.adds_file else unusual),
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
         "input": _digest([sha256(path) for path in inputs]),

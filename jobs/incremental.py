@@ -103,7 +103,13 @@ def _alone(folder: Path) -> Iterator[None]:
 def _run_of(spec: JobSpec, job: Preflight, part: Path, until: float | None) -> JobSpec:
     left = None if until is None else max(0.001, until - time.monotonic())
     return replace(
-        spec, inputs=(rows_of(part),), csv_delimiter=None, output=part, columns=tuple(job.kept), time_limit=left
+        spec,
+        inputs=(rows_of(part),),
+        csv_delimiter=None,
+        csv_encoding=None,
+        output=part,
+        columns=tuple(job.kept),
+        time_limit=left,
     )
 
 

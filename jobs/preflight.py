@@ -40,7 +40,7 @@ class Preflight:
 
 def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
     """Check a job. Raises `Refused` if the data or the model do not fit, and `UsageError` if flags do not."""
-    whole = Table.open(spec.inputs, spec.csv_delimiter)
+    whole = Table.open(spec.inputs, spec.csv_delimiter, spec.csv_encoding)
     table = whole if spec.shard is None else whole.shard(*spec.shard)
     kept = _kept_columns(spec, table)
     format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))

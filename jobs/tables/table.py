@@ -10,7 +10,7 @@ from typing import Protocol
 import pyarrow as pa
 
 from batchinfer.errors import Refused, UsageError
-from batchinfer.jobs.tables.csv import Csv
+from batchinfer.jobs.tables.csv import UTF_8, Csv, another_delimiter
 from batchinfer.jobs.tables.json_lines import JsonLines, cut
 from batchinfer.jobs.tables.parquet import Parquet
 
@@ -48,19 +48,16 @@ class Table:
     skipped: int | None = None  # in a shard: number of rows before its first
 
     @staticmethod
-    def open(inputs: Sequence[Path], csv_delimiter: str | None = None) -> "Table":
+    def open(inputs: Sequence[Path], csv_delimiter: str | None = None, csv_encoding: str | None = None) -> "Table":
         """Open files, and all files in folders, as one table.
 
         JSON Lines and CSV files are read once, to find their columns and count their rows. CSV columns are text.
-        `csv_delimiter` separates the values of .csv files; None is a comma. Raises `Refused`, naming file, column, what
-        was found and what was expected, and `UsageError` for a delimiter without a .csv file.
+        `csv_delimiter` separates the values of .csv files; None is a comma. `csv_encoding` is that of .csv and .tsv
+        files; None is UTF-8. Raises `Refused`, naming file, column, what was found and what was expected, and
+        `UsageError` for a delimiter or an encoding that no file has a use for.
         """
         paths = [path for given in inputs for path in _files(given)]
-        formats = FORMATS
-        if csv_delimiter is not None:
-            if not any(path.suffix.lower() == ".csv" for path in paths):
-                raise UsageError(f"--csv-delimiter is {csv_delimiter!r}, but no input ends in .csv; leave it out")
-            formats = FORMATS | {".csv": Csv(csv_delimiter)}
+        formats = _formats(paths, csv_delimiter, csv_encoding)
         schema, num_rows = pa.schema([]), 0
         for i, path in enumerate(paths):
             found, rows = _format_of(path, formats).inspect(path)
@@ -127,8 +124,19 @@ def _files(path: Path) -> list[Path]:
 def find_field(schema: pa.Schema, name: str, path: Path) -> pa.Field:
     """Return the field of this name. Raises `Refused`, naming the file, the missing column and the columns it has."""
     if name not in schema.names:
-        raise Refused(f"{path} has no column {name!r}; its columns are {', '.join(map(repr, schema.names))}")
+        columns = ", ".join(map(repr, schema.names))
+        raise Refused(f"{path} has no column {name!r}; its columns are {columns}{another_delimiter(schema.names)}")
     return schema.field(name)
+
+
+def _formats(paths: list[Path], delimiter: str | None, encoding: str | None) -> Mapping[str, TableFormat]:
+    """Return the formats by suffix, with what the flags say of CSV."""
+    suffixes = {path.suffix.lower() for path in paths}
+    if delimiter is not None and ".csv" not in suffixes:
+        raise UsageError(f"--csv-delimiter is {delimiter!r}, but no input ends in .csv; leave it out")
+    if encoding is not None and not suffixes & {".csv", ".tsv"}:
+        raise UsageError(f"--csv-encoding is {encoding!r}, but no input ends in .csv or .tsv; leave it out")
+    return FORMATS | {".csv": Csv(delimiter or ",", encoding or UTF_8), ".tsv": Csv("\t", encoding or UTF_8)}
 
 
 def _format_of(path: Path, formats: Mapping[str, TableFormat]) -> TableFormat:
