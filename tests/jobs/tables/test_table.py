@@ -304,7 +304,7 @@ def test_an_error_of_the_disk_is_no_fault_of_the_data(tmp_path: Path, monkeypatc
     path = parquet(tmp_path / "in.parquet", example(10))
     table = Table.open([path])
 
-    def fail(path: Path) -> None:
+    def fail(path: Path, int96_unit: str) -> None:
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("batchinfer.jobs.tables.parquet._open_parquet", fail)
