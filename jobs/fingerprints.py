@@ -12,19 +12,20 @@ from batchinfer import __version__
 from batchinfer.engine.config import EngineConfig
 from batchinfer.host.files import sha256
 from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.tables.input_file import InputFile
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
 def fingerprints(
-    spec: JobSpec, inputs: Sequence[Path], model: Path, tokenizer: str, config: EngineConfig, columns: list[str]
+    spec: JobSpec, inputs: Sequence[InputFile], model: Path, tokenizer: str, config: EngineConfig, columns: list[str]
 ) -> dict[str, str]:
     """Return the fingerprints by name: a sha256 each for columns, input, model, tokenizer, template, sampling,
     quantization and engine; the shard; and the delimiter and the encoding of CSV files if they are not a comma and
     UTF-8.
 
-    Input files are read completely. Of weights, which are large and differ everywhere if they differ at all, 64 samples
-    of each file are read.
+    Input files are read completely, and columns that their folders give count too. Of weights, which are large and
+    differ everywhere if they differ at all, 64 samples of each file are read.
     """
     weights = sorted([*model.glob("*.safetensors"), *model.glob("*.gguf")])
     configs = sorted(model.glob("*config.json"))
@@ -44,7 +45,7 @@ def fingerprints(
         **({} if spec.adds_file else unusual),
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
-        "input": _digest([sha256(path) for path in inputs]),
+        "input": _digest([_of_input(file) for file in inputs]),
         "model": _digest([[path.name, sha256(path)] for path in configs] + [[p.name, _sampled(p)] for p in weights]),
         "tokenizer": tokenizer,
         "template": _digest(template),
@@ -56,6 +57,11 @@ def fingerprints(
         ),
         "engine": _digest([__version__, config.device, config.deterministic]),
     }
+
+
+def _of_input(file: InputFile) -> Any:
+    digest = sha256(file.path)
+    return [digest, {name: str(value) for name, value in file.keys.items()}] if file.keys else digest
 
 
 def _digest(value: Any) -> str:
