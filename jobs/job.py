@@ -99,7 +99,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         results.refuse_too_many_errors(table.num_rows)
         folder.write_manifest(table.num_rows)
         merging = time.monotonic()
-        input_columns = pa.schema([table.schema.field(c) for c in job.kept])
+        input_columns = pa.schema([table.schema.field(c) for c in job.kept], table.schema.metadata)
         batches = table.batches(job.kept, max(1, MERGE_ROWS // spec.n))
         replaced: Counter[str] = Counter()
         valid = with_valid_text(progress.merging(batches), replaced)

@@ -5,11 +5,14 @@ from collections.abc import Iterable, Sequence
 import pyarrow as pa
 
 from batchinfer.errors import Refused
+from batchinfer.jobs.results.schema_notes import common_notes
 from batchinfer.jobs.tables.input_file import InputFile
 
 
 def unify(files: Sequence[InputFile]) -> pa.Schema:
     """Return the schema with all columns of all files; a column that is absent or null in one has another's type.
+
+    Its metadata has what all files note alike about columns of the same type.
 
     Raises `Refused`, naming file, column and both types, if no type holds a column's values of two files.
     """
@@ -18,7 +21,9 @@ def unify(files: Sequence[InputFile]) -> pa.Schema:
         for found in _fields(file):
             fields[found.name] = _common(files, file, fields[found.name], found) if found.name in fields else found
     absent = {name for name in fields for file in files if file.type_of(name) is None}
-    return pa.schema([field.with_nullable(field.nullable or name in absent) for name, field in fields.items()])
+    unified = [field.with_nullable(field.nullable or name in absent) for name, field in fields.items()]
+    notes = common_notes([file.schema for file in files], without=_promoted(files, fields))
+    return pa.schema(unified, notes)
 
 
 def promotions(files: Sequence[InputFile], schema: pa.Schema) -> list[str]:
@@ -34,6 +39,15 @@ def promotions(files: Sequence[InputFile], schema: pa.Schema) -> list[str]:
         else f"column {name!r} is absent in {_listed(those)}, whose rows have null in it"
         for (name, before), those in found.items()
     ]
+
+
+def _promoted(files: Sequence[InputFile], fields: dict[str, pa.Field]) -> set[str]:
+    return {
+        name
+        for name, field in fields.items()
+        for file in files
+        if file.type_of(name) not in (None, pa.null(), field.type)
+    }
 
 
 def _fields(file: InputFile) -> Iterable[pa.Field]:
