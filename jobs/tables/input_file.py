@@ -45,20 +45,19 @@ class InputFile:
         own = [wanted.name for wanted in fields if self.schema.get_field_index(wanted.name) >= 0]
         if not own:
             sizes = (min(rows, self.num_rows - first) for first in range(0, self.num_rows, rows))
-            yield from (self._conforming(None, fields, size) for size in sizes)
+            yield from (self._conforming(pa.record_batch([], names=[]), fields, size) for size in sizes)
             return
         for batch in self.format.read(self.path, self.schema, own, rows):
             yield self._conforming(batch, fields, batch.num_rows)
             del batch  # frees a large cell while the next batch is read
 
-    def _conforming(self, batch: pa.RecordBatch | None, fields: Sequence[pa.Field], rows: int) -> pa.RecordBatch:
-        if batch is not None and batch.schema.types == [wanted.type for wanted in fields]:
+    def _conforming(self, batch: pa.RecordBatch, fields: Sequence[pa.Field], rows: int) -> pa.RecordBatch:
+        if batch.schema.types == [wanted.type for wanted in fields]:
             return batch  # all columns are the file's own
         columns = [self._column(batch, wanted, rows) for wanted in fields]
-        metadata = None if batch is None else batch.schema.metadata
-        return pa.record_batch(columns, pa.schema(list(fields), metadata))
+        return pa.record_batch(columns, pa.schema(list(fields), batch.schema.metadata))
 
-    def _column(self, batch: pa.RecordBatch | None, wanted: pa.Field, rows: int) -> pa.Array:
+    def _column(self, batch: pa.RecordBatch, wanted: pa.Field, rows: int) -> pa.Array:
         found = self.type_of(wanted.name)
         if found is None or pa.types.is_null(found):
             return pa.nulls(rows, wanted.type)
