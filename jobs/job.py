@@ -168,8 +168,8 @@ def _sampled(spec: JobSpec) -> list[str]:
 def _replaced(replaced: Counter[str]) -> list[str]:
     """Note for the report which kept columns had text that is not UTF-8, and what to do about it."""
     return [
-        f"{count:,} values of column {name!r} are not UTF-8, and have U+FFFD in place of their bytes; if the input is "
-        "CSV in another encoding, name it with --csv-encoding and --overwrite"
+        f"column {name!r} has U+FFFD in place of bytes that are not UTF-8 (values: {count:,}); if the input is CSV in "
+        "another encoding, name it with --csv-encoding and --overwrite"
         for name, count in replaced.items()
     ]
 

@@ -41,8 +41,10 @@ class Parquet:
         with _open(path) as file:
             # Read about a row group at a time, whose bytes are bounded: with many samples a few rows are large already.
             group_rows = 1 + file.metadata.num_rows // max(1, file.metadata.num_row_groups)
-            for batch in file.iter_batches(min(SLICE_ROWS, group_rows), use_threads=False):
-                yield pa.Table.from_batches([batch], file.schema_arrow)
+            # A batch from two groups could have two dictionaries.
+            for group in range(file.metadata.num_row_groups):
+                for batch in file.iter_batches(min(SLICE_ROWS, group_rows), [group], use_threads=False):
+                    yield pa.Table.from_batches([batch], file.schema_arrow)
 
     @staticmethod
     def results(path: Path) -> Iterator[pa.Table]:

@@ -146,7 +146,7 @@ def test_a_kept_column_of_csv_in_another_encoding_is_readable_and_told(tmp_path:
         assert [row["error_code"] for row in rows] == [None, None, "invalid_utf8"]
     assert report.replaced_text == {"author": 2, "prompt": 1} == read_report(tmp_path / "out.parquet").replaced_text
     (line,) = [line for line in report.table().splitlines() if "'author'" in line]
-    assert "2 values of column 'author' are not UTF-8" in line and "--csv-encoding" in line
+    assert "bytes that are not UTF-8 (values: 2)" in line and "--csv-encoding" in line
 
 
 def test_bytes_in_json_are_replaced_one_by_one(tmp_path: Path, model: Path) -> None:
