@@ -13,13 +13,14 @@ from batchinfer import __version__
 from batchinfer.engine.config import EngineConfig
 from batchinfer.host.files import sha256
 from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.tables.input_file import InputFile
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
 def fingerprints(
     spec: JobSpec,
-    inputs: Sequence[Path],
+    inputs: Sequence[InputFile],
     model: Path,
     tokenizer: str,
     config: EngineConfig,
@@ -27,11 +28,11 @@ def fingerprints(
     moment: datetime | None = None,
 ) -> dict[str, str]:
     """Return the fingerprints by name: a sha256 each for columns, input, model, tokenizer, template, sampling,
-    quantization and engine; the shard; the delimiter of CSV files if it is not a comma; and the `moment` that the chat
-    template writes into prompts, if it does.
+    quantization and engine; the shard; the delimiter and the encoding of CSV files if they are not a comma and UTF-8;
+    and the `moment` that the chat template writes into prompts, if it does.
 
-    Input files are read completely. Of weights, which are large and differ everywhere if they differ at all, 64 samples
-    of each file are read.
+    Input files are read completely, and columns that their folders give count too. Of weights, which are large and
+    differ everywhere if they differ at all, 64 samples of each file are read.
     """
     weights = sorted([*model.glob("*.safetensors"), *model.glob("*.gguf")])
     configs = sorted(model.glob("*config.json"))
@@ -44,16 +45,17 @@ def fingerprints(
         "allow_special_tokens": spec.allow_special_tokens,
         "id_column": spec.id_column,
     }
-    # With another delimiter, the same bytes are another table. Rows set aside for an incremental run have none.
-    delimiter = {} if spec.csv_delimiter in (None, ",") or spec.adds_file else {"csv_delimiter": spec.csv_delimiter}
+    # Read in another way, the same bytes are another table. Rows set aside for an incremental run are not CSV.
+    csv = {"csv_delimiter": (spec.csv_delimiter, ","), "csv_encoding": (spec.csv_encoding, "utf-8")}
+    unusual = {name: given for name, (given, usual) in csv.items() if given not in (None, usual)}
     # Each part of an incremental job has a moment of its own.
     template_date = {} if moment is None or spec.adds_file else {"template_date": moment.isoformat()}
     return {
-        **delimiter,
+        **({} if spec.adds_file else unusual),
         **template_date,
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
-        "input": _digest([sha256(path) for path in inputs]),
+        "input": _digest([_of_input(file) for file in inputs]),
         "model": _digest([[path.name, sha256(path)] for path in configs] + [[p.name, _sampled(p)] for p in weights]),
         "tokenizer": tokenizer,
         "template": _digest(template),
@@ -65,6 +67,11 @@ def fingerprints(
         ),
         "engine": _digest([__version__, config.device, config.deterministic]),
     }
+
+
+def _of_input(file: InputFile) -> Any:
+    digest = sha256(file.path)
+    return [digest, {name: str(value) for name, value in file.keys.items()}] if file.keys else digest
 
 
 def _digest(value: Any) -> str:

@@ -1,5 +1,6 @@
 """Parsing the values of flags: times, numbers, shards, names, and the TOML file of a job."""
 
+import codecs
 import difflib
 import json
 import os
@@ -57,6 +58,18 @@ def delimiter_of(flag: str, text: str) -> str:
     return delimiter
 
 
+def encoding_of(flag: str, text: str) -> str:
+    """Parse the name of a text encoding into the one that Python's codecs use. Raises `UsageError` for anything
+    else."""
+    try:
+        "".encode(text)  # unlike a look-up, this refuses codecs that are not for text
+        return codecs.lookup(text).name
+    except (LookupError, ValueError) as error:
+        raise UsageError(
+            f"{flag} is {text!r}, which is no text encoding; give one that Python knows, as cp1252, latin-1 or utf-16"
+        ) from error
+
+
 def names_of(flag: str, texts: Iterable[str]) -> tuple[str, ...]:
     """Split texts at their commas into names."""
     return tuple(name for text in texts for name in text.split(",") if name)
@@ -83,6 +96,7 @@ SHARD = Kind("I/N", shard_of)
 NAMES = Kind("NAME,...", names_of)
 DELIMITER = Kind("CHARACTER", delimiter_of)
 MOMENT = Kind("DATE", moment_of)
+ENCODING = Kind("NAME", encoding_of)
 
 
 def read_job_file(path: Path, known: Mapping[str, Flag | None], option: str = "--config") -> dict[str, Any]:

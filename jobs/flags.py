@@ -13,7 +13,7 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.flag import Flag, flags_of
 from batchinfer.formats.scheme import QUANTIZATIONS
 from batchinfer.host.device import DEVICES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
-from batchinfer.jobs.flag_values import DELIMITER, MOMENT, NAMES, NUMBER_OR_AUTO, SHARD, TIME
+from batchinfer.jobs.flag_values import DELIMITER, ENCODING, MOMENT, NAMES, NUMBER_OR_AUTO, SHARD, TIME
 from batchinfer.jobs.speculation import SpeculationFlags
 
 GROUPS = ("Input", "Prompt", "Sampling", "Model", "Engine", "Job", "Output")
@@ -66,6 +66,14 @@ class JobFlags:
         str | None,
         Flag(
             r"Split the lines of .csv files at this character instead of a comma; \t is a tab.", "Input", kind=DELIMITER
+        ),
+    ] = None
+    csv_encoding: Annotated[
+        str | None,
+        Flag(
+            "Read .csv and .tsv files in this encoding, such as cp1252 or utf-16, instead of UTF-8.",
+            "Input",
+            kind=ENCODING,
         ),
     ] = None
     shard: Annotated[

@@ -28,6 +28,7 @@ from batchinfer.jobs.results.done import differences
 from batchinfer.jobs.results.durable import lock, sync_folder, write_json
 from batchinfer.jobs.results.output_writer import OutputWriter, refuse_foreign
 from batchinfer.jobs.results.run_folder import RunFolder, incremental_files, rows_of, run_folder
+from batchinfer.jobs.results.schema_notes import with_notes
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text, check_ids
 from batchinfer.jobs.tables.json_lines import indices_not_text
@@ -103,7 +104,13 @@ def _alone(folder: Path) -> Iterator[None]:
 def _run_of(spec: JobSpec, job: Preflight, part: Path, until: float | None) -> JobSpec:
     left = None if until is None else max(0.001, until - time.monotonic())
     return replace(
-        spec, inputs=(rows_of(part),), csv_delimiter=None, output=part, columns=tuple(job.kept), time_limit=left
+        spec,
+        inputs=(rows_of(part),),
+        csv_delimiter=None,
+        csv_encoding=None,
+        output=part,
+        columns=tuple(job.kept),
+        time_limit=left,
     )
 
 
@@ -142,7 +149,7 @@ def _columns(job: Preflight) -> list[str]:
 def _set_aside_new_rows(job: Preflight, spec: JobSpec, target: Path) -> bool:
     """Write the new rows to `target`. Returns False if there are none, unless this is the first run."""
     seen = _seen(job, spec)
-    schema = pa.schema([job.table.schema.field(name) for name in _columns(job)])
+    schema = with_notes([job.table.schema.field(name) for name in _columns(job)], job.table.schema.metadata)
     aside = target.with_name("aside.parquet")
     aside.unlink(missing_ok=True)
     count = 0

@@ -3,6 +3,7 @@
 import shlex
 import sys
 import time
+from collections import Counter
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,6 +31,7 @@ from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.durable import write_json
 from batchinfer.jobs.results.output_writer import digest_of
 from batchinfer.jobs.results.run_folder import RunFolder
+from batchinfer.jobs.results.valid_text import with_valid_text
 from batchinfer.jobs.rows.duplicates import told_alike
 from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.prompts import PromptSource
@@ -82,7 +84,8 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     if folder.published and done.complete:
         say(f"{spec.output} is complete already; nothing is run")
         return read_report(spec.output)
-    stats, generating, duplicates = EngineStats(notes=_resumed(done, digests) + _sampled(spec) + job.notes), 0.0, 0
+    notes = [*job.notes, *_resumed(done, digests), *_sampled(spec)]
+    stats, generating, duplicates = EngineStats(notes=notes), 0.0, 0
     try:
         windows = Windows(
             table, source, spec.block_size, done.rows, folder.temporary, spec.deduplicate, spec.computed_samples
@@ -100,9 +103,12 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         results.refuse_too_many_errors(table.num_rows)
         folder.write_manifest(table.num_rows)
         merging = time.monotonic()
-        input_columns = pa.schema([table.schema.field(c) for c in job.kept])
+        input_columns = pa.schema([table.schema.field(c) for c in job.kept], table.schema.metadata)
         batches = table.batches(job.kept, max(1, MERGE_ROWS // spec.n))
-        merged = folder.merge(input_columns, progress.merging(batches), table.num_rows, spec.n)
+        replaced: Counter[str] = Counter()
+        valid = with_valid_text(progress.merging(batches), replaced)
+        merged = folder.merge(input_columns, valid, table.num_rows, spec.n)
+        stats = replace(stats, notes=stats.notes + _replaced(replaced))
     except EngineFailed:
         raise  # the folder is kept, since the engine's log is in it
     except BaseException:
@@ -121,6 +127,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     report = _report(
         spec, results, done, duplicates, windows.figures, stats, phases, generating, wall, canary, digest_of(merged)
     )
+    report = replace(report, replaced_text=dict(replaced))
     if engine == TORCH_ENGINE and results.new_tokens:
         report = replace(report, predicted=_forecast(spec, config, windows.figures, results))
     write_json(folder.report, asdict(report))
@@ -160,6 +167,15 @@ def _sampled(spec: JobSpec) -> list[str]:
     said = f"every row has {spec.n} samples (--n), and completion tokens are counted over all of them"
     same = "; at temperature 0 they are all the same, so only one is computed"
     return [said + (same if spec.computed_samples == 1 else "")]
+
+
+def _replaced(replaced: Counter[str]) -> list[str]:
+    """Note for the report which kept columns had text that is not UTF-8, and what to do about it."""
+    return [
+        f"column {name!r} has U+FFFD in place of bytes that are not UTF-8 (values: {count:,}); if the input is CSV in "
+        "another encoding, name it with --csv-encoding and --overwrite"
+        for name, count in replaced.items()
+    ]
 
 
 def _report(

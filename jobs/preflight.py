@@ -12,6 +12,7 @@ from batchinfer.engine.drafts.draft_folder import resolve_draft_model
 from batchinfer.errors import Refused
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.jobs.fingerprints import fingerprints
+from batchinfer.jobs.log import say
 from batchinfer.jobs.results.formats import format_of
 from batchinfer.jobs.results.schema import result_fields
 from batchinfer.jobs.rows.prompts import PromptSource
@@ -45,7 +46,9 @@ class Preflight:
 
 def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
     """Check a job. Raises `Refused` if the data or the model do not fit, and `UsageError` if flags do not."""
-    whole = Table.open(spec.inputs, spec.csv_delimiter)
+    whole = Table.open(spec.inputs, spec.csv_delimiter, spec.csv_encoding)
+    for note in whole.notes:
+        say(note)
     table = whole if spec.shard is None else whole.shard(*spec.shard)
     kept = _kept_columns(spec, table)
     format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))
@@ -65,9 +68,9 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     if spec.renders_chats and tokenizer.template is not None:
         check_template(tokenizer.template, spec.tokenizer or spec.model)
     # An incremental job's input may change. Its runs read the new rows from a file in which they were set aside.
-    inputs = () if spec.adds_file else whole.paths
+    inputs = () if spec.adds_file else whole.files
     digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept, moment)
-    notes = notes_about(spec, moment)
+    notes = [*table.notes, *notes_about(spec, moment)]
     return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests, shape, notes)
 
 

@@ -3,7 +3,7 @@
 import importlib.metadata
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from batchinfer import __version__
@@ -84,6 +84,8 @@ class Report:
     predicted: Forecast | None = None  # None if the device was not measured
     output_sha256: str = ""  # digest of the output; for a folder, of its files' names and digests
     prompt_tokens_shared: int = 0  # not computed, since they were computed for another row
+    # Input column -> number of its values that are not UTF-8 and have U+FFFD in place of their bytes in the output
+    replaced_text: dict[str, int] = field(default_factory=dict)
 
     def table(self) -> str:
         """Return the report as aligned lines, without colour."""

@@ -9,7 +9,6 @@ need not be text. Values that JSON has no form for are written like this:
   moment in UTC, like 2024-05-17T06:30:00Z. If a year has more than five digits: a text with the stored number
 - bytes: text in Base64
 - UUIDs, and text that is JSON itself: text
-- bytes in a text column that are not UTF-8: U+FFFD
 
 Integers keep all their digits, beyond 2**53 too. Columns of other types, like durations and unions, are refused.
 """
@@ -197,7 +196,7 @@ def _leaf(array: pa.Array) -> pa.Array:
     if types.is_floating(kind):
         return pc.if_else(pc.is_finite(array), array.cast(pa.float64()), None)
     if any(is_one(kind) for is_one in _TEXT):
-        return _utf8(array)
+        return array
     if types.is_date(kind) or types.is_time(kind) or types.is_decimal(kind):
         return array.cast(pa.string())
     if types.is_timestamp(kind):
@@ -207,12 +206,3 @@ def _leaf(array: pa.Array) -> pa.Array:
         values = array.to_pylist()
         return pa.array([v if v is None else base64.b64encode(v).decode() for v in values], pa.large_string())
     raise _UnfitError(str(kind))
-
-
-def _utf8(array: pa.Array) -> pa.Array:
-    try:
-        array.validate(full=True)
-        return array
-    except pa.ArrowInvalid:
-        values = array.cast(pa.large_binary()).to_pylist()
-        return pa.array([value if value is None else value.decode("utf-8", "replace") for value in values])

@@ -26,7 +26,8 @@ class Parquet:
     def open(file: pa.NativeFile, schema: pa.Schema) -> Iterator["_RowGroups"]:
         # No statistics for text: a text column's minimum and maximum would be copies of whole cells, however large.
         primitive = [field.name for field in schema if pa.types.is_primitive(field.type)]
-        with pq.ParquetWriter(file, schema, write_statistics=primitive, use_dictionary=primitive, **PARQUET) as writer:
+        coded = [*primitive, *(path for field in schema for path in _dictionaries(field.name, field.type))]
+        with pq.ParquetWriter(file, schema, write_statistics=primitive, use_dictionary=coded, **PARQUET) as writer:
             groups = _RowGroups(writer)
             yield groups
             groups.flush()
@@ -40,8 +41,10 @@ class Parquet:
         with _open(path) as file:
             # Read about a row group at a time, whose bytes are bounded: with many samples a few rows are large already.
             group_rows = 1 + file.metadata.num_rows // max(1, file.metadata.num_row_groups)
-            for batch in file.iter_batches(min(SLICE_ROWS, group_rows), use_threads=False):
-                yield pa.Table.from_batches([batch], file.schema_arrow)
+            # A batch from two groups could have two dictionaries.
+            for group in range(file.metadata.num_row_groups):
+                for batch in file.iter_batches(min(SLICE_ROWS, group_rows), [group], use_threads=False):
+                    yield pa.Table.from_batches([batch], file.schema_arrow)
 
     @staticmethod
     def results(path: Path) -> Iterator[pa.Table]:
@@ -53,14 +56,36 @@ class Parquet:
             raise Refused(f"{path} is damaged: {str(error).splitlines()[0]}") from error
 
 
+def _dictionaries(path: str, kind: pa.DataType) -> Iterator[str]:
+    """Yield the paths of all columns of a type whose values lie in dictionaries, as Parquet names them.
+
+    Written in any other way, a dictionary loses its order, and the values that no row has.
+    """
+    if pa.types.is_dictionary(kind):
+        yield path
+    elif pa.types.is_struct(kind):
+        for field in kind:
+            yield from _dictionaries(f"{path}.{field.name}", field.type)
+    elif pa.types.is_map(kind):
+        yield from _dictionaries(f"{path}.key_value.key", kind.key_type)
+        yield from _dictionaries(f"{path}.key_value.value", kind.item_type)
+    elif pa.types.is_nested(kind):
+        yield from _dictionaries(f"{path}.list.element", kind.value_type)
+
+
 class _RowGroups:
-    """Gathers tables until they fill a row group."""
+    """Gathers tables until they fill a row group. Ordered categories are the same in the whole row group."""
 
     def __init__(self, writer: pq.ParquetWriter) -> None:
         self._writer = writer
         self._waiting: list[pa.Table] = []
+        self._ordered = [
+            i for i, kind in enumerate(writer.schema.types) if pa.types.is_dictionary(kind) and kind.ordered
+        ]
 
     def write(self, rows: pa.Table) -> None:
+        if any(_contradict(rows.column(i), waiting.column(i)) for waiting in self._waiting for i in self._ordered):
+            self.flush()
         self._waiting.append(rows)
         if sum(waiting.nbytes for waiting in self._waiting) >= GROUP_BYTES:
             self.flush()
@@ -68,8 +93,15 @@ class _RowGroups:
     def flush(self) -> None:
         """Write the gathered tables as a row group."""
         if self._waiting:
-            self._writer.write_table(pa.concat_tables(self._waiting))
+            self._writer.write_table(pa.concat_tables(self._waiting).unify_dictionaries())
             self._waiting = []
+
+
+def _contradict(a: pa.ChunkedArray, b: pa.ChunkedArray) -> bool:
+    """Return whether the categories of neither column begin with all those of the other."""
+    first, second = a.chunk(0).dictionary, b.chunk(0).dictionary
+    both = min(len(first), len(second))
+    return not first.slice(0, both).equals(second.slice(0, both))
 
 
 def _open(path: Path) -> pq.ParquetFile:

@@ -32,6 +32,7 @@ from batchinfer.jobs.results.output_writer import (
 )
 from batchinfer.jobs.results.parts_in_order import PartsInOrder
 from batchinfer.jobs.results.schema import PARQUET, ROW, part_schema, result_fields
+from batchinfer.jobs.results.schema_notes import with_notes
 
 ROW_GROUP_BYTES = 1 << 18  # size of a part's row groups; the merge holds one of each part at a time
 FORMAT_VERSION = 2
@@ -235,14 +236,15 @@ class RunFolder:
         """Write the input's kept columns beside the results, in input order. Returns the path of the new file or
         folder.
 
-        `batches` are (first ordinal, columns of `schema`), in order; `samples` is the number of samples for each row.
+        `batches` are (first ordinal, columns of `schema`), in order; what the schema's metadata notes about columns is
+        kept. `samples` is the number of samples for each row.
         Memory holds one batch, and a row group of each part that overlaps it. Raises `Refused` if the input is not the
         one that was run.
         """
         aside = self.temporary / f"merged{self.output.suffix}"
         listed = [(self.parts / part.name, part.first_row) for part in self._listed]
         parts = PartsInOrder(listed, part_schema(samples))
-        merged_schema = pa.schema([*schema, *result_fields(samples)])
+        merged_schema = with_notes([*schema, *result_fields(samples)], schema.metadata, num_rows)
         end = 0
         with OutputWriter(self.output, aside, merged_schema) as writer:
             for first, batch in batches:

@@ -42,8 +42,9 @@ def _taken(held: list[pa.RecordBatch]) -> pa.RecordBatch:
 
 
 @contextmanager
-def refusing(path: Path, kind: str) -> Iterator[None]:
-    """Turn errors from damaged files into `Refused`. Errors of the system stay `OSError`, with their number."""
+def refusing(path: Path, kind: str, remedy: str = "") -> Iterator[None]:
+    """Turn errors from damaged files into `Refused`, ending in `remedy`. Errors of the system stay `OSError`, with
+    their number."""
     try:
         yield
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
@@ -52,4 +53,4 @@ def refusing(path: Path, kind: str) -> Iterator[None]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         # pyarrow quotes a malformed CSV row. The message keeps its number only.
         reason = re.sub(r"(, got \d+): .*", r"\1", reason)
-        raise Refused(f"{path} cannot be read as {kind}: {reason}") from error
+        raise Refused(f"{path} cannot be read as {kind}: {reason}{remedy}") from error

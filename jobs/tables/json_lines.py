@@ -1,6 +1,7 @@
 """Reading JSON Lines as record batches. A text column keeps values that are not text as JSON, and lists their rows."""
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -19,6 +20,8 @@ DEEPEST = 500  # most levels of objects and lists in a line
 DEEPEST_TYPE = 32  # most levels of a column's type; deeper values are kept as JSON
 
 _UNFIT = (pa.ArrowException, UnicodeEncodeError, OverflowError)  # raised by pyarrow if a value does not fit the type
+
+_HALF_PAIR = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the other surrogates stand for bytes that are not UTF-8
 
 # Key of a batch's metadata: for each text column read from JSON, the indices of values that were not text.
 _NOT_TEXT = b"not_text"
@@ -167,8 +170,13 @@ def _json_array(values: list[Any], field: pa.Field, not_text: dict[str, list[int
     try:
         return pa.array(values, pa.string())
     except UnicodeEncodeError:
-        raw = pa.array([v if v is None else v.encode("utf-8", "surrogatepass") for v in values], pa.binary())
+        raw = pa.array([v if v is None else _bytes_of(v) for v in values], pa.binary())
         return pc.cast(raw, options=pc.CastOptions(pa.string(), allow_invalid_utf8=True))
+
+
+def _bytes_of(text: str) -> bytes:
+    """Return UTF-8 with the line's own bytes where it was not UTF-8, and a byte FF for half of a surrogate pair."""
+    return _HALF_PAIR.sub("\udcff", text).encode("utf-8", "surrogateescape")
 
 
 def indices_not_text(batch: pa.RecordBatch, column: str) -> list[int]:

@@ -17,7 +17,8 @@ from batchinfer.errors import Refused
 MAX_FOOTER_BYTES = 1 << 28
 DEEPEST = 32  # most levels of structs within structs; a valid footer has 6
 HEADER_BYTES = 64  # read of a page's header, which begins with its kind and sizes
-BYTE_ARRAY, DICTIONARY_PAGE = 6, 2
+INT96, BYTE_ARRAY, FIXED_LEN_BYTE_ARRAY = 3, 6, 7  # physical types
+DICTIONARY_PAGE = 2
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Footer:
 
     path: Path
     groups: tuple[RowGroup, ...]
+    int96: tuple[str, ...] = ()  # the table's columns with values of 96 bits, which are timestamps
+    bare16: tuple[str, ...] = ()  # the table's columns with values of 16 bytes that are not said to be anything
 
     @staticmethod
     def read(path: Path) -> "Footer":
@@ -55,21 +58,23 @@ class Footer:
             metadata = _metadata(path, file, size)
         try:
             groups = tuple(_row_group(group) for group in metadata[4])
-            leaves = sum(1 for element in metadata[2][1:] if not element.get(5))
+            leaves = list(_leaves(metadata[2]))
             encrypted = 8 in metadata or any(8 in chunk for group in metadata[4] for chunk in group[1])
             claimed = int(metadata[3])
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise _damaged(path, "its footer lacks fields that every footer has") from error
         if encrypted:
             raise Refused(f"{path} is encrypted Parquet; decrypt it first")
-        footer = Footer(path, groups)
+        int96 = [column for column, element in leaves if element.get(1) == INT96]
+        bare16 = [column for column, element in leaves if _is_bare16(element)]
+        footer = Footer(path, groups, tuple(dict.fromkeys(int96)), tuple(dict.fromkeys(bare16)))
         if footer.rows != claimed:
             raise Refused(
                 f"{path}: the footer counts {claimed} rows, its row groups {footer.rows}; write the file anew"
             )
         for number, group in enumerate(groups):
-            if len(group.chunks) != leaves:
-                raise _damaged(path, f"row group {number} has {len(group.chunks)} columns; expected {leaves}")
+            if len(group.chunks) != len(leaves):
+                raise _damaged(path, f"row group {number} has {len(group.chunks)} columns; expected {len(leaves)}")
             for chunk in group.chunks:
                 if not 0 <= group.rows <= chunk.values:
                     raise _damaged(
@@ -116,6 +121,22 @@ def _metadata(path: Path, file: BinaryIO, size: int) -> dict[int, Any]:
         return dict(_Compact(file.read(length)).fields())
     except (LookupError, ValueError, struct.error) as error:
         raise _damaged(path, "its footer is garbled") from error
+
+
+def _leaves(elements: list[dict[int, Any]]) -> Iterator[tuple[str, dict[int, Any]]]:
+    """Yield (the table's column, element) for each element of the schema that has values; parents come first."""
+    column, left = "", 0  # elements of this column that are still to come
+    for element in elements[1:]:
+        if not left:
+            column, left = element[4].decode(), 1
+        children = element.get(5, 0)
+        left += children - 1
+        if not children:
+            yield column, element
+
+
+def _is_bare16(element: dict[int, Any]) -> bool:
+    return element.get(1) == FIXED_LEN_BYTE_ARRAY and element.get(2) == 16 and not {6, 10} & element.keys()
 
 
 def _row_group(group: dict[int, Any]) -> RowGroup:

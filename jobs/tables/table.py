@@ -1,31 +1,22 @@
 """Reading input files of any format as one table, in record batches and bounded memory."""
 
-import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 import pyarrow as pa
 
 from batchinfer.errors import Refused, UsageError
-from batchinfer.jobs.tables.csv import Csv
+from batchinfer.jobs.tables.csv import UTF_8, Csv, another_delimiter
+from batchinfer.jobs.tables.folders import files_in, typed
+from batchinfer.jobs.tables.input_file import InputFile, TableFormat
 from batchinfer.jobs.tables.json_lines import JsonLines, cut
 from batchinfer.jobs.tables.parquet import Parquet
+from batchinfer.jobs.tables.unify import promotions, unify
 
+CHECKED_ROWS = 8192  # read at once of columns that are only checked
 MAX_ROWS = 1 << 31  # each row takes some bytes of memory: whether it is done, and the hash of its id
-
-
-class TableFormat(Protocol):
-    """The interface of a format's reader. Both methods raise `Refused` if the file is damaged."""
-
-    def inspect(self, path: Path) -> tuple[pa.Schema, int]:
-        """Return the schema and the number of rows."""
-
-    def read(self, path: Path, schema: pa.Schema, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-        """Yield batches of at most `rows` rows with these columns of the table's schema."""
-
 
 FORMATS: dict[str, TableFormat] = {
     ".parquet": Parquet(),
@@ -39,44 +30,45 @@ FORMATS: dict[str, TableFormat] = {
 
 @dataclass(frozen=True)
 class Table:
-    """Input files of the same schema, as one table. Its rows are numbered from 0 across the files."""
+    """Input files as one table. Its rows are numbered from 0 across the files."""
 
-    paths: tuple[Path, ...]
+    files: tuple[InputFile, ...]
     schema: pa.Schema
     num_rows: int
-    formats: Mapping[str, TableFormat]  # by suffix
+    notes: tuple[str, ...] = ()  # what of a file's columns is not as in the file
     skipped: int | None = None  # in a shard: number of rows before its first
 
     @staticmethod
-    def open(inputs: Sequence[Path], csv_delimiter: str | None = None) -> "Table":
+    def open(inputs: Sequence[Path], csv_delimiter: str | None = None, csv_encoding: str | None = None) -> "Table":
         """Open files, and all files in folders, as one table.
 
-        JSON Lines and CSV files are read once, to find their columns and count their rows. CSV columns are text.
-        `csv_delimiter` separates the values of .csv files; None is a comma. Raises `Refused`, naming file, column, what
-        was found and what was expected, and `UsageError` for a delimiter without a .csv file.
+        Columns that differ between files are promoted, and `notes` says so; folders named key=value give columns. JSON
+        Lines and CSV files are read once, to find their columns and count their rows. CSV columns are text.
+        `csv_delimiter` separates the values of .csv files; None is a comma. `csv_encoding` is that of .csv and .tsv
+        files; None is UTF-8. Raises `Refused`, naming file, column, what was found and what was expected, and
+        `UsageError` for a delimiter or an encoding that no file has a use for.
         """
-        paths = [path for given in inputs for path in _files(given)]
-        formats = FORMATS
-        if csv_delimiter is not None:
-            if not any(path.suffix.lower() == ".csv" for path in paths):
-                raise UsageError(f"--csv-delimiter is {csv_delimiter!r}, but no input ends in .csv; leave it out")
-            formats = FORMATS | {".csv": Csv(csv_delimiter)}
-        schema, num_rows = pa.schema([]), 0
-        for i, path in enumerate(paths):
-            found, rows = _format_of(path, formats).inspect(path)
-            _check_names(path, found)
-            if i == 0:
-                schema = found
-            else:
-                _check_same(path, found, paths[0], schema)
-            num_rows += rows
+        found = [each for given in inputs for each in files_in(given)]
+        formats = _formats([path for path, _ in found], csv_delimiter, csv_encoding)
+        keys = typed([texts for _, texts in found])
+        files: list[InputFile] = []
+        num_rows = 0
+        for (path, _), values in zip(found, keys, strict=True):
+            files.append(_inspected(path, _format_of(path, formats), values))
+            num_rows += files[-1].num_rows
             if num_rows > MAX_ROWS:
                 raise Refused(f"{path} has row {num_rows:,}; a job has at most {MAX_ROWS:,}: split the input")
+        schema = unify(files)
         if num_rows and not schema.names:
-            raise Refused(f"{paths[0]} has {num_rows} rows but no columns; expected a column with prompts")
-        # All columns are nullable, since another file of the table may have nulls.
-        schema = pa.schema([field.with_nullable(True) for field in schema])
-        return Table(tuple(paths), schema, num_rows, formats)
+            raise Refused(f"{files[0].path} has {num_rows} rows but no columns; expected a column with prompts")
+        for file in files:
+            _check_promoted(file, schema)
+        return Table(tuple(files), schema, num_rows, tuple(promotions(files, schema)))
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files' paths."""
+        return [file.path for file in self.files]
 
     def shard(self, index: int, count: int) -> "Table":
         """Return shard `index`, from 0, of `count` shards: consecutive rows, as a table of its own.
@@ -98,9 +90,10 @@ class Table:
         """
         names = self.schema.names if columns is None else list(columns)
         self.check(names)
+        fields = [self.schema.field(name) for name in names]
         first = -(self.skipped or 0)
-        for path in self.paths:
-            for batch in _format_of(path, self.formats).read(path, self.schema, names, rows):
+        for file in self.files:
+            for batch in file.batches(fields, rows):
                 if self.skipped is None:
                     yield first, batch
                 elif first >= self.num_rows:
@@ -111,24 +104,22 @@ class Table:
                 first += batch.num_rows
 
 
-def _files(path: Path) -> list[Path]:
-    """Return the path of a file, or the files in a folder, sorted by name.
-
-    Names that begin with '.' or '_' are left out, since by custom they are not tables.
-    """
-    if not os.path.isdir(path):
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.name[0] not in "._")
-    if not files:
-        raise Refused(f"{path} is a folder without files; expected tables in it")
-    return files
-
-
 def find_field(schema: pa.Schema, name: str, path: Path) -> pa.Field:
     """Return the field of this name. Raises `Refused`, naming the file, the missing column and the columns it has."""
     if name not in schema.names:
-        raise Refused(f"{path} has no column {name!r}; its columns are {', '.join(map(repr, schema.names))}")
+        columns = ", ".join(map(repr, schema.names))
+        raise Refused(f"{path} has no column {name!r}; its columns are {columns}{another_delimiter(schema.names)}")
     return schema.field(name)
+
+
+def _formats(paths: list[Path], delimiter: str | None, encoding: str | None) -> Mapping[str, TableFormat]:
+    """Return the formats by suffix, with what the flags say of CSV."""
+    suffixes = {path.suffix.lower() for path in paths}
+    if delimiter is not None and ".csv" not in suffixes:
+        raise UsageError(f"--csv-delimiter is {delimiter!r}, but no input ends in .csv; leave it out")
+    if encoding is not None and not suffixes & {".csv", ".tsv"}:
+        raise UsageError(f"--csv-encoding is {encoding!r}, but no input ends in .csv or .tsv; leave it out")
+    return FORMATS | {".csv": Csv(delimiter or ",", encoding or UTF_8), ".tsv": Csv("\t", encoding or UTF_8)}
 
 
 def _format_of(path: Path, formats: Mapping[str, TableFormat]) -> TableFormat:
@@ -147,17 +138,43 @@ def _format_of(path: Path, formats: Mapping[str, TableFormat]) -> TableFormat:
     return formats[path.suffix.lower()]
 
 
+def _inspected(path: Path, format_: TableFormat, keys: Mapping[str, pa.Scalar]) -> InputFile:
+    schema, num_rows = format_.inspect(path)
+    _check_names(path, schema)
+    file = InputFile(path, format_, schema, num_rows, keys)
+    both = [name for name in keys if name in schema.names]
+    for name in both:
+        _check_equal(file, name)
+    return replace(file, keys={name: value for name, value in keys.items() if name not in both})
+
+
+def _check_equal(file: InputFile, name: str) -> None:
+    """Raise `Refused` if a column has another value than the folder that gives the same column."""
+    for batch in file.batches([file.schema.field(name)], CHECKED_ROWS):
+        if not _has_only(batch.column(name), file.keys[name]):
+            raise Refused(
+                f"{file.path}: column {name!r} has other values than {file.keys[name]}, which its folder's name gives; "
+                "rename the folder, or leave the column out of the file"
+            )
+
+
+def _has_only(column: pa.Array, key: pa.Scalar) -> bool:
+    if not key.is_valid:
+        return bool(column.null_count == len(column))
+    try:
+        return bool(column.cast(key.type).equals(pa.repeat(key, len(column))))
+    except pa.ArrowException:  # a value that is no such number, or a type that is no value of a key
+        return False
+
+
 def _check_names(path: Path, schema: pa.Schema) -> None:
     for name in schema.names:
         if schema.names.count(name) > 1:
             raise Refused(f"{path} has {schema.names.count(name)} columns named {name!r}; expected one")
 
 
-def _check_same(path: Path, found: pa.Schema, first: Path, expected: pa.Schema) -> None:
-    for name in found.names:
-        if name not in expected.names:
-            raise Refused(f"{path} has a column {name!r}, which {first} lacks; all inputs need the same columns")
-    for field in expected:
-        other = find_field(found, field.name, path)
-        if other.type != field.type:
-            raise Refused(f"{path}: column {field.name!r} is {other.type}; expected {field.type}, as in {first}")
+def _check_promoted(file: InputFile, schema: pa.Schema) -> None:
+    """Read the columns that get another type. Raises `Refused` if a value does not fit it."""
+    promoted = [field for field in schema if file.type_of(field.name) not in (None, pa.null(), field.type)]
+    for _ in file.batches(promoted, CHECKED_ROWS) if promoted else ():
+        pass

@@ -25,6 +25,7 @@ from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.job import run
 from batchinfer.jobs.report import read_report
 from batchinfer.jobs.rows.windows import Limits
+from batchinfer.jobs.tables.table import Table
 
 
 @pytest.fixture(scope="session")
@@ -199,7 +200,8 @@ def test_a_model_that_does_not_load_is_refused(tmp_path: Path, model: Path, engi
 def test_jobs_that_may_take_different_products_carry_different_fingerprints(tmp_path: Path, model: Path) -> None:
     job = spec(model, write(tmp_path / "in.parquet", prompt=["1"]))
     few, some, many = (
-        fingerprints(job, job.inputs, model, "", EngineConfig(model, expected_batch=n), []) for n in (1, 4, 5)
+        fingerprints(job, Table.open(job.inputs).files, model, "", EngineConfig(model, expected_batch=n), [])
+        for n in (1, 4, 5)
     )
     assert few == some
     assert {name for name in few if few[name] != many[name]} == {"quantization"}

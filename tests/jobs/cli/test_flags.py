@@ -27,6 +27,7 @@ WRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "shard": ("1/3", (1, 3), {}),
     "columns": ("a,b", ("a", "b"), {}),
     "csv_delimiter": (";", ";", {}),
+    "csv_encoding": ("windows-1252", "cp1252", {}),
     "stop": ("END", ("END",), {}),
     "time_limit": ("1:30", 90.0, {}),
     "metrics_textfile": ("x.prom", Path("x.prom"), {}),

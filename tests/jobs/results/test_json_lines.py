@@ -227,15 +227,6 @@ def test_what_json_has_no_form_for(tmp_path: Path) -> None:
     assert read.cast(known.schema).equals(known)
 
 
-def test_bytes_that_are_no_utf8_harm_no_other_value(tmp_path: Path) -> None:
-    raw = pa.array([b"good", b"bad \xff", None, "é".encode()])
-    text = raw.cast(options=pa.compute.CastOptions(pa.string(), allow_invalid_utf8=True))
-    table = pa.table({"text": text, "list": pa.ListArray.from_arrays([0, 2, 3, 3, 4], text)})
-    rows = written(tmp_path / "o.jsonl", table)
-    assert [row["text"] for row in rows] == ["good", "bad \ufffd", None, "é"]
-    assert [row["list"] for row in rows] == [["good", "bad \ufffd"], [None], [], ["é"]]
-
-
 @pytest.mark.parametrize("piece", [1, 3, 1 << 20])
 def test_large_cells_are_written_as_small_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     table = pa.table(
