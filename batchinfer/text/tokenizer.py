@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from tokenizers import AddedToken
 
 from batchinfer.host.files import read_object, refuse_pointer
 from batchinfer.kernels.ragged import ranges
-from batchinfer.text.chat import MARK_END, MARK_START, ChatError, ChatTemplate, Message, mark
+from batchinfer.text.chat import MARK_END, MARK_START, ChatError, ChatTemplate, Message, Tool, mark
+from batchinfer.text.content_parts import fit_parts
 
 TokenIds = NDArray[np.int32]  # the rows' token ids, one row after the other
 Offsets = NDArray[np.int64]  # row i is token_ids[offsets[i]:offsets[i + 1]]
@@ -49,11 +51,16 @@ class Tokenizer:
         eos_ids: tuple[int, ...] = (),
         template: ChatTemplate | None = None,
         fingerprint: str = "",
+        tool_source: str | None = None,
     ) -> None:
-        """Take over the backend: its post-processor, truncation and padding are removed."""
+        """Take over the backend: its post-processor, truncation and padding are removed.
+
+        `tool_source` is the source of a second template, for conversations with tools.
+        """
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         self.template = template
+        self._tool_source = tool_source
         self.fingerprint = fingerprint  # sha256 of everything that token ids and text depend on
         vocabulary = backend.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=0) + 1
@@ -112,7 +119,8 @@ class Tokenizer:
         if eos_ids is None:
             eos_id = backend.token_to_id(named.get("eos_token", ""))
             eos_ids = () if eos_id is None else (eos_id,)
-        source = _template_source(folder, config)
+        sources = _template_sources(folder, config)
+        source = sources.get("default")
         try:
             template = None if source is None else ChatTemplate.compile(source, named)
         except ValueError as error:
@@ -121,7 +129,7 @@ class Tokenizer:
         digest.update(json.dumps([eos_ids, named, source], sort_keys=True).encode())
         bos_id = backend.token_to_id(named.get("bos_token", ""))
         with _naming(file):
-            return Tokenizer(backend, bos_id, eos_ids, template, digest.hexdigest())
+            return Tokenizer(backend, bos_id, eos_ids, template, digest.hexdigest(), sources.get("tool_use"))
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -136,18 +144,32 @@ class Tokenizer:
         encode = self._encode_rendered if allow_special_tokens else self._encode_plain
         return _in_chunks(texts, encode, self._prefix, self._suffix)
 
-    def encode_chats(self, conversations: Sequence[Sequence[Message]]) -> tuple[TokenIds, Offsets, dict[int, str]]:
+    @cached_property
+    def tool_template(self) -> ChatTemplate | None:
+        """The chat template for conversations with tools. Few checkpoints have one besides the usual template, so it
+        is compiled when it is needed. Raises `ValueError` as `ChatTemplate.compile` does."""
+        if self._tool_source is None or self.template is None:
+            return self.template
+        return ChatTemplate.compile(self._tool_source, self.template.variables)
+
+    def encode_chats(
+        self, conversations: Sequence[Sequence[Message]], tools: Sequence[Sequence[Tool] | None] | None = None
+    ) -> tuple[TokenIds, Offsets, dict[int, str]]:
         """Encode conversations, up to where the assistant's turn begins: (token ids, offsets, errors).
 
-        `errors` gives, by the index of a conversation, why it could not be rendered; its row has no tokens. Raises
-        `ValueError` if the checkpoint has no chat template.
+        `tools` has the tools of each conversation, or None for one without. `errors` gives, by the index of a
+        conversation, why it could not be rendered; its row has no tokens. Raises `ValueError` if the checkpoint has no
+        chat template.
         """
         if self.template is None:
             raise ValueError("the checkpoint has no chat template")
         texts, errors = [], {}
-        for i, messages in enumerate(conversations):
+        none: list[Sequence[Tool] | None] = [None] * len(conversations)
+        for i, (messages, offered) in enumerate(zip(conversations, tools or none, strict=True)):
+            template = self.template if offered is None or self.tool_template is None else self.tool_template
             try:
-                texts.append(self.template.render(mark(messages, self._control)))
+                fitted = fit_parts(template, messages, offered, self._control)
+                texts.append(template.render(mark(fitted, self._control), mark(offered, self._control)))
             except ChatError as error:
                 texts.append("")
                 errors[i] = str(error)
@@ -289,22 +311,31 @@ def _eos_ids(model_dir: Path) -> tuple[int, ...] | None:
     return None
 
 
-def _template_source(folder: Path, config: dict[str, Any]) -> str | None:
-    """Return the chat template's source, or None.
+def _template_sources(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Return the sources of the chat templates by name: 'default', and 'tool_use' for conversations with tools.
 
-    chat_template.jinja has precedence over the entry in tokenizer_config.json. Of several named templates, the one
-    called 'default' is taken.
+    chat_template.jinja has precedence over all entries in tokenizer_config.json.
     """
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return _read(file).decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8: {error}") from None
-    source = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(source, list):
-        named = [e.get("template") for e in source if isinstance(e, dict) and e.get("name") == "default"]
-        source = named[-1] if named else None
-    if source is not None and not isinstance(source, str):
-        raise ValueError(f"{folder}: chat_template is a {type(source).__name__}; expected a text or named templates")
-    return source
+    files = {"default": folder / "chat_template.jinja", "tool_use": folder / "additional_chat_templates/tool_use.jinja"}
+    written = {name: _read_template(file) for name, file in files.items() if file.is_file()}
+    if "default" in written:
+        return written
+    entry = config.get("chat_template") or _read_json(folder / "chat_template.json").get("chat_template")
+    named = entry if isinstance(entry, list) else [{"name": "default", "template": entry}] if entry else []
+    sources = {}
+    for each in named:
+        if isinstance(each, dict) and each.get("name") in ("default", "tool_use"):
+            source = each.get("template")
+            if not isinstance(source, str):
+                raise ValueError(
+                    f"{folder}: chat_template is a {type(source).__name__}; expected a text or named templates"
+                )
+            sources[each["name"]] = source
+    return sources | written
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return _read(file).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from None
