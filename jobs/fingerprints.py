@@ -17,13 +17,19 @@ SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
 def fingerprints(
-    spec: JobSpec, inputs: Sequence[Path], model: Path, tokenizer: str, config: EngineConfig, columns: list[str]
+    spec: JobSpec,
+    inputs: Sequence[Path],
+    model: Path,
+    tokenizer: str,
+    config: EngineConfig,
+    columns: list[str],
+    tool_template: str = "",
 ) -> dict[str, str]:
     """Return the fingerprints by name: a sha256 each for columns, input, model, tokenizer, template, sampling,
     quantization and engine; the shard; and the delimiter of CSV files if it is not a comma.
 
-    Input files are read completely. Of weights, which are large and differ everywhere if they differ at all, 64 samples
-    of each file are read.
+    `tool_template` is the source of the chat template for conversations with tools. Input files are read completely. Of
+    weights, which are large and differ everywhere if they differ at all, 64 samples of each file are read.
     """
     weights = sorted([*model.glob("*.safetensors"), *model.glob("*.gguf")])
     configs = sorted(model.glob("*config.json"))
@@ -36,6 +42,8 @@ def fingerprints(
         "allow_special_tokens": spec.allow_special_tokens,
         "id_column": spec.id_column,
     }
+    if spec.tools_column is not None:
+        template |= {"tools_column": spec.tools_column, "tool_template": tool_template}
     # With another delimiter, the same bytes are another table. Rows set aside for an incremental run have none.
     delimiter = {} if spec.csv_delimiter in (None, ",") or spec.adds_file else {"csv_delimiter": spec.csv_delimiter}
     return {

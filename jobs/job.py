@@ -79,7 +79,10 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     if folder.published and done.complete:
         say(f"{spec.output} is complete already; nothing is run")
         return read_report(spec.output)
-    stats, generating, duplicates = EngineStats(notes=_resumed(done, digests) + _sampled(spec)), 0.0, 0
+    for note in job.notes:
+        say(note)
+    stats = EngineStats(notes=_resumed(done, digests) + _sampled(spec) + job.notes)
+    generating, duplicates = 0.0, 0
     try:
         windows = Windows(
             table, source, spec.block_size, done.rows, folder.temporary, spec.deduplicate, spec.computed_samples

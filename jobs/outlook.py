@@ -150,7 +150,7 @@ def plan(spec: JobSpec) -> Outlook:
     shape = JobShape.of(windows.figures, spec.sampling, job.config.max_model_len, spec.computed_samples)
     key = DeviceKey.of(job.config.device)
     cost, missing = read_device_cost(key)
-    setting, notes = Setting.of(job.config), [] if missing is None else [missing]
+    setting, notes = Setting.of(job.config), job.notes + ([] if missing is None else [missing])
     if spec.incremental:
         notes.append("the plan is for all rows, including those that earlier runs have done")
     simulated = Job(shape, job.config) if windows.figures.rows else None

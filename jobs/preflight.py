@@ -13,13 +13,14 @@ from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.results.formats import format_of
 from batchinfer.jobs.results.schema import result_fields
-from batchinfer.jobs.rows.prompts import PromptSource
+from batchinfer.jobs.rows.prompts import PromptSource, verbatim_columns
 from batchinfer.jobs.rows.template_check import check_template
 from batchinfer.jobs.rows.windows import Prompts
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import check_ids
 from batchinfer.jobs.tables.table import Table
 from batchinfer.models.hub import TOKENIZER_FILES, context_length, read_config, resolve_model
+from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.tokenizer import Tokenizer
 
 PromptsFactory = Callable[[JobSpec, Tokenizer, int, pa.Schema], Prompts]
@@ -36,11 +37,12 @@ class Preflight:
     tokenizer_folder: Path | None  # None: the model's own
     source: Prompts
     fingerprints: dict[str, str]
+    notes: list[str]  # for the report
 
 
 def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
     """Check a job. Raises `Refused` if the data or the model do not fit, and `UsageError` if flags do not."""
-    whole = Table.open(spec.inputs, spec.csv_delimiter)
+    whole = Table.open(spec.inputs, spec.csv_delimiter, verbatim_columns(spec))
     table = whole if spec.shard is None else whole.shard(*spec.shard)
     kept = _kept_columns(spec, table)
     format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))
@@ -54,12 +56,17 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
     if spec.id_column is not None:
         check_ids(whole, spec.id_column)
-    if (spec.chat or spec.messages_column is not None) and tokenizer.template is not None:
-        check_template(tokenizer.template, spec.tokenizer or spec.model)
+    templates = _chat_templates(spec, tokenizer, tokenizer_folder or model)
+    for template in templates:
+        check_template(template, named)
+    notes = []
+    if spec.tools_column is not None and templates and not templates[-1].reads_tools:
+        notes.append(f"the chat template of {named} never reads tools: --tools-column {spec.tools_column} is in vain")
     # An incremental job's input may change. Its runs read the new rows from a file in which they were set aside.
     inputs = () if spec.adds_file else whole.paths
-    digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept)
-    return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests)
+    tool_template = templates[-1].source if templates else ""
+    digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept, tool_template)
+    return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests, notes)
 
 
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
@@ -86,6 +93,17 @@ def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
             f"{model / 'config.json'}: they do not belong together: leave out --tokenizer, or take the model's own"
         )
     return tokenizer
+
+
+def _chat_templates(spec: JobSpec, tokenizer: Tokenizer, folder: Path) -> list[ChatTemplate]:
+    """Return the chat templates that the job uses. The one for conversations with tools is the last."""
+    if tokenizer.template is None or not (spec.chat or spec.messages_column is not None):
+        return []
+    try:
+        tool_template = None if spec.tools_column is None else tokenizer.tool_template
+    except ValueError as error:
+        raise Refused(f"tokenizer: {folder}: {error}") from error
+    return [tokenizer.template] if tool_template in (None, tokenizer.template) else [tokenizer.template, tool_template]
 
 
 def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:

@@ -63,6 +63,8 @@ def _check_chat(job: JobSpec) -> None:
     templated = job.chat or job.messages_column is not None
     if job.system_prompt is not None and not templated:
         raise UsageError("--system-prompt needs --chat or --messages-column; give one of them, or leave it out")
+    if job.tools_column is not None and not templated:
+        raise UsageError("--tools-column needs --chat or --messages-column; give one of them, or leave it out")
     if job.allow_special_tokens and templated:
         raise UsageError("--allow-special-tokens is for plain prompts: leave out --chat and --messages-column")
 

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -48,19 +48,20 @@ class Table:
     skipped: int | None = None  # in a shard: number of rows before its first
 
     @staticmethod
-    def open(inputs: Sequence[Path], csv_delimiter: str | None = None) -> "Table":
+    def open(inputs: Sequence[Path], csv_delimiter: str | None = None, verbatim: Collection[str] = ()) -> "Table":
         """Open files, and all files in folders, as one table.
 
         JSON Lines and CSV files are read once, to find their columns and count their rows. CSV columns are text.
-        `csv_delimiter` separates the values of .csv files; None is a comma. Raises `Refused`, naming file, column, what
-        was found and what was expected, and `UsageError` for a delimiter without a .csv file.
+        `csv_delimiter` separates the values of .csv files; None is a comma. The columns in `verbatim` keep values of
+        JSON Lines as each row wrote them (`JsonLines`). Raises `Refused`, naming file, column, what was found and what
+        was expected, and `UsageError` for a delimiter without a .csv file.
         """
         paths = [path for given in inputs for path in _files(given)]
-        formats = FORMATS
+        formats = FORMATS | dict.fromkeys((".jsonl", ".ndjson"), JsonLines(verbatim))
         if csv_delimiter is not None:
             if not any(path.suffix.lower() == ".csv" for path in paths):
                 raise UsageError(f"--csv-delimiter is {csv_delimiter!r}, but no input ends in .csv; leave it out")
-            formats = FORMATS | {".csv": Csv(csv_delimiter)}
+            formats |= {".csv": Csv(csv_delimiter)}
         schema, num_rows = pa.schema([]), 0
         for i, path in enumerate(paths):
             found, rows = _format_of(path, formats).inspect(path)

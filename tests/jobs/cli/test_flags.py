@@ -30,6 +30,7 @@ WRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "time_limit": ("1:30", 90.0, {}),
     "metrics_textfile": ("x.prom", Path("x.prom"), {}),
     "system_prompt": ("Be brief.", "Be brief.", {"chat": True}),
+    "tools_column": ("tools", "tools", {"chat": True}),
     "canary_reference": ("other", "other", {"canary": 1}),
     "incremental": (True, True, {"id_column": "id"}),
     "resume": (False, False, {}),
