@@ -17,7 +17,9 @@ from batchinfer.engine.prompts import (
     BadPrompt,
     Conversation,
     Errors,
+    Tools,
     check_messages,
+    check_tools,
     encode_chats,
     keys_by_tokens,
     requests_that_fit,
@@ -112,23 +114,35 @@ class LLM:
         )
         self._engine = Engine(config, self.tokenizer)
         self._max_model_len = length
+        self._notes: set[str] = set()
         self._rows = 0  # row numbers used so far: each call takes new ones
 
     def generate(
-        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, seed: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        seed: int = 0,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[Completion]:
         """Return the completions of all prompts, in their order. See `stream` for arguments and errors."""
-        return sorted(self.stream(prompts, params, seed=seed), key=lambda completion: completion.index)
+        return sorted(self.stream(prompts, params, seed=seed, tools=tools), key=lambda completion: completion.index)
 
     def stream(
-        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, seed: int = 0
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        seed: int = 0,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> Iterator[Completion]:
         """Yield completions as prompts end, each with the `index` of its prompt.
 
         A prompt is a text, a list of token ids, or a list of messages: dicts with role and content, which the
-        checkpoint's chat template turns into text. A prompt that cannot run gives a completion with an error. Above
-        temperature 0, `seed` and the prompt's tokens determine the random draws. Raises `ValueError` naming a wrong
-        argument. Closing the iterator drops the prompts that have not ended.
+        checkpoint's chat template turns into text. `tools`, a list of JSON schemas, are offered to each conversation. A
+        prompt that cannot run gives a completion with an error. Above temperature 0, `seed` and the prompt's tokens
+        determine the random draws. Raises `ValueError` naming a wrong argument. Closing the iterator drops the prompts
+        that have not ended.
         """
         params = SamplingParams() if params is None else params
         _check_kinds(SamplingParams, "SamplingParams", params=params)
@@ -140,16 +154,20 @@ class LLM:
         if any(isinstance(prompt, Mapping | Integral) for prompt in prompts):
             raise ValueError("prompts is a single conversation or one row of token ids; it must be a list of them")
         errors: Errors = {}
-        requests = self._requests(prompts, params, errors)
+        requests = self._requests(prompts, params, _read_tools(tools), errors)
         if params.temperature > 0:
             requests = replace(requests, seeds=row_seeds(seed, keys_by_tokens(requests)))
         return self._run(requests, errors, params.stop)
 
     def stats(self) -> EngineStats:
-        """Return the engine's counts so far, the kernels that it uses, and notes about slower paths taken."""
-        return self._engine.stats()
+        """Return the engine's counts so far, the kernels that it uses, and notes about slower paths taken and about
+        tools that were given in vain."""
+        stats = self._engine.stats()
+        return replace(stats, notes=[*stats.notes, *self._notes])
 
-    def _requests(self, prompts: Sequence[Prompt], params: SamplingParams, errors: Errors) -> Requests:
+    def _requests(
+        self, prompts: Sequence[Prompt], params: SamplingParams, tools: Tools | None, errors: Errors
+    ) -> Requests:
         """Return requests for the prompts that can run; errors for the others are added to `errors`."""
         texts: dict[int, str] = {}
         chats: dict[int, Conversation] = {}
@@ -171,7 +189,7 @@ class LLM:
             (list(given), np.concatenate([NOTHING, *given.values()]), np.cumsum([0, *map(len, given.values())])),
         ]
         if chats:
-            encoded.append((list(chats), *self._encode_chats(chats, errors)))
+            encoded.append((list(chats), *self._encode_chats(chats, tools, errors)))
         indices = np.concatenate([np.array(of, np.int64) for of, _, _ in encoded])
         lengths = np.concatenate([np.diff(offsets) for _, _, offsets in encoded])
         token_ids = np.concatenate([ids for _, ids, _ in encoded])
@@ -179,12 +197,18 @@ class LLM:
         token_ids, offsets = take_ragged(token_ids, np.append(0, np.cumsum(lengths)), order)
         return requests_that_fit(indices[order], token_ids, offsets, params, self._max_model_len, errors)
 
-    def _encode_chats(self, chats: dict[int, Conversation], errors: Errors) -> tuple[TokenIds, Offsets]:
+    def _encode_chats(
+        self, chats: dict[int, Conversation], tools: Tools | None, errors: Errors
+    ) -> tuple[TokenIds, Offsets]:
         if self.tokenizer.template is None:
             raise ValueError(
                 f"prompts[{min(chats)}] is a conversation, and the model has no chat template; give texts or token ids"
             )
-        return encode_chats(self.tokenizer, np.array(list(chats), np.int64), list(chats.values()), errors)
+        template = self.tokenizer.template if tools is None else self.tokenizer.tool_template
+        if tools is not None and template is not None and not template.reads_tools:
+            self._notes.add("the model's chat template never reads tools: those that were given are in vain")
+        indices, offered = np.array(list(chats), np.int64), [tools] * len(chats)
+        return encode_chats(self.tokenizer, indices, list(chats.values()), errors, offered)
 
     def _run(self, requests: Requests, errors: Errors, stop: tuple[str, ...]) -> Iterator[Completion]:
         if self._engine.unfinished:
@@ -239,6 +263,18 @@ def _read(prompt: Any, vocabulary: int) -> str | TokenIds | Conversation:
     check_messages(messages)
     _unicode(json.dumps(messages, ensure_ascii=False, default=str))
     return messages
+
+
+def _read_tools(tools: Any) -> Tools | None:
+    if tools is None:
+        return None
+    given = list(tools) if isinstance(tools, Sequence) else tools
+    try:
+        check_tools(given)
+        _unicode(json.dumps(given, ensure_ascii=False, default=str))
+    except BadPrompt as error:
+        raise ValueError(f"tools is {tools!r:.50}; {error.row_error.message}") from None
+    return given
 
 
 def _unicode(text: str) -> bytes:

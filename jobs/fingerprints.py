@@ -26,13 +26,15 @@ def fingerprints(
     config: EngineConfig,
     columns: list[str],
     moment: datetime | None = None,
+    tool_template: str = "",
 ) -> dict[str, str]:
     """Return the fingerprints by name: a sha256 each for columns, input, model, tokenizer, template, sampling,
     quantization and engine; the shard; the delimiter and the encoding of CSV files if they are not a comma and UTF-8;
     and the `moment` that the chat template writes into prompts, if it does.
 
-    Input files are read completely, and columns that their folders give count too. Of weights, which are large and
-    differ everywhere if they differ at all, 64 samples of each file are read.
+    `tool_template` is the source of the chat template for conversations with tools. Input files are read completely,
+    and columns that their folders give count too. Of weights, which are large and differ everywhere if they differ at
+    all, 64 samples of each file are read.
     """
     weights = sorted([*model.glob("*.safetensors"), *model.glob("*.gguf")])
     configs = sorted(model.glob("*config.json"))
@@ -45,6 +47,8 @@ def fingerprints(
         "allow_special_tokens": spec.allow_special_tokens,
         "id_column": spec.id_column,
     }
+    if spec.tools_column is not None:
+        template |= {"tools_column": spec.tools_column, "tool_template": tool_template}
     # Read in another way, the same bytes are another table. Rows set aside for an incremental run are not CSV.
     csv = {"csv_delimiter": (spec.csv_delimiter, ","), "csv_encoding": (spec.csv_encoding, "utf-8")}
     unusual = {name: given for name, (given, usual) in csv.items() if given not in (None, usual)}

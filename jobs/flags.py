@@ -99,6 +99,14 @@ class JobFlags:
         str | None,
         Flag("Take each chat from this column, as a list of messages {role, content}.", "Prompt", "COLUMN"),
     ] = None
+    tools_column: Annotated[
+        str | None,
+        Flag(
+            "Offer each chat the tools in this column, as a list of JSON schemas. A null offers none.",
+            "Prompt",
+            "COLUMN",
+        ),
+    ] = None
     system_prompt: Annotated[str | None, Flag("Begin every chat with this system message.", "Prompt")] = None
     chat: Annotated[bool, Flag("Wrap each prompt in the model's chat template.", "Prompt")] = False
     template_date: Annotated[

@@ -155,10 +155,13 @@ def _set_aside_new_rows(job: Preflight, spec: JobSpec, target: Path) -> bool:
     count = 0
     with OutputWriter(target, aside, schema) as writer:
         for _, batch in job.table.batches(_columns(job), BATCH_ROWS):
-            batch = _as_stored(batch, job.source.columns)
-            new = batch.filter(pa.array(~_among(row_keys(batch, job.source.columns), seen)))
-            writer.write(pa.Table.from_arrays(new.columns, schema=schema))
-            count += len(new)
+            batch = _as_stored(batch, spec.prompt_column)
+            new = ~_among(row_keys(batch, job.source.columns), seen)
+            # pyarrow filters no string views, so neighbours that are new are cut out instead.
+            edges = np.flatnonzero(np.diff(new, prepend=False, append=False)).reshape(-1, 2)
+            runs = [pa.record_batch(batch.slice(a, b - a).columns, schema) for a, b in edges.tolist()]
+            writer.write(pa.Table.from_batches(runs, schema))
+            count += int(new.sum())
     if not count and incremental_files(spec.output):
         aside.unlink()
         return False
@@ -208,14 +211,12 @@ def _json(value: pa.Scalar) -> bytes:
         return b"no UTF-8"  # its row fails, whatever the other bytes are
 
 
-def _as_stored(batch: pa.RecordBatch, columns: list[str]) -> pa.RecordBatch:
-    """Set values of text columns that were not text in JSON to null, since Parquet cannot mark them. Their rows fail in
-    both cases."""
-    arrays = []
-    for name, array in zip(batch.schema.names, batch.columns, strict=True):
-        indices = indices_not_text(batch, name) if name in columns else []
-        if indices:
-            wrong = np.isin(np.arange(len(array)), indices)
-            array = pc.if_else(pa.array(wrong), pa.scalar(None, array.type), array)
-        arrays.append(array)
+def _as_stored(batch: pa.RecordBatch, prompt_column: str | None) -> pa.RecordBatch:
+    """Set prompts that were not text in JSON to null, since Parquet cannot mark them. Their rows fail in both cases.
+    Elsewhere such values are prompts too, as their JSON."""
+    arrays = batch.columns
+    if prompt_column is not None and (indices := indices_not_text(batch, prompt_column)):
+        wrong = np.isin(np.arange(len(batch)), indices)
+        place = batch.schema.get_field_index(prompt_column)
+        arrays[place] = pc.if_else(pa.array(wrong), pa.scalar(None, arrays[place].type), arrays[place])
     return pa.record_batch(arrays, batch.schema.remove_metadata())

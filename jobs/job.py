@@ -60,8 +60,6 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
             f"{folder.path} or {spec.output} exists, and --no-resume starts only a new job; choose another output"
         )
     job = preflight(spec, prompts)
-    for note in job.shape.notes:
-        say(note)
     table, source, config, digests = job.table, job.source, job.config, job.fingerprints
     reference = reference_config(spec, config) if spec.canary else None
     resolved = {

@@ -151,7 +151,7 @@ def plan(spec: JobSpec) -> Outlook:
     shape = JobShape.of(windows.figures, spec.sampling, job.config.max_model_len, spec.computed_samples)
     key = DeviceKey.of(job.config.device)
     cost, missing = read_device_cost(key)
-    setting, notes = Setting.of(job.config), [*job.shape.notes, *job.notes]
+    setting, notes = Setting.of(job.config), [*job.notes]
     if missing is not None:
         notes.append(missing)
     notes += told_alike(spec, windows.figures)

@@ -15,7 +15,7 @@ from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.log import say
 from batchinfer.jobs.results.formats import format_of
 from batchinfer.jobs.results.schema import result_fields
-from batchinfer.jobs.rows.prompts import PromptSource
+from batchinfer.jobs.rows.prompts import PromptSource, verbatim_columns
 from batchinfer.jobs.rows.template_check import check_template
 from batchinfer.jobs.rows.windows import Prompts
 from batchinfer.jobs.spec import JobSpec
@@ -24,6 +24,7 @@ from batchinfer.jobs.tables.table import Table
 from batchinfer.jobs.template_date import known_moment, moment_of_prompts, notes_about, now
 from batchinfer.models.config import ModelConfig, read_shape
 from batchinfer.models.hub import TOKENIZER_FILES, resolve_model
+from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.tokenizer import Tokenizer
 
 PromptsFactory = Callable[[JobSpec, Tokenizer, int, pa.Schema], Prompts]
@@ -46,9 +47,7 @@ class Preflight:
 
 def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
     """Check a job. Raises `Refused` if the data or the model do not fit, and `UsageError` if flags do not."""
-    whole = Table.open(spec.inputs, spec.csv_delimiter, spec.csv_encoding)
-    for note in whole.notes:
-        say(note)
+    whole = Table.open(spec.inputs, spec.csv_delimiter, spec.csv_encoding, verbatim_columns(spec))
     table = whole if spec.shard is None else whole.shard(*spec.shard)
     kept = _kept_columns(spec, table)
     format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))
@@ -64,13 +63,19 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
     if spec.id_column is not None:
         check_ids(whole, spec.id_column)
-    moment = moment_of_prompts(spec, tokenizer.template, known)
-    if spec.renders_chats and tokenizer.template is not None:
-        check_template(tokenizer.template, spec.tokenizer or spec.model)
+    templates = _chat_templates(spec, tokenizer, tokenizer_folder or model)
+    moment = moment_of_prompts(spec, templates, known)
+    for template in templates:
+        check_template(template, named)
+    notes = [*whole.notes, *notes_about(spec, moment)]
+    if spec.tools_column is not None and templates and not templates[-1].reads_tools:
+        notes.append(f"the chat template of {named} never reads tools: --tools-column {spec.tools_column} is in vain")
+    for note in (*shape.notes, *notes):
+        say(note)
     # An incremental job's input may change. Its runs read the new rows from a file in which they were set aside.
     inputs = () if spec.adds_file else whole.files
-    digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept, moment)
-    notes = [*table.notes, *notes_about(spec, moment)]
+    tool_template = templates[-1].source if templates else ""
+    digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept, moment, tool_template)
     return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests, shape, notes)
 
 
@@ -97,6 +102,17 @@ def _load_tokenizer(model: Path, folder: Path | None, size: int, moment: datetim
             f"{model / 'config.json'}: they do not belong together: leave out --tokenizer, or take the model's own"
         )
     return tokenizer
+
+
+def _chat_templates(spec: JobSpec, tokenizer: Tokenizer, folder: Path) -> list[ChatTemplate]:
+    """Return the chat templates that the job uses. The one for conversations with tools is the last."""
+    if tokenizer.template is None or not spec.renders_chats:
+        return []
+    try:
+        tool_template = None if spec.tools_column is None else tokenizer.tool_template
+    except ValueError as error:
+        raise Refused(f"tokenizer: {folder}: {error}") from error
+    return [tokenizer.template] if tool_template in (None, tokenizer.template) else [tokenizer.template, tool_template]
 
 
 def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) -> EngineConfig:

@@ -67,6 +67,8 @@ def _check_chat(job: JobSpec) -> None:
         raise UsageError("--chat wraps a plain prompt, but --messages-column has whole chats; leave one of them out")
     if job.system_prompt is not None and not job.renders_chats:
         raise UsageError("--system-prompt needs --chat or --messages-column; give one of them, or leave it out")
+    if job.tools_column is not None and not job.renders_chats:
+        raise UsageError("--tools-column needs --chat or --messages-column; give one of them, or leave it out")
     if job.allow_special_tokens and job.renders_chats:
         raise UsageError("--allow-special-tokens is for plain prompts: leave out --chat and --messages-column")
 

@@ -23,19 +23,20 @@ def known_moment(spec: JobSpec) -> datetime | None:
     return begun or spec.template_date if spec.incremental else spec.template_date or begun
 
 
-def moment_of_prompts(spec: JobSpec, template: ChatTemplate | None, known: datetime | None) -> datetime | None:
-    """Return the moment that is written into the job's prompts, or None.
+def moment_of_prompts(spec: JobSpec, templates: Sequence[ChatTemplate], known: datetime | None) -> datetime | None:
+    """Return the moment that the chat `templates` write into the job's prompts, or None.
 
     Raises `UsageError` for a shard that would choose a moment by itself, if none is `known`.
     """
-    if template is None or not spec.renders_chats or not template.tells_time:
+    if not any(template.tells_time for template in templates):
         return None
+    moment = templates[0].moment
     if spec.shard is not None and known is None:
         raise UsageError(
             f"--shard needs --template-date, since the chat template of {spec.tokenizer or spec.model} writes the date "
-            f"into prompts; give all shards the same one, as --template-date {template.moment.date()}"
+            f"into prompts; give all shards the same one, as --template-date {moment.date()}"
         )
-    return template.moment
+    return moment
 
 
 def notes_about(spec: JobSpec, moment: datetime | None) -> list[str]:

@@ -4,6 +4,7 @@ Free of torch: the parent process of a job imports this module.
 """
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
@@ -22,6 +23,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 Indices = NDArray[np.int64]  # of prompts, in the list of prompts that are tokenized together
 Errors = dict[int, RowError]  # by index of the prompt
 Conversation = list[dict[str, Any]]
+Tools = list[dict[str, Any]]  # what a conversation's model may call
 
 
 class BadPrompt(Exception):
@@ -32,7 +34,10 @@ class BadPrompt(Exception):
 
 
 def check_messages(messages: Any) -> None:
-    """Raise `BadPrompt` unless `messages` is a list of messages, each with a known role and a text."""
+    """Raise `BadPrompt` unless `messages` is a list of messages, each with a known role and with content.
+
+    Content is a text or a list of parts {"type": "text", "text": ...}. A message with tool_calls may have none.
+    """
     if messages is None:
         raise BadPrompt("null_prompt", "the messages are null")
     if not isinstance(messages, list) or not messages:
@@ -43,11 +48,38 @@ def check_messages(messages: Any) -> None:
             raise BadPrompt("bad_messages", f"message {i} is no object with role and content")
         if message.get("role") not in ROLES:
             raise BadPrompt("bad_messages", f"message {i} has no role out of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise BadPrompt("bad_messages", f"the content of message {i} is no text")
-        size += len(message["content"])
+        size += _content_size(i, message)
     if size > MAX_PROMPT_BYTES:
         raise BadPrompt("too_large", f"the messages have {size} characters; at most {MAX_PROMPT_BYTES} are taken")
+
+
+def _content_size(index: int, message: dict[str, Any]) -> int:
+    """Return the number of characters of a message's content."""
+    content = message.get("content")
+    if content is None:
+        if message.get("tool_calls"):
+            return 0
+        raise BadPrompt("bad_messages", f"message {index} has neither content nor tool_calls")
+    if isinstance(content, str):
+        return len(content)
+    if not isinstance(content, list):
+        raise BadPrompt("bad_messages", f"the content of message {index} is neither text nor a list of parts")
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            named = (
+                f"of type {kind!r}" if isinstance(kind, str) and re.fullmatch(r"\w{1,40}", kind) else "without a type"
+            )
+            raise BadPrompt("bad_messages", f"the content of message {index} has a part {named}; only text is taken")
+        if not isinstance(part.get("text"), str):
+            raise BadPrompt("bad_messages", f"the content of message {index} has a text part without a text")
+    return sum(len(part["text"]) for part in content)
+
+
+def check_tools(tools: Any) -> None:
+    """Raise `BadPrompt` unless `tools` is None or a list of objects: JSON schemas of functions."""
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise BadPrompt("bad_tools", "the tools are no list of objects")
 
 
 def size_errors(nbytes: NDArray[np.int64]) -> Errors:
@@ -60,13 +92,17 @@ def size_errors(nbytes: NDArray[np.int64]) -> Errors:
 
 
 def encode_chats(
-    tokenizer: Tokenizer, indices: Indices, conversations: list[Conversation], errors: Errors
+    tokenizer: Tokenizer,
+    indices: Indices,
+    conversations: list[Conversation],
+    errors: Errors,
+    tools: list[Tools | None] | None = None,
 ) -> tuple[TokenIds, Offsets]:
-    """Return the token ids of n conversations and their offsets [n + 1].
+    """Return the token ids of n conversations, each with its tools or None, and their offsets [n + 1].
 
     A conversation for which the chat template fails has no tokens, and an error at its index in `indices` [n].
     """
-    token_ids, offsets, failed = tokenizer.encode_chats(conversations)
+    token_ids, offsets, failed = tokenizer.encode_chats(conversations, tools)
     for i, message in failed.items():
         errors[int(indices[i])] = RowError("template_error", message)
     return token_ids, offsets

@@ -13,7 +13,10 @@ from jinja2.nodes import Name
 from batchinfer.host.limits import limited
 from batchinfer.text.sandbox import Sandbox
 
-Message = Mapping[str, Any]  # at least "role" and "content"
+Message = Mapping[str, Any]  # at least "role", and "content" or "tool_calls"
+Tool = Mapping[str, Any]  # a function that the model may call, as a JSON schema
+
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys for the reasoning before an answer, by precedence
 
 # These enclose a control token's text in a message. Both are Unicode noncharacters, which proper text never contains.
 MARK_START, MARK_END = "\ufdd0", "\ufdd1"
@@ -40,6 +43,7 @@ class ChatTemplate:
     variables: Mapping[str, str]  # bos_token, eos_token, ...
     moment: datetime  # local time that the template takes for now
     tells_time: bool  # the template may write `moment`
+    reads_tools: bool
 
     @staticmethod
     def compile(source: str, variables: Mapping[str, str], moment: datetime | None = None) -> "ChatTemplate":
@@ -54,27 +58,27 @@ class ChatTemplate:
             with limited(MAX_SECONDS, MAX_MEMORY):
                 sandbox = Sandbox(moment)
                 tree = sandbox.parse(source)
-                tells_time = any(name.name == "strftime_now" for name in tree.find_all(Name))
+                names = {name.name for name in tree.find_all(Name)}
                 template = sandbox.from_string(tree)
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"the chat template has a syntax error on line {error.lineno}: {error.message}") from error
         except Exception as error:  # for example nesting that is too deep, or a constant that cannot be computed
             raise ValueError(f"the chat template cannot be compiled ({type(error).__name__})") from error
-        return ChatTemplate(source, template, variables, moment, tells_time)
+        return ChatTemplate(source, template, variables, moment, "strftime_now" in names, "tools" in names)
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """Return the prompt's text, up to where the assistant's turn begins. Keys whose value is None are left out.
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] | None = None) -> str:
+        """Return the prompt's text, up to where the assistant's turn begins.
+
+        A message's keys whose value is None are left out. Its reasoning is there under both names that templates read.
 
         Raises `ChatError` if the template raises anything or writes more than `MAX_RENDERED` characters. Raises
         `TemplateRefused` if it takes more than `MAX_SECONDS` (checked in the main thread only) or `MAX_MEMORY`, or
         tries to leave the sandbox.
         """
-        present: list[Message] = [
-            {key: value for key, value in message.items() if value is not None} for message in messages
-        ]
+        present = [_present(message) for message in messages]
         try:
             with limited(MAX_SECONDS, MAX_MEMORY):
-                return self._write(present)
+                return self._write(present, tools)
         except ChatError:
             raise
         except TimeoutError as error:
@@ -86,10 +90,10 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it may fail in any way
             raise ChatError(self._reason(error)) from error
 
-    def _write(self, messages: list[Message]) -> str:
+    def _write(self, messages: list[Message], tools: Sequence[Tool] | None) -> str:
         written, size = [], 0
         for text in self.template.generate(
-            **self.variables, messages=messages, tools=None, documents=None, add_generation_prompt=True
+            **self.variables, messages=messages, tools=tools, documents=None, add_generation_prompt=True
         ):
             written.append(text)
             size += len(text)
@@ -101,6 +105,12 @@ class ChatTemplate:
         # An error text that occurs in the template's source quotes nothing from the prompt; any other text might.
         known = isinstance(error, jinja2.TemplateError) and str(error) and str(error) in self.source
         return f"the chat template raised {error if known else type(error).__name__}"
+
+
+def _present(message: Message) -> Message:
+    present = {key: value for key, value in message.items() if value is not None}
+    found = [present[key] for key in REASONING if key in present]
+    return {"thinking": found[0], **present, "reasoning_content": found[0]} if found else present
 
 
 def mark(value: Any, control_tokens: re.Pattern[str]) -> Any:

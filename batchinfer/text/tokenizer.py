@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -19,13 +20,14 @@ from tokenizers import AddedToken
 
 from batchinfer.kernels.ragged import ranges
 from batchinfer.text.added_tokens import add_tokens, tokens_outside
-from batchinfer.text.chat import MARK_END, MARK_START, ChatError, ChatTemplate, Message, mark
+from batchinfer.text.chat import MARK_END, MARK_START, ChatError, ChatTemplate, Message, Tool, mark
+from batchinfer.text.content_parts import fit_parts
 from batchinfer.text.tokenizer_files import (
     end_of_text_ids,
     named_tokens,
     read_bytes,
     read_json,
-    template_source,
+    template_sources,
     tokenizer_config,
 )
 
@@ -57,11 +59,16 @@ class Tokenizer:
         eos_ids: tuple[int, ...] = (),
         template: ChatTemplate | None = None,
         fingerprint: str = "",
+        tool_source: str | None = None,
     ) -> None:
-        """Take over the backend: its post-processor, truncation and padding are removed."""
+        """Take over the backend: its post-processor, truncation and padding are removed.
+
+        `tool_source` is the source of a second template, for conversations with tools.
+        """
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         self.template = template
+        self._tool_source = tool_source
         self.fingerprint = fingerprint  # sha256 of everything that token ids and text depend on
         vocabulary = backend.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=0) + 1
@@ -122,7 +129,8 @@ class Tokenizer:
         if eos_ids is None:
             eos_id = backend.token_to_id(named.get("eos_token", ""))
             eos_ids = () if eos_id is None else (eos_id,)
-        source = template_source(folder, config)
+        sources = template_sources(folder, config)
+        source = sources.get("default")
         try:
             template = None if source is None else ChatTemplate.compile(source, named, moment)
         except ValueError as error:
@@ -138,7 +146,7 @@ class Tokenizer:
             digest.update(added.encode())
         bos_id = backend.token_to_id(named.get("bos_token", ""))
         with _naming(file):
-            return Tokenizer(backend, bos_id, eos_ids, template, digest.hexdigest())
+            return Tokenizer(backend, bos_id, eos_ids, template, digest.hexdigest(), sources.get("tool_use"))
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -153,18 +161,32 @@ class Tokenizer:
         encode = self._encode_rendered if allow_special_tokens else self._encode_plain
         return _in_chunks(texts, encode, self._prefix, self._suffix)
 
-    def encode_chats(self, conversations: Sequence[Sequence[Message]]) -> tuple[TokenIds, Offsets, dict[int, str]]:
+    @cached_property
+    def tool_template(self) -> ChatTemplate | None:
+        """The chat template for conversations with tools. Few checkpoints have one besides the usual template, so it
+        is compiled when it is needed. Raises `ValueError` as `ChatTemplate.compile` does."""
+        if self._tool_source is None or self.template is None:
+            return self.template
+        return ChatTemplate.compile(self._tool_source, self.template.variables, self.template.moment)
+
+    def encode_chats(
+        self, conversations: Sequence[Sequence[Message]], tools: Sequence[Sequence[Tool] | None] | None = None
+    ) -> tuple[TokenIds, Offsets, dict[int, str]]:
         """Encode conversations, up to where the assistant's turn begins: (token ids, offsets, errors).
 
-        `errors` gives, by the index of a conversation, why it could not be rendered; its row has no tokens. Raises
-        `ValueError` if the checkpoint has no chat template.
+        `tools` has the tools of each conversation, or None for one without. `errors` gives, by the index of a
+        conversation, why it could not be rendered; its row has no tokens. Raises `ValueError` if the checkpoint has no
+        chat template.
         """
         if self.template is None:
             raise ValueError("the checkpoint has no chat template")
         texts, errors = [], {}
-        for i, messages in enumerate(conversations):
+        none: list[Sequence[Tool] | None] = [None] * len(conversations)
+        for i, (messages, offered) in enumerate(zip(conversations, tools or none, strict=True)):
+            template = self.template if offered is None or self.tool_template is None else self.tool_template
             try:
-                texts.append(self.template.render(mark(messages, self._control)))
+                fitted = fit_parts(template, messages, offered, self._control)
+                texts.append(template.render(mark(fitted, self._control), mark(offered, self._control)))
             except ChatError as error:
                 texts.append("")
                 errors[i] = str(error)

@@ -47,25 +47,32 @@ def end_of_text_ids(model_dir: Path) -> tuple[int, ...] | None:
     return None
 
 
-def template_source(folder: Path, config: dict[str, Any]) -> str | None:
-    """Return the chat template's source, or None.
+def template_sources(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Return the sources of the chat templates by name: 'default', and 'tool_use' for conversations with tools.
 
-    A file has precedence over the entry in tokenizer_config.json. Of several named templates, the one called 'default'
-    is taken.
+    Files have precedence over the entries in tokenizer_config.json.
     """
-    more = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
-    file = more.get("default", folder / "chat_template.jinja")
-    if file.is_file():
-        try:
-            return read_bytes(file).decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8: {error}") from None
-    if more:
-        return None
-    source = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(source, list):
-        named = [e.get("template") for e in source if isinstance(e, dict) and e.get("name") == "default"]
-        source = named[-1] if named else None
-    if source is not None and not isinstance(source, str):
-        raise ValueError(f"{folder}: chat_template is a {type(source).__name__}; expected a text or named templates")
-    return source
+    files = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (usual := folder / "chat_template.jinja").is_file():
+        files.setdefault("default", usual)
+    if files:
+        return {name: _read_template(files[name]) for name in ("default", "tool_use") if name in files}
+    entry = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
+    named = entry if isinstance(entry, list) else [{"name": "default", "template": entry}] if entry else []
+    sources = {}
+    for each in named:
+        if isinstance(each, dict) and each.get("name") in ("default", "tool_use"):
+            source = each.get("template")
+            if not isinstance(source, str):
+                raise ValueError(
+                    f"{folder}: chat_template is a {type(source).__name__}; expected a text or named templates"
+                )
+            sources[each["name"]] = source
+    return sources
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return read_bytes(file).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from None

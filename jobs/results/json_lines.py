@@ -8,7 +8,8 @@ need not be text. Values that JSON has no form for are written like this:
 - dates and times: text by ISO 8601, like 2024-05-17, 08:30:00.250 or 2024-05-17T08:30:00; with a time zone, the same
   moment in UTC, like 2024-05-17T06:30:00Z. If a year has more than five digits: a text with the stored number
 - bytes: text in Base64
-- UUIDs, and text that is JSON itself: text
+- UUIDs, and JSON text within lists and structs: text
+- a column of JSON text: the values in it; what is no JSON, has a key twice or holds NaN remains text
 
 Integers keep all their digits, beyond 2**53 too. Columns of other types, like durations and unions, are refused.
 """
@@ -107,19 +108,34 @@ class _Lines:
         slice_rows = SLICE_BYTES * len(rows) // max(1, rows.nbytes)
         for batch in rows.to_batches(max(1, min(SLICE_ROWS, slice_rows))):
             columns = [as_json_has_it(column) for column in batch.columns]
+            of_json = {field.name for field in batch.schema if isinstance(field.type, pa.JsonType)}
             if slice_rows:
                 for row in zip(*(column.to_pylist() for column in columns), strict=True):
-                    self._write(self._encode(dict(zip(rows.column_names, row, strict=True))).encode())
+                    self._write(self._encode_row(dict(zip(rows.column_names, row, strict=True)), of_json).encode())
                     self._write(b"\n")
             else:
-                self._write_large(dict(zip(rows.column_names, columns, strict=True)))
+                self._write_large(dict(zip(rows.column_names, columns, strict=True)), of_json)
 
-    def _write_large(self, row: dict[str, pa.Array]) -> None:
+    def _encode_row(self, row: dict[str, Any], of_json: set[str]) -> str:
+        if not of_json:
+            return self._encode(row)
+        items = ((name, (self._encode_json if name in of_json else self._encode)(row[name])) for name in row)
+        return "{" + ",".join(f"{self._encode(name)}:{value}" for name, value in items) + "}"
+
+    def _encode_json(self, text: str | None) -> str:
+        try:
+            return self._encode(text if text is None else json.loads(text, object_pairs_hook=_object))
+        except (ValueError, RecursionError):
+            return self._encode(text)
+
+    def _write_large(self, row: dict[str, pa.Array], of_json: set[str]) -> None:
         """Write one large row, its text block by block: as a Python object it would take up to nine times its bytes."""
         before = "{"
         for name, value in row.items():
             self._write(f"{before}{self._encode(name)}:".encode())
-            if not value.null_count and any(is_one(value.type) for is_one in _TEXT):
+            if name in of_json:
+                self._write(self._encode_json(value[0].as_py()).encode())
+            elif not value.null_count and any(is_one(value.type) for is_one in _TEXT):
                 text = _bytes_of(value)
                 self._write(b'"')
                 for first in range(0, len(text), BLOCK_BYTES):
@@ -132,6 +148,13 @@ class _Lines:
 
     def _escape(self, found: re.Match[bytes]) -> bytes:
         return self._encode(found[0].decode())[1:-1].encode()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a key twice")
+    return made
 
 
 def _bytes_of(text: pa.Array) -> memoryview:

@@ -48,9 +48,13 @@ def id_bytes(ids: pa.Array) -> list[bytes]:
 
 
 def as_text(column: pa.Array) -> pa.Array:
-    """Convert a column of text, numbers or times, also in a dictionary, to large_string."""
+    """Convert a column of text, JSON, UUIDs, numbers or times, also in a dictionary, to large_string."""
     if pa.types.is_dictionary(column.type):
-        return column.dictionary.cast(pa.large_string()).take(column.indices)
+        return as_text(column.dictionary).take(column.indices)
+    if isinstance(column.type, pa.JsonType):  # pyarrow 26 casts JSON in string views to wrong text
+        return as_text(column.storage)
+    if isinstance(column.type, pa.UuidType):
+        return pa.array([value and str(value) for value in column.to_pylist()], pa.large_string())
     return column.cast(pa.large_string())
 
 

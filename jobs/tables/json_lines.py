@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,18 @@ _HALF_PAIR = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # the other surrogates 
 _NOT_TEXT = b"not_text"
 
 
+@dataclass(frozen=True)
 class JsonLines:
-    """The format JSON Lines: one object on each line."""
+    """The format JSON Lines: one object on each line.
 
-    @staticmethod
-    def inspect(path: Path) -> tuple[pa.Schema, int]:
+    A common type would change values: an object would get the keys of other rows' objects, and 3 become 3.0 beside 1.5.
+    The columns in `verbatim` keep each row's value as that row wrote it: lists and objects as JSON (`arrow.json`), and
+    values of several types as text.
+    """
+
+    verbatim: Collection[str] = ()
+
+    def inspect(self, path: Path) -> tuple[pa.Schema, int]:
         types: dict[str, pa.DataType] = {}
         count, promoted = 0, set()
         with refusing(path, "JSON Lines"):
@@ -39,21 +47,26 @@ class JsonLines:
                 count += len(objects)
                 for name in dict.fromkeys(chain.from_iterable(objects)):
                     _check_name(path, name)
-                    kinds = types.get(name, pa.null()), _json_type([item.get(name) for item in objects])
+                    type_of = _verbatim_type if name in self.verbatim else _json_type
+                    kinds = types.get(name, pa.null()), type_of([item.get(name) for item in objects])
                     types[name] = _common_type(*kinds)
                     if set(kinds) - {types[name], pa.null()} and types[name] != pa.string():
                         promoted.add(name)
             if promoted:
-                types |= dict.fromkeys(_misfits(path, {name: types[name] for name in promoted}), pa.string())
+                own = promoted.intersection(self.verbatim)
+                misfits = _misfits(path, {name: types[name] for name in promoted - own})
+                types |= dict.fromkeys(own | misfits, pa.string())
         return pa.schema(types.items()), count
 
-    @staticmethod
-    def read(path: Path, schema: pa.Schema, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+    def read(self, path: Path, schema: pa.Schema, columns: list[str], rows: int) -> Iterator[pa.RecordBatch]:
         fields = [schema.field(name) for name in columns]
         with refusing(path, "JSON Lines"):
             for objects in _json_blocks(path, rows):
                 not_text: dict[str, list[int]] = {}
-                arrays = [_json_array([item.get(f.name) for item in objects], f, not_text) for f in fields]
+                arrays = [
+                    _json_array([item.get(f.name) for item in objects], f, not_text, f.name in self.verbatim)
+                    for f in fields
+                ]
                 objects.clear()
                 yield pa.record_batch(arrays, pa.schema(fields, {_NOT_TEXT: json.dumps(not_text)}))
 
@@ -140,6 +153,14 @@ def _misfits(path: Path, types: dict[str, pa.DataType]) -> set[str]:
     return found
 
 
+def _verbatim_type(values: list[Any]) -> pa.DataType:
+    """Return the type that keeps these values as they are; text for values of several types."""
+    kinds = {list if isinstance(value, dict) else type(value) for value in values if value is not None}
+    if len(kinds) > 1:
+        return pa.string()
+    return pa.json_() if kinds == {list} else _json_type(values)
+
+
 def _json_type(values: list[Any]) -> pa.DataType:
     try:
         found = pa.array(values).type
@@ -161,12 +182,16 @@ def _common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:
     return both.field("x").type
 
 
-def _json_array(values: list[Any], field: pa.Field, not_text: dict[str, list[int]]) -> pa.Array:
+def _json_array(values: list[Any], field: pa.Field, not_text: dict[str, list[int]], verbatim: bool) -> pa.Array:
+    if isinstance(field.type, pa.JsonType):
+        texts = pa.array([value if value is None else _json_text(value) for value in values], pa.string())
+        return pa.ExtensionArray.from_storage(field.type, texts)
     if field.type != pa.string():
         return pa.array(values, field.type)
     not_text[field.name] = [i for i, value in enumerate(values) if value is not None and not isinstance(value, str)]
     for i in not_text[field.name]:
-        values[i] = json.dumps(values[i])
+        number = verbatim and isinstance(values[i], float)  # has the text that it has in a column of numbers
+        values[i] = pa.scalar(values[i]).cast(pa.string()).as_py() if number else _json_text(values[i])
     try:
         return pa.array(values, pa.string())
     except UnicodeEncodeError:
@@ -177,6 +202,15 @@ def _json_array(values: list[Any], field: pa.Field, not_text: dict[str, list[int
 def _bytes_of(text: str) -> bytes:
     """Return UTF-8 with the line's own bytes where it was not UTF-8, and a byte FF for half of a surrogate pair."""
     return _HALF_PAIR.sub("\udcff", text).encode("utf-8", "surrogateescape")
+
+
+def _json_text(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)  # has lone surrogates, which only escapes can hold
+    return text
 
 
 def indices_not_text(batch: pa.RecordBatch, column: str) -> list[int]:

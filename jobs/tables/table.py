@@ -1,7 +1,7 @@
 """Reading input files of any format as one table, in record batches and bounded memory."""
 
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -39,17 +39,28 @@ class Table:
     skipped: int | None = None  # in a shard: number of rows before its first
 
     @staticmethod
-    def open(inputs: Sequence[Path], csv_delimiter: str | None = None, csv_encoding: str | None = None) -> "Table":
+    def open(
+        inputs: Sequence[Path],
+        csv_delimiter: str | None = None,
+        csv_encoding: str | None = None,
+        verbatim: Collection[str] = (),
+    ) -> "Table":
         """Open files, and all files in folders, as one table.
 
         Columns that differ between files are promoted, and `notes` says so; folders named key=value give columns. JSON
         Lines and CSV files are read once, to find their columns and count their rows. CSV columns are text.
         `csv_delimiter` separates the values of .csv files; None is a comma. `csv_encoding` is that of .csv and .tsv
-        files; None is UTF-8. Raises `Refused`, naming file, column, what was found and what was expected, and
-        `UsageError` for a delimiter or an encoding that no file has a use for.
+        files; None is UTF-8. The columns in `verbatim` keep values of JSON Lines as each row wrote them (`JsonLines`).
+        Raises `Refused`, naming file, column, what was found and what was expected, and `UsageError` for a delimiter or
+        an encoding that no file has a use for.
         """
         found = [each for given in inputs for each in files_in(given)]
-        formats = _formats([path for path, _ in found], csv_delimiter, csv_encoding)
+        lines = JsonLines(verbatim)
+        formats = {
+            **_formats([path for path, _ in found], csv_delimiter, csv_encoding),
+            ".jsonl": lines,
+            ".ndjson": lines,
+        }
         keys = typed([texts for _, texts in found])
         files: list[InputFile] = []
         num_rows = 0

@@ -119,6 +119,32 @@ def test_messages_are_rendered_as_by_transformers(llm: LLM, theirs: Any, monkeyp
     )
 
 
+def test_tools_are_for_every_conversation(folder: Path, tmp_path: Path, llm: LLM) -> None:
+    tools, chat = [{"type": "function", "function": {"name": "f"}}], [{"role": "user", "content": "Hello"}]
+    shutil.copytree(folder, tmp_path / "model")
+    save(tmp_path / "model", "{{ tools | tojson if tools else 'none' }}" + CHATML)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    reads = LLM(tmp_path / "model", device="cpu", max_num_seqs=4)
+    expected = [
+        len(theirs.apply_chat_template(chat, tools=each, add_generation_prompt=True, return_dict=False))
+        for each in (tools, None)
+    ]
+    assert [c.prompt_tokens for c in reads.generate([chat, "x", chat], GREEDY, tools=tools)][::2] == [expected[0]] * 2
+    assert reads.generate([chat], GREEDY)[0].prompt_tokens == expected[1] < expected[0]
+    assert not any("tools" in note for note in reads.stats().notes)
+    llm.generate([chat], GREEDY, tools=tools)
+    assert any("never reads tools" in note for note in llm.stats().notes)
+    for bad in ({}, "f", [3], 3, [{"name": "\ud800"}]):
+        with pytest.raises(ValueError, match="tools is"):
+            llm.generate([chat], tools=bad)  # type: ignore[arg-type]
+
+
+def test_content_may_be_in_parts(llm: LLM) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    found = llm.generate([[{"role": "user", "content": content}] for content in (parts, "Hello")], GREEDY)
+    assert answers(found)[0] == answers(found)[1] and found[0].error is None
+
+
 def test_completions_come_as_rows_end(llm: LLM) -> None:
     """Four rows at once, of which the long prompt's own place says nothing about when it ends."""
     prompts = [*TEXTS, None, *TEXTS]

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from stub_jobs import STUB, expected, make_model, spec
 
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Interrupted, Refused, UsageError
 from batchinfer.jobs import incremental
 from batchinfer.jobs.incremental import row_keys, run_new_rows
@@ -244,6 +245,60 @@ def test_json_lines_with_values_that_are_no_text(tmp_path: Path, job: Callable[.
     assert once(job()).rows_failed == 1
     assert once(job()).rows == 2, "the report of the run before: nothing is new"
     assert len(list((tmp_path / "answers").iterdir())) == 1
+
+
+CALLS: list[Any] = [{"b": 1, "a": 2}, {"a": 1.5}, {"c": None}]
+CHAT_AS_TEXT = json.dumps([{"role": "user", "content": "x", "calls": 3}])
+VALUES: list[Any] = [3, 1.5, "x", [True, "é"], None]
+
+
+@pytest.mark.parametrize(
+    ("fields", "values"),
+    [
+        ({"messages_column": "x"}, [[{"role": "user", "content": "x", "calls": call}] for call in CALLS]),
+        ({"messages_column": "x"}, [*([{"role": "user", "content": "x", "calls": c}] for c in CALLS), CHAT_AS_TEXT]),
+        ({"prompt_template": "<{x}>"}, VALUES),
+        ({"prompt_template": "<{x}>"}, VALUES[:2]),
+    ],
+    ids=["messages", "messages and text", "values", "numbers"],
+)
+def test_rows_that_were_set_aside_have_the_prompts_that_they_have_in_an_ordinary_run(
+    tmp_path: Path, job: Callable[..., JobSpec], model: Path, fields: dict[str, Any], values: list[Any]
+) -> None:
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0].calls | tojson }}"}))
+    rows = [{"id": i, "x": value} for i, value in enumerate(values)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"prompt_column": None, "sampling": SamplingParams(max_tokens=60), **fields}
+    once(job(**given))
+    run(job(**given, incremental=False, output=tmp_path / "whole"), STUB)
+    assert pq.read_table(tmp_path / "answers").equals(pq.read_table(tmp_path / "whole"))
+    # An answer of this engine is the prompt.
+    wanted = [
+        value[0]["calls"] if isinstance(value, list) and fields.get("messages_column") else value for value in values
+    ]
+    found = pq.read_table(tmp_path / "whole")["generated_text"].to_pylist()
+    if "messages_column" in fields:
+        assert [json.loads(text) for text in found] == [3 if w is CHAT_AS_TEXT else w for w in wanted]
+    else:
+        texts = [w if isinstance(w, str) else json.dumps(w, ensure_ascii=False) for w in wanted]
+        assert found == [None if w is None else f"<{text}>" for w, text in zip(wanted, texts, strict=True)]
+
+
+def test_columns_that_pyarrow_cannot_filter_are_set_aside_too(tmp_path: Path, job: Callable[..., JobSpec]) -> None:
+    def grow(n: int) -> pa.Table:
+        texts = pa.array([f"text {i}" for i in range(n)], pa.string_view())
+        as_json = pa.array([f"[{i}]" for i in range(n)], pa.json_(pa.string_view()))
+        lists = pa.array([[f"{i}"] for i in range(n)], pa.list_(pa.string_view()))
+        return pa.table({"id": texts, "prompt": texts, "json": as_json, "lists": lists})
+
+    pq.write_table(grow(3), tmp_path / "in.parquet")
+    once(job())
+    grown = grow(9)
+    pq.write_table(pa.concat_tables([grown.slice(2, 2), grown.slice(1, 1), grown.slice(5, 1)]), tmp_path / "in.parquet")
+    sampled = job(sampling=SamplingParams(max_tokens=8))
+    assert once(sampled).rows == 2
+    kept = pq.read_table(tmp_path / "answers" / "part-000002.parquet").select(grown.column_names)
+    assert kept.equals(pa.concat_tables([grown.slice(3, 1), grown.slice(5, 1)]))
 
 
 def test_keys_tell_values_apart_and_types_of_text_not() -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ CONVERSATIONS = [
     [{"role": "assistant", "content": "first"}],
     [{"role": "user", "content": "named", "name": "eve", "tool_calls": None}],
     turns("[INST] <<SYS>> is plain here"),
+    [*turns("one"), {"role": "assistant", "content": "two", "reasoning": "why", "thinking": None}, *turns("three")],
+    [*turns("one"), {"role": "assistant", "content": "two", "thinking": "why", "reasoning_content": ""}],
 ]
 
 
@@ -69,6 +72,36 @@ def test_ids_equal_transformers(pair: tuple[Tokenizer, Any]) -> None:
     expected = [theirs_of(theirs, messages) for messages in CONVERSATIONS]
     assert sum(row is not None for row in expected) >= 5
     assert ours_of(ours, CONVERSATIONS) == expected
+
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "é <|im_end|> & </think>", "strict": True}}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"b": None, "a": 1.0}}}
+WITH_TOOLS = """{% if tools is none %}no tools{% else %}{{ tools | tojson }}{% endif %}|{% for m in messages %}\
+{{ m.content is defined }} {{ m.content or '' }}{{ m.tool_calls | default([]) | tojson }}<|im_end|>{% endfor %}"""
+NO_CONTENT = [*turns("hi"), {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+
+
+@pytest.mark.parametrize(
+    "template", [WITH_TOOLS, [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": WITH_TOOLS}]]
+)
+@pytest.mark.parametrize("in_files", [False, True])
+def test_tools_equal_transformers(tmp_path: Path, template: Any, in_files: bool) -> None:
+    """Also with a template of their own, from the config or from a file."""
+    folder = save(tmp_path / "saved", template)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    if in_files:
+        theirs.save_pretrained(tmp_path / "again")
+        folder = tmp_path / "again"
+        assert list(folder.rglob("*.jinja"))
+    ours = Tokenizer.load(folder)
+    tools = [None, [TOOL], [], [TOOL, TOOL]]
+    chats = [turns("hi", "there"), NO_CONTENT, turns("hi"), NO_CONTENT]
+    theirs.chat_control_tokens = TAGS
+    options = {"sanitize_control_tokens": True}
+    expected = [theirs_of(theirs, chat, tools=each, **options) for chat, each in zip(chats, tools, strict=True)]
+    token_ids, offsets, errors = ours.encode_chats(chats, tools)
+    assert not errors and [token_ids[a:b].tolist() for a, b in pairwise(offsets)] == expected
+    assert ours.tool_template is not None and ours.tool_template.reads_tools
 
 
 plain_texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=chat.MARK_START + chat.MARK_END))

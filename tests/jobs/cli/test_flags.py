@@ -32,6 +32,7 @@ WRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "time_limit": ("1:30", 90.0, {}),
     "metrics_textfile": ("x.prom", Path("x.prom"), {}),
     "system_prompt": ("Be brief.", "Be brief.", {"chat": True}),
+    "tools_column": ("tools", "tools", {"chat": True}),
     "canary_reference": ("other", "other", {"canary": 1}),
     "template_date": ("2026-11-28T09:30", datetime(2026, 11, 28, 9, 30), {}),
     "incremental": (True, True, {"id_column": "id"}),

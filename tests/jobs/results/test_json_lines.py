@@ -204,7 +204,7 @@ def test_what_json_has_no_form_for(tmp_path: Path) -> None:
         "bytes": "/wA=",
         "fixed": "YWI=",
         "uuid": str(number),
-        "json": '{"a": 1}',
+        "json": {"a": 1},
         "unsigned": 2**64 - 1,
         "map": [{"key": 1, "value": "a"}, {"key": 2, "value": None}],
         "words": "a",
@@ -215,6 +215,7 @@ def test_what_json_has_no_form_for(tmp_path: Path) -> None:
     }
     assert (rows[1]["float"], rows[1]["half"], rows[1]["floats"]) == (None, None, None)
     assert rows[1]["decimal"] == "-12345678901234567890.55" and rows[1]["date"] == "0001-01-01"
+    assert rows[1]["json"] == "no json"
     assert rows[2] == dict.fromkeys(columns) | {"floats": [], "pairs": [3, None], "struct": {"d": None}}
     for first in range(3):  # where a table begins says nothing about its rows
         assert written(tmp_path / "o.jsonl", table.slice(first, 1)) == rows[first : first + 1]
@@ -225,6 +226,19 @@ def test_what_json_has_no_form_for(tmp_path: Path) -> None:
     options = pyarrow.json.ParseOptions(explicit_schema=pa.schema(types))
     read = pyarrow.json.read_json(tmp_path / "o.jsonl", parse_options=options)
     assert read.cast(known.schema).equals(known)
+
+
+@pytest.mark.parametrize("slice_bytes", [1 << 22, 0], ids=["rows together", "large rows"])
+def test_json_is_its_value_and_what_would_not_come_out_as_it_is_remains_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slice_bytes: int
+) -> None:
+    monkeypatch.setattr(json_lines, "SLICE_BYTES", slice_bytes)
+    values = ['[{"a": {"é": null}, "n": 3, "x": 3.0}]', "null", '"text"', " [1,\n2] ", str(2**70)]
+    odd = ['{"a": 1, "a": 2}', "[NaN]", "1e999", "{", "", "[" * 5000 + "]" * 5000]
+    table = pa.table({"id": range(len(values + odd) + 1), "json": pa.array([*values, *odd, None], pa.json_())})
+    rows = written(tmp_path / "o.jsonl", table)
+    assert json.dumps([row["json"] for row in rows]) == json.dumps([*map(json.loads, values), *odd, None])
+    assert [row["id"] for row in rows] == list(range(len(rows)))
 
 
 @pytest.mark.parametrize("piece", [1, 3, 1 << 20])

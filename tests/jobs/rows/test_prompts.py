@@ -1,6 +1,7 @@
 """From rows to requests: the ids that transformers gives, and an error for each row that cannot run."""
 
 import json
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -276,6 +277,30 @@ def test_messages(ours: Tokenizer, theirs: Any, monkeypatch: pytest.MonkeyPatch,
     assert list(ids.values()) == expected
     _, told = PromptSource(spec(messages_column="chat"), ours, 64, batch.schema).tokenize(0, batch)
     assert not any("secret" in error.message for error in told.values())
+
+
+def test_json_of_other_writers_is_its_text(ours: Tokenizer, theirs: Any) -> None:
+    values = ['{"a": 1}', "text", None]
+    for storage in (pa.string(), pa.large_string(), pa.string_view()):
+        batch = batch_of(prompt=pa.array(values, pa.json_(storage)), id=pa.array(["x", "y", "z"], pa.json_(storage)))
+        ids, errors, _ = run(ours, batch)
+        assert [ids[0], ids[1]] == theirs(values[:2]).input_ids and errors == {2: "null_prompt"}
+        ids, errors, _ = run(ours, batch, prompt_template="{prompt}!")
+        assert [ids[0], ids[1]] == theirs(["".join((v, "!")) for v in values if v]).input_ids
+        assert seeds(ours, batch, id_column="id") == seeds(
+            ours, batch_of(prompt=values, id=["x", "y", "z"]), id_column="id"
+        )
+
+
+def test_uuids_are_ids_and_text(ours: Tokenizer, theirs: Any) -> None:
+    numbers = [uuid.UUID(int=i) for i in range(2)]
+    made = pa.array([number.bytes for number in numbers], pa.uuid())
+    batch = batch_of(prompt=["a", "b"], id=made)
+    assert seeds(ours, batch, id_column="id") == seeds(
+        ours, batch_of(prompt=["a", "b"], id=[str(number) for number in numbers]), id_column="id"
+    )
+    ids, _, _ = run(ours, batch, prompt_template="{id}")
+    assert list(ids.values()) == theirs([str(number) for number in numbers]).input_ids
 
 
 def test_messages_nested_beyond_all_reason(ours: Tokenizer) -> None:

@@ -1,0 +1,65 @@
+"""Content that is a list of text parts: it stays a list for templates that read one, and else becomes one text."""
+
+import re
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from batchinfer.text.chat import ChatError, ChatTemplate, Message, Tool
+
+# Encloses a part's number in a trial. It is a noncharacter: no template strips it as a space, and Python escapes it
+# where it prints a list. So a template that merely prints the list does not seem to read it.
+_MARK = "\ufdd2"
+
+
+def fit_parts(
+    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool] | None, control_tokens: re.Pattern[str]
+) -> list[Message]:
+    """Return the messages with their content in the form that the template reads.
+
+    A list of parts {"type": "text", "text": ...} stays one if the template writes the text of each part. If it writes
+    only some of them, it gets one part with all texts. Otherwise it gets the concatenation of the texts: with a list it
+    would fail, print the list as Python does, or leave it out. Trying these messages tells the kinds apart.
+    """
+    if not any(isinstance(message.get("content"), list) for message in messages):
+        return list(messages)
+    written = _trial(template, messages, tools)
+    return [
+        {**message, "content": _fit(i, message["content"], written, control_tokens)}
+        if isinstance(message.get("content"), list)
+        else message
+        for i, message in enumerate(messages)
+    ]
+
+
+def _trial(template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool] | None) -> str:
+    """Return what the template writes with a number in place of each part's text, or nothing if it fails."""
+    numbered = []
+    for i, message in enumerate(messages):
+        if isinstance(message.get("content"), list):
+            parts = [{**part, "text": _number(i, j)} for j, part in enumerate(message["content"])]
+            message = {**message, "content": parts}
+        numbered.append(message)
+    try:
+        return template.render(numbered, tools)
+    except ChatError:
+        return ""
+
+
+def _number(message: int, part: int) -> str:
+    return f"{_MARK}{message}.{part}{_MARK}"
+
+
+def _fit(
+    index: int, parts: list[dict[str, Any]], written: str, control_tokens: re.Pattern[str]
+) -> str | list[dict[str, Any]]:
+    texts = [part["text"] for part in parts]
+    whole = "".join(texts)
+    read = [_number(index, j) in written for j in range(len(parts))]
+    if not any(read):
+        return whole
+    # A template may write parts one after the other. A control token's text that begins in one part and ends in another
+    # must not become that token, so it has to be seen as a whole.
+    seams = set(accumulate(map(len, texts)))
+    split = any(not seams.isdisjoint(range(m.start() + 1, m.end())) for m in control_tokens.finditer(whole))
+    return parts if all(read) and not split else [{**parts[0], "text": whole}]
