@@ -92,10 +92,14 @@ class QuantizedMatrix:
 
 
 def checked_scale(scale: Tensor, name: str) -> Tensor:
-    """Return the scales in float32. Raises `ValueError` if one of them is zero, negative or not finite."""
+    """Return the scales of weights in float32. Raises `ValueError` if one of them is zero or not finite.
+
+    Scales may be negative: some quantizers choose the sign too, so that the one more number that a symmetric range has
+    below zero serves the larger of a group's extremes.
+    """
     scale = scale.float()
-    if not bool(((scale > 0) & scale.isfinite()).all()):
-        raise ValueError(f"tensor {name} has a scale that is not a positive number: the checkpoint is damaged")
+    if not bool(((scale != 0) & scale.isfinite()).all()):
+        raise ValueError(f"tensor {name} has a scale that is zero or not finite: the checkpoint is damaged")
     return scale
 
 

@@ -56,11 +56,12 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, i
 
 
 def drawn(bits: int, groups: int, symmetric: bool, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(q [N, K], z [N, G], scales [N, G]), every value of q and z among them."""
+    """(q [N, K], z [N, G], scales [N, G] of both signs), every value of q and z among them."""
     rng = np.random.default_rng(seed)
     q = rng.integers(0, 1 << bits, (N, K))
     z = np.full((N, groups), 1 << (bits - 1)) if symmetric else rng.integers(0, 1 << bits, (N, groups))
-    return q, z, rng.uniform(0.5, 2.0, (N, groups)).astype(np.float16)
+    scales = rng.uniform(0.5, 2.0, (N, groups)) * rng.choice([-1, 1], (N, groups))
+    return q, z, scales.astype(np.float16)
 
 
 def check(matrix: QuantizedMatrix, expected: Tensor) -> None:
@@ -125,6 +126,7 @@ def test_block_fp8(name: str) -> None:
     weight = torch.randn(N, K).to(torch.float8_e4m3fn)
     rows, columns = 16, 40
     scale = torch.rand(math.ceil(N / rows), math.ceil(K / columns)) + 0.5
+    scale[0, 0] *= -1
     expected = torch.zeros(N, K, dtype=torch.float64)
     for n in range(N):
         for k in range(K):
@@ -166,7 +168,7 @@ def test_what_the_compressed_tensors_library_writes_is_read_as_it_reads_it(form:
     counts = {"tensor": (1,), "channel": (N, 1), "group": (N, K // GROUP), "block": (N // 8, K // 32)}[
         weights["strategy"]
     ]
-    scale = torch.rand(counts) * 0.02 + 0.02
+    scale = (torch.rand(counts) * 0.02 + 0.02) * torch.randn(counts).sign()
     low = -8 if weights["num_bits"] == 4 else -128
     state = {"weight": weight, "weight_scale": scale}
     if not weights.get("symmetric", True):
@@ -266,9 +268,10 @@ def plain_gptq() -> dict[str, Tensor]:
         (
             "scales",
             torch.zeros(K // GROUP, N, dtype=torch.float16),
-            "tensor m.scales has a scale that is not a positive",
+            "tensor m.scales has a scale that is zero or not finite",
         ),
-        ("scales", torch.full((K // GROUP, N), float("nan")), "tensor m.scales has a scale that is not a positive"),
+        ("scales", torch.full((K // GROUP, N), float("nan")), "tensor m.scales has a scale that is zero or not finite"),
+        ("scales", torch.full((K // GROUP, N), -math.inf), "tensor m.scales has a scale that is zero or not finite"),
         ("scales", torch.ones(1, N), "m.scales"),
         ("qweight", torch.zeros(K // 8 - 1, N, dtype=torch.int32), "m.qweight"),
         ("qweight", torch.zeros(K // 8, N), "m.qweight"),

@@ -56,7 +56,24 @@ def awq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return awq_tensors(q, z, scales), back
 
 
-def library(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> Writer:
+def signed_scales(weight: Tensor, group: int) -> Tensor:
+    """Scales [N, G] as AutoRound chooses them: of the sign with which a group's largest value becomes -8."""
+    groups = weight.float().unflatten(1, (-1, group))
+    return groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0] / -8
+
+
+def signed_gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """AutoRound in the layout of GPTQ: symmetric, no g_idx."""
+    scales = signed_scales(weight, GROUP).half()
+    wide = scales.float().repeat_interleave(GROUP, 1)
+    q = (weight.float() / wide).round().clamp(-8, 7)
+    numbers, z = (q + 8).long().numpy(), np.full(scales.shape, 8)
+    stored = gptq_tensors(numbers, z, scales.numpy(), [k // GROUP for k in range(weight.shape[1])], 4, "gptq")
+    del stored["g_idx"]
+    return stored, q * wide
+
+
+def library(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None, signed: bool = False) -> Writer:
     """By the compressed-tensors library, scales from the largest value."""
     most = 448.0 if form == "float-quantized" else 127.0 if weights["num_bits"] == 8 else 7.0
     scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
@@ -64,19 +81,23 @@ def library(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -
 
     def write(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         weight = weight.float()
-        rows = weight.view(len(weight), -1, GROUP) if weights["strategy"] == "group" else weight[:, None]
-        stored = compressor.compress({"weight": weight, "weight_scale": rows.abs().amax(-1) / most}, scheme)
+        group = GROUP if weights["strategy"] == "group" else weight.shape[1]
+        scale = weight.unflatten(1, (-1, group)).abs().amax(-1) / most
+        scale = signed_scales(weight, group) if signed else scale
+        stored = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
         return stored, compressor.decompress(stored, scheme)["weight"].float()
 
     return write
 
 
 def compressed(
-    form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None
+    form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None, signed: bool = False
 ) -> tuple[dict[str, Any], Writer]:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     config = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
-    return {**config, "ignore": ["lm_head"], "quantization_status": "compressed"}, library(form, weights, inputs)
+    return {**config, "ignore": ["lm_head"], "quantization_status": "compressed"}, library(
+        form, weights, inputs, signed
+    )
 
 
 DYNAMIC = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
@@ -85,6 +106,9 @@ FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}, awq),
     "pack": compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}),
     "pack-channel": compressed("pack-quantized", {"num_bits": 4, "strategy": "channel"}),
+    "signed-gptq": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True}, signed_gptq),
+    "signed-pack": compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}, None, True),
+    "signed-channel": compressed("pack-quantized", {"num_bits": 4, "strategy": "channel"}, None, True),
     "int": compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, {**DYNAMIC, "type": "int"}),
     "fp8": compressed(
         "float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, {**DYNAMIC, "type": "float"}
@@ -126,7 +150,7 @@ def test_greedy_text_is_that_of_the_weights_it_stands_for(
     assert [note in text for text in engine.stats().notes] == [True]
 
 
-@pytest.mark.parametrize("form", ["pack", "fp8"])
+@pytest.mark.parametrize("form", ["pack", "signed-pack", "fp8"])
 def test_logits_are_those_that_transformers_computes(
     make_model: Callable[..., Path], tmp_path: Path, form: str
 ) -> None:
@@ -152,12 +176,16 @@ def test_a_4_bit_checkpoint_in_8_bit_products_is_asked_for_by_name(
     assert "rounded to 8 bits by channel" in engine.stats().notes[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [(family, "awq") for family in ("llama", "mistral", "qwen2", "qwen3")]
+    + [("llama", "signed-gptq"), ("llama", "signed-pack"), ("llama", "signed-channel")],
+)
 def test_weights_that_stay_in_4_bits_make_the_logits_of_the_weights_they_stand_for(
-    make_model: Callable[..., Path], tmp_path: Path, family: str
+    make_model: Callable[..., Path], tmp_path: Path, family: str, form: str
 ) -> None:
     """Beside transformers in float32, with inputs and sums of ours in bfloat16: as near as expanded weights come."""
-    quantized, plain = checkpoints(make_model(family), tmp_path, *FORMATS["awq"])
+    quantized, plain = checkpoints(make_model(family), tmp_path, *FORMATS[form])
     oracle = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
     errors = []
     for batch, product in ((FEW_ROWS, LinearW4A16), (FEW_ROWS + 1, Linear)):
@@ -229,7 +257,7 @@ def test_4_bit_products_of_sizes_that_int4pack_does_not_take_are_expanded_and_na
     tokens(engine, Requests.of(prompts_of(3, 50), SamplingParams(max_tokens=3)))
 
 
-@pytest.mark.parametrize("form", ["awq", "pack-channel"])
+@pytest.mark.parametrize("form", ["awq", "pack-channel", "signed-channel"])
 def test_w4a8_is_8_bit_products_of_4_bit_weights(make_model: Callable[..., Path], tmp_path: Path, form: str) -> None:
     quantized, plain = checkpoints(make_model("llama"), tmp_path, *FORMATS[form])
     requests = Requests.of(prompts_of(16, 100), SamplingParams(max_tokens=16, ignore_eos=True))
@@ -245,6 +273,10 @@ def test_w4a8_is_8_bit_products_of_4_bit_weights(make_model: Callable[..., Path]
         else:  # a scale a channel: held just as it is stored
             stored = load_file(quantized / "model.safetensors")["model.layers.0.self_attn.o_proj.weight_scale"]
             assert decoder.layers[0].output.scale.equal(stored.flatten())
+            oracle = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+            pairs = list(compare_logits(engine, oracle, prompts_of(8, 100)))
+            found, expected = (torch.stack(column) for column in zip(*pairs, strict=True))
+            assert (found - expected).norm() / expected.norm() < 0.05, "inputs are rounded to 8 bits"
 
 
 def test_w4a8_without_4_bit_weights_is_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
