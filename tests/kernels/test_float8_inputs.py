@@ -56,6 +56,15 @@ def test_inputs_are_rounded_as_the_library_rounds_them(scales: InputScales, sett
     assert scales.rounded_to_float8(narrow).equal(scales.rounded_to_float8(narrow.float()).bfloat16())
 
 
+def test_every_number_of_float8_and_what_lies_between_is_rounded_as_torch_rounds_it() -> None:
+    """Midpoints go to the even number."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    middle = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat([numbers, middle, middle.nextafter(numbers[1:]), middle.nextafter(numbers[:-1])])[None]
+    assert InputScales(static=1.0).rounded_to_float8(x).equal(x.to(torch.float8_e4m3fn).float())
+
+
 def test_the_last_group_may_be_smaller() -> None:
     x = inputs(5, 100)
     parts = [InputScales().rounded_to_float8(part) for part in x.split(32, 1)]
