@@ -225,6 +225,40 @@ def test_matrices_that_share_an_input_may_round_it_in_other_ways(
     assert difference(engine_of(quantized), oracle) < 0.01
 
 
+def test_static_scales_of_int8_inputs_are_replaced_and_named(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    inputs = {**DYNAMIC, "type": "int", "strategy": "tensor", "dynamic": False}
+    static = compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, inputs)
+    quantized, plain = checkpoints(make_model("llama"), tmp_path, *static)
+    requests = Requests.of(prompts_of(4, 50), SamplingParams(max_tokens=4, ignore_eos=True))
+    engine = engine_of(quantized)
+    assert tokens(engine, requests) == tokens(engine_of(plain, quantization="w8a8-int8"), requests)
+    assert engine.stats().notes == [
+        "the checkpoint is compressed-tensors, int-quantized 8 bits: 8-bit products; its scales of inputs are replaced "
+        "by per-token scales"
+    ]
+
+
+def test_scales_of_keys_and_values_and_a_folded_transform_change_nothing(
+    make_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    config, write = FORMATS["pack"]
+    places = [{"targets": ["re:.*_proj"], "location": place} for place in ("weight_input", "weight_output")]
+    more = {
+        "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True},
+        "transform_config": {"config_groups": {"R1": {"type": "hadamard", "apply": places}}},
+    }
+    model = make_model("llama")
+    quantized, plain = checkpoints(model, tmp_path, {**config, **more}, write)
+    stored = load_file(quantized / "model.safetensors")
+    for i in range(3):
+        stored |= {f"model.layers.{i}.self_attn.{side}_scale": torch.tensor([0.5]) for side in "kv"}
+    save_file(stored, quantized / "model.safetensors", {"format": "pt"})
+    requests = Requests.of(prompts_of(4, 50), SamplingParams(max_tokens=4, ignore_eos=True))
+    engine = engine_of(quantized)
+    assert tokens(engine, requests) == tokens(engine_of(plain), requests)
+    assert "pack-quantized 4 bits, its kv_cache_scheme left aside: its matrices" in engine.stats().notes[0]
+
+
 def test_block_fp8_rounds_inputs_by_the_columns_of_a_block(make_model: Callable[..., Path], tmp_path: Path) -> None:
     """transformers multiplies them in a kernel for GPUs alone; compressed-tensors has the same blocks on a CPU."""
     other, _ = checkpoints(make_model("llama"), tmp_path, *FORMATS["fp8-block"])
