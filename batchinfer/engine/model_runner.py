@@ -60,8 +60,8 @@ class ModelRunner:
         if isinstance(self.backend, CpuBackend) and not bits_are_kept():
             self.notes.append(BITS_NOT_KEPT)
         if weights.stored_as is not None:
-            held = _held(self.scheme, self.dtype, path if loaded.four_bits else None)
-            self.notes.append(f"the checkpoint is {weights.stored_as}: {held}")
+            held = _held(self.scheme, self.dtype, path if loaded.four_bits else None, loaded.inputs.eight_bits)
+            self.notes.append(f"the checkpoint is {weights.stored_as}: {held}{loaded.inputs.words}")
         if loaded.unpacked:
             self.notes.append(
                 f"the 4-bit kernel does not take {len(loaded.unpacked)} of the products, which are expanded: the first "
@@ -162,14 +162,15 @@ def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, devic
     return SafetensorsWeights(config.model, model.form)
 
 
-def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None) -> str:
+def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None, eight_bits: bool) -> str:
     """Say for the report how quantized weights are held.
 
-    `path` is that of the weight-only 4-bit matrices, None if there are none.
+    `path` is that of the weight-only 4-bit matrices, None if there are none. `eight_bits`: some products take 8-bit
+    rows.
     """
-    if scheme.as_stored:
+    if scheme.as_stored and eight_bits:
         return "8-bit products"
-    if scheme.quantized:
+    if scheme.quantized and not scheme.as_stored:
         return "its matrices are rounded to 8 bits by channel at load"
     if path is not None and path.packed:
         return f"its matrices stay in 4 bits, {path.reason}"

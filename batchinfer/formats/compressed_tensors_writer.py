@@ -39,6 +39,7 @@ def quantization_config(scheme: WeightScheme, ignore: list[str]) -> dict[str, An
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
+                "format": form,  # compressed-tensors guesses a format by the types unless the group has one
                 "weights": weights,
                 "input_activations": inputs,
                 "output_activations": None,

@@ -1,7 +1,7 @@
 """Block FP8 checkpoints in the Hugging Face layout (`quant_method: fp8`, as DeepSeek-V3 and Qwen3 publish them).
 
 `weight` is float8_e4m3fn [N, K]. `weight_scale_inv` is [ceil(N / rows), ceil(K / columns)] and, despite its name, a
-multiplier.
+multiplier. Inputs are rounded to float8_e4m3fn with one scale for each row and the columns of a block.
 """
 
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from batchinfer.formats.matrix import QuantizedMatrix, Tensors, checked_scale
+from batchinfer.kernels.float8_inputs import InputScales
 
 
 class BlockFP8:
@@ -42,4 +43,4 @@ class BlockFP8:
         values = tensors.take(f"{module}.weight", shape, torch.float8_e4m3fn)
         name = f"{module}.weight_scale" if tensors.has(f"{module}.weight_scale") else f"{module}.weight_scale_inv"
         scale = checked_scale(tensors.take(name, (-(-n // rows), -(-k // columns))), name)
-        return QuantizedMatrix(values, scale, self.block, 8, "fp8")
+        return QuantizedMatrix(values, scale, self.block, 8, "fp8", inputs=InputScales(columns))

@@ -6,6 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from batchinfer.kernels.float8_inputs import PER_TOKEN, InputScales
+
 FP8_MOST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -46,6 +48,7 @@ class QuantizedMatrix:
     activations: str = "float"  # float | int8 | fp8: the type of input that the checkpoint was made for
     zero_point: Tensor | None = None  # int16, in the shape of scale
     group_of: Tensor | None = None  # [K] int64, the column of `scale` that each column of the matrix uses
+    inputs: InputScales = PER_TOKEN  # the scales of inputs, if they are not floating point
 
     def to(self, device: torch.device) -> "QuantizedMatrix":
         """Return the matrix on a device."""
@@ -92,11 +95,23 @@ class QuantizedMatrix:
 
 
 def checked_scale(scale: Tensor, name: str) -> Tensor:
-    """Return the scales in float32. Raises `ValueError` if one of them is zero, negative or not finite."""
+    """Return the scales of weights in float32. Raises `ValueError` if one of them is zero or not finite.
+
+    Scales may be negative: some quantizers choose the sign too, so that the one more number that a symmetric range has
+    below zero serves the larger of a group's extremes.
+    """
     scale = scale.float()
-    if not bool(((scale > 0) & scale.isfinite()).all()):
-        raise ValueError(f"tensor {name} has a scale that is not a positive number: the checkpoint is damaged")
+    if not bool(((scale != 0) & scale.isfinite()).all()):
+        raise ValueError(f"tensor {name} has a scale that is zero or not finite: the checkpoint is damaged")
     return scale
+
+
+def checked_input_scale(scale: Tensor, name: str) -> float:
+    """Return the one scale of a module's inputs. Raises `ValueError` if it is not positive and finite."""
+    value = float(scale)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"tensor {name} is {value}; the scale of inputs must be positive: the checkpoint is damaged")
+    return value
 
 
 def checked_groups(group_of: Tensor, groups: int, name: str) -> Tensor:

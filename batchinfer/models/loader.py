@@ -12,9 +12,11 @@ from torch import Tensor
 from batchinfer.formats.matrix import QuantizedMatrix, quantize_channels
 from batchinfer.formats.scheme import QuantScheme
 from batchinfer.kernels.backend import Backend, Product
+from batchinfer.kernels.float8_inputs import InputScales
 from batchinfer.kernels.linear_w4a16 import GRAIN, GROUPS
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.decoder import Decoder, LayerWeights
+from batchinfer.models.input_rounding import InputRounding
 from batchinfer.models.layer import Layer, Matrix, Norm
 from batchinfer.models.weights import WeightSource
 
@@ -26,6 +28,7 @@ class Loaded:
     decoder: Decoder
     four_bits: bool  # whether the checkpoint has 4-bit weights for floating-point inputs
     unpacked: list[str]  # products whose 4-bit weights had to be dequantized, unlike those of the others
+    inputs: InputRounding
 
 
 def load_decoder(
@@ -50,7 +53,7 @@ def load_decoder(
     norm = load.norm(config.norm)
     decoder = Decoder(config, backend, load.stream, embedding, layers, norm, load.head(embedding))
     weights.finish()
-    return Loaded(decoder, load.four_bits, load.unpacked)
+    return Loaded(decoder, load.four_bits, load.unpacked, load.inputs)
 
 
 class _Loader:
@@ -68,6 +71,7 @@ class _Loader:
         self.c, self.scheme, self.dtype, self.weights, self.packed = config, scheme, dtype, weights, packed
         self.backend = backend
         self.stream = backend.stream(dtype, scheme.quantized)
+        self.inputs = InputRounding(scheme)
         self.four_bits = False
         self.unpacked: list[str] = []
 
@@ -99,7 +103,8 @@ class _Loader:
         kind = self._eight_bits(weight) if self.scheme.head or self.scheme.as_stored else None
         if kind is not None:
             return self.backend.linear_w8a8(*_rounded(weight, kind), out=self.dtype)
-        return self._floating({head.name: self._kept(weight)}, None)
+        product = self._floating({head.name: self._kept(weight)}, None)
+        return self.inputs.product(product, [self.inputs.scales(weight)], [head.rows])
 
     def _product(self, prefix: str, matrices: tuple[Matrix, ...]) -> Product:
         """Make one product of matrices that have the same input, by stacking their rows."""
@@ -109,11 +114,14 @@ class _Loader:
         added = torch.cat(biases).to(self.dtype) if biases else None
         floats: dict[str, Tensor | QuantizedMatrix] = {}
         rounded: list[tuple[Tensor, Tensor]] = []
+        scales: list[InputScales | None] = []
         for name, matrix in named.items():
             weight = self._matrix(name, (matrix.rows, matrix.columns))
             if (kind := self._eight_bits(weight)) is None:
                 floats[name] = self._kept(weight)
+                scales.append(self.inputs.scales(weight))
             else:
+                self.inputs.in_eight_bits(weight)
                 rounded.append(_rounded(weight, kind))
         if len({values.dtype for values, _ in rounded}) + bool(floats) > 1:
             raise ValueError(
@@ -121,7 +129,8 @@ class _Loader:
                 "type; they share an input, so they must agree"
             )
         if floats:
-            return self._floating(floats, added)
+            product = self._floating(floats, added)
+            return self.inputs.product(product, scales, [matrix.rows for matrix in matrices])
         values, scale = (torch.cat(column) for column in zip(*rounded, strict=True))
         return self.backend.linear_w8a8(values, scale, added, self.dtype)
 
@@ -153,9 +162,12 @@ class _Loader:
         """Return "int8" or "fp8" if the weight's product takes 8-bit rows of this type, else None."""
         if not self.scheme.as_stored:
             return self.scheme.activations if self.scheme.quantized else None
-        if isinstance(weight, QuantizedMatrix) and weight.activations in self.backend.eight_bits:
-            return weight.activations
-        return None
+        if not isinstance(weight, QuantizedMatrix) or weight.activations not in self.backend.eight_bits:
+            return None
+        # Rounding other weights to float8 by channel would lose more than the 8-bit product gains.
+        if weight.activations == "fp8" and (weight.inputs.group or weight.by_channel(torch.float8_e4m3fn) is None):
+            return None
+        return weight.activations
 
 
 def _rounded(weight: Tensor | QuantizedMatrix, kind: str) -> tuple[Tensor, Tensor]:

@@ -204,8 +204,9 @@ class RandomWeights:
             words = torch.empty(shape, dtype=torch.int32, device=self.device)
             return words.random_(-(1 << 31), 1 << 31, generator=self.generator)
         noise = torch.empty(shape, device=self.device)
-        noise.normal_(0, QUANTIZED_NOISE if dtypes else NOISE, generator=self.generator)
-        return noise.to(dtypes[0] if dtypes else self.dtype)
+        if dtypes:  # numbers of 4 bits, which every type holds
+            return noise.random_(-8, 8, generator=self.generator).to(dtypes[0])
+        return noise.normal_(0, NOISE, generator=self.generator).to(self.dtype)
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
         """Return a random weight [N, K], quantized if there is a format."""

@@ -47,7 +47,7 @@ def test_int8_is_the_exact_integer_product(rows: int, n: int, k: int, bias: bool
     x = torch.randint(-128, 128, (rows, k), dtype=torch.int8)
     weight = torch.randint(-128, 128, (n, k), dtype=torch.int8)
     x_scale = 2.0 ** torch.randint(-6, 3, (rows, 1)).float()  # powers of two: every product is exact
-    scale = 2.0 ** torch.randint(-6, 3, (n,)).float()
+    scale = 2.0 ** torch.randint(-6, 3, (n,)).float() * torch.randn(n).sign()
     added = torch.randint(-5, 6, (n,)).float() if bias else None
     found = linear_w8a8(Rows(x, x_scale), weight, scale, added, torch.float32)
     exact = (x.long() @ weight.t().long()).double() * x_scale * scale + (0 if added is None else added)
@@ -59,7 +59,7 @@ def test_int8_is_the_exact_integer_product(rows: int, n: int, k: int, bias: bool
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (63, 300), (130, 256)])
 def test_fp8_is_the_product_of_its_numbers(rows: int, n: int, k: int, out: torch.dtype) -> None:
     x, weight = torch.randn(rows, k).to(torch.float8_e4m3fn), torch.randn(n, k).to(torch.float8_e4m3fn)
-    x_scale, scale, bias = torch.rand(rows, 1) + 0.5, torch.rand(n) + 0.5, torch.randn(n).to(out)
+    x_scale, scale, bias = torch.rand(rows, 1) + 0.5, torch.rand(n) - 0.5, torch.randn(n).to(out)
     found = linear_w8a8(Rows(x, x_scale), weight, scale, bias, out)
     assert found.dtype == out
     check(found, x.double() @ weight.double().t() * x_scale * scale + bias)
@@ -192,6 +192,17 @@ def test_expanded_weights_are_the_numbers_times_their_scale(
 ) -> None:
     weight, exact = four_bits(n, k, group, zeros, dtype)
     assert expand(weight, dtype).equal(exact.float().to(dtype))
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_w4a16_takes_scales_of_both_signs_within_a_row(zeros: bool) -> None:
+    values, scale = torch.randint(-8, 8, (65, 320), dtype=torch.int8), torch.randn(65, 5)
+    zero_point = torch.randint(-8, 9, (65, 5)) if zeros else None
+    exact = values.double() - (0 if zero_point is None else zero_point.repeat_interleave(64, 1))
+    exact *= scale.double().repeat_interleave(64, 1)
+    weight, x = repack(values, scale, zero_point, torch.float32), torch.randn(17, 320)
+    check(linear_w4a16(x, weight, None, PROCESSORS), x.double() @ exact.t())
+    assert expand(weight, torch.float32).equal(exact.float())
 
 
 @pytest.mark.parametrize(("k", "groups"), [(64, 4), (96, 2), (100, 3), (384, 2)])

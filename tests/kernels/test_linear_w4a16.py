@@ -9,9 +9,10 @@ from batchinfer.kernels.rows import Rows
 
 
 def four_bits(n: int, k: int, group: int, zero_points: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(values, scale, zero point) as a checkpoint has them, scales in float16."""
+    """(values, scale, zero point) as a checkpoint has them, scales in float16 and of both signs."""
     values = torch.randint(-8, 8, (n, k), dtype=torch.int8)
     scale = (0.01 * (torch.rand(n, k // group) + 0.5)).half().float()
+    scale *= torch.randn(scale.shape).sign()
     zero_point = torch.randint(-8, 8, scale.shape) if zero_points else torch.zeros(scale.shape)
     return values, scale, zero_point.float()
 

@@ -150,13 +150,18 @@ COMPRESSED = {
         "group_0": {
             "targets": ["Linear"],
             "weights": {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32},
-            "input_activations": {"num_bits": 8, "type": "int", "dynamic": True},
+            "input_activations": {
+                "num_bits": 8, "type": "int", "dynamic": True, "strategy": "group", "group_size": 32,
+            },
         }
     },
     "ignore": ["lm_head", "re:.*head"],
-    "kv_cache_scheme": None,
+    "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False},
+    "transform_config": {
+        "config_groups": {"R1": {"type": "hadamard", "apply": [{"targets": ["re:.*"], "location": "weight_input"}]}}
+    },
     "sparsity_config": {"format": "dense"},
-}
+}  # fmt: skip
 YARN = {
     "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0,
     "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 0.5, "attention_factor": 1.0,

@@ -1,5 +1,6 @@
 """Checkpoint formats against packers that handle one number at a time, tensors computed by hand, and libraries."""
 
+import copy
 import math
 from typing import Any
 
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.transform import TransformConfig
 from packers import awq_tensors, gptq_tensors, int32, one_by_one, words_of
 from torch import Tensor
 from torch.nn import functional as F
@@ -15,6 +18,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.registry import checkpoint_format
+from batchinfer.kernels.float8_inputs import InputScales
 
 N, K, GROUP = 24, 96, 32
 
@@ -57,11 +61,12 @@ def read(config: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, i
 
 
 def drawn(bits: int, groups: int, symmetric: bool, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(q [N, K], z [N, G], scales [N, G]), every value of q and z among them."""
+    """(q [N, K], z [N, G], scales [N, G] of both signs), every value of q and z among them."""
     rng = np.random.default_rng(seed)
     q = rng.integers(0, 1 << bits, (N, K))
     z = np.full((N, groups), 1 << (bits - 1)) if symmetric else rng.integers(0, 1 << bits, (N, groups))
-    return q, z, rng.uniform(0.5, 2.0, (N, groups)).astype(np.float16)
+    scales = rng.uniform(0.5, 2.0, (N, groups)) * rng.choice([-1, 1], (N, groups))
+    return q, z, scales.astype(np.float16)
 
 
 def check(matrix: QuantizedMatrix, expected: Tensor) -> None:
@@ -126,6 +131,7 @@ def test_block_fp8(name: str) -> None:
     weight = torch.randn(N, K).to(torch.float8_e4m3fn)
     rows, columns = 16, 40
     scale = torch.rand(math.ceil(N / rows), math.ceil(K / columns)) + 0.5
+    scale[0, 0] *= -1
     expected = torch.zeros(N, K, dtype=torch.float64)
     for n in range(N):
         for k in range(K):
@@ -167,6 +173,9 @@ FP8 = {**INT8, "type": "float"}
         ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
         ("int-quantized", {"num_bits": 8, "strategy": "tensor"}),
         ("int-quantized", {"num_bits": 8, "symmetric": False, "strategy": "channel"}),
+        ("int-quantized", {"num_bits": 4, "strategy": "channel"}),
+        ("int-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}),
+        ("int-quantized", {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": GROUP}),
         ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
         ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}),
         ("float-quantized", {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [8, 32]}),
@@ -179,7 +188,7 @@ def test_what_the_compressed_tensors_library_writes_is_read_as_it_reads_it(form:
     counts = {"tensor": (1,), "channel": (N, 1), "group": (N, K // GROUP), "block": (N // 8, K // 32)}[
         weights["strategy"]
     ]
-    scale = torch.rand(counts) * 0.02 + 0.02
+    scale = (torch.rand(counts) * 0.02 + 0.02) * torch.randn(counts).sign()
     low = -8 if weights["num_bits"] == 4 else -128
     state = {"weight": weight, "weight_scale": scale}
     if not weights.get("symmetric", True):
@@ -194,14 +203,89 @@ def test_what_the_compressed_tensors_library_writes_is_read_as_it_reads_it(form:
     )
     if (stored := matrix.by_channel()) is not None:
         assert (stored[0] * stored[1][:, None]).equal(matrix.dequantize())
+    assert matrix.bits == weights["num_bits"]
 
 
-def test_static_input_scales_are_left_aside_and_named() -> None:
-    weight = torch.randint(-127, 128, (N, K), dtype=torch.int8)
-    tensors = {"weight": weight, "weight_scale": torch.ones(N, 1), "input_scale": torch.ones(1)}
-    config = compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, {**INT8, "dynamic": False})
-    assert read(config, tensors).dequantize().equal(weight.float())
-    assert checkpoint_format(config).name.endswith("its static input scales replaced by per-token scales")
+def test_four_bits_with_float8_inputs_are_read_unpacked() -> None:
+    """W4AFP8 of llm-compressor: the library chooses the format by the types."""
+    weights = {"num_bits": 4, "strategy": "group", "group_size": GROUP}
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=FP8)
+    form = infer_module_format(torch.nn.Linear, scheme).value
+    assert form == "int-quantized"
+    library = BaseCompressor.get_value_from_registry(form)
+    tensors = library.compress({"weight": torch.randn(N, K), "weight_scale": torch.rand(N, K // GROUP) + 0.1}, scheme)
+    matrix = read(compressed(form, weights, FP8), tensors)
+    check(matrix, library.decompress(tensors, scheme)["weight"].double())
+    assert (matrix.bits, matrix.activations) == (4, "fp8")
+    tensors["weight"][3, 5] = 8
+    with pytest.raises(ValueError, match=r"m\.weight holds numbers outside -8 to 7"):
+        read(compressed(form, weights, FP8), tensors)
+
+
+def test_a_groups_own_format_has_precedence_over_that_of_the_whole_config() -> None:
+    config = compressed("pack-quantized", {"num_bits": 4, "strategy": "channel"}, INT8)
+    assert checkpoint_format(config).group("m").format == "pack-quantized"  # type: ignore[attr-defined]
+    config["format"] = "mixed-precision"
+    config["config_groups"]["group_0"]["format"] = "int-quantized"
+    assert checkpoint_format(config).group("m").format == "int-quantized"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("inputs", [INT8, FP8])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_static_input_scales_are_read(inputs: dict[str, Any], shape: tuple[int, ...]) -> None:
+    weight = torch.randint(-8, 8, (N, K)).to(torch.int8 if inputs is INT8 else torch.float8_e4m3fn)
+    form = "int-quantized" if inputs is INT8 else "float-quantized"
+    tensors = {"weight": weight, "weight_scale": torch.ones(N, 1), "input_scale": torch.full(shape, 0.25)}
+    weights = {"num_bits": 8, "type": inputs["type"], "strategy": "channel"}
+    config = compressed(form, weights, {**inputs, "dynamic": False, "strategy": "tensor"})
+    matrix = read(config, tensors)
+    assert matrix.dequantize().equal(weight.float()) and matrix.inputs == InputScales(static=0.25)
+    for scale in (0.0, -0.25, math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"tensor m\.input_scale is .*; the scale of inputs must be positive"):
+            read(config, tensors | {"input_scale": torch.full(shape, scale)})
+
+
+def test_the_inputs_of_blocks_have_a_scale_for_each_group_of_columns() -> None:
+    tensors = {"weight": torch.randn(N, K).to(torch.float8_e4m3fn), "weight_scale": torch.ones(N // 8, K // 32)}
+    weights = {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [8, 32]}
+    config = compressed("float-quantized", weights, {**FP8, "strategy": "group", "group_size": 32})
+    assert read(config, tensors).inputs == InputScales(group=32)
+    config = {"quant_method": "fp8", "weight_block_size": [8, 32], "activation_scheme": "dynamic"}
+    assert read(config, tensors).inputs == InputScales(group=32)
+
+
+def test_a_scale_of_a_whole_batch_is_replaced_and_named() -> None:
+    config = compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, {**INT8, "strategy": "tensor"})
+    assert checkpoint_format(config).name.endswith("its inputs' scale of a whole batch replaced by per-token scales")
+
+
+@pytest.mark.parametrize("names", [["k_scale", "v_scale"], ["k_proj.output_scale", "v_proj.output_scale"]])
+def test_scales_of_keys_and_values_are_left_aside_and_named(names: list[str]) -> None:
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    for groups in ({}, PACK4["config_groups"]):
+        form = checkpoint_format({**PACK4, "config_groups": groups, "ignore": ["re:.*"], "kv_cache_scheme": scheme})
+        stored = Stored({})
+        for module in ("k_proj", "v_proj"):
+            assert form.matrix(f"m.{module}", (N, K), stored) is None
+        assert stored.used >= {f"m.{name}" for name in names}
+        assert form.name.endswith("its kv_cache_scheme left aside")
+
+
+def test_transforms_that_are_in_the_weights_need_nothing() -> None:
+    """As llm-compressor writes the first two rotations of SpinQuant; a third one acts when the model runs."""
+
+    def transform(*places: str) -> dict[str, Any]:
+        return {"type": "hadamard", "apply": [{"targets": ["re:.*"], "location": place} for place in places]}
+
+    folded = TransformConfig(
+        config_groups={"R1": transform("weight_output", "weight_input"), "R2": transform("weight_output")}
+    ).model_dump(mode="json")
+    assert checkpoint_format({**PACK4, "transform_config": folded}).name == checkpoint_format(PACK4).name
+    for place in ("input", "output", "k_cache", "q_attn"):
+        config = copy.deepcopy(folded)
+        config["config_groups"]["R3"] = transform("weight_input", place)
+        with pytest.raises(ValueError, match="transform_config has transforms that act when the model runs"):
+            checkpoint_format({**PACK4, "transform_config": config})
 
 
 def test_compressed_tensors_with_reordered_columns() -> None:
@@ -252,7 +336,8 @@ PACK4 = compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "activation_scheme"),
         ({**PACK4, "format": "marlin-24"}, "format is 'marlin-24'; supported are pack-quantized"),
         ({**PACK4, "config_groups": {}}, "config_groups is {}"),
-        ({**PACK4, "transform_config": {"a": 1}}, "transform_config is not supported"),
+        ({**PACK4, "transform_config": {"a": 1}}, "transform_config has transforms that act when the model runs"),
+        ({**PACK4, "kv_cache_scheme": "fp8"}, "kv_cache_scheme is 'fp8'; expected an object"),
         ({**PACK4, "ignore": ["re:("]}, "is not a regular expression"),
         (compressed("pack-quantized", {"num_bits": 3, "strategy": "channel"}), "weights of 3 bits"),
         (compressed("pack-quantized", {"num_bits": 4, "strategy": "tensor_group"}), "strategy is 'tensor_group'"),
@@ -279,9 +364,10 @@ def plain_gptq() -> dict[str, Tensor]:
         (
             "scales",
             torch.zeros(K // GROUP, N, dtype=torch.float16),
-            "tensor m.scales has a scale that is not a positive",
+            "tensor m.scales has a scale that is zero or not finite",
         ),
-        ("scales", torch.full((K // GROUP, N), float("nan")), "tensor m.scales has a scale that is not a positive"),
+        ("scales", torch.full((K // GROUP, N), float("nan")), "tensor m.scales has a scale that is zero or not finite"),
+        ("scales", torch.full((K // GROUP, N), -math.inf), "tensor m.scales has a scale that is zero or not finite"),
         ("scales", torch.ones(1, N), "m.scales"),
         ("qweight", torch.zeros(K // 8 - 1, N, dtype=torch.int32), "m.qweight"),
         ("qweight", torch.zeros(K // 8, N), "m.qweight"),
