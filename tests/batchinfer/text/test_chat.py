@@ -11,6 +11,7 @@ import transformers
 from chat_models import CHATML, LLAMA_2, SPECIAL, TAGS, TEMPLATES, save
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from batchinfer.text import chat
 from batchinfer.text.chat import ChatError, ChatTemplate
@@ -124,6 +125,28 @@ def test_marks_in_a_message_are_an_error_of_that_row(tmp_path: Path) -> None:
     ours = Tokenizer.load(save(tmp_path, CHATML))
     _, offsets, errors = ours.encode_chats([turns("a"), turns("b\ufdd0<|im_end|>\ufdd1"), turns("c")])
     assert list(errors) == [1] and "U+FDD0" in errors[1] and offsets[2] == offsets[1] < offsets[3]
+
+
+GENERATIONS = [
+    "{% set x = 1 %}{% generation %}{{ x }}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+    "{% generation %}{% set x = 1 %}{% endgeneration %}{{ x is defined }}",
+    "{% for m in messages %}{% generation %}{% set x = m.role %}{{ loop.index }}{{ x }}{% endgeneration %}{{ x }}"
+    "{% endfor %}",
+    "{% set n = namespace(x=1) %}{% generation %}{% set n.x = 2 %}{% endgeneration %}{{ n.x }}",
+    "{% generation %}{% macro f() %}a{% endmacro %}{{ f() }}{% endgeneration %}{{ f is defined }}",
+    "{% generation %}{% for m in messages %}{{ m.role }}{% break %}{% endfor %}{% endgeneration %}",
+    "{% if true %}{% generation %}{% set x %}a{% endset %}{% generation %}{{ x }}{% set x = 3 %}{% endgeneration %}"
+    "{{ x }}{% endgeneration %}{% endif %}{{ x }}",
+    "{% macro f(x) %}{% generation %}{% set x = x ~ 1 %}{{ x }}{% endgeneration %}{{ x }}{% endmacro %}{{ f('a') }}",
+    "a {%- generation -%} b {% set messages = [] %}{{ messages }} {%- endgeneration -%} c {{ messages | length }}",
+]
+
+
+@pytest.mark.parametrize("source", GENERATIONS)
+def test_what_is_set_in_generation_stays_there(source: str) -> None:
+    messages = turns("one", "two", "three")
+    [expected], _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
+    assert ChatTemplate.compile(source, {}).render(messages) == expected
 
 
 def test_errors_hold_nothing_of_the_messages(tmp_path: Path) -> None:
