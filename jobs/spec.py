@@ -60,11 +60,8 @@ def _check_prompt_source(job: JobSpec) -> None:
 def _check_chat(job: JobSpec) -> None:
     if job.chat and job.messages_column is not None:
         raise UsageError("--chat wraps a plain prompt, but --messages-column has whole chats; leave one of them out")
-    templated = job.chat or job.messages_column is not None
-    if job.system_prompt is not None and not templated:
+    if job.system_prompt is not None and not job.chat and job.messages_column is None:
         raise UsageError("--system-prompt needs --chat or --messages-column; give one of them, or leave it out")
-    if job.allow_special_tokens and templated:
-        raise UsageError("--allow-special-tokens is for plain prompts: leave out --chat and --messages-column")
 
 
 def _check_files(job: JobSpec) -> None:

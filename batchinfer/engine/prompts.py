@@ -60,13 +60,18 @@ def size_errors(nbytes: NDArray[np.int64]) -> Errors:
 
 
 def encode_chats(
-    tokenizer: Tokenizer, indices: Indices, conversations: list[Conversation], errors: Errors
+    tokenizer: Tokenizer,
+    indices: Indices,
+    conversations: list[Conversation],
+    errors: Errors,
+    allow_special_tokens: bool = False,
 ) -> tuple[TokenIds, Offsets]:
     """Return the token ids of n conversations and their offsets [n + 1].
 
-    A conversation for which the chat template fails has no tokens, and an error at its index in `indices` [n].
+    A conversation for which the chat template fails has no tokens, and an error at its index in `indices` [n]. With
+    `allow_special_tokens`, the text of a control token in a message becomes that token.
     """
-    token_ids, offsets, failed = tokenizer.encode_chats(conversations)
+    token_ids, offsets, failed = tokenizer.encode_chats(conversations, allow_special_tokens)
     for i, message in failed.items():
         errors[int(indices[i])] = RowError("template_error", message)
     return token_ids, offsets

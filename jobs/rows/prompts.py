@@ -76,17 +76,18 @@ class PromptSource:
     def tokenize(self, first_row: int, batch: pa.RecordBatch) -> tuple[Requests, dict[int, RowError]]:
         """Return requests for the rows that can run, in table order, and the errors of the other rows, by ordinal."""
         errors: Errors = {}
+        special = self._spec.allow_special_tokens
         if self._spec.messages_column is not None:
             indices, conversations = self._conversations(batch, errors)
-            token_ids, offsets = encode_chats(self._tokenizer, indices, conversations, errors)
+            token_ids, offsets = encode_chats(self._tokenizer, indices, conversations, errors, special)
         else:
             column = self._templated(batch, errors) if self._spec.prompt_template else self._plain(batch, errors)
             indices, texts = _good_texts(column, errors)
             if self._spec.chat:
                 chats = [[*self._system, {"role": "user", "content": text}] for text in texts]
-                token_ids, offsets = encode_chats(self._tokenizer, indices, chats, errors)
+                token_ids, offsets = encode_chats(self._tokenizer, indices, chats, errors, special)
             else:
-                token_ids, offsets = self._tokenizer.encode_batch(texts, self._spec.allow_special_tokens)
+                token_ids, offsets = self._tokenizer.encode_batch(texts, special)
 
         sampling = self._spec.sampling
         requests = requests_that_fit(indices, token_ids, offsets, sampling, self._max_model_len, errors)

@@ -29,7 +29,6 @@ def spec(**fields: Any) -> JobSpec:
         ({"output": Path("x/../in.parquet")}, "is an input too"),
         ({"columns": ()}, "--columns is empty"),
         ({"system_prompt": "Be brief."}, "--system-prompt needs"),
-        ({"chat": True, "allow_special_tokens": True}, "--allow-special-tokens"),
         ({"prompt_column": None, "messages_column": "m", "chat": True}, "--chat"),
         ({"device": "tpu"}, "--device is 'tpu'; it must be one of auto, cpu, cuda"),
         ({"dtype": "int4"}, "--dtype"),

@@ -146,28 +146,6 @@ def test_what_is_set_in_generation_stays_there(source: str) -> None:
     assert ChatTemplate.compile(source, {}).render(messages) == expected
 
 
-GENERATIONS = [
-    "{% set x = 1 %}{% generation %}{{ x }}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
-    "{% generation %}{% set x = 1 %}{% endgeneration %}{{ x is defined }}",
-    "{% for m in messages %}{% generation %}{% set x = m.role %}{{ loop.index }}{{ x }}{% endgeneration %}{{ x }}"
-    "{% endfor %}",
-    "{% set n = namespace(x=1) %}{% generation %}{% set n.x = 2 %}{% endgeneration %}{{ n.x }}",
-    "{% generation %}{% macro f() %}a{% endmacro %}{{ f() }}{% endgeneration %}{{ f is defined }}",
-    "{% generation %}{% for m in messages %}{{ m.role }}{% break %}{% endfor %}{% endgeneration %}",
-    "{% if true %}{% generation %}{% set x %}a{% endset %}{% generation %}{{ x }}{% set x = 3 %}{% endgeneration %}"
-    "{{ x }}{% endgeneration %}{% endif %}{{ x }}",
-    "{% macro f(x) %}{% generation %}{% set x = x ~ 1 %}{{ x }}{% endgeneration %}{{ x }}{% endmacro %}{{ f('a') }}",
-    "a {%- generation -%} b {% set messages = [] %}{{ messages }} {%- endgeneration -%} c {{ messages | length }}",
-]
-
-
-@pytest.mark.parametrize("source", GENERATIONS)
-def test_what_is_set_in_generation_stays_there(source: str) -> None:
-    messages = turns("one", "two", "three")
-    [expected], _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
-    assert ChatTemplate.compile(source, {}).render(messages) == expected
-
-
 def test_errors_hold_nothing_of_the_messages(tmp_path: Path) -> None:
     template = "{{ raise_exception('Unknown: ' + messages[0].content) }}"
     assert Tokenizer.load(save(tmp_path, template)).encode_chats([turns("secret")])[2] == {
