@@ -121,8 +121,8 @@ class JobFlags:
     allow_special_tokens: Annotated[
         bool,
         Flag(
-            "Read control tokens that are spelled out in a prompt as control tokens, not as plain text: for prompts to "
-            "which a chat template was applied before.",
+            "Read control tokens that are spelled out in a prompt or a message as control tokens, not as plain text: "
+            "for prompts to which a chat template was applied before, and for text that you trust.",
             "Prompt",
         ),
     ] = False

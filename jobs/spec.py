@@ -69,8 +69,6 @@ def _check_chat(job: JobSpec) -> None:
         raise UsageError("--system-prompt needs --chat or --messages-column; give one of them, or leave it out")
     if job.tools_column is not None and not job.renders_chats:
         raise UsageError("--tools-column needs --chat or --messages-column; give one of them, or leave it out")
-    if job.allow_special_tokens and job.renders_chats:
-        raise UsageError("--allow-special-tokens is for plain prompts: leave out --chat and --messages-column")
 
 
 def _check_files(job: JobSpec) -> None:

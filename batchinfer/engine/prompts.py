@@ -97,12 +97,14 @@ def encode_chats(
     conversations: list[Conversation],
     errors: Errors,
     tools: list[Tools | None] | None = None,
+    allow_special_tokens: bool = False,
 ) -> tuple[TokenIds, Offsets]:
     """Return the token ids of n conversations, each with its tools or None, and their offsets [n + 1].
 
-    A conversation for which the chat template fails has no tokens, and an error at its index in `indices` [n].
+    A conversation for which the chat template fails has no tokens, and an error at its index in `indices` [n]. With
+    `allow_special_tokens`, the text of a control token in a message becomes that token.
     """
-    token_ids, offsets, failed = tokenizer.encode_chats(conversations, tools)
+    token_ids, offsets, failed = tokenizer.encode_chats(conversations, tools, allow_special_tokens)
     for i, message in failed.items():
         errors[int(indices[i])] = RowError("template_error", message)
     return token_ids, offsets

@@ -1,9 +1,10 @@
 """Chat templates: turning messages into a prompt's text with the checkpoint's own Jinja template, in a sandbox."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -12,14 +13,14 @@ from jinja2.nodes import Name
 
 from batchinfer.host.limits import limited
 from batchinfer.text.sandbox import Sandbox
+from batchinfer.text.tracked import Tracked, track
+from batchinfer.text.tracking_sandbox import TrackingSandbox
 
 Message = Mapping[str, Any]  # at least "role", and "content" or "tool_calls"
 Tool = Mapping[str, Any]  # a function that the model may call, as a JSON schema
 
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys for the reasoning before an answer, by precedence
 
-# These enclose a control token's text in a message. Both are Unicode noncharacters, which proper text never contains.
-MARK_START, MARK_END = "\ufdd0", "\ufdd1"
 MAX_RENDERED = 5 << 20  # characters
 MAX_SOURCE = 1 << 18  # characters
 MAX_SECONDS = 10.0  # of processor time, for one conversation
@@ -75,10 +76,40 @@ class ChatTemplate:
         `TemplateRefused` if it takes more than `MAX_SECONDS` (checked in the main thread only) or `MAX_MEMORY`, or
         tries to leave the sandbox.
         """
-        present = [_present(message) for message in messages]
+        with self._limits():
+            return self._write(self.template, _present(messages), tools)
+
+    def follow(self, messages: Sequence[Message], tools: Sequence[Tool] | None, text: str) -> Tracked:
+        """Return `text`, which `render` gave for these messages and tools, with the origin of each character.
+
+        Raises what `render` raises, and `ChatError` if the text comes out as another one, since then the origins are
+        unknown.
+        """
+        with self._limits():
+            followed = self._write(self._tracking, track(_present(messages)), track(tools))
+        if followed != text:
+            raise ChatError(
+                "a message holds a control token's text, which cannot be followed through the chat template; take it "
+                "out, or read it as a control token with --allow-special-tokens"
+            )
+        return followed if isinstance(followed, Tracked) else Tracked(followed)
+
+    @property
+    def makes_characters(self) -> bool:
+        """True if what was rendered may hold characters from messages that the messages do not hold."""
+        sandbox = self.template.environment
+        assert isinstance(sandbox, Sandbox)
+        return sandbox.makes_characters
+
+    @cached_property
+    def _tracking(self) -> jinja2.Template:
+        return TrackingSandbox(self.moment).from_string(self.source)
+
+    @contextmanager
+    def _limits(self) -> Iterator[None]:
         try:
             with limited(MAX_SECONDS, MAX_MEMORY):
-                return self._write(present, tools)
+                yield
         except ChatError:
             raise
         except TimeoutError as error:
@@ -90,16 +121,16 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it may fail in any way
             raise ChatError(self._reason(error)) from error
 
-    def _write(self, messages: list[Message], tools: Sequence[Tool] | None) -> str:
+    def _write(self, template: jinja2.Template, messages: list[Message], tools: Sequence[Tool] | None) -> str:
         written, size = [], 0
-        for text in self.template.generate(
+        for text in template.generate(
             **self.variables, messages=messages, tools=tools, documents=None, add_generation_prompt=True
         ):
             written.append(text)
             size += len(text)
             if size > MAX_RENDERED:
                 raise ChatError(f"the chat template wrote more than {MAX_RENDERED} characters")
-        return "".join(written)
+        return template.environment.concat(written)
 
     def _reason(self, error: Exception) -> str:
         # An error text that occurs in the template's source quotes nothing from the prompt; any other text might.
@@ -107,23 +138,11 @@ class ChatTemplate:
         return f"the chat template raised {error if known else type(error).__name__}"
 
 
-def _present(message: Message) -> Message:
+def _present(messages: Sequence[Message]) -> list[Message]:
+    return [_present_in(message) for message in messages]
+
+
+def _present_in(message: Message) -> Message:
     present = {key: value for key, value in message.items() if value is not None}
     found = [present[key] for key in REASONING if key in present]
     return {"thinking": found[0], **present, "reasoning_content": found[0]} if found else present
-
-
-def mark(value: Any, control_tokens: re.Pattern[str]) -> Any:
-    """Return the messages with marks around each control token's text in their strings. Dictionary keys are unchanged.
-
-    Raises `ChatError` if a string contains a mark itself.
-    """
-    if isinstance(value, str):
-        if MARK_START in value or MARK_END in value:
-            raise ChatError("a message holds U+FDD0 or U+FDD1, noncharacters that are reserved for internal use")
-        return control_tokens.sub(rf"{MARK_START}\g<0>{MARK_END}", value)
-    if isinstance(value, Mapping):
-        return {key: mark(item, control_tokens) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [mark(item, control_tokens) for item in value]
-    return value

@@ -1,8 +1,6 @@
 """Content that is a list of text parts: it stays a list for templates that read one, and else becomes one text."""
 
-import re
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 from batchinfer.text.chat import ChatError, ChatTemplate, Message, Tool
@@ -12,9 +10,7 @@ from batchinfer.text.chat import ChatError, ChatTemplate, Message, Tool
 _MARK = "\ufdd2"
 
 
-def fit_parts(
-    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool] | None, control_tokens: re.Pattern[str]
-) -> list[Message]:
+def fit_parts(template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool] | None) -> list[Message]:
     """Return the messages with their content in the form that the template reads.
 
     A list of parts {"type": "text", "text": ...} stays one if the template writes the text of each part. If it writes
@@ -25,7 +21,7 @@ def fit_parts(
         return list(messages)
     written = _trial(template, messages, tools)
     return [
-        {**message, "content": _fit(i, message["content"], written, control_tokens)}
+        {**message, "content": _fit(i, message["content"], written)}
         if isinstance(message.get("content"), list)
         else message
         for i, message in enumerate(messages)
@@ -50,16 +46,9 @@ def _number(message: int, part: int) -> str:
     return f"{_MARK}{message}.{part}{_MARK}"
 
 
-def _fit(
-    index: int, parts: list[dict[str, Any]], written: str, control_tokens: re.Pattern[str]
-) -> str | list[dict[str, Any]]:
-    texts = [part["text"] for part in parts]
-    whole = "".join(texts)
+def _fit(index: int, parts: list[dict[str, Any]], written: str) -> str | list[dict[str, Any]]:
+    whole = "".join(part["text"] for part in parts)
     read = [_number(index, j) in written for j in range(len(parts))]
     if not any(read):
         return whole
-    # A template may write parts one after the other. A control token's text that begins in one part and ends in another
-    # must not become that token, so it has to be seen as a whole.
-    seams = set(accumulate(map(len, texts)))
-    split = any(not seams.isdisjoint(range(m.start() + 1, m.end())) for m in control_tokens.finditer(whole))
-    return parts if all(read) and not split else [{**parts[0], "text": whole}]
+    return parts if all(read) else [{**parts[0], "text": whole}]

@@ -20,8 +20,9 @@ from tokenizers import AddedToken
 
 from batchinfer.kernels.ragged import ranges
 from batchinfer.text.added_tokens import add_tokens, tokens_outside
-from batchinfer.text.chat import MARK_END, MARK_START, ChatError, ChatTemplate, Message, Tool, mark
+from batchinfer.text.chat import ChatError, ChatTemplate, Message, Tool
 from batchinfer.text.content_parts import fit_parts
+from batchinfer.text.control_tokens import ControlTokens, one_of
 from batchinfer.text.tokenizer_files import (
     end_of_text_ids,
     named_tokens,
@@ -30,6 +31,7 @@ from batchinfer.text.tokenizer_files import (
     template_sources,
     tokenizer_config,
 )
+from batchinfer.text.tracked import Tracked, leaves
 
 TokenIds = NDArray[np.int32]  # the rows' token ids, one row after the other
 Offsets = NDArray[np.int64]  # row i is token_ids[offsets[i]:offsets[i + 1]]
@@ -96,13 +98,12 @@ class Tokenizer:
         backend.add_special_tokens(control)
         self._backend = backend
         texts = [token.content for token in control]
-        self._control = _one_of(texts)
-        self._marked = re.compile(f"{MARK_START}({self._control.pattern}){MARK_END}|[{MARK_START}{MARK_END}]")
+        self._control = ControlTokens(texts)
         # Some models have a control token's text as an ordinary token too. Split after its first character, the text
         # cannot become that token.
         rows = self._encode(texts, control=False)
         words = [text for text, row in zip(texts, rows, strict=True) if backend.token_to_id(text) in row]
-        self._words = _one_of(words) if words else None
+        self._words = one_of(words) if words else None
 
     @staticmethod
     def load(model_dir: Path, tokenizer_dir: Path | None = None, moment: datetime | None = None) -> "Tokenizer":
@@ -170,13 +171,16 @@ class Tokenizer:
         return ChatTemplate.compile(self._tool_source, self.template.variables, self.template.moment)
 
     def encode_chats(
-        self, conversations: Sequence[Sequence[Message]], tools: Sequence[Sequence[Tool] | None] | None = None
+        self,
+        conversations: Sequence[Sequence[Message]],
+        tools: Sequence[Sequence[Tool] | None] | None = None,
+        allow_special_tokens: bool = False,
     ) -> tuple[TokenIds, Offsets, dict[int, str]]:
         """Encode conversations, up to where the assistant's turn begins: (token ids, offsets, errors).
 
         `tools` has the tools of each conversation, or None for one without. `errors` gives, by the index of a
-        conversation, why it could not be rendered; its row has no tokens. Raises `ValueError` if the checkpoint has no
-        chat template.
+        conversation, why it could not be rendered; its row has no tokens. With `allow_special_tokens`, the text of a
+        control token in a message becomes that token. Raises `ValueError` if the checkpoint has no chat template.
         """
         if self.template is None:
             raise ValueError("the checkpoint has no chat template")
@@ -185,12 +189,13 @@ class Tokenizer:
         for i, (messages, offered) in enumerate(zip(conversations, tools or none, strict=True)):
             template = self.template if offered is None or self.tool_template is None else self.tool_template
             try:
-                fitted = fit_parts(template, messages, offered, self._control)
-                texts.append(template.render(mark(fitted, self._control), mark(offered, self._control)))
+                fitted = fit_parts(template, messages, offered)
+                text = template.render(fitted, offered)
+                texts.append(text if allow_special_tokens else self._follow(template, fitted, offered, text))
             except ChatError as error:
                 texts.append("")
                 errors[i] = str(error)
-        return *_in_chunks(texts, self._encode_marked, [], []), errors
+        return *_in_chunks(texts, self._encode_chats, [], []), errors
 
     def decode_batch(self, token_ids: TokenIds, offsets: Offsets) -> list[str]:
         """Return each row's text, without special tokens, end-of-text and ids beyond the vocabulary."""
@@ -221,15 +226,21 @@ class Tokenizer:
         rows, n = self._encode(texts, control=True), len(self._prefix)
         return [row[n:] if row[:n] == self._prefix else row for row in rows]
 
-    def _encode_marked(self, texts: list[str]) -> list[list[int]]:
-        marked = [i for i, text in enumerate(texts) if MARK_START in text or MARK_END in text]
-        rows = self._encode(texts, control=True)
-        for i in marked:
-            # Every second segment is a control token's text from a message, or None where the template kept only one
-            # of its two marks.
-            segments = self._marked.split(texts[i])
-            cut = [self._cut(text) if j % 2 else [(text, True)] for j, text in enumerate(segments) if text]
-            rows[i] = self._encode_segments(list(chain.from_iterable(cut)))
+    def _follow(
+        self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool] | None, text: str
+    ) -> str:
+        """Return the rendered text, tracked if a control token in it may come from messages and tools alone."""
+        held = "\n".join(map(str, leaves([messages, tools])))
+        followed = template.makes_characters or self._control.may_come_from(held)
+        return template.follow(messages, tools, text) if followed else text
+
+    def _encode_chats(self, texts: list[str]) -> list[list[int]]:
+        tracked = {i: self._control.cut(text) for i, text in enumerate(texts) if isinstance(text, Tracked)}
+        cut = {i: segments for i, segments in tracked.items() if not all(control for _, control in segments)}
+        rows = self._encode(["" if i in cut else text for i, text in enumerate(texts)], control=True)
+        for i, segments in cut.items():
+            smaller = [[(text, True)] if control else self._cut(text) for text, control in segments]
+            rows[i] = self._encode_segments(list(chain.from_iterable(smaller)))
         return rows
 
     def _encode_segments(self, segments: list[tuple[str, bool]]) -> list[int]:
@@ -277,11 +288,6 @@ def _chunks(texts: list[str]) -> Iterator[tuple[int, int]]:
     cuts = np.flatnonzero(np.diff(cost // CHUNK_CHARACTERS)) + 1
     bounds: list[int] = [0, *cuts.tolist(), len(texts)]
     return pairwise(bounds) if texts else iter(())
-
-
-def _one_of(texts: list[str]) -> re.Pattern[str]:
-    # The longest comes first, because the tokenizer matches that way; "(?!)" matches nothing.
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
 def _added(backend: tokenizers.Tokenizer) -> str:

@@ -126,8 +126,9 @@ class PromptSource:
             tools = read_tools(batch, self._spec.tools_column, errors)
         both = [index for index in chats if index in tools]
         indices = np.array(both, np.int64)
-        offered = [tools[index] for index in both]
-        return indices, *encode_chats(self._tokenizer, indices, [chats[index] for index in both], errors, offered)
+        messages, offered = [chats[index] for index in both], [tools[index] for index in both]
+        special = self._spec.allow_special_tokens
+        return indices, *encode_chats(self._tokenizer, indices, messages, errors, offered, special)
 
     def _seeds(self, requests: Requests, batch: pa.RecordBatch) -> NDArray[np.uint64]:
         """Return the rows' random seeds: from the id column if there is one, else from the token ids. They never depend

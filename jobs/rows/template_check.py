@@ -17,7 +17,7 @@ SAMPLES = (
 
 
 def check_template(template: ChatTemplate, model: str) -> None:
-    """Render some sample conversations with the template.
+    """Render some sample conversations with the template, and follow their text through it.
 
     Raises `Refused` if the template takes too much time or memory, does what its sandbox forbids, or kills the process.
     A template may refuse a sample itself, for instance one with a system message.
@@ -47,7 +47,7 @@ def _try(sender: "Connection[str | None, None]", source: str, variables: dict[st
     template = ChatTemplate.compile(source, variables)
     for messages in SAMPLES:
         try:
-            template.render(messages)
+            template.follow(messages, None, template.render(messages))
         except TemplateRefused as error:
             sender.send(str(error).removeprefix("the chat template "))
             return

@@ -30,7 +30,6 @@ def spec(**fields: Any) -> JobSpec:
         ({"columns": ()}, "--columns is empty"),
         ({"system_prompt": "Be brief."}, "--system-prompt needs"),
         ({"tools_column": "tools"}, "--tools-column needs --chat or --messages-column"),
-        ({"chat": True, "allow_special_tokens": True}, "--allow-special-tokens"),
         ({"prompt_column": None, "messages_column": "m", "chat": True}, "--chat"),
         ({"device": "tpu"}, "--device is 'tpu'; it must be one of auto, cpu, cuda"),
         ({"dtype": "int4"}, "--dtype"),

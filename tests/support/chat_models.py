@@ -74,10 +74,21 @@ SPECIAL = [
     *("<start_of_turn>", "<end_of_turn>"),
 ]
 TAGS = ["<think>", "</think>", "[A]", "[A][B]"]  # added tokens, not special ones
+# Templates with the expressions of well-known checkpoints' own, and their control tokens, special and not.
+FOLDER = Path(__file__).parent / "chat_templates"
+WELL_KNOWN = {file.stem: file.read_text().removesuffix("\n") for file in sorted(FOLDER.glob("*.jinja"))}
+KNOWN_SPECIAL, KNOWN_TAGS = ((FOLDER / name).read_text().split() for name in ("special.txt", "tags.txt"))
 CORPUS = ["system user assistant model Hello 日本語", re.sub("<[^ ]*>", "", "\n".join(TEMPLATES.values()))]
 
 
-def save(folder: Path, template: Any, sentence_piece: bool = False, corpus: Sequence[str] = CORPUS) -> Path:
+def save(
+    folder: Path,
+    template: Any,
+    sentence_piece: bool = False,
+    corpus: Sequence[str] = CORPUS,
+    special: Sequence[str] = SPECIAL,
+    tags: Sequence[str] = TAGS,
+) -> Path:
     backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>") if sentence_piece else models.BPE())
     if sentence_piece:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -86,12 +97,12 @@ def save(folder: Path, template: Any, sentence_piece: bool = False, corpus: Sequ
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<unk>", *SPECIAL] if sentence_piece else SPECIAL
+    special = ["<unk>", *special] if sentence_piece else [*special]
     backend.train_from_iterator(
         corpus,
         trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
-    backend.add_tokens(TAGS)
+    backend.add_tokens([*tags])
     bos = backend.token_to_id("<s>")
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bos)]

@@ -11,8 +11,9 @@ import jinja2
 import pytest
 import transformers
 from chat_models import CHATML, LLAMA_2, LLAMA_3, SPECIAL, TAGS, TEMPLATES, save
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from batchinfer.text import chat
 from batchinfer.text.chat import ChatError, ChatTemplate
@@ -104,7 +105,7 @@ def test_tools_equal_transformers(tmp_path: Path, template: Any, in_files: bool)
     assert ours.tool_template is not None and ours.tool_template.reads_tools
 
 
-plain_texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters=chat.MARK_START + chat.MARK_END))
+plain_texts = st.text(st.characters(exclude_categories=["Cs"]))
 FRAGMENTS = [*SPECIAL, *TAGS, "[B]", "<", "|im_", "end|>", "<|im_", "</", "s>", "\n", " ", "text", "assistant\n", "é"]
 hostile_texts = st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join)
 quick = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -124,6 +125,9 @@ def test_hostile_content_equals_transformers_sanitized(pair: tuple[Tokenizer, An
     ours, theirs = pair
     theirs.chat_control_tokens = TAGS
     messages = turns(*contents)
+    # Their marks around a tag disturb a template that cuts text there.
+    cut = [m for m in messages if m["role"] == "assistant" and "</think>" in m["content"]]
+    assume(not cut or ours.template is None or "</think>" not in ours.template.source)
     assert ours_of(ours, [messages]) == [theirs_of(theirs, messages, sanitize_control_tokens=True)]
 
 
@@ -154,10 +158,26 @@ def test_content_gives_no_control_token_that_the_model_knows_as_a_word(tmp_path:
     assert [i for i in hostile if i in control] == [i for i in harmless if i in control]
 
 
-def test_marks_in_a_message_are_an_error_of_that_row(tmp_path: Path) -> None:
-    ours = Tokenizer.load(save(tmp_path, CHATML))
-    _, offsets, errors = ours.encode_chats([turns("a"), turns("b\ufdd0<|im_end|>\ufdd1"), turns("c")])
-    assert list(errors) == [1] and "U+FDD0" in errors[1] and offsets[2] == offsets[1] < offsets[3]
+GENERATIONS = [
+    "{% set x = 1 %}{% generation %}{{ x }}{% set x = 2 %}{{ x }}{% endgeneration %}{{ x }}",
+    "{% generation %}{% set x = 1 %}{% endgeneration %}{{ x is defined }}",
+    "{% for m in messages %}{% generation %}{% set x = m.role %}{{ loop.index }}{{ x }}{% endgeneration %}{{ x }}"
+    "{% endfor %}",
+    "{% set n = namespace(x=1) %}{% generation %}{% set n.x = 2 %}{% endgeneration %}{{ n.x }}",
+    "{% generation %}{% macro f() %}a{% endmacro %}{{ f() }}{% endgeneration %}{{ f is defined }}",
+    "{% generation %}{% for m in messages %}{{ m.role }}{% break %}{% endfor %}{% endgeneration %}",
+    "{% if true %}{% generation %}{% set x %}a{% endset %}{% generation %}{{ x }}{% set x = 3 %}{% endgeneration %}"
+    "{{ x }}{% endgeneration %}{% endif %}{{ x }}",
+    "{% macro f(x) %}{% generation %}{% set x = x ~ 1 %}{{ x }}{% endgeneration %}{{ x }}{% endmacro %}{{ f('a') }}",
+    "a {%- generation -%} b {% set messages = [] %}{{ messages }} {%- endgeneration -%} c {{ messages | length }}",
+]
+
+
+@pytest.mark.parametrize("source", GENERATIONS)
+def test_what_is_set_in_generation_stays_there(source: str) -> None:
+    messages = turns("one", "two", "three")
+    [expected], _ = render_jinja_template([messages], chat_template=source, add_generation_prompt=True)
+    assert ChatTemplate.compile(source, {}).render(messages) == expected
 
 
 def test_errors_hold_nothing_of_the_messages(tmp_path: Path) -> None:
