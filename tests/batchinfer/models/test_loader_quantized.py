@@ -2,28 +2,22 @@
 
 import copy
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationScheme
 from engines import compare_logits, engine_of, prompts_of, tokens
-from packers import awq_tensors, gptq_tensors
+from quantized_models import FORMATS, checkpoints
 from repository import STDLIB
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from batchinfer.engine.config import FEW_ROWS
-from batchinfer.engine.engine import Engine
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.job import run
@@ -33,130 +27,6 @@ from batchinfer.jobs.spec import JobSpec, sharded
 from batchinfer.kernels.linear import Linear
 from batchinfer.kernels.linear_w4a16 import LinearW4A16
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
-
-GROUP = 32
-Writer = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]  # a weight to (stored tensors, what they stand for)
-
-
-def grouped(weight: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
-    """(q, z, scales, what they stand for) of 4 bits in groups, by the extremes of each."""
-    w = weight.float().numpy().reshape(len(weight), -1, GROUP)
-    low, high = w.min(-1).clip(max=0), w.max(-1).clip(min=0)
-    scales = ((high - low) / 15).astype(np.float16)
-    z = np.round(-low / scales).clip(1, 15).astype(np.int64)
-    q = (np.round(w / scales[..., None]) + z[..., None]).clip(0, 15).astype(np.int64)
-    back = ((q - z[..., None]) * scales[..., None].astype(np.float32)).reshape(weight.shape)
-    return q.reshape(weight.shape), z, scales, torch.from_numpy(back.astype(np.float32))
-
-
-def gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    q, z, scales, back = grouped(weight)
-    return gptq_tensors(q, z, scales, [k // GROUP for k in range(weight.shape[1])], 4, "gptq"), back
-
-
-def awq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    q, z, scales, back = grouped(weight)
-    return awq_tensors(q, z, scales), back
-
-
-def signed_scales(weight: Tensor, group: int) -> Tensor:
-    """Scales [N, G] as AutoRound chooses them: of the sign with which a group's largest value becomes -8."""
-    groups = weight.float().unflatten(1, (-1, group))
-    return groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0] / -8
-
-
-def signed_gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """AutoRound in the layout of GPTQ: symmetric, no g_idx."""
-    scales = signed_scales(weight, GROUP).half()
-    wide = scales.float().repeat_interleave(GROUP, 1)
-    q = (weight.float() / wide).round().clamp(-8, 7)
-    numbers, z = (q + 8).long().numpy(), np.full(scales.shape, 8)
-    stored = gptq_tensors(numbers, z, scales.numpy(), [k // GROUP for k in range(weight.shape[1])], 4, "gptq")
-    del stored["g_idx"]
-    return stored, q * wide
-
-
-def library(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None, signed: bool = False) -> Writer:
-    """By the compressed-tensors library, scales from the largest value; a static scale of inputs is `STATIC`."""
-    most = 448.0 if form == "float-quantized" else 127.0 if weights["num_bits"] == 8 else 7.0
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
-    compressor = BaseCompressor.get_value_from_registry(form)
-
-    def write(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        weight = weight.float()
-        group = weight.shape[1] if weights["strategy"] in ("tensor", "channel") else GROUP
-        scale = weight.unflatten(1, (-1, group)).abs().amax(-1) / most
-        if weights["strategy"] == "tensor":
-            scale = scale.amax(0)
-        elif weights["strategy"] == "block":
-            scale = scale.unflatten(0, (-1, GROUP)).amax(1)
-        scale = signed_scales(weight, group) if signed else scale
-        stored = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
-        if inputs is not None and not inputs["dynamic"]:
-            stored["input_scale"] = torch.tensor([STATIC])
-        return stored, compressor.decompress(stored, scheme)["weight"].float()
-
-    return write
-
-
-def compressed(
-    form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None, signed: bool = False
-) -> tuple[dict[str, Any], Writer]:
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
-    config = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
-    return {**config, "ignore": ["lm_head"], "quantization_status": "compressed"}, library(
-        form, weights, inputs, signed
-    )
-
-
-STATIC = 0.02  # numbers beyond 9 become 9: some inputs of a tiny model with loud weights are
-DYNAMIC = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
-FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
-    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "desc_act": False}, gptq),
-    "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}, awq),
-    "pack": compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}),
-    "pack-channel": compressed("pack-quantized", {"num_bits": 4, "strategy": "channel"}),
-    "signed-gptq": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True}, signed_gptq),
-    "signed-pack": compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}, None, True),
-    "signed-channel": compressed("pack-quantized", {"num_bits": 4, "strategy": "channel"}, None, True),
-    "int": compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, {**DYNAMIC, "type": "int"}),
-    "fp8": compressed(
-        "float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, {**DYNAMIC, "type": "float"}
-    ),
-    "fp8-static": compressed(
-        "float-quantized",
-        {"num_bits": 8, "type": "float", "strategy": "tensor"},
-        {**DYNAMIC, "type": "float", "strategy": "tensor", "dynamic": False},
-    ),
-    "fp8-block": compressed(
-        "float-quantized",
-        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [GROUP, GROUP]},
-        {**DYNAMIC, "type": "float", "strategy": "group", "group_size": GROUP},
-    ),
-    "w4afp8": compressed(
-        "int-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}, {**DYNAMIC, "type": "float"}
-    ),
-}
-
-
-def checkpoints(model: Path, folder: Path, config: dict[str, Any], write: Writer) -> tuple[Path, Path]:
-    """(quantized, the same weights in float32) beside each other in `folder`."""
-    quantized, plain = folder / "quantized", folder / "plain"
-    stored: dict[str, Tensor] = {}
-    stands_for: dict[str, Tensor] = {}
-    for name, tensor in load_file(model / "model.safetensors").items():
-        if name.endswith("_proj.weight"):
-            parts, back = write(tensor)
-            stored |= {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in parts.items()}
-        else:  # a scale a channel: held just as it is stored
-            stored[name] = back = tensor
-        stands_for[name] = back
-    for target, tensors in ((quantized, stored), (plain, stands_for)):
-        shutil.copytree(model, target, ignore=shutil.ignore_patterns("*.safetensors"))
-        save_file(tensors, target / "model.safetensors", {"format": "pt"})
-    raw = json.loads((model / "config.json").read_text())
-    (quantized / "config.json").write_text(json.dumps({**raw, "quantization_config": config}))
-    return quantized, plain
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -191,55 +61,6 @@ def test_logits_are_those_that_transformers_computes(
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
 
 
-def difference(engine: Engine, oracle: Any) -> float:
-    """Of all logits, relative to the oracle's."""
-    ours, expected = (torch.stack(c) for c in zip(*compare_logits(engine, oracle, prompts_of(12, 100)), strict=True))
-    return float((ours - expected).norm() / expected.norm())
-
-
-@pytest.mark.parametrize("form", ["fp8", "fp8-static", "fp8-block", "w4afp8"])
-def test_inputs_are_rounded_to_float8_as_transformers_rounds_them(
-    make_model: Callable[..., Path], tmp_path: Path, form: str
-) -> None:
-    """A number near the middle between two of float8 may go to either, so that logits differ by more than rounding to
-    float32 does. But they are far nearer than those with inputs that are not rounded. Layers would multiply both."""
-    quantized, _ = checkpoints(make_model("llama", num_hidden_layers=1), tmp_path, *FORMATS[form])
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32).eval()
-    engine = engine_of(quantized)
-    rounded, left = difference(engine, oracle), difference(engine_of(quantized, quantization="none"), oracle)
-    assert rounded < 0.1 * left and left > 0.01, (rounded, left)
-    assert engine.stats().notes == [
-        f"the checkpoint is {engine.runner.decoder.config.form.name}: its matrices are expanded to float32 at load; "
-        "inputs of floating-point products are rounded to float8_e4m3fn, as it asks"
-    ]
-
-
-def test_matrices_that_share_an_input_may_round_it_in_other_ways(
-    make_model: Callable[..., Path], tmp_path: Path
-) -> None:
-    """transformers and compressed-tensors round it for each module by itself."""
-    quantized, _ = checkpoints(make_model("llama", num_hidden_layers=1), tmp_path, *FORMATS["fp8-static"])
-    stored = load_file(quantized / "model.safetensors")
-    stored["model.layers.0.self_attn.k_proj.input_scale"] /= 3
-    stored["model.layers.0.mlp.gate_proj.input_scale"] *= 3
-    save_file(stored, quantized / "model.safetensors", {"format": "pt"})
-    oracle = transformers.AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32).eval()
-    assert difference(engine_of(quantized), oracle) < 0.01
-
-
-def test_static_scales_of_int8_inputs_are_replaced_and_named(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    inputs = {**DYNAMIC, "type": "int", "strategy": "tensor", "dynamic": False}
-    static = compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, inputs)
-    quantized, plain = checkpoints(make_model("llama"), tmp_path, *static)
-    requests = Requests.of(prompts_of(4, 50), SamplingParams(max_tokens=4, ignore_eos=True))
-    engine = engine_of(quantized)
-    assert tokens(engine, requests) == tokens(engine_of(plain, quantization="w8a8-int8"), requests)
-    assert engine.stats().notes == [
-        "the checkpoint is compressed-tensors, int-quantized 8 bits: 8-bit products; its scales of inputs are replaced "
-        "by per-token scales"
-    ]
-
-
 def test_scales_of_keys_and_values_and_a_folded_transform_change_nothing(
     make_model: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -259,53 +80,6 @@ def test_scales_of_keys_and_values_and_a_folded_transform_change_nothing(
     engine = engine_of(quantized)
     assert tokens(engine, requests) == tokens(engine_of(plain), requests)
     assert "pack-quantized 4 bits, its kv_cache_scheme left aside: its matrices" in engine.stats().notes[0]
-
-
-def test_block_fp8_rounds_inputs_by_the_columns_of_a_block(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """transformers multiplies them in a kernel for GPUs alone; compressed-tensors has the same blocks on a CPU."""
-    other, _ = checkpoints(make_model("llama"), tmp_path, *FORMATS["fp8-block"])
-    block = shutil.copytree(other, tmp_path / "block")
-    stored = load_file(other / "model.safetensors")
-    renamed = {name.replace("weight_scale", "weight_scale_inv"): tensor for name, tensor in stored.items()}
-    save_file(renamed, block / "model.safetensors", {"format": "pt"})
-    raw = json.loads((other / "config.json").read_text())
-    raw["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [GROUP, GROUP]}
-    (block / "config.json").write_text(json.dumps(raw))
-    requests = Requests.of(prompts_of(16, 100), SamplingParams(max_tokens=16, ignore_eos=True))
-    engine = engine_of(block)
-    expected = tokens(engine_of(other), requests)
-    assert tokens(engine, requests) == expected != tokens(engine_of(block, quantization="none"), requests)
-    assert engine.stats().notes[0].startswith("the checkpoint is block FP8: its matrices are expanded to float32")
-
-
-@pytest.mark.parametrize(
-    ("form", "words", "kernel"),
-    [
-        ("fp8", ": 8-bit products", "linear_w8a8 (fp8)"),
-        ("fp8-static", ": 8-bit products; its scales of inputs are replaced by per-token scales", "linear_w8a8 (fp8)"),
-        ("fp8-block", "expanded to float32 at load; inputs of floating-point products are rounded to float8", "linear"),
-        ("w4afp8", "expanded to float32 at load; inputs of floating-point products are rounded to float8", "linear"),
-    ],
-)
-def test_a_gpu_multiplies_float8_that_has_a_scale_for_each_channel(
-    make_model: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    form: str,
-    words: str,
-    kernel: str,
-) -> None:
-    """In Triton's interpreter. Other float8 is multiplied in floating point, as on a CPU."""
-    model = make_model("llama", num_hidden_layers=1, num_key_value_heads=6, hidden_size=96, intermediate_size=96)
-    quantized, _ = checkpoints(model, tmp_path, *FORMATS[form])
-    expected = engine_of(quantized)
-    monkeypatch.setenv("BATCHINFER_KERNELS", "triton")
-    engine = engine_of(quantized, max_num_seqs=2, kv_cache_tokens=256)
-    assert words in engine.stats().notes[0] and kernel in engine.stats().kernels
-    assert [name for name in engine.stats().kernels if "w8a8" in name] == ([kernel] if "w8a8" in kernel else [])
-    if kernel == "linear":
-        requests = Requests.of(prompts_of(2, 20), SamplingParams(max_tokens=2, ignore_eos=True))
-        assert tokens(engine, requests) == tokens(expected, requests)
 
 
 def test_a_4_bit_checkpoint_in_8_bit_products_is_asked_for_by_name(

@@ -1,0 +1,139 @@
+"""Quantized checkpoints of tiny models in each format, and what their weights stand for."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationScheme
+from packers import awq_tensors, gptq_tensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+GROUP = 32
+Writer = Callable[[Tensor], tuple[dict[str, Tensor], Tensor]]  # a weight to (stored tensors, what they stand for)
+
+
+def grouped(weight: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, Tensor]:
+    """(q, z, scales, what they stand for) of 4 bits in groups, by the extremes of each."""
+    w = weight.float().numpy().reshape(len(weight), -1, GROUP)
+    low, high = w.min(-1).clip(max=0), w.max(-1).clip(min=0)
+    scales = ((high - low) / 15).astype(np.float16)
+    z = np.round(-low / scales).clip(1, 15).astype(np.int64)
+    q = (np.round(w / scales[..., None]) + z[..., None]).clip(0, 15).astype(np.int64)
+    back = ((q - z[..., None]) * scales[..., None].astype(np.float32)).reshape(weight.shape)
+    return q.reshape(weight.shape), z, scales, torch.from_numpy(back.astype(np.float32))
+
+
+def gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    q, z, scales, back = grouped(weight)
+    return gptq_tensors(q, z, scales, [k // GROUP for k in range(weight.shape[1])], 4, "gptq"), back
+
+
+def awq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    q, z, scales, back = grouped(weight)
+    return awq_tensors(q, z, scales), back
+
+
+def signed_scales(weight: Tensor, group: int) -> Tensor:
+    """Scales [N, G] as AutoRound chooses them: of the sign with which a group's largest value becomes -8."""
+    groups = weight.float().unflatten(1, (-1, group))
+    return groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0] / -8
+
+
+def signed_gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """AutoRound in the layout of GPTQ: symmetric, no g_idx."""
+    scales = signed_scales(weight, GROUP).half()
+    wide = scales.float().repeat_interleave(GROUP, 1)
+    q = (weight.float() / wide).round().clamp(-8, 7)
+    numbers, z = (q + 8).long().numpy(), np.full(scales.shape, 8)
+    stored = gptq_tensors(numbers, z, scales.numpy(), [k // GROUP for k in range(weight.shape[1])], 4, "gptq")
+    del stored["g_idx"]
+    return stored, q * wide
+
+
+def library(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None, signed: bool = False) -> Writer:
+    """By the compressed-tensors library, scales from the largest value; a static scale of inputs is `STATIC`."""
+    most = 448.0 if form == "float-quantized" else 127.0 if weights["num_bits"] == 8 else 7.0
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+    compressor = BaseCompressor.get_value_from_registry(form)
+
+    def write(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        weight = weight.float()
+        group = weight.shape[1] if weights["strategy"] in ("tensor", "channel") else GROUP
+        scale = weight.unflatten(1, (-1, group)).abs().amax(-1) / most
+        if weights["strategy"] == "tensor":
+            scale = scale.amax(0)
+        elif weights["strategy"] == "block":
+            scale = scale.unflatten(0, (-1, GROUP)).amax(1)
+        scale = signed_scales(weight, group) if signed else scale
+        stored = compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+        if inputs is not None and not inputs["dynamic"]:
+            stored["input_scale"] = torch.tensor([STATIC])
+        return stored, compressor.decompress(stored, scheme)["weight"].float()
+
+    return write
+
+
+def compressed(
+    form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None, signed: bool = False
+) -> tuple[dict[str, Any], Writer]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    config = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+    return {**config, "ignore": ["lm_head"], "quantization_status": "compressed"}, library(
+        form, weights, inputs, signed
+    )
+
+
+STATIC = 0.02  # numbers beyond 9 become 9: some inputs of a tiny model with loud weights are
+DYNAMIC = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
+FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
+    "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "desc_act": False}, gptq),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}, awq),
+    "pack": compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}),
+    "pack-channel": compressed("pack-quantized", {"num_bits": 4, "strategy": "channel"}),
+    "signed-gptq": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True}, signed_gptq),
+    "signed-pack": compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}, None, True),
+    "signed-channel": compressed("pack-quantized", {"num_bits": 4, "strategy": "channel"}, None, True),
+    "int": compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}, {**DYNAMIC, "type": "int"}),
+    "fp8": compressed(
+        "float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"}, {**DYNAMIC, "type": "float"}
+    ),
+    "fp8-static": compressed(
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "tensor"},
+        {**DYNAMIC, "type": "float", "strategy": "tensor", "dynamic": False},
+    ),
+    "fp8-block": compressed(
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [GROUP, GROUP]},
+        {**DYNAMIC, "type": "float", "strategy": "group", "group_size": GROUP},
+    ),
+    "w4afp8": compressed(
+        "int-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}, {**DYNAMIC, "type": "float"}
+    ),
+}
+
+
+def checkpoints(model: Path, folder: Path, config: dict[str, Any], write: Writer) -> tuple[Path, Path]:
+    """(quantized, the same weights in float32) beside each other in `folder`."""
+    quantized, plain = folder / "quantized", folder / "plain"
+    stored: dict[str, Tensor] = {}
+    stands_for: dict[str, Tensor] = {}
+    for name, tensor in load_file(model / "model.safetensors").items():
+        if name.endswith("_proj.weight"):
+            parts, back = write(tensor)
+            stored |= {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in parts.items()}
+        else:  # a scale a channel: held just as it is stored
+            stored[name] = back = tensor
+        stands_for[name] = back
+    for target, tensors in ((quantized, stored), (plain, stands_for)):
+        shutil.copytree(model, target, ignore=shutil.ignore_patterns("*.safetensors"))
+        save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    raw = json.loads((model / "config.json").read_text())
+    (quantized / "config.json").write_text(json.dumps({**raw, "quantization_config": config}))
+    return quantized, plain
