@@ -10,10 +10,12 @@ from typing import Any
 
 from batchinfer import __version__
 from batchinfer.engine.config import EngineConfig
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.host.files import sha256
 from batchinfer.jobs.spec import JobSpec
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
+FIELDS_OF_EVERY_JOB = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos")
 
 
 def fingerprints(
@@ -47,13 +49,20 @@ def fingerprints(
         "tokenizer": tokenizer,
         "template": _digest(template),
         "sampling": _digest(
-            {**asdict(spec.sampling), "n": spec.n, "seed": spec.seed, "max_model_len": config.max_model_len}
+            {**_chosen(spec.sampling), "n": spec.n, "seed": spec.seed, "max_model_len": config.max_model_len}
         ),
         "quantization": _digest(
             [spec.quantization, spec.kv_cache_dtype, spec.dtype, spec.random_weights, config.few_rows]
         ),
         "engine": _digest([__version__, config.device, config.deterministic]),
     }
+
+
+def _chosen(sampling: SamplingParams) -> dict[str, Any]:
+    """Return the fields that the digest of every job has, and those that are set: a job that was begun before a
+    field was there goes on."""
+    every, default = FIELDS_OF_EVERY_JOB, asdict(SamplingParams())
+    return {name: value for name, value in asdict(sampling).items() if name in every or value != default[name]}
 
 
 def _digest(value: Any) -> str:

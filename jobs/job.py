@@ -57,6 +57,9 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
             f"{folder.path} or {spec.output} exists, and --no-resume starts only a new job; choose another output"
         )
     job = preflight(spec, prompts)
+    spec = job.spec
+    for line in job.sampling_lines:
+        say(line)
     table, source, config, digests = job.table, job.source, job.config, job.fingerprints
     reference = reference_config(spec, config) if spec.canary else None
     resolved = {
@@ -79,7 +82,11 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     if folder.published and done.complete:
         say(f"{spec.output} is complete already; nothing is run")
         return read_report(spec.output)
-    stats, generating, duplicates = EngineStats(notes=_resumed(done, digests) + _sampled(spec)), 0.0, 0
+    stats, generating, duplicates = (
+        EngineStats(notes=_resumed(done, digests) + _sampled(spec) + job.sampling_lines),
+        0.0,
+        0,
+    )
     try:
         windows = Windows(
             table, source, spec.block_size, done.rows, folder.temporary, spec.deduplicate, spec.computed_samples
@@ -120,6 +127,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     )
     if engine == TORCH_ENGINE and results.new_tokens:
         report = replace(report, predicted=_forecast(spec, config, windows.figures, results))
+    report = replace(report, generation_config=asdict(job.generation_config))
     write_json(folder.report, asdict(report))
     folder.publish(merged)
     return report

@@ -143,6 +143,7 @@ def plan(spec: JobSpec) -> Outlook:
     """Read and tokenize all rows that are not done, without loading weights. Raises what `run` would raise before its
     first row."""
     job = preflight(spec)
+    spec = job.spec
     done = _done(spec, job)
     with TemporaryDirectory(prefix="batchinfer-plan-") as folder:
         windows = Windows(job.table, job.source, spec.block_size, done, Path(folder))
@@ -150,7 +151,7 @@ def plan(spec: JobSpec) -> Outlook:
     shape = JobShape.of(windows.figures, spec.sampling, job.config.max_model_len, spec.computed_samples)
     key = DeviceKey.of(job.config.device)
     cost, missing = read_device_cost(key)
-    setting, notes = Setting.of(job.config), [] if missing is None else [missing]
+    setting, notes = Setting.of(job.config), job.sampling_lines + ([] if missing is None else [missing])
     if spec.incremental:
         notes.append("the plan is for all rows, including those that earlier runs have done")
     simulated = Job(shape, job.config) if windows.figures.rows else None

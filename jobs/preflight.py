@@ -8,7 +8,9 @@ import pyarrow as pa
 
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.drafts.draft_folder import resolve_draft_model
-from batchinfer.errors import Refused
+from batchinfer.engine.generation_config import GenerationConfig, Settings
+from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
+from batchinfer.errors import Refused, UsageError
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.results.formats import format_of
@@ -29,6 +31,9 @@ PromptsFactory = Callable[[JobSpec, Tokenizer, int, pa.Schema], Prompts]
 class Preflight:
     """The checked input, model and settings of a job."""
 
+    spec: JobSpec  # with the sampling params that the checkpoint's settings and the tokenizer make of the user's
+    generation_config: Settings  # of the checkpoint
+    sampling_lines: list[str]  # what was made of the user's sampling params, for the log and the report
     table: Table
     kept: list[str]  # input columns that the output keeps
     config: EngineConfig
@@ -51,6 +56,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     named = spec.tokenizer or spec.model
     speculation = resolve_draft_model(spec.speculation, named, tokenizer, config.max_model_len)
     config = replace(config, speculation=speculation)
+    spec, settings, lines = _resolved_sampling(spec, model, tokenizer)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
     if spec.id_column is not None:
         check_ids(whole, spec.id_column)
@@ -59,7 +65,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     # An incremental job's input may change. Its runs read the new rows from a file in which they were set aside.
     inputs = () if spec.adds_file else whole.paths
     digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept)
-    return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests)
+    return Preflight(spec, settings, lines, table, kept, config, tokenizer, tokenizer_folder, source, digests)
 
 
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
@@ -86,6 +92,24 @@ def _load_tokenizer(model: Path, folder: Path | None) -> Tokenizer:
             f"{model / 'config.json'}: they do not belong together: leave out --tokenizer, or take the model's own"
         )
     return tokenizer
+
+
+def _resolved_sampling(spec: JobSpec, model: Path, tokenizer: Tokenizer) -> tuple[JobSpec, Settings, list[str]]:
+    """Return the job with the checkpoint's own settings and with token ids for texts, and what there is to tell."""
+    size = read_config(model).get("vocab_size")
+    try:
+        refuse_unknown_ids(spec.sampling, size if type(size) is int else tokenizer.vocab_size)
+    except ValueError as error:
+        field, _, rest = str(error).partition(" ")
+        raise UsageError(f"--{field.replace('_', '-')} {rest}") from error
+    try:
+        params, settings = GenerationConfig.read(model, spec.generation_config).applied_to(
+            spec.sampling, spec.sampling_given
+        )
+    except ValueError as error:
+        raise Refused(f"model {error}") from error
+    sampling, lines = in_token_ids(params, tokenizer)
+    return replace(spec, sampling=sampling), settings, settings.lines() + lines
 
 
 def _engine_config(spec: JobSpec, model: Path, rows: int) -> EngineConfig:

@@ -3,8 +3,9 @@
 import importlib.metadata
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from batchinfer import __version__
 from batchinfer.errors import Refused
@@ -84,6 +85,8 @@ class Report:
     predicted: Forecast | None = None  # None if the device was not measured
     output_sha256: str = ""  # digest of the output; for a folder, of its files' names and digests
     prompt_tokens_shared: int = 0  # not computed, since they were computed for another row
+    # Of the checkpoint's generation_config.json: settings that were applied, and others by the reason why they were not
+    generation_config: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def table(self) -> str:
         """Return the report as aligned lines, without colour."""
