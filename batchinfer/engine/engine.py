@@ -34,9 +34,10 @@ NOT_FINITE = RowError("not_finite", "the model computed values that are not fini
 NOT_FINITE_OR_BANNED = RowError(
     NOT_FINITE.code, "the model computed values that are not finite for this row, or every token is banned from it"
 )
+UNRECORDED = "steps with penalties or bans were launched kernel by kernel on the GPU, not as recorded graphs"
 WAITING = (
-    "penalties, --no-repeat-ngram-size and bad words of several tokens look at a row's tokens: on a GPU each step then "
-    "waits for the one before it, and is launched kernel by kernel"
+    "penalties, --no-repeat-ngram-size and bad words of several tokens look at a row's tokens: on the GPU each such "
+    "step waited for the one before it"
 )
 
 
@@ -95,9 +96,13 @@ class Engine:
                 f"row {requests.rows[i]} has {lengths[i]} prompt tokens and max_tokens {most[i]}; there must be a "
                 f"prompt, and both together must be at most max_model_len {self.table.max_tokens}"
             )
-        if self.runner.late and WAITING not in self._stats.notes and any(p.reads_tokens for p in requests.params):
-            self._stats.notes.append(WAITING)
+        if self.runner.late:
+            self._note_slower_steps(requests.params)
         self.scheduler.add(requests)
+
+    def _note_slower_steps(self, params: tuple[SamplingParams, ...]) -> None:
+        slower = {UNRECORDED: any(p.changes_logits for p in params), WAITING: any(p.reads_tokens for p in params)}
+        self._stats.notes += [note for note, holds in slower.items() if holds and note not in self._stats.notes]
 
     @property
     def unfinished(self) -> int:
