@@ -27,6 +27,8 @@ WRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "columns": ("a,b", ("a", "b"), {}),
     "csv_delimiter": (";", ";", {}),
     "stop": ("END", ("END",), {}),
+    "bad_words": ("never", ("never",), {}),
+    **dict.fromkeys(("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"), ("3,4", (3, 4), {})),
     "time_limit": ("1:30", 90.0, {}),
     "metrics_textfile": ("x.prom", Path("x.prom"), {}),
     "system_prompt": ("Be brief.", "Be brief.", {"chat": True}),
