@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from numbers import Integral, Real
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from batchinfer.engine.config import EngineConfig, EngineStats, Speculation
 from batchinfer.engine.drafts.draft_folder import resolve_draft_model
 from batchinfer.engine.engine import Engine
+from batchinfer.engine.generation_config import CHOICES, GenerationConfig
 from batchinfer.engine.prompts import (
     BadPrompt,
     Conversation,
@@ -28,11 +29,12 @@ from batchinfer.engine.prompts import (
 )
 from batchinfer.engine.request import Completions, FinishReason, Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.kernels.ragged import take_ragged
 from batchinfer.models.config import read_shape
 from batchinfer.models.hub import resolve_model
-from batchinfer.text.stop import before_stop
+from batchinfer.text.stop import printed_answers
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 
 NOTHING = np.empty(0, np.int32)
@@ -77,12 +79,15 @@ class LLM:
         deterministic: bool = False,
         speculation: Speculation | None = None,
         template_date: datetime | None = None,
+        generation_config: str = "auto",
     ) -> None:
         """Load a model: a folder, a GGUF file, or the name of a model on the Hub.
 
         The arguments are the flags of `batchinfer run`, with the same defaults. The chat template takes
-        `template_date` for now, or the moment of this call. Raises `ValueError` naming a wrong argument, and
-        `batchinfer.errors.Refused` saying what is wrong with the model.
+        `template_date` for now, or the moment of this call. What `generation_config` takes over from the checkpoint
+        goes into the fields of a call's `SamplingParams` that have their defaults; what was applied and what was not is
+        in `stats().notes`. Raises `ValueError` naming a wrong argument, and `batchinfer.errors.Refused` saying what is
+        wrong with the model.
         """
         if device not in ("auto", *MAX_NUM_SEQS):
             raise ValueError(f"device is {device!r}; it must be one of auto, {', '.join(MAX_NUM_SEQS)}")
@@ -92,6 +97,8 @@ class LLM:
         _check_kinds(int | None, "a whole number, or None", max_model_len=max_model_len, max_num_seqs=max_num_seqs)
         _check_kinds(int | None, "a whole number, or None", max_num_batched_tokens=max_num_batched_tokens)
         _check_kinds(datetime | None, "a datetime, or None", template_date=template_date)
+        if generation_config not in CHOICES:
+            raise ValueError(f"generation_config is {generation_config!r}; it must be one of {', '.join(CHOICES)}")
         folder, found = resolve_model(str(model), revision), device_of(device)
         shape = read_shape(folder)
         self.tokenizer = Tokenizer.load(folder, moment=template_date)
@@ -112,9 +119,10 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization,
             speculation=resolve_draft_model(speculation or Speculation(), str(model), self.tokenizer, length),
         )
+        self._generation_config = GenerationConfig.read(folder, generation_config)
         self._engine = Engine(config, self.tokenizer)
         self._max_model_len = length
-        self._notes: set[str] = set()
+        self._notes: list[str] = []  # of the checkpoint's settings, of stop texts, and of tools given in vain
         self._rows = 0  # row numbers used so far: each call takes new ones
 
     def generate(
@@ -146,6 +154,7 @@ class LLM:
         """
         params = SamplingParams() if params is None else params
         _check_kinds(SamplingParams, "SamplingParams", params=params)
+        params = self._resolved(params)
         if type(seed) is not int or seed < 0:
             raise ValueError(f"seed is {seed!r}; it must be a whole number, 0 or more")
         if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
@@ -157,13 +166,26 @@ class LLM:
         requests = self._requests(prompts, params, _read_tools(tools), errors)
         if params.temperature > 0:
             requests = replace(requests, seeds=row_seeds(seed, keys_by_tokens(requests)))
-        return self._run(requests, errors, params.stop)
+        return self._run(requests, errors, params)
 
     def stats(self) -> EngineStats:
-        """Return the engine's counts so far, the kernels that it uses, and notes about slower paths taken and about
-        tools that were given in vain."""
+        """Return the engine's counts so far, the kernels that it uses, and notes about slower paths taken, the
+        checkpoint's settings and tools that were given in vain."""
         stats = self._engine.stats()
         return replace(stats, notes=[*stats.notes, *self._notes])
+
+    def _resolved(self, params: SamplingParams) -> SamplingParams:
+        """Return params with the checkpoint's settings, and with token ids for texts."""
+        refuse_unknown_ids(params, self._engine.runner.decoder.config.vocab_size)
+        default = SamplingParams()
+        given = [f.name for f in fields(SamplingParams) if getattr(params, f.name) != getattr(default, f.name)]
+        params, settings = self._generation_config.applied_to(params, given)
+        params, lines = in_token_ids(params, self.tokenizer)
+        self._note(*settings.lines(), *lines)
+        return params
+
+    def _note(self, *lines: str) -> None:
+        self._notes = list(dict.fromkeys([*self._notes, *lines]))
 
     def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams, tools: Tools | None, errors: Errors
@@ -206,11 +228,11 @@ class LLM:
             )
         template = self.tokenizer.template if tools is None else self.tokenizer.tool_template
         if tools is not None and template is not None and not template.reads_tools:
-            self._notes.add("the model's chat template never reads tools: those that were given are in vain")
+            self._note("the model's chat template never reads tools: those that were given are in vain")
         indices, offered = np.array(list(chats), np.int64), [tools] * len(chats)
         return encode_chats(self.tokenizer, indices, list(chats.values()), errors, offered)
 
-    def _run(self, requests: Requests, errors: Errors, stop: tuple[str, ...]) -> Iterator[Completion]:
+    def _run(self, requests: Requests, errors: Errors, params: SamplingParams) -> Iterator[Completion]:
         if self._engine.unfinished:
             raise ValueError("another stream of this LLM is under way: end it, or close() it, before the next")
         first = self._rows
@@ -222,17 +244,18 @@ class LLM:
                 yield Completion(index, None, [], FinishReason.ERROR.name.lower(), 0, error)
             while self._engine.unfinished:
                 done = self._engine.step()
-                for completion in self._completions(done, first, stop):
+                for completion in self._completions(done, first, params):
                     yield replace(completion, prompt_tokens=lengths[completion.index])
         finally:
             if self._engine.unfinished:
                 self._engine.drop()
 
-    def _completions(self, done: Completions, first: int, stop: tuple[str, ...]) -> Iterator[Completion]:
-        texts = self.tokenizer.decode_batch(done.token_ids, done.offsets)
+    def _completions(self, done: Completions, first: int, params: SamplingParams) -> Iterator[Completion]:
+        ends = params.stop, params.stop_token_ids
+        texts = printed_answers(self.tokenizer, done.token_ids, done.offsets, *ends)
         for i, (row, text) in enumerate(zip(done.rows.tolist(), texts, strict=True)):
             error = done.errors.get(row)
-            answer = None if error is not None else before_stop(text, stop)
+            answer = None if error is not None else text
             reason = FinishReason(done.finish_reasons[i]).name.lower()
             yield Completion(row - first, answer, done.tokens_of(i), reason, 0, error)
 

@@ -119,6 +119,7 @@ def _spec(folder: Path, shape: Path | None, vocabulary: int, workload: Workload)
         prompt_column=TOKEN_IDS,
         columns=("id",),
         sampling=SamplingParams(max_tokens=workload.output_len, ignore_eos=True),
+        generation_config="none",
         max_model_len=workload.input_len + workload.output_len,
         deduplicate=False,  # every row must be computed
         **workload.engine,

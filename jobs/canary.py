@@ -28,7 +28,7 @@ from batchinfer.jobs.tables.table import Table
 from batchinfer.kernels.ragged import offsets_of
 from batchinfer.models.gguf_folder import WEIGHTS
 from batchinfer.models.hub import read_config, resolve_model
-from batchinfer.text.stop import before_stop
+from batchinfer.text.stop import printed_answers
 from batchinfer.text.tokenizer import Tokenizer
 
 POLL_SECONDS = 0.2
@@ -204,11 +204,12 @@ def compare(pipe: Any, comparison: Comparison) -> None:
     for i, row in enumerate(requests.rows.tolist()):
         ours, theirs = found[row], expected[row]
         offsets = np.cumsum([0, len(ours), len(theirs)])
-        texts = tokenizer.decode_batch(np.array(ours + theirs, np.int32), offsets)
+        ends = spec.sampling.stop, spec.sampling.stop_token_ids
+        texts = printed_answers(tokenizer, np.array(ours + theirs, np.int32), offsets, *ends)
         if not theirs:  # the reference computed values that are not finite
             continue
         rows += 1
-        identical += len({before_stop(text, spec.sampling.stop) for text in texts}) == 1
+        identical += len(set(texts)) == 1
         prefixes += same_beginning(ours, theirs)
         prompt = requests.token_ids[requests.offsets[i] : requests.offsets[i + 1]].tolist()
         nats, likeliest = distance_along(engine, reference, prompt, theirs)

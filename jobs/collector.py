@@ -14,7 +14,7 @@ from batchinfer.jobs.results.done import Done, completion_tokens, counts
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.results.schema import SAMPLE, SAMPLES, part_schema
 from batchinfer.jobs.spec import JobSpec
-from batchinfer.text.stop import before_stop
+from batchinfer.text.stop import printed_answers
 from batchinfer.text.tokenizer import Tokenizer
 
 REASONS = pa.array([reason.name.lower() for reason in FinishReason])
@@ -76,9 +76,8 @@ class Results:
 
     def _answers(self, completions: Completions) -> pa.StructArray:
         """Return the samples' columns [n], as `SAMPLE`; a failed sample has no text."""
-        decoded = self._tokenizer.decode_batch(completions.token_ids, completions.offsets)
-        stop = self._spec.sampling.stop
-        texts: list[str | None] = [before_stop(text, stop) for text in decoded] if stop else list(decoded)
+        ends = self._spec.sampling.stop, self._spec.sampling.stop_token_ids
+        texts: list[str | None] = [*printed_answers(self._tokenizer, completions.token_ids, completions.offsets, *ends)]
         for i in np.flatnonzero(completions.finish_reasons == FinishReason.ERROR).tolist():
             texts[i] = None
         lengths = np.diff(completions.offsets).astype(np.int32)

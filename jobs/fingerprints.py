@@ -11,11 +11,13 @@ from typing import Any
 
 from batchinfer import __version__
 from batchinfer.engine.config import EngineConfig
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.host.files import sha256
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.input_file import InputFile
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
+FIELDS_OF_EVERY_JOB = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos")
 
 
 def fingerprints(
@@ -64,7 +66,7 @@ def fingerprints(
         "tokenizer": tokenizer,
         "template": _digest(template),
         "sampling": _digest(
-            {**asdict(spec.sampling), "n": spec.n, "seed": spec.seed, "max_model_len": config.max_model_len}
+            {**_chosen(spec.sampling), "n": spec.n, "seed": spec.seed, "max_model_len": config.max_model_len}
         ),
         "quantization": _digest(
             [spec.quantization, spec.kv_cache_dtype, spec.dtype, spec.random_weights, config.few_rows]
@@ -76,6 +78,13 @@ def fingerprints(
 def _of_input(file: InputFile) -> Any:
     digest = sha256(file.path)
     return [digest, {name: str(value) for name, value in file.keys.items()}] if file.keys else digest
+
+
+def _chosen(sampling: SamplingParams) -> dict[str, Any]:
+    """Return the fields that the digest of every job has, and those that are set: a job that was begun before a
+    field was there goes on."""
+    every, default = FIELDS_OF_EVERY_JOB, asdict(SamplingParams())
+    return {name: value for name, value in asdict(sampling).items() if name in every or value != default[name]}
 
 
 def _digest(value: Any) -> str:

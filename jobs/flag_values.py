@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from batchinfer.errors import UsageError
 from batchinfer.flag import Flag, Kind
@@ -131,9 +131,11 @@ def _job_value(folder: Path, flag: Flag | None, value: Any) -> Any:
     if any("\0" in text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)):
         raise ValueError("a text with a NUL character; remove that character")
     if flag is not None and flag.many:
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{value!r}; expected a text or a list of texts")
+        kinds, named = ((str, int), "token ids") if int in get_args(flag.type) else (str, "texts")
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, kinds) and not isinstance(text, bool) for text in texts):
+            raise ValueError(f"{value!r}; expected a text or a list of {named}")
+        texts = list(map(str, texts))
         return [str(folder / text) for text in texts] if flag.is_path else texts
     if flag is not None and flag.table and isinstance(value, dict):
         model = {"model": _located(folder, value["model"])} if "model" in value else {}

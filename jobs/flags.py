@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from batchinfer.engine.config import BLOCK_SIZES, DTYPES, KV_CACHE_DTYPES, LEAST_BATCHED_TOKENS, LEAST_GPU_SHARE
+from batchinfer.engine.generation_config import CHOICES
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.flag import Flag, flags_of
 from batchinfer.formats.scheme import QUANTIZATIONS
@@ -135,6 +136,17 @@ class JobFlags:
             at_most=MAX_SAMPLES,
         ),
     ] = 1
+    generation_config: Annotated[
+        str,
+        Flag(
+            "Take over from the checkpoint's generation_config.json what changes logits: penalties, bans and the least "
+            "length. 'sampling' takes temperature, top-k, top-p and min-p too, 'none' nothing. A flag wins over the "
+            "file.",
+            "Sampling",
+            "CHOICE",
+            choices=CHOICES,
+        ),
+    ] = "auto"
     seed: Annotated[int, Flag("Derive the random seed of every row from this number.", "Sampling", at_least=0)] = 0
     tokenizer: Annotated[
         str | None, Flag("Take the tokenizer of this model instead of --model's own.", "Model", names_model=True)

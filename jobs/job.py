@@ -60,6 +60,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
             f"{folder.path} or {spec.output} exists, and --no-resume starts only a new job; choose another output"
         )
     job = preflight(spec, prompts)
+    spec = job.spec
     table, source, config, digests = job.table, job.source, job.config, job.fingerprints
     reference = reference_config(spec, config) if spec.canary else None
     resolved = {
@@ -128,6 +129,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     report = replace(report, replaced_text=dict(replaced))
     if engine == TORCH_ENGINE and results.new_tokens:
         report = replace(report, predicted=_forecast(spec, config, windows.figures, results))
+    report = replace(report, generation_config=asdict(job.generation_config))
     write_json(folder.report, asdict(report))
     folder.publish(merged)
     return report

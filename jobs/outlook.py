@@ -144,6 +144,7 @@ def plan(spec: JobSpec) -> Outlook:
     """Read and tokenize all rows that are not done, without loading weights. Raises what `run` would raise before its
     first row."""
     job = preflight(spec)
+    spec = job.spec
     done = _done(spec, job)
     with TemporaryDirectory(prefix="batchinfer-plan-") as folder:
         windows = Windows(job.table, job.source, spec.block_size, done, Path(folder))
@@ -151,7 +152,7 @@ def plan(spec: JobSpec) -> Outlook:
     shape = JobShape.of(windows.figures, spec.sampling, job.config.max_model_len, spec.computed_samples)
     key = DeviceKey.of(job.config.device)
     cost, missing = read_device_cost(key)
-    setting, notes = Setting.of(job.config), [*job.notes]
+    setting, notes = Setting.of(job.config), [*job.shape.notes, *job.notes]
     if missing is not None:
         notes.append(missing)
     notes += told_alike(spec, windows.figures)

@@ -9,7 +9,9 @@ import pyarrow as pa
 
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.drafts.draft_folder import resolve_draft_model
-from batchinfer.errors import Refused
+from batchinfer.engine.generation_config import GenerationConfig, Settings
+from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
+from batchinfer.errors import Refused, UsageError
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.log import say
@@ -34,6 +36,8 @@ PromptsFactory = Callable[[JobSpec, Tokenizer, int, pa.Schema], Prompts]
 class Preflight:
     """The checked input, model and settings of a job."""
 
+    spec: JobSpec  # with the sampling params that the checkpoint's settings and the tokenizer make of the user's
+    generation_config: Settings  # of the checkpoint
     table: Table
     kept: list[str]  # input columns that the output keeps
     config: EngineConfig
@@ -60,6 +64,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     named = spec.tokenizer or spec.model
     speculation = resolve_draft_model(spec.speculation, named, tokenizer, config.max_model_len)
     config = replace(config, speculation=speculation)
+    spec, settings, lines = _resolved_sampling(spec, model, shape.vocab_size, tokenizer)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
     if spec.id_column is not None:
         check_ids(whole, spec.id_column)
@@ -67,7 +72,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     moment = moment_of_prompts(spec, templates, known)
     for template in templates:
         check_template(template, named)
-    notes = [*whole.notes, *notes_about(spec, moment)]
+    notes = [*whole.notes, *lines, *notes_about(spec, moment)]
     if spec.tools_column is not None and templates and not templates[-1].reads_tools:
         notes.append(f"the chat template of {named} never reads tools: --tools-column {spec.tools_column} is in vain")
     for note in (*shape.notes, *notes):
@@ -76,7 +81,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     inputs = () if spec.adds_file else whole.files
     tool_template = templates[-1].source if templates else ""
     digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept, moment, tool_template)
-    return Preflight(table, kept, config, tokenizer, tokenizer_folder, source, digests, shape, notes)
+    return Preflight(spec, settings, table, kept, config, tokenizer, tokenizer_folder, source, digests, shape, notes)
 
 
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
@@ -113,6 +118,25 @@ def _chat_templates(spec: JobSpec, tokenizer: Tokenizer, folder: Path) -> list[C
     except ValueError as error:
         raise Refused(f"tokenizer: {folder}: {error}") from error
     return [tokenizer.template] if tool_template in (None, tokenizer.template) else [tokenizer.template, tool_template]
+
+
+def _resolved_sampling(
+    spec: JobSpec, model: Path, size: int, tokenizer: Tokenizer
+) -> tuple[JobSpec, Settings, list[str]]:
+    """Return the job with the checkpoint's own settings and with token ids for texts, and what there is to tell."""
+    try:
+        refuse_unknown_ids(spec.sampling, size)
+    except ValueError as error:
+        field, _, rest = str(error).partition(" ")
+        raise UsageError(f"--{field.replace('_', '-')} {rest}") from error
+    try:
+        params, settings = GenerationConfig.read(model, spec.generation_config).applied_to(
+            spec.sampling, spec.sampling_given
+        )
+    except ValueError as error:
+        raise Refused(f"model {error}") from error
+    sampling, lines = in_token_ids(params, tokenizer)
+    return replace(spec, sampling=sampling), settings, settings.lines() + lines
 
 
 def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) -> EngineConfig:

@@ -5,6 +5,7 @@ import json
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from batchinfer import __version__
 from batchinfer.errors import Refused
@@ -86,6 +87,8 @@ class Report:
     prompt_tokens_shared: int = 0  # not computed, since they were computed for another row
     # Input column -> number of its values that are not UTF-8 and have U+FFFD in place of their bytes in the output
     replaced_text: dict[str, int] = field(default_factory=dict)
+    # Of the checkpoint's generation_config.json: settings that were applied, and others by the reason why they were not
+    generation_config: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def table(self) -> str:
         """Return the report as aligned lines, without colour."""

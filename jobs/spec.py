@@ -16,6 +16,8 @@ class JobSpec(JobFlags):
     """A job's flags and settings. Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    # The fields of `sampling` that the user set: they win over the checkpoint's own settings.
+    sampling_given: tuple[str, ...] = ()
     # The model of `speculation` is a directory or a Hub id, as the user gave it.
     speculation: Speculation = field(default_factory=Speculation)
     # `run` has no flags for these settings: benchmarks set them.
@@ -30,6 +32,7 @@ class JobSpec(JobFlags):
         _check_prompt_source(self)
         _check_chat(self)
         _check_files(self)
+        _check_lengths(self)
         _check_shard(self)
         _check_canary(self)
         _check_incremental(self)
@@ -85,6 +88,12 @@ def _check_files(job: JobSpec) -> None:
         raise UsageError("--columns is empty; name one input column or more, or leave it out to keep all")
     if job.metrics_textfile is not None and job.metrics_textfile.suffix != ".prom":
         raise UsageError(f"--metrics-textfile is {job.metrics_textfile}; its name must end in .prom")
+
+
+def _check_lengths(job: JobSpec) -> None:
+    least, most = job.sampling.min_tokens, job.sampling.max_tokens
+    if "min_tokens" in job.sampling_given and least > most:
+        raise UsageError(f"--min-tokens is {least}; it must be at most --max-tokens, which is {most}")
 
 
 def _check_shard(job: JobSpec) -> None:

@@ -54,7 +54,9 @@ class CudaGraphs:
     def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Start a step; return (token ids [r], finite [r]), tensors on the device that the step fills later."""
         rows = len(batch.sequences)
-        if batch.prompt_tokens or batch.query_tokens > rows or rows > MOST_SEQUENCES or not self.recording:
+        # How many logits change differs from step to step, so that such steps never have the same shape twice.
+        unique = batch.prompt_tokens or batch.query_tokens > rows or batch.changes is not None
+        if unique or rows > MOST_SEQUENCES or not self.recording:
             return self.compute(self.transfer.send(batch))
         padded = padded_step(batch)
         shape = shape_of(padded)

@@ -31,6 +31,14 @@ from batchinfer.models.config import ModelConfig, read_model_config
 from batchinfer.text.tokenizer import Tokenizer
 
 NOT_FINITE = RowError("not_finite", "the model computed values that are not finite for this row")
+NOT_FINITE_OR_BANNED = RowError(
+    NOT_FINITE.code, "the model computed values that are not finite for this row, or every token is banned from it"
+)
+UNRECORDED = "steps with penalties or bans were launched kernel by kernel on the GPU, not as recorded graphs"
+WAITING = (
+    "penalties, --no-repeat-ngram-size and bad words of several tokens look at a row's tokens: on the GPU each such "
+    "step waited for the one before it"
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,13 @@ class Engine:
                 f"row {requests.rows[i]} has {lengths[i]} prompt tokens and max_tokens {most[i]}; there must be a "
                 f"prompt, and both together must be at most max_model_len {self.table.max_tokens}"
             )
+        if self.runner.late:
+            self._note_slower_steps(requests.params)
         self.scheduler.add(requests)
+
+    def _note_slower_steps(self, params: tuple[SamplingParams, ...]) -> None:
+        slower = {UNRECORDED: any(p.changes_logits for p in params), WAITING: any(p.reads_tokens for p in params)}
+        self._stats.notes += [note for note, holds in slower.items() if holds and note not in self._stats.notes]
 
     @property
     def unfinished(self) -> int:
@@ -103,12 +117,18 @@ class Engine:
 
     def step(self) -> Completions:
         """Begin a step, and end the oldest if too many are under way. Return the rows that ended, often none."""
-        if self.steps and self.drafter is not None and self.drafter.wanted:
+        if self.steps and self._needs_tokens:
             return self._end(self.steps.popleft())
         begun = self._begin()
         if not self.steps or (begun and len(self.steps) <= self.runner.late and not self.steps[-1].batch.drafted):
             return self._completions([], {})
         return self._end(self.steps.popleft())
+
+    @property
+    def _needs_tokens(self) -> bool:
+        """True if the next step can be made only once it is known what the steps before it have sampled."""
+        table = self.table
+        return bool((table.active & table.reads_tokens).any()) or (self.drafter is not None and self.drafter.wanted)
 
     def _begin(self) -> bool:
         """Launch the next step, a smaller one if memory does not hold it; return False if there is none."""
@@ -260,16 +280,19 @@ class Engine:
         return done
 
     def _stopped(self, new_tokens: NewTokens) -> list[int]:
-        """Return the places in which a new token completes a stop string, and make that token their last one."""
+        """Return the places in which a new token is a stop token or completes a stop string.
+
+        That token becomes their last one.
+        """
         table = self.table
         candidates = [
             (place, length)
             for place, count in zip(new_tokens.places.tolist(), new_tokens.counts.tolist(), strict=True)
-            if place in table.stop
+            if table.stops[place]
             for length in range(int(table.length[place]) - count + 1, int(table.length[place]) + 1)
         ]
         # A token is one byte or more, so a stop string spans at most as many tokens as bytes; 8 more give context.
-        longest = [max(len(stop.encode()) for stop in table.stop[p]) + 8 for p, _ in candidates]
+        longest = [max((len(stop.encode()) + 8 for stop in table.params[p].stop), default=0) for p, _ in candidates]
         tails = [
             table.tokens[p, max(int(table.prompt_length[p]), length - most) : length]
             for (p, length), most in zip(candidates, longest, strict=True)
@@ -279,8 +302,9 @@ class Engine:
         texts = self.tokenizer.decode_batch(np.concatenate(tails), np.cumsum([0, *map(len, tails)]))
         stopped: dict[int, int] = {}
         for (place, length), text in zip(candidates, texts, strict=True):
-            if place not in stopped and any(stop in text for stop in table.stop[place]):
-                stopped[place] = length
+            params, token = table.params[place], int(table.tokens[place, length - 1])
+            if token in params.stop_token_ids or any(stop in text for stop in params.stop):
+                stopped.setdefault(place, length)
         for place, length in stopped.items():
             table.length[place] = length
         return list(stopped)
@@ -294,7 +318,10 @@ class Engine:
             token_ids=np.concatenate(new) if new else np.empty(0, np.int32),
             offsets=np.cumsum([0, *map(len, new)]),
             finish_reasons=np.array([done[p] for p in places], np.int8),
-            errors={int(self.table.row[p]): NOT_FINITE for p in failed},
+            errors={
+                int(self.table.row[p]): NOT_FINITE_OR_BANNED if self.table.changes_logits[p] else NOT_FINITE
+                for p in failed
+            },
         )
 
     def _count(self, batch: Batch, seconds: float) -> None:

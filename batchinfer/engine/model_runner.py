@@ -1,6 +1,7 @@
 """`ModelRunner`: computes a `Batch` on one device and samples its new tokens."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from batchinfer.kernels.backend import Backend, Product
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
 from batchinfer.kernels.kv_cache import KV_DTYPES, MOST
+from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
 from batchinfer.kernels.rows import Rows
 from batchinfer.models import gguf_folder
@@ -112,6 +114,9 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Sampled:
         """Start a step; `wait()` on the result returns what it sampled."""
+        if batch.changes is not None:
+            batch = replace(batch, changes=batch.changes.within(self.decoder.config.vocab_size))
+            self.backend.kernels["penalties and bans"] = "torch"
         if not self.late:
             return Sampled.fetch(*self._sample(batch))
         return Sampled.fetch(*self.steps.run(batch))
@@ -129,6 +134,8 @@ class ModelRunner:
         if len(batch.copies):
             for cache in self.caches:
                 cache.copy(batch.copied, batch.copies)
+        if batch.changes is not None:
+            change_logits(logits, batch.changes)
         return self.backend.sample(logits, batch.sampling)
 
     @torch.inference_mode()

@@ -1,21 +1,36 @@
 """`SamplingParams`: how tokens are sampled. Free of numpy, because the command line reads its flags from here."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Annotated
+from typing import Annotated, Any
 
-from batchinfer.flag import Flag, problems
+from batchinfer.errors import UsageError
+from batchinfer.flag import Flag, Kind, problems
 
 MAX_STOP_STRINGS = 64
 MAX_INT32 = 2**31 - 1
+
+
+def token_ids_of(flag: str, texts: Iterable[str]) -> tuple[int, ...]:
+    """Split texts at their commas into token ids. Raises `UsageError` for anything else."""
+    parts = [part.strip() for text in texts for part in text.split(",") if part.strip()]
+    for part in parts:
+        if not (part.isascii() and part.isdecimal() and int(part) <= MAX_INT32):
+            raise UsageError(f"{flag} is {part!r}; it must be token ids, whole numbers with commas between them")
+    return tuple(map(int, parts))
+
+
+TOKEN_IDS = Kind("ID,...", token_ids_of)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are sampled and when a row ends.
 
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `stop` may be any collection of strings.
-    Raises `ValueError` naming field, value and bound.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `stop` may be any collection of strings, and
+    the fields of token ids any collections of whole numbers. Penalties and bans change the logits before temperature
+    and filters do. Raises `ValueError` naming field, value and bound.
     """
 
     max_tokens: Annotated[
@@ -58,24 +73,137 @@ class SamplingParams:
         bool, Flag("Continue an answer after the end-of-text token, up to --max-tokens.", "Sampling")
     ] = False
 
+    stop_token_ids: Annotated[
+        tuple[int, ...],
+        Flag("End an answer at a token with one of these ids, and leave its text out.", "Sampling", kind=TOKEN_IDS),
+    ] = ()
+    min_tokens: Annotated[
+        int,
+        Flag(
+            "Let no token end an answer before N tokens, neither end-of-text nor one of --stop-token-ids.",
+            "Sampling",
+            at_least=0,
+            at_most=MAX_INT32,
+            off=0,
+        ),
+    ] = 0
+    repetition_penalty: Annotated[
+        float,
+        Flag(
+            "Divide the logit of a token that the prompt or the answer has already by this, or multiply it if it is "
+            "negative.",
+            "Sampling",
+            above=0,
+            at_most=100,
+        ),
+    ] = 1.0
+    presence_penalty: Annotated[
+        float,
+        Flag(
+            "Subtract this from the logit of each token that the answer has already.",
+            "Sampling",
+            at_least=-2,
+            at_most=2,
+        ),
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float,
+        Flag(
+            "Subtract this from a token's logit as many times as the answer has the token.",
+            "Sampling",
+            at_least=-2,
+            at_most=2,
+        ),
+    ] = 0.0
+    no_repeat_ngram_size: Annotated[
+        int,
+        Flag(
+            "Let no N tokens in a row come twice in prompt and answer.",
+            "Sampling",
+            at_least=0,
+            at_most=MAX_INT32,
+            off=0,
+        ),
+    ] = 0
+    bad_words: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Keep this text, as the tokens that it makes by itself or behind a space, out of answers; give the flag "
+            "again for each further text.",
+            "Sampling",
+        ),
+    ] = ()
+    suppress_tokens: Annotated[
+        tuple[int, ...], Flag("Keep tokens with these ids out of answers.", "Sampling", kind=TOKEN_IDS)
+    ] = ()
+    begin_suppress_tokens: Annotated[
+        tuple[int, ...], Flag("Begin no answer with a token with one of these ids.", "Sampling", kind=TOKEN_IDS)
+    ] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # as `bad_words`, in token ids; the engine reads only these
+
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k"):
+        for name in ("max_tokens", "top_k", "min_tokens", "no_repeat_ngram_size"):
             self._check_kind(name, Integral, "a whole number")
-        for name in ("temperature", "top_p", "min_p"):
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             self._check_kind(name, Real, "a number")
-        if isinstance(self.stop, str):
-            raise ValueError(f"stop is {self.stop!r}; it must be a list of strings: one text goes in brackets")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        if not all(isinstance(text, str) for text in self.stop):
-            raise ValueError(f"stop is {self.stop!r}; it must be a list of strings")
+        for name in ("stop", "bad_words"):
+            self._set(name, _texts(name, getattr(self, name)))
+        for name in ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"):
+            self._set(name, _ids(name, getattr(self, name)))
+        words = self.bad_words_ids
+        if isinstance(words, str) or not isinstance(words, Iterable):
+            raise ValueError(f"bad_words_ids is {words!r:.50}; it must be a list of lists of token ids")
+        self._set("bad_words_ids", tuple(_ids("bad_words_ids", word) for word in words))
         for flag, problem in problems(self):
             raise ValueError(f"{flag.name} {problem}")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise ValueError(f"stop is {len(self.stop)} strings; it must be at most {MAX_STOP_STRINGS}")
-        if not all(self.stop):
-            raise ValueError("stop is an empty string; it must be strings of one character or more")
+        if not all(self.bad_words_ids):
+            raise ValueError("bad_words_ids has an empty list; it must be lists of one token id or more")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     def _check_kind(self, name: str, kind: type, wanted: str) -> None:
         value = getattr(self, name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+
+    @property
+    def penalizes(self) -> bool:
+        """True if tokens that occurred are made likelier or less likely."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def bans(self) -> bool:
+        """True if some tokens may not come at some places."""
+        listed = self.suppress_tokens or self.begin_suppress_tokens or self.bad_words_ids
+        return bool(listed) or self.min_tokens > 0 or self.no_repeat_ngram_size > 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """True if tokens are chosen from other logits than the model's own."""
+        return self.penalizes or self.bans
+
+    @property
+    def reads_tokens(self) -> bool:
+        """True if the changes of a token's logits depend on the tokens before it, and not only on its position."""
+        return self.penalizes or self.no_repeat_ngram_size > 0 or any(len(word) > 1 for word in self.bad_words_ids)
+
+
+def _texts(name: str, texts: Any) -> tuple[str, ...]:
+    if isinstance(texts, str):
+        raise ValueError(f"{name} is {texts!r}; it must be a list of strings: one text goes in brackets")
+    listed: tuple[str, ...] = tuple(texts)
+    if not all(isinstance(text, str) for text in listed):
+        raise ValueError(f"{name} is {listed!r}; it must be a list of strings")
+    if not all(listed):
+        raise ValueError(f"{name} is an empty string; it must be strings of one character or more")
+    return listed
+
+
+def _ids(name: str, ids: Any) -> tuple[int, ...]:
+    listed = tuple(ids) if isinstance(ids, Iterable) and not isinstance(ids, str) else (None,)
+    if not all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= int(i) <= MAX_INT32 for i in listed):
+        raise ValueError(f"{name} is {ids!r:.50}; it must be a list of token ids, whole numbers of 0 or more")
+    return tuple(map(int, listed))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.attention_inputs import AttentionInputs
 from batchinfer.engine.block_manager import BlockManager
+from batchinfer.engine.logits_changes import logits_changes
 from batchinfer.engine.new_tokens import NewTokens, verify_drafts
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sequence import SequenceTable
@@ -200,6 +201,7 @@ class Scheduler:
             sequences=sequences,
             epochs=table.epoch[sequences],
             prompt_tokens=prompt_tokens,
+            changes=logits_changes(table, sequences, positions[sampled] + 1, self.eos_ids),
         )
 
     def _copies(self, chunks: list[PromptChunk]) -> tuple[Ints, Ints]:

@@ -42,9 +42,16 @@ class SequenceTable:
         self.top_k = np.zeros(capacity, np.int64)
         self.top_p = np.ones(capacity, np.float32)
         self.min_p = np.zeros(capacity, np.float32)
+        self.repetition_penalty = np.ones(capacity, np.float32)
+        self.presence_penalty = np.zeros(capacity, np.float32)
+        self.frequency_penalty = np.zeros(capacity, np.float32)
         self.ignore_eos = np.zeros(capacity, np.bool_)
         self.undrafted = np.zeros(capacity, np.bool_)  # True: gets no drafts, as earlier ones were not finite
-        self.stop: dict[int, tuple[str, ...]] = {}  # by place, for sequences that have stop strings
+        self.params = [SamplingParams()] * capacity
+        self.stops = np.zeros(capacity, np.bool_)  # True: has stop strings or stop tokens
+        self.changes_logits = np.zeros(capacity, np.bool_)
+        self.bans = np.zeros(capacity, np.bool_)  # True: changes them by bans, maybe among other things
+        self.reads_tokens = np.zeros(capacity, np.bool_)  # True: the changes of its logits depend on its tokens
 
     def blocks_for(self, tokens: int) -> int:
         """Return the number of blocks that hold `tokens` tokens."""
@@ -70,9 +77,14 @@ class SequenceTable:
         self.top_k[place] = params.top_k
         self.top_p[place] = params.top_p
         self.min_p[place] = params.min_p
+        self.repetition_penalty[place] = params.repetition_penalty
+        self.presence_penalty[place] = params.presence_penalty
+        self.frequency_penalty[place] = params.frequency_penalty
         self.ignore_eos[place] = params.ignore_eos
-        if params.stop:
-            self.stop[place] = params.stop
+        self.params[place] = params
+        self.stops[place] = bool(params.stop or params.stop_token_ids)
+        self.changes_logits[place], self.bans[place] = params.changes_logits, params.bans
+        self.reads_tokens[place] = params.reads_tokens
 
     def share(self, place: int, tiles: list[SharedTile]) -> None:
         """Let the sequence at `place` begin with these shared tiles."""
@@ -84,7 +96,6 @@ class SequenceTable:
     def remove(self, place: int) -> NDArray[np.int64]:
         """Free a place; return the blocks that only its sequence used."""
         self.active[place] = False
-        self.stop.pop(place, None)
         self.request[place] = None
         own: NDArray[np.int64] = self.blocks[place, self.own_from[place] : self.block_count[place]].copy()
         self.tiles[place] = []

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchinfer.kernels.backend import AttentionBatch
+from batchinfer.kernels.logits import LogitsChanges
 from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.sampling import SamplingBatch
 
@@ -72,6 +73,7 @@ class Batch:
     sequences: Ints  # [r] place for each row of `sampled`; a sequence with drafts has several rows
     epochs: Ints  # [r] tells which sequence had the place when the step was scheduled: places are reused
     prompt_tokens: int
+    changes: LogitsChanges | None = None  # of the logits of the first r rows of `sampled`; None if there are none
 
     @property
     def query_tokens(self) -> int:

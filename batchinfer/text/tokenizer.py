@@ -206,6 +206,17 @@ class Tokenizer:
         rows = [flat[start:stop] for start, stop in pairwise(bounds)]
         return self._backend.decode_batch(rows, skip_special_tokens=False)
 
+    def words(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
+        """Return the token ids of each text, at the start of a text and behind a space; control tokens are plain text
+        in it."""
+        both = [spaced for text in texts for spaced in (text.lstrip(), f" {text.lstrip()}")]
+        return [tuple(row) for row in self._encode_plain(both) if row]
+
+    def unprinted_in(self, text: str) -> dict[str, int]:
+        """Return the tokens whose text is somewhere in `text` and which answers are printed without, with their ids."""
+        added = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
+        return {content: i for content, i in added.items() if content in text and not self._printed[i]}
+
     def _encode(self, texts: list[str], control: bool) -> list[list[int]]:
         self._backend.encode_special_tokens = not control
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]

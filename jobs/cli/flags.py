@@ -78,7 +78,8 @@ class SectionedCommand(TyperCommand):
 def _parameter(flag: Flag, required: bool = False) -> inspect.Parameter:
     """Return the parameter that typer reads. It is text if the flag's kind parses it, and its default is None if
     `_value` fills in the default."""
-    plain: Any = GenericAlias(list, get_args(flag.type)[:1]) if flag.many else str if flag.kind else flag.type
+    single: Any = str if flag.kind else get_args(flag.type)[0] if flag.many else flag.type
+    plain: Any = GenericAlias(list, (single,)) if flag.many else single
     default = None if flag.many or flag.kind else flag.default
     shared: dict[str, Any] = {
         "help": described(flag),

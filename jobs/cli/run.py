@@ -55,7 +55,7 @@ def run(
     **values: Any,
 ) -> None:
     """Answer every row of a table, and write the table with its answers, in the order of the input."""
-    spec = _spec(values)
+    spec = _spec(values, tuple(name for name in flags_of(SamplingParams) if _is_given(context, name)))
     if context.obj is not None:  # `job_of` wants the job, and does not run it
         context.obj(spec)
         return
@@ -68,7 +68,13 @@ def run(
         raise Refused(f"every row failed; {values['output']} has the error_code and error_message of each")
 
 
-def _spec(values: dict[str, Any]) -> JobSpec:
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Return whether the command line or the job file has a flag."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
+
+
+def _spec(values: dict[str, Any], sampling_given: tuple[str, ...]) -> JobSpec:
     """Make a job from the values of flags. Raises `UsageError`."""
     for name in ("output", "model"):
         if values[name] is None:
@@ -80,7 +86,7 @@ def _spec(values: dict[str, Any]) -> JobSpec:
         fields["output"] = sharded(fields["output"], *fields["shard"])
     speculation = speculation_of(fields.pop("speculative_config"), fields.pop("draft_model"))
     sampling = _sampling({name: fields.pop(name) for name in flags_of(SamplingParams)})
-    return JobSpec(**fields, sampling=sampling, speculation=speculation)
+    return JobSpec(**fields, sampling=sampling, sampling_given=sampling_given, speculation=speculation)
 
 
 def _sampling(values: dict[str, Any]) -> SamplingParams:

@@ -25,7 +25,10 @@ from batchinfer.kernels.ragged import Ints
 from batchinfer.models.config import read_model_config
 
 LEAST_SHARE = 0.3  # of a target step's time: a draft step takes at least that, because launching it costs the same
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+SAMPLING = (
+    "temperature", "top_k", "top_p", "min_p", "seed", "prompt_length", "params", "changes_logits", "bans",
+    "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
 
 
 def load_draft_model(config: EngineConfig) -> ModelRunner | None:

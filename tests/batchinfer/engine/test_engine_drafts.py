@@ -104,6 +104,8 @@ MIXED = (
     SamplingParams(temperature=1.0, top_p=0.4),
     SamplingParams(temperature=1.0, min_p=0.3),
     SamplingParams(temperature=2.0, top_k=40, top_p=0.8, min_p=0.05),
+    SamplingParams(temperature=1.0, repetition_penalty=5.0, presence_penalty=2.0),
+    SamplingParams(temperature=1.0, top_k=4, no_repeat_ngram_size=1, suppress_tokens=tuple(range(100))),
 )
 
 
@@ -123,7 +125,7 @@ def test_rows_keep_their_own_parameters_beside_others(make_model: Callable[..., 
     of_row = {(tuple(prompt), seed, i): tuple(truth[row][0]) for row, (prompt, seed, i) in enumerate(rows)}
     for prompt in (tuple(first), tuple(second)):
         assert all(len({of_row[prompt, seed, i] for i in range(len(MIXED))}) == len(MIXED) for seed in (7, 8))
-        assert [of_row[prompt, 7, i] == of_row[prompt, 8, i] for i in range(len(MIXED))] == [True, *[False] * 6]
+        assert [of_row[prompt, 7, i] == of_row[prompt, 8, i] for i in range(len(MIXED))] == [True, *[False] * 8]
     for order in (np.arange(len(rows)), np.random.default_rng(0).permutation(len(rows))):
         engine = off(model)
         engine.drafter = Adversary(engine, truth, *ADVERSARIES[adversary])  # type: ignore[assignment]

@@ -14,7 +14,8 @@ import torch
 import transformers
 from engines import IdsAsText, compare_logits, engine_of, prompts_of, run, tokens
 
-from batchinfer.engine.engine import Engine
+from batchinfer.engine.config import Speculation
+from batchinfer.engine.engine import UNRECORDED, WAITING, Engine
 from batchinfer.engine.output_lengths import LEAST_ENDED
 from batchinfer.engine.request import FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
@@ -221,3 +222,23 @@ def test_shared_prefixes_and_preempted_rows_come_out_the_same(
         engine.scheduler.admission.lengths.observe(-1, 2)
     assert tokens(engine, requests) == expected
     assert engine.stats().shared_tokens == 2 * 64 and engine.stats().preemptions > 0
+
+
+READING = {"repetition_penalty": 1.3, "frequency_penalty": 0.2, "no_repeat_ngram_size": 2, "min_tokens": 3}
+BY_POSITION = {"suppress_tokens": range(100, 200), "begin_suppress_tokens": range(60), "min_tokens": 3}
+
+
+@pytest.mark.parametrize(("options", "method"), [(READING, "off"), (READING, "ngram"), (BY_POSITION, "off")])
+def test_penalties_and_bans_are_those_of_the_cpu(
+    make_model: Callable[..., Path], interpreted: Callable[..., Engine], options: dict[str, Any], method: str
+) -> None:
+    """A step that looks at a row's tokens waits for the step before it; one that bans by position alone does not."""
+    model = make_model("llama", **SHAPE)
+    prompts = [*prompts_of(1, 30), [7, 8, 9] * 5, [7, 8, 9] * 5]
+    requests = Requests.of(prompts, SamplingParams(max_tokens=6, **options))
+    expected = run(engine_of(model, speculation=Speculation("off")), requests)
+    assert expected != run(engine_of(model), Requests.of(prompts, SamplingParams(max_tokens=6)))
+    engine = interpreted(model, speculation=Speculation(method, gate=False))
+    assert run(engine, requests) == expected
+    assert engine.stats().kernels["penalties and bans"] == "torch"
+    assert engine.stats().notes == [UNRECORDED, *([WAITING] if options is READING else [])]

@@ -29,6 +29,8 @@ WRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "csv_delimiter": (";", ";", {}),
     "csv_encoding": ("windows-1252", "cp1252", {}),
     "stop": ("END", ("END",), {}),
+    "bad_words": ("never", ("never",), {}),
+    **dict.fromkeys(("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"), ("3,4", (3, 4), {})),
     "time_limit": ("1:30", 90.0, {}),
     "metrics_textfile": ("x.prom", Path("x.prom"), {}),
     "system_prompt": ("Be brief.", "Be brief.", {"chat": True}),
