@@ -112,6 +112,11 @@ def read_model_config(model: Path, quantization: bool = True) -> ModelConfig:
     Raises `ValueError` naming a field, its value and what is supported.
     """
     path = model / "config.json"
+    if (model / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{model} holds an adapter (adapter_config.json), which is never applied: merge it into its model with "
+            "merge_and_unload of peft, and take the folder that is saved then"
+        )
     try:
         raw = read_object(path)
     except FileNotFoundError:

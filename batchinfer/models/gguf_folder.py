@@ -16,6 +16,12 @@ from batchinfer.models.gguf_tokenizer import end_of_text_ids, tokenizer_files
 WEIGHTS = "model.gguf"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+# Entries that llama.cpp reads and that change the result, each with the one value that is supported.
+_FIXED = {
+    "attention.causal": True, "rope.scale_linear": 1.0, "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0, "rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_log_multiplier": 0.0,
+}  # fmt: skip
 
 
 def unpack_gguf(path: Path, folder: Path, tokenizer: bool = True) -> None:
@@ -37,6 +43,7 @@ def unpack_gguf(path: Path, folder: Path, tokenizer: bool = True) -> None:
     if refusals:
         raise ValueError("; and ".join(refusals))
     files["config.json"] = _config(file, architecture)
+    _refuse_other_models(file, architecture, files["config.json"])
     eos_ids = end_of_text_ids(file)
     files["generation_config.json"] = {"eos_token_id": eos_ids} if eos_ids else {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +126,19 @@ def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
     if config["model_type"] == "mistral":
         config["sliding_window"] = window
     return config
+
+
+def _refuse_other_models(file: GGUFFile, architecture: str, config: dict[str, Any]) -> None:
+    """Raise `ValueError` for an entry that asks for another computation than that of `config`."""
+    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    sizes = {"attention.value_length": head_dim, "rope.dimension_count": head_dim}
+    for key, supported in {**_FIXED, **sizes}.items():
+        value = file.metadata.get(f"{architecture}.{key}", supported)
+        if value != supported:
+            raise ValueError(
+                f"{file.path}: {architecture}.{key} is {_shown(value)}; supported is {supported}: take the model in "
+                "the Hugging Face layout"
+            )
 
 
 def _rope(file: GGUFFile, architecture: str, number: Any) -> dict[str, Any]:

@@ -103,7 +103,9 @@ def _files(file: GGUFFile) -> dict[str, Any]:
 
 def _byte_level(file: GGUFFile, tokens: list[str]) -> tokenizers.Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in _column(file, "merges", list)]
-    name = file.metadata.get("tokenizer.ggml.pre", "default")
+    name = file.metadata.get("tokenizer.ggml.pre")
+    if name is None:  # llama.cpp warns, and cuts in the default way, in which no model was trained
+        raise ValueError(f"{file.path} has no tokenizer.ggml.pre, so how its text is cut is unknown; {_REMEDY}")
     name = _ALIASES.get(name, name)
     vocabulary = {token: i for i, token in enumerate(tokens)}
     made = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))

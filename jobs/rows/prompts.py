@@ -172,7 +172,9 @@ def _check_zones(file: Path, schema: pa.Schema, names: list[str]) -> None:
 
 
 def _is_scalar(t: pa.DataType) -> bool:
-    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_temporal, pa.types.is_decimal)
+    # No lengths of time: their text would be the stored number, which does not say its unit.
+    times = (pa.types.is_date, pa.types.is_time, pa.types.is_timestamp)
+    tests = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal, *times)
     return is_text(t) or isinstance(t, pa.UuidType) or any(test(t) for test in tests)
 
 

@@ -1,5 +1,7 @@
 """Reading config.json: fields that are accepted, fields that are refused, and RoPE against transformers."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from batchinfer.models.config import ModelConfig, parse_model_config
+from batchinfer.models.config import ModelConfig, parse_model_config, read_model_config
 
 BASE: dict[str, Any] = {
     "model_type": "llama",
@@ -149,3 +151,15 @@ def test_refused_by_name(changes: dict[str, Any], words: str) -> None:
 
 def test_what_changes_nothing_is_read_past() -> None:
     assert parse(use_cache=True, torch_dtype="bfloat16", _name_or_path="x", new_flag=False).dtype == "bfloat16"
+
+
+def test_an_adapter_beside_a_model_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    """Transformers applies it, if peft is installed; a folder with an adapter alone is no model."""
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError, match=r"holds an adapter .* never applied: merge it into its model"):
+        read_model_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(BASE))
+    with pytest.raises(ValueError, match="holds an adapter"):
+        read_model_config(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    assert read_model_config(tmp_path) == parse()

@@ -132,19 +132,46 @@ def test_byte_level_tokenizers_come_out_as_they_went_in(tmp_path: Path, pre: str
 RECORDED = json.loads((Path(__file__).parent / "llama_cpp_ids.json").read_text())
 
 
-@pytest.mark.parametrize("pre", ["default", None, *sorted(RECORDED["ids"].keys() - {"default"})])
-def test_words_are_cut_as_llama_cpp_cuts_them(tmp_path: Path, pre: str | None) -> None:
+@pytest.mark.parametrize("pre", sorted(RECORDED["ids"]))
+def test_words_are_cut_as_llama_cpp_cuts_them(tmp_path: Path, pre: str) -> None:
     """The ids are those that llama.cpp v0.5.0 (in node-llama-cpp 3.22.1) printed for these texts.
 
-    The vocabulary was trained on text that was not cut into words, so that every cut shows in the ids. A file that
-    names no way of cutting is cut in the default way, as there.
+    The vocabulary was trained on text that was not cut into words, so that every cut shows in the ids.
     """
     made = tokenizers.Tokenizer(tokenizers.models.BPE(RECORDED["vocab"], [tuple(pair) for pair in RECORDED["merges"]]))
     writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
     add_byte_level(writer, made, pre)
     ids, offsets = unpack_tokenizer(writer, tmp_path).encode_batch(RECORDED["texts"])
-    for i, expected in enumerate(RECORDED["ids"][pre or "default"]):
+    for i, expected in enumerate(RECORDED["ids"][pre]):
         assert ids[offsets[i] : offsets[i + 1]].tolist() == expected
+
+
+def test_a_file_that_does_not_say_how_text_is_cut_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    add_byte_level(writer, byte_level("gpt-2"), None)
+    with pytest.raises(ValueError, match=r"no tokenizer.ggml.pre, .* unknown; give the original tokenizer"):
+        unpack_tokenizer(writer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.causal", False),
+        ("attention.value_length", 8),
+        ("rope.dimension_count", 8),
+        ("rope.scale_linear", 4.0),
+        ("rope.scaling.attn_factor", 2.0),
+        ("rope.scaling.yarn_beta_fast", 4.0),
+    ],
+)
+def test_an_entry_that_changes_the_result_is_refused(tmp_path: Path, key: str, value: float) -> None:
+    """With each of these, llama.cpp v0.5.0 gives other probabilities, or refuses the file."""
+    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
+    add_byte_level(writer, byte_level("gpt-2"), "gpt-2")
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+    add(f"llama.{key}", value)
+    with pytest.raises(ValueError, match=rf"llama\.{key} is '{value}'; supported is .*: take the model in the"):
+        unpack_tokenizer(writer, tmp_path)
 
 
 def unpack_tokenizer(writer: gguf.GGUFWriter, tmp_path: Path) -> Tokenizer:

@@ -356,6 +356,11 @@ TIMED = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("a
         ({}, pa.struct([("a", pa.string())]), r"is struct<a: string>; expected text"),
         ({}, pa.dictionary(pa.int32(), pa.int64()), "expected text"),
         ({"prompt_template": "{prompt}"}, pa.list_(pa.string()), "expected text, a number, a boolean or a date"),
+        (
+            {"prompt_template": "{prompt}"},
+            pa.duration("us"),
+            "is duration.*; expected text, a number, a boolean or a date",
+        ),
         ({"messages_column": "prompt"}, pa.list_(pa.string()), "expected a list of .role, content. without"),
         ({"messages_column": "prompt"}, TIMED, "expected a list of .role, content. without times in nanoseconds"),
         ({"messages_column": "prompt"}, pa.list_(pa.struct([("role", pa.string())])), "expected a list of"),
