@@ -63,7 +63,10 @@ def encoding_of(flag: str, text: str) -> str:
     else."""
     try:
         "".encode(text)  # unlike a look-up, this refuses codecs that are not for text
-        return codecs.lookup(text).name
+        name = codecs.lookup(text).name
+        if name in ("idna", "punycode"):  # they are for names of hosts
+            raise LookupError(name)
+        return name
     except (LookupError, ValueError) as error:
         raise UsageError(
             f"{flag} is {text!r}, which is no text encoding; give one that Python knows, as cp1252, latin-1 or utf-16"

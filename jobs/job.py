@@ -173,7 +173,7 @@ def _replaced(replaced: Counter[str]) -> list[str]:
     """Note for the report which kept columns had text that is not UTF-8, and what to do about it."""
     return [
         f"column {name!r} has U+FFFD in place of bytes that are not UTF-8 (values: {count:,}); if the input is CSV in "
-        "another encoding, name it with --csv-encoding and --overwrite"
+        "another encoding, give the command again with --csv-encoding NAME --overwrite"
         for name, count in replaced.items()
     ]
 

@@ -40,6 +40,11 @@ def check_messages(messages: Any) -> None:
     """
     if messages is None:
         raise BadPrompt("null_prompt", "the messages are null")
+    if isinstance(messages, dict) and "messages" in messages:
+        raise BadPrompt(
+            "bad_messages",
+            "expected a list of messages, and found an object with a key 'messages'; give a column of the list",
+        )
     if not isinstance(messages, list) or not messages:
         raise BadPrompt("bad_messages", "expected a list of one message or more")
     size = 0

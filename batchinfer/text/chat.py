@@ -76,6 +76,7 @@ class ChatTemplate:
         `TemplateRefused` if it takes more than `MAX_SECONDS` (checked in the main thread only) or `MAX_MEMORY`, or
         tries to leave the sandbox.
         """
+        self._sandbox.makes_characters = False
         with self._limits():
             return self._write(self.template, _present(messages), tools)
 
@@ -97,9 +98,12 @@ class ChatTemplate:
     @property
     def makes_characters(self) -> bool:
         """True if what was rendered may hold characters from messages that the messages do not hold."""
-        sandbox = self.template.environment
-        assert isinstance(sandbox, Sandbox)
-        return sandbox.makes_characters
+        return self._sandbox.makes_characters
+
+    @property
+    def _sandbox(self) -> Sandbox:
+        assert isinstance(self.template.environment, Sandbox)
+        return self.template.environment
 
     @cached_property
     def _tracking(self) -> jinja2.Template:

@@ -154,9 +154,10 @@ def origin_of(text: str) -> bytes:
     return bytes(len(text)) if type(text) is str else MESSAGE * len(text)
 
 
-def is_message(text: Tracked, start: int, stop: int) -> bool:
-    """Tell whether all characters from `start` to `stop` come from messages."""
-    return TEMPLATE not in text._origin[start:stop]
+def message_part(text: Tracked, start: int, stop: int) -> str:
+    """Return the characters from `start` to `stop` that come from messages."""
+    part = str.__getitem__(text, slice(start, stop))
+    return "".join(sign for sign, origin in zip(part, text._origin[start:stop], strict=True) if origin == MESSAGE[0])
 
 
 def recased(text: Tracked, result: str) -> Tracked:

@@ -124,9 +124,11 @@ class _Lines:
 
     def _encode_json(self, text: str | None) -> str:
         try:
-            return self._encode(text if text is None else json.loads(text, object_pairs_hook=_object))
-        except (ValueError, RecursionError):
+            written = self._encode(text if text is None else json.loads(text, object_pairs_hook=_object))
+            written.encode()
+        except (ValueError, RecursionError):  # also if it escapes half of a surrogate pair
             return self._encode(text)
+        return written
 
     def _write_large(self, row: dict[str, pa.Array], of_json: set[str]) -> None:
         """Write one large row, its text block by block: as a Python object it would take up to nine times its bytes."""

@@ -47,7 +47,7 @@ def refusing(path: Path, kind: str, remedy: str = "") -> Iterator[None]:
     their number."""
     try:
         yield
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+    except (pa.ArrowException, UnicodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None and not isinstance(error, PermissionError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]

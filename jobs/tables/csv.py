@@ -96,7 +96,7 @@ class Csv:
         """Return what to do about a file that cannot be read, as far as its header tells; or nothing."""
         try:
             names = header.decode(self.encoding)
-        except UnicodeDecodeError:
+        except UnicodeError:
             return "; name its encoding with --csv-encoding, as in --csv-encoding cp1252"
         return "" if self.delimiter in names else another_delimiter([names])
 

@@ -65,9 +65,17 @@ class InputFile:
             if wanted.name in self.keys:
                 return pa.repeat(self.keys[wanted.name].cast(wanted.type), rows)
             column = batch.column(wanted.name)
-            return column if found == wanted.type else column.cast(wanted.type)
+            return column if found == wanted.type else _cast(column, wanted.type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise Refused(
                 f"{self.path}: column {wanted.name!r} is {found}, and a value of it does not fit {wanted.type}, which "
                 "other files make of it; give it one type in all files"
             ) from error
+
+
+def _cast(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Raises `pa.ArrowInvalid` if a value would not come back. pyarrow does not look at decimals that become floats."""
+    converted = column.cast(kind)
+    if pa.types.is_decimal(column.type) and not converted.cast(column.type).equals(column):
+        raise pa.ArrowInvalid("a decimal has more digits than a float")
+    return converted

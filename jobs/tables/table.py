@@ -69,12 +69,14 @@ class Table:
             num_rows += files[-1].num_rows
             if num_rows > MAX_ROWS:
                 raise Refused(f"{path} has row {num_rows:,}; a job has at most {MAX_ROWS:,}: split the input")
-        schema = unify(files)
+        schema = unify(files, verbatim)
+        notes = tuple(promotions(files, schema))
+        files = [_as_written(file, schema) for file in files]
         if num_rows and not schema.names:
             raise Refused(f"{files[0].path} has {num_rows} rows but no columns; expected a column with prompts")
         for file in files:
             _check_promoted(file, schema)
-        return Table(tuple(files), schema, num_rows, tuple(promotions(files, schema)))
+        return Table(tuple(files), schema, num_rows, notes)
 
     @property
     def paths(self) -> list[Path]:
@@ -131,6 +133,16 @@ def _formats(paths: list[Path], delimiter: str | None, encoding: str | None) -> 
     if encoding is not None and not suffixes & {".csv", ".tsv"}:
         raise UsageError(f"--csv-encoding is {encoding!r}, but no input ends in .csv or .tsv; leave it out")
     return FORMATS | {".csv": Csv(delimiter or ",", encoding or UTF_8), ".tsv": Csv("\t", encoding or UTF_8)}
+
+
+def _as_written(file: InputFile, schema: pa.Schema) -> InputFile:
+    """Return a file of JSON Lines with the columns that are text in the table as text, so that each keeps its line's
+    own characters."""
+    if not isinstance(file.format, JsonLines):
+        return file
+    kinds = {field.name: field.type for field in file.schema}
+    texts = {name: pa.string() for name, kind in kinds.items() if schema.field(name).type == pa.string() != kind}
+    return replace(file, schema=pa.schema((kinds | texts).items()))
 
 
 def _format_of(path: Path, formats: Mapping[str, TableFormat]) -> TableFormat:

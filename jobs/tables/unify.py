@@ -1,6 +1,6 @@
 """Finding the one schema of several files whose columns differ, as pyarrow's permissive promotion does."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import pyarrow as pa
 
@@ -9,9 +9,10 @@ from batchinfer.jobs.results.schema_notes import common_notes
 from batchinfer.jobs.tables.input_file import InputFile
 
 
-def unify(files: Sequence[InputFile]) -> pa.Schema:
+def unify(files: Sequence[InputFile], verbatim: Collection[str] = ()) -> pa.Schema:
     """Return the schema with all columns of all files; a column that is absent or null in one has another's type.
 
+    A column in `verbatim` that differs becomes text, since a common type would change what some rows wrote.
     Its metadata has what all files note alike about columns of the same type.
 
     Raises `Refused`, naming file, column and both types, if no type holds a column's values of two files.
@@ -19,7 +20,9 @@ def unify(files: Sequence[InputFile]) -> pa.Schema:
     fields: dict[str, pa.Field] = {}
     for file in files:
         for found in _fields(file):
-            fields[found.name] = _common(files, file, fields[found.name], found) if found.name in fields else found
+            fields[found.name] = (
+                _common(files, file, fields[found.name], found, verbatim) if found.name in fields else found
+            )
     absent = {name for name in fields for file in files if file.type_of(name) is None}
     unified = [field.with_nullable(field.nullable or name in absent) for name, field in fields.items()]
     notes = common_notes([file.schema for file in files], without=_promoted(files, fields))
@@ -54,9 +57,13 @@ def _fields(file: InputFile) -> Iterable[pa.Field]:
     return [*file.schema, *(pa.field(name, value.type) for name, value in file.keys.items())]
 
 
-def _common(files: Sequence[InputFile], file: InputFile, before: pa.Field, found: pa.Field) -> pa.Field:
+def _common(
+    files: Sequence[InputFile], file: InputFile, before: pa.Field, found: pa.Field, verbatim: Collection[str]
+) -> pa.Field:
     if before.equals(found, check_metadata=True):
         return before
+    if found.name in verbatim and pa.null() not in (before.type, found.type) and before.type != found.type:
+        return pa.field(found.name, pa.string(), before.nullable or found.nullable)
     try:
         both = pa.unify_schemas([pa.schema([before]), pa.schema([found])], promote_options="permissive").field(0)
     except pa.ArrowException as error:

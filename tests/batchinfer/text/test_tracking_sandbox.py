@@ -198,7 +198,7 @@ OPERATIONS = [
         "c|escape",
         "c|e|striptags",
     ),
-    *("[m]|map(attribute='content')|first", "c.casefold()", "'é&lt;s&gt;è'|striptags ~ c"),
+    *("[m]|map(attribute='content')|first", "c.casefold()", "('é&lt;s&gt;è' ~ c)|striptags"),
     *(
         "c.encode().decode()",
         "namespace(x=c).x",

@@ -234,7 +234,7 @@ def test_json_is_its_value_and_what_would_not_come_out_as_it_is_remains_text(
 ) -> None:
     monkeypatch.setattr(json_lines, "SLICE_BYTES", slice_bytes)
     values = ['[{"a": {"é": null}, "n": 3, "x": 3.0}]', "null", '"text"', " [1,\n2] ", str(2**70)]
-    odd = ['{"a": 1, "a": 2}', "[NaN]", "1e999", "{", "", "[" * 5000 + "]" * 5000]
+    odd = ['["half \\ud83d"]', '{"a": 1, "a": 2}', "[NaN]", "1e999", "{", "", "[" * 5000 + "]" * 5000]
     table = pa.table({"id": range(len(values + odd) + 1), "json": pa.array([*values, *odd, None], pa.json_())})
     rows = written(tmp_path / "o.jsonl", table)
     assert json.dumps([row["json"] for row in rows]) == json.dumps([*map(json.loads, values), *odd, None])

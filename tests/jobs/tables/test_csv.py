@@ -130,7 +130,7 @@ def test_what_is_an_encoding(text: str, name: str) -> None:
     assert encoding_of("--csv-encoding", text) == name
 
 
-@pytest.mark.parametrize("text", ["", "nope", "rot13", "base64", "undefined", "a\0b", "é"])
+@pytest.mark.parametrize("text", ["", "nope", "rot13", "base64", "undefined", "idna", "punycode", "a\0b", "é"])
 def test_what_is_no_encoding_is_refused(text: str) -> None:
     with pytest.raises(
         UsageError, match=r"^--csv-encoding is .*, which is no text encoding; give one that Python knows"
@@ -212,3 +212,11 @@ def test_a_growing_table_may_be_written_in_another_encoding(tmp_path: Path) -> N
     assert grow("cp1252", "1", "2").rows == 2
     assert grow(None, "1", "2", "3").rows == 1
     assert pq.read_table(tmp_path / "answers")["prompt"].to_pylist() == ["é"] * 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_an_encoding_that_the_file_has_not_is_refused(tmp_path: Path, encoding: str) -> None:
+    """For a file without a byte order mark, some codecs raise an error of another class."""
+    (tmp_path / "in.csv").write_bytes(b"prompt,x\nh-\xff,1\n")
+    with pytest.raises(Refused, match=r"in.csv cannot be read as CSV: .*; name its encoding with --csv-encoding"):
+        Table.open([tmp_path / "in.csv"], csv_encoding=encoding)

@@ -134,3 +134,26 @@ def test_formats_may_differ_too(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": pa.array(["d"], pa.large_string())}), tmp_path / "c.parquet")
     read = whole(Table.open([tmp_path / name for name in ("a.csv", "b.jsonl", "c.parquet")]))
     assert read.to_pylist() == [{"prompt": "a", "by": "b"}, {"prompt": "c", "by": None}, {"prompt": "d", "by": None}]
+
+
+def test_columns_of_prompts_keep_what_each_row_wrote(tmp_path: Path) -> None:
+    """A common type would write 1e+15 in one file's prompts because another file has 1.5."""
+    lists = write_json_lines(tmp_path / "a.jsonl", {"x": [1, {"b": 1.0}]})
+    floats = write_json_lines(tmp_path / "b.jsonl", {"x": 1.5})
+    (whole_numbers,) = files(tmp_path, pa.table({"x": [10**15]}))
+    paths = [whole_numbers, floats, lists]
+    assert whole(Table.open(paths, verbatim=["x"]))["x"].to_pylist() == ["1000000000000000", "1.5", '[1, {"b": 1.0}]']
+    assert whole(Table.open(paths[:2]))["x"].to_pylist() == [1e15, 1.5]
+    assert Table.open([floats], verbatim=["x"]).schema.field("x").type == pa.float64()
+
+
+def test_decimals_beside_floats_keep_their_digits_or_are_refused(tmp_path: Path) -> None:
+    floats = pa.table({"x": [1.5]})
+    short, long = (
+        pa.table({"x": pa.array([Decimal(x)], pa.decimal128(22, 2))}) for x in ("0.10", "12345678901234567890.12")
+    )
+    assert whole(Table.open(files(tmp_path, short, floats)))["x"].to_pylist() == [0.1, 1.5]
+    with pytest.raises(
+        Refused, match=r"0.parquet: column 'x' is decimal128\(22, 2\), and a value .* does not fit double"
+    ):
+        Table.open(files(tmp_path, long, floats))
