@@ -87,7 +87,7 @@ class Report:
     prompt_tokens_shared: int = 0  # not computed, since they were computed for another row
     # Input column -> number of its values that are not UTF-8 and have U+FFFD in place of their bytes in the output
     replaced_text: dict[str, int] = field(default_factory=dict)
-    # Of the checkpoint's generation_config.json: settings that were applied, and others by the reason why they were not
+    # Settings in the checkpoint's generation_config.json: those that were applied, and the others by the reason
     generation_config: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def table(self) -> str:

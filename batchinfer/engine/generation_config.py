@@ -100,7 +100,7 @@ class GenerationConfig:
         found, default = Settings(), SamplingParams()
         for key, name in (OF_LOGITS | OF_DRAWING).items():
             value = self._checked(name, key)
-            if value == getattr(default, name):
+            if value in (getattr(default, name), []):
                 continue
             why = self._why_not(key, name, given)
             if why is None:

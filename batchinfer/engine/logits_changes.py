@@ -76,7 +76,7 @@ def _banned(table: SequenceTable, place: int, position: int, eos_ids: Ints) -> I
     if 0 < params.no_repeat_ngram_size <= len(known):
         banned.append(_completing(known, params.no_repeat_ngram_size))
     if params.bad_words_ids:
-        # As in transformers, an answer may always end.
+        # Leave out bad words that are one end-of-text id, as transformers does: an answer may always end.
         words = [word for word in params.bad_words_ids if len(word) > 1 or word[0] not in eos_ids]
         banned.append(np.array([word[-1] for word in words if _ends_with(known, word[:-1])], np.int64))
     return np.concatenate(banned)

@@ -29,6 +29,18 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+class KeyTwice(ValueError):
+    """An object in JSON has a key twice. The message quotes nothing of it."""
+
+
+def keys_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object, as `json.loads(..., object_pairs_hook=keys_once)`. Raises `KeyTwice`."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise KeyTwice("it has a key twice")
+    return made
+
+
 def refuse_pointer(path: Path) -> None:
     """Raise `ValueError`, with the remedy, if the file is a git-lfs pointer."""
     with path.open("rb") as file:

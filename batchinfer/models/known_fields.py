@@ -1,4 +1,4 @@
-"""Which fields of a `config.json` are read, which must have one value, and which do not matter."""
+"""Telling the fields of a `config.json` apart: those that are read, must have one value, or do not matter."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where an answer ends, and what of it is printed."""
+"""Finding where an answer ends, and what of it is printed."""
 
 import numpy as np
 

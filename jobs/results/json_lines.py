@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchinfer.errors import Refused
+from batchinfer.host.files import keys_once
 from batchinfer.jobs.results.schema import COUNTED, RESULT_FIELDS, SAMPLE, SAMPLES
 
 SLICE_ROWS = 1024  # most rows that are Python objects at a time
@@ -124,7 +125,7 @@ class _Lines:
 
     def _encode_json(self, text: str | None) -> str:
         try:
-            written = self._encode(text if text is None else json.loads(text, object_pairs_hook=_object))
+            written = self._encode(text if text is None else json.loads(text, object_pairs_hook=keys_once))
             written.encode()
         except (ValueError, RecursionError):  # also if it escapes half of a surrogate pair
             return self._encode(text)
@@ -150,13 +151,6 @@ class _Lines:
 
     def _escape(self, found: re.Match[bytes]) -> bytes:
         return self._encode(found[0].decode())[1:-1].encode()
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError("a key twice")
-    return made
 
 
 def _bytes_of(text: pa.Array) -> memoryview:

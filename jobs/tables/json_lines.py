@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchinfer.errors import Refused
+from batchinfer.host.files import KeyTwice, keys_once
 from batchinfer.jobs.tables.batches import SLICE_ROWS, refusing
 
 JSON_BLOCK_BYTES = 8 << 20  # bytes of text in a block; as Python objects they take several times as much
@@ -87,7 +88,7 @@ def _json_blocks(path: Path, rows: int) -> Iterator[list[dict[str, Any]]]:
                 value = _parse(line)
             except (ValueError, RecursionError) as error:
                 where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-                told = f": {error}" if isinstance(error, _NoRow) else ""
+                told = f": {error}" if isinstance(error, KeyTwice | _NestedTooDeep) else ""
                 raise Refused(
                     f"{path}: line {number} is not JSON{where}; expected one object on each line{told}"
                 ) from error
@@ -110,23 +111,16 @@ def _check_name(path: Path, name: str) -> None:
         raise Refused(f"{path}: the name of a column is not UTF-8: {name!a}; rename it") from None
 
 
-class _NoRow(ValueError):
-    """Says why a line's JSON is not a row. The message quotes nothing of the line."""
+class _NestedTooDeep(ValueError):
+    """A line's values are nested too deep. The message quotes nothing of the line."""
 
 
 def _parse(line: bytes) -> Any:
     # Bytes that are not UTF-8 become lone surrogates, which later are an error of that row alone.
-    value = json.loads(line.decode("utf-8", "surrogateescape"), object_pairs_hook=_object)
+    value = json.loads(line.decode("utf-8", "surrogateescape"), object_pairs_hook=keys_once)
     if line.count(b"[") + line.count(b"{") > DEEPEST and _nesting(value) > DEEPEST:
-        raise _NoRow(f"its values are nested more than {DEEPEST} levels deep")
+        raise _NestedTooDeep(f"its values are nested more than {DEEPEST} levels deep")
     return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise _NoRow("it has a key twice")
-    return made
 
 
 def _nesting(value: Any) -> int:

@@ -18,15 +18,6 @@ from batchinfer.jobs.tables.unify import promotions, unify
 CHECKED_ROWS = 8192  # read at once of columns that are only checked
 MAX_ROWS = 1 << 31  # each row takes some bytes of memory: whether it is done, and the hash of its id
 
-FORMATS: dict[str, TableFormat] = {
-    ".parquet": Parquet(),
-    ".pq": Parquet(),
-    ".jsonl": JsonLines(),
-    ".ndjson": JsonLines(),
-    ".csv": Csv(),
-    ".tsv": Csv("\t"),
-}
-
 
 @dataclass(frozen=True)
 class Table:
@@ -55,12 +46,7 @@ class Table:
         an encoding that no file has a use for.
         """
         found = [each for given in inputs for each in files_in(given)]
-        lines = JsonLines(verbatim)
-        formats = {
-            **_formats([path for path, _ in found], csv_delimiter, csv_encoding),
-            ".jsonl": lines,
-            ".ndjson": lines,
-        }
+        formats = _formats([path for path, _ in found], csv_delimiter, csv_encoding, verbatim)
         keys = typed([texts for _, texts in found])
         files: list[InputFile] = []
         num_rows = 0
@@ -125,14 +111,18 @@ def find_field(schema: pa.Schema, name: str, path: Path) -> pa.Field:
     return schema.field(name)
 
 
-def _formats(paths: list[Path], delimiter: str | None, encoding: str | None) -> Mapping[str, TableFormat]:
-    """Return the formats by suffix, with what the flags say of CSV."""
+def _formats(
+    paths: list[Path], delimiter: str | None, encoding: str | None, verbatim: Collection[str]
+) -> Mapping[str, TableFormat]:
+    """Return the formats by suffix, with what the flags say of CSV, and the columns that JSON Lines keep verbatim."""
     suffixes = {path.suffix.lower() for path in paths}
     if delimiter is not None and ".csv" not in suffixes:
         raise UsageError(f"--csv-delimiter is {delimiter!r}, but no input ends in .csv; leave it out")
     if encoding is not None and not suffixes & {".csv", ".tsv"}:
         raise UsageError(f"--csv-encoding is {encoding!r}, but no input ends in .csv or .tsv; leave it out")
-    return FORMATS | {".csv": Csv(delimiter or ",", encoding or UTF_8), ".tsv": Csv("\t", encoding or UTF_8)}
+    lines, encoding = JsonLines(verbatim), encoding or UTF_8
+    csv = {".csv": Csv(delimiter or ",", encoding), ".tsv": Csv("\t", encoding)}
+    return {".parquet": Parquet(), ".pq": Parquet(), ".jsonl": lines, ".ndjson": lines, **csv}
 
 
 def _as_written(file: InputFile, schema: pa.Schema) -> InputFile:

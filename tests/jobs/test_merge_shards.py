@@ -74,7 +74,7 @@ def test_shards_together_are_one_run(tmp_path: Path, model: Path) -> None:
 
 
 def test_shards_on_both_sides_of_few_rows_go_together(tmp_path: Path, model: Path) -> None:
-    """Of 4 and of 5 rows: 4-bit weights would be multiplied in two ways, had each shard the choice."""
+    """Merge shards of 4 and of 5 rows: 4-bit weights would be multiplied in two ways, had each shard the choice."""
     write(tmp_path / "in.parquet", prompt=prompts(9))
     merge_shards(run_shards(tmp_path, model, 2), tmp_path / "all.parquet", overwrite=False)
     assert pq.read_table(tmp_path / "all.parquet")["generated_text"].to_pylist() == expected(model, prompts(9))

@@ -1,4 +1,4 @@
-"""Which of a checkpoint's settings are taken over, and what is told of the others."""
+"""A checkpoint's settings are taken over where they should be, and the others are told."""
 
 import json
 from pathlib import Path

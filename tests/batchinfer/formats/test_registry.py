@@ -272,7 +272,7 @@ def test_scales_of_keys_and_values_are_left_aside_and_named(names: list[str]) ->
 
 
 def test_transforms_that_are_in_the_weights_need_nothing() -> None:
-    """As llm-compressor writes the first two rotations of SpinQuant; a third one acts when the model runs."""
+    """Read llm-compressor's first two rotations of SpinQuant; a third one acts when the model runs."""
 
     def transform(*places: str) -> dict[str, Any]:
         return {"type": "hadamard", "apply": [{"targets": ["re:.*"], "location": place} for place in places]}

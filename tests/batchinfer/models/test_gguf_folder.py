@@ -165,7 +165,7 @@ def test_a_file_that_does_not_say_how_text_is_cut_is_refused(tmp_path: Path) -> 
     ],
 )
 def test_an_entry_that_changes_the_result_is_refused(tmp_path: Path, key: str, value: float) -> None:
-    """With each of these, llama.cpp v0.5.0 gives other probabilities, or refuses the file."""
+    """Refuse each entry with which llama.cpp v0.5.0 gives other probabilities, or refuses the file."""
     writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
     add_byte_level(writer, byte_level("gpt-2"), "gpt-2")
     add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]

@@ -19,7 +19,7 @@ from batchinfer.engine.sampling_params import SamplingParams
 
 
 def difference(engine: Engine, oracle: Any) -> float:
-    """Of all logits, relative to the oracle's."""
+    """Return the error of all logits together, relative to the oracle's."""
     ours, expected = (torch.stack(c) for c in zip(*compare_logits(engine, oracle, prompts_of(12, 100)), strict=True))
     return float((ours - expected).norm() / expected.norm())
 

@@ -277,7 +277,7 @@ def test_without_a_template_chats_are_refused(tmp_path: Path, config: Any) -> No
         ours.encode_chats([turns("a")])
 
 
-# As the templates of Llama 3.2 and of Granite 3.3 write it, and at an odd place.
+# These write the date as the templates of Llama 3.2 and Granite 3.3 do, and at an odd place.
 DATES = [
     LLAMA_3.replace("%Y", "%d %b %Y"),
     "Today's Date: {{ strftime_now('%B %d, %Y') }}.\n" + CHATML,

@@ -11,7 +11,7 @@ from batchinfer.text.tokenizer import Tokenizer
 
 END = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 HEAD = "<|im_start|>{{ m.role }}\n"
-# As Qwen3 does it: what is no text is left out.
+# This template does as Qwen3's: what is no text is left out.
 ONLY_IF_TEXT = (
     "{% for m in messages %}{% if m.content is string %}{% set c = m.content %}{% else %}{% set c = '' %}{% endif %}"
     + HEAD
@@ -30,7 +30,7 @@ MACRO = (
     "{% endfor %}" + END
 )
 FIRST = "{% for m in messages %}" + HEAD + "{{ m.content[0].text }}<|im_end|>\n{% endfor %}" + END
-# As Llama 3.2 Vision does it: the system message is text, others are text or parts.
+# This template does as that of Llama 3.2 Vision: the system message is text, others are text or parts.
 MIXED = LOOP.replace("{% for m in messages %}", "{{ messages[0].content | trim }}\n{% for m in messages[1:] %}", 1)
 
 

@@ -1,4 +1,4 @@
-"""Which control tokens a chat's messages can spell out, and where a text is cut."""
+"""Control tokens that a chat's messages can spell out are found, and the text is cut there."""
 
 import re
 

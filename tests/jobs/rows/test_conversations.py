@@ -20,7 +20,7 @@ from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.table import Table
 from batchinfer.text.tokenizer import Tokenizer
 
-# As Qwen 2.5 does it: tools first, as JSON; calls as JSON too, in place of content or behind it.
+# This template does as Qwen 2.5's: tools first, as JSON; calls as JSON too, in place of content or behind it.
 TOOLS = """{% if tools %}<|im_start|>system
 {% for tool in tools %}{{ tool | tojson }}
 {% endfor %}<|im_end|>

@@ -20,7 +20,7 @@ NANOSECONDS = [1704067200123456789, 0, -1, None, 1]
 
 
 def int96(path: Path, **columns: pa.Array) -> Path:
-    """As Spark writes timestamps: nothing else in the file says what they are."""
+    """Write timestamps as Spark does: nothing else in the file says what they are."""
     prompts = pa.array([f"p{i}" for i in range(5)])
     table = pa.table({"prompt": prompts, **columns})
     pq.write_table(table, path, use_deprecated_int96_timestamps=True, store_schema=False, row_group_size=2)
