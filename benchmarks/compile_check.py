@@ -40,6 +40,7 @@ from batchinfer.kernels import (
     sampling_triton,
     speculative_triton,
 )
+from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.shipped_triton import Shipped
 
 MODULES = (
@@ -72,7 +73,7 @@ class Architecture:
 
     name: str
     target: GPUTarget
-    shared_bytes: int  # of a program, at most
+    gpu: Gpu
     instructions: dict[str, str]  # by type of product; without "fp8" the type does not exist there
     wide: dict[str, str] = field(default_factory=dict)  # the same for products of `WIDE` rows, where they differ
     gaps: dict[str, str] = field(default_factory=dict)  # by type of product: what is not as one would wish
@@ -102,13 +103,16 @@ def needs_fp8(kernel: Shipped) -> bool:
     return any("fp8e4nv" in kind for kind in kernel.types.values())
 
 
-def _nvidia(capability: int, shared_kilobytes: int, wide: dict[str, str], gaps: dict[str, str]) -> Architecture:
+def _nvidia(
+    capability: int, processors: int, shared_kilobytes: int, wide: dict[str, str], gaps: dict[str, str]
+) -> Architecture:
     types = {"bf16": "bf16", "fp16": "f16", "int8": "s8", "fp8": "e4m3"}
     if capability < 89:
         del types["fp8"]
     products = {product: rf"mma\.sync\S*\.{kind}\.{kind}\.\w+" for product, kind in types.items()}
-    target = GPUTarget("cuda", capability, 32)
-    return Architecture(f"sm_{capability}", target, shared_kilobytes << 10, products, wide, gaps)
+    name, target = f"sm_{capability}", GPUTarget("cuda", capability, 32)
+    gpu = Gpu(name, divmod(capability, 10), processors, shared_kilobytes << 10)
+    return Architecture(name, target, gpu, products, wide, gaps)
 
 
 _NO_FP8 = {"fp8": "has no float8: they are left out"}
@@ -126,16 +130,16 @@ _MFMA = {
     "fp8": r"v_mfma_f32_\d+x\d+x\d+_f16",
 }
 ARCHITECTURES = (
-    _nvidia(80, 163, {}, _NO_FP8),
-    _nvidia(86, 99, {}, _NO_FP8),
-    _nvidia(89, 99, {}, {}),
-    _nvidia(90, 227, _WGMMA, {}),
-    _nvidia(100, 227, _TCGEN05, {"int8": "multiplies int8 by mma.sync: Triton has no tcgen05.mma for it"}),
-    _nvidia(120, 99, {}, {}),
+    _nvidia(80, 108, 163, {}, _NO_FP8),
+    _nvidia(86, 84, 99, {}, _NO_FP8),
+    _nvidia(89, 128, 99, {}, {}),
+    _nvidia(90, 132, 227, _WGMMA, {}),
+    _nvidia(100, 148, 227, _TCGEN05, {"int8": "multiplies int8 by mma.sync: Triton has no tcgen05.mma for it"}),
+    _nvidia(120, 170, 99, {}, {}),
     Architecture(
         "gfx942",
         GPUTarget("hip", "gfx942", 64),
-        64 << 10,
+        Gpu("gfx942", (9, 4), 304, 64 << 10),
         _MFMA,
         gaps={"fp8": "widens float8 to float16 and multiplies that: its matrix units take another kind of float8"},
     ),
@@ -159,9 +163,9 @@ class Compiled:
         return f"{self.kernel.name}, {self.architecture.name}{integers}: {'; '.join(self.faults) or 'no fault'}"
 
 
-def kernels() -> list[Shipped]:
-    """Everything that the modules list."""
-    return [kernel for module in MODULES for kernel in module.shipped()]
+def kernels(gpu: Gpu) -> list[Shipped]:
+    """Everything that the modules list for this GPU."""
+    return [kernel for module in MODULES for kernel in module.shipped(gpu)]
 
 
 def one_of_each(chosen: Iterable[Shipped]) -> list[Shipped]:
@@ -208,8 +212,8 @@ def _checked(architecture: Architecture, kernel: Shipped, integers: str) -> Comp
     shared, columns, faults = compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0, []
     if spilled:
         faults.append(f"{spilled} bytes spilled")
-    if shared > architecture.shared_bytes:
-        faults.append(f"shared memory {shared:,} above {architecture.shared_bytes:,}")
+    if shared > architecture.gpu.shared_bytes:
+        faults.append(f"shared memory {shared:,} above {architecture.gpu.shared_bytes:,}")
     if columns > TENSOR_COLUMNS:
         faults.append(f"{columns} columns of tensor memory above {TENSOR_COLUMNS}")
     expected, instructions = architecture.expected(kernel), sorted(set(_PRODUCT.findall(assembly)))
@@ -354,16 +358,18 @@ def main() -> None:
         parser.error("--write puts down the whole table: it goes with neither --quick nor some --architectures")
     if triton.knobs.runtime.interpret:  # it is too late to change that in here
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "0"})
-    chosen = one_of_each(kernels()) if args.quick else kernels()
+    chosen: dict[str, Shipped] = {}
     rows: list[Compiled] = []
     for architecture in ARCHITECTURES:
         if architecture.name in asked:
             began = time.monotonic()
-            rows += (found := check(architecture, chosen, INTEGERS[:1] if args.any_integers else INTEGERS))
+            shipped = one_of_each(kernels(architecture.gpu)) if args.quick else kernels(architecture.gpu)
+            chosen = {kernel.name: kernel for kernel in shipped} | chosen
+            rows += (found := check(architecture, shipped, INTEGERS[:1] if args.any_integers else INTEGERS))
             seconds = time.monotonic() - began
             print(f"{architecture.name}: {len(found)} programs, {seconds:.0f} s", file=sys.stderr, flush=True)
     if args.write:
-        RESULTS.write_text(table(chosen, rows))
+        RESULTS.write_text(table([*chosen.values()], rows))
     for row in rows:
         if row.faults:
             print(row)

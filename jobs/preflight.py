@@ -12,7 +12,7 @@ from batchinfer.engine.drafts.draft_folder import resolve_draft_model
 from batchinfer.engine.generation_config import GenerationConfig, Settings
 from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.errors import Refused, UsageError
-from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
+from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of, refuse_old_gpu
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.log import say
 from batchinfer.jobs.results.formats import format_of
@@ -143,6 +143,11 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
     """Return the engine's config: fields of the job with the same name, and those that depend on model, device or
     table. `rows` are those of the whole table, so that all shards compute in the same way, as the job does whole."""
     device = device_of(spec.device)
+    if device == "cuda":
+        try:
+            refuse_old_gpu()
+        except ValueError as error:
+            raise Refused(str(error)) from error
     max_num_seqs = spec.max_num_seqs or MAX_NUM_SEQS[device]
     given = {field.name: getattr(spec, field.name) for field in fields(EngineConfig) if hasattr(spec, field.name)}
     resolved = {

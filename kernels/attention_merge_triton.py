@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.shipped_triton import Shipped
 
 
@@ -58,7 +59,7 @@ def merge_partials(partial_PHd: Tensor, lse_PH: Tensor, first_T: Tensor, merged_
     )  # fmt: skip
 
 
-def shipped() -> list[Shipped]:
+def shipped(gpu: Gpu) -> list[Shipped]:
     """List the kernel for every head size."""
     return [
         Shipped(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from batchinfer.kernels.attention_merge_triton import merge_partials
 from batchinfer.kernels.attention_plan import ITEM, AttentionPlan, Tile, Tiling
+from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.shipped_triton import Shipped
 
@@ -152,7 +153,7 @@ def tiling(head_dim: int, group: int, quantized: bool = False) -> Tiling:
     )
 
 
-def shipped() -> list[Shipped]:
+def shipped(gpu: Gpu) -> list[Shipped]:
     """List the kernel for every head size, type of the cache and tile."""
     return [
         _shipped(f"{which} tokens", tile, head_dim, kv)

@@ -7,6 +7,7 @@ from batchinfer.kernels import activation_triton, norm_triton, rows_triton
 from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.attention_triton import paged_attention
 from batchinfer.kernels.backend import AttentionBatch, Product
+from batchinfer.kernels.gpu_triton import gpu_of
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.kv_cache_triton import rotate_and_store
 from batchinfer.kernels.products_triton import DenseProduct, EightBitProduct, FourBitProduct
@@ -15,7 +16,6 @@ from batchinfer.kernels.sampling import SamplingBatch, greedy
 from batchinfer.kernels.sampling_triton import sample
 
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
-PROCESSORS_INTERPRETED = 4  # multiprocessors in the interpreter: enough that even small tests split their work
 
 
 class TritonBackend:
@@ -24,11 +24,8 @@ class TritonBackend:
     def __init__(self, device: torch.device, deterministic: bool) -> None:
         self.device, self.deterministic = device, deterministic
         self.kernels = dict.fromkeys(("norm", "activation", "kv_cache", "attention", "sampling"), "triton")
-        self.processors, has_fp8 = PROCESSORS_INTERPRETED, True
-        if device.type == "cuda":
-            properties = torch.cuda.get_device_properties(device)
-            self.processors, has_fp8 = properties.multi_processor_count, (properties.major, properties.minor) >= (8, 9)
-        self.eight_bits = frozenset({"int8", "fp8"} if has_fp8 else {"int8"})
+        self.gpu = gpu_of(device)
+        self.eight_bits = frozenset({"int8", "fp8"} if self.gpu.has_float8 else {"int8"})
 
     def stream(self, dtype: torch.dtype, quantized: bool) -> torch.dtype:
         return dtype
@@ -50,7 +47,7 @@ class TritonBackend:
         self, values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor, bias_N: Tensor | None, dtype: torch.dtype
     ) -> Product:
         zero_point = zero_point_NG if bool(zero_point_NG.any()) else None
-        product = FourBitProduct(values_NK, scale_NG, zero_point, bias_N, dtype, self.processors, self.deterministic)
+        product = FourBitProduct(values_NK, scale_NG, zero_point, bias_N, dtype, self.gpu, self.deterministic)
         self.kernels["linear_w4a16"] = product.path
         return product
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.rounding_triton import rounded
 from batchinfer.kernels.shipped_triton import Shipped
@@ -93,7 +94,7 @@ def rotate_and_store(
     return query
 
 
-def shipped() -> list[Shipped]:
+def shipped(gpu: Gpu) -> list[Shipped]:
     """List the kernel with and without norms by head, for every type of the cache."""
     return [
         Shipped(

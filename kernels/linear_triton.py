@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.shipped_triton import Shipped
 from batchinfer.kernels.tile_triton import Tile, tile_of, tile_product, tiles
 
@@ -54,7 +55,7 @@ def linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Ten
     return out
 
 
-def shipped() -> list[Shipped]:
+def shipped(gpu: Gpu) -> list[Shipped]:
     """List the kernel for every type, with columns that are a multiple of the tile's depth and others."""
     found = []
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):

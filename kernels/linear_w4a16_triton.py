@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchinfer.kernels.four_bits_triton import SPAN, WORDS, FourBits, unpacked
+from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.shipped_triton import Shipped
 from batchinfer.kernels.tile_triton import Tile
 
@@ -122,12 +123,12 @@ def _expand_kernel(
 
 
 def linear_w4a16(
-    x_MK: Tensor, weight: FourBits, bias_N: Tensor | None, processors: int, deterministic: bool = False
+    x_MK: Tensor, weight: FourBits, bias_N: Tensor | None, gpu: Gpu, deterministic: bool = False
 ) -> Tensor:
     """Return `x @ weight.T + bias`, [M, N], in x's type: float16, bfloat16 or float32. Sums are in float32.
 
-    x is contiguous. `processors` is the device's number of multiprocessors. With `deterministic`, a row's bits do not
-    depend on the number of rows: weights are then never expanded, and one tile serves every number of rows.
+    x is contiguous. With `deterministic`, a row's bits do not depend on the number of rows: weights are then never
+    expanded, and one tile serves every number of rows.
     """
     m, n = len(x_MK), weight.rows
     assert x_MK.is_contiguous() and x_MK.shape[1] == weight.columns
@@ -137,7 +138,7 @@ def linear_w4a16(
     for first in range(0, m, SLAB):
         x, y = x_MK[first : first + SLAB], out[first : first + SLAB]
         tile = tile_for(len(x), deterministic)
-        _multiply(x, weight, bias_N, y, tile, splits(len(x), weight, tile, processors, deterministic))
+        _multiply(x, weight, bias_N, y, tile, splits(len(x), weight, tile, gpu.processors, deterministic))
     return out
 
 
@@ -191,7 +192,7 @@ def expand(weight: FourBits, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def shipped() -> list[Shipped]:
+def shipped(gpu: Gpu) -> list[Shipped]:
     """List the product for every tile and kind of group, the sum of the splits, and the expansion of the weights."""
     weights = {"p_words": "*i32", "p_scale": "*bf16", "p_zero": "*i8"}
     found = []

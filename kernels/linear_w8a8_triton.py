@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.rows import Rows
 from batchinfer.kernels.shipped_triton import Shipped
 from batchinfer.kernels.tile_triton import Tile, tile_of, tile_product, tiles
@@ -85,7 +86,7 @@ def tile_for(rows: int, columns: int, dtype: torch.dtype, deterministic: bool = 
     return tile._replace(depth=tile.depth // 2, stages=tile.stages + 1) if sticks_out else tile
 
 
-def shipped() -> list[Shipped]:
+def shipped(gpu: Gpu) -> list[Shipped]:
     """List the kernel for every tile and both types, with columns that are a multiple of the depth and others."""
     return [
         Shipped(

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.rounding_triton import quantized_row
 from batchinfer.kernels.rows import Rows
 from batchinfer.kernels.shipped_triton import Shipped
@@ -57,7 +58,7 @@ def _warps(block: int) -> int:
     return min(max(block // 512, 1), 8)
 
 
-def shipped() -> list[Shipped]:
+def shipped(gpu: Gpu) -> list[Shipped]:
     """List the kernel for small and large hidden sizes and every type of output."""
     found = []
     for columns in (1024, 4096, 8192):

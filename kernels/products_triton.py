@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchinfer.kernels.four_bits_triton import repack
+from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.linear_triton import linear
 from batchinfer.kernels.linear_w4a16_triton import linear_w4a16
 from batchinfer.kernels.linear_w8a8_triton import linear_w8a8
@@ -96,11 +97,11 @@ class FourBitProduct:
         zero_point_NG: Tensor | None,
         bias_N: Tensor | None,
         dtype: torch.dtype,
-        processors: int,
+        gpu: Gpu,
         deterministic: bool,
     ) -> None:
         self.weight = repack(values_NK, scale_NG, zero_point_NG, dtype)
-        self.bias, self.takes, self.processors, self.deterministic = bias_N, dtype, processors, deterministic
+        self.bias, self.takes, self.gpu, self.deterministic = bias_N, dtype, gpu, deterministic
 
     @property
     def operations_per_row(self) -> int:
@@ -112,7 +113,7 @@ class FourBitProduct:
 
     def __call__(self, x: Rows) -> Rows:
         """Multiply rows [M, K]; the result [M, N] is dense."""
-        return Rows(linear_w4a16(x.values, self.weight, self.bias, self.processors, self.deterministic))
+        return Rows(linear_w4a16(x.values, self.weight, self.bias, self.gpu, self.deterministic))
 
 
 def _library_takes(values_NK: Tensor, out: torch.dtype) -> bool:

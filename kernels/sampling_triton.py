@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.sampling import SamplingBatch
 from batchinfer.kernels.shipped_triton import Shipped
 
@@ -142,7 +143,7 @@ def sample(logits_rV: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
     return tokens, finite
 
 
-def shipped() -> list[Shipped]:
+def shipped(gpu: Gpu) -> list[Shipped]:
     """List the one kernel, which serves every vocabulary size."""
     types = {"p_logits": "*fp32", "p_tokens": "*i64", "p_finite": "*i1", "p_temperature": "*fp32", "p_top_k": "*i64",
              "p_top_p": "*fp32", "p_min_p": "*fp32", "p_seeds": "*i64", "p_positions": "*i64",

@@ -8,7 +8,7 @@ from triton import JITFunction
 
 @dataclass(frozen=True)
 class Shipped:
-    """A kernel with its argument types and constants. The function `shipped()` of each `*_triton.py` lists its own."""
+    """A kernel with its argument types and constants. Each `*_triton.py` lists its own in `shipped(gpu)`."""
 
     name: str  # the kernel's name, and what distinguishes this configuration
     kernel: JITFunction[Any]

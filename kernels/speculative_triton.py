@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.shipped_triton import Shipped
 from batchinfer.kernels.speculative import Drafts, Verified
 
@@ -56,7 +57,7 @@ def verify(drafts: Drafts, targets_T: Tensor, finite_T: Tensor) -> Verified:
     return Verified(accepted, new_tokens, newest, new_lengths, finite)
 
 
-def shipped() -> list[Shipped]:
+def shipped(gpu: Gpu) -> list[Shipped]:
     """List the kernel for up to 1, 2, ... 16 tokens of a sequence in a step: the newest known token and its drafts."""
     types = {"p_offsets": "*i64", "p_tokens": "*i64", "p_lengths": "*i64", "p_room": "*i64", "p_ignore_eos": "*i1",
              "p_eos": "*i64", "p_targets": "*i64", "p_target_finite": "*i1", "p_accepted": "*i64", "p_new": "*i64",

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,6 +15,7 @@ from batchinfer.engine.config import BLOCK_SIZES, LEAST_BATCHED_TOKENS, LEAST_GP
 from batchinfer.engine.cuda_graphs import padded_count
 from batchinfer.engine.drafts.draft_model import DraftModel, load_draft_model
 from batchinfer.engine.drafts.gate import Gate
+from batchinfer.engine.largest_step import largest_step, probe_blocks
 from batchinfer.engine.model_runner import ModelRunner, measure_peak
 from batchinfer.engine.new_tokens import NewTokens
 from batchinfer.engine.output_lengths import OutputLengths
@@ -247,14 +248,8 @@ class Engine:
         """Return the memory for keys and values; on a GPU, what is left after running the largest possible step."""
         if config.device == "cpu":
             return Room.on_cpu()
-        length = max(1, min(config.max_num_batched_tokens // config.max_num_seqs, config.max_model_len - 1))
-        prompts = [[0] * length] * min(config.max_num_seqs, config.max_num_batched_tokens)
-        blocks = len(prompts) * (length // config.block_size + 2)
-        self.runner.allocate(blocks, config.block_size)
-        _, scheduler = self._scheduler(replace(config, prefix_sharing=False), blocks, None)
-        scheduler.add(Requests.of(prompts, SamplingParams(max_tokens=1, temperature=1.0)))
-        batch = scheduler.schedule()
-        assert batch is not None
+        self.runner.allocate(probe_blocks(config), config.block_size)
+        batch = largest_step(config, self.runner.attention_inputs, self.runner.decoder.row_grain)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         self.runner.launch(batch).wait()

@@ -85,7 +85,7 @@ class ModelRunner:
         from batchinfer.kernels.backend_triton import TritonBackend
 
         assert isinstance(self.backend, TritonBackend)
-        processors = None if self.backend.deterministic else self.backend.processors
+        processors = None if self.backend.deterministic else self.backend.gpu.processors
         a = c.attention
         tiles = tiling(a.head_dim, a.heads // a.kv_heads, self.kv_dtype in MOST)
         return RaggedInputs(set(c.windows), a.heads, a.kv_heads, tiles, processors)

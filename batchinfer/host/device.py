@@ -3,8 +3,12 @@
 import ctypes
 from pathlib import Path
 
+from batchinfer.kernels.gpu import refuse_old
+
 MAX_NUM_SEQS = {"cpu": 64, "cuda": 1024}
 MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
+# The driver's numbers of these attributes (cuda.h, CUdevice_attribute).
+COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
 DEVICES = ("auto", *MAX_NUM_SEQS)
 
 
@@ -43,6 +47,21 @@ def cuda_devices(library: str = "libcuda.so.1") -> int:
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
         return 0
     return count.value
+
+
+def refuse_old_gpu(library: str = "libcuda.so.1") -> None:
+    """Raise `ValueError` if the first GPU is too old for the kernels; without a CUDA driver, do nothing."""
+    if not cuda_devices(library):
+        return
+    driver, device, found = ctypes.CDLL(library), ctypes.c_int(0), ctypes.c_int(0)
+    numbers = []
+    for attribute in (COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR):
+        if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetAttribute(
+            ctypes.byref(found), attribute, device
+        ):
+            return
+        numbers.append(found.value)
+    refuse_old(_gpu_name(library), (numbers[0], numbers[1]))
 
 
 def device_name(device: str) -> str:

@@ -108,7 +108,7 @@ def _modes(
 
 def _planned(session: Session) -> dict[str, int | None]:
     """By mode: the processors that a plan is made for, None where bits must not depend on the batch."""
-    modes: dict[str, int | None] = {"whole": 1, "split": 10 * session.processors, "deterministic": None}
+    modes: dict[str, int | None] = {"whole": 1, "split": 10 * session.gpu.processors, "deterministic": None}
     return modes if not session.smoke else {name: modes[name] for name in ("split", "deterministic")}
 
 

@@ -135,7 +135,7 @@ def _four_bits(
         x = _random(session, dtype, rows, k)
         for added, deterministic in ((None, False), (bias, False), (bias, True)):
             with poisoned():
-                found = linear_w4a16(x, weight, added, session.processors, deterministic)
+                found = linear_w4a16(x, weight, added, session.gpu, deterministic)
             expected = x.double() @ exact.t() + (0 if added is None else added.double())
             # Expanded weights are rounded to the type of the rows; sums of splits are not rounded before the end.
             tolerance = (2 if rows >= EXPAND_ROWS and not deterministic else 1) * TOLERANCE[dtype]

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from gpu_check.findings import Findings
 
+from batchinfer.kernels.gpu import Gpu
+from batchinfer.kernels.gpu_triton import gpu_of
+
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ROOT / "benchmarks" / "shapes"
 INTERPRETED = (torch.float32, torch.float16)  # the interpreter has no arithmetic in bfloat16
@@ -33,9 +36,9 @@ class Session:
         return torch.device("cpu" if self.smoke else "cuda")
 
     @cached_property
-    def processors(self) -> int:
-        """Multiprocessors; in the interpreter any number."""
-        return 4 if self.smoke else torch.cuda.get_device_properties(self.device).multi_processor_count
+    def gpu(self) -> Gpu:
+        """What the kernels know of the device."""
+        return gpu_of(self.device)
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:

@@ -67,7 +67,7 @@ def _time(session: Session, clock: Clock, ceiling: Ceilings, step: Step, kv: tor
     tokens = step.sequences * step.new
     query = torch.randn(tokens, heads, head_dim, generator=session.generator(), device=session.device)
     query = query.to(session.dtype)
-    processors = None if step.deterministic else session.processors
+    processors = None if step.deterministic else session.gpu.processors
     tiles = tiling(head_dim, heads // kv_heads, kv in MOST)
     plan = plan_attention(batch, heads, kv_heads, None, tiles, processors)
     times = clock(lambda: paged_attention(query, cache, plan, head_dim**-0.5))

@@ -65,7 +65,7 @@ def _kinds(session: Session, weight: Tensor) -> dict[str, tuple[float, str, Call
     group = session.pick(128, 32)
     numbers = (2.5 * weight).round_().clamp_(-8, 7).to(torch.int8)
     nothing = torch.zeros(n, k // group, device=on)
-    four = FourBitProduct(numbers, nothing + 0.01, None, None, dtype, session.processors, deterministic=False)
+    four = FourBitProduct(numbers, nothing + 0.01, None, None, dtype, session.gpu, deterministic=False)
 
     def noise(rows: int) -> Tensor:
         return torch.randn(rows, k, generator=session.generator(rows), device=on)

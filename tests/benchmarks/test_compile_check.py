@@ -9,6 +9,7 @@ from pathlib import Path
 import compile_check
 import pytest
 
+HOPPER = next(found.gpu for found in compile_check.ARCHITECTURES if found.name == "sm_90")
 SCRIPT = Path(compile_check.__file__)
 
 
@@ -18,9 +19,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_module_that_lists_kernels_is_asked() -> None:
     modules = Path(compile_check.norm_triton.__file__).parent.glob("*_triton.py")
-    listing = {path.stem for path in modules if "\ndef shipped()" in path.read_text()}
+    listing = {path.stem for path in modules if "\ndef shipped(" in path.read_text()}
     assert listing == {module.__name__.rpartition(".")[2] for module in compile_check.MODULES}
-    names = [kernel.name for kernel in compile_check.kernels()]
+    names = [kernel.name for kernel in compile_check.kernels(HOPPER)]
     assert len(set(names)) == len(names), "the table has a line a name"
 
 
@@ -28,9 +29,9 @@ def test_one_configuration_of_each_kernel_compiles_for_hopper() -> None:
     """All of them take over a minute: that is the long test below."""
     assert os.environ["TRITON_INTERPRET"] == "1", "which the script has to undo"
     done = run(str(SCRIPT), "--quick", "--architectures", "sm_90")
-    chosen = compile_check.one_of_each(compile_check.kernels())
+    chosen = compile_check.one_of_each(compile_check.kernels(HOPPER))
     assert {kernel.kernel.__name__ for kernel in chosen} == {
-        kernel.kernel.__name__ for kernel in compile_check.kernels()
+        kernel.kernel.__name__ for kernel in compile_check.kernels(HOPPER)
     }
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(chosen)} kernels for 1 architectures" in done.stdout and "0 with faults" in done.stdout
@@ -52,10 +53,10 @@ from compile_check import ARCHITECTURES, check, table
 from batchinfer.kernels import attention_merge_triton, attention_triton
 
 hopper = next(architecture for architecture in ARCHITECTURES if architecture.name == "sm_90")
-merge, attention = attention_merge_triton.shipped()[0], attention_triton.shipped()[0]
+merge, attention = attention_merge_triton.shipped(hopper.gpu)[0], attention_triton.shipped(hopper.gpu)[0]
 seeded = [
     (hopper, replace(merge, name="merge")),
-    (replace(hopper, shared_bytes=1), replace(attention, name="large")),
+    (replace(hopper, gpu=replace(hopper.gpu, shared_bytes=1)), replace(attention, name="large")),
     (hopper, replace(merge, name="no product", product="bf16")),
     (hopper, replace(attention, name="narrow product", product_rows=64)),
     (hopper, replace(attention, name="spilling", constants=attention.constants | {"BLOCK_M": 128}, warps=1)),
@@ -84,7 +85,7 @@ def test_faults_are_found() -> None:
 
 
 def test_gaps_are_named_with_the_kernels_that_they_touch() -> None:
-    chosen = compile_check.kernels()
+    chosen = compile_check.kernels(HOPPER)
     rows = [compile_check.Compiled(chosen[0], architecture, "any") for architecture in compile_check.ARCHITECTURES]
     found = compile_check.table(chosen, rows)
     fp8 = sum(map(compile_check.needs_fp8, chosen))

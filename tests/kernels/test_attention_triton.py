@@ -17,6 +17,7 @@ from torch import Tensor
 from batchinfer.kernels import attention_merge_triton, attention_triton
 from batchinfer.kernels.attention_plan import ITEM, AttentionPlan, Column, Tile, Tiling, plan_attention
 from batchinfer.kernels.attention_triton import paged_attention, tiling
+from batchinfer.kernels.gpu import INTERPRETED
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.ragged_attention import RaggedBatch, SharedPrefix, ragged_attention
 
@@ -279,7 +280,7 @@ def test_items_cover_every_key_of_every_token_once() -> None:
 
 
 def test_what_is_shipped_names_every_argument() -> None:
-    found = [*attention_triton.shipped(), *attention_merge_triton.shipped()]
+    found = [*attention_triton.shipped(INTERPRETED), *attention_merge_triton.shipped(INTERPRETED)]
     assert len({kernel.name for kernel in found}) == len(found)
     for kernel in found:
         assert [*kernel.types, *kernel.constants] == kernel.kernel.arg_names

@@ -9,6 +9,7 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, at import
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from torch import Tensor
 
 from batchinfer.kernels import linear_triton, linear_w4a16_triton, linear_w8a8_triton
 from batchinfer.kernels.four_bits_triton import FourBits, repack
+from batchinfer.kernels.gpu import INTERPRETED
 from batchinfer.kernels.linear_triton import linear
 from batchinfer.kernels.linear_w4a16_triton import EXPAND_ROWS, SLAB, expand, linear_w4a16, splits
 from batchinfer.kernels.linear_w8a8_triton import linear_w8a8
 from batchinfer.kernels.rows import Rows
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3}  # of the largest number
-PROCESSORS = 132  # of an H100
+HOPPER = replace(INTERPRETED, processors=132)
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +134,7 @@ def test_w4a16_is_the_product_of_what_the_weights_stand_for(
     weight, exact = four_bits(n, k, group, zeros, dtype)
     x, bias = torch.randn(65, k).to(dtype), torch.randn(n).to(dtype)
     for rows in (1, 15, 16, 17, 63, 64, 65):
-        found = linear_w4a16(x[:rows], weight, bias if rows % 2 else None, PROCESSORS)
+        found = linear_w4a16(x[:rows], weight, bias if rows % 2 else None, HOPPER)
         assert found.dtype == dtype
         check(found, x[:rows].double() @ exact.t() + (bias.double() if rows % 2 else 0))
 
@@ -145,18 +147,18 @@ def test_w4a16_in_splits(k: int, group: int, expected: int, dtype: torch.dtype) 
     x, bias = torch.randn(17, k).to(dtype), torch.randn(65).to(dtype)
     for rows in (1, 17):
         tile = linear_w4a16_triton.tile_for(rows, False)
-        assert splits(rows, weight, tile, PROCESSORS, False) == expected
+        assert splits(rows, weight, tile, HOPPER.processors, False) == expected
         assert splits(rows, weight, tile, 1, False) == 1, "two column tiles are enough for one processor"
-        for processors in (1, PROCESSORS):
-            found = linear_w4a16(x[:rows], weight, bias if rows == 1 else None, processors)
+        for gpu in (replace(INTERPRETED, processors=1), HOPPER):
+            found = linear_w4a16(x[:rows], weight, bias if rows == 1 else None, gpu)
             check(found, x[:rows].double() @ exact.t() + (bias.double() if rows == 1 else 0))
 
 
 def test_w4a16_by_itself_splits_by_the_number_of_rows_and_for_deterministic_jobs_does_not() -> None:
     weight = repack(torch.zeros(4096, 4096, dtype=torch.int8), torch.ones(4096, 1), None, torch.float32)
     tile = linear_w4a16_triton.TILES[None]
-    assert [splits(rows, weight, tile, PROCESSORS, False) for rows in (1, 64, 65, 256, 1024)] == [4, 4, 2, 1, 1]
-    assert [splits(rows, weight, tile, PROCESSORS, True) for rows in (1, 64, 65, 256, 1024)] == [4] * 5
+    assert [splits(rows, weight, tile, HOPPER.processors, False) for rows in (1, 64, 65, 256, 1024)] == [4, 4, 2, 1, 1]
+    assert [splits(rows, weight, tile, HOPPER.processors, True) for rows in (1, 64, 65, 256, 1024)] == [4] * 5
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -167,10 +169,10 @@ def test_w4a16_of_a_deterministic_job_has_rows_that_do_not_depend_on_their_numbe
     monkeypatch.setattr(linear_w4a16_triton, "EXPAND_ROWS", 150)
     weight, exact = four_bits(65, 1152, 128, True, dtype)
     x = torch.randn(200, 1152).to(dtype)
-    whole = linear_w4a16(x, weight, None, PROCESSORS, deterministic=True)
+    whole = linear_w4a16(x, weight, None, HOPPER, deterministic=True)
     check(whole, x.double() @ exact.t())
     for rows in (1, 15, 17, 63, 64, 65, 129):
-        assert linear_w4a16(x[:rows], weight, None, PROCESSORS, deterministic=True).equal(whole[:rows]), rows
+        assert linear_w4a16(x[:rows], weight, None, HOPPER, deterministic=True).equal(whole[:rows]), rows
 
 
 @pytest.mark.parametrize("rows", [EXPAND_ROWS - 1, EXPAND_ROWS])
@@ -180,7 +182,7 @@ def test_w4a16_of_many_rows_expands_the_weights(rows: int, monkeypatch: pytest.M
     weight, exact = four_bits(63, 96, 32, True, torch.float32)
     x, bias = torch.randn(rows, 96), torch.randn(63)
     assert rows > SLAB, "the last rows come in a slab of their own"
-    check(linear_w4a16(x, weight, bias, PROCESSORS), x.double() @ exact.t() + bias)
+    check(linear_w4a16(x, weight, bias, HOPPER), x.double() @ exact.t() + bias)
     assert len(calls) == (rows >= EXPAND_ROWS)
 
 
@@ -201,7 +203,7 @@ def test_w4a16_takes_scales_of_both_signs_within_a_row(zeros: bool) -> None:
     exact = values.double() - (0 if zero_point is None else zero_point.repeat_interleave(64, 1))
     exact *= scale.double().repeat_interleave(64, 1)
     weight, x = repack(values, scale, zero_point, torch.float32), torch.randn(17, 320)
-    check(linear_w4a16(x, weight, None, PROCESSORS), x.double() @ exact.t())
+    check(linear_w4a16(x, weight, None, HOPPER), x.double() @ exact.t())
     assert expand(weight, torch.float32).equal(exact.float())
 
 
@@ -218,7 +220,7 @@ def test_zero_points_that_16_bits_do_not_hold_are_refused() -> None:
 
 @pytest.mark.parametrize("module", [linear_triton, linear_w8a8_triton, linear_w4a16_triton])
 def test_what_is_shipped_names_every_argument(module: object) -> None:
-    kernels = module.shipped()  # type: ignore[attr-defined]
+    kernels = module.shipped(INTERPRETED)  # type: ignore[attr-defined]
     assert len({kernel.name for kernel in kernels}) == len(kernels)
     for kernel in kernels:
         assert [*kernel.types, *kernel.constants] == kernel.kernel.arg_names

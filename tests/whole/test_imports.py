@@ -41,6 +41,7 @@ WITHOUT_TORCH = (
     "batchinfer.host.files",
     "batchinfer.host.limits",
     "batchinfer.host.memory",
+    "batchinfer.kernels.gpu",
     "batchinfer.kernels.ragged",
     "batchinfer.text",
     "batchinfer.formats.fields",
