@@ -62,6 +62,7 @@ def _kernels(device: str) -> Iterator[Line]:
 
     from batchinfer.kernels.backends import choose_backend
     from batchinfer.kernels.linear_w4a16 import vectorized
+    from batchinfer.kernels.linear_w8a8 import saturates
 
     try:
         backend = choose_backend(device, deterministic=False)
@@ -76,6 +77,8 @@ def _kernels(device: str) -> Iterator[Line]:
     yield "CPU instructions", torch.backends.cpu.get_cpu_capability()
     if "x86" not in torch.backends.quantized.supported_engines:
         yield "missing", "oneDNN's product of 8-bit integers: w8a8-int8 runs with slow reference code"
+    elif saturates():
+        yield "missing", "VNNI instructions: products of 8-bit integers take twice the operations"
     if not vectorized():
         yield "missing", "AVX2: weights in 4 bits are expanded to floating point before they are used"
     if has_gpu(torch.__version__):

@@ -49,6 +49,27 @@ def _same_random_numbers() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fixed_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a row of a product have the same bits wherever it lies in the tile, in Triton's interpreter.
+
+    The interpreter multiplies by NumPy's BLAS, which does not promise that: OpenBLAS breaks it on processors with AVX2
+    and no AVX-512. A GPU's matrix units keep it.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    class FixedOrder:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(np, name)
+
+        @staticmethod
+        def matmul(x: Any, y: Any, dtype: Any) -> Any:
+            return np.einsum("mk,kn->mn", x.astype(dtype), y.astype(dtype))
+
+    monkeypatch.setattr(interpreter, "np", FixedOrder())
+
+
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`make_model(family, dtype="float32", **config) -> folder`: random weights, saved by transformers."""

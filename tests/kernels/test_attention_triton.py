@@ -160,6 +160,7 @@ def alone(batch: RaggedBatch, s: int, token: int) -> RaggedBatch:
     return RaggedBatch(np.array([0, 1]), batch.contexts[s : s + 1] - new + token + 1, batch.table[s : s + 1])
 
 
+@pytest.mark.usefixtures("fixed_products")
 @pytest.mark.parametrize("window", [None, 50])
 def test_fixed_bits(window: int | None) -> None:
     """A token has the same bits in any batch, as a draft or on its own, and with a prefix or without."""
