@@ -4,11 +4,9 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import triton
 from compile_check.architectures import WIDE, Architecture
 from compile_check.figures import LEGEND, Figures, figure_table, figures_of
 from compile_check.programs import Compiled
-from conditions import conditions
 
 from batchinfer.kernels.shipped_triton import Shipped
 
@@ -23,10 +21,8 @@ class Found:
     figures: list[Figures]
 
     @classmethod
-    def of(cls, rows: list[Compiled]) -> "Found":
+    def of(cls, run: str, rows: list[Compiled]) -> "Found":
         """Put together what the rows say."""
-        here = conditions()
-        run = f"Triton {triton.__version__}; {here['commit']}; {here['date']}"
         return cls(run, count(rows), [str(row) for row in rows if row.faults], figures_of(rows))
 
     @classmethod
@@ -49,13 +45,13 @@ def count(rows: list[Compiled]) -> str:
     )
 
 
-def table(chosen: list[Shipped], rows: list[Compiled], also: list[Found], before: Found | None) -> str:
+def table(chosen: list[Shipped], rows: list[Compiled], runs: list[Found], before: Found | None) -> str:
     """Markdown: what came out, the gaps, the instructions of products, figures, and a line for each of the kernels.
 
-    `also` is what other versions of Triton made of the same kernels, and `before` what an earlier run found.
+    `runs` is what this run found and what another version of Triton made of the same kernels; `before` is what an
+    earlier run found.
     """
     architectures = list({row.architecture.name: row.architecture for row in rows}.values())
-    runs = [Found.of(rows), *also]
     return "\n".join(
         [
             "# Kernels compiled ahead of time",

@@ -33,6 +33,7 @@ from compile_check import figures
 from compile_check.architectures import ARCHITECTURES
 from compile_check.page import Found, table
 from compile_check.programs import INTEGERS, Compiled, check, kernels, one_of_each
+from conditions import conditions
 
 from batchinfer.kernels.shipped_triton import Shipped
 
@@ -62,6 +63,8 @@ def main() -> None:
         parser.error(f"--also {args.also} has no folder triton")
     if triton.knobs.runtime.interpret:  # it is too late to change that in here
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"TRITON_INTERPRET": "0"})
+    here = conditions()
+    run = f"Triton {triton.__version__}; {here['commit']}; {here['date']}"
     before = Found.from_json(json.loads(args.before.read_text())) if args.before else None
     also = [_with_other_triton(args)] if args.also else []
     chosen: dict[str, Shipped] = {}
@@ -81,16 +84,16 @@ def main() -> None:
             rows += (found := check(architecture, shipped, integers, read))
             seconds = time.monotonic() - began
             print(f"{architecture.name}: {len(found)} programs, {seconds:.0f} s", file=sys.stderr, flush=True)
-    here = Found.of(rows)
+    runs = [Found.of(run, rows), *also]
     if args.json:
-        args.json.write_text(json.dumps(here.to_json(), indent=1) + "\n")
+        args.json.write_text(json.dumps(runs[0].to_json(), indent=1) + "\n")
     if args.write:
-        RESULTS.write_text(table([*chosen.values()], rows, also, before))
-    for found in (here, *also):
+        RESULTS.write_text(table([*chosen.values()], rows, runs, before))
+    for found in runs:
         if args.figures:
             print(*figures.figure_table(found.figures, before.figures if before else []), "", sep="\n")
         print(*found.faults, f"{found.count}. {found.run}", sep="\n")
-    sys.exit(any(found.faults for found in (here, *also)))
+    sys.exit(any(found.faults for found in runs))
 
 
 def _with_other_triton(args: argparse.Namespace) -> Found:
