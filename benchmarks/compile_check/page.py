@@ -30,6 +30,15 @@ class Found:
         """Make it from what `to_json` gave."""
         return cls(**kept | {"figures": [Figures(**figures) for figures in kept["figures"]]})
 
+    @property
+    def triton(self) -> str:
+        """The version of Triton, in words."""
+        return self.run.partition(";")[0]
+
+    def figure_table(self, before: "Found | None") -> list[str]:
+        """Return the figures as Markdown, beside those before if the same Triton made them."""
+        return figure_table(self.figures, before.figures if before and before.triton == self.triton else [])
+
     def to_json(self) -> dict[str, Any]:
         """Return what a JSON file can hold."""
         return asdict(self)
@@ -84,7 +93,7 @@ def table(chosen: list[Shipped], rows: list[Compiled], runs: list[Found], before
 
 
 def _fault_lines(runs: list[Found]) -> list[str]:
-    wrong = [f"- {fault} ({found.run.partition(';')[0]})" for found in runs for fault in found.faults]
+    wrong = [f"- {fault} ({found.triton})" for found in runs for fault in found.faults]
     return ["## Faults", "", *wrong, ""] if wrong else []
 
 
@@ -93,8 +102,7 @@ def _figure_lines(runs: list[Found], before: Found | None) -> list[str]:
     if before is not None:
         lines += [f"Left of an arrow: {before.run}.", ""]
     for found in runs:
-        earlier = [] if before is None else before.figures
-        lines += [f"With {found.run.partition(';')[0]}:", "", *figure_table(found.figures, earlier), ""]
+        lines += [f"With {found.triton}:", "", *found.figure_table(before), ""]
     return lines
 
 

@@ -66,6 +66,10 @@ def main() -> None:
     here = conditions()
     run = f"Triton {triton.__version__}; {here['commit']}; {here['date']}"
     before = Found.from_json(json.loads(args.before.read_text())) if args.before else None
+    if before is not None:
+        before.figures[:] = [
+            was for was in before.figures if was.architecture in asked and re.search(args.kernels, was.kernel)
+        ]
     also = [_with_other_triton(args)] if args.also else []
     chosen: dict[str, Shipped] = {}
     rows: list[Compiled] = []
@@ -91,7 +95,7 @@ def main() -> None:
         RESULTS.write_text(table([*chosen.values()], rows, runs, before))
     for found in runs:
         if args.figures:
-            print(*figures.figure_table(found.figures, before.figures if before else []), "", sep="\n")
+            print(*found.figure_table(before), "", sep="\n")
         print(*found.faults, f"{found.count}. {found.run}", sep="\n")
     sys.exit(any(found.faults for found in runs))
 

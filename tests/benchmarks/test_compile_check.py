@@ -225,6 +225,13 @@ def test_figures_stand_beside_those_before() -> None:
     assert lines[2:] == ["", "Only before: sample on sm_89."]
 
 
+def test_figures_of_another_triton_are_no_figures_before() -> None:
+    before = Found("Triton 3.7.1; yesterday", "", [], [replace(BEFORE, registers=50)])
+    for version, said in (("3.7.1", "| 50 → 40 |"), ("3.6.0", "| 40 |")):
+        lines = Found(f"Triton {version}; today", "", [], [replace(BEFORE, registers=40)]).figure_table(before)
+        assert said in lines[-1]
+
+
 def test_every_pattern_of_the_figures_is_that_of_a_kernel() -> None:
     names = [kernel.name for kernel in programs.kernels(HOPPER)]
     assert [pattern for pattern in CHOSEN if not any(re.fullmatch(pattern, name) for name in names)] == []
@@ -246,8 +253,15 @@ def test_another_triton_checks_too_and_figures_are_kept(tmp_path: Path) -> None:
     found = Found.from_json(json.loads(kept.read_text()))
     assert found.to_json() == json.loads(kept.read_text())
     assert [figures.architecture for figures in found.figures] == ["sm_90"]
+    more = Found.from_json(json.loads(kept.read_text()))
+    more.figures.append(replace(BEFORE, kernel="left out by --kernels"))
+    kept.write_text(json.dumps(more.to_json()))
     again = run(str(SCRIPT), *chosen, "--before", str(kept))
-    assert again.returncode == 0 and "merge_partials, heads of 128 | sm_90 |" in again.stdout
+    assert (
+        again.returncode == 0
+        and "left out" not in again.stdout
+        and "merge_partials, heads of 128 | sm_90 |" in again.stdout
+    )
     assert "→" not in again.stdout and "(new)" not in again.stdout
 
 
