@@ -58,8 +58,17 @@ gpu-check:
 chaos: $(VENV)/dev.stamp
 	$(BIN)/python tests/chaos.py
 
-compile-check: $(VENV)/dev.stamp
-	$(BIN)/python benchmarks/compile_check.py --write
+# With the pinned Triton, and with the one that torch 2.11 brings, which lies beside it in a folder of its own.
+# BEFORE=FILE sets the figures beside those that `run.py --json FILE` kept.
+TRITON ?= 3.6.0
+BEFORE ?=
+
+compile-check: $(VENV)/dev.stamp $(VENV)/triton-$(TRITON)
+	$(BIN)/python benchmarks/compile_check/run.py --write --also $(VENV)/triton-$(TRITON) \
+		$(if $(BEFORE),--before '$(BEFORE)')
+
+$(VENV)/triton-%: | $(VENV)/product.stamp
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target $@ triton==$*
 
 # make quantize MODEL=... OUT=... [RECIPE=...] [CALIBRATION=FILE] [COLUMN=...]
 RECIPE ?= w4a16-gptq

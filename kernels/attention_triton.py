@@ -181,4 +181,5 @@ def _shipped(which: str, tile: Tile, head_dim: int, kv: str) -> Shipped:
         tile.stages,
         product=query,
         product_rows=tile.rows,
+        prefetches=True,
     )  # fmt: skip

@@ -18,3 +18,5 @@ class Shipped:
     stages: int = 2
     product: str | None = None  # type multiplied on matrix units: "bf16", "fp16", "int8", "fp8"; None if it uses none
     product_rows: int = 0  # rows of that product's left operand
+    prefetches: bool = False  # whether its loops must load ahead, where a GPU copies while it computes
+    most_instructions: int | None = None  # that a warp may take for a turn of the innermost loop with the products
