@@ -17,6 +17,7 @@ from batchinfer.engine.attention_inputs import RaggedInputs
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.config import Speculation
 from batchinfer.engine.engine import Engine
+from batchinfer.engine.output_lengths import LEAST_ENDED, OutputLengths
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.scheduler import Scheduler
@@ -112,6 +113,39 @@ def test_groups_stay_together_where_places_are_taken_again() -> None:
         saved = sum((n - 1) * (len(templates[t]) // TILE * TILE) for t, n in members.items())
         assert plan.keys_unshared - plan.keys_read == saved == plan.keys_unshared - keys_of(plan)
     assert decoding_steps > 50 and sorted_places < decoding_steps / 2
+
+
+def test_every_group_reads_its_own_blocks_where_rows_are_preempted_and_steps_withdrawn() -> None:
+    """Rows that are computed again own their whole prompt, and twins have the tiles of their prompt."""
+    rng = np.random.default_rng(3)
+    template = text(rng, 140)
+    prompts = [template + text(rng, int(n)) for n in rng.integers(1, 100, 30)]
+    prompts = [p for prompt in prompts for p in [prompt] * int(rng.integers(1, 3))]
+    table, manager = SequenceTable(12, 512, 32), BlockManager(60)
+    lengths = OutputLengths(512)
+    for _ in range(LEAST_ENDED):
+        lengths.observe(-1, 2)
+    inputs = RaggedInputs({None}, HEADS, KV_HEADS, TILING, 132)
+    admission = Admission(table, manager, True, lengths)
+    scheduler = Scheduler(table, manager, admission, inputs, 256, 1, np.array([1]))
+    scheduler.add(Requests.of(prompts, SamplingParams(max_tokens=80, ignore_eos=True)))
+    kinds = Counter[str]()
+    for step, (batch, plan) in enumerate(steps(scheduler)):
+        places = np.concatenate([[c.place for c in batch.chunks], batch.queries.places]).astype(np.int64)
+        first_new = np.concatenate([[c.start for c in batch.chunks], batch.queries.first])
+        for p in inputs.prefixes._prefixes:
+            members = slice(p.first, p.first + p.count)
+            blocks = plan.table[members, : p.keys // 32]
+            assert p.count > 1 and (blocks == blocks[:1]).all() and (first_new[members] >= p.keys).all()
+            assert len(set(places[members].tolist())) == p.count
+            kinds["beside prompts"] += bool(batch.chunks) and p.first >= len(batch.chunks)
+            kinds["recomputed beside it"] += bool((table.own_from[batch.queries.places] == 0).any())
+        if step % 7 == 0:
+            scheduler.withdraw(batch)
+            again = scheduler.schedule()
+            assert again is not None and again.slots.equal(batch.slots)
+    assert admission.preemptions > 0
+    assert len(kinds) == 2 and min(kinds.values()) > 0, kinds
 
 
 def test_steps_of_the_same_rows_are_grouped_once(monkeypatch: pytest.MonkeyPatch) -> None:
