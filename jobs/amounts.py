@@ -13,7 +13,9 @@ def in_seconds(seconds: float) -> str:
 
 
 def in_bytes(size: float) -> str:
-    """Format a size in MB or GB, which are powers of 1000."""
+    """Format a size in MB, GB or TB, which are powers of 1000."""
+    if size >= 1e12:
+        return f"{size / 1e12:,.2f} TB"
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
 

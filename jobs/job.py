@@ -231,6 +231,8 @@ def _report(
         wall_seconds=wall,
         tokens_per_second=rates(tokens, seconds),
         rows_per_second=(results.rows - done.count) / generating if generating > 0 else 0.0,
+        kv_bytes_read=stats.kv_bytes_read,
+        kv_bytes_unshared=stats.kv_bytes_unshared,
         operations=stats.operations,
         peak_operations_per_second=stats.peak_operations_per_second,
         percent_of_peak=100 * stats.operations / ideal if ideal > 0 else None,

@@ -85,6 +85,8 @@ class Report:
     predicted: Forecast | None = None  # None if the device was not measured
     output_sha256: str = ""  # digest of the output; for a folder, of its files' names and digests
     prompt_tokens_shared: int = 0  # not computed, since they were computed for another row
+    kv_bytes_read: int = 0  # bytes of keys and values that attention read, in all layers; 0 on the CPU: not counted
+    kv_bytes_unshared: int = 0  # what it would have read if every row had read the prefix it shares by itself
     # Input column -> number of its values that are not UTF-8 and have U+FFFD in place of their bytes in the output
     replaced_text: dict[str, int] = field(default_factory=dict)
     # Settings in the checkpoint's generation_config.json: those that were applied, and the others by the reason
@@ -123,6 +125,7 @@ class Report:
         lines += [
             ("peak memory", ", ".join(f"{name} {in_bytes(size)}" for name, size in memory.items())),
             ("  in the engine", f"weights {in_bytes(self.weight_bytes)}, KV cache {in_bytes(self.kv_cache_bytes)}"),
+            *([("keys and values", self._reads())] if self.kv_bytes_read else []),
             ("steps", f"{self.steps:,}, preemptions {self.preemptions:,}"),
             ("  tokens: steps", most_frequent(self.step_sizes)),
             ("prompt lengths", most_frequent(self.buckets)),
@@ -133,6 +136,11 @@ class Report:
         ]
         width = max(len(name) for name, _ in lines)
         return "\n".join(printable(f"{name:<{width}}  {value}".rstrip()) for name, value in lines)
+
+    def _reads(self) -> str:
+        read, unshared = in_bytes(self.kv_bytes_read), in_bytes(self.kv_bytes_unshared)
+        fewer = self.kv_bytes_read < self.kv_bytes_unshared
+        return f"{read} read" + (f", {unshared} without shared prefixes" if fewer else "")
 
 
 def read_report(output: Path) -> Report:

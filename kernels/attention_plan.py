@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batchinfer.kernels.ragged import Ints, indices_within, offsets_of
+from batchinfer.kernels.ragged import Ints, indices_within, offsets_of, ranges
 from batchinfer.kernels.ragged_attention import RaggedBatch
 
 ITEM = 8
@@ -70,6 +70,8 @@ class AttentionPlan:
     first: Tensor  # [tokens + 1], where each token's partials begin; a token with one item has none
     merged: Tensor  # [m], the tokens that have partials
     partials: int  # number of partials of all tokens, float32 [heads, head_dim] each
+    keys_read: int  # by all items, of one key head
+    keys_unshared: int  # what would be read if no prefix were shared
 
     @property
     def tokens(self) -> int:
@@ -133,6 +135,7 @@ def plan_attention(
     device = batch.table.device
     launches = ((tiling.same if fixed else tiling.few, items_nX[~wide]), (tiling.many, items_nX[wide]))
     first = offsets_of(np.where(of_token > 1, of_token, 0))
+    own_keys = int((own.end - own.start).sum())
     return AttentionPlan(
         window=window,
         table=batch.table,
@@ -140,16 +143,19 @@ def plan_attention(
         first=_tensor(first, device),
         merged=_tensor(np.flatnonzero(of_token > 1), device),
         partials=int(first[-1]),
+        keys_read=own_keys + int(common.end.sum()),
+        keys_unshared=own_keys + int(shared[own.sequence].sum()),
     )
 
 
 def _check(batch: RaggedBatch, group: int, window: int | None, tiling: Tiling) -> None:
     if window is not None and batch.prefixes:
         raise ValueError(f"a window of {window} and a shared prefix: the prefix's sequences would see different keys")
-    computed = batch.contexts - np.diff(batch.offsets)
-    for p in batch.prefixes:
-        if (bound := int(computed[p.first : p.first + p.count].min())) < p.keys:
-            raise ValueError(f"a shared prefix has {p.keys} keys, but a sequence's new tokens begin at {bound}")
+    members, _, keys = _members(batch)
+    begin = (batch.contexts - np.diff(batch.offsets))[members]
+    if (begin < keys).any():
+        i = int((begin - keys).argmin())
+        raise ValueError(f"a shared prefix has {keys[i]} keys, but a sequence's new tokens begin at {begin[i]}")
     if (rows := min(tile.rows for tile in (tiling.few, tiling.many, tiling.same))) < group:
         raise ValueError(f"{group} query heads share a key head, but a tile has {rows} rows and takes no more heads")
 
@@ -161,16 +167,21 @@ def _shared_keys(batch: RaggedBatch, multiple: int) -> tuple[Ints, Ints]:
     that has this prefix, or itself.
     """
     shared, leader = np.zeros(len(batch.contexts), np.int64), np.arange(len(batch.contexts))
-    for p in batch.prefixes:
-        shared[p.first : p.first + p.count] = p.keys // multiple * multiple
-        leader[p.first : p.first + p.count] = p.first
+    members, leaders, keys = _members(batch)
+    shared[members], leader[members] = keys // multiple * multiple, leaders
     return shared, leader
+
+
+def _members(batch: RaggedBatch) -> tuple[Ints, Ints, Ints]:
+    """Return of the sequences that have a shared prefix: (sequence, first sequence with that prefix, its keys)."""
+    first, count, keys = np.array([(p.first, p.count, p.keys) for p in batch.prefixes], np.int64).reshape(-1, 3).T
+    return ranges(first, count)[0], np.repeat(first, count), np.repeat(keys, count)
 
 
 def _own_work(batch: RaggedBatch, shared: Ints, group: int, window: int | None, tiling: Tiling, fixed: bool) -> _Work:
     """List the work of each sequence's new tokens by the keys after its shared prefix."""
     lengths = np.diff(batch.offsets)
-    wide, tokens = _tile_tokens(lengths, group, tiling, fixed)
+    wide, tokens = tile_tokens(lengths, group, tiling, fixed)
     sequence, begin, count = _cut(lengths, tokens)
     position = (batch.contexts - lengths)[sequence] + begin
     start = shared[sequence] if window is None else np.maximum(position + 1 - window, 0)
@@ -184,14 +195,14 @@ def _common_work(batch: RaggedBatch, shared: Ints, leader: Ints, group: int, til
     leaders, members = np.unique(leader[shared > 0], return_counts=True)
     rows = batch.offsets[leaders]
     lengths = batch.offsets[leaders + members] - rows
-    wide, tokens = _tile_tokens(lengths, group, tiling, fixed)
+    wide, tokens = tile_tokens(lengths, group, tiling, fixed)
     prefix, begin, count = _cut(lengths, tokens)
     sequence = leaders[prefix]
     end = shared[sequence]
     return _Work(rows[prefix] + begin, count, sequence, np.zeros_like(end), end, end, wide[prefix])
 
 
-def _tile_tokens(lengths: Ints, group: int, tiling: Tiling, fixed: bool) -> tuple[NDArray[np.bool_], Ints]:
+def tile_tokens(lengths: Ints, group: int, tiling: Tiling, fixed: bool) -> tuple[NDArray[np.bool_], Ints]:
     """Return, for runs of tokens of these lengths, (takes the tile for many, tokens that fit in the run's tile)."""
     wide = lengths * group > tiling.few.rows
     rows = np.where(wide, tiling.many.rows, tiling.few.rows)

@@ -1,13 +1,15 @@
 """Build a step's inputs to attention on the host, in the form that each backend takes."""
 
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
 from batchinfer.engine.sequence import SequenceTable
+from batchinfer.engine.shared_prefixes import SharedPrefixes
 from batchinfer.kernels.attention import BlockUsers, DecodeBlocks, PromptTiles, TiledBatch
-from batchinfer.kernels.attention_plan import Tiling, plan_attention
+from batchinfer.kernels.attention_plan import AttentionPlan, Tiling, plan_attention
 from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints, offsets_of, ranges
@@ -64,6 +66,7 @@ class RaggedInputs:
         """Take the model's shape. `processors` is how many the GPU has; None keeps a token's bits free of the batch."""
         self.windows, self.heads, self.kv_heads = windows, heads, kv_heads
         self.tiling, self.processors = tiling, processors
+        self.prefixes = SharedPrefixes(heads // kv_heads, tiling, processors is None)
 
     def __call__(
         self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
@@ -76,11 +79,15 @@ class RaggedInputs:
         places, lengths, contexts = sequences[:, 0], sequences[:, 1], sequences[:, 2]
         most = table.blocks_for(int(contexts.max()))
         blocks = torch.from_numpy(table.blocks[places, :most].astype(np.int32))
-        batch = RaggedBatch(offsets_of(lengths), contexts, blocks)
-        return {
-            window: plan_attention(batch, self.heads, self.kv_heads, window, self.tiling, self.processors)
-            for window in self.windows
-        }
+        apart = RaggedBatch(offsets_of(lengths), contexts, blocks)
+
+        def plan(window: int | None) -> AttentionPlan:
+            # With a window, the sequences of a prefix would see different keys of it.
+            prefixes = self.prefixes.of(table, places, lengths, contexts) if window is None else ()
+            batch = replace(apart, prefixes=prefixes)
+            return plan_attention(batch, self.heads, self.kv_heads, window, self.tiling, self.processors)
+
+        return {window: plan(window) for window in self.windows}
 
 
 def _tile_group(table: SequenceTable, index: int, tiles: list[tuple[int, int, int]]) -> PromptTiles:

@@ -131,6 +131,8 @@ class EngineStats:
     load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    kv_bytes_read: int = 0  # bytes of keys and values that attention read; counted on a GPU only
+    kv_bytes_unshared: int = 0  # what it would have read if every sequence had read its prefix itself
     operations: int = 0  # integer and floating-point operations of all matrix products, without padding
     peak_operations_per_second: float = 0.0  # measured on this device with the scheme's product; 4-bit weights expanded
     weight_bytes: int = 0
@@ -145,7 +147,7 @@ class EngineStats:
 
 _COUNTED = (
     *("steps", "prompt_tokens", "completion_tokens", "padded_tokens", "operations"),
-    *("shared_tokens", "preemptions", "drafted", "accepted"),
+    *("shared_tokens", "preemptions", "drafted", "accepted", "kv_bytes_read", "kv_bytes_unshared"),
     *("load_seconds", "prefill_seconds", "decode_seconds"),
 )
 _PEAKS = ("peak_memory_bytes", "peak_device_bytes")

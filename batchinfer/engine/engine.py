@@ -330,6 +330,9 @@ class Engine:
         stats.drafted += batch.drafted
         stats.padded_tokens += len(batch.tokens) - tokens
         stats.step_sizes[len(batch.tokens)] = stats.step_sizes.get(len(batch.tokens), 0) + 1
+        read, unshared = self.runner.kv_bytes_read(batch)
+        stats.kv_bytes_read += read
+        stats.kv_bytes_unshared += unshared
         stats.operations += tokens * decoder.operations_per_token
         stats.operations += len(batch.sequences) * decoder.head.operations_per_row
 

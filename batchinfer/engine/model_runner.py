@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from batchinfer.engine.pool_size import bytes_per_token
 from batchinfer.engine.transfer import Sampled
 from batchinfer.formats.matrix import quantize_channels
 from batchinfer.formats.scheme import QuantScheme, scheme
+from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.backend import Backend, Product
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
@@ -97,10 +99,21 @@ class ModelRunner:
             return torch.cuda.get_device_name(self.backend.device)
         return f"cpu, {torch.get_num_threads()} threads"
 
-    @property
+    @cached_property
     def bytes_per_token(self) -> int:
         """Bytes of a token's keys and values in all layers."""
         return bytes_per_token(self.decoder.config, self.kv_dtype)
+
+    def kv_bytes_read(self, batch: Batch) -> tuple[int, int]:
+        """Return the bytes of keys and values that a step's attention reads: (with shared prefixes, without them).
+
+        The CPU's attention does not count what it reads: (0, 0).
+        """
+        windows = self.decoder.config.windows
+        a_key = self.bytes_per_token // len(windows)
+        plans = [(windows.count(w), p) for w, p in batch.attention.items() if isinstance(p, AttentionPlan)]
+        read = sum(layers * plan.keys_read for layers, plan in plans)
+        return a_key * read, a_key * sum(layers * plan.keys_unshared for layers, plan in plans)
 
     @property
     def peak_device_bytes(self) -> int:

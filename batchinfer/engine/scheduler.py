@@ -112,8 +112,9 @@ class Scheduler:
     def _queries(self, used: int, drafter: Drafter | None) -> Queries:
         """Choose the decoding tokens and drafts. A sequence that was preempted may recompute several tokens at once."""
         table = self.table
-        running = table.active & decoding(table.computed, table.prefill_end, table.end)
-        places = np.flatnonzero(running)[: self.budget - used]
+        running = np.flatnonzero(table.active & decoding(table.computed, table.prefill_end, table.end))
+        # In order of admission: sequences that begin alike are neighbours, as `SharedPrefixes` needs them.
+        places = running[np.argsort(table.epoch[running])][: self.budget - used]
         more = np.maximum(table.length[places] - table.computed[places], 1) - 1
         room = self.budget - used - len(places)
         counts = 1 + np.clip(room - (np.cumsum(more) - more), 0, more)

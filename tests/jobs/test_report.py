@@ -145,3 +145,11 @@ def test_peak_memory_is_of_this_process() -> None:
 def test_rows_that_got_the_result_of_another_are_said() -> None:
     assert "duplicates" not in REPORT.table()
     assert "  duplicates       7 rows\n" in replace(REPORT, rows_duplicate=7).table()
+
+
+def test_what_attention_read_stands_beside_what_it_would_have_read_without_shared_prefixes() -> None:
+    assert "keys and values" not in REPORT.table(), "the CPU does not count it"
+    apart = replace(REPORT, kv_bytes_read=10**9, kv_bytes_unshared=10**9)
+    assert "keys and values    1.00 GB read\n" in apart.table()
+    shared = replace(REPORT, kv_bytes_read=1_200_000_000_000, kv_bytes_unshared=2_100_000_000_000)
+    assert "keys and values    1.20 TB read, 2.10 TB without shared prefixes\n" in shared.table()

@@ -214,6 +214,7 @@ class Drafting(StubEngine):
     def stats(self):
         stats = super().stats()
         stats.drafted, stats.accepted, stats.shared_tokens = 1200, 900, 1150
+        stats.kv_bytes_read, stats.kv_bytes_unshared = 3_000_000, 5_000_000
         return stats
 """
 
@@ -226,7 +227,9 @@ def test_drafts_and_shared_tokens_are_in_the_report(
     path = write(tmp_path / "in.parquet", prompt=prompts(3))
     report = run(spec(model, path), "drafting_engine:Drafting")
     assert (report.drafted, report.accepted, report.prompt_tokens_shared) == (1200, 900, 1150)
+    assert (report.kv_bytes_read, report.kv_bytes_unshared) == (3_000_000, 5_000_000)
     assert "1,200 drafted, 900 accepted (75.0 %)" in report.table()
+    assert "3 MB read, 5 MB without shared prefixes" in report.table()
     assert f"({report.prompt_tokens_computed:,} computed, 1,150 shared)" in report.table()
     assert read_report(tmp_path / "out.parquet") == report
 
