@@ -10,6 +10,7 @@ Logits are compared as integers in the same order (`ordered`), among which a sea
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="assignment,misc"
 # ruff: noqa: RUF005 (a kernel cannot unpack tuples)
 
 import triton
@@ -63,12 +64,12 @@ def largest(p_row, vocab, high, LANES: tl.constexpr):
     """
     b_nothing = tl.full((LANES,), NOTHING, tl.int64)
     keys = (b_nothing, b_nothing, b_nothing, b_nothing, b_nothing, b_nothing)
-    b_least = tl.full((LANES // 4,), float("inf"), tl.float32)
+    b_least = tl.full((LANES,), float("inf"), tl.float32)
     for start in range(0, vocab, LANES):
         o_v = start + tl.arange(0, LANES)
         b_x = tl.load(p_row + o_v, o_v < vocab, float("-inf"))
         b_finite = tl.where(b_x > float("-inf"), b_x, float("inf"))
-        b_least = tl.minimum(b_least, tl.min(tl.reshape(b_finite, [LANES // 4, 4]), 1))
+        b_least = tl.minimum(b_least, b_finite)
         b_key = key(b_x, o_v)
         b_key = tl.where((o_v < vocab) & (order_of(b_key) < high), b_key, NOTHING)
         longer = ()
@@ -141,7 +142,7 @@ def _pivot(place, low, high, by_value):
 @triton.jit
 def _narrow(p_row, vocab, most, temperature, counted, wanted, low, high, above, by_value, LANES: tl.constexpr):
     """Narrow [low, high) down by one pass; return the new range, and the sum of all weights from its end on."""
-    b_zero = tl.zeros((LANES // 4,), tl.float32)
+    b_zero = tl.zeros((LANES,), tl.float32)
     orders, sums = (), ()
     for place in tl.static_range(PIVOTS + 1):
         orders = orders + (_pivot(tl.full((), place, tl.int64), low, high, by_value),)
@@ -153,8 +154,7 @@ def _narrow(p_row, vocab, most, temperature, counted, wanted, low, high, above, 
         b_order, b_weight = ordered(b_x), tl.where(m_v, weight(b_x, most, temperature, counted), 0.0)
         added = ()
         for place in tl.static_range(PIVOTS + 1):
-            b_share = tl.reshape(tl.where(b_order >= orders[place], b_weight, 0.0), [LANES // 4, 4])
-            added = added + (sums[place] + tl.sum(b_share, 1),)
+            added = added + (sums[place] + tl.where(b_order >= orders[place], b_weight, 0.0),)
         sums = added
     # One reduction for all pivots.
     for _ in tl.static_range(3):
@@ -162,7 +162,7 @@ def _narrow(p_row, vocab, most, temperature, counted, wanted, low, high, above, 
         for place in tl.static_range(len(sums) // 2):
             joined = joined + (tl.join(sums[place], sums[place + len(sums) // 2]),)
         sums = joined
-    b_sum = tl.sum(tl.reshape(sums[0], [LANES // 4, PIVOTS + 1]), 0)
+    b_sum = tl.sum(tl.reshape(sums[0], [LANES, PIVOTS + 1]), 0)
     b_order = _pivot(tl.arange(0, PIVOTS + 1).to(tl.int64), low, high, by_value).to(tl.int64)
     b_enough = b_sum >= wanted
     end = tl.min(tl.where(b_enough, high, b_order))

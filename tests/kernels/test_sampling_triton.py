@@ -128,5 +128,4 @@ def test_passes_over_the_vocabulary(
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
     compare(logits, batch_of(1, **params))
-    print(loaded / logits.shape[1])
     assert round(loaded / logits.shape[1], 2) <= passes
