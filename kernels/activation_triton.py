@@ -51,15 +51,16 @@ def _warps(block: int) -> int:
 
 
 def shipped(gpu: Gpu) -> list[Shipped]:
-    """List the kernel for small and large inner sizes and every type of output."""
+    """List the kernel for small and large inner sizes and every type of input and output."""
     return [
         Shipped(
-            f"silu_mul, {columns} columns to {out}",
+            f"silu_mul, {columns} columns of {stream} to {out}",
             _silu_mul_kernel,
-            {"p_gate_up": "*bf16", "p_out": f"*{out}", "p_scale": "*fp32", "columns": "i32"},
-            {"QUANTIZE": out != "bf16", "BLOCK": columns},
+            {"p_gate_up": f"*{stream}", "p_out": f"*{out}", "p_scale": "*fp32", "columns": "i32"},
+            {"QUANTIZE": out != stream, "BLOCK": columns},
             _warps(columns),
         )
+        for stream in ("bf16", "fp32")
         for columns in (4096, 16384)
-        for out in ("bf16", "i8", "fp8e4nv")
+        for out in (stream, "i8", "fp8e4nv")
     ]

@@ -55,22 +55,23 @@ def add_norm(x_MD: Tensor, y_MD: Tensor | None, weight_D: Tensor, eps: float, ou
 
 
 def _warps(block: int) -> int:
-    return min(max(block // 512, 1), 8)
+    return min(max(block // 512, 1), 8 if block <= 8192 else 16)
 
 
 def shipped(gpu: Gpu) -> list[Shipped]:
-    """List the kernel for small and large hidden sizes and every type of output."""
+    """List the kernel for small and large hidden sizes and every type of input and output."""
     found = []
-    for columns in (1024, 4096, 8192):
-        for out in ("bf16", "i8", "fp8e4nv"):
-            found.append(
-                Shipped(
-                    f"norm, {columns} columns to {out}",
-                    _norm_kernel,
-                    {"p_x": "*bf16", "p_y": "*bf16", "p_weight": "*bf16", "p_out": f"*{out}", "p_scale": "*fp32",
-                     "eps": "fp32", "columns": "i32"},
-                    {"ADD": True, "QUANTIZE": out != "bf16", "BLOCK": columns},
-                    _warps(columns),
-                )
-            )  # fmt: skip
+    for stream in ("bf16", "fp32"):
+        for columns in (1024, 4096, 8192, 16384):
+            for out in (stream, "i8", "fp8e4nv"):
+                found.append(
+                    Shipped(
+                        f"norm, {columns} columns of {stream} to {out}",
+                        _norm_kernel,
+                        {"p_x": f"*{stream}", "p_y": f"*{stream}", "p_weight": f"*{stream}", "p_out": f"*{out}",
+                         "p_scale": "*fp32", "eps": "fp32", "columns": "i32"},
+                        {"ADD": True, "QUANTIZE": out != stream, "BLOCK": columns},
+                        _warps(columns),
+                    )
+                )  # fmt: skip
     return found

@@ -35,19 +35,20 @@ def quantize_rows(x_MK: Tensor, out: torch.dtype) -> Rows:
 
 
 def _warps(block: int) -> int:
-    return min(max(block // 512, 1), 8)
+    return min(max(block // 512, 1), 8 if block <= 8192 else 16)
 
 
 def shipped(gpu: Gpu) -> list[Shipped]:
-    """List the kernel for few and many columns and both types of output."""
+    """List the kernel for few and many columns, both types of input and both of output."""
     return [
         Shipped(
-            f"quantize_rows, {columns} columns to {out}",
+            f"quantize_rows, {columns} columns of {stream} to {out}",
             _quantize_kernel,
-            {"p_x": "*bf16", "p_out": f"*{out}", "p_scale": "*fp32", "columns": "i32"},
+            {"p_x": f"*{stream}", "p_out": f"*{out}", "p_scale": "*fp32", "columns": "i32"},
             {"BLOCK": columns},
             _warps(columns),
         )
-        for columns in (1024, 4096, 8192)
+        for stream in ("bf16", "fp32")
+        for columns in (1024, 4096, 8192, 16384, 32768)
         for out in ("i8", "fp8e4nv")
     ]

@@ -86,7 +86,8 @@ def _draw(logits_rV: Tensor, batch: SamplingBatch, count: int) -> tuple[Tensor, 
         ordered.masked_fill(~inside, float("inf")).amin(-1, keepdim=True), ordered[:, :1] + batch.min_p.log()[:, None]
     )
     kept = ordered >= floor
-    settled = ~kept[:, -1] if count < logits_rV.shape[1] else torch.ones_like(kept[:, -1])
+    # top-p needs the mass of all tokens that top-k leaves.
+    settled = ~kept[:, -1] & (batch.top_k <= count) if count < logits_rV.shape[1] else torch.ones_like(kept[:, -1])
     most = int((kept & settled[:, None]).sum(-1).amax().clamp(min=1))
     noise = gumbel_of(batch.seeds, batch.positions, ids[:, :most])
     scores = (ordered[:, :most].double() + noise).masked_fill_(~kept[:, :most], float("-inf"))

@@ -1,8 +1,8 @@
-"""Sampling in Triton without a sort: thresholds are found by bisection, and one pass draws by Gumbel's trick.
+"""Sampling in Triton without a sort: one pass over the vocabulary where few tokens pass the filters.
 
-A filter keeps the tokens whose logit reaches a threshold: the largest at which k tokens, or a share p of the
-probability, are kept. float32 numbers map to integers in the same order, so bisection finds the threshold exactly, in
-33 halvings. The noise is that of `kernels/sampling.py`, keyed by row seed, position and token id.
+A filter keeps the tokens whose logit reaches a border, which `kernels/borders_triton.py` finds. The token is drawn by
+Gumbel's trick, with the noise of `kernels/sampling.py`, keyed by row seed, position and token id: among listed tokens
+if they are all that pass, else in a pass over the vocabulary.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
@@ -12,119 +12,142 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from batchinfer.kernels.borders_triton import (
+    INFINITE,
+    LISTED,
+    MINUS_INFINITE,
+    NOTHING,
+    border_in_list,
+    border_in_vocabulary,
+    key,
+    largest,
+    last_of,
+    listed_from,
+    number,
+    order_of,
+    ordered,
+    token_of,
+    weight,
+    weights_of,
+)
 from batchinfer.kernels.gpu import Gpu
+from batchinfer.kernels.noise_triton import gumbel_of, gumbel_of_four
 from batchinfer.kernels.sampling import SamplingBatch
 from batchinfer.kernels.shipped_triton import Shipped
 
-_BLOCK, _WARPS = 4096, 16
+_LANES, _WARPS = 2048, 8
 
 
 @triton.jit
-def _ordered(b_x):
-    """Map float32 numbers to int32 in the same order; 0 and -0 become equal."""
-    b_bits = (b_x + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
-    return b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
+def _sums_from(p_row, vocab, most, temperature, order, LANES: tl.constexpr):
+    """Return (number, mass) of all tokens whose order is at least `order`, in one pass."""
+    b_count = tl.zeros((LANES,), tl.float32)
+    b_mass = b_count
+    for start in range(0, vocab, LANES):
+        o_v = start + tl.arange(0, LANES)
+        b_x = tl.load(p_row + o_v, o_v < vocab, float("-inf"))
+        b_in = (o_v < vocab) & (ordered(b_x) >= order.to(tl.int32))
+        b_count += tl.where(b_in, 1.0, 0.0)
+        b_mass += tl.where(b_in, weight(b_x, most, temperature, False), 0.0)
+    return tl.sum(b_count), tl.sum(b_mass)
 
 
 @triton.jit
-def _minus_log_uniform(b_word):
-    """Return -log(u) in float32, where u = (word + 0.5) / 2^32 for 32 random bits.
+def _cut(
+    keys, p_row, vocab, most, least, temperature, top_k, top_p, min_p, IN_LIST: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Return the least logit, divided by the temperature, that passes all filters.
 
-    For u near 1 it is computed from 1 - u, which float32 can hold more exactly.
+    IN_LIST: look among the listed tokens only. The result is then right if all that pass are listed, else too low.
     """
-    b_low = -tl.log((b_word.to(tl.float32) + 0.5) * 2.0**-32)
-    b_missing = ((b_word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.0**-32
-    b_rest = 1.0 - b_missing
-    b_high = tl.where(b_rest == 1.0, b_missing, tl.log(b_rest) * b_missing / (b_rest - 1.0))
-    return tl.where(b_word < 0x80000000, b_low, b_high)
+    border, high = least, ordered(most).to(tl.int64) + 1
+    k = tl.minimum(top_k, vocab).to(tl.float32)
+    for i_filter in range(2):
+        counted = i_filter == 0
+        if tl.where(counted, top_k > 0, top_p < 1.0):
+            wanted = k
+            if i_filter == 1:
+                order = tl.where(top_k > 0, border + 1, border)
+                if IN_LIST and top_k > 0:
+                    count = listed_from(keys, weights_of(keys, most, temperature, True), order)
+                    mass = listed_from(keys, weights_of(keys, most, temperature, False), order)
+                else:
+                    count, mass = _sums_from(p_row, vocab, most, temperature, order, LANES)
+                # Of the tokens that tie at the border of top-k, as many have a part in the mass as make k.
+                tied = (k - count) * weight(number(border.to(tl.int32)), most, temperature, False)
+                wanted = top_p * tl.where(top_k > 0, mass + tied, mass)
+            if IN_LIST:
+                weights = weights_of(keys, most, temperature, counted)
+                border = border_in_list(keys, weights, wanted, border, high, 0.0)
+            else:
+                border = border_in_vocabulary(p_row, vocab, most, temperature, counted, wanted, border, high, LANES)
+    relative = tl.where(min_p > 0.0, tl.div_rn(most, temperature) + tl.log(min_p), float("-inf"))
+    return tl.maximum(tl.div_rn(number(border.to(tl.int32)), temperature), relative)
 
 
 @triton.jit
-def _gumbel(i_counter, position, seed):
-    """Return the noise [n, 4] of the token ids 4 * counter + 0, 1, 2 and 3."""
-    b_0, b_1, b_2, b_3 = tl.philox(seed, i_counter, position, 0 * i_counter, 0 * i_counter)
-    b_words = tl.reshape(tl.join(tl.join(b_0, b_2), tl.join(b_1, b_3)), [i_counter.shape[0], 4])
-    return -tl.log(_minus_log_uniform(b_words.to(tl.uint32)))
+def _drawn_from_list(keys, temperature, cut, position, seed):
+    """Draw among the listed tokens that pass."""
+    best = tl.max(tl.full(keys[0].shape, NOTHING, tl.int64))
+    for _ in range(LISTED):
+        b_key = keys[0]
+        b_x = tl.div_rn(number(order_of(b_key)), temperature)
+        b_passes = (b_x >= cut) & (b_key != NOTHING)
+        if tl.max(b_passes.to(tl.int32)) > 0:
+            b_token = token_of(b_key)
+            b_score = key(b_x + gumbel_of(b_token, position, seed), b_token)
+            best = tl.maximum(best, tl.max(tl.where(b_passes, b_score, NOTHING)))
+        keys = (keys[1], keys[2], keys[3], keys[4], keys[5], b_key)
+    return token_of(best)
 
 
 @triton.jit
-def _mass_from(p_row, vocab, temperature, most, low, count: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum over the tokens whose `_ordered` logit is at least `low`: 1 each if `count`, else exp(logit - most)."""
-    total = 0.0
-    for start in range(0, vocab, BLOCK):
-        o_v = start + tl.arange(0, BLOCK)
-        b_x = tl.load(p_row + o_v, o_v < vocab, float("-inf")) / temperature
-        b_kept = (_ordered(b_x) >= low) & (o_v < vocab)
-        b_mass = tl.where(b_kept, 1.0 if count else tl.exp(b_x - most), 0.0)
-        total += tl.sum(b_mass)
-    return total
-
-
-@triton.jit
-def _threshold(p_row, vocab, temperature, most, wanted, floor, count: tl.constexpr, BLOCK: tl.constexpr):
-    """Find the largest threshold, not below `floor`, from which on the tokens' mass is at least `wanted`.
-
-    Thresholds are `_ordered` numbers. The mass from `floor` on must reach `wanted`.
-    """
-    low, high = floor.to(tl.int64), _ordered(most).to(tl.int64) + 1
-    for _ in range(33):
-        middle = (low + high) >> 1
-        enough = _mass_from(p_row, vocab, temperature, most, middle.to(tl.int32), count, BLOCK) >= wanted
-        searching = high - low > 1
-        low = tl.where(searching & enough, middle, low)
-        high = tl.where(searching & (enough == 0), middle, high)
-    return low.to(tl.int32)
+def _drawn_from_vocabulary(p_row, vocab, temperature, cut, position, seed, LANES: tl.constexpr):
+    """Draw among all tokens that pass, in one pass; return the token, and the largest `ordered` logit."""
+    b_best = tl.full((LANES // 4, 4), NOTHING, tl.int64)
+    b_most = tl.full((LANES // 4, 4), MINUS_INFINITE, tl.int32)
+    for start in range(0, vocab, LANES):
+        i_counter = start // 4 + tl.arange(0, LANES // 4)
+        o_v = i_counter[:, None] * 4 + tl.arange(0, 4)[None, :]
+        b_x = tl.load(p_row + o_v, o_v < vocab, float("-inf"))
+        b_most = tl.maximum(b_most, ordered(b_x))
+        b_x = tl.div_rn(b_x, temperature)
+        b_key = key(b_x + gumbel_of_four(i_counter, position, seed), o_v)
+        b_best = tl.maximum(b_best, tl.where((b_x >= cut) & (o_v < vocab), b_key, NOTHING))
+    return token_of(tl.max(b_best)), tl.max(b_most)
 
 
 @triton.jit
 def _sample_kernel(
     p_logits, p_tokens, p_finite, p_temperature, p_top_k, p_top_p, p_min_p, p_seeds, p_positions,
-    vocab, BLOCK: tl.constexpr,
+    vocab, LANES: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     p_row = p_logits + i_row * vocab
     temperature = tl.load(p_temperature + i_row)
     top_k, top_p, min_p = tl.load(p_top_k + i_row), tl.load(p_top_p + i_row), tl.load(p_min_p + i_row)
-    drawn = temperature > 0
-    divisor = tl.where(drawn, temperature, 1.0)
-
-    most, broken = float("-inf"), 0.0
-    for start in range(0, vocab, BLOCK):
-        o_v = start + tl.arange(0, BLOCK)
-        b_x = tl.load(p_row + o_v, o_v < vocab, float("-inf"))
-        most = tl.maximum(most, tl.max(b_x))
-        broken += tl.sum(tl.where(b_x != b_x, 1.0, 0.0))
-    finite = (broken == 0) & (most > float("-inf")) & (most < float("inf"))
-    tl.store(p_finite + i_row, finite)
-    most = tl.where(finite, most, 0.0) / divisor
-
-    floor = tl.full((), -0x80000000, tl.int32)
-    if drawn & finite:
-        if top_k > 0:
-            floor = _threshold(p_row, vocab, divisor, most, tl.minimum(top_k, vocab).to(tl.float32), floor, True, BLOCK)
-        if top_p < 1.0:
-            wanted = top_p * _mass_from(p_row, vocab, divisor, most, floor, False, BLOCK)
-            floor = _threshold(p_row, vocab, divisor, most, wanted, floor, False, BLOCK)
-        if min_p > 0.0:
-            floor = tl.maximum(floor, _ordered(most + tl.log(min_p)))
-
     seed, position = tl.load(p_seeds + i_row), tl.load(p_positions + i_row).to(tl.uint32)
-    best, token = float("-inf"), 0
-    DRAWN: tl.constexpr = BLOCK // 2  # tokens whose noise fits in registers at a time
-    for start in range(0, vocab, DRAWN):
-        i_counter = start // 4 + tl.arange(0, DRAWN // 4)
-        o_v = i_counter[:, None] * 4 + tl.arange(0, 4)[None, :]
-        b_x = tl.load(p_row + o_v, o_v < vocab, float("-inf")) / divisor
-        b_score = b_x
-        if drawn:
-            b_score += _gumbel(i_counter.to(tl.uint32), position, seed)
-        b_score = tl.where((_ordered(b_x) >= floor) & (o_v < vocab), b_score, float("-inf"))
-        b_flat = tl.reshape(b_score, [DRAWN])
-        found = tl.max(b_flat)
-        if found > best:
-            best = found
-            token = start + tl.argmax(b_flat, 0, tie_break_left=True)
+
+    token, most_order, cut = 0, tl.full((), MINUS_INFINITE, tl.int32), float("-inf")
+    from_all = (temperature > 0) & (top_k <= 0) & (top_p >= 1.0) & (min_p <= 0.0)
+    if from_all == 0:
+        keys, least = largest(p_row, vocab, 1 << 32, LANES)
+        likeliest = tl.max(keys[0])
+        token, most_order = token_of(likeliest), order_of(likeliest)
+        if (temperature > 0) & (most_order > MINUS_INFINITE) & (most_order < INFINITE):
+            most, last = number(most_order), last_of(keys)
+            cut = _cut(keys, p_row, vocab, most, least, temperature, top_k, top_p, min_p, True, LANES)
+            # A lane whose last listed token passes may have more of them.
+            from_all = (last >= least) & (tl.div_rn(number(last.to(tl.int32)), temperature) >= cut)
+            if from_all:
+                cut = _cut(keys, p_row, vocab, most, least, temperature, top_k, top_p, min_p, False, LANES)
+            else:
+                token = _drawn_from_list(keys, temperature, cut, position, seed)
+    if from_all:
+        token, most_order = _drawn_from_vocabulary(p_row, vocab, temperature, cut, position, seed, LANES)
     tl.store(p_tokens + i_row, token)
+    # NaN has the largest order, so that the largest one tells whether all logits are of use.
+    tl.store(p_finite + i_row, (most_order > MINUS_INFINITE) & (most_order < INFINITE))
 
 
 def sample(logits_rV: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
@@ -138,7 +161,7 @@ def sample(logits_rV: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
     finite = torch.empty(rows, dtype=torch.bool, device=logits_rV.device)
     _sample_kernel[(rows,)](
         logits_rV, tokens, finite, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds,
-        batch.positions, vocab, BLOCK=min(_BLOCK, triton.next_power_of_2(max(vocab, 16))), num_warps=_WARPS,
+        batch.positions, vocab, LANES=min(_LANES, triton.next_power_of_2(max(vocab, 16))), num_warps=_WARPS,
     )  # fmt: skip
     return tokens, finite
 
@@ -148,4 +171,4 @@ def shipped(gpu: Gpu) -> list[Shipped]:
     types = {"p_logits": "*fp32", "p_tokens": "*i64", "p_finite": "*i1", "p_temperature": "*fp32", "p_top_k": "*i64",
              "p_top_p": "*fp32", "p_min_p": "*fp32", "p_seeds": "*i64", "p_positions": "*i64",
              "vocab": "i32"}  # fmt: skip
-    return [Shipped("sample", _sample_kernel, types, {"BLOCK": _BLOCK}, _WARPS)]
+    return [Shipped("sample", _sample_kernel, types, {"LANES": _LANES}, _WARPS)]

@@ -26,7 +26,6 @@ from batchinfer.kernels import (
     norm_triton,
     rows_triton,
     sampling_triton,
-    speculative_triton,
 )
 from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.shipped_triton import Shipped
@@ -37,7 +36,6 @@ MODULES = (
     rows_triton,
     kv_cache_triton,
     sampling_triton,
-    speculative_triton,
     attention_triton,
     attention_merge_triton,
     linear_triton,

@@ -7,7 +7,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined,
 import pytest
 import torch
 
-from batchinfer.kernels import sampling, sampling_triton
+from batchinfer.kernels import noise_triton, sampling, sampling_triton
 from batchinfer.kernels.sampling import SamplingBatch
 
 
@@ -83,10 +83,49 @@ def test_noise_is_exact_at_both_ends() -> None:
     def kernel(p_words, p_out, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
         o = tl.arange(0, COUNT)
         words = tl.load(p_words + o).to(tl.uint32)
-        tl.store(p_out + o, sampling_triton._minus_log_uniform(words))
+        tl.store(p_out + o, noise_triton.minus_log_uniform(words))
 
     words = torch.tensor([0, 1, 2, 1 << 31, (1 << 31) - 1, (1 << 32) - 3, (1 << 32) - 2, (1 << 32) - 1])
     found = torch.full((8,), float("nan"))
     kernel[(1,)](words, found, COUNT=8)
     expected = -torch.log((words.double() + 0.5) / 2**32)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0)
+
+
+FLAT = torch.randn(1, 60_000, generator=torch.Generator().manual_seed(3))
+"""More tokens pass than lanes list: 48,000 are 90 % of the mass."""
+
+
+@pytest.mark.parametrize(
+    ("logits", "params", "passes"),
+    [
+        (6 * FLAT, {"temperature": [0.0]}, 1),
+        (FLAT, {}, 1),
+        (6 * FLAT, {"top_k": [50]}, 1),
+        (6 * FLAT, {"top_p": [0.9]}, 2),
+        (6 * FLAT, {"top_k": [50], "top_p": [0.9], "min_p": [0.01]}, 1),
+        (6 * FLAT, {"min_p": [0.05]}, 1),
+        (FLAT, {"top_k": [20_000]}, 6),
+        (FLAT, {"top_p": [0.9]}, 8),
+        (FLAT, {"top_k": [20_000], "top_p": [0.9]}, 11),
+        (0 * FLAT, {"top_k": [5], "top_p": [0.5]}, 5),
+        (FLAT.bfloat16().float(), {"top_p": [0.5]}, 8),
+    ],
+)
+def test_passes_over_the_vocabulary(
+    logits: torch.Tensor, params: dict[str, list[float]], passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by the logits that are loaded; the token is that of the plain sampler."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    loaded = 0
+    load = InterpreterBuilder.create_masked_load
+
+    def counted(self: object, pointers: object, mask: object, *rest: object) -> object:
+        nonlocal loaded
+        loaded += int(mask.data.sum())  # type: ignore[attr-defined]
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
+    compare(logits, batch_of(1, **params))
+    assert round(loaded / logits.shape[1], 2) <= passes

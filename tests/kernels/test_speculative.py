@@ -1,15 +1,11 @@
-"""Verifying drafts: the plain reference against a loop over Python lists, and Triton's interpreter against both.
+"""Verifying drafts, against a loop over Python lists.
 
 The main property: no drafter, good or bad, changes any token of the output.
 """
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined, at import
-
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,13 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from batchinfer.kernels import speculative, speculative_triton
 from batchinfer.kernels.sampling import SamplingBatch, sample
-from batchinfer.kernels.speculative import Drafts, Verified
+from batchinfer.kernels.speculative import Drafts, verify
 
 Drafter = Callable[[int, list[int]], list[int]]  # how a sequence, of which it has the text, may go on
-Verify = Callable[[Drafts, Tensor, Tensor], Verified]
-MARGIN, GARBAGE = 32, 0x5A  # numbers on both sides of an output, and the byte they are made of
 
 
 @dataclass(frozen=True)
@@ -85,64 +78,17 @@ def step(
     return drafts, flat(lambda s: s.targets, torch.int64), finite
 
 
-class Launches:
-    """Stands before the kernel: counts launches."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.grids: list[tuple[int, ...]] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        self.grids.append(grid)
-        return self.kernel[grid]
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    counted = Launches(speculative_triton._verify_kernel)
-    monkeypatch.setattr(speculative_triton, "_verify_kernel", counted)
-    return counted
-
-
-def verify_amid_garbage(drafts: Drafts, targets: Tensor, finite: Tensor) -> Verified:
-    """Triton's, whose outputs are garbage before and lie between more of it, which stays as it is."""
-    margins: list[Tensor] = []
-    empty = torch.empty
-
-    def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        count = int(np.prod(shape))
-        whole = empty((count + 2 * MARGIN) * dtype.itemsize, dtype=torch.uint8).fill_(GARBAGE).view(dtype)
-        margins.extend((whole[:MARGIN], whole[MARGIN + count :]))
-        return whole[MARGIN : MARGIN + count].view(shape)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", poisoned)
-        found = speculative_triton.verify(drafts, targets, finite)
-    assert len(margins) == 2 * len(fields(Verified))
-    assert all((margin.view(torch.uint8) == GARBAGE).all() for margin in margins), "written beside the outputs"
-    return found
-
-
-def check(
-    sequences: Sequence[Drafted], eos_ids: Sequence[int], launches: Launches, most: int = 0, **kind: Any
-) -> list[Outcome]:
-    """The outcomes, on which the loop, the reference and the kernel agree."""
+def check(sequences: Sequence[Drafted], eos_ids: Sequence[int], most: int = 0, **kind: Any) -> list[Outcome]:
+    """The outcomes, on which the loop and `verify` agree."""
     outcomes = [by_hand(s, eos_ids) for s in sequences]
     most = max([most, *(len(s.tokens) - 1 for s in sequences)])
     drafts, targets, finite = step(sequences, eos_ids, most, **kind)
-    expected = speculative.verify(drafts, targets, finite)
-    assert expected.accepted.tolist() == [max(len(o.new) - 1, 0) for o in outcomes]
-    assert expected.new_tokens.tolist() == [o.new + [-1] * (most + 1 - len(o.new)) for o in outcomes]
-    assert expected.newest.tolist() == [o.new[-1] if o.new else 0 for o in outcomes]
-    assert expected.new_lengths.tolist() == [s.length + len(o.new) for s, o in zip(sequences, outcomes, strict=True)]
-    assert expected.finite.tolist() == [o.finite for o in outcomes]
-
-    launches.grids.clear()
-    found = verify_amid_garbage(drafts, targets, finite)
-    assert launches.grids == [(len(sequences),)], "one launch, a program a sequence"
-    for field in fields(Verified):
-        one, other = getattr(found, field.name), getattr(expected, field.name)
-        assert one.dtype == other.dtype and one.equal(other), field.name
+    found = verify(drafts, targets, finite)
+    assert found.accepted.tolist() == [max(len(o.new) - 1, 0) for o in outcomes]
+    assert found.new_tokens.tolist() == [o.new + [-1] * (most + 1 - len(o.new)) for o in outcomes]
+    assert found.newest.tolist() == [o.new[-1] if o.new else 0 for o in outcomes]
+    assert found.new_lengths.tolist() == [s.length + len(o.new) for s, o in zip(sequences, outcomes, strict=True)]
+    assert found.finite.tolist() == [o.finite for o in outcomes]
     return outcomes
 
 
@@ -175,15 +121,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_case_alone(name: str, launches: Launches) -> None:
+def test_each_case_alone(name: str) -> None:
     drafted, new, why = CASES[name]
-    assert check([drafted], [EOS], launches) == [Outcome(new, True, why)]
+    assert check([drafted], [EOS]) == [Outcome(new, True, why)]
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_all_cases_in_one_step(backwards: bool, launches: Launches) -> None:
+def test_all_cases_in_one_step(backwards: bool) -> None:
     cases = list(CASES.values())[:: -1 if backwards else 1]
-    outcomes = check([drafted for drafted, _, _ in cases], [EOS], launches)
+    outcomes = check([drafted for drafted, _, _ in cases], [EOS])
     assert outcomes == [Outcome(new, True, why) for _, new, why in cases]
     assert {o.why for o in outcomes} == {"all right", "wrong", "eos", "room", "no tokens"}
 
@@ -202,38 +148,36 @@ def test_all_cases_in_one_step(backwards: bool, launches: Launches) -> None:
         (Drafted([5, 6, 7], [6, 7, 8], [True, False, True], room=2), False, "room"),
     ],
 )
-def test_only_tokens_that_count_have_to_be_finite(drafted: Drafted, finite: bool, why: str, launches: Launches) -> None:
-    for outcome in check([drafted, drafted], [EOS], launches):
+def test_only_tokens_that_count_have_to_be_finite(drafted: Drafted, finite: bool, why: str) -> None:
+    for outcome in check([drafted, drafted], [EOS]):
         assert (outcome.finite, outcome.why) == (finite, why)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 10])
-def test_sequences_end_where_the_next_one_goes_on_with_the_same_token(count: int, launches: Launches) -> None:
+def test_sequences_end_where_the_next_one_goes_on_with_the_same_token(count: int) -> None:
     same = [Drafted([7] * n, [7] * n) for n in (count, 1, count, 1, 1)]
-    outcomes = check(same, [], launches)
+    outcomes = check(same, [])
     assert [len(o.new) for o in outcomes] == [count, 1, count, 1, 1]
     assert {o.why for o in outcomes} == {"all right"}
 
 
-def test_a_step_may_have_fewer_drafts_than_the_most_and_none_at_all(launches: Launches) -> None:
+def test_a_step_may_have_fewer_drafts_than_the_most_and_none_at_all() -> None:
     for eos_ids, most in (([], 9), ([EOS], 1), ([1, EOS, 3], 4)):
-        outcomes = check([Drafted([5, EOS], [EOS, 7]), Drafted([5], [6])], eos_ids, launches, most=most)
+        outcomes = check([Drafted([5, EOS], [EOS, 7]), Drafted([5], [6])], eos_ids, most=most)
         assert [o.why for o in outcomes] == ["eos" if eos_ids else "all right", "all right"]
-    assert [o.why for o in check([Drafted([5], [6]), Drafted([5], [EOS])], [EOS], launches)] == ["all right", "eos"]
+    assert [o.why for o in check([Drafted([5], [6]), Drafted([5], [EOS])], [EOS])] == ["all right", "eos"]
 
 
-@pytest.mark.parametrize("verify", [speculative.verify, verify_amid_garbage], ids=["plain", "triton"])
 @pytest.mark.parametrize("most", [0, 1, 2, 3])
-def test_drafts_beyond_the_most_are_not_looked_at(most: int, verify: Verify, launches: Launches) -> None:
+def test_drafts_beyond_the_most_are_not_looked_at(most: int) -> None:
     whole = [Drafted([5, 6, 7, 8, 9], [6, 7, 8, 9, 1], [True, True, True, True, False]), Drafted([5, 1], [6, 7])]
     part = [replace(whole[0], tokens=whole[0].tokens[: most + 1], targets=whole[0].targets[: most + 1]), whole[1]]
     found = verify(*step(whole, [], most))
     assert found.new_tokens.tolist() == [by_hand(s, []).new + [-1] * (most if s is whole[1] else 0) for s in part]
     assert found.accepted.tolist() == [most, 0] and found.finite.tolist() == [True, True]
-    assert launches.grids == ([] if verify is speculative.verify else [(2,)])
 
 
-def test_random_steps(launches: Launches) -> None:
+def test_random_steps() -> None:
     """Few different tokens, so that wrong drafts are right by chance, and right ones elsewhere."""
     rng = np.random.default_rng(0)
     seen: Counter[tuple[str, int]] = Counter()
@@ -257,30 +201,14 @@ def test_random_steps(launches: Launches) -> None:
             )
         eos_ids = rng.permutation(vocab + 4)[: rng.integers(4)].tolist()
         dtype = (torch.int32, torch.int64)[i % 2]
-        for outcome in check(sequences, eos_ids, launches, dtype=dtype, padding=1 + i % 4):
+        for outcome in check(sequences, eos_ids, dtype=dtype, padding=1 + i % 4):
             seen[outcome.why, len(outcome.new)] += 1
     assert {why for why, _ in seen} == {"all right", "wrong", "eos", "room", "no tokens"}
     assert {count for why, count in seen if why == "all right"} == set(range(1, 11))
 
 
-def test_no_sequences_are_no_fault(launches: Launches) -> None:
-    assert check([], [EOS], launches, most=3) == []
-
-
-def test_a_launch_reads_nothing_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of the meta device have no values: whoever asked for one would fail."""
-    asked: dict[str, Any] = {}
-
-    class Kernel:
-        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-            return lambda *arguments, **constants: asked.update(grid=grid, arguments=arguments, constants=constants)
-
-    monkeypatch.setattr(speculative_triton, "_verify_kernel", Kernel())
-    drafts, targets, finite = step([Drafted([5, 6, 7], [6, 7, 8])] * 5, [EOS], most=4)
-    moved = {f.name: getattr(drafts, f.name).to("meta") for f in fields(Drafts) if f.name != "most"}
-    found = speculative_triton.verify(Drafts(**moved, most=4), targets.to("meta"), finite.to("meta"))
-    assert asked["grid"] == (5,) and asked["constants"] == {"BLOCK": 8, "num_warps": 1}
-    assert all(getattr(found, f.name).is_meta for f in fields(Verified)) and found.new_tokens.shape == (5, 5)
+def test_no_sequences_are_no_fault() -> None:
+    assert check([], [EOS], most=3) == []
 
 
 VOCAB, STATES = 24, 97
@@ -322,7 +250,7 @@ class Toy:
                 texts[s].append(token)
         return texts
 
-    def drafted(self, draft: Drafter, verify: Verify) -> tuple[list[list[int]], int]:
+    def drafted(self, draft: Drafter) -> tuple[list[list[int]], int]:
         """Texts, and the steps that they took."""
         texts = [list(prompt) for prompt in self.prompts]
         steps = 0
@@ -380,8 +308,7 @@ def toy(temperature: float) -> Toy:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0], ids=["greedy", "top-p"])
-@pytest.mark.parametrize("verify", [speculative.verify, speculative_triton.verify], ids=["plain", "triton"])
-def test_no_drafter_changes_what_is_generated(verify: Verify, temperature: float, launches: Launches) -> None:
+def test_no_drafter_changes_what_is_generated(temperature: float) -> None:
     model = toy(temperature)
     texts = model.plainly()
     new = [len(text) - len(prompt) for text, prompt in zip(texts, model.prompts, strict=True)]
@@ -414,10 +341,8 @@ def test_no_drafter_changes_what_is_generated(verify: Verify, temperature: float
         return drafters[rng.integers(len(drafters))](s, text)
 
     def steps(drafter: Drafter) -> int:
-        launches.grids.clear()
-        found, count = model.drafted(drafter, verify)
+        found, count = model.drafted(drafter)
         assert found == texts
-        assert len(launches.grids) == (count if verify is speculative_triton.verify else 0), "the path that was meant"
         return count
 
     longest = max(new)

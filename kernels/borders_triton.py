@@ -1,0 +1,193 @@
+"""The borders of top-k and top-p in a row of logits, in Triton, without a sort.
+
+A pass over the vocabulary lists the largest tokens of each lane: lane l sees the tokens l, l + LANES, and so on, and
+keeps the `LISTED` largest. Few tokens pass the usual filters, so no lane meets more of them than it lists, and the
+border is found among listed tokens, in registers. Where a lane's list may be too short, passes that compare the whole
+vocabulary with `PIVOTS` numbers narrow the range down until a list of that range is long enough. No loop over the
+vocabulary reduces across lanes: that is done once, behind it.
+
+Logits are compared as integers in the same order (`ordered`), among which a search ends exactly.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: disable-error-code="assignment,misc"
+# ruff: noqa: RUF005 (a kernel cannot unpack tuples)
+
+import triton
+import triton.language as tl
+
+LISTED = tl.constexpr(6)
+"""Of 500 tokens that pass, 2,048 lanes list all but in one row of 1,600; of 1,000, but in one of 26."""
+PIVOTS = tl.constexpr(7)
+"""Three passes narrow a range to a 343rd."""
+NOTHING = tl.constexpr(-(1 << 63))  # the key of no token
+INFINITE = tl.constexpr(0x7F800000)  # `ordered` of infinity; that of NaN is larger
+MINUS_INFINITE = tl.constexpr(-0x7F800001)
+
+
+@triton.jit
+def ordered(b_x):
+    """Map float32 numbers to int32 in the same order; 0 and -0 become equal, and NaN the largest."""
+    b_bits = (b_x + 0.0).to(tl.int32, bitcast=True)  # -0 becomes 0
+    return tl.where(b_x == b_x, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
+def number(b_order):
+    """Return the float32 number that `ordered` maps to this."""
+    return (b_order ^ ((b_order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key(b_x, o_token):
+    """Join a number and a token id to an int64 whose maximum is the largest number, and of equals the smallest id."""
+    return (ordered(b_x).to(tl.int64) << 32) | (0x7FFFFFFF - o_token)
+
+
+@triton.jit
+def order_of(b_key):
+    """Return the `ordered` number of a key."""
+    return (b_key >> 32).to(tl.int32)
+
+
+@triton.jit
+def token_of(b_key):
+    """Return the token id of a key."""
+    return 0x7FFFFFFF - (b_key & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def largest(p_row, vocab, high, LANES: tl.constexpr):
+    """List the largest tokens of each lane whose order is below `high`, int64, in one pass.
+
+    Returns (`LISTED` keys of each lane in descending order, [LANES] each; the order of the row's least finite logit).
+    """
+    b_nothing = tl.full((LANES,), NOTHING, tl.int64)
+    keys = (b_nothing, b_nothing, b_nothing, b_nothing, b_nothing, b_nothing)
+    b_least = tl.full((LANES,), float("inf"), tl.float32)
+    for start in range(0, vocab, LANES):
+        o_v = start + tl.arange(0, LANES)
+        b_x = tl.load(p_row + o_v, o_v < vocab, float("-inf"))
+        b_finite = tl.where(b_x > float("-inf"), b_x, float("inf"))
+        b_least = tl.minimum(b_least, b_finite)
+        b_key = key(b_x, o_v)
+        b_key = tl.where((o_v < vocab) & (order_of(b_key) < high), b_key, NOTHING)
+        longer = ()
+        for level in tl.static_range(LISTED):
+            longer = longer + (tl.maximum(keys[level], b_key),)
+            b_key = tl.minimum(keys[level], b_key)
+        keys = longer
+    return keys, ordered(tl.min(b_least)).to(tl.int64)
+
+
+@triton.jit
+def last_of(keys):
+    """Return the largest order at which a lane's list ends: all tokens above it are listed."""
+    return order_of(tl.max(keys[LISTED - 1])).to(tl.int64)
+
+
+@triton.jit
+def weights_of(keys, most, temperature, counted):
+    """Return the listed tokens' weights, float32: 1 each if `counted`, else exp((logit - most) / temperature)."""
+    weights = ()
+    for level in tl.static_range(LISTED):
+        weights = weights + (weight(number(order_of(keys[level])), most, temperature, counted),)
+    return weights
+
+
+@triton.jit
+def weight(b_x, most, temperature, counted):
+    """Return 1 for each token if `counted`, else exp((logit - most) / temperature)."""
+    return tl.where(counted, 1.0, tl.exp((b_x - most) / temperature))
+
+
+@triton.jit
+def listed_from(keys, weights, order):
+    """Sum the weights of the listed tokens whose order is at least `order`."""
+    b_sum = tl.zeros(weights[0].shape, tl.float32)
+    for level in tl.static_range(LISTED):
+        b_sum += tl.where(order_of(keys[level]) >= order.to(tl.int32), weights[level], 0.0)
+    return tl.sum(b_sum)
+
+
+@triton.jit
+def border_in_list(keys, weights, wanted, low, high, above):
+    """Find the largest border in [low, high) from which on the weights sum to at least `wanted`.
+
+    `above` is the sum from `high` on. The border is right if it is not below `last_of(keys)`: from there on, tokens
+    that are not listed may only add to the sum.
+    """
+    while high - low > 1:
+        middle = (low + high) >> 1
+        enough = above + listed_from(keys, weights, middle) >= wanted
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit
+def _pivot(place, low, high, by_value):
+    """Return the order of a pivot in (low, high): the places from 1 to `PIVOTS` divide the range, the last is high - 1.
+
+    They stand in equal distances between the numbers if `by_value`, else between their orders.
+    """
+    last = high - 1
+    share = place.to(tl.float32) / PIVOTS
+    at_value = ordered(number(low.to(tl.int32)) * (1.0 - share) + number(last.to(tl.int32)) * share).to(tl.int64)
+    at_order = low + (last - low) * place // PIVOTS
+    order = tl.where(place < PIVOTS, tl.where(by_value, at_value, at_order), last)
+    return tl.minimum(tl.maximum(order, low + 1), last).to(tl.int32)
+
+
+@triton.jit
+def _narrow(p_row, vocab, most, temperature, counted, wanted, low, high, above, by_value, LANES: tl.constexpr):
+    """Narrow [low, high) down by one pass; return the new range, and the sum of all weights from its end on."""
+    b_zero = tl.zeros((LANES,), tl.float32)
+    orders, sums = (), ()
+    for place in tl.static_range(PIVOTS + 1):
+        orders = orders + (_pivot(tl.full((), place, tl.int64), low, high, by_value),)
+        sums = sums + (b_zero,)
+    for start in range(0, vocab, LANES):
+        o_v = start + tl.arange(0, LANES)
+        m_v = o_v < vocab
+        b_x = tl.load(p_row + o_v, m_v, float("-inf"))
+        b_order, b_weight = ordered(b_x), tl.where(m_v, weight(b_x, most, temperature, counted), 0.0)
+        added = ()
+        for place in tl.static_range(PIVOTS + 1):
+            added = added + (sums[place] + tl.where(b_order >= orders[place], b_weight, 0.0),)
+        sums = added
+    # One reduction for all pivots.
+    for _ in tl.static_range(3):
+        joined = ()
+        for place in tl.static_range(len(sums) // 2):
+            joined = joined + (tl.join(sums[place], sums[place + len(sums) // 2]),)
+        sums = joined
+    b_sum = tl.sum(tl.reshape(sums[0], [LANES, PIVOTS + 1]), 0)
+    b_order = _pivot(tl.arange(0, PIVOTS + 1).to(tl.int64), low, high, by_value).to(tl.int64)
+    b_enough = b_sum >= wanted
+    end = tl.min(tl.where(b_enough, high, b_order))
+    above = tl.maximum(above, tl.max(tl.where(b_enough, 0.0, b_sum)))
+    return tl.max(tl.where(b_enough, b_order, low)), end, above
+
+
+@triton.jit
+def border_in_vocabulary(p_row, vocab, most, temperature, counted, wanted, low, high, LANES: tl.constexpr):
+    """Find what `border_in_list` finds, in any row; no logit may lie from `high` on."""
+    above = 0.0
+    searching, by_value = True, True
+    while searching:
+        for _ in range(3):
+            if high - low > 1:
+                low, high, above = _narrow(
+                    p_row, vocab, most, temperature, counted, wanted, low, high, above, by_value, LANES
+                )
+        keys, _ = largest(p_row, vocab, high, LANES)
+        weights = weights_of(keys, most, temperature, counted)
+        found, last = border_in_list(keys, weights, wanted, low, high, above), last_of(keys)
+        searching = found < last
+        if searching:
+            above += listed_from(keys, weights, last + 1)
+            high = last + 1
+        low = found
+        by_value = False
+    return low
