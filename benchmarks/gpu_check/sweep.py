@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from gpu_check import ceilings
 from gpu_check.engines import release
 from gpu_check.paged import paged
 from gpu_check.session import Session, name_of
@@ -21,7 +20,7 @@ PLANS = "Attention with other numbers of items for each multiprocessor"
 
 def run(session: Session) -> None:
     """Decoding by tiles for few tokens, prompts by tiles for many, then decoding by numbers of items."""
-    ceiling, clock = ceilings.known(session), Clock(session)
+    clock = Clock(session)
     decode, prefill = steps(session)[:2]
     for step, kind in ((decode, "few"), (prefill, "many")):
         for kv in step.kv:
@@ -43,7 +42,6 @@ def run(session: Session) -> None:
             del case
             release(session)
     _plans(session, clock)
-    session.say(f"{ceiling}")
 
 
 def _with(shipped: Tiling, kind: str, tile: Tile) -> Tiling:

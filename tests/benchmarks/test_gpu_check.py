@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gpu_check import processes
+from gpu_check import processes, speed_attention, speed_products, tools
+from gpu_check.ceilings import Ceilings
 from gpu_check.findings import DEVICE_LOST, Findings
 from gpu_check.processes import Child, Found, run_parts
 from gpu_check.report import Results, markdown, stage_result
@@ -200,6 +202,69 @@ def test_the_last_launch_of_each_kernel_is_read_from_the_counters() -> None:
         {"kernel": "_sum_kernel", "grid": "(4, 1, 1)", "time, us": 2.25, "warps, %": 13.5},
         {"kernel": "_attention_kernel", "grid": "(512, 8, 1)", "time, us": 1240.1, "warps, %": 30.0},
     ]
+
+
+def test_figures_are_held_to_the_aims() -> None:
+    session, ceiling = Session(True, "2.2 kernels", 0.0), Ceilings(4e12, 800e12, 1600e12, 1600e12)
+
+    def timed(table: str, microseconds: float, rate: float, operations: float = 0.0, **columns: Any) -> None:
+        session.row(table, **columns, **{"p50, us": microseconds, "GB/s": rate, "TFLOP/s": operations})
+
+    timed(speed_attention.TITLE, 100.0, 3100.0, step="decode", by="batchinfer", cache="fp32")
+    timed(speed_attention.TITLE, 62.5, 2500.0, step="decode", by="batchinfer", cache="int8")
+    timed(speed_attention.TITLE, 50.0, 4000.0, step="decode", by="torch, MATH", cache="dense")
+    timed(speed_attention.TITLE, 500.0, 100.0, 480.0, step="prefill", by="batchinfer", cache="fp32")
+    timed(speed_products.TITLE, 10.0, 3000.0, layer="qkv", kind="w4a16", rows=16)
+    timed(speed_products.TITLE, 5.0, 2000.0, layer="out", kind="w4a16", rows=16)
+    timed(speed_products.TITLE, 99.0, 1.0, layer="out", kind="w4a16", rows=64)
+    speed_attention.judge(session, ceiling)
+    speed_products.judge(session, ceiling)
+    assert [(aim["measured"], aim["met"]) for aim in session.findings.aims] == [
+        ("78 %", True),  # 3.1 of 4 TB/s
+        ("1.60 times", False),  # 100 us beside 62.5
+        ("60 %", True),  # 480 of 800 TFLOP/s
+        ("67 %", True),  # 30 and 10 MB in 15 us
+    ]
+
+
+@pytest.fixture
+def sanitized(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Session]:
+    """Runs the part with a compute-sanitizer of these shell commands; without commands there is none."""
+
+    def sanitize(commands: str) -> Session:
+        if commands:
+            (tmp_path / "compute-sanitizer").write_text(f"#!/bin/sh\n{commands}\n")
+            (tmp_path / "compute-sanitizer").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path) + (":/bin:/usr/bin" if commands else ""))
+        session = Session(False, "1.3 memcheck", time.monotonic() + 1.5)
+        with session.case("memcheck"):
+            tools.run_memcheck(session)
+        return session
+
+    return sanitize
+
+
+def test_a_tool_that_is_missing_or_refused_is_skipped(sanitized: Callable[[str], Session]) -> None:
+    for commands, why in (
+        ("", "it is not on this machine"),
+        ("echo '========= Error: Device not supported'; exit 1", "it may not do its work here: ========= Error: Dev"),
+    ):
+        findings = sanitized(commands).findings
+        assert not findings.faults and not findings.tables
+        assert len(findings.notes) == 1
+        assert findings.notes[0].startswith(f"compute-sanitizer, memcheck was skipped: {why}")
+
+
+def test_what_a_tool_finds_is_a_fault(sanitized: Callable[[str], Session]) -> None:
+    fine = sanitized("echo case one; echo case two")
+    assert not fine.findings.faults
+    assert fine.findings.tables[tools.CHECKED] == [{"tool": "memcheck", "cases": 2, "ended": "exit code 0"}]
+    assert "after 1 cases" in sanitized("echo case one; exit 9").findings.faults[0]["error"]
+    assert "no case was run" in sanitized("true").findings.faults[0]["error"]
+    cut = sanitized("echo case one; sleep 60")
+    assert cut.stopped and not cut.findings.faults
+    assert cut.findings.tables[tools.CHECKED][0]["ended"] == "out of time"
+    assert sanitized("echo '========= Invalid __global__ read of size 4'; sleep 60").findings.faults
 
 
 WRITES = """
