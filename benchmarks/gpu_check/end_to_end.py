@@ -184,7 +184,10 @@ def _report(
     roofline = Roofline(model, _weight_bytes(model, weights), device)
     # What an average row has done is what it is held to: a run may have been cut.
     requests = Requests(max(1, ran.prompt_tokens // job.rows), max(1, ran.new_tokens // job.rows))
-    serial = job.rows * roofline.serial_seconds(requests, max(ran.largest_batch, 1))
+    bound, serial = (
+        job.rows * seconds(requests, max(ran.largest_batch, 1))
+        for seconds in (roofline.bound_seconds, roofline.serial_seconds)
+    )
     shared = engine.scheduler.admission.shared_tokens
     session.row(
         TITLE,
@@ -194,7 +197,7 @@ def _report(
         done=ran.rows,
         seconds=ran.seconds,
         **{"tokens/s": ran.total_rate, "new tokens/s": ran.new_rate},
-        **{"of the serial roofline, %": 100 * serial / ran.seconds},
+        **{"of the serial roofline, %": 100 * serial / ran.seconds, "of the bound, %": 100 * bound / ran.seconds},
         **{"largest batch": ran.largest_batch, "steps": ran.steps, "decoding": ran.decoding, "replayed": ran.replays},
         **{"of decoding replayed, %": 100 * ran.replays / max(ran.decoding, 1), "compiled meanwhile": ran.compiled},
         **{"drafts": ran.drafted, "accepted": ran.accepted, "prompt tokens shared so far": shared},
