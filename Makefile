@@ -50,10 +50,11 @@ bench-prediction: $(VENV)/dev.stamp demo/prompts.parquet
 	$(BIN)/python benchmarks/prediction.py --measure
 
 # On a machine with a GPU: the system's own Python, torch, Triton and transformers; nothing is installed or fetched.
-STAGES ?= 1,2,3,4,5,6
+# RUN=1 takes 7 minutes, RUN=2 takes 5; benchmarks/README.md has the others.
+RUN ?= 1
 
 gpu-check:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check/run.py --stages $(STAGES)
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu_check/run.py --run $(RUN)
 
 chaos: $(VENV)/dev.stamp
 	$(BIN)/python tests/chaos.py

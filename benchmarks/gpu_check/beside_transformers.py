@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from gpu_check import end_to_end
-from gpu_check.end_to_end import Job, Weights
 from gpu_check.engines import SMALLER, drive, random_prompts, release, requests_of, shape_of
+from gpu_check.jobs import Job
 from gpu_check.session import SHAPES, Session
 
 TITLE = "The same prompts through both"
@@ -159,16 +159,13 @@ def _static(model: Any, prompts: Prompts, new: int) -> int:
 
 def run_ours(session: Session) -> None:
     """The prompts that transformers had."""
-    theirs = [row for part in session.earlier for row in part["tables"].get(TITLE, [])]
+    theirs = session.rows(TITLE)
     rows = theirs[-1]["rows"] if theirs else session.pick(MOST, 2)
     prompt, new = session.pick((PROMPT, NEW), (6, 3))
-    for weights in (end_to_end.FP8, Weights("bf16, kv bf16", {"quantization": "none"}, "bf16", 2.0, 2.0)):
-        if weights is not end_to_end.FP8 and (session.smoke or session.left < 40):
-            session.findings.notes.append(f"{weights.name} was not run beside transformers: out of time")
-            continue
+    for weights in session.within_time((end_to_end.FP8, end_to_end.BF16)):
         with session.case(f"batchinfer, {weights.name}"), tempfile.TemporaryDirectory() as folder:
             model = shape_of(session, SHAPE, Path(folder))
-            engine = end_to_end.load(session, model, weights, (Job(rows, prompt, new),))
+            engine = end_to_end.load(session, model, weights, [Job("", rows, (prompt, prompt), (new, new), 60.0)])
             vocab = engine.runner.decoder.config.vocab_size
             ran = drive(session, engine, requests_of(random_prompts(rows, prompt, vocab), new), 60.0)
             del engine

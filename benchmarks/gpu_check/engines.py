@@ -2,13 +2,15 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from compile_check import kernels
 from gpu_check.session import Session
 
 from batchinfer.engine.config import EngineConfig
@@ -16,6 +18,8 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.own_engine import own_engine
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.transfer import Sampled
+from batchinfer.models.batch import Batch
 from batchinfer.text.tokenizer import Tokenizer
 
 SMALLER = {
@@ -87,7 +91,11 @@ class Ran:
     rows: int  # that came to their end
     largest_batch: int  # of rows side by side
     steps: int
+    decoding: int  # steps without prompt tokens
     replays: int
+    drafted: int
+    accepted: int
+    compiled: int  # kernels that were compiled meanwhile
     cut: bool  # whether the time was over before all was done
 
     @property
@@ -103,27 +111,55 @@ class Ran:
 
 def drive(session: Session, engine: Engine, requests: Requests, seconds: float) -> Ran:
     """Run requests to their end, or for so many seconds; what is then under way is dropped, and counted so far."""
-    table, replays = engine.table, engine.runner.steps.replays
-    prompt_tokens = new_tokens = rows = largest = steps = 0
+    table, stats = engine.table, engine._stats
+    before = (engine.runner.steps.replays, stats.drafted, stats.accepted, compiled_programs(session))
+    prompt_tokens = new_tokens = rows = largest = 0
+    lengths = np.diff(requests.offsets)
     session.synchronize()
     began = time.perf_counter()
-    engine.add(requests)
-    while engine.unfinished and time.perf_counter() - began < seconds:
-        done = engine.step()
-        steps += 1
-        largest = max(largest, int(table.active.sum()))
-        rows += len(done)
-        new_tokens += len(done.token_ids)
-        lengths = np.diff(requests.offsets)
-        prompt_tokens += int(lengths[np.isin(requests.rows, done.rows)].sum()) if len(done) else 0
-    session.synchronize()
+    with _launched(engine) as launched:
+        engine.add(requests)
+        while engine.unfinished and time.perf_counter() - began < seconds:
+            done = engine.step()
+            largest = max(largest, int(table.active.sum()))
+            rows += len(done)
+            new_tokens += len(done.token_ids)
+            prompt_tokens += int(lengths[np.isin(requests.rows, done.rows)].sum()) if len(done) else 0
+        session.synchronize()
     took = time.perf_counter() - began
     cut = engine.unfinished > 0
     running = np.flatnonzero(table.active)
     prompt_tokens += int(np.minimum(table.computed, table.prompt_length)[running].sum())
     new_tokens += int((table.length - table.prompt_length)[running].sum())
     drop(session, engine)
-    return Ran(took, prompt_tokens, new_tokens, rows, largest, steps, engine.runner.steps.replays - replays, cut)
+    after = (engine.runner.steps.replays, stats.drafted, stats.accepted, compiled_programs(session))
+    counts = (new - old for new, old in zip(after, before, strict=True))
+    return Ran(took, prompt_tokens, new_tokens, rows, largest, len(launched), launched.count(0), *counts, cut)
+
+
+@contextmanager
+def _launched(engine: Engine) -> Iterator[list[int]]:
+    """Prompt tokens of each step that is launched."""
+    found: list[int] = []
+    launch = engine.runner.launch
+
+    def counted(batch: Batch) -> Sampled:
+        found.append(batch.prompt_tokens)
+        return launch(batch)
+
+    engine.runner.launch = counted
+    try:
+        yield found
+    finally:
+        del engine.runner.launch
+
+
+def compiled_programs(session: Session) -> int:
+    """Programs of our kernels that this process has compiled or loaded so far."""
+    if session.smoke:
+        return 0
+    device = torch.cuda.current_device()
+    return sum(len(kernel.device_caches[device][0]) for kernel in {shipped.kernel for shipped in kernels(session.gpu)})
 
 
 def drop(session: Session, engine: Engine) -> None:

@@ -1,9 +1,9 @@
 """`Findings`: what a part of a stage has measured, checked and missed; plain lists, which are JSON as they stand."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 FAULTS_SHOWN = 4000
@@ -25,19 +25,28 @@ class Findings:
     aims: list[dict[str, Any]] = field(default_factory=list)
     faults: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    changed: Callable[[], None] = field(default=lambda: None, repr=False)  # called whenever something was found
 
     def row(self, table: str, **columns: Any) -> None:
         """A row of a table, in the order of the columns of its first row."""
         self.tables.setdefault(table, []).append(columns)
+        self.changed()
 
     def aim(self, aim: str, measured: str, met: bool) -> None:
         """What was wanted beside what came out. An aim that is missed is no fault."""
         self.aims.append({"aim": aim, "measured": measured, "met": bool(met)})
+        self.changed()
+
+    def note(self, text: str) -> None:
+        """A remark: what was left out, and why."""
+        self.notes.append(text)
+        self.changed()
 
     def fault(self, case: str, error: BaseException) -> None:
         """An error, by the case in which it happened."""
         text = "".join(traceback.format_exception(error))[-FAULTS_SHOWN:]
         self.faults.append({"case": case, "error": f"{type(error).__name__}: {error}"[:500], "traceback": text})
+        self.changed()
 
     @contextmanager
     def case(self, name: str) -> Iterator[None]:
@@ -53,7 +62,7 @@ class Findings:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        return {"tables": self.tables, "aims": self.aims, "faults": self.faults, "notes": self.notes}
 
 
 def device_answers() -> bool:

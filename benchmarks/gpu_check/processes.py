@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,17 @@ from gpu_check.findings import DEVICE_LOST, Findings
 from gpu_check.stages import Stage
 
 RUN = Path(__file__).resolve().with_name("run.py")
-LEFT_FOR_A_PART = 20.0
-"""Seconds that each part leaves to every part after it; with less than that left, a part is not begun."""
-SIDE_BY_SIDE = {"OMP_NUM_THREADS": "2"}
+LEAST = 8.0
+"""Seconds: with less than that left, a process is not begun."""
+LOOK = 1.0
+"""Seconds between two looks at what processes have found so far."""
+SIDE_BY_SIDE = {"OMP_NUM_THREADS": "1"}
+Found = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Child:
-    """A process that runs parts one after the other, and after each writes what they have found into `file`."""
+    """A process that runs parts one after the other, and writes what they have found so far into `file`."""
 
     process: subprocess.Popen[bytes]
     file: Path
@@ -30,86 +33,96 @@ class Child:
     until: float
 
 
-def run_parts(stage: Stage, smoke: bool, folder: Path, seconds: float) -> list[dict[str, Any]]:
-    """What each part of a stage has found, in their order; a part that did not end says why."""
-    until = time.monotonic() + seconds
-    if smoke or stage.how == "together":
-        return _in_turn(stage, [tuple(stage.parts)], smoke, folder, until)
-    groups = [(name,) for name in stage.parts]
-    if stage.how == "apart":
-        return _in_turn(stage, groups, smoke, folder, until)
-    found: list[dict[str, Any]] = []
-    children = [_start(stage, group, smoke, folder / f"{i}.json", until) for i, group in enumerate(groups)]
-    for child in children:
-        found += _after(child)
-    return found
+def run_parts(
+    stage: Stage, smoke: bool, folder: Path, until: float, earlier: Path, progress: Callable[[Found], None]
+) -> Found:
+    """Return what each part of a stage has found, in their order; a part that did not end says why.
+
+    `until` is a time of `time.monotonic()`. `progress` gets what has been found so far, about once a second.
+    """
+    groups = [(name,) for name in stage.parts] if stage.at_once and not smoke else [tuple(stage.parts)]
+    children: dict[int, Child] = {}
+    rest = dict(enumerate(groups))
+    found: dict[int, Found] = {i: [] for i in rest}
+    try:
+        while rest or children:
+            for i, parts in rest.items():
+                if until - time.monotonic() < LEAST:
+                    found[i] += [_not_run(part, "out of time") for part in parts]
+                else:
+                    children[i] = _start(stage, parts, smoke, folder / f"{i}.json", until, earlier)
+            rest = {}
+            for i, child in list(children.items()):
+                if child.process.poll() is None and time.monotonic() < child.until:
+                    continue
+                found[i] = _after(children.pop(i))
+                child.file.write_text(json.dumps(found[i]))
+                done = {part["part"] for part in found[i]}
+                if left := tuple(part for part in child.parts if part not in done):
+                    rest[i] = left
+            progress([part for i in found for part in (_read(children[i].file) if i in children else found[i])])
+            if children and not rest:
+                _wait(list(children.values()), min(LOOK, max(0.0, until - time.monotonic())))
+    finally:
+        for child in children.values():
+            _end(child.process)
+    return [part for i in found for part in found[i]]
 
 
-def _in_turn(
-    stage: Stage, groups: Sequence[tuple[str, ...]], smoke: bool, folder: Path, until: float
-) -> list[dict[str, Any]]:
-    """One process for each group; for what is left of a group whose process died, another one."""
-    file = folder / "parts.json"
-    waiting = list(groups)
-    while waiting:
-        parts, *waiting = waiting
-        left = until - time.monotonic()
-        if left < LEFT_FOR_A_PART:
-            found = [*_read(file), *(_not_run(part, "out of time") for part in parts)]
-            file.write_text(json.dumps(found))
-            continue
-        ends = until - LEFT_FOR_A_PART * len(waiting) if left > LEFT_FOR_A_PART * (len(waiting) + 1) else until
-        found = _after(_start(stage, parts, smoke, file, ends))
-        file.write_text(json.dumps(found))
-        done = {part["part"] for part in found}
-        if rest := tuple(part for part in parts if part not in done):
-            waiting.insert(0, rest)
-    return _read(file)
-
-
-def _start(stage: Stage, parts: tuple[str, ...], smoke: bool, file: Path, until: float) -> Child:
-    command = [sys.executable, str(RUN), "--child", str(stage.number), "--parts", json.dumps(parts)]
-    command += ["--into", str(file), "--seconds", str(until - time.monotonic())]
+def _start(stage: Stage, parts: tuple[str, ...], smoke: bool, file: Path, until: float, earlier: Path) -> Child:
+    command = [sys.executable, str(RUN), "--child", stage.name, "--parts", json.dumps(parts), "--into", str(file)]
+    command += ["--earlier", str(earlier), "--seconds", str(until - time.monotonic())]
     if smoke:
         command.append("--smoke")
-    environment = {**os.environ, **(SIDE_BY_SIDE if stage.how == "at once" else {})}
+    environment = {**os.environ, **(SIDE_BY_SIDE if stage.at_once else {})}
     return Child(subprocess.Popen(command, start_new_session=True, env=environment), file, parts, until)
 
 
-def _after(child: Child) -> list[dict[str, Any]]:
-    """Wait for a process, and end it when its time is over; the first part that it did not end says what happened."""
-    why = ""
-    try:
-        code = child.process.wait(max(0.0, child.until - time.monotonic()))
-        why = f"its process was killed by signal {-code}" if code < 0 else f"its process ended with code {code}"
-    except subprocess.TimeoutExpired:
+def _wait(children: list[Child], seconds: float) -> None:
+    """Until one of them ends, or for so long."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends and all(child.process.poll() is None for child in children):
+        time.sleep(0.02)
+
+
+def _after(child: Child) -> Found:
+    """What a process has found that ended or whose time is over; the first part that it did not end says why."""
+    if (code := child.process.poll()) is None:
         why = "it was out of time, and its process was ended"
-    finally:
-        if child.process.poll() is None:
-            _end(child.process)
+        _end(child.process)
+    else:
+        why = f"its process was killed by signal {-code}" if code < 0 else f"its process ended with code {code}"
     found = _read(child.file)
+    for part in found:
+        if part["status"] == "under way":
+            part["faults"].append(_fault(part["part"], why))
+            part["status"] = "failed"
+            return found
     done = {part["part"] for part in found}
-    rest = [part for part in child.parts if part not in done]
+    missing = [part for part in child.parts if part not in done]
     # A process whose device was lost has written so, and ended before it began the next part.
-    if rest and not (child.process.returncode == DEVICE_LOST and done & set(child.parts)):
-        found.append(_died(rest[0], why))
+    if missing and not (child.process.returncode == DEVICE_LOST and done & set(child.parts)):
+        findings = Findings(faults=[_fault(missing[0], why)])
+        found.append({"part": missing[0], "status": "failed", "seconds": None, **findings.as_dict()})
     return found
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """A process that we started, and those that it started."""
+    if process.poll() is not None:
+        return
     os.killpg(process.pid, signal.SIGTERM)
     try:
-        process.wait(10)
+        process.wait(2)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _died(part: str, why: str) -> dict[str, Any]:
+def _fault(part: str, why: str) -> dict[str, str]:
     findings = Findings()
     findings.fault(part, RuntimeError(why))
-    return {"part": part, "status": "failed", "seconds": None, **findings.as_dict()}
+    return findings.faults[0]
 
 
 def _not_run(part: str, why: str) -> dict[str, Any]:
@@ -117,8 +130,8 @@ def _not_run(part: str, why: str) -> dict[str, Any]:
     return {"part": part, "status": "not run", "seconds": None, **findings.as_dict()}
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
+def _read(file: Path) -> Found:
     if not file.exists():
         return []
-    found: list[dict[str, Any]] = json.loads(file.read_text())
+    found: Found = json.loads(file.read_text())
     return found

@@ -16,8 +16,9 @@ def stage_result(title: str, seconds: float, parts: Sequence[Mapping[str, Any]])
         for name, rows in part["tables"].items():
             tables.setdefault(name, []).extend(rows)
     gathered = {key: [found for part in parts for found in part[key]] for key in ("aims", "faults", "notes")}
-    status = "failed" if gathered["faults"] else "ok"
-    if status == "ok" and any(part["status"] == "not run" for part in parts):
+    ended = [part["status"] for part in parts]
+    status = "failed" if gathered["faults"] else "under way" if "under way" in ended else "ok"
+    if status == "ok" and {"not run", "stopped at its time"} & set(ended):
         status = "not all of it was run"
     return {
         "title": title,
@@ -39,12 +40,17 @@ class Results:
         if self.json_file.exists():
             self.stages = json.loads(self.json_file.read_text())["stages"]
 
-    def put(self, number: int, stage: Stage) -> None:
-        """Replace a stage, and write both files."""
-        self.stages[str(number)] = stage
+    def put(self, name: str, stage: Stage) -> None:
+        """Replace a stage, and write both files; a process that is killed meanwhile leaves the files as they were."""
+        self.stages[name] = stage
         self.stages = dict(sorted(self.stages.items()))
-        self.json_file.write_text(json.dumps({"stages": self.stages}, indent=1) + "\n")
-        self.page_file.write_text(self.page())
+        for file, text in (
+            (self.json_file, json.dumps({"stages": self.stages}, indent=1) + "\n"),
+            (self.page_file, self.page()),
+        ):
+            whole = file.with_suffix(".new")
+            whole.write_text(text)
+            whole.rename(file)
 
     def page(self) -> str:
         """The markdown."""
@@ -55,27 +61,27 @@ class Results:
             "",
         ]
         lines += [*_conditions(self.stages), *self._overview()]
-        for number, stage in self.stages.items():
-            lines += _stage(number, stage)
+        for name, stage in self.stages.items():
+            lines += _stage(name, stage)
         return "\n".join(lines).rstrip() + "\n"
 
     def summary(self) -> str:
         """What belongs on a screen: stages, aims, and a line for each fault."""
         faults = [
-            f"stage {number}, {fault['case']}: {fault['error']}"
-            for number, stage in self.stages.items()
+            f"stage {name}, {fault['case']}: {fault['error']}"
+            for name, stage in self.stages.items()
             for fault in stage["faults"]
         ]
         return "\n".join([*self._overview(), *faults]).rstrip()
 
     def _overview(self) -> list[str]:
         stages = [
-            {"stage": number, "what": stage["title"], "status": stage["status"], "seconds": stage["seconds"]}
-            for number, stage in self.stages.items()
+            {"stage": name, "what": stage["title"], "status": stage["status"], "seconds": stage["seconds"]}
+            for name, stage in self.stages.items()
         ]
         aims = [
-            {"aim": aim["aim"], "measured": aim["measured"], "met": "yes" if aim["met"] else "no", "stage": number}
-            for number, stage in self.stages.items()
+            {"aim": aim["aim"], "measured": aim["measured"], "met": "yes" if aim["met"] else "no", "stage": name}
+            for name, stage in self.stages.items()
             for aim in stage["aims"]
         ]
         none = ["None of the stages that ran has one."]
@@ -85,14 +91,14 @@ class Results:
 def _conditions(stages: Mapping[str, Stage]) -> list[str]:
     """Each set of conditions once, with the stages that ran under it; their dates aside."""
     groups: dict[str, list[str]] = {}
-    for number, stage in stages.items():
+    for name, stage in stages.items():
         ran = ", ".join(f"{key} {value}" for key, value in stage["conditions"].items() if key != "date")
-        groups.setdefault(ran, []).append(f"{number} on {stage['conditions'].get('date', 'unknown')}")
+        groups.setdefault(ran, []).append(f"{name} on {stage['conditions'].get('date', 'unknown')}")
     return [line for ran, ofs in groups.items() for line in (f"{ran}. Stages: {'; '.join(ofs)}.", "")]
 
 
-def _stage(number: str, stage: Stage) -> list[str]:
-    lines = [f"## {number}. {stage['title']}", "", f"{stage['status']}, {stage['seconds']} s. Parts: "]
+def _stage(name: str, stage: Stage) -> list[str]:
+    lines = [f"## {name}. {stage['title']}", "", f"{stage['status']}, {stage['seconds']} s. Parts: "]
     lines[-1] += ", ".join(f"{part['part']} {part['status']}" for part in stage["parts"]) + "."
     lines += ["", *(f"- {note}" for note in stage["notes"]), *([""] if stage["notes"] else [])]
     for title, rows in stage["tables"].items():
@@ -103,7 +109,7 @@ def _stage(number: str, stage: Stage) -> list[str]:
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table, with the columns of all rows in the order in which they come up; numbers to the right."""
+    """A table, with the columns of all rows in the order in which they come up; names to the right."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     numeric = {c for c in columns if all(isinstance(row.get(c, 0), int | float | None) for row in rows)}
     lines = ["| " + " | ".join(columns) + " |", "|" + "".join("---:|" if c in numeric else "---|" for c in columns)]

@@ -21,7 +21,7 @@ NEW_TOKENS = range(1, 10)
 def run_products(session: Session) -> None:
     """Every kind of product, with as many rows as sequences times query tokens make."""
     errors = Errors(session)
-    for kind, (product, rows_of) in _products(session).items():
+    for kind, (product, rows_of) in session.within_time(_products(session).items()):
         with session.case(f"{kind}: a row in batches"):
             x = rows_of()
             whole = product(x)
@@ -87,7 +87,7 @@ def run_attention(session: Session) -> None:
     errors = Errors(session)
     rng = np.random.default_rng(0)
     for kv in (session.dtype, torch.int8, torch.float8_e4m3fn):
-        for new in session.pick(NEW_TOKENS, (1, 3)):
+        for new in session.within_time(session.pick(NEW_TOKENS, (1, 3))):
             with session.case(f"attention in batches, {new} new tokens, cache in {name_of(kv)}"):
                 count, longest = session.pick(512, 4), session.pick(700, 80)
                 rows = [(int(c), new) for c in rng.integers(new, longest, count)]
@@ -111,14 +111,9 @@ def _attention_in_batches(session: Session, errors: Errors, case: Paged, new: in
 
 
 def _deterministic(session: Session, case: Paged) -> Tensor:
-    from batchinfer.kernels.attention_plan import plan_attention
-    from batchinfer.kernels.attention_triton import paged_attention, tiling
+    from batchinfer.kernels.attention_triton import paged_attention
 
-    heads, head_dim = case.query.shape[1:]
-    kv_heads = case.cache.key.shape[1]
-    tiles = tiling(head_dim, heads // kv_heads, case.cache.key_scale is not None)
-    plan = plan_attention(case.batch, heads, kv_heads, None, tiles, None)
-    return paged_attention(case.query, case.cache, plan, case.scale)
+    return paged_attention(case.query, case.cache, case.plan(session, None), case.scale)
 
 
 def run_model(session: Session) -> None:
@@ -129,7 +124,7 @@ def run_model(session: Session) -> None:
     if session.smoke:
         kinds = {"as it is": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for kind, settings in kinds.items():
+        for kind, settings in session.within_time(kinds.items()):
             with session.case(f"logits of a model, {kind}"):
                 model = small_model(session, Path(folder), settings.pop("shape", "llama-3-8b"))
                 _model(session, errors, kind, model, settings)

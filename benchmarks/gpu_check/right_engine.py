@@ -30,18 +30,18 @@ def run_logits(session: Session) -> None:
     lengths = session.pick((1, 31, 32, 33, 63, 64, 65, 128, 129, 400, 777), (1, 65))
     with tempfile.TemporaryDirectory() as name:
         folder, vocab = Path(name), session.pick(8192, 320)
-        exact = _oracle(session, write_model(session, folder), torch.float32)
+        exact = oracle(session, write_model(session, folder), torch.float32)
         prompts = [np.random.default_rng(n).integers(2, vocab, n).tolist() for n in lengths]
-        theirs = _oracle(session, folder, torch.bfloat16)
+        theirs = oracle(session, folder, torch.bfloat16)
         session.say("transformers is there")
-        for dtype in dict.fromkeys((torch.float32, session.dtype)):
+        for dtype in session.within_time(dict.fromkeys((session.dtype, torch.float32))):
             with session.case(f"logits in {name_of(dtype)}"):
-                engine = _engine(session, folder, dtype)
-                pairs = list(_logits(session, engine, prompts))
+                engine = engine_on(session, folder, dtype)
+                pairs = list(logits_of(session, engine, prompts))
                 known, ours = [tokens for tokens, _ in pairs], torch.stack([logits for _, logits in pairs])
-                expected = torch.stack([_last_logits(exact, tokens) for tokens in known])
-                in_16_bits = torch.stack([_last_logits(theirs, tokens) for tokens in known])
-                error, other = _error(ours, expected), _error(in_16_bits, expected)
+                expected = torch.stack([last_logits(exact, tokens) for tokens in known])
+                in_16_bits = torch.stack([last_logits(theirs, tokens) for tokens in known])
+                error, other = relative_error(ours, expected), relative_error(in_16_bits, expected)
                 session.row(
                     "Logits against transformers in float32",
                     type=name_of(dtype),
@@ -66,15 +66,15 @@ def run_greedy(session: Session) -> None:
     texts = [text[max(0, cut - 60 - 17 * i) : cut] for i, cut in enumerate(cuts)]
     flat, offsets = Tokenizer.load(TARGET).encode_batch(texts)
     prompts = [flat[a:b].tolist() for a, b in pairwise(offsets)]
-    exact = _oracle(session, TARGET, torch.float32)
+    exact = oracle(session, TARGET, torch.float32)
     greedy = [_greedy(exact, prompt, new) for prompt in prompts]
     session.say("transformers in float32")
     if not session.smoke:
-        theirs = _oracle(session, TARGET, torch.bfloat16)
+        theirs = oracle(session, TARGET, torch.bfloat16)
         _agreement(session, "transformers bf16", [_greedy(theirs, prompt, new) for prompt in prompts], greedy)
-    for dtype in dict.fromkeys((torch.float32, session.dtype)):
+    for dtype in session.within_time(dict.fromkeys((session.dtype, torch.float32))):
         with session.case(f"greedy tokens in {name_of(dtype)}"):
-            found = tokens_of(_engine(session, TARGET, dtype), requests_of(prompts, new))
+            found = tokens_of(engine_on(session, TARGET, dtype), requests_of(prompts, new))
             share = _agreement(
                 session, f"batchinfer {name_of(dtype)}", [found[row] for row in range(len(prompts))], greedy
             )
@@ -114,20 +114,22 @@ def run_graphs(session: Session) -> None:
         mixed = [rng.integers(2, vocab, int(n)).tolist() for n in rng.integers(1, session.pick(300, 40), rows - 1)]
         # As many rows as a recorded step has: products see the same number of rows both ways. With others beside them
         # bits are the same only where the engine is deterministic.
-        for case, prompts, settings in (
-            ("rows that fill a recorded size", same, {}),
-            ("any number of rows, deterministic", mixed, {"deterministic": True}),
+        for case, prompts, settings in session.within_time(
+            (
+                ("rows that fill a recorded size", same, {}),
+                ("any number of rows, deterministic", mixed, {"deterministic": True}),
+            )
         ):
-            for temperature in session.pick((0.0, 0.8), (0.8,)):
+            for temperature in session.within_time(session.pick((0.0, 0.8), (0.8,))):
                 with session.case(f"graphs, {case}, temperature {temperature}"):
                     requests = requests_of(prompts, new, temperature=temperature)
                     often = cuda_graphs.RECORD_AFTER if not session.smoke else 2
                     with _recorded_after(often):
-                        engine = _engine(session, model, session.dtype, **settings)
+                        engine = engine_on(session, model, session.dtype, **settings)
                         replayed, replays = tokens_of(engine, requests), engine.runner.steps.replays
                         shapes = len(engine.runner.steps.recordings)
                     with _recorded_after(1 << 60):
-                        engine = _engine(session, model, session.dtype, **settings)
+                        engine = engine_on(session, model, session.dtype, **settings)
                         eager, none = tokens_of(engine, requests), engine.runner.steps.replays
                     session.row(
                         "Tokens with steps replayed, and without",
@@ -162,15 +164,14 @@ def run_alone(session: Session) -> None:
         rng = np.random.default_rng(4)
         rows, new = session.pick((24, 32), (2, 3))
         prompts = [rng.integers(2, 300, int(n)).tolist() for n in rng.integers(1, session.pick(400, 40), rows)]
-        for kind, settings in session.pick(
-            {"bf16": {}, "w8a8-fp8": {"quantization": "w8a8-fp8"}, "kv int8": {"kv_cache_dtype": "int8"}}, {"fp32": {}}
-        ).items():
-            for temperature in session.pick((0.0, 0.8), (0.8,)):
+        kinds = {"bf16": {}, "w8a8-fp8": {"quantization": "w8a8-fp8"}, "kv int8": {"kv_cache_dtype": "int8"}}
+        for kind, settings in session.within_time(session.pick(kinds, {"fp32": {}}).items()):
+            for temperature in session.within_time(session.pick((0.0, 0.8), (0.8,))):
                 with session.case(f"alone and together, {kind}, temperature {temperature}"):
                     requests = requests_of(prompts, new, temperature=temperature)
                     settings = {"deterministic": True, **settings}
-                    together = tokens_of(_engine(session, model, session.dtype, **settings), requests)
-                    alone = tokens_of(_engine(session, model, session.dtype, max_num_seqs=1, **settings), requests)
+                    together = tokens_of(engine_on(session, model, session.dtype, **settings), requests)
+                    alone = tokens_of(engine_on(session, model, session.dtype, max_num_seqs=1, **settings), requests)
                     equal = sum(together[row] == alone[row] for row in together)
                     session.row(
                         "Deterministic rows alone and together",
@@ -207,7 +208,7 @@ def write_model(session: Session, folder: Path) -> Path:
     return folder
 
 
-def _engine(session: Session, model: Path, dtype: torch.dtype, **settings: Any) -> Engine:
+def engine_on(session: Session, model: Path, dtype: torch.dtype, **settings: Any) -> Engine:
     longest = min(1024, json.loads((model / "config.json").read_text())["max_position_embeddings"])
     base = {"max_model_len": longest, "max_num_seqs": 64, "max_num_batched_tokens": 2048, "kv_cache_tokens": 32768}
     if session.smoke:
@@ -216,7 +217,7 @@ def _engine(session: Session, model: Path, dtype: torch.dtype, **settings: Any) 
         "quantization", "none"), **{**base, **settings})  # fmt: skip
 
 
-def _logits(session: Session, engine: Engine, prompts: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
+def logits_of(session: Session, engine: Engine, prompts: list[list[int]]) -> Iterator[tuple[list[int], Tensor]]:
     """(all tokens before it, our logits [V]) of the first and the second new token of each prompt."""
     engine.add(requests_of(prompts, 2))
     while (batch := engine.scheduler.schedule()) is not None:
@@ -229,7 +230,7 @@ def _logits(session: Session, engine: Engine, prompts: list[list[int]]) -> Itera
                 engine.scheduler.finish(place)
 
 
-def _oracle(session: Session, model: Path, dtype: torch.dtype) -> Any:
+def oracle(session: Session, model: Path, dtype: torch.dtype) -> Any:
     import transformers
 
     torch.set_float32_matmul_precision("highest")
@@ -237,7 +238,7 @@ def _oracle(session: Session, model: Path, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def _last_logits(model: Any, tokens: list[int]) -> Tensor:
+def last_logits(model: Any, tokens: list[int]) -> Tensor:
     return model(torch.tensor([tokens], device=model.device)).logits[0, -1].float()
 
 
@@ -252,5 +253,5 @@ def _greedy(model: Any, prompt: list[int], new: int) -> list[int]:
     return found
 
 
-def _error(found: Tensor, expected: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())

@@ -17,7 +17,7 @@ def run(session: Session) -> None:
     """Norm with and without a residual, activation, quantization: to their own type and to 8 bits."""
     errors = Errors(session)
     shapes = session.pick([(1, 64), (17, 63), (5, 1000), (70, 4096), (3, 14336)], [(1, 64), (3, 63)])
-    for dtype, (rows, columns) in product(session.dtypes, shapes):
+    for dtype, (rows, columns) in session.within_time(product(session.dtypes, shapes)):
         session.say(f"{name_of(dtype)} [{rows}, {columns}]")
         for out in (dtype, *EIGHT_BITS):
             with session.case(f"rows in {name_of(dtype)} [{rows}, {columns}] to {name_of(out)}"), poisoned():
@@ -85,7 +85,9 @@ def run_rotation(session: Session) -> None:
     """Queries rotated, keys and values in their places, in every type of the cache; and nothing else written."""
     errors = Errors(session)
     heads = session.pick([(6, 2, 64), (5, 5, 80), (3, 1, 96), (8, 2, 128), (4, 1, 256)], [(3, 1, 16)])
-    for dtype, (q_heads, kv_heads, head_dim), normed in product(session.dtypes, heads, (False, True)):
+    for dtype, (q_heads, kv_heads, head_dim), normed in session.within_time(
+        product(session.dtypes, heads, (False, True))
+    ):
         if dtype != session.dtypes[0] and head_dim not in (16, 80, 128):
             continue  # one type in all sizes, all types in some
         for kv in (dtype, *EIGHT_BITS):
@@ -110,6 +112,7 @@ def _rotation(
 ) -> None:
     from batchinfer.kernels.kv_cache import KVCache
     from batchinfer.kernels.kv_cache_triton import rotate_and_store
+    from batchinfer.kernels.ragged_attention import _positions as stored_positions
 
     tokens, block_size = session.pick(70, 7), 16
     qkv = _random(session, dtype, tokens, (heads + 2 * kv_heads) * head_dim, seed=1)
@@ -133,24 +136,25 @@ def _rotation(
         )
     query, key = _rotated(query, angles), _rotated(key, angles)
     errors.close("rotate_and_store, queries", name_of(dtype), found, query, 2 * TOLERANCE[dtype])
-    where = (slots // block_size, slice(None), slots % block_size)
-    kind = f"{name_of(dtype)}, cache {name_of(kv)}"
-    for part, pool, scales, expected in (
-        ("keys", cache.key, cache.key_scale, key),
-        ("values", cache.value, cache.value_scale, value),
-    ):
+    kind, size = f"{name_of(dtype)}, cache {name_of(kv)}", 10 * block_size
+    every = torch.arange(10, device=session.device)
+    for part, scales, expected in (("key", cache.key_scale, key), ("value", cache.value_scale, value)):
+        stored = stored_positions(cache, every, part, size, torch.float64)[slots]
         if scales is None:
-            errors.close(f"rotate_and_store, {part}", kind, pool[where], expected, 2 * TOLERANCE[dtype])
-        else:
-            # Off by half a step of the type, and by what the stream's type rounds before.
-            bytes_of = pool.view(torch.uint8)[where]
-            stored = bytes_of.view(pool.dtype).float().double() * scales[where][..., None].double()
-            tolerance = (0.02 if kv == torch.int8 else 0.035) + TOLERANCE[dtype]
-            errors.close(f"rotate_and_store, {part}", kind, stored, expected, tolerance)
-            exact = expected.to(dtype).double().abs().amax(-1) / (127 if kv == torch.int8 else 448)
-            errors.close(f"rotate_and_store, scales of {part}", kind, scales[where], exact, 3 * TOLERANCE[dtype])
-        pool.view(torch.uint8)[where] = untouched
-        assert bool((pool.view(torch.uint8) == untouched).all()), "something else was written"
+            errors.close(f"rotate_and_store, {part}s", kind, stored, expected, 2 * TOLERANCE[dtype])
+            continue
+        # Off by half a step of the type, and by what the stream's type rounds before.
+        tolerance = (0.02 if kv == torch.int8 else 0.035) + TOLERANCE[dtype]
+        errors.close(f"rotate_and_store, {part}s", kind, stored, expected, tolerance)
+        exact = expected.to(dtype).double().abs().amax(-1) / (127 if kv == torch.int8 else 448)
+        found_scales = scales[slots // block_size, :, slots % block_size]
+        errors.close(f"rotate_and_store, scales of {part}s", kind, found_scales, exact, 3 * TOLERANCE[dtype])
+    cache.clear_slots(slots)
+    for pool in (cache.key, cache.value):
+        left = pool.view(torch.uint8)
+        written = left != untouched
+        assert not bool(left[written].any()), "something else was written"
+        assert int(written.sum()) == tokens * kv_heads * head_dim * kv.itemsize, "something else was written"
 
 
 def _rotated(x_THd: Tensor, angles_Td: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ FILTERS: dict[str, dict[str, list[float]]] = {
 
 def run(session: Session) -> None:
     """Filters, flags, greedy."""
-    for vocab, rows in session.pick([(320, 240), (1000, 240), (128256, 24)], [(100, 5)]):
+    for vocab, rows in session.within_time(session.pick([(320, 240), (1000, 240), (128256, 24)], [(100, 5)])):
         for name, columns in FILTERS.items():
             with session.case(f"sampling, {name}, {vocab} tokens"):
                 _filters(session, name, columns, vocab, rows)

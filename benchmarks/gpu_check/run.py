@@ -1,12 +1,15 @@
 """All that can be found out about batchinfer only on a GPU: whether its kernels are right there, and how fast they are.
 
-    PYTHONPATH=. python3 benchmarks/gpu_check/run.py [--stages 1,2] [--out FOLDER] [--smoke]
+    PYTHONPATH=. python3 benchmarks/gpu_check/run.py --run 1 [--out FOLDER] [--smoke]
 
-1 kernels against references, 2 the engine against transformers, 3 kernels against ceilings, 4 jobs end to end, 5 beside
-transformers' continuous batching, 6 inside a step. Each takes less than four minutes on an H100. Writes gpu_check.json
-and gpu_check.md, in which stages that ran before stay. Exit code 1 if a stage failed, 2 without a device.
+Run 1, at most 7 minutes: compiles every kernel in 16 processes, measures what the device can do, runs small cases
+under compute-sanitizer, and compares kernels with float64 and engines with transformers. Run 2, at most 5 minutes:
+kernels beside ceilings and the vendor's, jobs end to end on the shape of Llama-3-8B, the slowest kernels under ncu.
+`--run transformers` compares with transformers' continuous batching, and `--run sweep` tries other tiles.
 
-`--smoke` runs all lines that need no device, on the CPU and in Triton's interpreter; its figures mean nothing.
+gpu_check.json and gpu_check.md are written as figures come, and what other runs have found stays in them. Exit code 1
+if something failed, 2 without a device. `--smoke` runs all lines that need no device, on the CPU and in Triton's
+interpreter; its figures mean nothing.
 """
 
 import argparse
@@ -20,7 +23,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-SMOKE = {"TRITON_INTERPRET": "1", "BATCHINFER_KERNELS": "triton", "CUDA_VISIBLE_DEVICES": ""}
+KERNELS = {"TRITON_INTERPRET": "1", "BATCHINFER_KERNELS": "triton"}
+# The interpreter multiplies by NumPy's OpenBLAS, whose code for newer processors adds up a row in an order that depends
+# on the row's place in the tile: on a GPU it does not, and rows are held to that.
+SMOKE = {**KERNELS, "CUDA_VISIBLE_DEVICES": "", "OPENBLAS_CORETYPE": "Nehalem"}
+SMOKE_SECONDS = 2400
+"""That a stage may take in a smoke test."""
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 # Without these the profiler may tear down what recorded graphs depend on.
 PROFILED = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
@@ -28,54 +36,64 @@ PROFILED = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code."""
+    began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", default="", help="numbers, with commas between; all of them if not given")
+    parser.add_argument("--run", default="1", help="1, 2, transformers or sweep; 1 if not given")
     parser.add_argument("--out", type=Path, help="folder of the results; benchmarks/results if not given")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, in small sizes, for tests")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--parts", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, help="that a stage may take; 240 if not given")
+    for hidden, kind in (("child", str), ("parts", json.loads), ("into", Path), ("earlier", Path), ("seconds", float)):
+        parser.add_argument(f"--{hidden}", type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--cases", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    for name in SMOKE.keys() - {"CUDA_VISIBLE_DEVICES"}:
+    for name in KERNELS:
         os.environ.pop(name, None)
     os.environ.update({**QUIET, **PROFILED, **(SMOKE if args.smoke else {})})
     _find_modules()
-    from gpu_check.stages import SECONDS, stages_of
+    if args.cases:  # in a process that a tool watches
+        from gpu_check.watched import run_cases
 
-    try:
-        stages = stages_of(args.child or args.stages)
-    except ValueError as error:
-        print(f"gpu_check: {error}", file=sys.stderr)
-        return 2
+        return run_cases(args.smoke, args.cases)
+    from gpu_check.stages import run_of, stage_of
+
     if args.child:
         from gpu_check.child import run_child
 
-        return run_child(stages[0], args.parts, args.smoke, args.into, args.seconds)
+        return run_child(stage_of(args.child), args.parts, args.smoke, args.into, args.seconds, args.earlier)
+    try:
+        run = run_of(args.run)
+    except ValueError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes that we started are ended too
     if (missing := _missing(args.smoke)) is not None:
         print(f"gpu_check: {missing}", file=sys.stderr)
         return 2
-    seconds = args.seconds or (SECONDS if not args.smoke else 10 * SECONDS)
-    return _run(stages, args.smoke, args.out or _default_folder(args.smoke), seconds)
+    return _run(run, args.smoke, args.out or _default_folder(args.smoke), began)
 
 
-def _run(stages: list, smoke: bool, out: Path, seconds: float) -> int:
-    """Run stages, write results after each; 1 if one of them failed."""
+def _run(run, smoke: bool, out: Path, began: float) -> int:
+    """Run stages, and write results as they come; 1 if something failed."""
     from gpu_check.processes import run_parts
     from gpu_check.report import Results, stage_result
 
     out.mkdir(parents=True, exist_ok=True)
     results, failed = Results(out), []
-    for stage in stages:
-        print(f"stage {stage.number}: {stage.title}", flush=True)
-        began = time.monotonic()
+    for i, stage in enumerate(run.stages):
+        print(f"{stage.name}: {stage.title}", flush=True)
+        started = time.monotonic()
+        until = started + SMOKE_SECONDS if smoke else began + run.ends(stage)
+
+        def keep(parts: list, stage=stage, started=started) -> dict:
+            result = stage_result(stage.title, time.monotonic() - started, parts)
+            results.put(stage.name, result)
+            return result
+
         with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
-            parts = run_parts(stage, smoke, Path(folder), seconds)
-        result = stage_result(stage.title, time.monotonic() - began, parts)
-        results.put(stage.number, result)
-        failed += [str(stage.number)] if result["status"] == "failed" else []
-        print(f"stage {stage.number}: {result['status']}, {result['seconds']} s", flush=True)
+            earlier = Path(folder) / "earlier.json"
+            earlier.write_text(json.dumps([results.stages[s.name] for s in run.stages[:i]]))
+            result = keep(run_parts(stage, smoke, Path(folder), until, earlier, keep))
+        failed += [stage.name] if result["status"] == "failed" else []
+        print(f"{stage.name}: {result['status']}, {result['seconds']} s", flush=True)
     print(results.summary())
     print(f"results: {results.json_file} and {results.page_file}")
     if failed:

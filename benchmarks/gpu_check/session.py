@@ -1,11 +1,12 @@
 """`Session`: where a part of a stage runs, how much time it has, and what it has found."""
 
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from gpu_check.findings import Findings
@@ -17,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ROOT / "benchmarks" / "shapes"
 INTERPRETED = (torch.float32, torch.float16)  # the interpreter has no arithmetic in bfloat16
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
+T = TypeVar("T")
 
 
 @dataclass
@@ -26,9 +28,11 @@ class Session:
     smoke: bool
     name: str
     until: float  # of time.monotonic(): when the part must have ended
-    earlier: list[dict[str, Any]] = field(default_factory=list)  # what parts of the stage before this one have found
+    earlier: list[dict[str, Any]] = field(default_factory=list)  # what stages and parts before this one have found
+    share: tuple[int, int] = (0, 1)  # which of how many parts that share what there is to do
     findings: Findings = field(default_factory=Findings)
     began: float = field(default_factory=time.monotonic)
+    stopped: bool = False  # whether something was left out because the time was over
 
     @cached_property
     def device(self) -> torch.device:
@@ -54,6 +58,26 @@ class Session:
     def left(self) -> float:
         """Seconds until the part must have ended."""
         return self.until - time.monotonic()
+
+    def within_time(self, what: Iterable[T]) -> Iterator[T]:
+        """Yield one after the other as long as there is time; a note says how many were left out."""
+        waiting = list(what)
+        for i, one in enumerate(waiting):
+            if self.left <= 0:
+                self.stopped = True
+                self.findings.note(f"{self.name}: {len(waiting) - i} of {len(waiting)} cases left out: out of time")
+                return
+            yield one
+
+    def own(self, what: Iterable[T]) -> list[T]:
+        """This part's share."""
+        which, of = self.share
+        return list(what)[which::of]
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        """What has been found for a table so far, by stages and parts before this one too."""
+        parts = [*self.earlier, {"tables": self.findings.tables}]
+        return [row for part in parts for row in part["tables"].get(table, [])]
 
     def pick(self, device: Any, smoke: Any) -> Any:
         """A size for the device, or the small one for a smoke test."""

@@ -19,6 +19,10 @@ from batchinfer.engine.transfer import Sampled
 STEPS = 20
 SETTLED = 24
 """Decoding steps before it is measured: shapes of steps have been met and recorded by then."""
+PROMPT = 512
+TITLE = "A steady decoding step"
+IDLE = 5.0
+"""Percent of a step that the device may wait."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Steady:
 
 
 def watch_graphs(session: Session) -> None:
-    """To be called before graphs are recorded: kernels in graphs that are older than the profiler may stay unseen."""
+    """Call this before graphs are recorded: kernels in graphs that are older than the profiler may stay unseen."""
     if session.smoke:
         return
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -41,15 +45,43 @@ def watch_graphs(session: Session) -> None:
         torch.cuda.synchronize()
 
 
+def report_steady(session: Session, engine: Engine, name: str, rows: int, vocab: int) -> None:
+    """A row of the table; a fault if steps were not replayed, or the host waited for the device in the midst of one."""
+    steps = steady_steps(session, engine, rows, session.pick(PROMPT, 5), vocab)
+    if steps is None:
+        session.row(TITLE, weights=name, rows=rows, device="skipped: no device")
+        return
+    trace, idle = steps.trace, 100 * steps.trace.idle_share
+    session.row(
+        TITLE,
+        weights=name,
+        rows=rows,
+        **{"step, ms": steps.wall_ms, "host at work, ms": steps.host_ms, "device idle, %": idle},
+        **{"replayed": steps.replays, "of steps": trace.steps, "kernels a step": trace.kernels_per_step},
+        **{"launches by the host": trace.launches_per_step, "waits for an event": trace.event_waits_per_step},
+        **{"other waits": ", ".join(f"{n} {c}" for n, c in trace.waits.items()) or "none"},
+        **{"allocations, in all": trace.allocations},
+    )
+    session.findings.aim(
+        f"{name}, {rows} rows: the device idle for at most {IDLE:.0f} % of a step", f"{idle:.1f} %", idle <= IDLE
+    )
+    session.say(f"{rows} rows: {steps.wall_ms:.2f} ms, host {steps.host_ms:.2f} ms")
+    events = trace.event_waits_per_step
+    assert not trace.waits, f"the host waits for the device within steps: {trace.waits}"
+    assert events <= 1, f"{events:.1f} waits for an event in a step, where one is for the step before"
+    assert steps.replays == trace.steps, f"{steps.replays} of {trace.steps} steps were replayed"
+
+
 def steady_steps(session: Session, engine: Engine, rows: int, prompt: int, vocab: int) -> Steady | None:
     """Let so many rows decode, side by side, and look at some steps; None in a smoke test, which only runs them."""
-    watch_graphs(session)
-    engine.runner.steps.recordings.clear()
-    engine.runner.steps.met.clear()
     settled, count = session.pick((SETTLED, STEPS), (1, 1))
     # Their blocks are there for the last step too, and none of them ends before.
     engine.add(
-        requests_of(random_prompts(rows, prompt, vocab, seed=2), min(3 * (settled + count), _room(engine, prompt)))
+        requests_of(
+            random_prompts(rows, prompt, vocab, seed=2),
+            min(3 * (settled + count), _room(engine, prompt)),
+            temperature=1.0,
+        )
     )
     try:
         _until_all_decode(engine, rows)

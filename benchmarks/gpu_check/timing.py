@@ -1,4 +1,4 @@
-"""How long a kernel takes: replays of a CUDA graph, each behind a write that empties the L2 cache."""
+"""How long a kernel takes: calls recorded in a CUDA graph, each behind a read that empties the L2 cache."""
 
 import time
 from collections.abc import Callable
@@ -9,14 +9,19 @@ import torch
 from gpu_check.session import Session
 
 FLUSHED = 256 << 20
-"""Bytes that are written before each replay: several times what an L2 cache holds."""
-REPEATS = 30
+"""Bytes that are read before each call: several times what an L2 cache holds. They are read and not written, because
+lines that were written would go back to memory while the kernel runs that is timed."""
+CALLS = 20
+"""In one graph, so that launching it and its events count for a twentieth."""
+REPEATS = 10
+PLAIN_REPEATS = 10
 WARM_UP = 3
+Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Times:
-    """Of the repeats, in microseconds."""
+    """Of the repeats, in microseconds a call."""
 
     p20: float
     p50: float
@@ -26,6 +31,10 @@ class Times:
     def of(cls, microseconds: list[float]) -> "Times":
         """The percentiles."""
         return cls(*(float(p) for p in np.percentile(microseconds, (20, 50, 80))))
+
+    def less(self, microseconds: float) -> "Times":
+        """All of them without so much."""
+        return Times(*(max(0.01, t - microseconds) for t in (self.p20, self.p50, self.p80)))
 
     @property
     def seconds(self) -> float:
@@ -39,49 +48,57 @@ class Times:
 
 
 class Clock:
-    """`clock(call)` times a call without arguments, whose launches are recorded once and replayed."""
+    """`clock(call)` times a call without arguments: a graph of calls and flushes, less a graph of flushes alone."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         if not session.smoke:
-            self.flush = torch.empty(FLUSHED // 4, dtype=torch.int32, device=session.device)
+            self.read = torch.zeros(FLUSHED // 4, dtype=torch.float32, device=session.device)
+            self.into = torch.zeros((), dtype=torch.float32, device=session.device)
             self.stream = torch.cuda.Stream()
+            self.flushing = self._recorded(lambda: None).p50
 
-    def __call__(self, call: Callable[[], object], repeats: int = REPEATS) -> Times:
-        """Warm, record, replay."""
+    def __call__(self, call: Call) -> Times:
+        """Warm, record, replay. Kernels are compiled here too."""
         if self.session.smoke:
             return self._once(call)
-        # Off the stream that everything else is on, as recording asks for; kernels are compiled here too.
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            for _ in range(WARM_UP):
-                call()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        graph.replay()
-        marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
-        for began, ended in marks:
-            self.flush.zero_()
-            began.record()
-            graph.replay()
-            ended.record()
-        torch.cuda.synchronize()
-        return Times.of([began.elapsed_time(ended) * 1e3 for began, ended in marks])
+        return self._recorded(call).less(self.flushing)
 
     def floor(self) -> Times:
-        """Of a graph with a kernel that does next to nothing: a part of every figure."""
+        """Of a kernel that does next to nothing: a part of every figure."""
         one = torch.zeros(1, device=self.session.device)
         return self(lambda: one.add_(1))
 
-    def plain(self, call: Callable[[], object], repeats: int = 10) -> Times:
+    def plain(self, call: Call) -> Times:
         """Calls that take so long that neither launches nor caches count."""
         if self.session.smoke:
             return self._once(call)
         for _ in range(WARM_UP):
             call()
+        return self._marked(call, PLAIN_REPEATS)
+
+    def _recorded(self, call: Call) -> Times:
+        # Off the stream that everything else is on, as recording asks for.
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for _ in range(WARM_UP):
+                call()
+                self._flush()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(CALLS):
+                self._flush()
+                call()
+        graph.replay()
+        times = self._marked(graph.replay, REPEATS)
+        return Times(times.p20 / CALLS, times.p50 / CALLS, times.p80 / CALLS)
+
+    def _flush(self) -> None:
+        torch.amax(self.read, dim=0, out=self.into)
+
+    def _marked(self, call: Call, repeats: int) -> Times:
         marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
         for began, ended in marks:
             began.record()
@@ -90,7 +107,7 @@ class Clock:
         torch.cuda.synchronize()
         return Times.of([began.elapsed_time(ended) * 1e3 for began, ended in marks])
 
-    def _once(self, call: Callable[[], object]) -> Times:
+    def _once(self, call: Call) -> Times:
         began = time.perf_counter()
         call()
         return Times.of([(time.perf_counter() - began) * 1e6])

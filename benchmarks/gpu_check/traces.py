@@ -14,6 +14,9 @@ CALLS = ("cuda_runtime", "cuda_driver")
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelEx", "cuLaunchKernelEx", "cudaLaunchKernelExC")
 REPLAY = "cudaGraphLaunch"
 EVENT_WAIT = "cudaEventSynchronize"
+BLOCKING = 20.0
+"""Microseconds: a call that waits for an event and returns sooner has found that the event had happened, or has lost
+too little to count as a wait."""
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy", "cuStreamSynchronize", "cuCtxSynchronize")
 """Calls that wait for the device; `cudaMemcpy` is the name of the copy that does, its twin is `cudaMemcpyAsync`."""
 
@@ -39,6 +42,7 @@ class Trace:
     idle_share: float  # of the time from the first thing on the device to the last
     busy_us: float  # the time in which the device did anything
     calls: Mapping[str, int]  # of the host within the steps, by name
+    event_waits: int  # of them, waits for an event that had not happened: those of `BLOCKING` microseconds or more
 
     @property
     def kernels_per_step(self) -> float:
@@ -57,8 +61,8 @@ class Trace:
 
     @property
     def event_waits_per_step(self) -> float:
-        """For the step before, as the engine does once a step."""
-        return self.calls.get(EVENT_WAIT, 0) / self.steps
+        """The engine waits once a step, for the step before; the host is idle then, and the device is not."""
+        return self.event_waits / self.steps
 
     @property
     def waits(self) -> dict[str, int]:
@@ -90,7 +94,8 @@ def trace_of(events: Iterable[Mapping[str, Any]]) -> Trace:
     calls = [s for s in _spans(e for e in whole if e.get("cat") in CALLS) if start <= s.start <= end]
     busy = _covered(device)
     wall = max(s.end for s in device) - device[0].start
-    return Trace(len(steps), len(kernels), 1 - busy / wall, busy, Counter(s.name for s in calls))
+    waits = sum(s.name == EVENT_WAIT and s.end - s.start >= BLOCKING for s in calls)
+    return Trace(len(steps), len(kernels), 1 - busy / wall, busy, Counter(s.name for s in calls), waits)
 
 
 def _spans(events: Iterable[Mapping[str, Any]]) -> list[Span]:
