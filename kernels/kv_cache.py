@@ -25,16 +25,29 @@ class KVCache:
 
     A slot is a token's index in the pool: block * block_size + offset. Block 0 belongs to no sequence; the keys and
     values of padding tokens are written there.
+
+    With `values_by_column`, 8-bit values lie in memory as [blocks, kv_heads, head_dim, block_size], and `value` is
+    the transposed view of that: matrix units read both operands along the sum, which for values runs over the keys.
     """
 
     def __init__(
-        self, blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device = CPU
+        self,
+        blocks: int,
+        kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+        values_by_column: bool = False,
     ) -> None:
-        shape = (blocks, kv_heads, block_size, head_dim)
+        shape, quantized = (blocks, kv_heads, block_size, head_dim), dtype in MOST
         # A masked position is still multiplied, by weight 0, so its contents must be finite: begin with zeros.
-        self.key, self.value = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
+        self.key = _zeros(shape, dtype, device)
+        if values_by_column and quantized:
+            self.value = _zeros((blocks, kv_heads, head_dim, block_size), dtype, device).transpose(2, 3)
+        else:
+            self.value = _zeros(shape, dtype, device)
         self.block_size = block_size
-        quantized = dtype in MOST
         self.key_scale = _zeros(shape[:3], torch.float32, device) if quantized else None
         self.value_scale = _zeros(shape[:3], torch.float32, device) if quantized else None
 
@@ -45,7 +58,10 @@ class KVCache:
         return self.key.nbytes + self.value.nbytes + sum(scales)
 
     def store(self, key_THd: Tensor, value_THd: Tensor, rows_TH: Tensor) -> None:
-        """Write tokens' keys and values [T, kv_heads, head_dim] to the rows that `cache_rows` returned."""
+        """Write tokens' keys and values [T, kv_heads, head_dim] to the rows that `cache_rows` returned.
+
+        The values must not lie by column.
+        """
         rows = rows_TH.flatten()
         for pool, scales, new in (
             (self.key, self.key_scale, key_THd),

@@ -87,7 +87,7 @@ class ModelRunner:
         assert isinstance(self.backend, TritonBackend)
         processors = None if self.backend.deterministic else self.backend.gpu.processors
         a = c.attention
-        tiles = tiling(a.head_dim, a.heads // a.kv_heads, self.kv_dtype in MOST)
+        tiles = tiling(a.head_dim, a.heads // a.kv_heads, self.decoder.stream, self.kv_dtype, self.backend.gpu)
         return RaggedInputs(set(c.windows), a.heads, a.kv_heads, tiles, processors)
 
     @property

@@ -85,7 +85,8 @@ def _caches(
     session: Session, written: Tensor, kv_heads: int, head_dim: int, kv: torch.dtype, seed: int
 ) -> tuple[KVCache, KVCache]:
     blocks, block_size = written.shape
-    cache, exact = (KVCache(1, kv_heads, block_size, head_dim, torch.float32, session.device) for _ in range(2))
+    cache = KVCache(blocks, kv_heads, block_size, head_dim, kv, session.device, values_by_column=True)
+    exact = KVCache(1, kv_heads, block_size, head_dim, torch.float32, session.device)
     nothing = ~written.to(session.device)[:, None, :, None]
     generator = session.generator(seed + 2)
     for part in ("key", "value"):
@@ -97,7 +98,7 @@ def _caches(
             x = x / scale[..., None]
             x = x.round().nan_to_num(-128) if kv == torch.int8 else x
         stored = x.to(kv)
-        setattr(cache, part, stored)
+        getattr(cache, part).copy_(stored)
         setattr(cache, f"{part}_scale", scale)
         numbers = stored.float().double()
         setattr(exact, part, numbers if scale is None else numbers * scale[..., None].double())

@@ -118,7 +118,7 @@ def _check(session: Session, errors: Errors, kind: str, mode: str, case: Paged, 
 
     heads, head_dim = case.query.shape[1:]
     kv_heads = case.cache.key.shape[1]
-    tiles = tiling(head_dim, heads // kv_heads, case.cache.key_scale is not None)
+    tiles = tiling(head_dim, heads // kv_heads, case.query.dtype, case.cache.key.dtype, session.gpu)
     tiles = replace(tiles, least=64) if mode == "split" else replace(tiles, split=session.pick(256, 64))
     plan = plan_attention(case.batch, heads, kv_heads, window, tiles, _planned(session)[mode])
     longest = int(case.batch.contexts.max()) if window is None else window

@@ -116,7 +116,7 @@ def _deterministic(session: Session, case: Paged) -> Tensor:
 
     heads, head_dim = case.query.shape[1:]
     kv_heads = case.cache.key.shape[1]
-    tiles = tiling(head_dim, heads // kv_heads, case.cache.key_scale is not None)
+    tiles = tiling(head_dim, heads // kv_heads, case.query.dtype, case.cache.key.dtype, session.gpu)
     plan = plan_attention(case.batch, heads, kv_heads, None, tiles, None)
     return paged_attention(case.query, case.cache, plan, case.scale)
 

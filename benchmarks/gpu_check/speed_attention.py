@@ -68,7 +68,7 @@ def _time(session: Session, clock: Clock, ceiling: Ceilings, step: Step, kv: tor
     query = torch.randn(tokens, heads, head_dim, generator=session.generator(), device=session.device)
     query = query.to(session.dtype)
     processors = None if step.deterministic else session.gpu.processors
-    tiles = tiling(head_dim, heads // kv_heads, kv in MOST)
+    tiles = tiling(head_dim, heads // kv_heads, query.dtype, kv, session.gpu)
     plan = plan_attention(batch, heads, kv_heads, None, tiles, processors)
     times = clock(lambda: paged_attention(query, cache, plan, head_dim**-0.5))
     keys = step.sequences * step.context * kv_heads
@@ -95,7 +95,7 @@ def _cache(session: Session, step: Step, kv_heads: int, head_dim: int, kv: torch
     """Noise, in blocks in no order."""
     a_sequence = -(-step.context // BLOCK)
     blocks = step.sequences * a_sequence + 1
-    cache = KVCache(1, kv_heads, BLOCK, head_dim, kv, session.device)
+    cache = KVCache(blocks, kv_heads, BLOCK, head_dim, kv, session.device, values_by_column=True)
     generator = session.generator(1)
     shape = (blocks, kv_heads, BLOCK, head_dim)
     for part in ("key", "value"):
@@ -104,7 +104,7 @@ def _cache(session: Session, step: Step, kv_heads: int, head_dim: int, kv: torch
         if kv in MOST:
             scale = 0.01 + 0.01 * torch.rand(shape[:3], generator=generator, device=session.device)
             noise = (40 * noise).clamp_(-MOST[kv], MOST[kv])
-        setattr(cache, part, noise.to(kv))
+        getattr(cache, part).copy_(noise.to(kv))
         setattr(cache, f"{part}_scale", scale)
     table = np.random.default_rng(0).permutation(blocks - 1).astype(np.int32).reshape(step.sequences, a_sequence) + 1
     batch = RaggedBatch(

@@ -78,7 +78,7 @@ def _kernels(session: Session, rows: int) -> list[tuple[str, str, int, Call]]:
     cos, sin = torch.rand(2, rows, head_dim // 2, generator=generator, device=on)
     slots = torch.randperm(rows, device=on) + 32
     for kv in (dtype, torch.int8, F8):
-        cache = KVCache(rows // 32 + 3, kv_heads, 32, head_dim, kv, on)
+        cache = KVCache(rows // 32 + 3, kv_heads, 32, head_dim, kv, on, values_by_column=True)
         stored = 2 * rows * kv_heads * (head_dim * kv.itemsize + (4 if kv in MOST else 0))
         nbytes = qkv.nbytes + rows * heads * head_dim * size + stored + cos.nbytes + sin.nbytes
 
