@@ -22,7 +22,6 @@ from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.kv_cache import MOST, KVCache
 from batchinfer.kernels.shipped_triton import Shipped
 
-
 WEIGHTS_UP = tl.constexpr(7.0)
 """Weights over 8-bit values are at most 2 to this power, so that float16 holds their products with the values' scales:
 without loss of digits from scales of 2^-20 on, and up to scales of 511, which are values of 65,000 in int8. Above that
@@ -233,25 +232,28 @@ def _constants(
 def tiling(head_dim: int, group: int, query: torch.dtype, kv: torch.dtype, gpu: Gpu) -> Tiling:
     """Choose the tiles for heads of size `head_dim` where `group` query heads share a key head.
 
-    They are the largest that fit the GPU's shared memory with two tiles of keys and values in it, and spill no
-    register. Five stages make two such buffers, because a block's number is loaded before its keys.
+    They are the largest that spill no register, and fit the GPU's shared memory with two tiles of keys and values
+    there, one of which is loaded while the other is used. That takes five stages, because a block's number is loaded
+    before its keys. With 64 KiB, as AMD's GPUs have, the tile ahead waits in registers, and two stages are enough.
     """
-    few, many, same = _tiles(head_dim, query, kv, gpu)
-    least = triton.next_power_of_2(group)
-    few, many, same = (replace(tile, rows=max(tile.rows, least)) for tile in (few, many, same))
-    return Tiling(few, many, same)
+    width, stages = triton.next_power_of_2(head_dim), 2 if gpu.shared_bytes <= 64 << 10 else 5
+    roomy = gpu.shared_bytes >= 200 << 10
+    if query == torch.float32:  # multiplied without matrix units, from registers
+        keys = 32 if width <= 128 and kv not in MOST else 16
+        few = many = same = (16, keys, 8, 128)
+    else:
+        keys = 8192 // width if roomy else 4096 // width
+        few = (16, min(keys, 64), 4, 168 if roomy else 128)
+        rows = 128 if width <= 128 else 64
+        many = (rows, min(keys, 64) if kv not in MOST else min(keys, 32), 8, 255)
+        same = (64, min(4096 // width, 32), 4 if width <= 128 else 8, 255)
 
+    def tile(rows: int, keys: int, warps: int, registers: int) -> Tile:
+        shared = 4 * keys * width * kv.itemsize + (8 << 10)  # two buffers of keys and of values, queries and weights
+        resident = min((64 << 10) // (32 * warps * registers), gpu.shared_bytes // shared)
+        return Tile(max(rows, triton.next_power_of_2(group)), keys, warps, stages, max(resident, 1))
 
-def _tiles(head_dim: int, query: torch.dtype, kv: torch.dtype, gpu: Gpu) -> tuple[Tile, Tile, Tile]:
-    large, roomy = head_dim > 128, gpu.shared_bytes >= 200 << 10
-    if query == torch.float32:  # multiplied without matrix units, in registers
-        tile = Tile(16, 16, 8, 5, 1)
-        return tile, tile, tile
-    if kv in MOST:
-        keys = 32 if large else 64
-        return Tile(16, keys, 4, 5, 2), Tile(64, keys // 2, 8, 5, 1), Tile(64, keys // 2, 8, 5, 1)
-    keys = 32 if large else 64
-    return Tile(16, keys, 4, 5, 3), Tile(128, keys, 8, 5, 1), Tile(64, keys // 2, 4, 5, 1)
+    return Tiling(tile(*few), tile(*many), tile(*same))
 
 
 def shipped(gpu: Gpu) -> list[Shipped]:

@@ -19,7 +19,7 @@ from batchinfer.formats.scheme import QuantScheme, scheme
 from batchinfer.kernels.backend import Backend, Product
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
-from batchinfer.kernels.kv_cache import KV_DTYPES, MOST
+from batchinfer.kernels.kv_cache import KV_DTYPES
 from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
 from batchinfer.kernels.rows import Rows
