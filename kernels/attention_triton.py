@@ -9,7 +9,6 @@ in tiles with a running softmax (Dao et al. 2022). It writes the output itself, 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 import math
-from dataclasses import replace
 
 import torch
 import triton
@@ -23,9 +22,9 @@ from batchinfer.kernels.kv_cache import MOST, KVCache
 from batchinfer.kernels.shipped_triton import Shipped
 
 WEIGHTS_UP = tl.constexpr(7.0)
-"""Weights over 8-bit values are at most 2 to this power, so that float16 holds their products with the values' scales:
-without loss of digits from scales of 2^-20 on, and up to scales of 511, which are values of 65,000 in int8. Above that
-the result is infinite."""
+"""Weights over 8-bit values are at most 2 to this power, because their products with the values' scales are float16.
+Scales from 2^-20 on lose no more than float16's own rounding, 2^-12 of the largest. Above a scale of 511, which stands
+for values of 65,000 in int8 and 229,000 in float8, the result is infinite."""
 
 
 @triton.jit
@@ -240,7 +239,7 @@ def tiling(head_dim: int, group: int, query: torch.dtype, kv: torch.dtype, gpu: 
     roomy = gpu.shared_bytes >= 200 << 10
     if query == torch.float32:  # multiplied without matrix units, from registers
         keys = 32 if width <= 128 and kv not in MOST else 16
-        few = many = same = (16, keys, 8, 128)
+        few = many = same = (16, keys, 8, 200 if kv in MOST else 80)
     else:
         keys = 8192 // width if roomy else 4096 // width
         few = (16, min(keys, 64), 4, 168 if roomy else 128)

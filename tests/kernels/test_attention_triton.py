@@ -162,14 +162,14 @@ def test_queries_beyond_float16_keep_their_bits(kv: torch.dtype) -> None:
 def test_values_of_every_size_keep_their_digits(kv: torch.dtype) -> None:
     """The values' scales go into weights in float16, which has few digits left below 6e-5, and none above 65,504."""
     x, cache, batch = case([(200, 1), (70, 12)], head_dim=16, kv=kv, query=torch.bfloat16)
+    clean, _ = run(x, cache, batch)
+    check(clean, x, cache, batch)
     assert cache.value_scale is not None
-    most = 3 * float(cache.value_scale.nan_to_num().max())
-    for scale in (2.0**-20, 2.0**-10, 511.0):
-        cache.value_scale *= scale / most
-        found = run(x, cache, batch)[0].double()
-        expected = ragged_attention(x.double(), cache, batch, 16**-0.5, None)
-        assert (found - expected).norm() < 5e-3 * expected.norm()
-        cache.value_scale *= most / scale
+    for power in (2.0**-10, 2.0**13):
+        cache.value_scale *= power
+        found = run(x, cache, batch)[0] / power
+        assert (found - clean).double().norm() < 2e-3 * clean.double().norm()
+        cache.value_scale /= power
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
@@ -302,10 +302,11 @@ def test_every_group_of_heads_fits_the_tiles_that_are_shipped(group: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("sequences", "context", "fill"), [(64, 4096, 0.95), (16, 8192, 0.95), (1, 32768, 0.9), (1, 8192, 0.8)]
+    ("sequences", "context", "fill"), [(64, 4096, 0.94), (16, 8192, 0.96), (1, 32768, 0.94), (1, 8192, 0.86)]
 )
 def test_items_fill_the_gpu(sequences: int, context: int, fill: float) -> None:
-    """Llama-3-8B's heads on 132 multiprocessors; no item is much longer than others, so whole waves are what counts."""
+    """Llama-3-8B's heads on 132 multiprocessors: the share of time in which they work, if every wave lasts as long as
+    the longest item."""
     tiles = tiling(128, 4, torch.bfloat16, torch.bfloat16, Gpu("a GPU", (9, 0), 132, 227 << 10))
     table = torch.zeros(sequences, context // 32, dtype=torch.int32)
     batch = RaggedBatch(np.arange(sequences + 1), np.full(sequences, context), table)
