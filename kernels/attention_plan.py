@@ -234,7 +234,8 @@ def _even_sizes(keys: Ints, kv_heads: int, tile: Tile, places: int, grid: int, l
     items = (-(-keys // limits[:, None])).sum(1) * kv_heads
     times = np.maximum(limits + start, -(-items // places) * (total / items + start))
     segments = -(-keys // limits[times.argmin()])
-    return -(-keys // (segments * grid)) * grid
+    sizes: Ints = -(-keys // (segments * grid)) * grid
+    return sizes
 
 
 def _count_partials(batch: RaggedBatch, own: _Work, common: _Work, leader: Ints, segments: Ints) -> tuple[Ints, Ints]:

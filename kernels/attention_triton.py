@@ -242,10 +242,11 @@ def tiling(head_dim: int, group: int, query: torch.dtype, kv: torch.dtype, gpu: 
         few = many = same = (16, keys, 8, 200 if kv in MOST else 80)
     else:
         keys = 8192 // width if roomy else 4096 // width
-        few = (16, min(keys, 64), 4, 168 if roomy else 128)
-        rows = 128 if width <= 128 else 64
-        many = (rows, min(keys, 64) if kv not in MOST else min(keys, 32), 8, 255)
-        same = (64, min(4096 // width, 32), 4 if width <= 128 else 8, 255)
+        few = (16, min(keys, 64), 4, (168 if roomy else 128) + (56 if width > 128 else 0))
+        wide, narrow = 128 if width <= 128 else 64, min(4096 // width, 32)
+        many, same = (wide, min(keys, 64), 8, 255), (64, narrow, 4 if width <= 128 else 8, 255)
+        if kv in MOST:  # widening 8-bit numbers takes registers
+            many, same = (wide if roomy else 64, min(keys, 32), 8, 255), (64, narrow, 8, 255)
 
     def tile(rows: int, keys: int, warps: int, registers: int) -> Tile:
         shared = 4 * keys * width * kv.itemsize + (8 << 10)  # two buffers of keys and of values, queries and weights
