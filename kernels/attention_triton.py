@@ -149,24 +149,27 @@ def _attention_kernel(
     b_total = tl.zeros((BLOCK_M,), tl.float32)
     b_sum = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-    # All rows see the keys from `clear` up to `hidden`: these tiles need no masks.
-    clear = start
-    if WINDOW > 0:
-        start_tile = start // BLOCK_N * BLOCK_N
-        clear = tl.cdiv(tl.maximum(start, position + count - WINDOW), BLOCK_N) * BLOCK_N
-        b_base, b_total, b_sum = _attend(
-            b_base, b_total, b_sum, b_q, b_factor, o_last, start_tile, tl.minimum(clear, end), start, end,
-            p_key, p_value, p_key_scale, p_value_scale, p_table,
-            HEAD, PAGE, WINDOW, QUANTIZED, UP, True, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+    if WINDOW > 0 and QUANTIZED:  # a third loop would spill registers, so all tiles are masked
+        hidden = start // BLOCK_N * BLOCK_N
     else:
-        clear = tl.multiple_of(clear, min(PAGE, BLOCK_N))
-    hidden = clear + tl.maximum(tl.minimum(end, position + 1) - clear, 0) // BLOCK_N * BLOCK_N
-    b_base, b_total, b_sum = _attend(
-        b_base, b_total, b_sum, b_q, b_factor, o_last, clear, hidden, start, end,
-        p_key, p_value, p_key_scale, p_value_scale, p_table,
-        HEAD, PAGE, WINDOW, QUANTIZED, UP, False, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+        # All rows see the keys from `clear` up to `hidden`: these tiles need no masks.
+        clear = start
+        if WINDOW > 0:
+            start_tile = start // BLOCK_N * BLOCK_N
+            clear = tl.cdiv(tl.maximum(start, position + count - WINDOW), BLOCK_N) * BLOCK_N
+            b_base, b_total, b_sum = _attend(
+                b_base, b_total, b_sum, b_q, b_factor, o_last, start_tile, tl.minimum(clear, end), start, end,
+                p_key, p_value, p_key_scale, p_value_scale, p_table,
+                HEAD, PAGE, WINDOW, QUANTIZED, UP, True, BLOCK_N, BLOCK_D,
+            )  # fmt: skip
+        else:
+            clear = tl.multiple_of(clear, min(PAGE, BLOCK_N))
+        hidden = clear + tl.maximum(tl.minimum(end, position + 1) - clear, 0) // BLOCK_N * BLOCK_N
+        b_base, b_total, b_sum = _attend(
+            b_base, b_total, b_sum, b_q, b_factor, o_last, clear, hidden, start, end,
+            p_key, p_value, p_key_scale, p_value_scale, p_table,
+            HEAD, PAGE, WINDOW, QUANTIZED, UP, False, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
     b_base, b_total, b_sum = _attend(
         b_base, b_total, b_sum, b_q, b_factor, o_last, hidden, end, start, end,
         p_key, p_value, p_key_scale, p_value_scale, p_table,

@@ -141,8 +141,8 @@ def test_8_bits_in_blocks_of_every_size(block_size: int, kv: torch.dtype) -> Non
     x, cache, batch = case(
         [(40, 1), (150, 1), (70, 12)], head_dim=16, block_size=block_size, kv=kv, query=torch.float16
     )
-    for processors in (1, 1000, None):
-        check(run(x, cache, batch, processors=processors)[0], x, cache, batch)
+    for processors, window in ((1, None), (1000, None), (None, 40)):
+        check(run(x, cache, batch, window, processors)[0], x, cache, batch, window)
 
 
 @pytest.mark.parametrize("kv", [torch.int8, F8])
