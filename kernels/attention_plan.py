@@ -20,9 +20,9 @@ from batchinfer.kernels.ragged_attention import RaggedBatch
 ITEM = 8
 """Number of int32 fields of an item: those of `Column`, and an unused one."""
 
-ITEMS_PER_PROCESSOR = 4
-"""Work items wanted per multiprocessor: while one waits for memory, another computes. Long contexts are split to
-reach this number."""
+MOST_WAVES = 8
+"""Items are not made so short that the GPU computes more than this many times as many as fit it at once: the last of
+so many waves matters little."""
 
 
 class Column(IntEnum):
@@ -47,6 +47,7 @@ class Tile:
     keys: int  # a power of two
     warps: int = 4
     stages: int = 2
+    resident: int = 1  # programs that a multiprocessor holds at once: its registers and shared memory are enough
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Tiling:
     many: Tile  # for the other sequences
     same: Tile  # for all sequences, where a row's bits must not depend on the batch
     split: int = 2048  # keys of an item with `same`, on a grid from the sequence's start; a multiple of each tile's
-    least: int = 256  # the fewest keys of an item when a context is split for `few` or `many`
+    least: int = 128  # the fewest keys of an item when a context is split for `few` or `many`
 
 
 @dataclass(frozen=True)
@@ -219,15 +220,33 @@ def _split(work: _Work, kv_heads: int, tiling: Tiling, processors: int | None) -
     grid = tiling.split if processors is None else max(tile.keys for tile in (tiling.few, tiling.many))
     base = work.start // grid * grid
     keys = work.end - base
-    if processors is None:
-        size = np.full_like(keys, tiling.split)
-    else:
-        fair = int(keys.sum()) * kv_heads // (processors * ITEMS_PER_PROCESSOR)
-        segments = -(-keys // max(fair, tiling.least))
-        size = -(-keys // (segments * grid)) * grid
+    size = np.full_like(keys, tiling.split)
+    if processors is not None:
+        for tile, chosen in ((tiling.few, ~work.wide), (tiling.many, work.wide)):
+            if chosen.any():
+                size[chosen] = _even_sizes(keys[chosen], kv_heads, tile, processors * tile.resident, grid, tiling.least)
     of, begin, count = _cut(keys, size)
     begin += base[of]
     return of, np.maximum(begin, work.start[of]), begin + count
+
+
+def _even_sizes(keys: Ints, kv_heads: int, tile: Tile, places: int, grid: int, least: int) -> Ints:
+    """Return, for each work of a launch, the keys of its items: a multiple of `grid`, chosen for the shortest launch.
+
+    The GPU computes items in `places` at once, each in the time of its keys and of its start. A launch lasts as long as
+    its longest item at least, and as long as so many whole waves of average items.
+    """
+    # Starting takes about the time of a tile. A partial is written and read in float32, 8 bytes for each row and
+    # number of a head, while a key and its value are 4 in 16 bits.
+    start = tile.keys + 2 * tile.rows
+    longest, total = int(keys.max()), int(keys.sum()) * kv_heads
+    most = max(longest // max(total // (MOST_WAVES * places), least), 1)
+    limits = np.unique(-(-longest // (np.arange(1, most + 1) * grid))) * grid
+    items = (-(-keys // limits[:, None])).sum(1) * kv_heads
+    times = np.maximum(limits + start, -(-items // places) * (total / items + start))
+    segments = -(-keys // limits[times.argmin()])
+    sizes: Ints = -(-keys // (segments * grid)) * grid
+    return sizes
 
 
 def _count_partials(batch: RaggedBatch, own: _Work, common: _Work, leader: Ints, segments: Ints) -> tuple[Ints, Ints]:

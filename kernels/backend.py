@@ -48,6 +48,7 @@ class Backend(Protocol):
 
     device: torch.device
     eight_bits: frozenset[str]  # the kinds of 8-bit rows that it multiplies, of int8 and fp8
+    values_by_column: bool  # how 8-bit values lie in the KV cache
     kernels: dict[str, str]  # operation -> the path taken, of what this backend has made so far; for the report
 
     def stream(self, dtype: torch.dtype, quantized: bool) -> torch.dtype:

@@ -24,6 +24,7 @@ class CpuBackend:
 
     device = torch.device("cpu")
     eight_bits = frozenset({"int8"})
+    values_by_column = False
 
     def __init__(self) -> None:
         self.kernels: dict[str, str] = {}

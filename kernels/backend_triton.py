@@ -21,6 +21,8 @@ EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 class TritonBackend:
     """The backend for a GPU. The residual stream is in the model's type, and products return no separate scales."""
 
+    values_by_column = True
+
     def __init__(self, device: torch.device, deterministic: bool) -> None:
         self.device, self.deterministic = device, deterministic
         self.kernels = dict.fromkeys(("norm", "activation", "kv_cache", "attention", "sampling"), "triton")

@@ -25,16 +25,29 @@ class KVCache:
 
     A slot is a token's index in the pool: block * block_size + offset. Block 0 belongs to no sequence; the keys and
     values of padding tokens are written there.
+
+    With `values_by_column`, 8-bit values lie in memory as [blocks, kv_heads, head_dim, block_size], and `value` is
+    the transposed view of that: matrix units read both operands along the sum, which for values runs over the keys.
     """
 
     def __init__(
-        self, blocks: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device = CPU
+        self,
+        blocks: int,
+        kv_heads: int,
+        block_size: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+        values_by_column: bool = False,
     ) -> None:
-        shape = (blocks, kv_heads, block_size, head_dim)
+        shape, quantized = (blocks, kv_heads, block_size, head_dim), dtype in MOST
         # A masked position is still multiplied, by weight 0, so its contents must be finite: begin with zeros.
-        self.key, self.value = _zeros(shape, dtype, device), _zeros(shape, dtype, device)
+        self.key = _zeros(shape, dtype, device)
+        if values_by_column and quantized:
+            self.value = _zeros((blocks, kv_heads, head_dim, block_size), dtype, device).transpose(2, 3)
+        else:
+            self.value = _zeros(shape, dtype, device)
         self.block_size = block_size
-        quantized = dtype in MOST
         self.key_scale = _zeros(shape[:3], torch.float32, device) if quantized else None
         self.value_scale = _zeros(shape[:3], torch.float32, device) if quantized else None
 
@@ -57,7 +70,12 @@ class KVCache:
                 scales.view(-1).index_copy_(0, rows, step.flatten())
                 new = new.float().div(step.clamp(min=1e-30))
                 new = new.round_() if pool.dtype == torch.int8 else new.clamp_(-most, most)
-            flat, stored = pool.view(-1, pool.shape[-1]), new.to(pool.dtype).flatten(0, 1)
+            stored = new.to(pool.dtype).flatten(0, 1)
+            if not pool.is_contiguous():  # values by column
+                by_block = pool.view(torch.uint8).flatten(0, 1)
+                by_block[rows // self.block_size, rows % self.block_size] = stored.view(torch.uint8)
+                continue
+            flat = pool.view(-1, pool.shape[-1])
             if pool.dtype == torch.float8_e4m3fn:  # torch's index_copy_ has no float8, so copy bytes
                 flat, stored = flat.view(torch.uint8), stored.view(torch.uint8)
             flat.index_copy_(0, rows, stored)

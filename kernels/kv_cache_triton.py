@@ -49,7 +49,8 @@ def _store_kernel(
         is_key = i_head < heads + kv_heads
         i_kv = i_head - heads - tl.where(is_key, 0, kv_heads)
         slot = tl.load(p_slots + i_token)
-        row = ((slot // block_size) * kv_heads + i_kv) * block_size + slot % block_size
+        place = slot % block_size
+        row = ((slot // block_size) * kv_heads + i_kv) * block_size + place
         p_pool = p_key if is_key else p_value
         dtype: tl.constexpr = p_key.dtype.element_ty
         if QUANTIZE:
@@ -62,8 +63,12 @@ def _store_kernel(
                 b_a, b_b = rounded(b_a), rounded(b_b)
             p_scale = p_key_scale if is_key else p_value_scale
             tl.store(p_scale + row, scale)
-        tl.store(p_pool + row * 2 * half + o_d, b_a.to(dtype), m_d)
-        tl.store(p_pool + row * 2 * half + half + o_d, b_b.to(dtype), m_d)
+        first, step = row * 2 * half, 1
+        if QUANTIZE:  # 8-bit values lie by column: [blocks, kv_heads, head_dim, block_size]
+            first = tl.where(is_key, first, (row - place) * 2 * half + place)
+            step = tl.where(is_key, 1, block_size)
+        tl.store(p_pool + first + o_d * step, b_a.to(dtype), m_d)
+        tl.store(p_pool + first + (half + o_d) * step, b_b.to(dtype), m_d)
 
 
 def rotate_and_store(
@@ -79,7 +84,8 @@ def rotate_and_store(
     """Rotate queries and keys, write keys and values to the cache, and return the queries [T, heads, head_dim].
 
     qkv is contiguous, [T, (heads + 2 kv_heads) * head_dim]; cos and sin are float32 [T, head_dim / 2]; slots are int64
-    [T]. `norms` are the weights [head_dim] of the norms on each head of queries and of keys, if the model has them.
+    [T]. `norms` are the weights [head_dim] of the norms on each head of queries and of keys, if the model has them. An
+    8-bit cache holds its values by column.
     """
     kv_heads, block_size, head_dim = cache.key.shape[1:]
     query = torch.empty(len(qkv_TX), heads, head_dim, dtype=qkv_TX.dtype, device=qkv_TX.device)

@@ -21,7 +21,7 @@ from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.backend import Backend, Product
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
-from batchinfer.kernels.kv_cache import KV_DTYPES, MOST
+from batchinfer.kernels.kv_cache import KV_DTYPES
 from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
 from batchinfer.kernels.rows import Rows
@@ -89,7 +89,7 @@ class ModelRunner:
         assert isinstance(self.backend, TritonBackend)
         processors = None if self.backend.deterministic else self.backend.gpu.processors
         a = c.attention
-        tiles = tiling(a.head_dim, a.heads // a.kv_heads, self.kv_dtype in MOST)
+        tiles = tiling(a.head_dim, a.heads // a.kv_heads, self.decoder.stream, self.kv_dtype, self.backend.gpu)
         return RaggedInputs(set(c.windows), a.heads, a.kv_heads, tiles, processors)
 
     @property

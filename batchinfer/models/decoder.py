@@ -70,8 +70,10 @@ class Decoder:
 
     def caches(self, blocks: int, block_size: int, dtype: torch.dtype) -> list[KVCache]:
         """Make an empty KV cache for each layer."""
-        shapes = [layer.shape.attention for layer in self.layers]
-        return [KVCache(blocks, a.kv_heads, block_size, a.head_dim, dtype, self.backend.device) for a in shapes]
+        shapes, b = [layer.shape.attention for layer in self.layers], self.backend
+        return [
+            KVCache(blocks, a.kv_heads, block_size, a.head_dim, dtype, b.device, b.values_by_column) for a in shapes
+        ]
 
     @property
     def operations_per_token(self) -> int:

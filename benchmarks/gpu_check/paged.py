@@ -47,7 +47,7 @@ class Paged:
     def tiles(self, session: Session) -> Tiling:
         """Those that the product takes."""
         heads, head_dim = self.query.shape[1:]
-        return tiling(head_dim, heads // self.kv_heads, self.kv in MOST)
+        return tiling(head_dim, heads // self.kv_heads, self.query.dtype, self.kv, session.gpu)
 
     def expected(self, window: int | None) -> Tensor:
         """By torch's own attention in float64, one sequence at a time: [T, heads, head_dim]."""
@@ -118,7 +118,7 @@ def paged(
     ragged = RaggedBatch(
         offsets, np.array([context for context, _ in rows]), torch.from_numpy(table).to(session.device), prefixes
     )
-    cache = KVCache(blocks, kv_heads, block_size, head_dim, kv, session.device)
+    cache = KVCache(blocks, kv_heads, block_size, head_dim, kv, session.device, values_by_column=True)
     kept = _fill(session, cache, torch.from_numpy(np.flatnonzero(written)), (kv_heads, head_dim), kv, seed, known)
     shape = (int(offsets[-1]), q_heads, head_dim)
     x = torch.randn(shape, generator=session.generator(seed + 1), device=session.device)

@@ -121,7 +121,7 @@ def _rotation(
     if normed:
         norms = tuple(_random(session, dtype, head_dim, seed=seed).abs() + 0.5 for seed in (3, 4))
     slots = torch.randperm(8 * block_size, generator=session.generator(5), device=session.device)[:tokens] + block_size
-    cache = KVCache(10, kv_heads, block_size, head_dim, kv, session.device)
+    cache = KVCache(10, kv_heads, block_size, head_dim, kv, session.device, values_by_column=True)
     untouched = 0x11
     for pool in (cache.key, cache.value):
         pool.view(torch.uint8).fill_(untouched)

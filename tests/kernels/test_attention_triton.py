@@ -14,16 +14,17 @@ import torch
 import triton
 from torch import Tensor
 
+from batchinfer.engine.config import BLOCK_SIZES
 from batchinfer.kernels import attention_merge_triton, attention_triton
 from batchinfer.kernels.attention_plan import ITEM, AttentionPlan, Column, Tile, Tiling, plan_attention
 from batchinfer.kernels.attention_triton import paged_attention, tiling
-from batchinfer.kernels.gpu import INTERPRETED
+from batchinfer.kernels.gpu import INTERPRETED, Gpu
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.ragged_attention import RaggedBatch, SharedPrefix, ragged_attention
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 SMALL = Tiling(few=Tile(16, 16), many=Tile(32, 32), same=Tile(16, 16), split=64, least=32)
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 F8 = torch.float8_e4m3fn
 # (context, new tokens): decoding, drafts, whole prompts and pieces of them.
 MIXED = [(1, 1), (15, 15), (16, 1), (17, 9), (63, 40), (64, 2), (130, 1), (100, 5)]
@@ -72,11 +73,12 @@ def case(
 
 
 def _poisoned_pool(blocks: int, kv_heads: int, block_size: int, head_dim: int, kv: torch.dtype) -> KVCache:
-    cache = KVCache(1, kv_heads, block_size, head_dim, torch.float32)
-    pool = torch.full((2, blocks, kv_heads, block_size, head_dim), float("nan"))
-    cache.key, cache.value = pool.to(kv) if kv.is_floating_point else torch.full(pool.shape, -128, dtype=kv)
-    if kv.itemsize == 1:
-        cache.key_scale, cache.value_scale = torch.full((2, *pool.shape[1:-1]), float("nan"))
+    cache = KVCache(blocks, kv_heads, block_size, head_dim, kv, values_by_column=True)
+    for pool in (cache.key, cache.value):
+        pool.copy_(torch.full(pool.shape, float("nan")).to(kv) if kv.is_floating_point else torch.tensor(-128))
+    for scales in (cache.key_scale, cache.value_scale):
+        if scales is not None:
+            scales.fill_(float("nan"))
     return cache
 
 
@@ -132,11 +134,56 @@ def test_types(processors: int, query: torch.dtype, kv: torch.dtype) -> None:
     check(found, x, cache, batch)
 
 
+@pytest.mark.parametrize("kv", [torch.int8, F8])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_8_bits_in_blocks_of_every_size(block_size: int, kv: torch.dtype) -> None:
+    """Their values lie by column, and blocks are smaller than a tile of keys, or larger."""
+    x, cache, batch = case(
+        [(40, 1), (150, 1), (70, 12)], head_dim=16, block_size=block_size, kv=kv, query=torch.float16
+    )
+    for processors, window in ((1, None), (1000, None), (None, 40)):
+        check(run(x, cache, batch, window, processors)[0], x, cache, batch, window)
+
+
+@pytest.mark.parametrize("kv", [torch.int8, F8])
+def test_queries_beyond_float16_keep_their_bits(kv: torch.dtype) -> None:
+    """Over 8-bit keys, bfloat16 is multiplied as float16; a power of two in a query changes no bit of its weights."""
+    x, cache, batch = case([(40, 1), (70, 12)], kv=kv, query=torch.bfloat16)
+    found, _ = run(x, cache, batch)
+    check(found, x, cache, batch)
+    assert cache.key_scale is not None
+    for power in (2.0**60, 2.0**-30):
+        cache.key_scale /= power
+        assert run(x * power, cache, batch)[0].equal(found)
+        cache.key_scale *= power
+
+
+@pytest.mark.parametrize("kv", [torch.int8, F8])
+def test_values_of_every_size_keep_their_digits(kv: torch.dtype) -> None:
+    """The values' scales go into weights in float16, which has few digits left below 6e-5, and none above 65,504."""
+    x, cache, batch = case([(200, 1), (70, 12)], head_dim=16, kv=kv, query=torch.bfloat16)
+    clean, _ = run(x, cache, batch)
+    check(clean, x, cache, batch)
+    assert cache.value_scale is not None
+    for power in (2.0**-10, 2.0**13):
+        cache.value_scale *= power
+        found = run(x, cache, batch)[0] / power
+        assert (found - clean).double().norm() < 2e-3 * clean.double().norm()
+        cache.value_scale /= power
+
+
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 8])
 def test_heads_of_every_size_in_the_tiles_that_are_shipped(group: int, head_dim: int) -> None:
     query, cache, batch = case([(129, 1), (70, 33), (300, 3)], group, 1, head_dim, 32)
-    found, plan = run(query, cache, batch, None, 100, replace(tiling(head_dim, group), least=128))
+    found, plan = run(
+        query,
+        cache,
+        batch,
+        None,
+        100,
+        replace(tiling(head_dim, group, torch.float32, torch.float32, INTERPRETED), least=128),
+    )
     assert len(plan.launches) == 2 and 0 < len(plan.merged) < len(query)
     check(found, query, cache, batch)
 
@@ -149,7 +196,7 @@ def test_drafts_do_not_see_what_follows_them(new: int) -> None:
 
 def test_one_long_context_is_split_beside_short_ones() -> None:
     query, cache, batch = case([(20, 1), (400, 1), (20, 2)], 2, 1, 16)
-    found, plan = run(query, cache, batch, None, 3)
+    found, plan = run(query, cache, batch, None, 5)
     assert plan.merged.tolist() == [1] and plan.partials == int(plan.first[2]) > 4
     check(found, query, cache, batch)
 
@@ -249,10 +296,26 @@ def test_what_cannot_be_planned_is_refused() -> None:
 @pytest.mark.parametrize("group", [1, 7, 71])
 def test_every_group_of_heads_fits_the_tiles_that_are_shipped(group: int) -> None:
     for head_dim in (64, 256):
-        tiles = tiling(head_dim, group)
+        tiles = tiling(head_dim, group, torch.bfloat16, torch.bfloat16, INTERPRETED)
         for tile in (tiles.few, tiles.many, tiles.same):
             assert tile.rows >= group and tile.rows.bit_count() == tile.keys.bit_count() == 1
             assert tiles.split % tile.keys == 0
+
+
+@pytest.mark.parametrize(
+    ("sequences", "context", "fill"), [(64, 4096, 0.94), (16, 8192, 0.96), (1, 32768, 0.94), (1, 8192, 0.86)]
+)
+def test_items_fill_the_gpu(sequences: int, context: int, fill: float) -> None:
+    """Llama-3-8B's heads on 132 multiprocessors: the share of time in which they work, if every wave lasts as long as
+    the longest item."""
+    tiles = tiling(128, 4, torch.bfloat16, torch.bfloat16, Gpu("a GPU", (9, 0), 132, 227 << 10))
+    table = torch.zeros(sequences, context // 32, dtype=torch.int32)
+    batch = RaggedBatch(np.arange(sequences + 1), np.full(sequences, context), table)
+    ((tile, items),) = plan_attention(batch, 32, 8, None, tiles, 132).launches
+    assert tile == tiles.few and tile.resident > 1
+    keys = (items[:, Column.END] - items[:, Column.START]).double()
+    waves = -(-len(items) * 8 // (132 * tile.resident))
+    assert keys.sum() * 8 / (waves * 132 * tile.resident * keys.max()) > fill
 
 
 def test_items_cover_every_key_of_every_token_once() -> None:

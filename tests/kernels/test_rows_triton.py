@@ -105,7 +105,7 @@ def test_rotate_and_store(heads: int, kv_heads: int, head_dim: int, kv: torch.dt
     cos, sin = torch.randn(2, tokens, head_dim // 2)
     norms = (torch.rand(head_dim) + 0.5, torch.rand(head_dim) + 0.5) if normed else None
     slots = torch.randperm(4 * block_size)[:tokens] + block_size
-    cache = KVCache(6, kv_heads, block_size, head_dim, kv)
+    cache = KVCache(6, kv_heads, block_size, head_dim, kv, values_by_column=True)
     poison = 99
     cache.key.fill_(poison)
     cache.value.fill_(poison)
