@@ -85,7 +85,7 @@ def _kinds(session: Session, weight: Tensor) -> dict[str, tuple[float, str, Call
     def ours(weights: Tensor) -> Callable[[int], Call]:
         def make(rows: int) -> Call:
             x = eight(rows, weights.dtype)
-            return lambda: linear_w8a8(x, weights, scale, None, dtype)
+            return lambda: linear_w8a8(x, weights, scale, None, dtype, session.gpu)
 
         return make
 
