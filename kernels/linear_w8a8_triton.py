@@ -19,9 +19,10 @@ TILES = {
     None: Tile(rows=128, columns=128, depth=128, warps=8, stages=3),
 }
 WIDE = Tile(rows=128, columns=256, depth=128, warps=8, stages=3)
-"""The tile of int8 from `WIDE_ROWS` rows on, where shared memory holds its stages: it reads each operand less often.
+"""The tile of int8 from `WIDE_ROWS` rows on, on Hopper: it reads each operand less often.
 
-float8, whose sums are added in float32 in each turn, would spill registers in it.
+It takes every register there. It spills on sm_100 and does not fit 99 KiB of shared memory with three stages; float8,
+whose sums are added in float32 in each turn, would spill in it. Unmeasured.
 """
 WIDE_ROWS = 1025
 """Tiles by the largest number of rows that they serve; `None` serves any number.
@@ -98,7 +99,8 @@ def tile_for(rows: int, columns: int, dtype: torch.dtype, gpu: Gpu, deterministi
 
 
 def _takes_wide(gpu: Gpu) -> bool:
-    return gpu.shared_bytes >= WIDE.stages * (WIDE.rows + WIDE.columns) * WIDE.depth
+    fits = gpu.shared_bytes >= WIDE.stages * (WIDE.rows + WIDE.columns) * WIDE.depth
+    return gpu.capability[0] == 9 and fits
 
 
 def row_steps() -> tuple[int, ...]:
