@@ -40,7 +40,7 @@ class TritonBackend:
     def linear_w8a8(
         self, values_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, out: torch.dtype = torch.float32
     ) -> Product:
-        product = EightBitProduct(values_NK, scale_N, bias_N, out, self.deterministic)
+        product = EightBitProduct(values_NK, scale_N, bias_N, out, self.gpu, self.deterministic)
         kind = "int8" if values_NK.dtype == torch.int8 else "fp8"
         self.kernels[f"linear_w8a8 ({kind})"] = product.path
         return product

@@ -10,35 +10,40 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-SPAN = tl.constexpr(128)
-"""Number of columns that a program's loop reads of a row in one iteration; called a span."""
-WORDS = tl.constexpr(16)
-"""Number of 32-bit words that hold a row's span. It is also the number of columns of one matrix-unit instruction."""
-GROUPS = (32, 64)
-"""Group sizes that are allowed (columns that share a scale), besides multiples of `SPAN` and all columns."""
-_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""The eight 4-bit numbers of a word come from the span's eight blocks of 16 columns, in this order, lowest bits first.
+from batchinfer.kernels.gpu import Gpu
 
-Numbers of two neighbouring blocks lie 16 bits apart, so that one shift and one mask bring both into the two 16-bit
-halves of a word.
-"""
+GROUPS = (32, 64)
+"""Group sizes that are allowed (columns that share a scale), besides multiples of `DEEPEST` and all columns."""
+DEEPEST = 128
+"""The most columns that a program multiplies in one turn of its loop."""
+_BLOCK = 32  # columns of which a thread of four holds a word in the matrix units' layout
+_NUMBERS = 8  # in a word
 _MOST_ZERO = 16  # bfloat16 holds whole numbers up to 256 exactly, and unpacking subtracts 128 + 8 + zero point
+_LEAST = {torch.bfloat16: 128, torch.float16: 1024, torch.float32: 0}
+"""The number whose lowest bits an unpacked number is written into; the last bit has the value 1 there."""
 
 
 @dataclass(frozen=True)
 class FourBits:
     """A matrix [N, K] of 4-bit numbers that stands for `(values - zero_point) * scale`.
 
-    A span of a row is 16 words. Word j holds the span's columns j, 16 + j, ... 112 + j in the order of `_ORDER`, with
-    8 added to each value. The words of one span for all rows lie together, so that a tile of the matrix is contiguous
-    in memory.
+    A span is the `depth` columns of a row that are multiplied in one turn. The words of one span for all rows lie
+    together, so that a tile of the matrix is contiguous in memory. Within a span, words lie in the order in which
+    threads hold the left operand of a matrix unit's instruction, so that unpacking moves nothing between threads: of
+    each block of 32 columns, thread t of four holds columns t * `near` to t * `near` + `near` - 1 and those that follow
+    at distances of 4 * `near`. These eight make a word, with 8 added to each value. A word's even numbers are in its
+    low half and its odd ones in the high half, so that one shift and one mask bring two neighbours into the halves.
+
+    A pair is what a group's numbers need: in the lower half of an integer the number that unpacking subtracts, in the
+    upper half the scale, both in the type of the rows to be multiplied. One load brings both.
     """
 
-    words: Tensor  # [ceil(K / 128), N, 16] int32
-    scale: Tensor  # [groups, N] in the type of the rows to be multiplied
-    zero_point: Tensor | None  # [groups, N] int8
+    words: Tensor  # [ceil(K / depth), N, depth / 8] int32
+    pairs: Tensor  # [groups, N] int32; int64 for rows in float32
+    dtype: torch.dtype  # of the rows to be multiplied
     columns: int
     group: int  # columns that share a scale: 32, 64 or a multiple of 128
+    near: int
 
     @property
     def rows(self) -> int:
@@ -51,56 +56,82 @@ class FourBits:
         return self.words.shape[0]
 
     @property
+    def depth(self) -> int:
+        """Number of columns of a span: those of a group, or a part of them."""
+        return self.words.shape[2] * _NUMBERS
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the weight, its scales and its zero points."""
-        return self.words.nbytes + self.scale.nbytes + (0 if self.zero_point is None else self.zero_point.nbytes)
+        return self.words.nbytes + self.pairs.nbytes
 
 
-def repack(values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor | None, dtype: torch.dtype) -> FourBits:
-    """Pack int8 values from -8 to 7 [N, K] with floating-point scales and integer zero points [N, G].
+def near(gpu: Gpu) -> int:
+    """Return how many neighbouring columns a thread holds: as many as Triton's layout has on this GPU."""
+    return 2 if gpu.capability[0] == 9 else 4
+
+
+def repack(values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor | None, dtype: torch.dtype, gpu: Gpu) -> FourBits:
+    """Pack int8 values from -8 to 7 [N, K] with floating-point scales and integer zero points [N, G] for `gpu`.
 
     K / G columns share a scale. Scales are rounded to `dtype`, the type of the rows to be multiplied. Raises
     `ValueError` for a group size that is not supported and for zero points out of range.
     """
     n, k = values_NK.shape
     groups = scale_NG.shape[1]
-    group, padding = k // groups, -k % SPAN.value
-    if k != group * groups or (groups > 1 and group not in GROUPS and group % SPAN.value):
+    group = k // groups
+    if k != group * groups or (groups > 1 and group not in GROUPS and group % DEEPEST):
         raise ValueError(
             f"4-bit weights [{n}, {k}] with {groups} scales a row: a scale must be for "
-            f"{', '.join(map(str, GROUPS))} columns, a multiple of {SPAN.value}, or all"
+            f"{', '.join(map(str, GROUPS))} columns, a multiple of {DEEPEST}, or all"
         )
     if zero_point_NG is not None and not bool((zero_point_NG.abs() <= _MOST_ZERO).all()):
         raise ValueError(f"4-bit weights [{n}, {k}] have zero points beyond -{_MOST_ZERO} to {_MOST_ZERO}")
-    # [spans, N, blocks of 16 columns, 16]
-    blocks = F.pad(values_NK, (0, padding)).add(8).view(n, -1, len(_ORDER), WORDS.value).transpose(0, 1)
-    words = torch.zeros(blocks.shape[0], n, WORDS.value, dtype=torch.int32, device=values_NK.device)
-    for i, block in enumerate(_ORDER):
-        words |= blocks[:, :, block].to(torch.int32) << 4 * i
+    depth = group if group in GROUPS and groups > 1 else DEEPEST
+    padding = -k % depth
     if groups == 1:
         group = k + padding
-    more = padding // group  # groups that consist of padding only
-    scale = F.pad(scale_NG, (0, more)).t().to(dtype).contiguous()
-    zero_point = None if zero_point_NG is None else F.pad(zero_point_NG, (0, more)).t().to(torch.int8).contiguous()
-    return FourBits(words, scale, zero_point, k, group)
+    side = near(gpu)
+    # [N, spans, blocks of 32 columns, parts of a word, threads, neighbours] to words [spans, N, threads, blocks, 8]
+    parts = F.pad(values_NK, (0, padding)).add(8).view(n, -1, depth // _BLOCK, _NUMBERS // side, 4, side)
+    numbers = parts.permute(1, 0, 4, 2, 3, 5).reshape(-1, n, depth // _NUMBERS, _NUMBERS)
+    words = torch.zeros(numbers.shape[:3], dtype=torch.int32, device=values_NK.device)
+    for i in range(_NUMBERS):
+        words |= numbers[..., i].to(torch.int32) << 4 * (i // 2) + 16 * (i % 2)
+    subtracted = (
+        torch.full_like(scale_NG, _LEAST[dtype] + 8) if zero_point_NG is None else zero_point_NG + (_LEAST[dtype] + 8)
+    )
+    halves = torch.stack((subtracted.to(dtype), scale_NG.to(dtype)), -1).transpose(0, 1).contiguous()
+    pairs = halves.view(torch.int64 if dtype == torch.float32 else torch.int32).squeeze(-1)
+    return FourBits(words, pairs, dtype, k, group, side)
 
 
 @triton.jit
-def unpacked(b_words, i_pair: tl.constexpr, b_zero, dtype: tl.constexpr):
-    """Unpack two neighbouring blocks of 16 columns of a span, from column 32 * `i_pair` on: two matrices [N, 16].
+def halves_of(b_pair, dtype: tl.constexpr):
+    """Return (what unpacking subtracts, the scale), both in `dtype`, of an integer of twice its width."""
+    BITS: tl.constexpr = dtype.primitive_bitwidth
+    whole: tl.constexpr = tl.int32 if BITS == 32 else tl.int16
+    return b_pair.to(whole).to(dtype, bitcast=True), (b_pair >> BITS).to(whole).to(dtype, bitcast=True)
 
-    The results are in `dtype` and exact. `b_words` is int32 [N, 16]; `b_zero`, the zero points, is float32 [N]. In
-    16-bit types a number is written into the lowest bits of 128.0 (1024.0 in float16), whose last bit has the value 1;
-    then 128 (1024), 8 and the zero point are subtracted.
+
+@triton.jit
+def unpacked(b_words, b_subtracted, dtype: tl.constexpr, NEAR: tl.constexpr):
+    """Unpack the words [N, W] of a span: numbers minus `b_subtracted` [N], [N, 8 * W], exact in `dtype`.
+
+    In 16-bit types a number is written into the lowest bits of 128.0 (1024.0 in float16), whose last bit has the value
+    1; that is part of what is subtracted.
     """
-    b_pair = (b_words >> 4 * i_pair) & 0x000F000F
+    N: tl.constexpr = b_words.shape[0]
+    W: tl.constexpr = b_words.shape[1]
+    b_02 = tl.join(b_words & 0x000F000F, (b_words >> 8) & 0x000F000F)
+    b_13 = tl.join((b_words >> 4) & 0x000F000F, (b_words >> 12) & 0x000F000F)
+    b_two = tl.join(b_02, b_13)
     if dtype == tl.float32:
-        b_too_much = (b_zero + 8.0)[:, None]
-        b_first = (b_pair & 0xF).to(tl.float32)
-        b_second = (b_pair >> 16).to(tl.float32)
+        b_numbers = tl.join(b_two & 0xF, b_two >> 16)
     else:
-        b_pair |= 0x43004300 if dtype == tl.bfloat16 else 0x64006400
-        b_too_much = (b_zero + (136.0 if dtype == tl.bfloat16 else 1032.0)).to(dtype)[:, None]
-        b_first = b_pair.to(tl.int16).to(dtype, bitcast=True)
-        b_second = (b_pair >> 16).to(tl.int16).to(dtype, bitcast=True)
-    return b_first - b_too_much, b_second - b_too_much
+        b_two |= 0x43004300 if dtype == tl.bfloat16 else 0x64006400
+        b_numbers = tl.join(b_two.to(tl.int16), (b_two >> 16).to(tl.int16))
+    b_numbers = b_numbers.reshape(N, 4, W // 4, 8 // NEAR, NEAR).permute(0, 2, 3, 1, 4).reshape(N, 8 * W)
+    if dtype == tl.float32:
+        return b_numbers.to(tl.float32) - b_subtracted[:, None]
+    return b_numbers.to(dtype, bitcast=True) - b_subtracted[:, None]

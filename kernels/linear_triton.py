@@ -22,7 +22,7 @@ TILES = {
 """The tile of each type, whatever the number of rows. float32 is not rounded to TF32, so it uses no matrix units."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _linear_kernel(
     p_x, p_w, p_bias, p_y, m, n,
     K: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchinfer.kernels import linear_w4a16_triton, linear_w8a8_triton
 from batchinfer.kernels.four_bits_triton import repack
 from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.linear_triton import linear
@@ -11,7 +12,7 @@ from batchinfer.kernels.linear_w4a16_triton import linear_w4a16
 from batchinfer.kernels.linear_w8a8_triton import linear_w8a8
 from batchinfer.kernels.rows import Rows
 
-SCALED_BY_LIBRARY = ((9, 0), (10, 0))
+SCALED_BY_LIBRARY = ((8, 9), (9, 0), (10, 0), (12, 0))
 """Compute capabilities of the devices on which `torch._scaled_mm` multiplies float8 with per-row and per-channel
 scales. Whether it is faster than the Triton kernel is unmeasured; `make gpu-check` compares them."""
 LIBRARY_GRAIN = 16  # `torch._scaled_mm` takes weights whose rows and columns are multiples of this
@@ -57,11 +58,17 @@ class EightBitProduct:
     row_grain = 1
 
     def __init__(
-        self, values_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None, out: torch.dtype, deterministic: bool
+        self,
+        values_NK: Tensor,
+        scale_N: Tensor,
+        bias_N: Tensor | None,
+        out: torch.dtype,
+        gpu: Gpu,
+        deterministic: bool,
     ) -> None:
         self.weight, self.scale, self.bias, self.out = values_NK.contiguous(), scale_N, bias_N, out
-        self.deterministic = deterministic
-        self.by_library = not deterministic and _library_takes(values_NK, out)
+        self.gpu, self.deterministic = gpu, deterministic
+        self.by_library = not deterministic and _library_takes(values_NK, out, gpu)
         self.path = "torch" if self.by_library else "triton"
 
     @property
@@ -81,7 +88,7 @@ class EightBitProduct:
         if self.by_library and x.scale is not None:
             scale = self.scale.view(1, -1)
             return Rows(torch._scaled_mm(x.values, self.weight.t(), x.scale, scale, self.bias, out_dtype=self.out))
-        return Rows(linear_w8a8(x, self.weight, self.scale, self.bias, self.out, self.deterministic))
+        return Rows(linear_w8a8(x, self.weight, self.scale, self.bias, self.out, self.gpu, self.deterministic))
 
 
 class FourBitProduct:
@@ -100,7 +107,7 @@ class FourBitProduct:
         gpu: Gpu,
         deterministic: bool,
     ) -> None:
-        self.weight = repack(values_NK, scale_NG, zero_point_NG, dtype)
+        self.weight = repack(values_NK, scale_NG, zero_point_NG, dtype, gpu)
         self.bias, self.takes, self.gpu, self.deterministic = bias_N, dtype, gpu, deterministic
 
     @property
@@ -116,8 +123,13 @@ class FourBitProduct:
         return Rows(linear_w4a16(x.values, self.weight, self.bias, self.gpu, self.deterministic))
 
 
-def _library_takes(values_NK: Tensor, out: torch.dtype) -> bool:
+def row_steps() -> tuple[int, ...]:
+    """Return numbers of rows that together meet every program of the products: warmed once, none is compiled later."""
+    return tuple(sorted({*linear_w8a8_triton.row_steps(), *linear_w4a16_triton.row_steps()}))
+
+
+def _library_takes(values_NK: Tensor, out: torch.dtype, gpu: Gpu) -> bool:
     if values_NK.dtype != torch.float8_e4m3fn or out != torch.bfloat16 or not values_NK.is_cuda:
         return False
     fits = all(size % LIBRARY_GRAIN == 0 for size in values_NK.shape)
-    return fits and torch.cuda.get_device_capability(values_NK.device) in SCALED_BY_LIBRARY
+    return fits and gpu.capability in SCALED_BY_LIBRARY

@@ -63,7 +63,7 @@ def _integers(session: Session, errors: Errors, n: int, k: int, rows: int) -> No
     x, weight = (x // 8, weight // 8) if k > 512 else (x, weight)
     x_scale = 2.0 ** _whole(session, -6, 3, rows, 1, seed=3).float()
     scale = 2.0 ** _whole(session, -6, 3, n, seed=4).float()
-    found = linear_w8a8(Rows(x, x_scale), weight, scale, None, torch.float32)
+    found = linear_w8a8(Rows(x, x_scale), weight, scale, None, torch.float32, session.gpu)
     exact = (x.double() @ weight.double().t()) * x_scale.double() * scale.double()  # whole numbers below 2^53
     errors.same("int8 product", "int8", found.double(), exact)
     if k % 8 == 0 and n % 8 == 0 and rows > 16 and not session.smoke:  # what the library takes
@@ -87,9 +87,9 @@ def _fp8(session: Session, errors: Errors, n: int, k: int, rows: int, out: torch
     tolerance = FP8_SUMS if out == torch.float32 else TOLERANCE[out]
     tolerance = TOLERANCE[out] if session.smoke else tolerance
     for deterministic in (False, True):
-        found = linear_w8a8(Rows(x, x_scale), weight, scale, bias, out, deterministic)
+        found = linear_w8a8(Rows(x, x_scale), weight, scale, bias, out, session.gpu, deterministic)
         errors.close("fp8 product", f"fp8 to {name_of(out)}", found, expected, tolerance)
-    used = EightBitProduct(weight, scale, bias, out, deterministic=False)
+    used = EightBitProduct(weight, scale, bias, out, session.gpu, deterministic=False)
     found = used(Rows(x, x_scale)).values
     path = "the library" if used.by_library else "ours"
     errors.close(f"fp8 product as it is chosen, by {path}", f"fp8 to {name_of(out)}", found, expected, tolerance)
@@ -137,9 +137,9 @@ def _four_bits(
     zero_point = _whole(session, -8, 9, n, k // group, seed=3).float() if zeros else None
     exact = values.double() - (0 if zero_point is None else zero_point.double().repeat_interleave(group, 1))
     exact = exact * scale.double().repeat_interleave(group, 1)
-    weight = repack(values, scale.float(), zero_point, dtype)
+    weight = repack(values, scale.float(), zero_point, dtype, session.gpu)
     with poisoned():
-        errors.same("4-bit weights expanded", name_of(dtype), expand(weight, dtype), exact.float().to(dtype))
+        errors.same("4-bit weights expanded", name_of(dtype), expand(weight), exact.float().to(dtype))
     bias = _random(session, dtype, n)
     for rows in all_rows:
         x = _random(session, dtype, rows, k)

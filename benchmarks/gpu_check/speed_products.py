@@ -91,7 +91,7 @@ def _kinds(session: Session) -> dict[str, Kind]:
 
     def fp8(_: Session, rows: int, n: int, k: int) -> Call:
         x, weight, scale = Rows(noise(rows, k).to(F8), scales(rows, 1)), noise(n, k).to(F8), scales(n)
-        return lambda: linear_w8a8(x, weight, scale, None, dtype)
+        return lambda: linear_w8a8(x, weight, scale, None, dtype, session.gpu)
 
     def fp8_by_torch(_: Session, rows: int, n: int, k: int) -> Call:
         x, weight, row_scale, scale = noise(rows, k).to(F8), noise(n, k).to(F8), scales(rows, 1), scales(1, n)
@@ -101,7 +101,7 @@ def _kinds(session: Session) -> dict[str, Kind]:
 
     def int8(_: Session, rows: int, n: int, k: int) -> Call:
         x, weight, scale = Rows(integers(rows, k), scales(rows, 1)), integers(n, k), scales(n)
-        return lambda: linear_w8a8(x, weight, scale, None, dtype)
+        return lambda: linear_w8a8(x, weight, scale, None, dtype, session.gpu)
 
     def int8_by_torch(_: Session, rows: int, n: int, k: int) -> Call:
         x, weight = integers(max(rows, LEAST), k), integers(n, k)

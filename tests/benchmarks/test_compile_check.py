@@ -290,7 +290,7 @@ def test_gaps_are_named_with_the_kernels_that_they_touch() -> None:
         "- gfx942 widens float8 to float16 and multiplies that: its matrix units take another kind of float8 "
         f"({multiplied} kernels).",
     ]
-    assert "| linear_w8a8, up to 64 rows, 4096 columns of fp8 | - |" in found
+    assert "| linear_w8a8, 64 rows by 64, 4096 columns of fp8 | - |" in found
 
 
 def test_compiling_in_the_interpreters_process_says_so() -> None:
