@@ -77,7 +77,9 @@ def small_cases(session: Session) -> Iterator[tuple[str, Callable[[], Tensor]]]:
             scales = right.scale.flatten()
             yield (
                 f"w8a8 {name_of(kind)}, {rows} rows",
-                lambda left=left, right=right, scales=scales: linear_w8a8(left, right.values, scales, None, dtype, session.gpu),
+                lambda left=left, right=right, scales=scales: linear_w8a8(
+                    left, right.values, scales, None, dtype, session.gpu
+                ),
             )
     x, gate_up, ones = noise(3, 96), noise(3, 192), torch.ones(96, dtype=dtype, device=on)
     for out in (dtype, *eight):
