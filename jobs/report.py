@@ -85,6 +85,8 @@ class Report:
     predicted: Forecast | None = None  # None if the device was not measured
     output_sha256: str = ""  # digest of the output; for a folder, of its files' names and digests
     prompt_tokens_shared: int = 0  # not computed, since they were computed for another row
+    # How steps without prompt tokens ran on a GPU: replayed, recorded, launched (kernel by kernel) -> number of steps
+    gpu_steps: dict[str, int] = field(default_factory=dict)
     # Input column -> number of its values that are not UTF-8 and have U+FFFD in place of their bytes in the output
     replaced_text: dict[str, int] = field(default_factory=dict)
     # Settings in the checkpoint's generation_config.json: those that were applied, and the others by the reason
@@ -124,6 +126,7 @@ class Report:
             ("peak memory", ", ".join(f"{name} {in_bytes(size)}" for name, size in memory.items())),
             ("  in the engine", f"weights {in_bytes(self.weight_bytes)}, KV cache {in_bytes(self.kv_cache_bytes)}"),
             ("steps", f"{self.steps:,}, preemptions {self.preemptions:,}"),
+            *([("  decoding", _on_gpu(self.gpu_steps))] if any(self.gpu_steps.values()) else []),
             ("  tokens: steps", most_frequent(self.step_sizes)),
             ("prompt lengths", most_frequent(self.buckets)),
             ("padding", f"{_percent(self.padded_tokens, computed + self.padded_tokens)} of the tokens computed"),
@@ -177,6 +180,11 @@ def _distribution(name: str) -> importlib.metadata.Distribution | None:
         return importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _on_gpu(steps: dict[str, int]) -> str:
+    counts = f"{steps['replayed']:,} replayed, {steps['recorded']:,} recorded, {steps['launched']:,} launched"
+    return f"{counts} kernel by kernel"
 
 
 def _percent(part: int, whole: int) -> str:

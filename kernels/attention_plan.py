@@ -70,6 +70,7 @@ class AttentionPlan:
     first: Tensor  # [tokens + 1], where each token's partials begin; a token with one item has none
     merged: Tensor  # [m], the tokens that have partials
     partials: int  # number of partials of all tokens, float32 [heads, head_dim] each
+    spare: int  # the most items that splitting keys can add, for any batch; 0 where it depends on the lengths alone
 
     @property
     def tokens(self) -> int:
@@ -140,6 +141,7 @@ def plan_attention(
         first=_tensor(first, device),
         merged=_tensor(np.flatnonzero(of_token > 1), device),
         partials=int(first[-1]),
+        spare=0 if processors is None else _most_added(kv_heads, tiling, processors),
     )
 
 
@@ -217,6 +219,16 @@ def _split(work: _Work, kv_heads: int, tiling: Tiling, processors: int | None) -
     of, begin, count = _cut(keys, size)
     begin += base[of]
     return of, np.maximum(begin, work.start[of]), begin + count
+
+
+def _most_added(kv_heads: int, tiling: Tiling, processors: int) -> int:
+    """Return the most segments that `_split` makes of any work, less one for each item of the work.
+
+    A segment has at least `fair` keys, so all together they exceed one an item by at most sum(keys) / fair. Rounding
+    `fair` down, which is at least `tiling.least` where it counts, adds 1 / least of that.
+    """
+    wanted = processors * ITEMS_PER_PROCESSOR
+    return wanted * (tiling.least + 1) // (kv_heads * tiling.least) + 1
 
 
 def _count_partials(batch: RaggedBatch, own: _Work, common: _Work, leader: Ints, segments: Ints) -> tuple[Ints, Ints]:

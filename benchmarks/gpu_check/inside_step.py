@@ -69,10 +69,8 @@ def run_replayed(session: Session) -> None:
 
 def run_eager(session: Session) -> None:
     """The same steps, never recorded."""
-    from batchinfer.engine import cuda_graphs
-
-    cuda_graphs.RECORD_AFTER = 1 << 60
     with _engine(session) as engine:
+        engine.runner.steps.recording = False
         for rows in session.pick(ROWS, (2,)):
             with session.case(f"eager steps of {rows} rows"):
                 if (steps := _steady(session, engine, "eager", rows)) is not None:

@@ -45,7 +45,6 @@ def steady_steps(session: Session, engine: Engine, rows: int, prompt: int, vocab
     """Let so many rows decode, side by side, and look at some steps; None in a smoke test, which only runs them."""
     watch_graphs(session)
     engine.runner.steps.recordings.clear()
-    engine.runner.steps.met.clear()
     settled, count = session.pick((SETTLED, STEPS), (1, 1))
     # Their blocks are there for the last step too, and none of them ends before.
     engine.add(

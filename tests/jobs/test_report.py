@@ -145,3 +145,10 @@ def test_peak_memory_is_of_this_process() -> None:
 def test_rows_that_got_the_result_of_another_are_said() -> None:
     assert "duplicates" not in REPORT.table()
     assert "  duplicates       7 rows\n" in replace(REPORT, rows_duplicate=7).table()
+
+
+def test_how_steps_ran_on_a_gpu_is_said_where_one_was_used() -> None:
+    assert "replayed" not in REPORT.table()
+    steps = {"replayed": 1549, "recorded": 25, "launched": 3}
+    line = "  decoding         1,549 replayed, 25 recorded, 3 launched kernel by kernel\n"
+    assert line in replace(REPORT, gpu_steps=steps).table()
