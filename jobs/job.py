@@ -223,6 +223,11 @@ def _report(
         accepted=stats.accepted,
         steps=stats.steps,
         preemptions=stats.preemptions,
+        gpu_steps={
+            "replayed": stats.replayed_steps,
+            "recorded": stats.recorded_steps,
+            "launched": stats.launched_steps,
+        },
         padded_tokens=stats.padded_tokens,
         step_sizes={str(size): count for size, count in sorted(stats.step_sizes.items())},
         buckets={str(edge): rows for edge, rows in figures.buckets.items() if rows},

@@ -87,6 +87,8 @@ class Report:
     prompt_tokens_shared: int = 0  # not computed, since they were computed for another row
     kv_bytes_read: int = 0  # bytes of keys and values that attention read, in all layers; 0 on the CPU: not counted
     kv_bytes_unshared: int = 0  # what it would have read if every row had read the prefix it shares by itself
+    # How steps without prompt tokens ran on a GPU: replayed, recorded, launched (kernel by kernel) -> number of steps
+    gpu_steps: dict[str, int] = field(default_factory=dict)
     # Input column -> number of its values that are not UTF-8 and have U+FFFD in place of their bytes in the output
     replaced_text: dict[str, int] = field(default_factory=dict)
     # Settings in the checkpoint's generation_config.json: those that were applied, and the others by the reason
@@ -127,6 +129,7 @@ class Report:
             ("  in the engine", f"weights {in_bytes(self.weight_bytes)}, KV cache {in_bytes(self.kv_cache_bytes)}"),
             *([("keys and values", self._reads())] if self.kv_bytes_read else []),
             ("steps", f"{self.steps:,}, preemptions {self.preemptions:,}"),
+            *([("  decoding", _on_gpu(self.gpu_steps))] if any(self.gpu_steps.values()) else []),
             ("  tokens: steps", most_frequent(self.step_sizes)),
             ("prompt lengths", most_frequent(self.buckets)),
             ("padding", f"{_percent(self.padded_tokens, computed + self.padded_tokens)} of the tokens computed"),
@@ -185,6 +188,11 @@ def _distribution(name: str) -> importlib.metadata.Distribution | None:
         return importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _on_gpu(steps: dict[str, int]) -> str:
+    counts = f"{steps['replayed']:,} replayed, {steps['recorded']:,} recorded, {steps['launched']:,} launched"
+    return f"{counts} kernel by kernel"
 
 
 def _percent(part: int, whole: int) -> str:

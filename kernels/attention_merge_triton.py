@@ -20,7 +20,7 @@ def _merge_kernel(
     i_token = tl.load(p_merged + tl.program_id(0)).to(tl.int64)
     first, end = tl.load(p_first + i_token), tl.load(p_first + i_token + 1)
     o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < HEAD
+    m_d = (o_d < HEAD) & (end > first)  # a token without partials keeps its row
     p_lse += first.to(tl.int64) * heads + i_head
     p_partial += (first.to(tl.int64) * heads + i_head) * HEAD
 

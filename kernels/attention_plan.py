@@ -73,6 +73,7 @@ class AttentionPlan:
     partials: int  # number of partials of all tokens, float32 [heads, head_dim] each
     keys_read: int  # by all items, of one key head
     keys_unshared: int  # what would be read if no prefix were shared
+    spare: int  # items that splitting keys usually adds at most, for any batch; 0 where only the lengths tell
 
     @property
     def tokens(self) -> int:
@@ -146,6 +147,8 @@ def plan_attention(
         partials=int(first[-1]),
         keys_read=own_keys + int(common.end.sum()),
         keys_unshared=own_keys + int(shared[own.sequence].sum()),
+        # As many as two waves: with more, splitting gains little.
+        spare=0 if processors is None else 2 * processors * tiling.few.resident // kv_heads + 1,
     )
 
 

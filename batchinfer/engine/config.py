@@ -127,6 +127,9 @@ class EngineStats:
     preemptions: int = 0
     drafted: int = 0
     accepted: int = 0  # drafts that verification accepted
+    replayed_steps: int = 0  # steps on a GPU without prompt tokens: as recorded before,
+    recorded_steps: int = 0  # recorded for this one,
+    launched_steps: int = 0  # and launched kernel by kernel
     padded_tokens: int = 0  # padding computed beside real tokens
     load_seconds: float = 0.0
     prefill_seconds: float = 0.0
@@ -148,6 +151,7 @@ class EngineStats:
 _COUNTED = (
     *("steps", "prompt_tokens", "completion_tokens", "padded_tokens", "operations"),
     *("shared_tokens", "preemptions", "drafted", "accepted", "kv_bytes_read", "kv_bytes_unshared"),
+    *("replayed_steps", "recorded_steps", "launched_steps"),
     *("load_seconds", "prefill_seconds", "decode_seconds"),
 )
 _PEAKS = ("peak_memory_bytes", "peak_device_bytes")

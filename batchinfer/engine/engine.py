@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.config import BLOCK_SIZES, LEAST_BATCHED_TOKENS, LEAST_GPU_SHARE, EngineConfig, EngineStats
-from batchinfer.engine.cuda_graphs import padded_count
+from batchinfer.engine.cuda_graphs import MOST_RECORDINGS, RECORDING_BYTES
 from batchinfer.engine.drafts.draft_model import DraftModel, load_draft_model
 from batchinfer.engine.drafts.gate import Gate
 from batchinfer.engine.largest_step import largest_step, probe_blocks
@@ -24,6 +24,7 @@ from batchinfer.engine.request import Completions, FinishReason, Requests, RowEr
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
+from batchinfer.engine.step_shape import padded_count
 from batchinfer.engine.transfer import Sampled
 from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.kernels.grain import TILE, padded_size
@@ -66,6 +67,7 @@ class Engine:
         try:
             self.runner = ModelRunner(config, model)
             draft_runner = load_draft_model(config)
+            self._runners = [runner for runner in (draft_runner, self.runner) if runner is not None]
             room = self._room(config).limited(config.kv_cache_memory_bytes)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -76,7 +78,6 @@ class Engine:
                 f"what else runs on {config.device}"
             ) from error
         self._stats = EngineStats(device=self.runner.device_name, notes=self.runner.notes)
-        self._runners = [runner for runner in (draft_runner, self.runner) if runner is not None]
         a_token = sum(runner.bytes_per_token for runner in self._runners)
         blocks, note = pool_blocks(config, a_token, self.runner.kv_dtype, room)
         self._stats.notes += [note] if note else []
@@ -219,6 +220,10 @@ class Engine:
                     raise
         admission = self.scheduler.admission
         stats.preemptions, stats.shared_tokens = admission.preemptions, admission.shared_tokens
+        if self.runner.late:
+            steps = self.runner.steps
+            stats.replayed_steps, stats.recorded_steps = steps.replays, steps.recorded
+            stats.launched_steps = steps.launched
         stats.weight_bytes = self.runner.decoder.weight_bytes
         stats.kv_cache_bytes = self.runner.kv_cache_bytes
         stats.peak_memory_bytes = peak_memory_bytes()
@@ -248,16 +253,18 @@ class Engine:
         """Return the memory for keys and values; on a GPU, what is left after running the largest possible step."""
         if config.device == "cpu":
             return Room.on_cpu()
-        self.runner.allocate(probe_blocks(config), config.block_size)
-        batch = largest_step(config, self.runner.attention_inputs, self.runner.decoder.row_grain)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        self.runner.launch(batch).wait()
-        activations = torch.cuda.max_memory_allocated() - before
-        self.runner.caches.clear()
+        activations = _step_bytes(self.runner, config)
+        rows = min(config.max_num_seqs, config.usual_batch, self.runner.steps.most_tokens)
+        decoding = replace(config, max_num_seqs=rows, max_num_batched_tokens=rows)  # one token of each sequence
+        steps = {r: _step_bytes(r, decoding) * r.steps.most_tokens // rows for r in self._runners}
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info()
-        return Room.on_device(total, free, activations, config.gpu_memory_utilization)
+        wanted = {r: step_bytes + MOST_RECORDINGS * RECORDING_BYTES for r, step_bytes in steps.items()}
+        together = sum(wanted.values())
+        room = Room.on_device(total, free, activations, together, config.gpu_memory_utilization)
+        for runner, step_bytes in steps.items():
+            runner.steps.keep_within(room.recordings * wanted[runner] // together, step_bytes)
+        return room
 
     def _finished(self, new_tokens: NewTokens) -> dict[int, FinishReason]:
         """Return the sequences, by place, that end with these tokens, and why they end.
@@ -335,6 +342,18 @@ class Engine:
         stats.kv_bytes_unshared += unshared
         stats.operations += tokens * decoder.operations_per_token
         stats.operations += len(batch.sequences) * decoder.head.operations_per_row
+
+
+def _step_bytes(runner: ModelRunner, config: EngineConfig) -> int:
+    """Return the bytes of a GPU's memory that the largest step takes beside weights, keys and values."""
+    runner.allocate(probe_blocks(config), config.block_size)
+    batch = largest_step(config, runner.attention_inputs, runner.decoder.row_grain)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    runner.launch(batch).wait()
+    peak = torch.cuda.max_memory_allocated() - before
+    runner.caches.clear()
+    return peak
 
 
 def _check(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:

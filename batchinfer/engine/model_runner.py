@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchinfer.engine.attention_inputs import AttentionInputs, RaggedInputs, TiledInputs
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.cuda_graphs import CudaGraphs
+from batchinfer.engine.cuda_graphs import CudaGraphs, most_recorded
 from batchinfer.engine.four_bit_path import FourBitPath
 from batchinfer.engine.pool_size import bytes_per_token
 from batchinfer.engine.transfer import Sampled
@@ -75,7 +75,7 @@ class ModelRunner:
         if not isinstance(self.backend, CpuBackend):
             self.late = 1
             self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.backend.device)
-            self.steps = CudaGraphs(self._compute, self.backend.device, self.notes)
+            self.steps = CudaGraphs(self._compute, self.backend.device, most_recorded(config), self.notes)
 
     @property
     def attention_inputs(self) -> AttentionInputs:
@@ -136,8 +136,9 @@ class ModelRunner:
 
     def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Compute a step on the device; tokens that only the device knows are filled in there."""
-        if len(batch.late_rows):
-            batch.tokens[batch.late_rows] = self.newest[batch.late_places]
+        if len(rows := batch.late_rows):
+            known = batch.late_places < 0  # in a recorded step, which has all rows here
+            batch.tokens[rows] = torch.where(known, batch.tokens[rows], self.newest[batch.late_places])
         tokens, finite = self._sample(batch)
         self.newest[batch.places] = tokens
         return tokens, finite

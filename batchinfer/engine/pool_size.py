@@ -1,6 +1,6 @@
 """Compute how many blocks the KV cache gets."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -10,6 +10,7 @@ from batchinfer.kernels.kv_cache import MOST
 from batchinfer.models.config import ModelConfig
 
 CPU_SHARE = 0.9  # share of the system's available memory that the KV cache may take
+RECORDINGS_SHARE = 1 / 8  # most of what weights and a step leave of a device that recorded steps may take
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Room:
 
     nbytes: int
     reason: str
+    recordings: int = 0  # bytes kept free for recorded steps
 
     @classmethod
     def on_cpu(cls) -> "Room":
@@ -26,22 +28,30 @@ class Room:
         return cls(int(available * CPU_SHARE), f"{CPU_SHARE:.0%} of {_gb(available)} available")
 
     @classmethod
-    def on_device(cls, total: int, free: int, activations: int, utilization: float) -> "Room":
+    def on_device(cls, total: int, free: int, activations: int, recordings: int, utilization: float) -> "Room":
         """Return what is left of a device's `total` bytes, of which `free` are free with the weights loaded.
 
-        A step takes `activations` bytes. `utilization` is the share of `total` that may be used; the rest is for CUDA
-        graphs and the driver.
+        A step takes `activations` bytes. Recorded steps get the `recordings` bytes that they want, or
+        RECORDINGS_SHARE of what is left. `utilization` is the share of `total` that may be used; the rest is for the
+        driver.
         """
         used, usable = total - free, int(total * utilization)
+        left = max(0, usable - used - activations)
+        recordings = min(recordings, int(left * RECORDINGS_SHARE))
         reason = (
             f"{_gb(usable)} by --gpu-memory-utilization {utilization:g} of {_gb(total)}, less {_gb(used)} in use "
-            f"(weights, and other processes), less {_gb(activations)} for a step"
+            f"(weights, and other processes), less {_gb(activations)} for a step and {_gb(recordings)} for recorded "
+            "ones"
         )
-        return cls(max(0, usable - used - activations), reason)
+        return cls(left - recordings, reason, recordings)
 
     def limited(self, most: int | None) -> "Room":
         """Return this room, cut to `most` bytes if the user has set a limit."""
-        return self if most is None or most >= self.nbytes else Room(most, f"--kv-cache-memory-bytes {most}")
+        return (
+            self
+            if most is None or most >= self.nbytes
+            else replace(self, nbytes=most, reason=f"--kv-cache-memory-bytes {most}")
+        )
 
 
 def pool_blocks(config: EngineConfig, a_token: int, kv_dtype: torch.dtype, room: Room) -> tuple[int, str | None]:

@@ -1,5 +1,6 @@
 """Copy steps between host and device without waiting: a batch in one copy, its sampled tokens in another."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TypeVar, cast
@@ -23,25 +24,36 @@ class Transfer:
         self._host = [torch.empty(0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)]
         self._read: list[torch.cuda.Event | None] = [None, None]  # events at which the device has read the buffers
 
-    def send(self, batch: Batch, into: Tensor | None = None) -> Batch:
-        """Return a copy of the batch on the device, whose tensors are views of `into` (uint8) or of a new tensor."""
+    def send(self, batch: Batch) -> Batch:
+        """Return a copy of the batch on the device, whose tensors are views of one new tensor."""
         tensors = tensors_of(batch)
         offsets = np.cumsum([0, *(-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in tensors)]).tolist()
+        into = torch.empty(offsets[-1], dtype=torch.uint8, device=self.device)
+
+        def write(host: NDArray[np.uint8]) -> None:
+            for tensor, offset in zip(tensors, offsets, strict=False):
+                values = tensor.numpy()
+                np.ndarray(values.shape, values.dtype, host, offset)[...] = values
+
+        self.copy(write, into)
+        there = {
+            id(tensor): view(into, offset, tensor.shape, tensor.dtype)
+            for tensor, offset in zip(tensors, offsets, strict=False)
+        }
+        return with_tensors(batch, lambda tensor: there[id(tensor)])
+
+    def copy(self, write: Callable[[NDArray[np.uint8]], None], into: Tensor) -> None:
+        """Copy to `into` (uint8, on the device) what `write` puts into a buffer of at least that size."""
         read = self._read[0]
         # Ask first: a wait is a call to the driver, even for an event that has happened.
         if read is not None and not read.query():  # type: ignore[no-untyped-call]
             read.synchronize()
-        host = self._host[0] = self._room(self._host[0], offsets[-1])
-        for tensor, offset in zip(tensors, offsets, strict=False):
-            _view(host, offset, tensor).copy_(tensor)
-        if into is None:
-            into = torch.empty(offsets[-1], dtype=torch.uint8, device=self.device)
-        into[: offsets[-1]].copy_(host[: offsets[-1]], non_blocking=True)
+        host = self._host[0] = self._room(self._host[0], len(into))
+        write(host.numpy())
+        into.copy_(host[: len(into)], non_blocking=True)
         self._read[0] = _event(self.device)
         self._host.reverse()
         self._read.reverse()
-        there = {id(tensor): _view(into, offset, tensor) for tensor, offset in zip(tensors, offsets, strict=False)}
-        return with_tensors(batch, lambda tensor: there[id(tensor)])
 
     def _room(self, buffer: Tensor, size: int) -> Tensor:
         if len(buffer) >= size:
@@ -49,9 +61,9 @@ class Transfer:
         return torch.empty(2 * size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
 
 
-def _view(buffer: Tensor, offset: int, like: Tensor) -> Tensor:
-    """Return a view of `buffer` (uint8) at byte `offset`, with the shape and dtype of `like`."""
-    return buffer[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
+def view(buffer: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return a view of `buffer` (uint8) at byte `offset`, with this shape and dtype."""
+    return buffer[offset : offset + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 @dataclass(frozen=True)

@@ -61,17 +61,17 @@ def _others(session: Session, shipped: Tile) -> Iterator[Tile]:
 
 def _plans(session: Session, clock: Clock) -> None:
     decode, _, ragged, *_ = [*steps(session), steps(session)[0]]
-    before = attention_plan.ITEMS_PER_PROCESSOR
+    before = attention_plan.MOST_WAVES
     for step, items in session.within_time(product((decode, ragged), session.pick((1, 2, 3, 4, 6, 8, 12), (2,)))):
         with session.case(f"{step.name}, {items} items for each multiprocessor"):
             case = paged(
                 session, step.rows, session.pick((32, 8, 128), (4, 2, 16)), session.dtype, step.kv[0], known=False
             )
-            attention_plan.ITEMS_PER_PROCESSOR = items
+            attention_plan.MOST_WAVES = items
             try:
                 plan = case.plan(session, session.gpu.processors)
             finally:
-                attention_plan.ITEMS_PER_PROCESSOR = before
+                attention_plan.MOST_WAVES = before
             times = clock(lambda case=case, plan=plan: paged_attention(case.query, case.cache, plan, case.scale))
             session.row(PLANS, step=step.name, items=items, shipped=items == before, **times.columns)
         release(session)

@@ -153,3 +153,10 @@ def test_what_attention_read_stands_beside_what_it_would_have_read_without_share
     assert "keys and values    1.00 GB read\n" in apart.table()
     shared = replace(REPORT, kv_bytes_read=1_200_000_000_000, kv_bytes_unshared=2_100_000_000_000)
     assert "keys and values    1.20 TB read, 2.10 TB without shared prefixes\n" in shared.table()
+
+
+def test_how_steps_ran_on_a_gpu_is_said_where_one_was_used() -> None:
+    assert "replayed" not in REPORT.table()
+    steps = {"replayed": 1549, "recorded": 25, "launched": 3}
+    line = "  decoding         1,549 replayed, 25 recorded, 3 launched kernel by kernel\n"
+    assert line in replace(REPORT, gpu_steps=steps).table()

@@ -20,6 +20,7 @@ from batchinfer.engine.output_lengths import LEAST_ENDED
 from batchinfer.engine.request import FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.quantize import CalibrationRows, quantize
+from batchinfer.models.batch import Batch
 
 SHAPE = {
     "hidden_size": 32,
@@ -101,10 +102,8 @@ def test_rows_are_those_of_the_cpu_with_steps_replayed_and_sequences_that_end_un
     make_model: Callable[..., Path],
     interpreted: Callable[..., Engine],
     temperature: float,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Places are taken again while a step computes their last owner's next token in vain."""
-    monkeypatch.setattr("batchinfer.engine.cuda_graphs.RECORD_AFTER", 2)
     model = make_model("llama", **SHAPE)
     prompts = prompts_of(7, 40)
     free = SamplingParams(max_tokens=11, ignore_eos=True, temperature=temperature, top_p=0.95)
@@ -242,3 +241,49 @@ def test_penalties_and_bans_are_those_of_the_cpu(
     assert run(engine, requests) == expected
     assert engine.stats().kernels["penalties and bans"] == "torch"
     assert engine.stats().notes == [UNRECORDED, *([WAITING] if options is READING else [])]
+
+
+def test_drafts_are_verified_in_replayed_steps(
+    make_model: Callable[..., Path], interpreted: Callable[..., Engine]
+) -> None:
+    """All drafts are verified, right ones and wrong ones, so that rows have different numbers of tokens."""
+    model = make_model("llama", **SHAPE)
+    requests = Requests.of(prompts_of(3, 30), SamplingParams(max_tokens=8, ignore_eos=True))
+    expected = run(engine_of(model, speculation=Speculation("off")), requests)
+    engine = interpreted(
+        model, speculation=Speculation("suffix", num_speculative_tokens=3, prompt_lookup_min=1, gate=False)
+    )
+    for _ in range(2):  # the second time, answers are found in those of the first
+        assert run(engine, requests) == expected
+    stats = engine.stats()
+    assert 0 < stats.accepted < stats.drafted
+    assert stats.replayed_steps > 0 and stats.recorded_steps > 0 and stats.launched_steps == 0
+    assert stats.steps > stats.replayed_steps + stats.recorded_steps, "those with prompts are not among them"
+
+
+def test_deterministic_steps_have_the_same_bits_recorded_and_not(
+    make_model: Callable[..., Path], interpreted: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("mistral", **SHAPE, sliding_window=20)
+    requests = Requests.of([[5, 6], [7] * 25], SamplingParams(max_tokens=4, temperature=0.8, ignore_eos=True))
+
+    def bits(recording: bool) -> tuple[dict[int, Any], dict[tuple[int, int], bytes]]:
+        """The tokens, and the bits of each row's logits by place and position."""
+        engine, found = interpreted(model, deterministic=True), {}
+        engine.runner.steps.recording = recording
+        forward = engine.runner.decoder.forward
+
+        def watched(batch: Batch, caches: Any) -> torch.Tensor:
+            logits = forward(batch, caches)
+            positions = batch.positions[batch.sampled].tolist()
+            for place, position, row in zip(batch.places.tolist(), positions, logits.numpy(), strict=False):
+                if place >= 0:
+                    found[place, position] = row.tobytes()
+            return logits
+
+        monkeypatch.setattr(engine.runner.decoder, "forward", watched)
+        new = run(engine, requests)
+        assert (engine.runner.steps.replays > 0) == recording
+        return new, found
+
+    assert bits(True) == bits(False)

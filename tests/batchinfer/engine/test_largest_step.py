@@ -11,6 +11,7 @@ import torch
 
 from batchinfer.engine.attention_inputs import RaggedInputs
 from batchinfer.engine.config import EngineConfig
+from batchinfer.engine.cuda_graphs import MOST_RECORDINGS, RECORDING_BYTES, most_recorded
 from batchinfer.engine.largest_step import largest_step, probe_blocks
 from batchinfer.engine.pool_size import Room, bytes_per_token, pool_blocks
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
@@ -97,7 +98,12 @@ def test_models_in_bfloat16_fit_the_cards_that_hold_them(name: str, tmp_path: Pa
     assert in_use + probe + step < published.card_bytes, "the step is measured"
     before = rows * 2 * config.block_size * a_token
     assert name != "Llama-2-7B" or in_use + before + step > published.card_bytes, "blocks for each row did not fit"
-    room = Room.on_device(published.card_bytes, published.card_bytes - in_use, step, config.gpu_memory_utilization)
+    tokens = most_recorded(config)
+    recorded = activations(model, tokens, tokens) + MOST_RECORDINGS * RECORDING_BYTES
+    room = Room.on_device(
+        published.card_bytes, published.card_bytes - in_use, step, recorded, config.gpu_memory_utilization
+    )
+    assert MOST_RECORDINGS * RECORDING_BYTES < room.recordings <= recorded, "some steps are recorded"
     blocks, _ = pool_blocks(config, a_token, torch.bfloat16, room)
     assert blocks * config.block_size > model.max_positions
 
