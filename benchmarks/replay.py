@@ -94,6 +94,9 @@ class _Runner:
     def allocate(self, blocks: int, block_size: int) -> None:
         pass
 
+    def kv_bytes_read(self, batch: Batch) -> tuple[int, int]:
+        return 0, 0
+
     def launch(self, batch: Batch) -> Sampled:
         began = time.process_time()
         sampled = self.steps.run(batch)

@@ -83,7 +83,7 @@ class TritonBackend:
         return paged_attention(query_THd, cache, batch, scale)
 
     def sample(self, logits_rV: Tensor, batch: SamplingBatch | None) -> tuple[Tensor, Tensor]:
-        return greedy(logits_rV) if batch is None else sample(logits_rV, batch)
+        return greedy(logits_rV) if batch is None else sample(logits_rV, batch, self.gpu)
 
 
 def _out(takes: torch.dtype, x: Tensor) -> torch.dtype:

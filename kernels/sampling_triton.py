@@ -35,7 +35,7 @@ from batchinfer.kernels.noise_triton import gumbel_of, gumbel_of_four
 from batchinfer.kernels.sampling import SamplingBatch
 from batchinfer.kernels.shipped_triton import Shipped
 
-_LANES, _WARPS = 2048, 8
+_WARPS = 8
 
 
 @triton.jit
@@ -150,7 +150,7 @@ def _sample_kernel(
     tl.store(p_finite + i_row, (most_order > MINUS_INFINITE) & (most_order < INFINITE))
 
 
-def sample(logits_rV: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
+def sample(logits_rV: Tensor, batch: SamplingBatch, gpu: Gpu) -> tuple[Tensor, Tensor]:
     """Draw a token from each row of contiguous float32 logits, as `kernels.sampling.sample` does.
 
     Returns (token ids int64 [r], finite bool [r]). `finite` is False for a row with a NaN anywhere or an infinite
@@ -161,9 +161,14 @@ def sample(logits_rV: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
     finite = torch.empty(rows, dtype=torch.bool, device=logits_rV.device)
     _sample_kernel[(rows,)](
         logits_rV, tokens, finite, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds,
-        batch.positions, vocab, LANES=min(_LANES, triton.next_power_of_2(max(vocab, 16))), num_warps=_WARPS,
+        batch.positions, vocab, LANES=min(_lanes(gpu), triton.next_power_of_2(max(vocab, 16))), num_warps=_WARPS,
     )  # fmt: skip
     return tokens, finite
+
+
+def _lanes(gpu: Gpu) -> int:
+    """Choose the number of lanes for which the kernel spills no register."""
+    return 1024 if gpu.capability >= (10, 0) else 2048
 
 
 def shipped(gpu: Gpu) -> list[Shipped]:
@@ -171,4 +176,4 @@ def shipped(gpu: Gpu) -> list[Shipped]:
     types = {"p_logits": "*fp32", "p_tokens": "*i64", "p_finite": "*i1", "p_temperature": "*fp32", "p_top_k": "*i64",
              "p_top_p": "*fp32", "p_min_p": "*fp32", "p_seeds": "*i64", "p_positions": "*i64",
              "vocab": "i32"}  # fmt: skip
-    return [Shipped("sample", _sample_kernel, types, {"LANES": _LANES}, _WARPS)]
+    return [Shipped("sample", _sample_kernel, types, {"LANES": _lanes(gpu)}, _WARPS)]

@@ -41,7 +41,9 @@ def _filters(session: Session, name: str, columns: dict[str, list[float]], vocab
     batch = sampling_batch(rows, columns, torch.device("cpu"))
     expected, finite = sampling.sample(logits, batch)
     with poisoned():
-        found, found_finite = sample(logits.to(session.device), sampling_batch(rows, columns, session.device))
+        found, found_finite = sample(
+            logits.to(session.device), sampling_batch(rows, columns, session.device), session.gpu
+        )
     found, found_finite = found.cpu(), found_finite.cpu()
     assert found_finite.equal(finite) and bool(finite.all()) and bool(((found >= 0) & (found < vocab)).all())
     different = (found != expected).nonzero().flatten().tolist()
@@ -86,7 +88,7 @@ def _no_use(session: Session) -> None:
 
     logits = torch.randn(5, 40, generator=session.generator(), device=session.device)
     logits[1, 3], logits[2, 39], logits[3] = float("nan"), float("inf"), float("-inf")
-    _, finite = sample(logits, sampling_batch(5, {}, session.device))
+    _, finite = sample(logits, sampling_batch(5, {}, session.device), session.gpu)
     assert finite.tolist() == [True, False, False, False, True]
     tokens, finite = greedy(logits)
     assert finite.tolist() == [True, False, False, False, True]

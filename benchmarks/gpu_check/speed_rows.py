@@ -44,7 +44,7 @@ def _sampling(session: Session, rows: int, how: str) -> Case:
         if not FILTERS[how]:
             return lambda: greedy(logits)
         batch = sampling_batch(rows, FILTERS[how], session.device)
-        return lambda: sample(logits, batch)
+        return lambda: sample(logits, batch, session.gpu)
 
     columns = {"rows": rows, "tokens": vocab, "kernel": f"sampling, {how}"}
     return Case(SAMPLING, columns, make, 4 * rows * vocab, ours=bool(FILTERS[how]))

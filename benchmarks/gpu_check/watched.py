@@ -86,4 +86,4 @@ def small_cases(session: Session) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         yield f"add_norm to {name_of(out)}", lambda out=out: add_norm(x.clone(), x, ones, 1e-5, out).values
         yield f"silu_mul to {name_of(out)}", lambda out=out: silu_mul(gate_up, out).values
     batch = sampling_batch(2, {"temperature": [0.8], "top_k": [5], "top_p": [0.9]}, on)
-    yield "sampling", lambda: sample(noise(2, 5000).float(), batch)[0]
+    yield "sampling", lambda: sample(noise(2, 5000).float(), batch, session.gpu)[0]

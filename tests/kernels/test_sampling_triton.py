@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from batchinfer.kernels import noise_triton, sampling, sampling_triton
+from batchinfer.kernels.gpu import INTERPRETED
 from batchinfer.kernels.sampling import SamplingBatch
 
 
@@ -29,7 +30,7 @@ def compare(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     # Scores are float32 here and float64 there, 1e-5 apart at most. As small a gap between the two best ones, which
     # could turn them around, comes once in 100,000 rows, and never below.
     expected, finite = sampling.sample(logits, batch)
-    found, found_finite = sampling_triton.sample(logits, batch)
+    found, found_finite = sampling_triton.sample(logits, batch, INTERPRETED)
     assert found_finite.equal(finite)
     assert found[finite].equal(expected[finite])
     return found
@@ -69,7 +70,7 @@ def test_logits_of_no_use_are_flagged_and_others_are_not() -> None:
     logits = torch.randn(5, 40)
     logits[1, 3], logits[2, 39], logits[3] = float("nan"), float("inf"), float("-inf")
     logits[4, :39] = float("-inf")
-    found, finite = sampling_triton.sample(logits, batch_of(5))
+    found, finite = sampling_triton.sample(logits, batch_of(5), INTERPRETED)
     assert finite.tolist() == [True, False, False, False, True] and found[4] == 39
     compare(logits, batch_of(5, temperature=[0.0]))
 
