@@ -6,7 +6,7 @@ window becomes a range of keys that starts late. Where a token has several items
 partials are merged afterwards.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import numpy as np
@@ -90,10 +90,104 @@ class _Work:
     wide: NDArray[np.bool_]  # True: takes the tile for many tokens
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """What is kept of a step's plan for the next step."""
+
+    batch: RaggedBatch
+    shared: Ints  # [S], as `_shared_keys` returns it
+    leader: Ints  # [S]
+    own: _Work
+    common: _Work
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """What is kept of a step's n items: all but where their keys begin and end."""
+
+    of: Ints  # [n], index of the work
+    items: NDArray[np.int32]  # [n, ITEM], the columns that depend on contexts are empty
+    wide: NDArray[np.bool_]  # [n]
+    first: Tensor  # as in the plan
+    merged: Tensor
+    partials: int
+
+
+class AttentionPlanner:
+    """Plans the attention of one step after another, for the layers with one window.
+
+    A step mostly has as many sequences as the one before it, with as many new tokens, and their keys are cut into as
+    many segments: then only where keys begin and end is computed anew. A plan does not depend on what is kept.
+    """
+
+    def __init__(self, heads: int, kv_heads: int, window: int | None, tiling: Tiling, processors: int | None) -> None:
+        """Take the model's shape. `processors` is the number of multiprocessors to keep busy; None keeps a token's bits
+        free of the batch."""
+        self.group, self.kv_heads, self.window = heads // kv_heads, kv_heads, window
+        self.tiling, self.processors = tiling, processors
+        self._layout: _Layout | None = None
+        self._segments: _Segments | None = None
+
+    def plan(self, batch: RaggedBatch) -> AttentionPlan:
+        """List the work items of a step. Raises as `plan_attention` does."""
+        group, window, tiling, fixed = self.group, self.window, self.tiling, self.processors is None
+        _check(batch, group, window, tiling)
+        layout = self._layout = self._moved(batch) or self._laid_out(batch)
+        own, common = layout.own, layout.common
+        work = _together(own, common) if len(common.row) else own
+        of, start, end = _split(work, self.kv_heads, tiling, self.processors)
+        kept = self._segments
+        if kept is None or not np.array_equal(kept.of, of):
+            kept = self._segments = _segments(layout, work, of)
+
+        items_nX = kept.items.copy()
+        items_nX[:, Column.BLOCKS] = work.sequence[of] * batch.table.shape[1]
+        items_nX[:, Column.START], items_nX[:, Column.END] = start, end
+        items_nX[:, Column.POSITION] = work.position[of]
+        order = np.argsort(start - end, kind="stable")
+        wide = kept.wide[order]
+
+        device = batch.table.device
+        launches = ((tiling.same if fixed else tiling.few, order[~wide]), (tiling.many, order[wide]))
+        return AttentionPlan(
+            window=window,
+            table=batch.table,
+            launches=tuple((tile, _tensor(items_nX[chosen], device)) for tile, chosen in launches if len(chosen)),
+            first=kept.first,
+            merged=kept.merged,
+            partials=kept.partials,
+        )
+
+    def _laid_out(self, batch: RaggedBatch) -> _Layout:
+        self._segments = None
+        fixed = self.processors is None
+        # Only whole cells of the fixed grid are shared, so that the partials are the same with and without a prefix.
+        shared, leader = _shared_keys(batch, self.tiling.split if fixed else 1)
+        own = _own_work(batch, shared, self.group, self.window, self.tiling, fixed)
+        common = _common_work(batch, shared, leader, self.group, self.tiling, fixed)
+        return _Layout(batch, shared, leader, own, common)
+
+    def _moved(self, batch: RaggedBatch) -> _Layout | None:
+        """Return the last step's layout with the contexts of this one; None if their tokens are laid out otherwise."""
+        last = self._layout
+        if (
+            last is None
+            or last.batch.prefixes != batch.prefixes
+            or not np.array_equal(last.batch.offsets, batch.offsets)
+        ):
+            return None
+        own = last.own
+        more = (batch.contexts - last.batch.contexts)[own.sequence]
+        start, position = own.start, own.position + more
+        if self.window is not None:
+            start = np.maximum(position + 1 - self.window, 0)
+        return replace(last, batch=batch, own=replace(own, start=start, end=own.end + more, position=position))
+
+
 def plan_attention(
     batch: RaggedBatch, heads: int, kv_heads: int, window: int | None, tiling: Tiling, processors: int | None
 ) -> AttentionPlan:
-    """List the work items of a step's attention.
+    """List the work items of one step's attention.
 
     `processors` is the number of multiprocessors to keep busy. With None a token's bits do not depend on the batch.
 
@@ -101,42 +195,29 @@ def plan_attention(
     a prefix that ends after the first new token of one of its sequences; and for more query heads per key head than a
     tile has rows.
     """
-    group = heads // kv_heads
-    _check(batch, group, window, tiling)
-    fixed = processors is None
-    # Only whole cells of the fixed grid are shared, so that the partials are the same with and without a prefix.
-    shared, leader = _shared_keys(batch, tiling.split if fixed else 1)
-    own = _own_work(batch, shared, group, window, tiling, fixed)
-    common = _common_work(batch, shared, leader, group, tiling, fixed)
-    work = _Work(*(np.concatenate([getattr(w, name) for w in (own, common)]) for name in _Work.__annotations__))
-    of, start, end = _split(work, kv_heads, tiling, processors)
-    before, of_token = _count_partials(batch, own, common, leader, np.bincount(of, minlength=len(work.row)))
+    return AttentionPlanner(heads, kv_heads, window, tiling, processors).plan(batch)
 
+
+def _together(own: _Work, common: _Work) -> _Work:
+    return _Work(*(np.concatenate([getattr(w, name) for w in (own, common)]) for name in _Work.__annotations__))
+
+
+def _segments(layout: _Layout, work: _Work, of: Ints) -> _Segments:
+    """Return what a step's items have in common with those of later steps; `of` [n] is the work of each."""
+    batch, own, common = layout.batch, layout.own, layout.common
+    before, of_token = _count_partials(batch, own, common, layout.leader, np.bincount(of, minlength=len(work.row)))
     partial = np.arange(len(of)) - np.searchsorted(of, of)  # the item's index among the segments of its work
     partial += np.concatenate([before[own.sequence], np.zeros_like(common.row)])[of]
     partial[of_token[work.row[of]] == 1] = -1
-    blocks = work.sequence * batch.table.shape[1]
-    columns = {
-        Column.ROW: work.row[of],
-        Column.COUNT: work.count[of],
-        Column.BLOCKS: blocks[of],
-        Column.START: start,
-        Column.END: end,
-        Column.POSITION: work.position[of],
-        Column.PARTIAL: partial,
-    }
-    items_nX = np.zeros((len(of), ITEM), np.int64)
-    items_nX[:, list(columns)] = np.stack(list(columns.values()), 1)
-    order = np.argsort(start - end, kind="stable")
-    items_nX, wide = items_nX[order], work.wide[of][order]
-
+    items_nX = np.zeros((len(of), ITEM), np.int32)
+    items_nX[:, Column.ROW], items_nX[:, Column.COUNT] = work.row[of], work.count[of]
+    items_nX[:, Column.PARTIAL] = partial
     device = batch.table.device
-    launches = ((tiling.same if fixed else tiling.few, items_nX[~wide]), (tiling.many, items_nX[wide]))
     first = offsets_of(np.where(of_token > 1, of_token, 0))
-    return AttentionPlan(
-        window=window,
-        table=batch.table,
-        launches=tuple((tile, _tensor(chosen, device)) for tile, chosen in launches if len(chosen)),
+    return _Segments(
+        of=of,
+        items=items_nX,
+        wide=work.wide[of],
         first=_tensor(first, device),
         merged=_tensor(np.flatnonzero(of_token > 1), device),
         partials=int(first[-1]),
@@ -243,5 +324,5 @@ def _cut(lengths: Ints, most: Ints) -> tuple[Ints, Ints, Ints]:
     return run, begin, np.minimum(most[run], lengths[run] - begin)
 
 
-def _tensor(array: Ints, device: torch.device) -> Tensor:
+def _tensor(array: NDArray[np.integer], device: torch.device) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, np.int32)).to(device)

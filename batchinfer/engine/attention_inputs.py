@@ -1,13 +1,15 @@
 """Build a step's inputs to attention on the host, in the form that each backend takes."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.kernels.attention import BlockUsers, DecodeBlocks, PromptTiles, TiledBatch
-from batchinfer.kernels.attention_plan import Tiling, plan_attention
+from batchinfer.kernels.attention_plan import AttentionPlanner, Tiling
 from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints, offsets_of, ranges
@@ -62,25 +64,62 @@ class RaggedInputs:
         self, windows: set[int | None], heads: int, kv_heads: int, tiling: Tiling, processors: int | None
     ) -> None:
         """Take the model's shape. `processors` is how many the GPU has; None keeps a token's bits free of the batch."""
-        self.windows, self.heads, self.kv_heads = windows, heads, kv_heads
-        self.tiling, self.processors = tiling, processors
+        self.planners = {window: AttentionPlanner(heads, kv_heads, window, tiling, processors) for window in windows}
+        self._last: _Blocks | None = None
 
     def __call__(
         self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
     ) -> dict[int | None, AttentionBatch]:
-        prompts = np.array([(c.place, c.end - c.start, c.end) for c in chunks], np.int64).reshape(-1, 3)
-        first = np.flatnonzero(np.diff(decoding, prepend=-1))  # queries of one sequence are neighbours
-        counts = np.diff(np.append(first, len(decoding)))
-        queries = np.stack([decoding[first], counts, positions[first] + counts], 1)
-        sequences = np.concatenate([prompts, queries])
-        places, lengths, contexts = sequences[:, 0], sequences[:, 1], sequences[:, 2]
-        most = table.blocks_for(int(contexts.max()))
-        blocks = torch.from_numpy(table.blocks[places, :most].astype(np.int32))
-        batch = RaggedBatch(offsets_of(lengths), contexts, blocks)
-        return {
-            window: plan_attention(batch, self.heads, self.kv_heads, window, self.tiling, self.processors)
-            for window in self.windows
-        }
+        places, lengths, contexts = _sequences(decoding, positions)
+        if chunks:
+            prompts = np.array([(c.place, c.end - c.start, c.end) for c in chunks], np.int64).T
+            queries = (places, lengths, contexts)
+            places, lengths, contexts = (np.concatenate(pair) for pair in zip(prompts, queries, strict=True))
+        batch = RaggedBatch(offsets_of(lengths), contexts, torch.from_numpy(self._blocks(table, places, contexts)))
+        return {window: planner.plan(batch) for window, planner in self.planners.items()}
+
+    def _blocks(self, table: SequenceTable, places: Ints, contexts: Ints) -> NDArray[np.int32]:
+        """Return the blocks [n, most] of the sequences up to their `contexts` [n]."""
+        epochs, most, size = table.epoch[places], table.blocks_for(int(contexts.max())), table.block_size
+        last = self._last
+        if last is not None and last.serves(table, places, epochs, contexts, most):
+            # Each has at most one block more: the one that its newest token is in.
+            blocks, newest = last.blocks.copy(), (contexts - 1) // size
+            blocks[np.arange(len(places)), newest] = table.blocks[places, newest]
+        else:
+            blocks = table.blocks[places, :most].astype(np.int32)
+        self._last = _Blocks(table, places, epochs, contexts, blocks)
+        return blocks
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """The blocks of a step's sequences."""
+
+    table: SequenceTable
+    places: Ints  # [n]
+    epochs: Ints  # [n]
+    contexts: Ints  # [n]
+    blocks: NDArray[np.int32]  # [n, most]
+
+    def serves(self, table: SequenceTable, places: Ints, epochs: Ints, contexts: Ints, most: int) -> bool:
+        """True if these are the same sequences, and none has grown by more than a block's tokens."""
+        same = self.table is table and self.blocks.shape[1] == most
+        same = same and np.array_equal(self.places, places) and np.array_equal(self.epochs, epochs)
+        return same and bool((contexts - self.contexts <= table.block_size).all())
+
+
+def _sequences(decoding: Ints, positions: Ints) -> tuple[Ints, Ints, Ints]:
+    """Return (place, number of tokens, position after the last token) of each sequence that decodes, [n] each.
+
+    `decoding` and `positions` hold the place and position of each token; tokens of one sequence are neighbours.
+    """
+    again = decoding[1:] == decoding[:-1]
+    if not again.any():
+        return decoding, np.ones_like(decoding), positions + 1
+    first = np.flatnonzero(np.concatenate([[True], ~again]))
+    counts = np.diff(np.append(first, len(decoding)))
+    return decoding[first], counts, positions[first] + counts
 
 
 def _tile_group(table: SequenceTable, index: int, tiles: list[tuple[int, int, int]]) -> PromptTiles:
