@@ -116,6 +116,11 @@ class FourBitProduct:
         return Rows(linear_w4a16(x.values, self.weight, self.bias, self.gpu, self.deterministic))
 
 
+def row_steps(gpu: Gpu) -> tuple[int, ...]:
+    """Return the greatest numbers of rows that a tile serves, of all products; beyond the last, one tile serves all."""
+    return (1, 16, 64, 256)
+
+
 def _library_takes(values_NK: Tensor, out: torch.dtype) -> bool:
     if values_NK.dtype != torch.float8_e4m3fn or out != torch.bfloat16 or not values_NK.is_cuda:
         return False

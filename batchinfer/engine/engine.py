@@ -25,6 +25,7 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.transfer import Sampled
+from batchinfer.engine.warm_up import warm_up
 from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.models.batch import Batch
@@ -84,6 +85,8 @@ class Engine:
         blocks, note = pool_blocks(config, a_token, self.runner.kv_dtype, room)
         self._stats.notes += [note] if note else []
         self.runner.allocate(blocks, config.block_size)
+        if config.device != "cpu":
+            warm_up(self.runner, config, self.runner.row_steps)
         lengths = OutputLengths(config.max_model_len) if config.learned_admission else None
         self.table, self.scheduler = self._scheduler(config, blocks, lengths)
         self.drafter = self._gate(config, draft_runner, blocks)

@@ -91,6 +91,17 @@ class ModelRunner:
         return RaggedInputs(set(c.windows), a.heads, a.kv_heads, tiles, processors)
 
     @property
+    def row_steps(self) -> tuple[int, ...]:
+        """Numbers of rows up to which one kernel of the matrix products serves; () on the CPU, which compiles none."""
+        if isinstance(self.backend, CpuBackend):
+            return ()
+        from batchinfer.kernels.backend_triton import TritonBackend
+        from batchinfer.kernels.products_triton import row_steps
+
+        assert isinstance(self.backend, TritonBackend)
+        return row_steps(self.backend.gpu)
+
+    @property
     def device_name(self) -> str:
         """The name of the device in the report."""
         if self.backend.device.type == "cuda":

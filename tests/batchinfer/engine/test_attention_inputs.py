@@ -18,7 +18,7 @@ from batchinfer.engine.transfer import tensors_of
 from batchinfer.kernels.attention_plan import AttentionPlan, Tile, Tiling
 from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.ragged import Ints
-from batchinfer.models.batch import PromptChunk
+from batchinfer.models.batch import Batch, PromptChunk
 
 TILING = Tiling(few=Tile(16, 32), many=Tile(64, 32), same=Tile(64, 32), split=64, least=32)
 EOS = 9
@@ -77,16 +77,16 @@ def test_a_lasting_plan_is_the_plan_of_the_step_alone(processors: int | None, dr
     scheduler = Scheduler(table, manager, admission, inputs, 128, 1, np.array([EOS]))
     template = rng.integers(10, 300, 128).tolist()
     prompts = [[*template, 7, k] for k in range(10, 18)] + [
-        rng.integers(10, 300, int(n)).tolist() for n in rng.integers(1, 300, 30)
+        rng.integers(10, 300, int(n)).tolist() for n in rng.integers(1, 90, 40)
     ]
     scheduler.add(Requests.of(prompts, SamplingParams(max_tokens=60)))
-    under_way = []
+    drafter, ahead = (SomeDrafts(table), 0) if drafting else (None, 1)
+    under_way: list[Batch] = []
     while scheduler.unfinished:
-        drafter = SomeDrafts(table) if drafting and not under_way else None
         batch = scheduler.schedule(drafter)
         if batch is not None:
             under_way.append(batch)
-        if batch is None or len(under_way) > 1 or batch.drafted:
+        if batch is None or len(under_way) > ahead:
             ended = under_way.pop(0)
             tokens = rng.choice([5, 6, EOS], len(ended.sequences), p=[0.5, 0.48, 0.02])
             new = scheduler.update(ended, tokens)
