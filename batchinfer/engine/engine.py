@@ -26,6 +26,7 @@ from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.step_shape import padded_count
 from batchinfer.engine.transfer import Sampled
+from batchinfer.engine.warm_up import warm_up
 from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.models.batch import Batch
@@ -78,10 +79,15 @@ class Engine:
                 f"what else runs on {config.device}"
             ) from error
         self._stats = EngineStats(device=self.runner.device_name, notes=self.runner.notes)
+        # Counted once, because they are sums over all matrices.
+        self._operations_per_token = self.runner.decoder.operations_per_token
+        self._operations_per_logits = self.runner.decoder.head.operations_per_row
         a_token = sum(runner.bytes_per_token for runner in self._runners)
         blocks, note = pool_blocks(config, a_token, self.runner.kv_dtype, room)
         self._stats.notes += [note] if note else []
         self.runner.allocate(blocks, config.block_size)
+        if config.device != "cpu":
+            warm_up(self.runner, config, self.runner.row_steps)
         lengths = OutputLengths(config.max_model_len) if config.learned_admission else None
         self.table, self.scheduler = self._scheduler(config, blocks, lengths)
         self.drafter = self._gate(config, draft_runner, blocks)
@@ -123,7 +129,7 @@ class Engine:
             return self._end(self.steps.popleft())
         begun = self._begin()
         if not self.steps or (begun and len(self.steps) <= self.runner.late and not self.steps[-1].batch.drafted):
-            return self._completions([], {})
+            return Completions.none()
         return self._end(self.steps.popleft())
 
     @property
@@ -180,7 +186,7 @@ class Engine:
         if new_tokens.spoiled is not None:
             self.runner.clear_slots(new_tokens.spoiled)
         done = self._finished(new_tokens)
-        completions = self._completions(list(done), done)
+        completions = self._completions(done) if done else Completions.none()
         for place, reason in done.items():
             self.scheduler.finish(place, reason is FinishReason.ERROR)
         self._stats.accepted += new_tokens.accepted
@@ -274,7 +280,7 @@ class Engine:
         table, places = self.table, new_tokens.places
         stopped = self._stopped(new_tokens)
         newest = table.tokens[places, table.length[places] - 1]
-        ended = np.isin(newest, self.scheduler.eos_ids) & ~table.ignore_eos[places]
+        ended = (newest[:, None] == self.scheduler.eos_ids).any(1) & ~table.ignore_eos[places]
         done = {int(p): FinishReason.LENGTH for p in places[table.length[places] >= table.end[places]]}
         done |= dict.fromkeys(stopped, FinishReason.STOP)
         done |= {int(p): FinishReason.STOP for p in places[ended]}
@@ -287,6 +293,8 @@ class Engine:
         That token becomes their last one.
         """
         table = self.table
+        if not table.stops[new_tokens.places].any():
+            return []
         candidates = [
             (place, length)
             for place, count in zip(new_tokens.places.tolist(), new_tokens.counts.tolist(), strict=True)
@@ -311,13 +319,14 @@ class Engine:
             table.length[place] = length
         return list(stopped)
 
-    def _completions(self, places: list[int], done: dict[int, FinishReason]) -> Completions:
+    def _completions(self, done: dict[int, FinishReason]) -> Completions:
+        places = list(done)
         failed = [p for p in places if done[p] is FinishReason.ERROR]
         new = [self.table.generated(p) if p not in failed else np.empty(0, np.int32) for p in places]
         self._stats.completion_tokens += sum(map(len, new))
         return Completions(
             rows=self.table.row[places],
-            token_ids=np.concatenate(new) if new else np.empty(0, np.int32),
+            token_ids=np.concatenate(new),
             offsets=np.cumsum([0, *map(len, new)]),
             finish_reasons=np.array([done[p] for p in places], np.int8),
             errors={
@@ -327,7 +336,7 @@ class Engine:
         )
 
     def _count(self, batch: Batch, seconds: float) -> None:
-        stats, decoder = self._stats, self.runner.decoder
+        stats = self._stats
         tokens = batch.prompt_tokens + batch.query_tokens
         share = batch.prompt_tokens / tokens
         stats.steps += 1
@@ -340,8 +349,7 @@ class Engine:
         read, unshared = self.runner.kv_bytes_read(batch)
         stats.kv_bytes_read += read
         stats.kv_bytes_unshared += unshared
-        stats.operations += tokens * decoder.operations_per_token
-        stats.operations += len(batch.sequences) * decoder.head.operations_per_row
+        stats.operations += tokens * self._operations_per_token + len(batch.sequences) * self._operations_per_logits
 
 
 def _step_bytes(runner: ModelRunner, config: EngineConfig) -> int:

@@ -93,6 +93,15 @@ class ModelRunner:
         return RaggedInputs(set(c.windows), a.heads, a.kv_heads, tiles, processors)
 
     @property
+    def row_steps(self) -> tuple[int, ...]:
+        """Numbers of rows up to which one kernel of the matrix products serves; () on the CPU, which compiles none."""
+        if isinstance(self.backend, CpuBackend):
+            return ()
+        from batchinfer.kernels.products_triton import row_steps
+
+        return row_steps()
+
+    @property
     def device_name(self) -> str:
         """The name of the device in the report."""
         if self.backend.device.type == "cuda":

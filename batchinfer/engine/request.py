@@ -69,6 +69,11 @@ class Completions:
     finish_reasons: NDArray[np.int8]  # [n] FinishReason
     errors: dict[int, RowError] = field(default_factory=dict)  # by row number, for rows that ended with ERROR
 
+    @staticmethod
+    def none() -> "Completions":
+        """No rows."""
+        return Completions(np.empty(0, np.int64), np.empty(0, np.int32), np.zeros(1, np.int64), np.empty(0, np.int8))
+
     def __len__(self) -> int:
         return len(self.rows)
 

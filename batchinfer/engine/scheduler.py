@@ -8,7 +8,9 @@ tiles that attention uses, or at the prompt's end.
 from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.attention_inputs import AttentionInputs
@@ -19,7 +21,7 @@ from batchinfer.engine.request import Requests
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.step_policy import chunk_end, decoding, padded_logits
 from batchinfer.kernels.grain import TILE, padded_size
-from batchinfer.kernels.ragged import Ints
+from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.sampling import SamplingBatch
 from batchinfer.models.batch import Batch, PromptChunk, Queries, as_tensor
 
@@ -117,9 +119,12 @@ class Scheduler:
         places = running[np.argsort(table.epoch[running])][: self.budget - used]
         more = np.maximum(table.length[places] - table.computed[places], 1) - 1
         room = self.budget - used - len(places)
-        counts = 1 + np.clip(room - (np.cumsum(more) - more), 0, more)
+        counts = np.ones_like(places)
+        if more.any():
+            counts += np.clip(room - (np.cumsum(more) - more), 0, more)
         kept = self.admission.extend(places, table.computed[places] + counts - 1)
-        places, counts = places[kept], counts[kept]
+        if not kept.all():
+            places, counts = places[kept], counts[kept]
         drafts = np.zeros_like(counts)
         if drafter is not None and len(places):
             newest = table.computed[places] + counts
@@ -150,48 +155,52 @@ class Scheduler:
         return chunks
 
     def _take_blocks(self, chunks: list[PromptChunk], queries: Queries) -> None:
-        table = self.table
         for c in chunks:
             for place in (c.place, *c.twins):
-                self._grow(place, c.end)
-        ends = queries.first + queries.counts
-        for i in np.flatnonzero(ends > table.block_count[queries.places] * table.block_size).tolist():
-            self._grow(int(queries.places[i]), int(ends[i]))
+                self._grow(np.array([place]), np.array([c.end]))
+        self._grow(queries.places, queries.first + queries.counts)
 
-    def _grow(self, place: int, tokens: int) -> None:
-        table, have = self.table, int(self.table.block_count[place])
-        need = max(have, table.blocks_for(tokens))  # after a withdrawn step it already has more
-        table.blocks[place, have:need] = self.manager.take(need - have)
-        table.block_count[place] = need
+    def _grow(self, places: Ints, ends: Ints) -> None:
+        """Take blocks for the tokens before `ends` [n] of the sequences at `places` [n], in this order."""
+        table = self.table
+        have = table.block_count[places]
+        growing = np.flatnonzero(ends > have * table.block_size)  # after a withdrawn step some have more
+        if len(growing):
+            places, have = places[growing], have[growing]
+            need = -(-ends[growing] // table.block_size)
+            index, offsets = ranges(have, need - have)
+            table.blocks[np.repeat(places, need - have), index] = self.manager.take(int(offsets[-1]))
+            table.block_count[places] = need
 
     def _batch(self, chunks: list[PromptChunk], queries: Queries) -> Batch:
         table = self.table
-        spans = [np.arange(c.start, c.end) for c in chunks]
-        prompt_places = np.repeat([c.place for c in chunks], [len(s) for s in spans]).astype(np.int64)
-        prompt_tokens = len(prompt_places)
         query_places, query_positions = queries.all_places, queries.positions
-        places = np.concatenate([prompt_places, query_places])
-        positions = np.concatenate([*spans, query_positions])
-        count = len(places)
-        padding = padded_size(count, self.row_grain) - count
+        places, positions = query_places, query_positions
+        if chunks:
+            places = np.concatenate([*(np.full(c.end - c.start, c.place) for c in chunks), query_places])
+            positions = np.concatenate([*(np.arange(c.start, c.end) for c in chunks), query_positions])
+        prompt_tokens = len(places) - len(query_places)
+        size = padded_size(len(places), self.row_grain)
         last = [c for c in chunks if c.end == table.prefill_end[c.place] == table.length[c.place]]
         # A sequence that is recomputed knows the token after each of its tokens, except after the newest.
-        newest = np.flatnonzero(query_positions >= table.length[query_places] - 1)
+        known = table.length[query_places]
+        newest = np.flatnonzero(query_positions >= known - 1)
         first_sampled = [c.row + c.end - c.start - 1 for c in last for _ in (c.place, *c.twins)]
         sampled = np.concatenate([np.array(first_sampled, np.int64), prompt_tokens + newest])
-        late = np.flatnonzero(query_positions >= table.length[query_places])
+        late = np.flatnonzero(query_positions >= known)
         if queries.drafts.any():
             late = NOBODY
         first_places = [place for c in last for place in (c.place, *c.twins)]
         sequences = np.concatenate([np.array(first_places, np.int64), query_places[newest]])
         copied, copies = self._copies(chunks)
+        next_positions = positions[sampled] + 1
         return Batch(
-            tokens=as_tensor(np.pad(table.tokens[places, positions].astype(np.int64), (0, padding))),
-            positions=as_tensor(np.pad(positions, (0, padding))),
-            slots=as_tensor(np.pad(table.slots(places, positions), (0, padding))),
+            tokens=_padded(table.tokens[places, positions], size),
+            positions=_padded(positions, size),
+            slots=_padded(table.slots(places, positions), size),
             attention=self.attention(table, chunks, query_places, query_positions),
-            sampled=as_tensor(np.pad(sampled, (0, padded_logits(len(sampled)) - len(sampled)))),
-            sampling=self._sampling(sequences, positions[sampled] + 1),
+            sampled=_padded(sampled, padded_logits(len(sampled))),
+            sampling=self._sampling(sequences, next_positions),
             places=as_tensor(sequences),
             copied=as_tensor(copied),
             copies=as_tensor(copies),
@@ -202,7 +211,7 @@ class Scheduler:
             sequences=sequences,
             epochs=table.epoch[sequences],
             prompt_tokens=prompt_tokens,
-            changes=logits_changes(table, sequences, positions[sampled] + 1, self.eos_ids),
+            changes=logits_changes(table, sequences, next_positions, self.eos_ids),
         )
 
     def _copies(self, chunks: list[PromptChunk]) -> tuple[Ints, Ints]:
@@ -236,10 +245,12 @@ class Scheduler:
         if batch.drafted:
             assert running.all(), "a step with drafts ends before the next one begins"
             return verify_drafts(table, batch, tokens, finite, self.eos_ids)
-        places = batch.sequences[running]
-        table.tokens[places, table.length[places]] = tokens[running]
+        places = batch.sequences
+        if not running.all():
+            places, tokens, finite = places[running], tokens[running], finite[running]
+        table.tokens[places, table.length[places]] = tokens
         table.length[places] += 1
-        return NewTokens(places, np.ones_like(places), finite[running])
+        return NewTokens(places, np.ones_like(places), finite)
 
     def drop(self) -> None:
         """Forget all rows, waiting and running."""
@@ -249,3 +260,10 @@ class Scheduler:
     def finish(self, place: int, spoiled: bool = False) -> None:
         """Free a sequence's place and blocks; `spoiled` if it computed values that are not finite."""
         self.admission.finish(place, spoiled)
+
+
+def _padded(values: NDArray[np.integer], size: int) -> Tensor:
+    """Return `values` as int64 [size], padded with zeros."""
+    padded = np.zeros(size, np.int64)
+    padded[: len(values)] = values
+    return torch.from_numpy(padded)

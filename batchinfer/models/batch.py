@@ -4,6 +4,7 @@ A place is a sequence's row in the engine's sequence table.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,17 +41,21 @@ class Queries:
     drafts: Ints  # [d] number of drafts, the last of these tokens
 
     def __len__(self) -> int:
+        return self._tokens
+
+    @cached_property
+    def _tokens(self) -> int:
         return int(self.counts.sum())
 
-    @property
+    @cached_property
     def all_places(self) -> Ints:
         """Place of each token's sequence."""
-        return np.repeat(self.places, self.counts)
+        return self.places if len(self) == len(self.places) else np.repeat(self.places, self.counts)
 
-    @property
+    @cached_property
     def positions(self) -> Ints:
         """Position of each token."""
-        return ranges(self.first, self.counts)[0]
+        return self.first if len(self) == len(self.places) else ranges(self.first, self.counts)[0]
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class Batch:
         """Number of decoded tokens and drafts."""
         return len(self.queries)
 
-    @property
+    @cached_property
     def drafted(self) -> int:
         """Number of drafts to verify."""
         return int(self.queries.drafts.sum())

@@ -20,8 +20,10 @@ from batchinfer.engine.drafts.step_times import StepTimes
 from batchinfer.engine.model_runner import ModelRunner
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
+from batchinfer.engine.transfer import Sampled
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints
+from batchinfer.models.batch import Batch
 from batchinfer.models.config import read_model_config
 
 LEAST_SHARE = 0.3  # of a target step's time: a draft step takes at least that, because launching it costs the same
@@ -85,9 +87,9 @@ class DraftModel:
         started = time.perf_counter()
         self._release_ended()
         drafting = self._catch_up(places, most)
-        table, scheduler = self.table, self.scheduler
-        while (batch := scheduler.schedule()) is not None:
-            scheduler.update(batch, self.runner.launch(batch).wait()[0])
+        table = self.table
+        # On a GPU a step's new tokens are there for the next step, unless the host must look at them in between.
+        self._compute(ahead=self.runner.late > 0 and not self.target.reads_tokens[places].any())
         table.active[:] = False
         known = self.target.length[places]
         counts = np.where(drafting, most, 0)
@@ -96,6 +98,23 @@ class DraftModel:
         if drafting.any():
             self._times.observe(len(places), (time.perf_counter() - started) / o_k.shape[1])
         return Proposals(counts, tokens, np.zeros_like(counts), np.zeros(len(places), np.bool_))
+
+    def _compute(self, ahead: bool) -> None:
+        """Compute all that is left of the active sequences; wait for each step, or with `ahead` only for the last."""
+        launched: list[tuple[Batch, Sampled]] = []
+        while (batch := self.scheduler.schedule()) is not None:
+            launched.append((batch, self.runner.launch(batch)))
+            if not ahead:
+                self._take(launched)
+        self._take(launched)
+
+    def _take(self, launched: list[tuple[Batch, Sampled]]) -> None:
+        """Append what these steps have sampled, and empty the list. They end in order, so the last is waited for."""
+        if launched:
+            launched[-1][1].wait()
+        for batch, sampled in launched:
+            self.scheduler.update(batch, sampled.tokens.numpy())
+        launched.clear()
 
     def _release_ended(self) -> None:
         """Free the blocks of sequences that the target has ended."""

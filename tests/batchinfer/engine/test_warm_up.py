@@ -1,0 +1,62 @@
+"""A job compiles next to nothing after the warm-up: counted without a GPU, by the keys that Triton makes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engines import engine_of
+from torch import Tensor
+from triton_programs import programs
+
+from batchinfer.engine.config import EngineConfig, Speculation
+from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.warm_up import warm_up, warm_up_sizes
+
+MOST = 8
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16, "num_attention_heads": 8}
+
+
+def test_steps_have_as_many_tokens_in_few_rows_and_in_many() -> None:
+    config = EngineConfig(Path(), max_num_seqs=100, max_num_batched_tokens=512)
+    sizes = [(c.max_num_batched_tokens, c.max_num_seqs) for c in warm_up_sizes(config, (1, 16, 256, 1024))]
+    assert sizes == [(1, 1), (16, 1), (16, 16), (256, 1), (256, 100), (512, 1), (512, 100)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"quantization": "w8a8-int8"}, {"quantization": "w8a8-fp8", "kv_cache_dtype": "int8"}, {"deterministic": True}],
+)
+def test_a_ragged_job_compiles_next_to_nothing(
+    make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """Drawn and greedy rows, of 1 to 300 tokens, with up to 40 side by side, which end one by one."""
+    monkeypatch.setenv("BATCHINFER_KERNELS", "triton")
+    sizes = {"max_model_len": 512, "max_num_batched_tokens": 512, "max_num_seqs": 40, "kv_cache_tokens": 16384}
+    engine = engine_of(make_model("llama", **SHAPE), speculation=Speculation("off"), **sizes, **settings)
+
+    def first_token(logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        found = sample(logits, batch)
+        return torch.zeros_like(found[0]) + 7, torch.ones_like(found[1])
+
+    sample = engine.runner.backend.sample
+    monkeypatch.setattr(engine.runner.backend, "sample", first_token)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, 300, int(n)).tolist() for n in rng.integers(1, 300, 60)]
+    requests = Requests.of(prompts, SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.7))
+    greedy = replace(requests.params[0], temperature=0.0)
+    params = tuple(replace(p, max_tokens=n) for n in range(1, 61) for p in (requests.params[0], greedy))
+    requests = replace(requests, params=params, param_index=rng.integers(0, len(params), 60).astype(np.int32))
+    with programs() as compiled:
+        warm_up(engine.runner, EngineConfig(Path(), **sizes, **settings), engine.runner.row_steps)
+        warmed = len(compiled.new)
+        compiled.new.clear()
+        engine.add(requests)
+        while engine.unfinished:
+            engine.step()
+    assert warmed > 5
+    assert len(compiled.new) <= MOST, "\n".join(compiled.new)
