@@ -204,6 +204,7 @@ def shipped(gpu: Gpu) -> list[Shipped]:
     found = []
     kinds = [("bf16", *size) for size in ((32, 4096), (64, 4096), (128, 4096), (1024, 1000))]
     kinds += [("fp16", 128, 4096), ("fp32", 128, 4096)]
+    bounds = {(16, 128): 340, (None, 128): 375} if gpu.capability == (9, 0) else {}
     for most, tile in TILES.items():
         for kind, group, columns in kinds:
             depth = min(group, DEEPEST)
@@ -220,6 +221,7 @@ def shipped(gpu: Gpu) -> list[Shipped]:
                     _stages(tile, depth),
                     product=None if kind == "fp32" else kind,
                     product_rows=tile.columns,  # weights are the left operand
+                    most_instructions=bounds.get((most, group)) if kind == "bf16" else None,
                 )
             )  # fmt: skip
     found.append(

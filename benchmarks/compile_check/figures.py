@@ -10,15 +10,15 @@ from batchinfer.kernels.shipped_triton import Shipped
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90")
 CHOSEN = (
-    r"attention, (few|many) tokens, heads of 128, cache in (bf16|i8|fp8e4nv)",
+    r"attention, (few|many) tokens, 4 heads of 128 to a key head, queries in bf16, cache in (bf16|i8|fp8e4nv)",
     r"merge_partials, heads of 128",
-    r"linear_w4a16, up to (16|any number of) rows, 4096 columns in groups of 128",
-    r"linear_w8a8, up to (16|64|256|any number of) rows, 4096 columns of (int8|fp8)",
+    r"linear_w4a16, up to (16|any number of) rows, 4096 columns of bf16 in groups of 128",
+    r"linear_w8a8, \d+ rows by \d+, 4096 columns of (int8|fp8)",
     r"linear, 4096 columns of (bf16|fp32)",
     r"sample",
-    r"norm, 4096 columns to (bf16|i8)",
+    r"norm, 4096 columns of bf16 to (bf16|i8)",
     r"rotate_and_store, heads of 128, cache in (bf16|i8)",
-    r"silu_mul, 16384 columns to i8",
+    r"silu_mul, 16384 columns of bf16 to i8",
 )
 """Patterns of the names of the kernels whose figures are shown."""
 _COLUMNS = {
