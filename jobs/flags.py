@@ -227,7 +227,8 @@ class JobFlags:
     gpu_memory_utilization: Annotated[
         float,
         Flag(
-            "Take at most this share of a GPU's memory for weights, computation, keys and values together.",
+            "Take at most this share of a GPU's memory for weights, computation, recorded steps, keys and values "
+            "together.",
             "Engine",
             "SHARE",
             at_least=LEAST_GPU_SHARE,
