@@ -117,7 +117,7 @@ def _drawn_from_vocabulary(p_row, vocab, temperature, cut, position, seed, LANES
     return token_of(tl.max(b_best)), tl.max(b_most)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vocab"])
 def _sample_kernel(
     p_logits, p_tokens, p_finite, p_temperature, p_top_k, p_top_p, p_min_p, p_seeds, p_positions,
     vocab, LANES: tl.constexpr,

@@ -116,7 +116,8 @@ class Scheduler:
         table = self.table
         running = np.flatnonzero(table.active & decoding(table.computed, table.prefill_end, table.end))
         # In order of admission: sequences that begin alike are neighbours, as `SharedPrefixes` needs them.
-        places = running[np.argsort(table.epoch[running])][: self.budget - used]
+        running = running[: self.budget - used]
+        places = running[np.argsort(table.epoch[running])]
         more = np.maximum(table.length[places] - table.computed[places], 1) - 1
         room = self.budget - used - len(places)
         counts = np.ones_like(places)

@@ -136,6 +136,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(
     assert len(spared) > 2 and all(found[row] == clean[row] for row in spared)
 
 
+@pytest.mark.usefixtures("fixed_products")
 @pytest.mark.parametrize("quantization", ["none", "w8a8-fp8"])
 def test_deterministic_rows_have_the_same_bits_in_any_batch(
     make_model: Callable[..., Path], interpreted: Callable[..., Engine], quantization: str
