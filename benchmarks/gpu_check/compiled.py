@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from compile_check import kernels
+from compile_check.programs import kernels
 from gpu_check.session import Session
 from triton.runtime.jit import MockTensor
 

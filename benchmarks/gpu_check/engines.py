@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compile_check import kernels
+from compile_check.programs import kernels
 from gpu_check.session import Session
 
 from batchinfer.engine.config import EngineConfig
