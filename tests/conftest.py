@@ -50,6 +50,23 @@ def _same_random_numbers() -> None:
 
 
 @pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Return `make(model, tokenizer=None, **settings) -> Engine`: with a GPU's kernels, in Triton's interpreter."""
+    from engines import engine_of
+
+    small = {"max_model_len": 128, "max_num_batched_tokens": 64, "max_num_seqs": 4, "kv_cache_tokens": 1024}
+
+    def make(model: Path, tokenizer: Any = None, **settings: Any) -> Any:
+        with monkeypatch.context() as inside:
+            inside.setenv("BATCHINFER_KERNELS", "triton")
+            engine = engine_of(model, tokenizer, **{**small, **settings})
+        assert engine.runner.late == 1
+        return engine
+
+    return make
+
+
+@pytest.fixture
 def fixed_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a row of a product have the same bits wherever it lies in the tile, in Triton's interpreter.
 

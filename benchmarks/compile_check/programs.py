@@ -46,7 +46,7 @@ INTEGERS = ("any", "multiples of 16", "1")
 """What whole numbers among the arguments are. A launch takes a program of its own for each, unless the kernel says
 `do_not_specialize`, so all three are compiled; that real arguments are a mix of them changes little."""
 TENSOR_COLUMNS = 512
-"""Of tensor memory, which sums of tcgen05.mma lie in."""
+"""The columns of tensor memory, which holds the sums of tcgen05.mma."""
 _PRODUCT = re.compile(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma)[\w.:]*")
 
 

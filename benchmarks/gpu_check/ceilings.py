@@ -10,7 +10,7 @@ from gpu_check.timing import Clock, Times
 TITLE = "Ceilings"
 KINDS = ("bf16", "fp8", "int8")
 FAST = "fp8 with fast sums"
-"""Which have fewer digits: neither our products nor those that they are compared with add so."""
+"""The kind of float8 product whose sums have fewer digits. Neither our products nor their rivals add so."""
 
 
 @dataclass(frozen=True)

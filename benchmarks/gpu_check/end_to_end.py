@@ -24,7 +24,7 @@ from batchinfer.models.config import ModelConfig, read_model_config
 
 TITLE = "Jobs, random weights, random prompts, no end of text"
 LAST_SECONDS = 6.0
-"""That a part keeps for what comes after a job."""
+"""Seconds that a part keeps for what comes after a job."""
 SMALL_CARD = 24e9
 """Bytes of a card that an 8B model in 16 bits fits."""
 
@@ -161,7 +161,7 @@ def _sizes(session: Session, weights: Weights, longest: int, rows: int) -> dict[
 
 
 def load(session: Session, model: Path, weights: Weights, jobs: list[Job], watched: int = 0) -> Engine:
-    """With room for the largest of the jobs and for `watched` rows, and warm."""
+    """Load a warm engine, with room for the largest of the jobs and for `watched` rows."""
     longest = max((job.longest for job in jobs), default=1280)
     rows = max([*(job.rows for job in jobs), watched])
     tokens = max([*(job.tokens for job in jobs), watched * 1024])

@@ -10,7 +10,7 @@ from batchinfer.engine.sampling_params import SamplingParams
 
 @dataclass(frozen=True)
 class Job:
-    """So many rows, with prompts and new tokens of lengths between these two, their logarithms spread evenly."""
+    """A job of rows whose prompts and new tokens have lengths between two bounds, their logarithms spread evenly."""
 
     name: str
     rows: int

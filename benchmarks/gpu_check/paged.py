@@ -40,7 +40,7 @@ class Paged:
     def plan(
         self, session: Session, processors: int | None, window: int | None = None, tiles: Tiling | None = None
     ) -> AttentionPlan:
-        """Of the step; `processors` as in `plan_attention`, and its own tiles if none are given."""
+        """Plan the step, with the product's tiles if none are given; `processors` is as in `plan_attention`."""
         chosen = tiles or self.tiles(session)
         return plan_attention(self.batch, self.query.shape[1], self.kv_heads, window, chosen, processors)
 
@@ -50,7 +50,7 @@ class Paged:
         return tiling(head_dim, heads // self.kv_heads, self.query.dtype, self.kv, session.gpu)
 
     def expected(self, window: int | None) -> Tensor:
-        """By torch's own attention in float64, one sequence at a time: [T, heads, head_dim]."""
+        """Return torch's own attention in float64, one sequence at a time: [T, heads, head_dim]."""
         assert self.known is not None
         b, block_size = self.batch, self.cache.block_size
         out = torch.zeros(self.query.shape, dtype=torch.float64, device=self.query.device)

@@ -28,7 +28,7 @@ KERNELS = {"TRITON_INTERPRET": "1", "BATCHINFER_KERNELS": "triton"}
 # on the row's place in the tile: on a GPU it does not, and rows are held to that.
 SMOKE = {**KERNELS, "CUDA_VISIBLE_DEVICES": "", "OPENBLAS_CORETYPE": "Nehalem"}
 SMOKE_SECONDS = 2400
-"""That a stage may take in a smoke test."""
+"""Seconds that a stage may take in a smoke test."""
 QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 # Without these the profiler may tear down what recorded graphs depend on.
 PROFILED = {"TEARDOWN_CUPTI": "0", "DISABLE_CUPTI_LAZY_REINIT": "1"}

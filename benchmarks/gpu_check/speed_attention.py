@@ -37,7 +37,7 @@ class Step:
 
     @property
     def keys(self) -> int:
-        """Of all sequences."""
+        """Number of keys of all sequences."""
         return sum(context for context, _ in self.rows)
 
     @property

@@ -69,7 +69,7 @@ def cases(session: Session) -> list[Case]:
 
 
 def _kinds(session: Session) -> dict[str, Kind]:
-    """By name."""
+    """Return the kinds of product by name."""
     dtype, on = session.dtype, session.device
 
     def noise(rows: int, k: int) -> Tensor:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 PROCESSES = 16
 """Processes that compile side by side: as many as a rented machine has cores."""
 ENGINES = 7
-"""Of them, those that compile what engines call."""
+"""Number of these processes that compile what engines call."""
 
 
 @dataclass(frozen=True)

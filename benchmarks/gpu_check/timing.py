@@ -21,7 +21,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Times:
-    """Of the repeats, in microseconds a call."""
+    """Times of the repeats, in microseconds a call."""
 
     p20: float
     p50: float
@@ -65,7 +65,7 @@ class Clock:
         return self._recorded(call).less(self.flushing)
 
     def floor(self) -> Times:
-        """Of a kernel that does next to nothing: a part of every figure."""
+        """Time a kernel that does next to nothing: that time is a part of every figure."""
         one = torch.zeros(1, device=self.session.device)
         return self(lambda: one.add_(1))
 

@@ -23,7 +23,7 @@ from batchinfer.kernels.rows_triton import quantize_rows
 from batchinfer.kernels.sampling_triton import sample
 
 CALLS = 2
-"""Of a case that is timed: the first compiles."""
+"""Number of calls of a case that is timed: the first compiles."""
 
 
 def run_cases(smoke: bool, names: str) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from batchinfer.kernels.sampling import CANDIDATES, SamplingBatch, _gumbel, greedy, gumbel, gumbel_of, philox, sample
 
@@ -68,6 +69,16 @@ def test_filters_keep_what_they_should(params: dict[str, float], kept: list[int]
     expected[kept] = p[kept] / p[kept].sum()
     observed = counts(p.log().float().tolist(), **params)
     assert chi_squared(observed, expected) < 16.3  # the 99.9 % point with 3 degrees of freedom
+
+
+def test_top_p_takes_the_mass_of_all_tokens_that_a_large_top_k_leaves() -> None:
+    """Against transformers' filters: of a flat row, top-p of more candidates than are looked at first."""
+    logits = torch.randn(1, 2000) / 10
+    kept = TopPLogitsWarper(0.5)(None, TopKLogitsWarper(3 * CANDIDATES)(None, logits))[0] > float("-inf")
+    assert kept.sum() > CANDIDATES, "more than half of the candidates, which were all the mass once"
+    tokens, _ = sample(logits.expand(20_000, -1), batch(20_000, top_k=3 * CANDIDATES, top_p=0.5))
+    drawn = torch.bincount(tokens, minlength=2000) > 0
+    assert drawn.equal(kept)
 
 
 def test_rows_with_different_parameters_do_not_mix() -> None:

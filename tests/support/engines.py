@@ -17,6 +17,16 @@ from batchinfer.engine.request import FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.text.tokenizer import Tokenizer
 
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+}
+"""The shape of a model that Triton's interpreter runs in reasonable time."""
+
 
 class IdsAsText(Tokenizer):
     """Token i is the i-th character from U+0100 on."""

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from engines import IdsAsText, compare_logits, engine_of, prompts_of, run, tokens
+from engines import TINY, IdsAsText, compare_logits, engine_of, prompts_of, run, tokens
 
 from batchinfer.engine.config import Speculation
 from batchinfer.engine.engine import UNRECORDED, WAITING, Engine
@@ -21,30 +21,6 @@ from batchinfer.engine.request import FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.quantize import CalibrationRows, quantize
 from batchinfer.models.batch import Batch
-
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
-SMALL = {"max_model_len": 128, "max_num_batched_tokens": 64, "max_num_seqs": 4, "kv_cache_tokens": 1024}
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
-    """`interpreted(model, **settings) -> Engine`."""
-
-    def make(model: Path, tokenizer: IdsAsText | None = None, **settings: Any) -> Engine:
-        with monkeypatch.context() as inside:
-            inside.setenv("BATCHINFER_KERNELS", "triton")
-            engine = engine_of(model, tokenizer, **{**SMALL, **settings})
-        assert engine.runner.late == 1
-        return engine
-
-    return make
 
 
 def relative_error(engine: Engine, model: Path, lengths: tuple[int, ...]) -> float:
@@ -68,7 +44,7 @@ def relative_error(engine: Engine, model: Path, lengths: tuple[int, ...]) -> flo
 def test_logits_are_those_of_transformers(
     make_model: Callable[..., Path], interpreted: Callable[..., Engine], family: str, overrides: dict[str, Any]
 ) -> None:
-    model = make_model(family, **{**SHAPE, **overrides})
+    model = make_model(family, **{**TINY, **overrides})
     assert relative_error(interpreted(model), model, (1, 33, 65, 100)) < 1e-5
 
 
@@ -90,7 +66,7 @@ def test_fewer_bits_stay_near(
     kernel: tuple[str, str],
     bound: float,
 ) -> None:
-    model = make_model("llama", **SHAPE)
+    model = make_model("llama", **TINY)
     engine = interpreted(model, **settings)
     error = relative_error(engine, model, (1, 40))
     assert 0 < error < bound
@@ -104,7 +80,7 @@ def test_rows_are_those_of_the_cpu_with_steps_replayed_and_sequences_that_end_un
     temperature: float,
 ) -> None:
     """Places are taken again while a step computes their last owner's next token in vain."""
-    model = make_model("llama", **SHAPE)
+    model = make_model("llama", **TINY)
     prompts = prompts_of(7, 40)
     free = SamplingParams(max_tokens=11, ignore_eos=True, temperature=temperature, top_p=0.95)
     seeds = range(7, 14)
@@ -123,7 +99,7 @@ def test_rows_are_those_of_the_cpu_with_steps_replayed_and_sequences_that_end_un
 def test_a_row_that_is_not_finite_spoils_no_other(
     make_model: Callable[..., Path], interpreted: Callable[..., Engine]
 ) -> None:
-    model = make_model("llama", **SHAPE)
+    model = make_model("llama", **TINY)
     prompts = [[t if t != 7 else 8 for t in prompt] for prompt in prompts_of(5, 30)]
     params = SamplingParams(max_tokens=4, ignore_eos=True)
     clean = run(engine_of(model), Requests.of(prompts, params))
@@ -141,7 +117,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(
 def test_deterministic_rows_have_the_same_bits_in_any_batch(
     make_model: Callable[..., Path], interpreted: Callable[..., Engine], quantization: str
 ) -> None:
-    model = make_model("mistral", **SHAPE, sliding_window=40)
+    model = make_model("mistral", **TINY, sliding_window=40)
     prompts = prompts_of(4, 90)
 
     def logits(**settings: Any) -> dict[int, list[bytes]]:
@@ -181,7 +157,7 @@ def test_checkpoints_in_few_bits_are_multiplied_as_they_are_stored(
     kernel: str,
 ) -> None:
     """4-bit weights beside the CPU's engine, which expands them; 8 bits beside the model that they were made from."""
-    model, quantized = make_model("llama", **SHAPE), tmp_path / "quantized"
+    model, quantized = make_model("llama", **TINY), tmp_path / "quantized"
     quantize(str(model), None, quantized, scheme, "rtn", group_size, CalibrationRows())
     engine = interpreted(quantized)
     requests = Requests.of(prompts_of(4, 40), SamplingParams(max_tokens=4, ignore_eos=True))
@@ -196,7 +172,7 @@ def test_checkpoints_in_few_bits_are_multiplied_as_they_are_stored(
 def test_a_shape_alone_is_run_with_noise_in_as_many_bits_as_it_says(
     make_model: Callable[..., Path], interpreted: Callable[..., Engine], tmp_path: Path
 ) -> None:
-    quantize(str(make_model("llama", **SHAPE)), None, tmp_path / "q", "w4a16", "rtn", 32, CalibrationRows())
+    quantize(str(make_model("llama", **TINY)), None, tmp_path / "q", "w4a16", "rtn", 32, CalibrationRows())
     (tmp_path / "shape").mkdir()
     (tmp_path / "q" / "config.json").rename(tmp_path / "shape" / "config.json")
     engine = interpreted(tmp_path / "shape", random_weights=True)
@@ -211,11 +187,11 @@ def test_a_shape_alone_is_run_with_noise_in_as_many_bits_as_it_says(
 def test_shared_prefixes_and_preempted_rows_come_out_the_same(
     make_model: Callable[..., Path], interpreted: Callable[..., Engine]
 ) -> None:
-    model = make_model("llama", **SHAPE)
+    model = make_model("llama", **TINY)
     template = np.random.default_rng(0).integers(2, 320, 64).tolist()
     prompts = [[*template, 5, k] for k in range(2, 5)] + [[7, 8], [9], [10, 11, 12]]
     requests = Requests.of(prompts, SamplingParams(max_tokens=40, temperature=1.0, ignore_eos=True), seeds=range(6))
-    expected = tokens(engine_of(model, **SMALL), requests)
+    expected = tokens(engine_of(model, max_model_len=128, max_num_batched_tokens=64, max_num_seqs=4), requests)
     engine = interpreted(model, kv_cache_tokens=128)
     assert engine.scheduler.admission.lengths is not None
     for _ in range(LEAST_ENDED):
@@ -233,7 +209,7 @@ def test_penalties_and_bans_are_those_of_the_cpu(
     make_model: Callable[..., Path], interpreted: Callable[..., Engine], options: dict[str, Any], method: str
 ) -> None:
     """A step that looks at a row's tokens waits for the step before it; one that bans by position alone does not."""
-    model = make_model("llama", **SHAPE)
+    model = make_model("llama", **TINY)
     prompts = [*prompts_of(1, 30), [7, 8, 9] * 5, [7, 8, 9] * 5]
     requests = Requests.of(prompts, SamplingParams(max_tokens=6, **options))
     expected = run(engine_of(model, speculation=Speculation("off")), requests)
@@ -248,7 +224,7 @@ def test_drafts_are_verified_in_replayed_steps(
     make_model: Callable[..., Path], interpreted: Callable[..., Engine]
 ) -> None:
     """All drafts are verified, right ones and wrong ones, so that rows have different numbers of tokens."""
-    model = make_model("llama", **SHAPE)
+    model = make_model("llama", **TINY)
     requests = Requests.of(prompts_of(3, 30), SamplingParams(max_tokens=8, ignore_eos=True))
     expected = run(engine_of(model, speculation=Speculation("off")), requests)
     engine = interpreted(
@@ -265,7 +241,7 @@ def test_drafts_are_verified_in_replayed_steps(
 def test_deterministic_steps_have_the_same_bits_recorded_and_not(
     make_model: Callable[..., Path], interpreted: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = make_model("mistral", **SHAPE, sliding_window=20)
+    model = make_model("mistral", **TINY, sliding_window=20)
     requests = Requests.of([[5, 6], [7] * 25], SamplingParams(max_tokens=4, temperature=0.8, ignore_eos=True))
 
     def bits(recording: bool) -> tuple[dict[int, Any], dict[tuple[int, int], bytes]]:

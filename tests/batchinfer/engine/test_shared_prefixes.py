@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import engine_of, tokens
+from engines import TINY, engine_of, tokens
 
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.attention_inputs import RaggedInputs
@@ -217,27 +217,7 @@ def test_a_prefix_that_saves_less_than_its_partial_results_cost_is_not_shared() 
     assert prefixes._choose(tiles, alone) == (SharedPrefix(0, 5, 192), SharedPrefix(6, 4, 192))
 
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-}
 SMALL = {"max_model_len": 192, "max_num_batched_tokens": 128, "max_num_seqs": 8, "kv_cache_tokens": 2048}
-
-
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
-    """`interpreted(model, **settings) -> Engine`, which runs the kernels of a GPU in Triton's interpreter."""
-
-    def make(model: Path, **settings: Any) -> Engine:
-        with monkeypatch.context() as inside:
-            inside.setenv("BATCHINFER_KERNELS", "triton")
-            return engine_of(model, **{**SMALL, **settings})
-
-    return make
 
 
 def groups_of(engine: Engine) -> list[tuple[int, tuple[SharedPrefix, ...]]]:
@@ -273,12 +253,12 @@ def test_rows_are_the_same_with_prefixes_read_together_and_apart(
 ) -> None:
     """Branches, twins, prompts beside rows that decode, rows that end before others; a window in every other layer."""
     split_at(monkeypatch, 64)
-    model = make_model("qwen2", **SHAPE, use_sliding_window=True, sliding_window=40, max_window_layers=1)
+    model = make_model("qwen2", **TINY, use_sliding_window=True, sliding_window=40, max_window_layers=1)
     prompts = family(np.random.default_rng(0))
     params = tuple(SamplingParams(max_tokens=n, temperature=0.7, ignore_eos=True) for n in (2, 5))
     plain = Requests.of(prompts, params[0], seeds=range(len(prompts)))
     requests = replace(plain, params=params, param_index=np.array([1, 0, 1, 1, 0, 1, 1], np.int32))
-    engine = interpreted(model, **settings)
+    engine = interpreted(model, **{**SMALL, **settings})
     found = groups_of(engine)
     assert tokens(engine, requests) == tokens(engine_of(model), requests)
     groups = [p for _, prefixes in found for p in prefixes]
@@ -289,23 +269,23 @@ def test_rows_are_the_same_with_prefixes_read_together_and_apart(
     assert 0 < stats.kv_bytes_read < stats.kv_bytes_unshared
 
     monkeypatch.setattr(SharedPrefixes, "_choose", lambda *_: ())
-    engine = interpreted(model, **settings)
+    engine = interpreted(model, **{**SMALL, **settings})
     assert tokens(engine, requests) == tokens(engine_of(model), requests)
     assert engine.stats().kv_bytes_read == engine.stats().kv_bytes_unshared == stats.kv_bytes_unshared
 
 
 @pytest.mark.long(minutes=1)
+@pytest.mark.usefixtures("fixed_products")
 def test_deterministic_rows_have_the_same_bits_alone_and_in_a_group(
     make_model: Callable[..., Path], interpreted: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split_at(monkeypatch, 64)
-    monkeypatch.setattr("triton.runtime.interpreter.np", FixedProducts())
-    model = make_model("llama", **{**SHAPE, "num_hidden_layers": 1})
+    model = make_model("llama", **{**TINY, "num_hidden_layers": 1})
     template = text(np.random.default_rng(0), 66)
     prompts = [[*template, 5], [*template, 6, 7], [*template, 8]]
 
     def logits(rows: list[list[int]]) -> tuple[list[list[bytes]], list[SharedPrefix]]:
-        engine = interpreted(model, deterministic=True, speculation=Speculation("off"))
+        engine = interpreted(model, **SMALL, deterministic=True, speculation=Speculation("off"))
         steps = groups_of(engine)
         engine.add(Requests.of(rows, SamplingParams(max_tokens=3, ignore_eos=True)))
         found: list[list[bytes]] = [[] for _ in rows]
@@ -325,16 +305,6 @@ def test_deterministic_rows_have_the_same_bits_alone_and_in_a_group(
     for row, prompt in enumerate(prompts):
         [alone], none = logits([prompt])
         assert alone == together[row] and len(alone) == 3 and not none
-
-
-class FixedProducts:
-    """NumPy as Triton's interpreter sees it, but for products: BLAS gives a row other bits at another place."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(np, name)
-
-    def matmul(self, x: Any, y: Any, dtype: Any) -> Any:
-        return np.einsum("mk,kn->mn", x.astype(dtype), y.astype(dtype))
 
 
 def split_at(monkeypatch: pytest.MonkeyPatch, keys: int) -> None:
