@@ -63,6 +63,7 @@ def _kernels(device: str) -> Iterator[Line]:
     from batchinfer.kernels.backends import choose_backend
     from batchinfer.kernels.linear_w4a16 import vectorized
     from batchinfer.kernels.linear_w8a8 import saturates
+    from batchinfer.kernels.processor import multiplied_in
 
     try:
         backend = choose_backend(device, deterministic=False)
@@ -79,6 +80,10 @@ def _kernels(device: str) -> Iterator[Line]:
         yield "missing", "oneDNN's product of 8-bit integers: w8a8-int8 runs with slow reference code"
     elif saturates():
         yield "missing", "VNNI instructions: products of 8-bit integers take twice the operations"
+    for dtype in (torch.bfloat16, torch.float16):
+        if multiplied_in(dtype) != dtype:
+            name = str(dtype).removeprefix("torch.")
+            yield "missing", f"instructions for {name}: its products are computed in float32, weights stay in {name}"
     if not vectorized():
         yield "missing", "AVX2: weights in 4 bits are expanded to floating point before they are used"
     if has_gpu(torch.__version__):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.kv_cache import KVCache
+from batchinfer.kernels.processor import multiplied_in
 
 LEAST_ROWS = 4
 """The fewest rows of a batched product. With fewer, MKL takes other kernels, which add in another order."""
@@ -84,15 +85,16 @@ def _prompt_tiles(
     kv_heads = cache.key.shape[1]
     first = 0 if window is None else max(0, (group.index * TILE - window + 1) // TILE)
     blocks = group.blocks[:, first * TILE // cache.block_size :]
-    key, value = (read_blocks(cache, blocks, kind, query_THd.dtype) for kind in ("key", "value"))
+    dtype = multiplied_in(query_THd.dtype)
+    key, value = (read_blocks(cache, blocks, kind, dtype) for kind in ("key", "value"))
     # The query heads that share a key head are stacked into one tile of group * TILE rows.
-    query = query_THd[group.rows.flatten()].view(n, TILE, kv_heads, heads // kv_heads, head_dim)
+    query = query_THd[group.rows.flatten()].to(dtype).view(n, TILE, kv_heads, heads // kv_heads, head_dim)
     query = query.permute(0, 2, 3, 1, 4).reshape(n, kv_heads, -1, head_dim)
-    mask = _tile_mask(group.index, first, heads // kv_heads, window, query.dtype)
+    mask = _tile_mask(group.index, first, heads // kv_heads, window, dtype)
     result = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     result = result.view(n, kv_heads, heads // kv_heads, TILE, head_dim).permute(0, 3, 1, 2, 4)
     result = result.reshape(n * TILE, heads, head_dim)
-    out_THd[group.rows.flatten()[group.kept]] = result[group.kept]
+    out_THd[group.rows.flatten()[group.kept]] = result[group.kept].to(out_THd.dtype)
 
 
 @lru_cache(maxsize=256)

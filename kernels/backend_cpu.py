@@ -33,7 +33,9 @@ class CpuBackend:
         return torch.float32 if quantized else dtype
 
     def linear(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> Product:
-        return Linear(weight_NK, bias_N)
+        product = Linear(weight_NK, bias_N)
+        self.kernels["linear"] = product.path
+        return product
 
     def linear_w8a8(
         self, values_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None, out: torch.dtype = torch.float32

@@ -5,8 +5,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchinfer.kernels.grain import MIN_ROWS
-from batchinfer.kernels.processor import least_rows_in_bfloat16
+from batchinfer.kernels.processor import least_rows_in_bfloat16, multiplied_in
 from batchinfer.kernels.rows import Rows
+
+_WIDENED = 1 << 19
+"""Numbers of a weight that are widened to float32 at a time: they stay in the cache until they are multiplied."""
 
 
 class Linear:
@@ -16,6 +19,8 @@ class Linear:
         self.weight = weight_NK
         self.bias = bias_N
         self.row_grain = MIN_ROWS
+        widened = multiplied_in(weight_NK.dtype) != weight_NK.dtype
+        self.path = f"{str(weight_NK.dtype).removeprefix('torch.')}, widened to float32" if widened else "cpu"
         self._least_rows = least_rows_in_bfloat16() if weight_NK.dtype == torch.bfloat16 else 1
 
     @property
@@ -45,4 +50,22 @@ class Linear:
         x_MK = x_MK.to(self.weight.dtype)
         if rows < self._least_rows:
             x_MK = F.pad(x_MK, (0, 0, 0, self._least_rows - rows))
-        return Rows(F.linear(x_MK, self.weight, self.bias)[:rows])
+        return Rows(linear(x_MK, self.weight, self.bias)[:rows])
+
+
+def linear(x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """Return `x @ weight.T + bias`, [M, N], in the type of all three, with sums in float32.
+
+    Where torch is slow in that type (`multiplied_in`), the weight is widened to float32 piece by piece.
+    """
+    wide = multiplied_in(weight_NK.dtype)
+    if wide == weight_NK.dtype:
+        return F.linear(x_MK, weight_NK, bias_N)
+    out_MN = x_MK.new_empty(len(x_MK), len(weight_NK))
+    x_MK = x_MK.to(wide)
+    size = max(1, _WIDENED // weight_NK.shape[1])
+    for first in range(0, len(weight_NK), size):
+        piece = slice(first, first + size)
+        bias = None if bias_N is None else bias_N[piece].to(wide)
+        out_MN[:, piece] = F.linear(x_MK, weight_NK[piece].to(wide), bias)
+    return out_MN

@@ -59,13 +59,13 @@ def _linear_w4a16_kernel(
     # Rows past the end read other rows again (modulo), so that loads need no mask; their results are not stored.
     p_x += (o_m % m).to(tl.int64)[None, :] * K
     o_row = o_n % n
-    o_word = tl.arange(0, WORDS)
+    o_words = o_row.to(tl.int64)[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     b_y = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     end = tl.minimum((i_split + 1) * split_spans, spans)
     # Stages are named here because otherwise only what goes into the product is loaded ahead, and scales are not.
     for i_span in tl.range(i_split * split_spans, end, num_stages=STAGES):
         i_long = tl.cast(i_span, tl.int64)
-        b_words = tl.load(p_words + (i_long * n + o_row)[:, None] * WORDS + o_word[None, :])
+        b_words = tl.load(p_words + i_long * n * WORDS + o_words)
         b_pair = tl.load(p_pairs + i_long * DEPTH // GROUP * n + o_row)
         o_k = i_span * DEPTH + tl.arange(0, DEPTH)
         m_k = (o_k < K)[:, None]

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from batchinfer.kernels.activation import silu_mul
 from batchinfer.kernels.kv_cache import rotate
+from batchinfer.kernels.linear import linear
 from batchinfer.kernels.norm import rms_norm
+from batchinfer.kernels.processor import multiplied_in
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.layer import Attention, Norm
 
@@ -61,7 +63,7 @@ class Calibration:
             matrices = layer.products[name]
             weight = torch.cat([tensors[f"{matrix.name}.weight"].to(self.dtype) for matrix in matrices])
             biases = [tensors[f"{matrix.name}.bias"].to(self.dtype) for matrix in matrices if matrix.bias]
-            return partial(F.linear, weight=weight, bias=torch.cat(biases) if biases else None)
+            return partial(linear, weight_NK=weight, bias_N=torch.cat(biases) if biases else None)
 
         def normed(states: Iterable[Tensor], norm: Norm) -> Iterator[Tensor]:
             weight = tensors[f"{norm.name}.weight"].to(self.dtype)
@@ -99,10 +101,10 @@ class Calibration:
                 query, key = rms_norm(query, of_query, eps), rms_norm(key, of_key, eps)
             cos, sin = self.cos[: len(qkv)], self.sin[: len(qkv)]
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-            query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+            query, key, value = (x.transpose(0, 1)[None].to(multiplied_in(self.dtype)) for x in (query, key, value))
             seen = _seen(len(qkv), shape.window)
             mixed = F.scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)
-            out.append(mixed[0].transpose(0, 1).flatten(1))
+            out.append(mixed[0].transpose(0, 1).flatten(1).to(self.dtype))
         return torch.cat(out)
 
     def _store(self, name: str, chunks_TX: Iterable[Tensor]) -> "_Activations":

@@ -16,7 +16,7 @@ MIXED = [(1, 1), (15, 15), (16, 1), (17, 9), (63, 40), (64, 2), (130, 1), (100, 
 VERIFIED = [(300 + 77 * new, new) for new in range(2, 10)] + [(new, new) for new in range(2, 10)]
 DECODED = [(1 + 97 * i, 1) for i in range(24)]
 KINDS: dict[str, Rows] = {"mixed": MIXED, "verified": VERIFIED, "decoded": DECODED}
-FEW: dict[str, Rows] = {"mixed": [(9, 9), (17, 9), (70, 1)], "verified": [(40, 3)], "decoded": [(33, 1)]}
+FEW: dict[str, Rows] = {"mixed": [(9, 9), (17, 9), (140, 1)], "verified": [(40, 3)], "decoded": [(33, 1)]}
 
 
 def run_small_heads(session: Session) -> None:

@@ -106,8 +106,7 @@ def bits_per_byte(net: Net, corpus: list[Module], tokenizer: Tokenizer, device: 
         size += len(module.text.encode())
         for start in range(0, ids.shape[1] - 1, stride):
             window = ids[:, start : start + CONTEXT + 1].to(device)
-            with torch.autocast(device, torch.bfloat16):
-                loss = net.loss(window, reduction="none")[0]
+            loss = net.loss(window, reduction="none")[0]
             scored = loss if start == 0 else loss[CONTEXT - stride :]
             bits += scored.sum().item() / math.log(2)
             if start + CONTEXT + 1 >= ids.shape[1]:

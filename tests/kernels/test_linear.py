@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from batchinfer.kernels import linear
 from batchinfer.kernels.linear import Linear
 from batchinfer.kernels.rows import Rows
 
@@ -17,3 +18,20 @@ def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it(dtype: torch.d
         assert product(Rows(x[:rows])).values.equal(whole[:rows])
     with pytest.raises(ValueError, match="7 rows; pad them to a multiple of 8"):
         product(Rows(x[:7]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k"), [(96, 96), (1100, 2000), (512, 11008), (3, 1 << 20)])
+def test_a_widened_product_is_rounded_once(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: int, k: int) -> None:
+    """As processors without products of this type compute it, in pieces of the weight."""
+    monkeypatch.setattr(linear, "multiplied_in", lambda dtype: torch.float32)
+    weight, bias, x = torch.randn(n, k).div(k**0.5).to(dtype), torch.randn(n).to(dtype), torch.randn(64, k).to(dtype)
+    product = Linear(weight, bias)
+    assert product.path == f"{str(dtype).removeprefix('torch.')}, widened to float32"
+    found = product(Rows(x)).values
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found, (x.double() @ weight.double().T + bias.double()).to(dtype), atol=1e-5, rtol=torch.finfo(dtype).eps
+    )
+    for rows in (8, 16, 24, 32):
+        assert product(Rows(x[:rows])).values.equal(found[:rows])
