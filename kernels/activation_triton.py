@@ -1,4 +1,4 @@
-"""The gated activation in Triton, optionally followed by quantization with one scale per row."""
+"""The activation in Triton, with a gate or without, optionally followed by quantization with one scale per row."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
@@ -14,13 +14,23 @@ from batchinfer.kernels.shipped_triton import Shipped
 
 
 @triton.jit
-def _silu_mul_kernel(p_gate_up, p_out, p_scale, columns, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr):
+def _activation_kernel(
+    p_in, p_out, p_scale, columns,
+    KIND: tl.constexpr, GATED: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
     o_f = tl.arange(0, BLOCK)
     m_f = o_f < columns
-    b_gate = tl.load(p_gate_up + i_row * 2 * columns + o_f, m_f, 0.0).to(tl.float32)
-    b_up = tl.load(p_gate_up + i_row * 2 * columns + columns + o_f, m_f, 0.0).to(tl.float32)
-    b_x = b_gate * tl.sigmoid(b_gate) * b_up
+    p_in += i_row * columns * (2 if GATED else 1)
+    b_x = tl.load(p_in + o_f, m_f, 0.0).to(tl.float32)
+    if KIND == "silu":
+        b_x *= tl.sigmoid(b_x)
+    elif KIND == "gelu_tanh":  # (1 + tanh(z)) / 2 is the sigmoid of 2z
+        b_x *= tl.sigmoid(1.5957691216057308 * (b_x + 0.044715 * b_x * b_x * b_x))
+    else:
+        b_x = tl.maximum(b_x, 0.0) * b_x
+    if GATED:
+        b_x *= tl.load(p_in + columns + o_f, m_f, 0.0).to(tl.float32)
     if QUANTIZE:
         b_q, scale = quantized_row(b_x, p_out.dtype.element_ty)
         tl.store(p_out + i_row * columns + o_f, b_q, m_f)
@@ -29,19 +39,20 @@ def _silu_mul_kernel(p_gate_up, p_out, p_scale, columns, QUANTIZE: tl.constexpr,
         tl.store(p_out + i_row * columns + o_f, b_x.to(p_out.dtype.element_ty), m_f)
 
 
-def silu_mul(gate_up_M2F: Tensor, out: torch.dtype) -> Rows:
-    """Return `silu(gate) * up`, [M, F], of the contiguous matrix `[gate | up]` [M, 2F].
+def activate(x_MX: Tensor, activation: str, gated: bool, out: torch.dtype) -> Rows:
+    """Return `activation(gate) * up`, [M, F], of the contiguous x = `[gate | up]` [M, 2F], or `activation(x)`.
 
-    `out` is the result's type: the input's own, int8 or float8_e4m3fn. 8-bit rows have a float32 scale each, [M, 1].
+    `activation` is silu, gelu_tanh or relu2 (the square of the rectified input). `out` is the result's type: the
+    input's own, int8 or float8_e4m3fn. 8-bit rows have a float32 scale each, [M, 1].
     """
-    m, columns = gate_up_M2F.shape[0], gate_up_M2F.shape[1] // 2
-    values = torch.empty(m, columns, dtype=out, device=gate_up_M2F.device)
-    quantize = out != gate_up_M2F.dtype
-    scale = torch.empty(m, 1, dtype=torch.float32, device=gate_up_M2F.device) if quantize else None
+    m, columns = x_MX.shape[0], x_MX.shape[1] // (2 if gated else 1)
+    values = torch.empty(m, columns, dtype=out, device=x_MX.device)
+    quantize = out != x_MX.dtype
+    scale = torch.empty(m, 1, dtype=torch.float32, device=x_MX.device) if quantize else None
     block = triton.next_power_of_2(columns)
-    _silu_mul_kernel[(m,)](
-        gate_up_M2F, values, values if scale is None else scale, columns,
-        QUANTIZE=quantize, BLOCK=block, num_warps=_warps(block),
+    _activation_kernel[(m,)](
+        x_MX, values, values if scale is None else scale, columns,
+        KIND=activation, GATED=gated, QUANTIZE=quantize, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return Rows(values, scale)
 
@@ -51,15 +62,16 @@ def _warps(block: int) -> int:
 
 
 def shipped(gpu: Gpu) -> list[Shipped]:
-    """List the kernel for small and large inner sizes and every type of input and output."""
+    """List the kernel for small and large inner sizes, every type of input and output, and every activation."""
     return [
         Shipped(
-            f"silu_mul, {columns} columns of {stream} to {out}",
-            _silu_mul_kernel,
-            {"p_gate_up": f"*{stream}", "p_out": f"*{out}", "p_scale": "*fp32", "columns": "i32"},
-            {"QUANTIZE": out != stream, "BLOCK": columns},
+            f"{activation}{'_mul' if gated else ''}, {columns} columns of {stream} to {out}",
+            _activation_kernel,
+            {"p_in": f"*{stream}", "p_out": f"*{out}", "p_scale": "*fp32", "columns": "i32"},
+            {"KIND": activation, "GATED": gated, "QUANTIZE": out != stream, "BLOCK": columns},
             _warps(columns),
         )
+        for activation, gated in (("silu", True), ("gelu_tanh", True), ("relu2", False))
         for stream in ("bf16", "fp32")
         for columns in (4096, 16384)
         for out in (stream, "i8", "fp8e4nv")

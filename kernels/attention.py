@@ -65,21 +65,29 @@ class TiledBatch:
     decode: DecodeBlocks | None  # without blocks outside the window; None if the step generates no token
 
 
-def attention(query_THd: Tensor, cache: KVCache, batch: TiledBatch, scale: float) -> Tensor:
+def attention(
+    query_THd: Tensor, cache: KVCache, batch: TiledBatch, scale: float, softcap: float | None = None
+) -> Tensor:
     """Return attention's outputs [T, heads, head_dim] in the query's dtype; padding rows are zero.
 
-    The step's own keys and values must be in the cache already.
+    The step's own keys and values must be in the cache already. With a `softcap` c, scores s become c * tanh(s / c).
     """
     out = torch.zeros_like(query_THd)
     for group in batch.tiles:
-        _prompt_tiles(out, query_THd, cache, group, scale, batch.window)
+        _prompt_tiles(out, query_THd, cache, group, scale, softcap, batch.window)
     if (decode := batch.decode) is not None:
-        out[decode.rows] = decode_blocks(query_THd[decode.rows].float(), cache, decode, scale).to(out.dtype)
+        out[decode.rows] = decode_blocks(query_THd[decode.rows].float(), cache, decode, scale, softcap).to(out.dtype)
     return out
 
 
 def _prompt_tiles(
-    out_THd: Tensor, query_THd: Tensor, cache: KVCache, group: PromptTiles, scale: float, window: int | None
+    out_THd: Tensor,
+    query_THd: Tensor,
+    cache: KVCache,
+    group: PromptTiles,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
 ) -> None:
     n, heads, head_dim = len(group.rows), query_THd.shape[1], query_THd.shape[2]
     kv_heads = cache.key.shape[1]
@@ -91,10 +99,20 @@ def _prompt_tiles(
     query = query_THd[group.rows.flatten()].to(dtype).view(n, TILE, kv_heads, heads // kv_heads, head_dim)
     query = query.permute(0, 2, 3, 1, 4).reshape(n, kv_heads, -1, head_dim)
     mask = _tile_mask(group.index, first, heads // kv_heads, window, dtype)
-    result = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    if softcap is None:
+        result = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+    else:
+        query, key, value = (x.flatten(0, 1) for x in (query * scale, key, value))
+        scores = _capped(_bmm(query, key.transpose(1, 2)), softcap) + mask[0]
+        result = _bmm(scores.float().softmax(-1).to(dtype), value)
     result = result.view(n, kv_heads, heads // kv_heads, TILE, head_dim).permute(0, 3, 1, 2, 4)
     result = result.reshape(n * TILE, heads, head_dim)
     out_THd[group.rows.flatten()[group.kept]] = result[group.kept].to(out_THd.dtype)
+
+
+def _capped(scores: Tensor, softcap: float) -> Tensor:
+    """Cap the scores in place, softly (Gemma 2, Gemma Team 2024)."""
+    return scores.div_(softcap).tanh_().mul_(softcap)
 
 
 @lru_cache(maxsize=256)
@@ -126,7 +144,9 @@ def read_blocks(cache: KVCache, blocks_nb: Tensor, kind: str, dtype: torch.dtype
     return values.view(n, b, kv_heads, size, head_dim).transpose(1, 2).reshape(n, kv_heads, b * size, head_dim)
 
 
-def decode_blocks(query_nHd: Tensor, cache: KVCache, batch: DecodeBlocks, scale: float) -> Tensor:
+def decode_blocks(
+    query_nHd: Tensor, cache: KVCache, batch: DecodeBlocks, scale: float, softcap: float | None = None
+) -> Tensor:
     """Return attention's outputs, float32 [n, heads, head_dim], for single queries.
 
     Blocks are not gathered by query: each is read once, where it lies, and multiplied by all queries that read it.
@@ -136,6 +156,8 @@ def decode_blocks(query_nHd: Tensor, cache: KVCache, batch: DecodeBlocks, scale:
     n, heads, head_dim = query_nHd.shape
     query = (query_nHd * scale)[batch.owner]
     scores = _by_users(cache, batch, "key", query)
+    if softcap is not None:
+        scores = _capped(scores, softcap)
     scores[batch.edges] = scores[batch.edges].masked_fill_(batch.hidden, float("-inf"))
     most = scores.amax(-1)[batch.table].amax(1)
     weights = scores.sub_(most[batch.owner][..., None]).exp_()

@@ -21,6 +21,7 @@ from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.kv_cache import MOST, KVCache
 from batchinfer.kernels.shipped_triton import Shipped
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 WEIGHTS_UP = tl.constexpr(7.0)
 """Weights over 8-bit values are at most 2 to this power, because their products with the values' scales are float16.
 Scales from 2^-20 on lose no more than float16's own rounding, 2^-12 of the largest. Above a scale of 511, which stands
@@ -53,7 +54,7 @@ def _attend(
     b_base, b_total, b_sum, b_q, b_factor, o_last, first, stop, start, end,
     p_key, p_value, p_key_scale, p_value_scale, p_table,
     HEAD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, QUANTIZED: tl.constexpr, UP: tl.constexpr,
-    MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAP: tl.constexpr, MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     # Go through the tiles of keys from `first` up to `stop`. Without `MASKED` every row sees every key of them. Both
     # kinds must give equal bits where no key is hidden, so each product with a sum is written as an `fma`: the compiler
@@ -76,18 +77,22 @@ def _attend(
         b_s = tl.dot(b_q, _widened(b_k, dtype), input_precision="ieee")
         if QUANTIZED:
             b_s *= tl.load(p_key_scale + o_slot)[None, :]
+        b_unit = b_factor
+        if CAP > 0.0:  # from here on the products are scores already
+            b_s = CAP - 2.0 * CAP / (tl.exp2(b_s * (b_factor * (2.0 * LOG2_E / CAP))[:, None]) + 1.0)
+            b_unit = tl.full(b_factor.shape, 1.0, tl.float32)
         if MASKED:
             m_seen = (o_n[None, :] <= o_last[:, None]) & m_n[None, :]
             if WINDOW > 0:
                 m_seen &= o_n[None, :] > o_last[:, None] - WINDOW
             b_s = tl.where(m_seen, b_s, float("-inf"))
 
-        b_new = tl.maximum(b_base, tl.fma(tl.max(b_s, 1), b_factor, -UP))
+        b_new = tl.maximum(b_base, tl.fma(tl.max(b_s, 1), b_unit, -UP))
         b_from = b_new
         if MASKED:
             # In a row that has seen no key yet, -inf minus -inf would be NaN; its weights must be 0.
             b_from = tl.where(b_new == float("-inf"), 0.0, b_new)
-        b_p = tl.exp2(tl.fma(b_s, b_factor[:, None], -b_from[:, None]))
+        b_p = tl.exp2(tl.fma(b_s, b_unit[:, None], -b_from[:, None]))
         b_kept = tl.exp2(b_base - b_from)
         b_base = b_new
         b_total = tl.fma(b_total, b_kept, tl.sum(b_p, 1))
@@ -115,7 +120,7 @@ def _attend(
 def _attention_kernel(
     p_query, p_key, p_value, p_key_scale, p_value_scale, p_table, p_items, p_first, p_out, p_partial, p_lse, scale,
     GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, QUANTIZED: tl.constexpr,
-    ITEM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAP: tl.constexpr, ITEM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     kv_heads, i_kv = tl.num_programs(1), tl.program_id(1)
     p_items += tl.program_id(0) * ITEM
@@ -160,7 +165,7 @@ def _attention_kernel(
             b_base, b_total, b_sum = _attend(
                 b_base, b_total, b_sum, b_q, b_factor, o_last, start_tile, tl.minimum(clear, end), start, end,
                 p_key, p_value, p_key_scale, p_value_scale, p_table,
-                HEAD, PAGE, WINDOW, QUANTIZED, UP, True, BLOCK_N, BLOCK_D,
+                HEAD, PAGE, WINDOW, QUANTIZED, UP, CAP, True, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         else:
             clear = tl.multiple_of(clear, min(PAGE, BLOCK_N))
@@ -168,12 +173,12 @@ def _attention_kernel(
         b_base, b_total, b_sum = _attend(
             b_base, b_total, b_sum, b_q, b_factor, o_last, clear, hidden, start, end,
             p_key, p_value, p_key_scale, p_value_scale, p_table,
-            HEAD, PAGE, WINDOW, QUANTIZED, UP, False, BLOCK_N, BLOCK_D,
+            HEAD, PAGE, WINDOW, QUANTIZED, UP, CAP, False, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     b_base, b_total, b_sum = _attend(
         b_base, b_total, b_sum, b_q, b_factor, o_last, hidden, end, start, end,
         p_key, p_value, p_key_scale, p_value_scale, p_table,
-        HEAD, PAGE, WINDOW, QUANTIZED, UP, True, BLOCK_N, BLOCK_D,
+        HEAD, PAGE, WINDOW, QUANTIZED, UP, CAP, True, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     b_total = tl.where(b_total == 0.0, 1.0, b_total)
@@ -187,7 +192,9 @@ def _attention_kernel(
         tl.store(p_partial + o_partial[:, None] * HEAD + o_d[None, :], b_out, m_md)
 
 
-def paged_attention(query_THd: Tensor, cache: KVCache, plan: AttentionPlan, scale: float) -> Tensor:
+def paged_attention(
+    query_THd: Tensor, cache: KVCache, plan: AttentionPlan, scale: float, softcap: float | None = None
+) -> Tensor:
     """Return attention's outputs [T, heads, head_dim] in the query's type; tokens after the plan's get zeros.
 
     The query is contiguous, in float32, bfloat16 or float16; the cache is in one of these, int8 or float8_e4m3fn.
@@ -207,7 +214,7 @@ def paged_attention(query_THd: Tensor, cache: KVCache, plan: AttentionPlan, scal
             query_THd, cache.key, cache.value, cache.key_scale if quantized else lse,
             cache.value_scale if quantized else lse, plan.table, items, plan.first, out, partial, lse,
             scale * math.log2(math.e),
-            **_constants(tile, heads // kv_heads, head_dim, block_size, plan.window, quantized),
+            **_constants(tile, heads // kv_heads, head_dim, block_size, plan.window, quantized, softcap),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if len(plan.merged):
@@ -216,14 +223,21 @@ def paged_attention(query_THd: Tensor, cache: KVCache, plan: AttentionPlan, scal
 
 
 def _constants(
-    tile: Tile, group: int, head_dim: int, block_size: int, window: int | None, quantized: bool
-) -> dict[str, int | bool]:
+    tile: Tile,
+    group: int,
+    head_dim: int,
+    block_size: int,
+    window: int | None,
+    quantized: bool,
+    softcap: float | None = None,
+) -> dict[str, int | float | bool]:
     return {
         "GROUP": group,
         "HEAD": head_dim,
         "PAGE": block_size,
         "WINDOW": window or 0,
         "QUANTIZED": quantized,
+        "CAP": (softcap or 0.0) * math.log2(math.e),
         "ITEM": ITEM,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,

@@ -81,8 +81,11 @@ class Backend(Protocol):
         """Add y, if given, to x in place; return the RMSNorm of x as rows for a product with this `takes`."""
         ...
 
-    def silu_mul(self, gate_up: Rows, takes: torch.dtype) -> Rows:
-        """Return `silu(gate) * up`, [M, F], of `[gate | up]` [M, 2F], as rows for a product with this `takes`."""
+    def activate(self, x: Rows, activation: str, gated: bool, takes: torch.dtype) -> Rows:
+        """Return `activation(gate) * up`, [M, F], of x = `[gate | up]` [M, 2F], or `activation(x)` without a gate.
+
+        `activation` is silu, gelu_tanh or relu2. The result is rows for a product with this `takes`.
+        """
         ...
 
     def rows(self, x_MK: Tensor, takes: torch.dtype) -> Rows:
@@ -112,10 +115,13 @@ class Backend(Protocol):
         """
         ...
 
-    def attention(self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
+    def attention(
+        self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float, softcap: float | None
+    ) -> Tensor:
         """Return attention's outputs [T, heads, head_dim] in the query's type.
 
-        The step's keys and values must be in the cache already.
+        Products of queries and keys are multiplied by `scale`; with a `softcap` c, scores s become c * tanh(s / c). The
+        step's keys and values must be in the cache already.
         """
         ...
 

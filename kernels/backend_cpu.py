@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from batchinfer.kernels.activation import silu_mul, silu_mul_quantize
+from batchinfer.kernels.activation import activate, activate_quantize
 from batchinfer.kernels.attention import TiledBatch, attention
 from batchinfer.kernels.backend import AttentionBatch, Product
 from batchinfer.kernels.kv_cache import KVCache, cache_rows, rotate
@@ -60,10 +60,10 @@ class CpuBackend:
             return rms_norm_quantize(x_MD, weight_D, eps)
         return Rows(rms_norm(x_MD, weight_D, eps))
 
-    def silu_mul(self, gate_up: Rows, takes: torch.dtype) -> Rows:
+    def activate(self, x: Rows, activation: str, gated: bool, takes: torch.dtype) -> Rows:
         if takes == torch.uint8:
-            return silu_mul_quantize(Rows(gate_up.values.float(), gate_up.scale))
-        return Rows(silu_mul(gate_up.dense()))
+            return activate_quantize(Rows(x.values.float(), x.scale), activation, gated)
+        return Rows(activate(x.dense(), activation, gated))
 
     def rows(self, x_MK: Tensor, takes: torch.dtype) -> Rows:
         return quantize_rows(x_MK.float()) if takes == torch.uint8 else Rows(x_MK)
@@ -92,9 +92,11 @@ class CpuBackend:
         cache.store(turned[:, heads:], value, cache_rows)
         return turned[:, :heads]
 
-    def attention(self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
+    def attention(
+        self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float, softcap: float | None
+    ) -> Tensor:
         assert isinstance(batch, TiledBatch)
-        return attention(query_THd, cache, batch, scale)
+        return attention(query_THd, cache, batch, scale, softcap)
 
     def sample(self, logits_rV: Tensor, batch: SamplingBatch | None) -> tuple[Tensor, Tensor]:
         return greedy(logits_rV) if batch is None else sample(logits_rV, batch)

@@ -56,8 +56,8 @@ class TritonBackend:
     def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
         return norm_triton.add_norm(x_MD, None if y is None else y.values, weight_D, eps, _out(takes, x_MD))
 
-    def silu_mul(self, gate_up: Rows, takes: torch.dtype) -> Rows:
-        return activation_triton.silu_mul(gate_up.values, _out(takes, gate_up.values))
+    def activate(self, x: Rows, activation: str, gated: bool, takes: torch.dtype) -> Rows:
+        return activation_triton.activate(x.values, activation, gated, _out(takes, x.values))
 
     def rows(self, x_MK: Tensor, takes: torch.dtype) -> Rows:
         return rows_triton.quantize_rows(x_MK, takes) if takes in EIGHT_BITS else Rows(x_MK)
@@ -78,9 +78,11 @@ class TritonBackend:
     ) -> Tensor:
         return rotate_and_store(qkv_TX, cache, heads, cos_Td, sin_Td, cache_rows, norms, eps)
 
-    def attention(self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float) -> Tensor:
+    def attention(
+        self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float, softcap: float | None
+    ) -> Tensor:
         assert isinstance(batch, AttentionPlan)
-        return paged_attention(query_THd, cache, batch, scale)
+        return paged_attention(query_THd, cache, batch, scale, softcap)
 
     def sample(self, logits_rV: Tensor, batch: SamplingBatch | None) -> tuple[Tensor, Tensor]:
         return greedy(logits_rV) if batch is None else sample(logits_rV, batch, self.gpu)

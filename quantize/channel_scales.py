@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.formats.scheme import WeightScheme
-from batchinfer.models.layer import Attention, Matrix, Norm
+from batchinfer.models.layer import Attention, Layer, Matrix, Norm
 from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.layer_inputs import Calibration
 from batchinfer.quantize.scaling import search_scale
@@ -19,17 +19,10 @@ def scale_channels(calibration: Calibration, number: int, tensors: dict[str, Ten
     The layer's output stays the same. Only its norms' weights are rounded, and the scales are adjusted to that.
     """
     layer = calibration.config.layers[number]
-    attention = layer.attention
-    # The inputs of each product are linear in the weight of this norm or matrix.
-    makers: dict[str, Norm | Matrix] = {
-        "qkv": layer.input_norm,
-        "output": attention.v,
-        "gate_up": layer.mlp_norm,
-        "down": layer.feed_forward.up,
-    }
+    attention, makers = layer.attention, channel_makers(layer)
     scales: dict[str, Tensor] = {}
     for product, chunks in calibration.stages(number, tensors):
-        matrices = layer.products[product]
+        matrices = layer.modules[product]
         inputs = Inputs(chunks, calibration.tokens, matrices[0].columns, hessian=False)
         weight = torch.cat([tensors[f"{matrix.name}.weight"] for matrix in matrices])
         tied = _tied(attention) if product == "output" else torch.arange(weight.shape[1])
@@ -37,20 +30,40 @@ def scale_channels(calibration: Calibration, number: int, tensors: dict[str, Ten
         if product == "down":
             break  # the layer's output is not needed yet
     for product, scale in scales.items():
-        maker = makers[product].name
-        made = tensors[f"{maker}.weight"]
-        if made.ndim == 1:
-            narrow = (made / scale).to(made.dtype)
+        maker = makers[product]
+        made = tensors[f"{maker.name}.weight"]
+        if isinstance(maker, Norm):
+            weight = made.float() + maker.added
+            narrow = (weight / scale - maker.added).to(made.dtype)
             # The norm's weight is rounded to its stored type, so take the scale that it really has afterwards.
-            scale = torch.where(narrow == 0, 1.0, made.float() / narrow.float())
-            tensors[f"{maker}.weight"] = narrow
+            kept = narrow.float() + maker.added
+            scale = torch.where(kept == 0, 1.0, weight / kept)
+            tensors[f"{maker.name}.weight"] = narrow
         else:
-            by_row = scale[_first_of_each(attention)] if product == "output" else scale
-            tensors[f"{maker}.weight"] = made.float() / by_row[:, None]
-            if f"{maker}.bias" in tensors:
-                tensors[f"{maker}.bias"] = tensors[f"{maker}.bias"].float() / by_row
-        for matrix in layer.products[product]:
+            by_row = torch.ones(maker.stored_rows)
+            rows = slice(maker.first, maker.first + maker.rows)
+            by_row[rows] = scale[_first_of_each(attention)] if product == "output" else scale
+            tensors[f"{maker.name}.weight"] = made.float() / by_row[:, None]
+            if f"{maker.name}.bias" in tensors:
+                tensors[f"{maker.name}.bias"] = tensors[f"{maker.name}.bias"].float() / by_row
+        for matrix in layer.modules[product]:
             tensors[f"{matrix.name}.weight"] = tensors[f"{matrix.name}.weight"].float() * scale
+
+
+def channel_makers(layer: Layer) -> dict[str, Norm | Matrix]:
+    """Return, for each product, the norm or matrix in whose weight its inputs are linear.
+
+    Raises `ValueError` if a product has none.
+    """
+    a, f = layer.attention, layer.feed_forward
+    makers = {"qkv": layer.input_norm, "output": a.v, "gate_up": layer.mlp_norm, "down": f.up if f.gate else None}
+    found = {product: maker for product, maker in makers.items() if maker is not None}
+    if missing := sorted(makers.keys() - found.keys()):
+        raise ValueError(
+            f"{layer.prefix}{layer.products[missing[0]][0].name}: nothing before it takes up the scales of its inputs; "
+            "take a method that does not scale them, such as gptq"
+        )
+    return found
 
 
 def _tied(a: Attention) -> Tensor:

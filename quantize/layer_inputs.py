@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchinfer.kernels.activation import silu_mul
+from batchinfer.kernels.activation import activate
 from batchinfer.kernels.kv_cache import rotate
 from batchinfer.kernels.linear import linear
 from batchinfer.kernels.norm import rms_norm
 from batchinfer.kernels.processor import multiplied_in
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.layer import Attention, Norm
+from batchinfer.models.stored_layer import bias_of, norm_weight, weight_of
 
 CHUNK_TOKENS = 2048
 """Approximate number of tokens that are computed together; a chunk consists of whole sequences."""
@@ -34,10 +35,11 @@ class Calibration:
     def __init__(
         self, config: ModelConfig, sequences: list[NDArray[np.int32]], dtype: torch.dtype, folder: Path
     ) -> None:
-        self.config, self.dtype, self.folder = config, dtype, folder
+        self.dtype, self.folder = dtype, folder
         self.token_ids = np.concatenate(sequences).astype(np.int64)
         self.chunks = _in_chunks([len(sequence) for sequence in sequences])
-        self.cos, self.sin = config.rope.tables(max(map(len, sequences)))
+        self.longest = max(map(len, sequences))
+        self.config = config.within(self.longest)
 
     @property
     def tokens(self) -> int:
@@ -47,7 +49,10 @@ class Calibration:
     def begin(self, embedding_VD: Tensor) -> None:
         """Compute and store the hidden states before the first layer."""
         chunks = torch.split(torch.from_numpy(self.token_ids), [sum(lengths) for lengths in self.chunks])
-        self._store(_states(0), (F.embedding(chunk, embedding_VD).to(self.dtype) for chunk in chunks))
+        self._store(_states(0), (self._embedded(chunk, embedding_VD) for chunk in chunks))
+
+    def _embedded(self, tokens: Tensor, embedding_VD: Tensor) -> Tensor:
+        return F.embedding(tokens, embedding_VD).to(self.dtype) * self.config.ends.embedding_factor
 
     def stages(self, number: int, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Iterator[Tensor]]]:
         """Yield the matrix products of layer `number` in order: (name, inputs in chunks [T, K]).
@@ -61,16 +66,18 @@ class Calibration:
 
         def product(name: str) -> Callable[[Tensor], Tensor]:
             matrices = layer.products[name]
-            weight = torch.cat([tensors[f"{matrix.name}.weight"].to(self.dtype) for matrix in matrices])
-            biases = [tensors[f"{matrix.name}.bias"].to(self.dtype) for matrix in matrices if matrix.bias]
-            return partial(linear, weight_NK=weight, bias_N=torch.cat(biases) if biases else None)
+            weights = [weight_of(matrix, tensors[f"{matrix.name}.weight"]).to(self.dtype) for matrix in matrices]
+            biases = [bias_of(m, tensors[f"{m.name}.bias"]).to(self.dtype) for m in matrices if m.bias]
+            return partial(linear, weight_NK=torch.cat(weights), bias_N=torch.cat(biases) if biases else None)
 
-        def normed(states: Iterable[Tensor], norm: Norm) -> Iterator[Tensor]:
-            weight = tensors[f"{norm.name}.weight"].to(self.dtype)
+        def normed(states: Iterable[Tensor], norm: Norm | None) -> Iterator[Tensor]:
+            if norm is None:
+                return iter(states)
+            weight = norm_weight(norm, tensors[f"{norm.name}.weight"], self.dtype)
             return (rms_norm(x, weight, self.config.norm_eps) for x in states)
 
-        def added(states: Iterable[Tensor], inputs: Iterable[Tensor], name: str) -> Iterator[Tensor]:
-            return (x + y for x, y in zip(states, map(product(name), inputs), strict=True))
+        def added(states: Iterable[Tensor], inputs: Iterable[Tensor], name: str, norm: Norm | None) -> Iterator[Tensor]:
+            return (x + y for x, y in zip(states, normed(map(product(name), inputs), norm), strict=True))
 
         entering = self._stored(_states(number))
         yield "qkv", normed(entering, layer.input_norm)
@@ -79,11 +86,13 @@ class Calibration:
         attended = (self._attend(x, lengths, layer.attention, tensors) for x, lengths in chunks)
         mixed = self._store("mixed", attended)
         yield "output", iter(mixed)
-        middle = self._store("middle", added(entering, mixed, "output"))
+        middle = self._store("middle", added(entering, mixed, "output", layer.attention_norm))
         yield "gate_up", normed(middle, layer.mlp_norm)
-        inner = self._store("inner", map(silu_mul, map(product("gate_up"), normed(middle, layer.mlp_norm))))
+        f = layer.feed_forward
+        act = partial(activate, activation=f.activation, gated=f.gate is not None)
+        inner = self._store("inner", map(act, map(product("gate_up"), normed(middle, layer.mlp_norm))))
         yield "down", iter(inner)
-        self._store(_states(number + 1), added(middle, inner, "down"))
+        self._store(_states(number + 1), added(middle, inner, "down", layer.mlp_output_norm))
 
     def leave(self, layer: int) -> None:
         """Delete the states before this layer, which are not needed any more."""
@@ -91,21 +100,31 @@ class Calibration:
 
     def _attend(self, qkv_TX: Tensor, lengths: list[int], shape: Attention, tensors: dict[str, Tensor]) -> Tensor:
         """Return attention's outputs [T, heads * head_dim], computed one sequence at a time."""
-        eps = self.config.norm_eps
+        cos, sin = shape.rope.tables(self.longest)
+        growth = None if shape.query_growth is None else shape.query_growth.factors(self.longest)[:, None, None]
         out = []
         for qkv in torch.split(qkv_TX, lengths):
-            heads = qkv.view(len(qkv), -1, shape.head_dim)
-            query, key, value = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], 1)
-            if shape.head_norms is not None:
-                of_query, of_key = (tensors[f"{norm.name}.weight"].to(self.dtype) for norm in shape.head_norms)
-                query, key = rms_norm(query, of_query, eps), rms_norm(key, of_key, eps)
-            cos, sin = self.cos[: len(qkv)], self.sin[: len(qkv)]
-            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-            query, key, value = (x.transpose(0, 1)[None].to(multiplied_in(self.dtype)) for x in (query, key, value))
-            seen = _seen(len(qkv), shape.window)
-            mixed = F.scaled_dot_product_attention(query, key, value, seen, enable_gqa=True)
-            out.append(mixed[0].transpose(0, 1).flatten(1).to(self.dtype))
+            query, key, value = torch.split(qkv, [shape.q.rows, shape.k.rows, shape.v.rows], 1)
+            if shape.normed_together:
+                query, key = self._head_norms(query, key, shape, tensors)
+            query, key, value = (x.reshape(len(qkv), -1, shape.head_dim) for x in (query, key, value))
+            if not shape.normed_together:
+                query, key = self._head_norms(query, key, shape, tensors)
+            query, key = (rotate(x, cos[: len(qkv)], sin[: len(qkv)]) for x in (query, key))
+            if growth is not None:
+                query = (query * growth[: len(qkv)]).to(self.dtype)
+            query, key, value = (x.transpose(0, 1).to(multiplied_in(self.dtype)) for x in (query, key, value))
+            mixed = _attention(query, key, value, shape)
+            out.append(mixed.transpose(0, 1).flatten(1).to(self.dtype))
         return torch.cat(out)
+
+    def _head_norms(
+        self, query: Tensor, key: Tensor, shape: Attention, tensors: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if shape.head_norms is None:
+            return query, key
+        of_query, of_key = (norm_weight(n, tensors[f"{n.name}.weight"], self.dtype) for n in shape.head_norms)
+        return rms_norm(query, of_query, self.config.norm_eps), rms_norm(key, of_key, self.config.norm_eps)
 
     def _store(self, name: str, chunks_TX: Iterable[Tensor]) -> "_Activations":
         unfinished = self.folder / f"{name}.unfinished"
@@ -137,6 +156,17 @@ class _Activations:
 
 def _states(layer: int) -> str:
     return f"states-{layer:05}"
+
+
+def _attention(query_HTd: Tensor, key_KTd: Tensor, value_KTd: Tensor, shape: Attention) -> Tensor:
+    """Return attention's outputs [heads, T, head_dim] of one sequence."""
+    seen = _seen(query_HTd.shape[1], shape.window)
+    if shape.softcap is None:
+        query, key, value = query_HTd[None], key_KTd[None], value_KTd[None]
+        return F.scaled_dot_product_attention(query, key, value, seen, scale=shape.scale, enable_gqa=True)[0]
+    key, value = (x.repeat_interleave(shape.heads // shape.kv_heads, 0) for x in (key_KTd, value_KTd))
+    scores = torch.tanh(query_HTd @ key.transpose(1, 2) * (shape.scale / shape.softcap)) * shape.softcap
+    return scores.masked_fill_(~seen, float("-inf")).softmax(-1) @ value
 
 
 def _seen(length: int, window: int | None) -> Tensor:

@@ -24,6 +24,7 @@ class RotatedWeights:
     """
 
     def __init__(self, weights: SafetensorsWeights, config: ModelConfig, seed: int) -> None:
+        _refuse_other_layers(config)
         self.weights, self.config = weights, config
         self.hidden = rotation(config.hidden_size, seed)
         self.head = rotation(config.attention.head_dim, seed + 1)
@@ -46,9 +47,10 @@ class RotatedWeights:
         for layer in c.layers:
             at, a, f = layer.prefix, layer.attention, layer.feed_forward
             for norm, readers in ((layer.input_norm, (a.q, a.k, a.v)), (layer.mlp_norm, (f.gate, f.up))):
+                assert norm is not None
                 gain = f"{at}{norm.name}.weight"
                 yield gain, self._ones
-                for matrix in readers:
+                for matrix in filter(None, readers):
                     yield f"{at}{matrix.name}.weight", partial(self._reading, gain=gain, values=matrix is a.v)
             for matrix in (a.output, f.down):
                 yield f"{at}{matrix.name}.weight", partial(self._writing, values=matrix is a.output)
@@ -91,3 +93,17 @@ class RotatedWeights:
     def _by_head(self, x_NX: Tensor) -> Tensor:
         """Rotate the last dimension, heads * head_dim, within each head."""
         return (x_NX.reshape(len(x_NX), -1, self.config.attention.head_dim) @ self.head).flatten(1)
+
+
+def _refuse_other_layers(config: ModelConfig) -> None:
+    """Raise `ValueError` unless all layers have Llama's form: a norm before each block, and matrices stored apart."""
+    for layer in config.layers:
+        before = (layer.input_norm, layer.mlp_norm, config.norm)
+        plain = all(norm is not None and not norm.added for norm in before)
+        plain &= layer.attention_norm is None and layer.mlp_output_norm is None and layer.feed_forward.gate is not None
+        plain &= all(matrix.stored_rows == matrix.rows for matrix in layer.matrices)
+        if not plain:
+            raise ValueError(
+                f"{layer.prefix}: --rotate is for layers of Llama's form, with a norm before each block and matrices "
+                "that are stored apart; leave it out"
+            )

@@ -33,7 +33,7 @@ from batchinfer.host.files import write_checksums
 from batchinfer.models.config import read_model_config
 from batchinfer.models.layer import LAYERS
 from batchinfer.models.weights import SafetensorsWeights, tensor_names, with_stored_head
-from batchinfer.quantize.channel_scales import scale_channels
+from batchinfer.quantize.channel_scales import channel_makers, scale_channels
 from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.layer_inputs import Calibration
 from batchinfer.quantize.methods import Method
@@ -85,6 +85,8 @@ class Quantizer:
         named = read_model_config(model)
         if named.form is not None:
             raise ValueError(f"{model} is quantized already ({named.form.name}); take its floating-point one")
+        if named.wrapped:
+            raise ValueError(f"{model} wraps a language model; save that alone with transformers, and quantize it")
         for layer in named.layers:
             for matrix in layer.matrices:
                 if scheme.group_size and matrix.columns % scheme.group_size:
@@ -92,6 +94,8 @@ class Quantizer:
                         f"--group-size {scheme.group_size} does not divide the {matrix.columns} columns of "
                         f"{layer.prefix}{matrix.name}; take a smaller one, or 0"
                     )
+            if method.scaled:
+                channel_makers(layer)
         if named.dtype not in DTYPES:
             raise ValueError(f"{model}: dtype is {named.dtype!r}; it must be one of {', '.join(DTYPES)}")
         self.model, self.output, self.method = model, output, method
@@ -180,7 +184,7 @@ class Quantizer:
     def _alone(self, number: int, tensors: dict[str, Tensor]) -> Iterator[_Quantized]:
         """Quantize each matrix without inputs; its error is that of the weights."""
         layer = self.config.layers[number]
-        for matrix in layer.matrices:
+        for matrix in (module for modules in layer.modules.values() for module in modules):
             weight = tensors[f"{matrix.name}.weight"]
             with _naming(f"tensor {layer.prefix}{matrix.name}.weight"):
                 quantized = self.method.quantize(weight, self.scheme, None)
@@ -197,7 +201,7 @@ class Quantizer:
             scale_channels(calibration, number, tensors, self.scheme)
         layer = self.config.layers[number]
         for product, chunks in calibration.stages(number, tensors):
-            matrices = layer.products[product]
+            matrices = layer.modules[product]
             with _naming(f"{layer.prefix}{product}"):
                 inputs = Inputs(chunks, calibration.tokens, matrices[0].columns, self.method.compensating)
             for matrix in matrices:

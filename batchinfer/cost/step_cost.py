@@ -92,7 +92,7 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
     inner, last = layers[:-1], layers[-1]
     behind = _numbers_behind_attention(last)
     moved = w.sampled * behind + w.tokens * (
-        sum(2 * layer.input_norm.size + 2 * layer.attention.width for layer in layers)
+        sum(2 * layer.attention.q.columns + 2 * layer.attention.width for layer in layers)
         + sum(_numbers_behind_attention(layer) for layer in inner)
     )
     other = _weights_behind_attention(last)
@@ -133,7 +133,7 @@ def _weights_behind_attention(layer: Layer) -> int:
 
 def _numbers_behind_attention(layer: Layer) -> int:
     """Count a token's numbers that pass through the second norm, the activation and the residual sum."""
-    return 2 * layer.mlp_norm.size + 3 * layer.feed_forward.down.columns
+    return 2 * layer.feed_forward.up.columns + 3 * layer.feed_forward.down.columns
 
 
 def _shares(rows: Floats) -> Floats:

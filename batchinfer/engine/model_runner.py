@@ -55,7 +55,7 @@ class ModelRunner:
         _check_scheme(self.scheme, self.backend)
         self.dtype = _dtype(config, model.dtype, self.backend)
         weights = _weights(config, model, self.dtype, self.backend.device)
-        model = with_stored_head(model, weights)
+        model = with_stored_head(model, weights).within(config.max_model_len)
         path = FourBitPath.choose(config, self.scheme, self.dtype, self.backend)
         loaded = load_decoder(model, self.scheme, self.dtype, weights, self.backend, path.packed)
         self.decoder = loaded.decoder
@@ -189,7 +189,7 @@ def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, devic
         return RandomWeights(dtype, device, model.form)
     if (config.model / gguf_folder.WEIGHTS).exists():
         return GGUFWeights(config.model / gguf_folder.WEIGHTS, model)
-    return SafetensorsWeights(config.model, model.form)
+    return SafetensorsWeights(config.model, model.form, model.wrapped)
 
 
 def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None, eight_bits: bool) -> str:

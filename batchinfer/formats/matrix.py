@@ -55,6 +55,25 @@ class QuantizedMatrix:
         tensors = {name: getattr(self, name) for name in ("values", "scale", "zero_point", "group_of")}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
+    def __getitem__(self, rows: slice | Tensor) -> "QuantizedMatrix":
+        """Return the matrix of some rows, which are given as for a tensor."""
+        n, high = len(self.values), self.block[0]
+
+        def of(small: Tensor | None) -> Tensor | None:
+            if small is None or len(small) == 1:
+                return small
+            return (small if high == 1 else small.repeat_interleave(high, 0)[:n])[rows]
+
+        scale = of(self.scale)
+        assert scale is not None
+        values = self.values[rows]
+        high = len(values) if len(scale) == 1 else 1
+        return replace(self, values=values, scale=scale, zero_point=of(self.zero_point), block=(high, self.block[1]))
+
+    def __mul__(self, factor: float) -> "QuantizedMatrix":
+        """Return the matrix multiplied by a number."""
+        return replace(self, scale=self.scale * factor)
+
     def by_channel(self, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor] | None:
         """Return (values [N, K], float32 scales [N]) if the values are of this type with per-channel scales.
 

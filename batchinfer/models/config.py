@@ -3,17 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from batchinfer.errors import Refused
 from batchinfer.host.files import read_object
 from batchinfer.models.config_file import ConfigFile
-from batchinfer.models.families import cwm, internlm3, iquestcoder, llama, ministral, mistral, qwen2, qwen3
+from batchinfer.models.families import (
+    arcee,
+    cwm,
+    ernie4_5,
+    exaone4,
+    gemma,
+    gemma2,
+    gemma3_text,
+    glm,
+    glm4,
+    granite,
+    granitemoehybrid,
+    helium,
+    hyperclovax,
+    internlm3,
+    iquestcoder,
+    llama,
+    ministral,
+    ministral3,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+    vaultgemma,
+)
 from batchinfer.models.known_fields import read_fields
-from batchinfer.models.layer import Attention, Layer, Matrix, Norm
-from batchinfer.models.rope import Rope, read_rope
+from batchinfer.models.layer import Attention, Ends, Layer, Matrix, Norm
+from batchinfer.models.wrappers import WRAPPERS, is_wrapper, text_fields
 
 if TYPE_CHECKING:  # the formats import torch, which takes long: only a quantized checkpoint needs them
     from batchinfer.formats.registry import Format
@@ -46,17 +74,40 @@ class Family(Protocol):
         """
         ...
 
+    def ends(self, config: ConfigFile) -> Ends:
+        """Describe what is computed before the first layer and after the last one."""
+        ...
+
 
 # By `model_type`. Nothing is imported by a name that a checkpoint gives.
 FAMILIES: dict[str, Family] = {
+    "arcee": arcee,
     "cwm": cwm,
+    "ernie4_5": ernie4_5,
+    "exaone4": exaone4,
+    "gemma": gemma,
+    "gemma2": gemma2,
+    "gemma3_text": gemma3_text,
+    "glm": glm,
+    "glm4": glm4,
+    "granite": granite,
+    "granitemoehybrid": granitemoehybrid,
+    "helium": helium,
+    "hyperclovax": hyperclovax,
     "internlm3": internlm3,
     "iquestcoder": iquestcoder,
     "llama": llama,
     "ministral": ministral,
+    "ministral3": ministral3,
     "mistral": mistral,
+    "olmo2": olmo2,
+    "olmo3": olmo3,
+    "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "seed_oss": seed_oss,
+    "smollm3": smollm3,
+    "vaultgemma": vaultgemma,
 }
 
 
@@ -66,14 +117,14 @@ class ModelConfig:
 
     embedding: Matrix  # [V, D]
     layers: tuple[Layer, ...]
-    norm: Norm
+    ends: Ends
     head: Matrix  # [V, D]
     tied: bool  # whether the head is the embedding's matrix
     max_positions: int
     norm_eps: float
-    rope: Rope
     dtype: str
     form: Format | None  # the format of quantized weights; None for floating-point weights
+    wrapped: bool = False  # whether the checkpoint holds more than the language model
     notes: tuple[str, ...] = ()  # for the report: what in config.json is not followed
 
     @property
@@ -87,6 +138,11 @@ class ModelConfig:
         return self.embedding.columns
 
     @property
+    def norm(self) -> Norm:
+        """The norm after the last layer."""
+        return self.ends.norm
+
+    @property
     def attention(self) -> Attention:
         """Attention of the first layer. All layers have the same heads; only their windows differ."""
         return self.layers[0].attention
@@ -95,6 +151,21 @@ class ModelConfig:
     def windows(self) -> tuple[int | None, ...]:
         """Attention window of each layer: the number of positions that a token sees, its own included; None: all."""
         return tuple(layer.attention.window for layer in self.layers)
+
+    def within(self, positions: int) -> ModelConfig:
+        """Return the config for sequences of at most so many positions, on which LongRoPE depends."""
+        ropes = [layer.attention.rope.within(positions) for layer in self.layers]
+        layers = tuple(
+            replace(layer, attention=replace(layer.attention, rope=rope))
+            for layer, rope in zip(self.layers, ropes, strict=True)
+        )
+        if layers == self.layers:
+            return self
+        note = (
+            f"LongRoPE: rows may have {positions} tokens, more than the {ropes[0].original_positions} that the model "
+            "was first trained with, so all rows take its long factors; --max-model-len decides that"
+        )
+        return replace(self, layers=layers, notes=(*self.notes, note))
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield (name, shape) of each tensor in a floating-point checkpoint."""
@@ -137,29 +208,35 @@ def read_shape(model: Path) -> ModelConfig:
 
 def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     """Make the config from parsed JSON. Raises `ValueError` as `read_model_config` does."""
+    wrapped, raw = is_wrapper(raw), text_fields(raw)
     family = _family(raw)
     config, unknown = read_fields(raw, family.DEFAULTS, family.FIXED)
     layers = tuple(family.layers(config))
     vocab, hidden, positions = (config.size(key) for key in ("vocab_size", "hidden_size", "max_position_embeddings"))
     quantization = config.get("quantization_config")
-    names = ", ".join(unknown)
+    notes = []
+    if wrapped:
+        notes.append("the checkpoint wraps a language model: what reads images is left aside")
+    if unknown:
+        notes.append(f"fields of config.json that are not read, as in transformers: {', '.join(unknown)}")
     return ModelConfig(
         embedding=Matrix("model.embed_tokens", vocab, hidden),
         layers=layers,
-        norm=Norm("model.norm", hidden),
+        ends=family.ends(config),
         head=Matrix("lm_head", vocab, hidden),
         tied=config.flag("tie_word_embeddings"),
         max_positions=positions,
         norm_eps=config.number("rms_norm_eps"),
-        rope=read_rope(config, layers[0].attention.head_dim, positions),
         dtype=stored_dtype(raw),
         form=_form(quantization) if quantization else None,
-        notes=(f"fields of config.json that are not read, as in transformers: {names}",) if unknown else (),
+        wrapped=wrapped,
+        notes=tuple(notes),
     )
 
 
 def stored_dtype(raw: Mapping[str, Any]) -> str:
     """The type that a checkpoint's tensors are in, as its config.json names it."""
+    raw = text_fields(dict(raw))
     return str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
 
 
@@ -168,7 +245,8 @@ def _family(raw: dict[str, Any]) -> Family:
     if not isinstance(name, str) or name not in FAMILIES:
         text = raw.get("text_config")
         inside = f", which wraps a language model of type {text.get('model_type')!r}" if isinstance(text, dict) else ""
-        raise ValueError(f"config.json: model_type is {name!r}{inside}; supported are {', '.join(FAMILIES)}")
+        supported = ", ".join(sorted({*FAMILIES, *WRAPPERS}))
+        raise ValueError(f"config.json: model_type is {name!r}{inside}; supported are {supported}")
     family = FAMILIES[name]
     named = raw.get("architectures")
     if named and named not in [[architecture] for architecture in family.ARCHITECTURES]:

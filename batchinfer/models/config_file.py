@@ -9,6 +9,7 @@ MOST = sys.float_info.max  # JSON may hold larger integers
 _LARGEST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 17, "intermediate_size": 1 << 19, "num_hidden_layers": 1 << 10,
     "num_attention_heads": 1 << 10, "num_key_value_heads": 1 << 10, "head_dim": 1 << 10,
+    "shared_intermediate_size": 1 << 19, "no_rope_layer_interval": 1 << 10, "sliding_window_pattern": 1 << 10,
     "max_position_embeddings": 1 << 24, "original_max_position_embeddings": 1 << 24, "sliding_window": 1 << 24,
 }  # fmt: skip
 
@@ -44,6 +45,10 @@ class ConfigFile:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST:
             raise ValueError(f"{self.name}: {key} is {value!r}; it must be a positive number")
         return float(value)
+
+    def number_or_none(self, key: str) -> float | None:
+        """Return the field, a positive number, or None if it is missing."""
+        return None if self.get(key) is None else self.number(key)
 
     def flag(self, key: str, default: bool = False) -> bool:
         """Return the field, true or false."""

@@ -19,10 +19,10 @@ from batchinfer.models.layer import Layer
 
 
 class TokenPositions(NamedTuple):
-    """The rotary angles of a step's tokens, and the rows of the KV cache for their keys and values."""
+    """What depends on the positions of a step's tokens, and the rows of the KV cache for their keys and values."""
 
-    cos: Tensor  # [T, head_dim / 2]
-    sin: Tensor  # [T, head_dim / 2]
+    angles: list[tuple[Tensor, Tensor]]  # (cos, sin) of each rotary embedding, [T, head_dim / 2] each
+    growth: Tensor | None  # [T, 1, 1] factor on queries, for models whose queries grow with the position
     cache_rows: Tensor  # in the form of the backend's `rotate_and_store`
 
 
@@ -31,13 +31,16 @@ class LayerWeights:
     """The loaded weights of one layer. The matrices q, k and v are one product; gate and up are another."""
 
     shape: Layer
-    input_norm: Tensor  # [D]
+    input_norm: Tensor | None  # [D], as the other norms of the residual stream and of what is added to it
     qkv: Product
-    head_norms: tuple[Tensor, Tensor] | None  # weights of the norms of query heads and key heads, [head_dim] each
+    head_norms: tuple[Tensor, Tensor] | None
+    """Weights of the norms of queries and of keys: [head_dim] each, or [heads * head_dim] and [kv_heads * head_dim]."""
     output: Product
-    mlp_norm: Tensor
+    attention_norm: Tensor | None
+    mlp_norm: Tensor | None
     gate_up: Product
     down: Product
+    mlp_output_norm: Tensor | None
 
     @property
     def products(self) -> tuple[Product, ...]:
@@ -65,8 +68,13 @@ class Decoder:
     ) -> None:
         self.config, self.backend, self.stream = config, backend, stream
         self.embedding, self.layers, self.norm, self.head = embedding_VD, layers, norm_D, head
-        cos, sin = config.rope.tables(config.max_positions)
-        self.cos, self.sin = cos.to(backend.device), sin.to(backend.device)
+        ropes = [layer.attention.rope for layer in config.layers]
+        self.ropes = list(dict.fromkeys(ropes))
+        self.rope_of = [self.ropes.index(rope) for rope in ropes]
+        tables = [rope.tables(config.max_positions) for rope in self.ropes]
+        self.angles = [(cos.to(backend.device), sin.to(backend.device)) for cos, sin in tables]
+        growth = config.attention.query_growth
+        self.growth = None if growth is None else growth.factors(config.max_positions).to(backend.device)
 
     def caches(self, blocks: int, block_size: int, dtype: torch.dtype) -> list[KVCache]:
         """Make an empty KV cache for each layer."""
@@ -102,12 +110,15 @@ class Decoder:
 
     def embed(self, batch: Batch) -> Tensor:
         """Return the residual stream [T, D] before the first layer."""
-        return F.embedding(batch.tokens, self.embedding).to(self.stream)
+        x = F.embedding(batch.tokens, self.embedding).to(self.stream)
+        return x if (factor := self.config.ends.embedding_factor) == 1.0 else x.mul_(factor)
 
     def token_positions(self, batch: Batch, cache: KVCache) -> TokenPositions:
         """Return the rotary angles and cache rows of the step's tokens, for all layers: their caches have one shape."""
-        cos, sin = self.cos[batch.positions], self.sin[batch.positions]
-        return TokenPositions(cos, sin, self.backend.cache_rows(batch.slots, cache))
+        at = batch.positions
+        angles = [(cos[at], sin[at]) for cos, sin in self.angles]
+        growth = None if self.growth is None else self.growth[at, None, None]
+        return TokenPositions(angles, growth, self.backend.cache_rows(batch.slots, cache))
 
     def layer(
         self, i: int, cache: KVCache, x_TD: Tensor, y: Rows | None, batch: Batch, at: TokenPositions
@@ -118,17 +129,48 @@ class Decoder:
         overwritten. The last layer returns the sampled tokens only, [S, D].
         """
         layer, do, x = self.layers[i], self.backend, x_TD
-        a, eps = layer.shape.attention, self.config.norm_eps
-        qkv = layer.qkv(do.add_norm(x, y, layer.input_norm, eps, layer.qkv.takes)).dense()
-        query = do.rotate_and_store(qkv, cache, a.heads, at.cos, at.sin, at.cache_rows, layer.head_norms, eps)
-        mixed = do.attention(query, cache, batch.attention[a.window], a.head_dim**-0.5).flatten(1)
+        a, f = layer.shape.attention, layer.shape.feed_forward
+        qkv = layer.qkv(self._into(x, y, layer.input_norm, layer.qkv.takes)).dense()
+        query = self._store(i, cache, qkv, at)
+        mixed = do.attention(query, cache, batch.attention[a.window], a.scale, a.softcap).flatten(1)
         if i + 1 == len(self.layers):  # from here on only the sampled tokens are needed
             x, mixed = x[batch.sampled], mixed[batch.sampled]
-        y = layer.output(do.rows(mixed, layer.output.takes))
-        gate_up = layer.gate_up(do.add_norm(x, y, layer.mlp_norm, eps, layer.gate_up.takes))
-        return x, layer.down(do.silu_mul(gate_up, layer.down.takes))
+        y = self._normed(layer.output(do.rows(mixed, layer.output.takes)), layer.attention_norm)
+        inner = layer.gate_up(self._into(x, y, layer.mlp_norm, layer.gate_up.takes))
+        y = layer.down(do.activate(inner, f.activation, f.gate is not None, layer.down.takes))
+        return x, self._normed(y, layer.mlp_output_norm)
+
+    def _into(self, x_TD: Tensor, y: Rows | None, norm_D: Tensor | None, takes: torch.dtype) -> Rows:
+        """Add y to x in place, and return x, after its norm if it has one, as rows for a product with this `takes`."""
+        if norm_D is not None:
+            return self.backend.add_norm(x_TD, y, norm_D, self.config.norm_eps, takes)
+        if y is not None:
+            x_TD.add_(y.dense())
+        return self.backend.rows(x_TD.clone(), takes)
+
+    def _normed(self, y: Rows, norm_D: Tensor | None) -> Rows:
+        """Return what is to be added to the residual stream, after its norm if it has one."""
+        if norm_D is None:
+            return y
+        return self.backend.add_norm(y.dense(), None, norm_D, self.config.norm_eps, self.stream)
+
+    def _store(self, i: int, cache: KVCache, qkv_TX: Tensor, at: TokenPositions) -> Tensor:
+        """Write keys and values of layer i to its cache; return the queries [T, heads, head_dim]."""
+        layer, eps = self.layers[i], self.config.norm_eps
+        a, norms = layer.shape.attention, layer.head_norms
+        if norms is not None and a.normed_together:
+            query, key, value = torch.split(qkv_TX, [a.q.rows, a.k.rows, a.v.rows], -1)
+            parts = zip((query, key), norms, strict=True)
+            whole = [self.backend.add_norm(part.contiguous(), None, norm, eps, self.stream) for part, norm in parts]
+            qkv_TX, norms = torch.cat([*(part.dense() for part in whole), value], -1), None
+        cos, sin = at.angles[self.rope_of[i]]
+        query = self.backend.rotate_and_store(qkv_TX, cache, a.heads, cos, sin, at.cache_rows, norms, eps)
+        return query if at.growth is None else (query * at.growth).to(query.dtype)
 
     def logits(self, x_SD: Tensor, y: Rows | None) -> Tensor:
         """Return float32 logits [S, V] from the residual stream x and the last layer's output y."""
-        c = self.config
-        return self.head(self.backend.add_norm(x_SD, y, self.norm, c.norm_eps, self.head.takes)).dense().float()
+        ends = self.config.ends
+        logits = self.head(self._into(x_SD, y, self.norm, self.head.takes)).dense().float()
+        if ends.logits_factor != 1.0:
+            logits = logits * ends.logits_factor
+        return logits if ends.softcap is None else torch.tanh(logits / ends.softcap).mul_(ends.softcap)

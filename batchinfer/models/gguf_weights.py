@@ -76,12 +76,13 @@ def stored_modules(model: ModelConfig) -> dict[str, str]:
     names = {model.embedding.name: "token_embd", model.norm.name: "output_norm", model.head.name: "output"}
     for i, layer in enumerate(model.layers):
         a, f = layer.attention, layer.feed_forward
-        modules: dict[str, Matrix | Norm] = {
+        modules: dict[str, Matrix | Norm | None] = {
             "attn_norm": layer.input_norm, "attn_q": a.q, "attn_k": a.k, "attn_v": a.v, "attn_output": a.output,
             "ffn_norm": layer.mlp_norm, "ffn_gate": f.gate, "ffn_up": f.up, "ffn_down": f.down,
         }  # fmt: skip
         modules |= dict(zip(("attn_q_norm", "attn_k_norm"), a.head_norms or (), strict=False))
-        names |= {f"{layer.prefix}{module.name}": f"blk.{i}.{stored}" for stored, module in modules.items()}
+        found = {stored: module for stored, module in modules.items() if module is not None}
+        names |= {f"{layer.prefix}{module.name}": f"blk.{i}.{stored}" for stored, module in found.items()}
     return names
 
 

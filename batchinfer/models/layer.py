@@ -6,6 +6,12 @@ GGUF files and the cost of a step all use this one description. This module does
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from batchinfer.models.rope import Rope
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LAYERS = "model.layers."
 """Beginning of the names of all layers' tensors; the layer's number follows."""
@@ -17,26 +23,53 @@ class Norm:
 
     name: str  # module name in a checkpoint, without the layer's prefix
     size: int
+    added: float = 0.0  # the weight is what is stored plus this: Gemma stores the weight's distance from 1
+    factor: float = 1.0  # the weight is multiplied by it
+    order: tuple[int, ...] | None = None  # of the numbers within a head, as of the matrix before it
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [rows, columns], which maps a token's `columns` numbers to `rows` numbers."""
+    """A weight [rows, columns], which maps a token's `columns` numbers to `rows` numbers.
+
+    A checkpoint may store several as one module, one below the other. Then they have the same name, and each says where
+    it lies.
+    """
 
     name: str  # module name in a checkpoint, without the layer's prefix
     rows: int
     columns: int
     bias: bool = False
+    first: int = 0  # the row of the module that it begins with
+    module_rows: int | None = None  # of the whole module; None: its own
+    factor: float = 1.0  # the product is multiplied by it
+    order: tuple[int, ...] | None = None
+    """Order of the rows within each head: row i of a head is the head's row `order[i]` in the checkpoint."""
 
     @property
     def size(self) -> int:
         """Number of elements."""
         return self.rows * self.columns
 
+    @property
+    def stored_rows(self) -> int:
+        """Number of rows of the module in the checkpoint."""
+        return self.rows if self.module_rows is None else self.module_rows
+
+    @property
+    def module(self) -> "Matrix":
+        """The matrix that the checkpoint stores, of which this one is all or a part."""
+        return Matrix(self.name, self.stored_rows, self.columns, self.bias)
+
+    @property
+    def stored_otherwise(self) -> bool:
+        """Whether the module in the checkpoint is another matrix than this one."""
+        return self.stored_rows != self.rows or self.factor != 1.0 or self.order is not None
+
 
 @dataclass(frozen=True)
 class Attention:
-    """Grouped-query attention (Ainslie et al. 2023) with rotary embedding, scaled by 1 / sqrt(head_dim)."""
+    """Grouped-query attention (Ainslie et al. 2023) with rotary embedding."""
 
     heads: int
     kv_heads: int
@@ -46,38 +79,79 @@ class Attention:
     k: Matrix
     v: Matrix
     output: Matrix
-    head_norms: tuple[Norm, Norm] | None = None  # norms of each query head and each key head, before rotary embedding
+    rope: Rope
+    scale: float  # of the products of queries and keys
+    head_norms: tuple[Norm, Norm] | None = None
+    """Norms of queries and of keys before rotary embedding: of each head, or of all heads together."""
+    softcap: float | None = None  # scores s become softcap * tanh(s / softcap), as in Gemma 2
+    query_growth: "QueryGrowth | None" = None
 
     @property
     def width(self) -> int:
         """Size of a token's queries, keys and values together."""
         return self.q.rows + self.k.rows + self.v.rows
 
+    @property
+    def normed_together(self) -> bool:
+        """Whether the norms of queries and keys are over all heads together."""
+        return self.head_norms is not None and self.head_norms[0].size != self.head_dim
+
+
+@dataclass(frozen=True)
+class QueryGrowth:
+    """The query at position p is multiplied by `1 + beta * log(1 + floor(p / span))`, as in Llama 4 and Ministral 3."""
+
+    beta: float
+    span: int
+
+    def factors(self, positions: int) -> "Tensor":
+        """Return the factor of each position, float32 [positions]."""
+        import torch
+
+        return 1 + self.beta * torch.log1p(torch.arange(positions).div(self.span, rounding_mode="floor"))
+
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The feed-forward block `down(silu(gate(x)) * up(x))` (SwiGLU, Shazeer 2020)."""
+    """The block `down(activation(gate(x)) * up(x))` (GLU, Shazeer 2020), or `down(activation(up(x)))` without a gate.
 
-    gate: Matrix
+    `activation` is silu, gelu_tanh or relu2.
+    """
+
+    gate: Matrix | None
     up: Matrix
     down: Matrix
+    activation: str = "silu"
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What a model computes before its first layer and after its last one."""
+
+    norm: Norm  # of the last layer's output
+    embedding_factor: float = 1.0  # embeddings are multiplied by it
+    logits_factor: float = 1.0  # logits are multiplied by it
+    softcap: float | None = None  # after that, logits x become softcap * tanh(x / softcap)
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: x += attention(input_norm(x)), then x += feed_forward(mlp_norm(x))."""
+    """One layer: x += attention(x), then x += feed_forward(x), with norms before or after each of the two, or both."""
 
     prefix: str  # beginning of the layer's tensor names, such as "model.layers.0."
-    input_norm: Norm
     attention: Attention
-    mlp_norm: Norm
     feed_forward: FeedForward
+    input_norm: Norm | None = None  # of attention's input
+    attention_norm: Norm | None = None  # of attention's output
+    mlp_norm: Norm | None = None  # of the feed-forward block's input
+    mlp_output_norm: Norm | None = None  # of the feed-forward block's output
 
     @property
     def products(self) -> dict[str, tuple[Matrix, ...]]:
         """Matrices of each matrix product, in the order of computing. Matrices with the same input share a product."""
         a, f = self.attention, self.feed_forward
-        return {"qkv": (a.q, a.k, a.v), "output": (a.output,), "gate_up": (f.gate, f.up), "down": (f.down,)}
+        inner = (f.up,) if f.gate is None else (f.gate, f.up)
+        return {"qkv": (a.q, a.k, a.v), "output": (a.output,), "gate_up": inner, "down": (f.down,)}
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -85,15 +159,21 @@ class Layer:
         return [matrix for matrices in self.products.values() for matrix in matrices]
 
     @property
+    def modules(self) -> dict[str, tuple[Matrix, ...]]:
+        """The matrices of each product as the checkpoint stores them."""
+        return {name: tuple({m.name: m.module for m in found}.values()) for name, found in self.products.items()}
+
+    @property
     def norms(self) -> tuple[Norm, ...]:
         """All norms."""
-        return (self.input_norm, *(self.attention.head_norms or ()), self.mlp_norm)
+        around = (self.input_norm, *(self.attention.head_norms or ()), self.attention_norm)
+        return tuple(norm for norm in (*around, self.mlp_norm, self.mlp_output_norm) if norm is not None)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield (name, shape) of each of the layer's tensors in a floating-point checkpoint."""
         for norm in self.norms:
             yield f"{self.prefix}{norm.name}.weight", (norm.size,)
-        for matrix in self.matrices:
+        for matrix in (module for modules in self.modules.values() for module in modules):
             yield f"{self.prefix}{matrix.name}.weight", (matrix.rows, matrix.columns)
             if matrix.bias:
                 yield f"{self.prefix}{matrix.name}.bias", (matrix.rows,)

@@ -4,7 +4,6 @@ Each tensor is brought to the device and its final type before the next is read,
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from batchinfer.models.config import ModelConfig
 from batchinfer.models.decoder import Decoder, LayerWeights
 from batchinfer.models.input_rounding import InputRounding
 from batchinfer.models.layer import Layer, Matrix, Norm
+from batchinfer.models.stored_layer import bias_of, norm_weight, weight_of
 from batchinfer.models.weights import WeightSource
 
 
@@ -79,17 +79,27 @@ class _Loader:
         return self.weights.take(name, shape).to(self.backend.device)
 
     def norm(self, norm: Norm, prefix: str = "") -> Tensor:
-        return self.tensor(f"{prefix}{norm.name}.weight", (norm.size,)).to(self.stream)
+        return norm_weight(norm, self.tensor(f"{prefix}{norm.name}.weight", (norm.size,)), self.stream)
 
     def layer(self, layer: Layer) -> LayerWeights:
-        norm = partial(self.norm, prefix=layer.prefix)
+        def norm(found: Norm | None) -> Tensor | None:
+            return None if found is None else self.norm(found, layer.prefix)
+
         of_heads = layer.attention.head_norms
+        products = {name: self._product(layer.prefix, matrices) for name, matrices in layer.products.items()}
         return LayerWeights(
             layer,
             input_norm=norm(layer.input_norm),
-            head_norms=None if of_heads is None else (norm(of_heads[0]), norm(of_heads[1])),
+            qkv=products["qkv"],
+            head_norms=None
+            if of_heads is None
+            else (self.norm(of_heads[0], layer.prefix), self.norm(of_heads[1], layer.prefix)),
+            output=products["output"],
+            attention_norm=norm(layer.attention_norm),
             mlp_norm=norm(layer.mlp_norm),
-            **{name: self._product(layer.prefix, matrices) for name, matrices in layer.products.items()},
+            gate_up=products["gate_up"],
+            down=products["down"],
+            mlp_output_norm=norm(layer.mlp_output_norm),
         )
 
     def head(self, embedding_VD: Tensor) -> Product:
@@ -103,33 +113,36 @@ class _Loader:
         kind = self._eight_bits(weight) if self.scheme.head or self.scheme.as_stored else None
         if kind is not None:
             return self.backend.linear_w8a8(*_rounded(weight, kind), out=self.dtype)
-        product = self._floating({head.name: self._kept(weight)}, None)
+        product = self._floating([self._kept(weight)], None, head.name)
         return self.inputs.product(product, [self.inputs.scales(weight)], [head.rows])
 
     def _product(self, prefix: str, matrices: tuple[Matrix, ...]) -> Product:
         """Make one product of matrices that have the same input, by stacking their rows."""
-        named = {f"{prefix}{matrix.name}": matrix for matrix in matrices}
-        biases = [self.tensor(f"{name}.bias", (matrix.rows,)) for name, matrix in named.items() if matrix.bias]
-        assert len(biases) in (0, len(named)), "either all matrices of a product have a bias, or none"
-        added = torch.cat(biases).to(self.dtype) if biases else None
-        floats: dict[str, Tensor | QuantizedMatrix] = {}
+        names = [f"{prefix}{matrix.name}" for matrix in matrices]
+        modules = {name: matrix for name, matrix in zip(names, matrices, strict=True)}
+        stored = {name: self._matrix(name, (m.stored_rows, m.columns)) for name, m in modules.items()}
+        biases = {name: self.tensor(f"{name}.bias", (m.stored_rows,)) for name, m in modules.items() if m.bias}
+        assert len(biases) in (0, len(modules)), "either all matrices of a product have a bias, or none"
+        parts = [bias_of(m, biases[name]) for name, m in zip(names, matrices, strict=True)] if biases else []
+        added = torch.cat(parts).to(self.dtype) if parts else None
+        floats: list[Tensor | QuantizedMatrix] = []
         rounded: list[tuple[Tensor, Tensor]] = []
         scales: list[InputScales | None] = []
-        for name, matrix in named.items():
-            weight = self._matrix(name, (matrix.rows, matrix.columns))
+        for name, matrix in zip(names, matrices, strict=True):
+            weight = weight_of(matrix, stored[name])
             if (kind := self._eight_bits(weight)) is None:
-                floats[name] = self._kept(weight)
+                floats.append(self._kept(weight))
                 scales.append(self.inputs.scales(weight))
             else:
                 self.inputs.in_eight_bits(weight)
                 rounded.append(_rounded(weight, kind))
         if len({values.dtype for values, _ in rounded}) + bool(floats) > 1:
             raise ValueError(
-                f"{', '.join(named)}: some are quantized for 8-bit inputs and some are not, or for inputs of another "
+                f"{', '.join(modules)}: some are quantized for 8-bit inputs and some are not, or for inputs of another "
                 "type; they share an input, so they must agree"
             )
         if floats:
-            product = self._floating(floats, added)
+            product = self._floating(floats, added, ", ".join(modules))
             return self.inputs.product(product, scales, [matrix.rows for matrix in matrices])
         values, scale = (torch.cat(column) for column in zip(*rounded, strict=True))
         return self.backend.linear_w8a8(values, scale, added, self.dtype)
@@ -149,13 +162,13 @@ class _Loader:
         """Return the weight unchanged if it may stay in 4 bits, else dequantized to `dtype`."""
         return weight if self.packed and _four_bits(weight) else _expanded(weight).to(self.dtype)
 
-    def _floating(self, weights: dict[str, Tensor | QuantizedMatrix], bias: Tensor | None) -> Product:
+    def _floating(self, weights: list[Tensor | QuantizedMatrix], bias: Tensor | None, names: str) -> Product:
         """Make a product for floating-point rows: with all weights in 4 bits, or with all dequantized."""
-        if (stacked := _stacked(list(weights.values()))) is not None:
+        if (stacked := _stacked(weights)) is not None:
             return self.backend.linear_w4a16(*stacked, bias, self.dtype)
-        if any(isinstance(weight, QuantizedMatrix) for weight in weights.values()):
-            self.unpacked.append(", ".join(weights))
-        expanded = [_expanded(weight).to(self.dtype) for weight in weights.values()]
+        if any(isinstance(weight, QuantizedMatrix) for weight in weights):
+            self.unpacked.append(names)
+        expanded = [_expanded(weight).to(self.dtype) for weight in weights]
         return self.backend.linear(expanded[0] if len(expanded) == 1 else torch.cat(expanded), bias)
 
     def _eight_bits(self, weight: Tensor | QuantizedMatrix) -> str | None:

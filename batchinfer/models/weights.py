@@ -14,6 +14,7 @@ from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.registry import Format
 from batchinfer.host.files import Checksums, read_object, refuse_pointer
 from batchinfer.models.config import ModelConfig
+from batchinfer.models.wrappers import Prefixes
 
 ROWS = 1024  # of a matrix, compared at a time
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -51,25 +52,28 @@ def with_stored_head(config: ModelConfig, weights: WeightSource) -> ModelConfig:
         return config
     head, embedding = f"{config.head.name}.weight", f"{config.embedding.name}.weight"
     note = f"tie_word_embeddings is true, but {head} is stored and differs from {embedding}: the stored one is used"
-    return replace(config, tied=False, notes=(*config.notes, note))
+    # A wrapper and the model inside may say different things, so nobody is surprised there.
+    return replace(config, tied=False, notes=config.notes if config.wrapped else (*config.notes, note))
 
 
 class SafetensorsWeights:
     """The `*.safetensors` files of a checkpoint's folder, in one file or in shards.
 
-    `form` is the format of its quantized matrices; None for floating-point ones.
+    `form` is the format of its quantized matrices; None for floating-point ones. `wrapped` says that the checkpoint
+    holds more than a language model, whose tensors are found by their names in such a model.
     """
 
-    def __init__(self, model: Path, form: Format | None = None) -> None:
+    def __init__(self, model: Path, form: Format | None = None, wrapped: bool = False) -> None:
         self.form = form
         self.stored_as = None if form is None else form.name
         self.files = _locate(model)
+        self.prefixes = Prefixes.of(self.files) if wrapped else Prefixes()
         self.checksums = Checksums(self.files.values())
         self.taken: set[str] = set()
 
     def drop(self, name: str) -> None:
         """Count a tensor as used without reading it; it may be missing."""
-        self.taken.add(name)
+        self.taken.add(self.prefixes.stored(name))
 
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
@@ -81,11 +85,12 @@ class SafetensorsWeights:
 
     def has(self, name: str) -> bool:
         """Return whether there is a tensor of this name."""
-        return name in self.files
+        return self.prefixes.stored(name) in self.files
 
     def has_own_head(self, config: ModelConfig) -> bool:
         """Compare the head with the embedding, a slice of both at a time."""
-        head, embedding = f"{config.head.name}.weight", f"{config.embedding.name}.weight"
+        modules = (config.head.name, config.embedding.name)
+        head, embedding = (self.prefixes.stored(f"{module}.weight") for module in modules)
         if not self.has(head) or not self.has(embedding):
             return False
         with safe_open(self._file(head), "pt") as left, safe_open(self._file(embedding), "pt") as right:
@@ -98,11 +103,13 @@ class SafetensorsWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the tensor's shape from the file's header. Raises `ValueError` if it is missing."""
+        name = self.prefixes.stored(name)
         with safe_open(self._file(name), "pt") as file:
             return tuple(file.get_slice(name).get_shape())
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
         """Return a module's weight [N, K], quantized if it is stored so, else in floating point."""
+        module = self.prefixes.stored(f"{module}.").removesuffix(".")
         stored = None if self.form is None else self.form.matrix(module, shape, self)
         return self.take(f"{module}.weight", shape) if stored is None else stored
 
@@ -117,6 +124,7 @@ class SafetensorsWeights:
         Raises `ValueError` if the tensor is missing or damaged, or has another shape or none of these types (by
         default, any floating-point type).
         """
+        name = self.prefixes.stored(name)
         path = self._file(name)
         self.taken.add(name)
         try:
@@ -141,6 +149,7 @@ class SafetensorsWeights:
         self.checksums.check()
         # Older checkpoints contain the rotary frequencies, which follow from config.json.
         left = {n for n in self.files.keys() - self.taken if not n.endswith("rotary_emb.inv_freq")}
+        left = {name for name in left if not name.startswith(self.prefixes.beside)}
         if left:
             names = ", ".join(sorted(left)[:5])
             raise ValueError(f"the checkpoint has {len(left)} tensors that the model does not use: {names}")

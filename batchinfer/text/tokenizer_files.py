@@ -36,7 +36,9 @@ def named_tokens(config: dict[str, Any]) -> dict[str, str]:
 def end_of_text_ids(model_dir: Path) -> tuple[int, ...] | None:
     """Return the ids that end a text, or None if the model's configs have none."""
     for name in ("generation_config.json", "config.json"):
-        value = read_json(model_dir / name).get("eos_token_id")
+        config = read_json(model_dir / name)
+        inside = config.get("text_config")  # of a checkpoint that wraps a language model
+        value = config.get("eos_token_id", inside.get("eos_token_id") if isinstance(inside, dict) else None)
         if value is not None:
             ids = value if isinstance(value, list) else [value]
             if not all(type(i) is int and 0 <= i < 1 << 31 for i in ids):

@@ -50,11 +50,11 @@ def _norm(session: Session, errors: Errors, dtype: torch.dtype, out: torch.dtype
 def _activation(
     session: Session, errors: Errors, dtype: torch.dtype, out: torch.dtype, rows: int, columns: int
 ) -> None:
-    from batchinfer.kernels.activation_triton import silu_mul
+    from batchinfer.kernels.activation_triton import activate
 
     gate_up = 3 * _random(session, dtype, rows, 2 * columns, seed=4)
     gate, up = gate_up.double().chunk(2, -1)
-    found, expected = silu_mul(gate_up, out), F.silu(gate) * up
+    found, expected = activate(gate_up, "silu", True, out), F.silu(gate) * up
     if out == dtype:
         errors.close("silu_mul", name_of(dtype), found.values, expected, TOLERANCE[dtype])
     else:

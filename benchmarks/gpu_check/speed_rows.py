@@ -9,7 +9,7 @@ from gpu_check.right_sampling import sampling_batch
 from gpu_check.session import Session, name_of
 from gpu_check.timing import Call
 
-from batchinfer.kernels.activation_triton import silu_mul
+from batchinfer.kernels.activation_triton import activate
 from batchinfer.kernels.kv_cache import MOST, KVCache
 from batchinfer.kernels.kv_cache_triton import rotate_and_store
 from batchinfer.kernels.norm_triton import add_norm
@@ -68,7 +68,7 @@ def _kernels(session: Session, rows: int) -> list[Case]:
 
     def activation(out: torch.dtype) -> Call:
         gate_up = noise(rows, 2 * inner)
-        return lambda: silu_mul(gate_up, out)
+        return lambda: activate(gate_up, "silu", True, out)
 
     def quantization(out: torch.dtype) -> Call:
         x = noise(rows, hidden)

@@ -12,7 +12,7 @@ from gpu_check.right_sampling import sampling_batch
 from gpu_check.session import Session, name_of
 from torch import Tensor
 
-from batchinfer.kernels.activation_triton import silu_mul
+from batchinfer.kernels.activation_triton import activate
 from batchinfer.kernels.attention_triton import paged_attention
 from batchinfer.kernels.linear_triton import linear
 from batchinfer.kernels.linear_w8a8_triton import linear_w8a8
@@ -84,6 +84,6 @@ def small_cases(session: Session) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     x, gate_up, ones = noise(3, 96), noise(3, 192), torch.ones(96, dtype=dtype, device=on)
     for out in (dtype, *eight):
         yield f"add_norm to {name_of(out)}", lambda out=out: add_norm(x.clone(), x, ones, 1e-5, out).values
-        yield f"silu_mul to {name_of(out)}", lambda out=out: silu_mul(gate_up, out).values
+        yield f"silu_mul to {name_of(out)}", lambda out=out: activate(gate_up, "silu", True, out).values
     batch = sampling_batch(2, {"temperature": [0.8], "top_k": [5], "top_p": [0.9]}, on)
     yield "sampling", lambda: sample(noise(2, 5000).float(), batch, session.gpu)[0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from true_values import true_values
 
-from batchinfer.kernels.activation import silu_mul, silu_mul_quantize
+from batchinfer.kernels.activation import activate, activate_quantize
 from batchinfer.kernels.norm import rms_norm, rms_norm_quantize
 from batchinfer.kernels.rows import Rows
 
@@ -24,10 +24,22 @@ def test_norm_and_activation_with_quantization_are_the_plain_ones_rounded() -> N
     assert got.scale is not None
     assert ((true_values(got) - expected).abs() <= got.scale.double() * 0.501).all()
 
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+FUNCTIONS = {"silu": torch.nn.functional.silu, "gelu_tanh": gelu, "relu2": lambda x: x.clamp(min=0) ** 2}
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_an_activation_with_quantization_is_the_plain_one_rounded(activation: str, gated: bool) -> None:
     h, scale = torch.randn(8, 126), torch.rand(8, 1) + 0.1
-    gate, up = (h * scale).double().chunk(2, -1)
-    expected = torch.nn.functional.silu(gate) * up
-    for rows in (silu_mul_quantize(Rows(h.clone(), scale)), silu_mul_quantize(Rows(h * scale))):
+    gate, up = (h * scale).double().chunk(2, -1) if gated else ((h * scale).double(), torch.ones(()))
+    expected = FUNCTIONS[activation](gate) * up
+    for given in (Rows(h.clone(), scale), Rows(h * scale)):
+        rows = activate_quantize(given, activation, gated)
         assert rows.scale is not None
         assert ((true_values(rows) - expected).abs() <= rows.scale.double() * 0.501).all()
-    torch.testing.assert_close(silu_mul(h * scale).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(activate(h * scale, activation, gated).double(), expected, rtol=1e-5, atol=1e-6)

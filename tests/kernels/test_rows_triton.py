@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchinfer.kernels.activation_triton import silu_mul
+from batchinfer.kernels import activation as plain
+from batchinfer.kernels.activation_triton import activate
 from batchinfer.kernels.kv_cache import KVCache, rotate
 from batchinfer.kernels.kv_cache_triton import rotate_and_store
 from batchinfer.kernels.norm_triton import add_norm
@@ -60,11 +61,12 @@ def test_add_norm(rows: int, columns: int, out: torch.dtype, residual: bool) -> 
 
 @pytest.mark.parametrize("out", [torch.float32, torch.float16, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_silu_mul(rows: int, columns: int, out: torch.dtype) -> None:
+@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("gelu_tanh", True), ("relu2", False)])
+def test_activations(rows: int, columns: int, out: torch.dtype, activation: str, gated: bool) -> None:
     dtype = out if out in TOLERANCE else torch.float32
-    gate_up = (3 * torch.randn(rows, 2 * columns)).to(dtype)
-    gate, up = gate_up.double().chunk(2, -1)
-    found, expected = silu_mul(gate_up, out), F.silu(gate) * up
+    x = (3 * torch.randn(rows, 2 * columns if gated else columns)).to(dtype)
+    found = activate(x, activation, gated, out)
+    expected = plain.activate(x.double(), activation, gated)
     if out == dtype:
         torch.testing.assert_close(found.values.double(), expected, atol=TOLERANCE[out] * 4, rtol=TOLERANCE[out])
     else:

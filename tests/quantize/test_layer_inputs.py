@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from families import QUICK, made
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,8 +19,10 @@ from batchinfer.models.config import read_model_config
 from batchinfer.models.weights import SafetensorsWeights
 from batchinfer.quantize.channel_scales import scale_channels
 from batchinfer.quantize.layer_inputs import Calibration
+from batchinfer.quantize.methods import method
 from batchinfer.quantize.rotated_weights import RotatedWeights
 from batchinfer.quantize.rotation import rotation
+from batchinfer.quantize.walk import Quantizer
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -56,16 +59,12 @@ def logits(model: Path) -> list[Tensor]:
         return [oracle(torch.from_numpy(s.astype(np.int64))[None]).logits[0] for s in sequences()]
 
 
-@pytest.mark.parametrize(("family", "changes"), FAMILIES, ids=[family for family, _ in FAMILIES])
+@pytest.mark.parametrize("case", [*QUICK, *(family for family, _ in FAMILIES)])
 def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
-    make_model: Callable[..., Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    family: str,
-    changes: dict[str, Any],
+    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     monkeypatch.setattr("batchinfer.quantize.layer_inputs.CHUNK_TOKENS", 70)
-    model = make_model(family, **changes)
+    model = made(make_model, case) if case in QUICK else make_model(case, **dict(FAMILIES)[case])
     oracle = oracle_of(model).eval()
     seen: dict[str, list[Tensor]] = {}
     for name, module in oracle.named_modules():
@@ -143,30 +142,51 @@ def test_rotations_turn_without_stretching_and_leave_no_large_entry(size: int) -
     assert size < 3 or not turned.equal(rotation(size, seed=2))
 
 
+SCALED = [case for case in QUICK if case not in ("arcee", "exaone4", "olmo2", "olmo3")]
+"""Families in which a norm or a matrix takes up the scales of every product's inputs."""
+
+
 @pytest.mark.parametrize("scheme", ["w4a16", "w8a8-int8"])
-@pytest.mark.parametrize(("family", "changes"), FAMILIES, ids=[family for family, _ in FAMILIES])
+@pytest.mark.parametrize("case", [*SCALED, *(family for family, _ in FAMILIES)])
 def test_folded_scales_change_nothing_but_the_channels(
-    make_model: Callable[..., Path], tmp_path: Path, family: str, changes: dict[str, Any], scheme: str
+    make_model: Callable[..., Path], tmp_path: Path, case: str, scheme: str
 ) -> None:
-    weights = SafetensorsWeights(make_model(family, **changes))
+    original = made(make_model, case) if case in QUICK else make_model(case, **dict(FAMILIES)[case])
+    weights = SafetensorsWeights(original)
     tensors = {name: weights.read(name) for name in weights.names()}
     for name, tensor in tensors.items():
         if "layernorm" in name or "v_proj" in name or "up_proj" in name:
             tensor[::5] *= 4  # loud channels, or there is little to gain by a scale
-    model = rewritten(make_model(family, **changes), tmp_path / "loud", tensors)
+    model = rewritten(original, tmp_path / "loud", tensors)
     calibration = begun(model, tmp_path)
+    moved: set[str] = set()
     for layer in range(3):
         before = tensors_of(model, layer)
         mine = dict(before)
         chosen = weight_scheme(scheme, 32 if scheme == "w4a16" else None)
         scale_channels(calibration, layer, mine, chosen)
-        moved = {name for name in mine if not mine[name].equal(before[name])}
-        assert moved >= {"input_layernorm.weight", "self_attn.k_proj.weight", "mlp.gate_proj.weight"}, moved
+        moved |= {name for name in mine if not mine[name].equal(before[name])}
         drained(calibration.stages(layer, before))
         tensors |= {f"model.layers.{layer}.{name}": tensor for name, tensor in mine.items()}
+    described = calibration.config.layers[0].attention
+    assert moved >= {"input_layernorm.weight", f"{described.k.name}.weight", f"{described.v.name}.weight"}, moved
     twin = rewritten(model, tmp_path / "twin", tensors)
     for ours, expected in zip(logits(twin), logits(model), strict=True):
         torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["arcee", "olmo2"])
+def test_scales_that_nothing_takes_up_are_refused(make_model: Callable[..., Path], tmp_path: Path, case: str) -> None:
+    with pytest.raises(ValueError, match="nothing before it takes up the scales of its inputs; take a method that"):
+        Quantizer(made(make_model, case), tmp_path / "out", weight_scheme("w4a16", 32), method("awq"), sequences())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", ["arcee", "gemma", "gemma2", "olmo2", "phi3"])
+def test_what_cannot_be_rotated_is_refused(make_model: Callable[..., Path], case: str) -> None:
+    model = made(make_model, case)
+    with pytest.raises(ValueError, match="--rotate is for layers of Llama's form, with a norm before each block"):
+        RotatedWeights(SafetensorsWeights(model), read_model_config(model), seed=3)
 
 
 def drained(stages: Iterable[tuple[str, Iterable[Tensor]]]) -> None:

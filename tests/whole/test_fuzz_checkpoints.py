@@ -195,7 +195,7 @@ CONFIGS = [
 def read_config(folder: Path) -> None:
     config = read_model_config(folder)
     assert config.attention.heads % config.attention.kv_heads == 0
-    cos, _ = config.rope.tables(8)
+    cos, _ = config.attention.rope.tables(8)
     assert cos.shape == (8, config.attention.head_dim // 2) and cos.isfinite().all()
     if config.form is not None:
         config.form.name.encode()

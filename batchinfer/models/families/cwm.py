@@ -3,7 +3,7 @@
 from typing import Any
 
 from batchinfer.models.config_file import ConfigFile
-from batchinfer.models.families import mistral
+from batchinfer.models.families import llama, mistral
 from batchinfer.models.layer import Layer
 
 ARCHITECTURES = ("CwmForCausalLM",)
@@ -12,6 +12,7 @@ DEFAULTS: dict[str, Any] = {
     "mlp_bias": False,
 }  # fmt: skip
 FIXED: dict[str, Any] = {}
+ends = llama.ends
 
 
 def layers(config: ConfigFile) -> list[Layer]:

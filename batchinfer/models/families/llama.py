@@ -1,9 +1,11 @@
 """Llama (Touvron et al. 2023). The other families here are variations of its layer."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from batchinfer.models.config_file import ConfigFile
-from batchinfer.models.layer import LAYERS, Attention, FeedForward, Layer, Matrix, Norm
+from batchinfer.models.layer import LAYERS, Attention, Ends, FeedForward, Layer, Matrix, Norm
+from batchinfer.models.rope import Rope, read_rope
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 DEFAULTS: dict[str, Any] = {"attention_bias": False, "mlp_bias": False}
@@ -15,14 +17,16 @@ def layers(
     config: ConfigFile,
     *,
     window: int | None = None,
-    first_window: int = 0,
+    types: list[str] | None = None,
+    ropes: Mapping[str, Rope] | None = None,
     head_norm: bool = False,
     qkv_bias: bool = False,
 ) -> list[Layer]:
     """Describe the layers that `config.json` asks for.
 
-    `window` is the attention window of the layers that `layer_types` names, or, if the file has no `layer_types`, of
-    the layers from `first_window` on. Raises `ValueError` for sizes that do not fit together.
+    `window` is the attention window of the layers that `layer_types` names, or `types` if the file does not have it (by
+    default all layers). `ropes` holds the rotary embedding of each type. Raises `ValueError` for sizes that do not fit
+    together.
     """
     heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
     kv_heads = config.size("num_key_value_heads", heads)
@@ -30,26 +34,29 @@ def layers(
         raise ValueError(
             f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
-    if config.get("head_dim") is None and hidden % heads:
-        raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    d = config.size("head_dim", hidden // heads)
-    if d % 2:
-        raise ValueError(
-            f"config.json: head_dim is {d}; it must be even, because rotary embedding takes pairs of numbers"
-        )
+    d = head_dim(config)
     inner = config.size("intermediate_size")
     bias, mlp_bias = config.flag("attention_bias"), config.flag("mlp_bias")
+    if types is None:
+        types = ["full_attention" if window is None else "sliding_attention"] * config.size("num_hidden_layers")
+    types = layer_types(config, types, window)
+    if ropes is None:
+        ropes = dict.fromkeys(types, read_rope(config, d))
 
-    def layer(i: int, window: int | None) -> Layer:
+    def layer(i: int, kind: str) -> Layer:
+        rope = ropes[kind]
+        order = rope.order(interleaved=False)
         attention = Attention(
             heads,
             kv_heads,
             d,
-            window,
-            q=Matrix("self_attn.q_proj", heads * d, hidden, qkv_bias or bias),
-            k=Matrix("self_attn.k_proj", kv_heads * d, hidden, qkv_bias or bias),
+            window if kind == "sliding_attention" else None,
+            q=Matrix("self_attn.q_proj", heads * d, hidden, qkv_bias or bias, order=order),
+            k=Matrix("self_attn.k_proj", kv_heads * d, hidden, qkv_bias or bias, order=order),
             v=Matrix("self_attn.v_proj", kv_heads * d, hidden, qkv_bias or bias),
             output=Matrix("self_attn.o_proj", hidden, heads * d, bias),
+            rope=rope,
+            scale=d**-0.5,
             head_norms=(Norm("self_attn.q_norm", d), Norm("self_attn.k_norm", d)) if head_norm else None,
         )
         feed_forward = FeedForward(
@@ -59,22 +66,41 @@ def layers(
         )
         return Layer(
             f"{LAYERS}{i}.",
-            input_norm=Norm("input_layernorm", hidden),
             attention=attention,
-            mlp_norm=Norm("post_attention_layernorm", hidden),
             feed_forward=feed_forward,
+            input_norm=Norm("input_layernorm", hidden),
+            mlp_norm=Norm("post_attention_layernorm", hidden),
         )
 
-    return [layer(i, window) for i, window in enumerate(_windows(config, window, first_window))]
+    return [layer(i, kind) for i, kind in enumerate(types)]
 
 
-def _windows(config: ConfigFile, window: int | None, first: int) -> list[int | None]:
+def ends(config: ConfigFile) -> Ends:
+    """Describe what is computed before the first layer and after the last one."""
+    return Ends(Norm("model.norm", config.size("hidden_size")))
+
+
+def head_dim(config: ConfigFile) -> int:
+    """Return the size of a head. Raises `ValueError` if it is not even or does not follow from the other sizes."""
+    heads, hidden = config.size("num_attention_heads"), config.size("hidden_size")
+    if config.get("head_dim") is None and hidden % heads:
+        raise ValueError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+    d = config.size("head_dim", hidden // heads)
+    if d % 2:
+        raise ValueError(
+            f"config.json: head_dim is {d}; it must be even, because rotary embedding takes pairs of numbers"
+        )
+    return d
+
+
+def layer_types(config: ConfigFile, default: list[str], window: int | None) -> list[str]:
+    """Return the type of each layer's attention: full_attention or sliding_attention."""
     count, kinds = config.size("num_hidden_layers"), config.get("layer_types")
     if kinds is None:
-        kinds = ["sliding_attention" if window and i >= first else "full_attention" for i in range(count)]
+        kinds = default
     known = ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or len(kinds) != count or any(kind not in known for kind in kinds):
         raise ValueError(f"config.json: layer_types must name full_attention or sliding_attention for {count} layers")
     if "sliding_attention" in kinds and window is None:
         raise ValueError("config.json: layer_types has sliding_attention, but there is no sliding_window")
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    return kinds

@@ -4,4 +4,4 @@ from batchinfer.models.families import mistral
 
 ARCHITECTURES = ("MinistralForCausalLM",)
 DEFAULTS, FIXED = mistral.DEFAULTS, mistral.FIXED
-layers = mistral.layers
+layers, ends = mistral.layers, mistral.ends

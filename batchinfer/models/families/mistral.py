@@ -9,6 +9,7 @@ from batchinfer.models.layer import Layer
 ARCHITECTURES = ("MistralForCausalLM",)
 DEFAULTS: dict[str, Any] = {"num_key_value_heads": 8, "sliding_window": 4096}
 FIXED: dict[str, Any] = {}
+ends = llama.ends
 
 
 def layers(config: ConfigFile) -> list[Layer]:

@@ -11,11 +11,12 @@ DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 32, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
 }  # fmt: skip
 FIXED: dict[str, Any] = {}
+ends = llama.ends
 
 
 def layers(config: ConfigFile) -> list[Layer]:
     """Describe the layers that `config.json` asks for."""
-    return llama.layers(config, window=window(config), first_window=first_window(config), qkv_bias=True)
+    return llama.layers(config, window=window(config), types=types(config), qkv_bias=True)
 
 
 def window(config: ConfigFile) -> int | None:
@@ -23,11 +24,15 @@ def window(config: ConfigFile) -> int | None:
     return config.size_or_none("sliding_window") if config.flag("use_sliding_window") else None
 
 
-def first_window(config: ConfigFile) -> int:
-    """Return the number of the first layer with the window; 0 if `layer_types` names the layers."""
+def types(config: ConfigFile) -> list[str] | None:
+    """Return the types of layers that follow from `max_window_layers`, the number of the first layer with the window.
+
+    Return None if `layer_types` names them.
+    """
     if config.get("layer_types") is not None:
-        return 0
-    first = config.get("max_window_layers")
+        return None
+    first, count = config.get("max_window_layers"), config.size("num_hidden_layers")
     if type(first) is not int:
         raise ValueError(f"config.json: max_window_layers is {first!r}; it must be a whole number")
-    return first
+    windowed = window(config) is not None
+    return ["sliding_attention" if windowed and i >= first else "full_attention" for i in range(count)]

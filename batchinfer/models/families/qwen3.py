@@ -7,9 +7,9 @@ from batchinfer.models.layer import Layer
 ARCHITECTURES = ("Qwen3ForCausalLM",)
 DEFAULTS = qwen2.DEFAULTS | {"head_dim": 128, "attention_bias": False}
 FIXED = qwen2.FIXED
+ends = llama.ends
 
 
 def layers(config: ConfigFile) -> list[Layer]:
     """Describe the layers that `config.json` asks for."""
-    window, first = qwen2.window(config), qwen2.first_window(config)
-    return llama.layers(config, window=window, first_window=first, head_norm=True)
+    return llama.layers(config, window=qwen2.window(config), types=qwen2.types(config), head_norm=True)

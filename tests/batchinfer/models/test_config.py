@@ -54,7 +54,7 @@ SCALINGS: list[dict[str, Any]] = [
 def test_rope_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> None:
     parameters = {**scaling, "rope_theta": 500000.0}
     oracle = transformers.LlamaConfig(**{**BASE, "rope_parameters": parameters})
-    ours = parse(rope_parameters=parameters).rope
+    ours = parse(rope_parameters=parameters).attention.rope
     if scaling["rope_type"] == "default":
         expected = 1.0 / 500000.0 ** (torch.arange(0, 16, 2).float() / 16)
         factor = 1.0
@@ -68,7 +68,7 @@ def test_rope_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> 
 def test_rope_scaling_as_older_checkpoints_write_it(scaling: dict[str, Any]) -> None:
     older = {("type" if k == "rope_type" else k): v for k, v in scaling.items()}
     new = parse(rope_parameters={**scaling, "rope_theta": 500000.0})
-    assert parse(rope_scaling=older, rope_theta=500000.0).rope == new.rope
+    assert parse(rope_scaling=older, rope_theta=500000.0).attention.rope == new.attention.rope
 
 
 def test_windows_by_family() -> None:
@@ -91,15 +91,18 @@ def test_rope_parameters_and_rope_scaling_must_say_the_same() -> None:
     with pytest.raises(ValueError, match="which say different things"):
         parse(rope_parameters={**YARN, "rope_theta": 5e5}, rope_scaling=YARN)
     both = parse(rope_parameters={**YARN, "rope_theta": 5e5}, rope_scaling=YARN, rope_theta=5e5)
-    assert both.rope == parse(rope_scaling=YARN, rope_theta=5e5).rope
-    assert parse(rope_parameters=YARN, rope_scaling=None).rope == parse(rope_parameters=YARN, rope_scaling={}).rope
+    assert both.attention.rope == parse(rope_scaling=YARN, rope_theta=5e5).attention.rope
+    assert (
+        parse(rope_parameters=YARN, rope_scaling=None).attention.rope
+        == parse(rope_parameters=YARN, rope_scaling={}).attention.rope
+    )
 
 
 def test_original_positions_beside_rope_come_first() -> None:
     parameters = {**YARN, "rope_theta": 5e5}
     oracle = transformers.LlamaConfig(**{**BASE, "rope_parameters": parameters, "original_max_position_embeddings": 64})
     expected, _ = ROPE_INIT_FUNCTIONS["yarn"](oracle, torch.device("cpu"))
-    ours = parse(rope_parameters=parameters, original_max_position_embeddings=64).rope
+    ours = parse(rope_parameters=parameters, original_max_position_embeddings=64).attention.rope
     torch.testing.assert_close(ours.frequencies(), expected, rtol=1e-6, atol=0)
 
 
@@ -122,7 +125,9 @@ def test_a_head_dim_that_is_not_hidden_over_heads() -> None:
         ({"vocab_size": 1 << 40}, "vocab_size is 1099511627776"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
-        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "'longrope'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "'dynamic'"),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "short_factor is None; expected 8 positive numb"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "wobble": 1}}, "'wobble'"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling has no factor"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": None}}, "rope_scaling: factor is null"),

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from engines import assert_logits_of_transformers, engine_of
+from engines import assert_logits_of_transformers, compare_logits, engine_of
+from families import made
 
 from batchinfer.models.config import FAMILIES, ModelConfig, parse_model_config
 from batchinfer.models.known_fields import _DEFAULTS
@@ -43,8 +44,8 @@ def shape(config: ModelConfig) -> dict[str, Any]:
         "tensors": dict(config.tensors()),
         "windows": list(config.windows),
         "eps": config.norm_eps,
-        "frequencies": config.rope.frequencies(),
-        "scale": config.rope.attention_factor,
+        "frequencies": config.attention.rope.frequencies(),
+        "scale": config.attention.rope.attention_factor,
     }
 
 
@@ -65,7 +66,7 @@ def shape_in_transformers(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", OF_A_FAMILY)
 def test_a_field_that_is_missing_or_null_has_the_value_it_has_in_transformers(family: str, tmp_path: Path) -> None:
     """Each field that is read, one at a time. Where one of the two refuses the file, there is nothing to compare."""
     full = {"model_type": family, **FULL, **OF_A_FAMILY[family]}
@@ -85,6 +86,52 @@ def test_a_field_that_is_missing_or_null_has_the_value_it_has_in_transformers(fa
     required = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
     # Refused by one of the two: what has no default here, and the defaults of "cwm" for all layers.
     assert read - compared <= required | {"max_position_embeddings", "layer_types", "rope_parameters", "head_dim"}
+
+
+OTHERS = sorted(FAMILIES.keys() - OF_A_FAMILY.keys())
+# What one of the two takes only together with other fields.
+NOT_COMPARED = {
+    "gemma3_text": {
+        "rope_local_base_freq",
+        "num_attention_heads",
+        "hidden_size",
+        "intermediate_size",
+        "vocab_size",
+        "num_hidden_layers",
+    },
+    "granitemoehybrid": {"layers_block_type", "num_local_experts"},
+    "helium": {"head_dim"},
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_field_of_a_family_has_its_default_when_it_is_left_out(
+    make_model: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    """Missing, or null, by the logits. Where one of the two refuses the file, there is nothing to compare."""
+    full = json.loads((made(make_model, family) / "config.json").read_text())
+    own = FAMILIES[family].DEFAULTS.keys() - NOT_COMPARED.get(family, set())
+    compared = set()
+    for key in own:
+        for number, raw in enumerate(({k: v for k, v in full.items() if k != key}, {**full, key: None})):
+            folder = tmp_path / f"{key}-{number}"
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(raw))
+            try:
+                parse_model_config(raw)
+                config = transformers.AutoConfig.from_pretrained(folder)
+                oracle = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            except Exception:
+                continue
+            for name, parameter in oracle.named_parameters():
+                torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
+            oracle.save_pretrained(folder)
+            (folder / "config.json").write_text(json.dumps(raw))
+            prompt = [list(range(2, 72))]
+            for ours, expected in compare_logits(engine_of(folder), oracle, prompt):
+                assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max(), (key, raw.get(key))
+            compared.add(key)
+    assert own - compared <= {"num_key_value_heads"}  # whose default may not divide the heads here
 
 
 # Fields of public checkpoints that no code of these families reads, and fields of some family that another ignores.

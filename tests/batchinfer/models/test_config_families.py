@@ -1,0 +1,108 @@
+"""Every family against transformers, on small random models in which each switch of the config does something."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from engines import EDGES, TINY, compare_logits, engine_of, tokens
+from families import CASES, LONG, QUICK, made
+
+from batchinfer.engine.config import Speculation
+from batchinfer.engine.engine import Engine
+from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.formats.scheme import weight_scheme
+from batchinfer.quantize.methods import method
+from batchinfer.quantize.walk import Quantizer
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su", "yarn"])
+@pytest.mark.parametrize(("longest", "prompts"), [(64, EDGES[:4]), (512, EDGES[6:])])
+def test_longrope_takes_the_factors_for_the_longest_row(
+    make_model: Callable[..., Path], kind: str, longest: int, prompts: list[list[int]]
+) -> None:
+    """transformers takes those for the sequence at hand: each of these prompts is as long as the job allows."""
+    model = make_model("phi3", pad_token_id=None, original_max_position_embeddings=64, rope_parameters=LONG)
+    renamed = shutil.copytree(model, model.with_name(f"{model.name}-{kind}-{longest}"))
+    raw = json.loads((model / "config.json").read_text())
+    raw["rope_parameters"]["rope_type"] = kind
+    (renamed / "config.json").write_text(json.dumps(raw))
+    engine = engine_of(renamed, max_model_len=longest)
+    assert largest_error(engine, model, prompts) <= 1e-4
+    assert any("take its long factors" in note for note in engine.stats().notes) == (longest > 64)
+
+
+def largest_error(engine: Engine, model: Path, prompts: list[list[int]]) -> float:
+    """The largest difference from transformers' logits, as a share of the largest logit."""
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    pairs = list(compare_logits(engine, oracle, prompts))
+    assert len(pairs) == 2 * len(prompts)
+    ours, expected = (torch.stack(column) for column in zip(*pairs, strict=True))
+    return float((ours - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_transformers(make_model: Callable[..., Path], case: str) -> None:
+    model = made(make_model, case)
+    assert largest_error(engine_of(model), model, EDGES) <= 1e-4
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_a_gpus_kernels_compute_the_same(
+    make_model: Callable[..., Path], interpreted: Callable[..., Engine], case: str
+) -> None:
+    model = made(make_model, case, **TINY | {"num_hidden_layers": 3})
+    prompts = [np.random.default_rng(n).integers(2, 320, n).tolist() for n in (33, 70)]
+    assert largest_error(interpreted(model), model, prompts) <= 1e-4
+
+
+@pytest.mark.parametrize("case", QUICK)
+@pytest.mark.parametrize("quantization", ["none", "w8a8-int8"])
+def test_a_row_is_the_same_alone_and_together(make_model: Callable[..., Path], case: str, quantization: str) -> None:
+    """With a common start computed once, in chunks of another size, and with drafts."""
+    model = made(make_model, case)
+    prompts = [EDGES[5] + prompt[:60] for prompt in EDGES]
+    requests = Requests.of(prompts, SamplingParams(max_tokens=12, ignore_eos=True))
+    together = tokens(engine_of(model, quantization=quantization), requests)
+    alone = {"max_num_seqs": 1, "max_num_batched_tokens": 64, "prefix_sharing": False}
+    drafts = {"speculation": Speculation("ngram", gate=False)}
+    for settings in (alone, drafts):
+        assert tokens(engine_of(model, quantization=quantization, **settings), requests) == together
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_eight_bits_lose_little(make_model: Callable[..., Path], case: str) -> None:
+    model = made(make_model, case)
+    rounded, exact = (first_logits(engine_of(model, quantization=kind)) for kind in ("w8a8-int8", "none"))
+    assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
+
+
+def first_logits(engine: Engine) -> torch.Tensor:
+    """The logits [prompts, V] of the first new token of each prompt."""
+    engine.add(Requests.of(EDGES, SamplingParams(max_tokens=1, ignore_eos=True)))
+    found = torch.zeros(len(EDGES), engine.runner.decoder.config.vocab_size)
+    while (batch := engine.scheduler.schedule()) is not None:
+        with torch.inference_mode():
+            logits = engine.runner.decoder.forward(batch, engine.runner.caches)[: len(batch.sequences)]
+        found[engine.table.row[batch.sequences]] = logits
+        engine.scheduler.update(batch, logits.argmax(-1).numpy())
+        for place in batch.sequences.tolist():
+            engine.scheduler.finish(place)
+    return found
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_transformers_reads_what_is_quantized(make_model: Callable[..., Path], tmp_path: Path, case: str) -> None:
+    """To 4 bits, with calibration: both engines compute the same from it."""
+    model, output = made(make_model, case), tmp_path / "out"
+    sequences = [np.array(prompt, np.int32) for prompt in EDGES[4:10]]
+    quantizer = Quantizer(model, output, weight_scheme("w4a16", 32), method("gptq"), sequences)
+    errors = [error for report in quantizer.run() for error in report.errors.values()]
+    quantizer.finish("# A card\n")
+    assert 0 < max(errors) < 0.3
+    assert largest_error(engine_of(output, quantization="none"), output, EDGES[:6]) <= 1e-4

@@ -1,0 +1,81 @@
+"""A small model of each family, in which each switch of the config does something."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+ALTERNATING = [SLIDING, FULL, SLIDING]
+YARN = {
+    "rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0,
+    "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
+MULTIPLIERS = {
+    "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1,
+}  # fmt: skip
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 40, "sliding_window": 24, "layer_types": ALTERNATING}
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0, 3.0],
+    "long_factor": [1.0, 3.0, 5.0, 9.0],
+    "original_max_position_embeddings": 64, "partial_rotary_factor": 0.5,
+}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "arcee": ("arcee", {"mlp_bias": True}),
+    "cwm": ("cwm", {"head_dim": 16, "sliding_window": 24, "layer_types": ALTERNATING}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True}),
+    "exaone4": ("exaone4", {"head_dim": 16, "sliding_window": 24, "layer_types": ALTERNATING}),
+    "exaone4, no windows": ("exaone4", {"head_dim": 16, "sliding_window": None, "layer_types": [FULL] * 3}),
+    "gemma": ("gemma", {"head_dim": 32, "tie_word_embeddings": True}),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+    "gemma2, no caps": ("gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma3_text": ("gemma3_text", GEMMA | {"tie_word_embeddings": True}),
+    "gemma3_text, scaled": (
+        "gemma3_text",
+        GEMMA
+        | {
+            "rope_parameters": {
+                SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+                FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            }
+        },
+    ),
+    "glm": ("glm", {"head_dim": 16}),
+    "glm4": ("glm4", {"head_dim": 32, "attention_bias": False}),
+    "granite": ("granite", MULTIPLIERS | {"attention_bias": True, "mlp_bias": True}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        MULTIPLIERS
+        | {
+            "layer_types": [FULL] * 3, "num_local_experts": 0, "shared_intermediate_size": 160,
+            "position_embedding_type": "rope", "mamba_n_heads": 4,
+        },
+    ),
+    "granitemoehybrid, no rope": (
+        "granitemoehybrid",
+        MULTIPLIERS
+        | {
+            "layer_types": [FULL] * 3, "num_local_experts": 0, "shared_intermediate_size": 160,
+            "position_embedding_type": "nope", "mamba_n_heads": 4,
+        },
+    ),
+    "helium": ("helium", {"head_dim": 16, "attention_bias": True}),
+    "hyperclovax": ("hyperclovax", MULTIPLIERS | {"attention_multiplier": None}),
+    "ministral3": ("ministral3", {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.3}}),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 24, "layer_types": ALTERNATING}),
+    "phi3": ("phi3", {"sliding_window": 40}),
+    "phi3, part of a head": ("phi3", {"partial_rotary_factor": 0.5}),
+    "seed_oss": ("seed_oss", {"head_dim": 16, "attention_out_bias": True}),
+    "seed_oss, output without bias": ("seed_oss", {"head_dim": 16}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3, windows": ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 24}),
+    "vaultgemma": ("vaultgemma", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
+}  # fmt: skip
+
+QUICK = [case for case in CASES if "," not in case]
+"""One case of each family."""
+
+
+def made(make_model: Callable[..., Path], case: str, **shape: int) -> Path:
+    family, changes = CASES[case]
+    return make_model(family, **{"tie_word_embeddings": False, "pad_token_id": None, **shape, **changes})
