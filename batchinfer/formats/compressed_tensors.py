@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchinfer.formats.fields import names, pattern
 from batchinfer.formats.matrix import (
     QuantizedMatrix,
     Tensors,
@@ -86,7 +87,7 @@ class CompressedTensors:
         if not isinstance(groups, dict) or not (groups or self.scales_of_keys):
             raise ValueError(f"config.json: quantization_config: config_groups is {groups!r}; expected named groups")
         self.groups = [_group(name, raw, config.get("format")) for name, raw in groups.items()]
-        self.ignore = _names(config.get("ignore") or [], "ignore")
+        self.ignore = _names(config, "ignore")
         self.eight_bit_inputs = frozenset(g.inputs.kind for g in self.groups) - {"float"}
         kinds = sorted({f"{g.format} {g.bits} bits" for g in self.groups}) or ["no weights quantized"]
         self.name = "compressed-tensors, " + ", ".join(kinds)
@@ -220,7 +221,7 @@ def _group(name: str, raw: Any, format_of_all: Any) -> Group:
     if form == FLOAT and not symmetric:
         raise ValueError(f"{where}: floating-point weights with a zero point are not supported")
     return Group(
-        targets=_names(raw.get("targets") or [], f"config_groups: {name}: targets"),
+        targets=_names(raw, "targets", f"config_groups: {name}: "),
         format=form,
         bits=bits,
         symmetric=symmetric,
@@ -270,27 +271,21 @@ def _scales_of_keys(raw: Any) -> bool:
     return bool(raw)
 
 
-def _names(raw: Any, field: str) -> tuple[str, ...]:
-    if not isinstance(raw, list) or not all(isinstance(name, str) for name in raw):
-        raise ValueError(f"config.json: quantization_config: {field} is {raw!r}; expected a list of names")
-    for name in raw:
+def _names(config: dict[str, Any], key: str, where: str = "") -> tuple[str, ...]:
+    found = names(config, key)
+    for name in found:
         if name.startswith("re:"):
-            try:
-                re.compile(name[3:])
-            except re.error as error:
-                raise ValueError(
-                    f"config.json: quantization_config: {field}: {name!r} is not a regular expression: {error}"
-                ) from None
-    return tuple(raw)
+            pattern(name[3:], name, where + key)
+    return found
 
 
-def _rank(module: str, names: tuple[str, ...]) -> int | None:
-    """Rank how names refer to a module: 0 by its name, 1 by a pattern after "re:", 2 by its class, None not at all.
+def _rank(module: str, targets: tuple[str, ...]) -> int | None:
+    """Rank how targets refer to a module: 0 by its name, 1 by a pattern after "re:", 2 by its class, None not at all.
 
     The class of every module here is Linear.
     """
-    if module in names:
+    if module in targets:
         return 0
-    if any(name.startswith("re:") and re.match(name[3:], module) for name in names):
+    if any(name.startswith("re:") and re.match(name[3:], module) for name in targets):
         return 1
-    return 2 if "Linear" in names else None
+    return 2 if "Linear" in targets else None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from batchinfer.formats.left_out import LeftOut
 from batchinfer.formats.matrix import QuantizedMatrix, Tensors, checked_scale
 from batchinfer.kernels.float8_inputs import InputScales
 
@@ -32,12 +33,11 @@ class BlockFP8:
                 f"config.json: quantization_config: activation_scheme is {scheme!r}; supported is 'dynamic'"
             )
         self.block = (block[0], block[1])
-        self.left_out = [str(name) for name in config.get("modules_to_not_convert") or []]
+        self.left_out = LeftOut(config, "modules_to_not_convert", "ignored_layers")
 
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
         """Return the module's weight [N, K], or None if it is not quantized."""
-        # transformers takes these names as beginnings of a module's name, up to a dot, and as its end.
-        if module == "lm_head" or any(f"{module}.".startswith(f"{n}.") or module.endswith(n) for n in self.left_out):
+        if module in self.left_out:
             return None
         (n, k), (rows, columns) = shape, self.block
         values = tensors.take(f"{module}.weight", shape, torch.float8_e4m3fn)

@@ -14,7 +14,6 @@ from compressed_tensors.transform import TransformConfig
 from packers import awq_tensors, gptq_tensors, int32, one_by_one, words_of
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.quantizers.quantizers_utils import should_convert_module
 
 from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.registry import checkpoint_format
@@ -138,18 +137,6 @@ def test_block_fp8(name: str) -> None:
             expected[n, k] = float(weight[n, k].float()) * float(scale[n // rows, k // columns])
     config = {"quant_method": "fp8", "weight_block_size": [rows, columns], "activation_scheme": "dynamic"}
     check(read(config, {"weight": weight, name: scale}), expected)
-
-
-@pytest.mark.parametrize("name", ["down_proj", "mlp", "model.layers.1", "model.layers.11.mlp.down_proj", "layers"])
-def test_the_modules_that_fp8_leaves_out_are_those_of_transformers(name: str) -> None:
-    modules = [f"model.layers.{i}.{m}" for i in (1, 11) for m in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj")]
-    form = checkpoint_format({"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": [name]})
-    for module in modules:
-        stored = Stored({})
-        stored[f"{module}.weight"] = torch.zeros(N, K).to(torch.float8_e4m3fn)
-        stored[f"{module}.weight_scale_inv"] = torch.ones(1, 1)
-        converted = form.matrix(module, (N, K), stored) is not None
-        assert converted == should_convert_module(module, [name])
 
 
 def compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -330,7 +317,7 @@ PACK4 = compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group
         ({**GPTQ4, "bits": "four"}, "bits is 'four'; it must be a whole number"),
         ({**GPTQ4, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         ({**GPTQ4, "dynamic": {"-:.*": {}}}, "dynamic"),
-        ({**AWQ4, "version": "gemv"}, "version is 'gemv'; AWQ is read in its gemm layout"),
+        ({**AWQ4, "version": "gemv"}, "version is 'gemv'; supported: gemm"),
         ({**AWQ4, "bits": 8}, "bits is 8; AWQ is read with 4 bits"),
         ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size is None"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "activation_scheme"),
@@ -386,3 +373,23 @@ def test_a_group_size_that_does_not_divide_is_refused() -> None:
         read({**GPTQ4, "group_size": 36}, plain_gptq())
     with pytest.raises(ValueError, match="m: a matrix of 20 x 96 cannot be packed as 4-bit numbers"):
         read(GPTQ4, plain_gptq(), (20, K))
+
+
+def test_autoawq_leaves_out_more_modules_than_transformers_and_the_file_decides() -> None:
+    """AutoAWQ finds a name anywhere in a module's."""
+    form = checkpoint_format({**AWQ4, "modules_to_not_convert": ["gate"]})
+    q, z, scales = drawn(4, K // GROUP, symmetric=False)
+    stored = Stored(awq_tensors(q, z, scales))
+    for module in ("mlp.gate", "mlp.gate_proj", "lm_head"):
+        assert form.matrix(module, (N, K), stored) is None
+    for name in ("qweight", "qzeros", "scales"):
+        stored[f"mlp.gate_proj.{name}"] = stored[f"m.{name}"]
+    assert form.matrix("mlp.gate_proj", (N, K), stored) is not None
+
+
+@pytest.mark.parametrize("config", [AWQ4])
+def test_fields_that_are_not_known_are_refused_by_name(config: dict[str, Any]) -> None:
+    told = {"damp_percent": 0.01, "meta": {"quantizer": ["gptqmodel:7.7.0"]}, "rotation": None, "activation": {}}
+    assert checkpoint_format({**config, **told}).name == checkpoint_format(config).name
+    with pytest.raises(ValueError, match=f"rotation: not supported with quant_method '{config['quant_method']}'"):
+        checkpoint_format({**config, "rotation": "hadamard"})
