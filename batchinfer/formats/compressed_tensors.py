@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from batchinfer.formats.cache_scales import LEFT_ASIDE, drop_scales_of_keys
 from batchinfer.formats.fields import names, pattern
 from batchinfer.formats.matrix import (
     QuantizedMatrix,
@@ -94,7 +95,7 @@ class CompressedTensors:
         if any(group.inputs.of_batch for group in self.groups):
             self.name += ", its inputs' scale of a whole batch replaced by per-token scales"
         if self.scales_of_keys:
-            self.name += ", its kv_cache_scheme left aside"
+            self.name += LEFT_ASIDE
 
     def group(self, module: str) -> Group | None:
         """Return the settings of a module, or None if it is not quantized.
@@ -110,12 +111,16 @@ class CompressedTensors:
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
         """Return the module's weight [N, K], or None if it is not quantized."""
         if self.scales_of_keys:
-            _drop_scales_of_keys(module, tensors)
+            drop_scales_of_keys(module, tensors)
         group = self.group(module)
         if group is None:
             return None
         kind = group.inputs.kind
-        inputs = InputScales(group.inputs.columns, _static_scale(module, tensors) if group.inputs.static else None)
+        static = None
+        if group.inputs.static:
+            tensors.drop(f"{module}.input_zero_point")
+            static = checked_input_scale(f"{module}.input_scale", tensors)
+        inputs = InputScales(group.inputs.columns, static)
         counts, block = group.scale_shape(module, shape)
         name = f"{module}.weight_scale"
         # A single scale for the tensor is stored as a scalar or as a vector of length 1.
@@ -161,21 +166,6 @@ def _packed_zero_point(module: str, counts: tuple[int, int], bits: int, tensors:
     n, groups = counts
     words = tensors.take(f"{module}.weight_zero_point", (-(-n * bits // 32), groups), torch.int32)
     return _signed(unpack(words, bits, 0)[:n], bits).to(torch.int16)
-
-
-def _static_scale(module: str, tensors: Tensors) -> float:
-    name = f"{module}.input_scale"
-    tensors.drop(f"{module}.input_zero_point")
-    shape = tensors.shape(name)
-    return checked_input_scale(tensors.take(name, shape if shape == () else (1,)), name)
-
-
-def _drop_scales_of_keys(module: str, tensors: Tensors) -> None:
-    """Count the scales of keys and values as used, by the names of newer and of older files."""
-    tensors.drop(f"{module}.output_scale")
-    attention = module.rpartition(".")[0]
-    tensors.drop(f"{attention}.k_scale")
-    tensors.drop(f"{attention}.v_scale")
 
 
 def _in_range(values: Tensor, bits: int, name: str) -> Tensor:

@@ -106,9 +106,14 @@ def checked_scale(scale: Tensor, name: str) -> Tensor:
     return scale
 
 
-def checked_input_scale(scale: Tensor, name: str) -> float:
+def one_number(name: str, tensors: Tensors) -> Tensor:
+    """Return a tensor of a single floating-point number, stored as a scalar or as a vector of length 1."""
+    return tensors.take(name, () if tensors.shape(name) == () else (1,))
+
+
+def checked_input_scale(name: str, tensors: Tensors) -> float:
     """Return the one scale of a module's inputs. Raises `ValueError` if it is not positive and finite."""
-    value = float(scale)
+    value = float(one_number(name, tensors))
     if not 0 < value < float("inf"):
         raise ValueError(f"tensor {name} is {value}; the scale of inputs must be positive: the checkpoint is damaged")
     return value

@@ -4,7 +4,7 @@ from typing import Any, Protocol
 
 from batchinfer.formats.awq import AWQ
 from batchinfer.formats.compressed_tensors import CompressedTensors
-from batchinfer.formats.fp8 import BlockFP8
+from batchinfer.formats.fp8 import FP8
 from batchinfer.formats.gptq import GPTQ
 from batchinfer.formats.matrix import QuantizedMatrix, Tensors
 
@@ -20,11 +20,11 @@ class Format(Protocol):
         ...
 
 
-_FORMATS: dict[str, type[CompressedTensors] | type[GPTQ] | type[AWQ] | type[BlockFP8]] = {
+_FORMATS: dict[str, type[CompressedTensors] | type[GPTQ] | type[AWQ] | type[FP8]] = {
     "compressed-tensors": CompressedTensors,
     "gptq": GPTQ,
     "awq": AWQ,
-    "fp8": BlockFP8,
+    "fp8": FP8,
 }
 
 

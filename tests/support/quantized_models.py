@@ -79,6 +79,14 @@ def library(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None, s
     return write
 
 
+def fp8_tensor(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """One scale a tensor, and one of its inputs, as in Ministral 3."""
+    scale = weight.float().abs().max() / 448
+    values = (weight.float() / scale).to(torch.float8_e4m3fn)
+    stored = {"weight": values, "weight_scale_inv": scale, "activation_scale": torch.tensor(STATIC)}
+    return stored, values.float() * scale
+
+
 def compressed(
     form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None, signed: bool = False
 ) -> tuple[dict[str, Any], Writer]:
@@ -107,6 +115,15 @@ FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
         "float-quantized",
         {"num_bits": 8, "type": "float", "strategy": "tensor"},
         {**DYNAMIC, "type": "float", "strategy": "tensor", "dynamic": False},
+    ),
+    "fp8-tensor": (
+        {
+            "quant_method": "fp8",
+            "weight_block_size": None,
+            "activation_scheme": "static",
+            "modules_to_not_convert": ["model.vision_tower", "lm_head"],
+        },
+        fp8_tensor,
     ),
     "fp8-block": compressed(
         "float-quantized",

@@ -14,6 +14,7 @@ from compressed_tensors.transform import TransformConfig
 from packers import awq_tensors, gptq_tensors, int32, one_by_one, words_of
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.registry import checkpoint_format
@@ -139,6 +140,39 @@ def test_block_fp8(name: str) -> None:
     check(read(config, {"weight": weight, name: scale}), expected)
 
 
+@pytest.mark.parametrize("names", [("weight_scale_inv", "activation_scale"), ("weight_scale", "input_scale")])
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_fp8_with_a_scale_a_tensor(names: tuple[str, str], static: bool, shape: tuple[int, ...]) -> None:
+    """Ministral 3 has these names, and scalars; AutoFP8 has the others. The weight is that which transformers makes."""
+    weight = torch.randn(N, K).to(torch.float8_e4m3fn)
+    tensors = {"weight": weight, names[0]: torch.full(shape, -0.3)}
+    config = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static" if static else "dynamic"}
+    if static:
+        tensors[names[1]] = torch.full(shape, 0.25)
+    matrix = read(config, tensors)
+    library = Fp8Dequantize(None).convert({"weight": weight, "weight_scale_inv": torch.tensor(-0.3)})
+    assert matrix.dequantize().equal(library["weight"])
+    assert matrix.inputs == (InputScales(static=0.25) if static else InputScales())
+    assert matrix.activations == "fp8" and matrix.by_channel(torch.float8_e4m3fn) is not None
+    if static:
+        for scale in (0.0, -0.25, math.inf):
+            with pytest.raises(ValueError, match=rf"tensor m\.{names[1]} is .*; the scale of inputs must be positive"):
+                read(config, tensors | {names[1]: torch.full(shape, scale)})
+    with pytest.raises(ValueError, match=f"m.{names[0]}"):
+        read(config, tensors | {names[0]: torch.ones(2)})
+
+
+def test_an_fp8_head_is_quantized_where_no_name_leaves_it_out_and_the_file_has_its_scale() -> None:
+    stored = Stored({})
+    stored["lm_head.weight"] = torch.ones(N, K).to(torch.float8_e4m3fn)
+    given = {"quant_method": "fp8", "modules_to_not_convert": ["gate"]}
+    assert checkpoint_format(given).matrix("lm_head", (N, K), stored) is None
+    stored["lm_head.weight_scale_inv"] = torch.ones(())
+    assert checkpoint_format(given).matrix("lm_head", (N, K), stored) is not None
+    assert checkpoint_format({"quant_method": "fp8"}).matrix("lm_head", (N, K), stored) is None
+
+
 def compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
@@ -246,11 +280,21 @@ def test_a_scale_of_a_whole_batch_is_replaced_and_named() -> None:
     assert checkpoint_format(config).name.endswith("its inputs' scale of a whole batch replaced by per-token scales")
 
 
-@pytest.mark.parametrize("names", [["k_scale", "v_scale"], ["k_proj.output_scale", "v_proj.output_scale"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["k_scale", "v_scale"],
+        ["kv_scale"],
+        ["k_proj.output_scale", "v_proj.output_scale"],
+        ["k_proj.k_scale", "v_proj.v_scale"],
+    ],
+)
 def test_scales_of_keys_and_values_are_left_aside_and_named(names: list[str]) -> None:
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-    for groups in ({}, PACK4["config_groups"]):
-        form = checkpoint_format({**PACK4, "config_groups": groups, "ignore": ["re:.*"], "kv_cache_scheme": scheme})
+    pack = {**PACK4, "ignore": ["re:.*"], "kv_cache_scheme": scheme}
+    fp8 = {"quant_method": "fp8", "ignored_layers": ["m"], "kv_cache_scheme": "static"}
+    for config in (pack, {**pack, "config_groups": {}}, fp8):
+        form = checkpoint_format(config)
         stored = Stored({})
         for module in ("k_proj", "v_proj"):
             assert form.matrix(f"m.{module}", (N, K), stored) is None
@@ -319,8 +363,12 @@ PACK4 = compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group
         ({**GPTQ4, "dynamic": {"-:.*": {}}}, "dynamic"),
         ({**AWQ4, "version": "gemv"}, "version is 'gemv'; supported: gemm"),
         ({**AWQ4, "bits": 8}, "bits is 8; AWQ is read with 4 bits"),
-        ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size is None"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size is 128; expected two whole numbers"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "activation_scheme"),
+        ({"quant_method": "fp8", "activation_scheme": "token"}, "activation_scheme is 'token'; supported: dynamic"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt is 'e5m2'; supported: e4m3"),
+        ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "scale_fmt is 'ue8m0'; supported: float"),
+        ({"quant_method": "fp8", "modules_to_convert": ["embed"]}, "modules_to_convert: not supported with"),
         ({**PACK4, "format": "marlin-24"}, "format is 'marlin-24'; supported are pack-quantized"),
         ({**PACK4, "config_groups": {}}, "config_groups is {}"),
         ({**PACK4, "transform_config": {"a": 1}}, "transform_config has transforms that act when the model runs"),
