@@ -35,6 +35,7 @@ class AWQ:
 
     name = "AWQ, 4 bits"
     eight_bit_inputs: frozenset[str] = frozenset()
+    for_cpu_alone = False
 
     def __init__(self, config: dict[str, Any]) -> None:
         refuse_unknown(config, KNOWN)

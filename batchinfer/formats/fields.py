@@ -18,14 +18,13 @@ _OF_MAKING = """
 """Fields that say how a checkpoint was made or which kernel shall run it, of all tools. They change nothing here."""
 
 
-def refuse_unknown(config: dict[str, Any], known: set[str]) -> None:
+def refuse_unknown(config: dict[str, Any], known: set[str], where: str = WHERE) -> None:
     """Raise `ValueError` if a field is not `known`, unless it tells of the making, or is null, false or empty."""
     asked = {key for key, value in config.items() if value not in (None, False, {}, [])}
     if unknown := asked - known - set(_OF_MAKING.split()):
         raise ValueError(
-            f"{WHERE}: {', '.join(sorted(unknown))}: not supported with quant_method {config.get('quant_method')!r}: "
-            "take another checkpoint of the model, or delete from config.json what changes neither how weights are "
-            "stored nor how the model runs"
+            f"{where}: not supported: {', '.join(sorted(unknown))}; take another checkpoint of the model, or delete "
+            "from config.json what changes neither how weights are stored nor how the model runs"
         )
 
 

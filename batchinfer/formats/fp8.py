@@ -32,6 +32,8 @@ KNOWN = {
 class FP8:
     """An FP8 checkpoint's format, from its `quantization_config`. Raises `ValueError` for settings not supported."""
 
+    for_cpu_alone = False
+
     def __init__(self, config: dict[str, Any]) -> None:
         refuse_unknown(config, KNOWN)
         another = "take another checkpoint of the model"

@@ -17,6 +17,7 @@ class GPTQ:
     """A GPTQ checkpoint's format, from its `quantization_config`. Raises `ValueError` for settings not supported."""
 
     eight_bit_inputs: frozenset[str] = frozenset()
+    for_cpu_alone = False
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.bits = whole(config, "bits")

@@ -14,6 +14,7 @@ class Format(Protocol):
 
     name: str  # for the report
     eight_bit_inputs: frozenset[str]  # types of 8-bit inputs (int8, fp8) that the weights were made for
+    for_cpu_alone: bool  # whether no kernel of a GPU multiplies the weights, which a CPU expands at load
 
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
         """Return the module's weight [N, K], or None if it is not quantized. Raises `ValueError` if it is damaged."""
@@ -39,3 +40,12 @@ def checkpoint_format(config: Any) -> Format:
             "another checkpoint of the model, or its floating-point one and --quantization w8a8-int8"
         )
     return _FORMATS[method](config)
+
+
+def refuse_on_gpu(form: Format | None) -> None:
+    """Raise `ValueError` if a checkpoint's format runs on a CPU alone."""
+    if form is not None and form.for_cpu_alone:
+        raise ValueError(
+            f"quantization: the checkpoint is {form.name}, for which there is no kernel on a GPU yet: take an FP8, "
+            "AWQ, GPTQ or pack-quantized checkpoint of the model, or --device cpu"
+        )

@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationScheme
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.compressors.nvfp4 import unpack_fp4_from_uint8
+from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from compressed_tensors.quantization.utils.mxfp_utils import maybe_convert_from_mx_exp
 from packers import awq_tensors, gptq_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -97,6 +102,35 @@ def compressed(
     )
 
 
+def fp4(preset: str) -> tuple[dict[str, Any], Writer]:
+    """NVFP4 or MXFP4 by the compressed-tensors library, scales from the extremes of groups, as its observers find them.
+
+    NVFP4 rounds inputs too, and has a scale for that.
+    """
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    form = infer_module_format(torch.nn.Linear, scheme).value
+    compressor, args = BaseCompressor.get_value_from_registry(form), scheme.weights
+
+    def write(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        low, high = weight.float().unflatten(1, (-1, args.group_size)).aminmax(dim=-1)
+        state = {"weight": weight.float()}
+        if args.strategy == "tensor_group":
+            state["weight_global_scale"] = generate_gparam(low.min(), high.max()).view(1)
+        scale, _ = calculate_qparams(low, high, args, state.get("weight_global_scale"))
+        stored = compressor.compress({**state, "weight_scale": maybe_convert_from_mx_exp(args, scale)}, scheme)
+        if scheme.input_activations is not None and scheme.input_activations.dynamic == "local":
+            stored["input_global_scale"] = torch.tensor([100.0])
+        # The library's own way from the file to weights, which it takes in bfloat16.
+        numbers = unpack_fp4_from_uint8(stored["weight_packed"], *weight.shape, torch.float32)
+        parts = {"scale": compressor._decompress_scale(stored["weight_scale"], torch.float32), "args": args}
+        parts |= {"global_scale": stored.get("weight_global_scale"), "dtype": torch.float32}
+        return stored, dequantize(numbers, **parts)
+
+    config = {"quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"]}
+    group = {**scheme.model_dump(mode="json"), "format": form}
+    return {**config, "config_groups": {"group_0": group}, "quantization_status": "compressed"}, write
+
+
 STATIC = 0.02  # numbers beyond 9 become 9: some inputs of a tiny model with loud weights are
 DYNAMIC = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
 FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
@@ -130,6 +164,8 @@ FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
         {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [GROUP, GROUP]},
         {**DYNAMIC, "type": "float", "strategy": "group", "group_size": GROUP},
     ),
+    "nvfp4": fp4("NVFP4"),
+    "mxfp4": fp4("MXFP4A16"),
     "w4afp8": compressed(
         "int-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}, {**DYNAMIC, "type": "float"}
     ),

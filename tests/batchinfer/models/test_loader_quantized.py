@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from batchinfer.engine.config import FEW_ROWS
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.formats.matrix import QuantizedMatrix
+from batchinfer.formats.registry import checkpoint_format
 from batchinfer.jobs.job import run
 from batchinfer.jobs.merge_shards import merge_shards
 from batchinfer.jobs.quantize import CalibrationRows, quantize
@@ -27,6 +29,7 @@ from batchinfer.jobs.spec import JobSpec, sharded
 from batchinfer.kernels.linear import Linear
 from batchinfer.kernels.linear_w4a16 import LinearW4A16
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
+from batchinfer.models.weights import RandomWeights
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -59,6 +62,36 @@ def test_logits_are_those_that_transformers_computes(
     ).eval()
     for ours, expected in compare_logits(engine_of(quantized), oracle, prompts_of(8, 100)):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", ["fp8-tensor", "nvfp4", "mxfp4"])
+def test_logits_are_those_of_transformers_with_the_weights_it_stands_for(
+    make_model: Callable[..., Path], tmp_path: Path, form: str
+) -> None:
+    quantized, plain = checkpoints(make_model("llama"), tmp_path, *FORMATS[form])
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    engine = engine_of(quantized, quantization="none" if "fp8" in form else "auto")
+    for ours, expected in compare_logits(engine, oracle, prompts_of(8, 100)):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    asked = "; inputs are left in floating point, though it asks for nvfp4" if form == "nvfp4" else ""
+    if "fp4" in form:
+        assert engine.stats().notes[0].endswith(f"its matrices are expanded to float32 at load{asked}")
+
+
+def test_weights_of_4_bits_in_floating_point_are_refused_where_kernels_are_a_gpus(
+    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized, _ = checkpoints(make_model("llama"), tmp_path, *FORMATS["mxfp4"])
+    monkeypatch.setenv("BATCHINFER_KERNELS", "triton")
+    with pytest.raises(ValueError, match="mxfp4-pack-quantized 4 bits, for which there is no kernel on a GPU yet"):
+        engine_of(quantized)
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4", "fp8-tensor"])
+def test_random_weights_are_of_usual_size(form: str) -> None:
+    weights = RandomWeights(torch.float32, torch.device("cpu"), checkpoint_format(FORMATS[form][0]))
+    weight = weights.matrix("m", (64, 96))
+    assert isinstance(weight, QuantizedMatrix) and 0.005 < weight.dequantize().std() < 0.05
 
 
 def test_scales_of_keys_and_values_and_a_folded_transform_change_nothing(
