@@ -47,6 +47,10 @@ class AWQ:
         for key in ("version", "format", "checkpoint_format"):
             one_of(config, key, ("gemm",), "take the gemm checkpoint of the model, which most publishers have")
         one_of(config, "pack_dtype", ("int32",), "take another checkpoint of the model")
+        if config.get("backend") == "llm-awq":
+            raise ValueError(
+                f"{WHERE}: backend is 'llm-awq', another layout than gemm: take the gemm checkpoint of the model"
+            )
         self.group_size = whole(config, "group_size")
         self.zero_point = flag(config, "zero_point", True)
         self.left_out = LeftOut(config, "modules_to_not_convert")
@@ -55,27 +59,34 @@ class AWQ:
         """Return the module's weight [N, K], or None if it is not quantized."""
         if self._is_left_out(module, tensors):
             return None
-        n, k = shape
-        if n % 8:
-            refuse_module(module, shape, "4-bit numbers in 32-bit words")
-        size = k if self.group_size == -1 else self.group_size
-        groups = groups_of(k, size, module)
-        q = _columns(tensors.take(f"{module}.qweight", (k, n // 8), torch.int32))
-        scale = checked_scale(tensors.take(f"{module}.scales", (groups, n)), f"{module}.scales").t().contiguous()
-        zero_point = None
-        if self.zero_point:
-            z = _columns(tensors.take(f"{module}.qzeros", (groups, n // 8), torch.int32))
-            zero_point = z.to(torch.int16) - 8
-        else:
-            tensors.drop(f"{module}.qzeros")
-        values = (q.to(torch.int8) - 8).contiguous()
-        return QuantizedMatrix(values, scale, (1, size), 4, "float", zero_point)
+        return awq_matrix(module, shape, tensors, self.group_size, self.zero_point)
 
     def _is_left_out(self, module: str, tensors: Tensors) -> bool:
         if is_head(module) or module in self.left_out:
             return True
         # AutoAWQ leaves out each module with one of the names anywhere in its own, "gate_proj" for "gate" among them.
         return any(name in module for name in self.left_out.names) and not tensors.has(f"{module}.qweight")
+
+
+def awq_matrix(
+    module: str, shape: tuple[int, int], tensors: Tensors, group_size: int, zero_point: bool
+) -> QuantizedMatrix:
+    """Return a module's weight [N, K], with groups of `group_size` columns (-1: whole rows) and maybe zero points."""
+    n, k = shape
+    if n % 8:
+        refuse_module(module, shape, "4-bit numbers in 32-bit words")
+    size = k if group_size == -1 else group_size
+    groups = groups_of(k, size, module)
+    q = _columns(tensors.take(f"{module}.qweight", (k, n // 8), torch.int32))
+    scale = checked_scale(tensors.take(f"{module}.scales", (groups, n)), f"{module}.scales").t().contiguous()
+    z = None
+    if zero_point:
+        stored = tensors.take(f"{module}.qzeros", (groups, n // 8), torch.int32)
+        z = _columns(stored).to(torch.int16) - 8
+    else:
+        tensors.drop(f"{module}.qzeros")
+    values = (q.to(torch.int8) - 8).contiguous()
+    return QuantizedMatrix(values, scale, (1, size), 4, "float", z)
 
 
 def _columns(words: Tensor) -> Tensor:

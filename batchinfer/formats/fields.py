@@ -28,27 +28,27 @@ def refuse_unknown(config: dict[str, Any], known: set[str], where: str = WHERE) 
         )
 
 
-def whole(config: dict[str, Any], key: str) -> int:
+def whole(config: dict[str, Any], key: str, where: str = WHERE) -> int:
     """Return the field `key`, an integer from -1 to 65,536. Raises `ValueError` for anything else."""
     value = config.get(key)
     if type(value) is not int or not -1 <= value <= 1 << 16:
-        raise ValueError(f"{WHERE}: {key} is {value!r}; it must be a whole number")
+        raise ValueError(f"{where}: {key} is {value!r}; it must be a whole number")
     return value
 
 
-def flag(config: dict[str, Any], key: str, default: bool) -> bool:
+def flag(config: dict[str, Any], key: str, default: bool, where: str = WHERE) -> bool:
     """Return the field `key`, true or false. Raises `ValueError` for anything else."""
     value = config.get(key, default)
     if not isinstance(value, bool):
-        raise ValueError(f"{WHERE}: {key} is {value!r}; it must be true or false")
+        raise ValueError(f"{where}: {key} is {value!r}; it must be true or false")
     return value
 
 
-def one_of(config: dict[str, Any], key: str, allowed: tuple[str, ...], remedy: str) -> str:
+def one_of(config: dict[str, Any], key: str, allowed: tuple[str, ...], remedy: str, where: str = WHERE) -> str:
     """Return the field `key`, one of `allowed`, of which the first is the default. Raises `ValueError` for others."""
     value = config.get(key) or allowed[0]
     if not isinstance(value, str) or value.lower() not in allowed:
-        raise ValueError(f"{WHERE}: {key} is {value!r}; supported: {', '.join(allowed)}: {remedy}")
+        raise ValueError(f"{where}: {key} is {value!r}; supported: {', '.join(allowed)}: {remedy}")
     return value.lower()
 
 

@@ -1,7 +1,9 @@
 """Choosing a checkpoint's format by its `quantization_config`. It is never guessed from tensor names."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
+from batchinfer.formats.auto_round import AutoRound
 from batchinfer.formats.awq import AWQ
 from batchinfer.formats.compressed_tensors import CompressedTensors
 from batchinfer.formats.fp8 import FP8
@@ -21,10 +23,11 @@ class Format(Protocol):
         ...
 
 
-_FORMATS: dict[str, type[CompressedTensors] | type[GPTQ] | type[AWQ] | type[FP8]] = {
+_FORMATS: dict[str, Callable[[dict[str, Any]], Format]] = {
     "compressed-tensors": CompressedTensors,
     "gptq": GPTQ,
     "awq": AWQ,
+    "auto-round": AutoRound,
     "fp8": FP8,
 }
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -313,7 +314,12 @@ PACK4 = compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group
         ({**GPTQ4, "bits": 3}, "bits is 3; GPTQ is read with 4 or 8 bits"),
         ({**GPTQ4, "bits": "four"}, "bits is 'four'; it must be a whole number"),
         ({**GPTQ4, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
-        ({**GPTQ4, "dynamic": {"-:.*": {}}}, "dynamic"),
+        ({**GPTQ4, "dynamic": ["-:.*"]}, "dynamic is ['-:.*']; expected an object of objects"),
+        ({**GPTQ4, "dynamic": {"+:(": {}}}, "dynamic: '+:(' is not a regular expression"),
+        ({**GPTQ4, "dynamic": {".*": {"bits": 2}}}, "dynamic: .*: bits is 2; GPTQ is read with 4 or 8 bits"),
+        ({**GPTQ4, "dynamic": {".*": {"adapter": "a"}}}, "dynamic: .*: not supported: adapter"),
+        ({**GPTQ4, "modules_in_block_to_quantize": "q_proj"}, "modules_in_block_to_quantize is 'q_proj'"),
+        ({**GPTQ4, "pack_dtype": "int8"}, "pack_dtype is 'int8'; supported: int32"),
         ({**AWQ4, "version": "gemv"}, "version is 'gemv'; supported: gemm"),
         ({**AWQ4, "bits": 8}, "bits is 8; AWQ is read with 4 bits"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size is 128; expected two whole numbers"),
@@ -333,7 +339,7 @@ PACK4 = compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(config: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         checkpoint_format(config)
 
 
@@ -388,7 +394,7 @@ def test_autoawq_leaves_out_more_modules_than_transformers_and_the_file_decides(
     assert form.matrix("mlp.gate_proj", (N, K), stored) is not None
 
 
-@pytest.mark.parametrize("config", [AWQ4])
+@pytest.mark.parametrize("config", [AWQ4, {**GPTQ4, "bits": 8}])
 def test_fields_that_are_not_known_are_refused_by_name(config: dict[str, Any]) -> None:
     told = {"damp_percent": 0.01, "meta": {"quantizer": ["gptqmodel:7.7.0"]}, "rotation": None, "activation": {}}
     assert checkpoint_format({**config, **told}).name == checkpoint_format(config).name
