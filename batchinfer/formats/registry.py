@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from batchinfer.formats.auto_round import AutoRound
 from batchinfer.formats.awq import AWQ
+from batchinfer.formats.bitsandbytes import BitsAndBytes
 from batchinfer.formats.compressed_tensors import CompressedTensors
 from batchinfer.formats.fp8 import FP8
 from batchinfer.formats.gptq import GPTQ
@@ -29,6 +30,7 @@ _FORMATS: dict[str, Callable[[dict[str, Any]], Format]] = {
     "awq": AWQ,
     "auto-round": AutoRound,
     "fp8": FP8,
+    "bitsandbytes": BitsAndBytes,
 }
 
 

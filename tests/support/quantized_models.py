@@ -15,7 +15,7 @@ from compressed_tensors.quantization import QuantizationScheme, preset_name_to_s
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from compressed_tensors.quantization.utils.mxfp_utils import maybe_convert_from_mx_exp
-from packers import awq_tensors, gptq_tensors
+from packers import awq_tensors, bitsandbytes_tensors, gptq_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,9 +39,54 @@ def gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return gptq_tensors(q, z, scales, [k // GROUP for k in range(weight.shape[1])], 4, "gptq"), back
 
 
+def gptq_8_bits(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """8 bits, symmetric, a scale a row."""
+    scales = (weight.float().abs().amax(-1, keepdim=True) / 127).half()
+    q = (weight.float() / scales).round().clamp(-128, 127)
+    stored = gptq_tensors(
+        (q + 128).long().numpy(), np.full(scales.shape, 128), scales.numpy(), [0] * q.shape[1], 8, "gptq"
+    )
+    return stored, q * scales.float()
+
+
 def awq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     q, z, scales, back = grouped(weight)
     return awq_tensors(q, z, scales), back
+
+
+NF4 = torch.special.ndtri(torch.linspace(0.03, 0.97, 16)) / torch.special.ndtri(torch.tensor(0.97))
+"""Quantiles of the normal distribution, near those of NF4; a file has its own."""
+
+
+def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[dict[str, Tensor], Tensor]:
+    """As bitsandbytes stores NF4: blocks of numbers, row after row, with scales that are quantized too."""
+    flat = weight.float().flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    absmax, nested = blocks.abs().amax(-1), None
+    stored = absmax
+    if double:
+        book, offset = torch.linspace(-1, 1, 256), float(absmax.mean())
+        many = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)
+        largest = many.abs().amax(-1)
+        stored = _nearest(book, many / largest[:, None]).flatten()[: len(absmax)].to(torch.uint8)
+        absmax = book[stored.long()] * largest.repeat_interleave(256)[: len(absmax)] + offset
+        nested = (book, largest, 256, offset)
+    places = _nearest(NF4, blocks / absmax[:, None])
+    back = (NF4[places] * absmax[:, None]).flatten()[: len(flat)].view(weight.shape)
+    places = places.flatten()[: len(flat)].view(weight.shape)
+    return bitsandbytes_tensors(places.numpy(), stored, NF4, block, nested), back
+
+
+def _nearest(book: Tensor, numbers: Tensor) -> Tensor:
+    return (numbers[..., None] - book).abs().argmin(-1)
+
+
+def int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """As bitsandbytes stores the weights of LLM.int8()."""
+    largest = weight.float().abs().amax(-1)
+    q = (weight.float() * 127 / largest[:, None]).round()
+    stored = {"weight": q.to(torch.int8), "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return stored, q * (largest[:, None] / 127)
 
 
 def signed_scales(weight: Tensor, group: int) -> Tensor:
@@ -164,6 +209,8 @@ FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
         {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [GROUP, GROUP]},
         {**DYNAMIC, "type": "float", "strategy": "group", "group_size": GROUP},
     ),
+    "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, nf4),
+    "bitsandbytes-int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, int8),
     "nvfp4": fp4("NVFP4"),
     "mxfp4": fp4("MXFP4A16"),
     "w4afp8": compressed(
@@ -172,14 +219,21 @@ FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
 }
 
 
-def checkpoints(model: Path, folder: Path, config: dict[str, Any], write: Writer) -> tuple[Path, Path]:
-    """(quantized, the same weights in float32) beside each other in `folder`."""
+def checkpoints(
+    model: Path, folder: Path, config: dict[str, Any], write: Writer, others: dict[str, Writer | None] | None = None
+) -> tuple[Path, Path]:
+    """(quantized, the same weights in float32) beside each other in `folder`.
+
+    `others` are the writers of some projections by name; None: they stay in floating point.
+    """
     quantized, plain = folder / "quantized", folder / "plain"
     stored: dict[str, Tensor] = {}
     stands_for: dict[str, Tensor] = {}
     for name, tensor in load_file(model / "model.safetensors").items():
-        if name.endswith("_proj.weight"):
-            parts, back = write(tensor)
+        projection = name.split(".")[-2]
+        writer = (others or {}).get(projection, write) if projection.endswith("_proj") else None
+        if writer is not None and name.endswith(".weight"):
+            parts, back = writer(tensor)
             stored |= {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in parts.items()}
         else:  # a scale a channel: held just as it is stored
             stored[name] = back = tensor

@@ -309,7 +309,7 @@ PACK4 = compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'; supported are compressed-tensors"),
+        ({"quant_method": "hqq"}, "quant_method is 'hqq'; supported are compressed-tensors"),
         ([], "quantization_config is a list"),
         ({**GPTQ4, "bits": 3}, "bits is 3; GPTQ is read with 4 or 8 bits"),
         ({**GPTQ4, "bits": "four"}, "bits is 'four'; it must be a whole number"),
