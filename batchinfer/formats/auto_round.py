@@ -33,6 +33,8 @@ class AutoRound:
         self.gemm = form in GEMM
         base = Packing(bits=4, group_size=128, symmetric=True, offset=1 if form in ZEROS_LESS_ONE else 0)
         stated = {key: config[key] for key in (*PACKING, "data_type") if config.get(key) is not None}
+        # Modules that extra_config alone gives fewer bits have the other settings of all.
+        base = base.changed({key: value for key, value in stated.items() if key in ("group_size", "sym")})
         self.packing = self._changed(base, stated, WHERE)
         self.others = {
             name: self._changed(self.packing or base, settings, f"{WHERE}: extra_config: {name}")

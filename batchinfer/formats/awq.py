@@ -26,6 +26,7 @@ KNOWN = {
     "format",
     "checkpoint_format",
     "pack_dtype",
+    "data_type",
     "modules_to_not_convert",
 }
 
@@ -47,6 +48,7 @@ class AWQ:
         for key in ("version", "format", "checkpoint_format"):
             one_of(config, key, ("gemm",), "take the gemm checkpoint of the model, which most publishers have")
         one_of(config, "pack_dtype", ("int32",), "take another checkpoint of the model")
+        one_of(config, "data_type", ("int",), "take another checkpoint of the model")
         if config.get("backend") == "llm-awq":
             raise ValueError(
                 f"{WHERE}: backend is 'llm-awq', another layout than gemm: take the gemm checkpoint of the model"

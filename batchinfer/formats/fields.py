@@ -9,11 +9,12 @@ _OF_MAKING = """
     quant_method method provider meta autoround_version backend
     model_name_or_path model_file_base_name tokenizer dataset nsamples seqlen model_seqlen batch_size iters lr minmax_lr
     gradient_accumulate_steps amp low_gpu_mem_usage scale_dtype pad_token_id max_input_length
-    enable_minmax_tuning enable_norm_bias_tuning enable_quanted_input supported_types
+    enable_minmax_tuning enable_norm_bias_tuning enable_quanted_input supported_types quant_block_list
     static_kv_granularity static_attention_granularity
     damp_percent damp_auto_increment desc_act act_group_aware hyb_act mse static_groups true_sequential
-    block_name_to_quantize module_name_preceding_first_block cache_block_outputs cache_examples_on_gpu parallel_packing
-    use_cuda_fp16 use_exllama disable_exllama exllama_config do_fuse fuse_max_seq_len modules_to_fuse
+    block_name_to_quantize to_quant_block_names module_name_preceding_first_block cache_block_outputs
+    cache_examples_on_gpu parallel_packing use_cuda_fp16 use_exllama disable_exllama exllama_config
+    do_fuse fuse_max_seq_len modules_to_fuse
 """
 """Fields that say how a checkpoint was made or which kernel shall run it, of all tools. They change nothing here."""
 

@@ -27,7 +27,15 @@ from batchinfer.formats.matrix import QuantizedMatrix, Tensors, checked_groups, 
 from batchinfer.formats.pack import unpack
 
 PACKING = {"bits", "group_size", "sym"}
-KNOWN = PACKING | {"lm_head", "checkpoint_format", "format", "dynamic", "pack_dtype", "modules_in_block_to_quantize"}
+KNOWN = PACKING | {
+    "lm_head",
+    "checkpoint_format",
+    "format",
+    "dynamic",
+    "modules_in_block_to_quantize",
+    "pack_dtype",
+    "data_type",
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ class GPTQ:
         key = "checkpoint_format" if config.get("checkpoint_format") else "format"
         version = one_of(config, key, ("gptq", "gptq_v2"), remedy)
         one_of(config, "pack_dtype", ("int32",), remedy)
+        one_of(config, "data_type", ("int",), remedy)
         base = Packing(bits=4, group_size=-1, symmetric=True, offset=1 if version == "gptq" else 0)
         stated = {"bits": config.get("bits"), "group_size": config.get("group_size"), "sym": config.get("sym", True)}
         self.packing = base.changed(stated)

@@ -77,6 +77,12 @@ def test_a_name_counts_before_the_first_pattern_that_is_found_in_a_module() -> N
     assert checkpoint_format(config).name == "AutoRound, 4 and 8 bits"
 
 
+def test_single_modules_of_a_model_in_floating_point_may_be_quantized() -> None:
+    config = {**BASE, "bits": 16, "sym": False, "extra_config": {"model.layers.0.mlp.up_proj": {"bits": 8}}}
+    assert packing(config, "model.layers.0.mlp.up_proj") == Packing(8, GROUP, False, 1)
+    assert packing(config, "model.layers.0.mlp.down_proj") is None
+
+
 @pytest.mark.parametrize("blocks", ["model.layers, other", [["model.layers.0", "model.layers.1"]], ["model.layers"]])
 def test_modules_outside_the_blocks_stay_in_floating_point(blocks: Any) -> None:
     config = {**BASE, "block_name_to_quantize": blocks}

@@ -397,6 +397,9 @@ def test_autoawq_leaves_out_more_modules_than_transformers_and_the_file_decides(
 @pytest.mark.parametrize("config", [AWQ4, {**GPTQ4, "bits": 8}])
 def test_fields_that_are_not_known_are_refused_by_name(config: dict[str, Any]) -> None:
     told = {"damp_percent": 0.01, "meta": {"quantizer": ["gptqmodel:7.7.0"]}, "rotation": None, "activation": {}}
+    told |= {"data_type": "int", "to_quant_block_names": "model.layers", "provider": "auto-round", "amp": False}
     assert checkpoint_format({**config, **told}).name == checkpoint_format(config).name
+    with pytest.raises(ValueError, match="data_type is 'nv_fp'; supported: int"):
+        checkpoint_format({**config, "data_type": "nv_fp"})
     with pytest.raises(ValueError, match="not supported: rotation; take another"):
         checkpoint_format({**config, "rotation": "hadamard"})
