@@ -24,7 +24,8 @@ from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import check_ids
 from batchinfer.jobs.tables.table import Table
 from batchinfer.jobs.template_date import known_moment, moment_of_prompts, notes_about, now
-from batchinfer.models.config import ModelConfig, read_shape
+from batchinfer.models.config import ModelConfig, read_model_config, read_shape
+from batchinfer.models.gguf_folder import WEIGHTS
 from batchinfer.models.hub import TOKENIZER_FILES, resolve_model
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.tokenizer import Tokenizer
@@ -82,6 +83,13 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     tool_template = templates[-1].source if templates else ""
     digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept, moment, tool_template)
     return Preflight(spec, settings, table, kept, config, tokenizer, tokenizer_folder, source, digests, shape, notes)
+
+
+def _refuse_on_gpu(model: Path) -> None:
+    from batchinfer.formats.registry import refuse_on_gpu  # late: it loads torch
+
+    if not (model / WEIGHTS).exists():
+        refuse_on_gpu(read_model_config(model).form)
 
 
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
@@ -146,6 +154,7 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
     if device == "cuda":
         try:
             refuse_old_gpu()
+            _refuse_on_gpu(model)
         except ValueError as error:
             raise Refused(str(error)) from error
     max_num_seqs = spec.max_num_seqs or MAX_NUM_SEQS[device]

@@ -9,12 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from batchinfer.formats.fields import flag, refuse_module, whole
+from batchinfer.formats.fields import WHERE, flag, one_of, refuse_module, refuse_unknown, whole
+from batchinfer.formats.left_out import LeftOut, is_head
 from batchinfer.formats.matrix import QuantizedMatrix, Tensors, checked_scale, groups_of
 from batchinfer.formats.pack import unpack
 
 # The index within a word of each of its eight columns: the inverse of the order 0, 2, 4, 6, 1, 3, 5, 7.
 _INDEX_IN_WORD = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+
+KNOWN = {
+    "bits",
+    "group_size",
+    "zero_point",
+    "sym",
+    "version",
+    "format",
+    "checkpoint_format",
+    "pack_dtype",
+    "data_type",
+    "modules_to_not_convert",
+}
 
 
 class AWQ:
@@ -22,44 +36,59 @@ class AWQ:
 
     name = "AWQ, 4 bits"
     eight_bit_inputs: frozenset[str] = frozenset()
+    for_cpu_alone = False
 
     def __init__(self, config: dict[str, Any]) -> None:
+        refuse_unknown(config, KNOWN)
         if (bits := whole(config, "bits")) != 4:
-            raise ValueError(f"config.json: quantization_config: bits is {bits}; AWQ is read with 4 bits")
-        version = str(config.get("version", "gemm")).lower()
-        if version != "gemm":
             raise ValueError(
-                f"config.json: quantization_config: version is {version!r}; AWQ is read in its gemm layout: take the "
-                "gemm checkpoint of the model, which most publishers have"
+                f"{WHERE}: bits is {bits}; AWQ is read with 4 bits: take another checkpoint of the model, such as its "
+                "GPTQ one"
+            )
+        for key in ("version", "format", "checkpoint_format"):
+            one_of(config, key, ("gemm",), "take the gemm checkpoint of the model, which most publishers have")
+        one_of(config, "pack_dtype", ("int32",), "take another checkpoint of the model")
+        one_of(config, "data_type", ("int",), "take another checkpoint of the model")
+        if config.get("backend") == "llm-awq":
+            raise ValueError(
+                f"{WHERE}: backend is 'llm-awq', another layout than gemm: take the gemm checkpoint of the model"
             )
         self.group_size = whole(config, "group_size")
         self.zero_point = flag(config, "zero_point", True)
-        left_out = config.get("modules_to_not_convert") or []
-        if not isinstance(left_out, list) or not all(isinstance(name, str) for name in left_out):
-            raise ValueError(
-                f"config.json: quantization_config: modules_to_not_convert is {left_out!r}; expected a list of names"
-            )
-        self.left_out: list[str] = left_out
+        self.left_out = LeftOut(config, "modules_to_not_convert")
 
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
         """Return the module's weight [N, K], or None if it is not quantized."""
-        if module == "lm_head" or any(name in module for name in self.left_out):
+        if self._is_left_out(module, tensors):
             return None
-        n, k = shape
-        if n % 8:
-            refuse_module(module, shape, "4-bit numbers in 32-bit words")
-        size = k if self.group_size == -1 else self.group_size
-        groups = groups_of(k, size, module)
-        q = _columns(tensors.take(f"{module}.qweight", (k, n // 8), torch.int32))
-        scale = checked_scale(tensors.take(f"{module}.scales", (groups, n)), f"{module}.scales").t().contiguous()
-        zero_point = None
-        if self.zero_point:
-            z = _columns(tensors.take(f"{module}.qzeros", (groups, n // 8), torch.int32))
-            zero_point = z.to(torch.int16) - 8
-        else:
-            tensors.drop(f"{module}.qzeros")
-        values = (q.to(torch.int8) - 8).contiguous()
-        return QuantizedMatrix(values, scale, (1, size), 4, "float", zero_point)
+        return awq_matrix(module, shape, tensors, self.group_size, self.zero_point)
+
+    def _is_left_out(self, module: str, tensors: Tensors) -> bool:
+        if is_head(module) or module in self.left_out:
+            return True
+        # AutoAWQ leaves out each module with one of the names anywhere in its own, "gate_proj" for "gate" among them.
+        return any(name in module for name in self.left_out.names) and not tensors.has(f"{module}.qweight")
+
+
+def awq_matrix(
+    module: str, shape: tuple[int, int], tensors: Tensors, group_size: int, zero_point: bool
+) -> QuantizedMatrix:
+    """Return a module's weight [N, K], with groups of `group_size` columns (-1: whole rows) and maybe zero points."""
+    n, k = shape
+    if n % 8:
+        refuse_module(module, shape, "4-bit numbers in 32-bit words")
+    size = k if group_size == -1 else group_size
+    groups = groups_of(k, size, module)
+    q = _columns(tensors.take(f"{module}.qweight", (k, n // 8), torch.int32))
+    scale = checked_scale(tensors.take(f"{module}.scales", (groups, n)), f"{module}.scales").t().contiguous()
+    z = None
+    if zero_point:
+        stored = tensors.take(f"{module}.qzeros", (groups, n // 8), torch.int32)
+        z = _columns(stored).to(torch.int16) - 8
+    else:
+        tensors.drop(f"{module}.qzeros")
+    values = (q.to(torch.int8) - 8).contiguous()
+    return QuantizedMatrix(values, scale, (1, size), 4, "float", z)
 
 
 def _columns(words: Tensor) -> Tensor:

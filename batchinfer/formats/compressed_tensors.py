@@ -6,94 +6,71 @@ of the whole config:
   `weight_shape` is [2]. Asymmetric weights have `weight_zero_point`, int32 [ceil(N * bits / 32), G], packed along N
   with the same offset. Reordered columns have `weight_g_idx` [K].
 - int-quantized: `weight` is int8 [N, K], numbers of 4 bits included.
-- float-quantized: `weight` is float8_e4m3fn [N, K].
-In the last two, `weight_scale` is one number, [N, 1], [N, G], or one number per block of rows and columns. Every scale
-is a multiplier. Inputs with a static scale have `input_scale`, one number for each module.
+- float-quantized and mxfp8-quantized: `weight` is float8_e4m3fn [N, K].
+- nvfp4-pack-quantized and mxfp4-pack-quantized: see `formats/fp4.py`.
+For int and float, `weight_scale` is one number, [N, 1], [N, G], or one number per block of rows and columns; mxfp8 has
+the exponents of powers of two. Every scale is a multiplier. Inputs with a static scale have `input_scale`, one number
+for each module.
 """
 
-import re
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from batchinfer.formats.cache_scales import LEFT_ASIDE, drop_scales_of_keys
+from batchinfer.formats.compressed_tensors_group import (
+    FLOAT,
+    INT,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    Group,
+    rank,
+    read_group,
+    read_targets,
+)
+from batchinfer.formats.fields import WHERE, refuse_unknown
+from batchinfer.formats.fp4 import mxfp4, nvfp4, powers_of_two
 from batchinfer.formats.matrix import (
     QuantizedMatrix,
     Tensors,
     checked_groups,
     checked_input_scale,
     checked_scale,
-    groups_of,
 )
 from batchinfer.formats.pack import unpack
 from batchinfer.kernels.float8_inputs import InputScales
 
-PACKED, INT, FLOAT = "pack-quantized", "int-quantized", "float-quantized"
-STRATEGIES = ("tensor", "channel", "group", "block")
+KNOWN = {"config_groups", "format", "ignore", "kv_cache_scheme", "sparsity_config", "transform_config"}
+OF_LIBRARY = {"quantization_status", "global_compression_ratio", "version", "run_compressed", "dequantize"}
 FOLDED = ("weight_input", "weight_output")
 """Places of a transform that is multiplied into the weights before they are stored; others act when a model runs."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the inputs of a group of modules are rounded to, and which of them share a scale."""
-
-    kind: str = "float"  # float | int8 | fp8
-    static: bool = False  # one scale for all, which the checkpoint has as `input_scale`
-    columns: int = 0  # columns of a row that share a scale; 0: all of them
-    of_batch: bool = False  # one scale for all rows of a batch
-
-
-@dataclass(frozen=True)
-class Group:
-    """One entry of `config_groups`: the settings of a group of modules."""
-
-    targets: tuple[str, ...]
-    format: str
-    bits: int
-    symmetric: bool
-    strategy: str
-    group_size: int
-    block: tuple[int, int]
-    inputs: Inputs
-
-    def scale_shape(self, module: str, shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return ((rows, columns) of the scales' tensor, (rows, columns) of the weight that share a scale)."""
-        n, k = shape
-        if self.strategy == "tensor":
-            return (1, 1), (n, k)
-        if self.strategy == "channel":
-            return (n, 1), (1, k)
-        if self.strategy == "group":
-            return (n, groups_of(k, self.group_size, module)), (1, self.group_size)
-        rows, columns = self.block
-        return (-(-n // rows), -(-k // columns)), self.block
 
 
 class CompressedTensors:
     """The format of a checkpoint, from its `quantization_config`. Raises `ValueError` for settings not supported."""
 
     def __init__(self, config: dict[str, Any]) -> None:
+        refuse_unknown(config, KNOWN | OF_LIBRARY)
         sparsity = config.get("sparsity_config")
         if sparsity and not (isinstance(sparsity, dict) and sparsity.get("format") == "dense"):
-            raise ValueError(
-                "config.json: quantization_config: sparsity_config is not supported; take a checkpoint without it"
-            )
+            raise ValueError(f"{WHERE}: sparsity_config is not supported; take a checkpoint without it")
         _refuse_transforms(config.get("transform_config"))
         self.scales_of_keys = _scales_of_keys(config.get("kv_cache_scheme"))
         groups = config.get("config_groups") or {}
         if not isinstance(groups, dict) or not (groups or self.scales_of_keys):
-            raise ValueError(f"config.json: quantization_config: config_groups is {groups!r}; expected named groups")
-        self.groups = [_group(name, raw, config.get("format")) for name, raw in groups.items()]
-        self.ignore = _names(config.get("ignore") or [], "ignore")
-        self.eight_bit_inputs = frozenset(g.inputs.kind for g in self.groups) - {"float"}
+            raise ValueError(f"{WHERE}: config_groups is {groups!r}; expected named groups")
+        self.groups = [read_group(name, raw, config.get("format")) for name, raw in groups.items()]
+        self.ignore = read_targets(config, "ignore")
+        self.eight_bit_inputs = frozenset(g.inputs.kind for g in self.groups) & {"int8", "fp8"}
+        self.for_cpu_alone = any(group.format in (NVFP4, MXFP4) for group in self.groups)
         kinds = sorted({f"{g.format} {g.bits} bits" for g in self.groups}) or ["no weights quantized"]
         self.name = "compressed-tensors, " + ", ".join(kinds)
         if any(group.inputs.of_batch for group in self.groups):
             self.name += ", its inputs' scale of a whole batch replaced by per-token scales"
         if self.scales_of_keys:
-            self.name += ", its kv_cache_scheme left aside"
+            self.name += LEFT_ASIDE
 
     def group(self, module: str) -> Group | None:
         """Return the settings of a module, or None if it is not quantized.
@@ -101,28 +78,39 @@ class CompressedTensors:
         A group that names the module has precedence over one with a matching pattern, and that over one that names the
         module's class.
         """
-        ranked = [(rank, group) for group in self.groups if (rank := _rank(module, group.targets)) is not None]
-        if not ranked or _rank(module, self.ignore) is not None:
+        ranked = [(found, group) for group in self.groups if (found := rank(module, group.targets)) is not None]
+        if not ranked or rank(module, self.ignore) is not None:
             return None
         return min(ranked, key=lambda entry: entry[0])[1]
 
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
         """Return the module's weight [N, K], or None if it is not quantized."""
         if self.scales_of_keys:
-            _drop_scales_of_keys(module, tensors)
+            drop_scales_of_keys(module, tensors)
         group = self.group(module)
         if group is None:
             return None
         kind = group.inputs.kind
-        inputs = InputScales(group.inputs.columns, _static_scale(module, tensors) if group.inputs.static else None)
+        if group.format == NVFP4:
+            return nvfp4(module, shape, tensors, kind)
+        if group.format == MXFP4:
+            return mxfp4(module, shape, tensors, kind)
+        static = None
+        if group.inputs.static:
+            tensors.drop(f"{module}.input_zero_point")
+            static = checked_input_scale(f"{module}.input_scale", tensors)
+        inputs = InputScales(group.inputs.columns, static)
         counts, block = group.scale_shape(module, shape)
         name = f"{module}.weight_scale"
         # A single scale for the tensor is stored as a scalar or as a vector of length 1.
         stored: tuple[int, ...] = counts
         if group.strategy == "tensor" and tensors.shape(name) in ((), (1,)):
             stored = tensors.shape(name)
-        scale = checked_scale(tensors.take(name, stored), name).view(counts)
-        if group.format == FLOAT:
+        if group.format == MXFP8:
+            scale = powers_of_two(name, counts, tensors)
+        else:
+            scale = checked_scale(tensors.take(name, stored), name).view(counts)
+        if group.format in (FLOAT, MXFP8):
             values = tensors.take(f"{module}.weight", shape, torch.float8_e4m3fn)
             return QuantizedMatrix(values, scale, block, 8, kind, inputs=inputs)
         zero_point = group_of = None
@@ -162,21 +150,6 @@ def _packed_zero_point(module: str, counts: tuple[int, int], bits: int, tensors:
     return _signed(unpack(words, bits, 0)[:n], bits).to(torch.int16)
 
 
-def _static_scale(module: str, tensors: Tensors) -> float:
-    name = f"{module}.input_scale"
-    tensors.drop(f"{module}.input_zero_point")
-    shape = tensors.shape(name)
-    return checked_input_scale(tensors.take(name, shape if shape == () else (1,)), name)
-
-
-def _drop_scales_of_keys(module: str, tensors: Tensors) -> None:
-    """Count the scales of keys and values as used, by the names of newer and of older files."""
-    tensors.drop(f"{module}.output_scale")
-    attention = module.rpartition(".")[0]
-    tensors.drop(f"{attention}.k_scale")
-    tensors.drop(f"{attention}.v_scale")
-
-
 def _in_range(values: Tensor, bits: int, name: str) -> Tensor:
     """Return the values. Raises `ValueError` if one of them does not fit into the bits that the config names."""
     most = (1 << (bits - 1)) - 1
@@ -193,60 +166,6 @@ def _signed(numbers: Tensor, bits: int) -> Tensor:
     return numbers.to(torch.int16).sub_(1 << (bits - 1)).to(torch.int8)
 
 
-def _group(name: str, raw: Any, format_of_all: Any) -> Group:
-    where = f"config.json: quantization_config: config_groups: {name}"
-    if not isinstance(raw, dict) or not isinstance(raw.get("weights"), dict):
-        raise ValueError(f"{where}: expected targets and weights")
-    weights, form = raw["weights"], raw.get("format") or format_of_all
-    bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
-    known = {PACKED: ("int", (4, 8)), INT: ("int", (4, 8)), FLOAT: ("float", (8,))}
-    if not isinstance(form, str) or form not in known:
-        raise ValueError(f"{where}: format is {form!r}; supported are {', '.join(known)}")
-    if kind != known[form][0] or bits not in known[form][1]:
-        raise ValueError(f"{where}: weights of {bits} bits and type {kind!r} in {form} are not supported")
-    if strategy is None:
-        strategy = "group" if weights.get("group_size") else "tensor"
-    if strategy not in STRATEGIES:
-        raise ValueError(f"{where}: strategy is {strategy!r}; supported are {', '.join(STRATEGIES)}")
-    if weights.get("dynamic"):
-        raise ValueError(f"{where}: weights with dynamic scales are not supported")
-    group_size = weights.get("group_size") or 0
-    if strategy == "group" and not (type(group_size) is int and group_size > 0):
-        raise ValueError(f"{where}: group_size is {group_size!r}; it must be a positive whole number")
-    block = weights.get("block_structure") or [1, 1]
-    if not (isinstance(block, list) and len(block) == 2 and all(type(b) is int and b > 0 for b in block)):
-        raise ValueError(f"{where}: block_structure is {block!r}; expected two positive whole numbers")
-    symmetric = bool(weights.get("symmetric", True))
-    if form == FLOAT and not symmetric:
-        raise ValueError(f"{where}: floating-point weights with a zero point are not supported")
-    return Group(
-        targets=_names(raw.get("targets") or [], f"config_groups: {name}: targets"),
-        format=form,
-        bits=bits,
-        symmetric=symmetric,
-        strategy=strategy,
-        group_size=group_size,
-        block=(block[0], block[1]),
-        inputs=_inputs(where, raw.get("input_activations")),
-    )
-
-
-def _inputs(where: str, raw: Any) -> Inputs:
-    if not raw:
-        return Inputs()
-    if not isinstance(raw, dict) or raw.get("num_bits") != 8 or raw.get("type", "int") not in ("int", "float"):
-        raise ValueError(f"{where}: input_activations is {raw!r}; supported are 8 bits, int or float")
-    columns, static = raw.get("group_size") or 0, not raw.get("dynamic", False)
-    if type(columns) is not int or columns < -1 or (raw.get("strategy") == "group" and columns < 1):
-        raise ValueError(f"{where}: input_activations: group_size is {columns!r}; it must be a positive whole number")
-    return Inputs(
-        kind="fp8" if raw.get("type") == "float" else "int8",
-        static=static,
-        columns=max(columns, 0),
-        of_batch=not static and not columns and raw.get("strategy") in (None, "tensor"),
-    )
-
-
 def _refuse_transforms(raw: Any) -> None:
     """Raise `ValueError` if a transform acts when the model runs. What is folded into the weights needs nothing."""
     groups = raw.get("config_groups") if isinstance(raw, dict) else None
@@ -257,7 +176,7 @@ def _refuse_transforms(raw: Any) -> None:
             isinstance(place, dict) and place.get("location") in FOLDED for place in places
         ):
             raise ValueError(
-                "config.json: quantization_config: transform_config has transforms that act when the model runs; "
+                f"{WHERE}: transform_config has transforms that act when the model runs; "
                 f"supported are those at {' and '.join(FOLDED)}, which are in the weights: take a checkpoint without "
                 "others"
             )
@@ -266,31 +185,5 @@ def _refuse_transforms(raw: Any) -> None:
 def _scales_of_keys(raw: Any) -> bool:
     """Return whether the checkpoint has scales of keys and values. They are not needed: see `kernels/kv_cache.py`."""
     if raw and not isinstance(raw, dict):
-        raise ValueError(f"config.json: quantization_config: kv_cache_scheme is {raw!r}; expected an object")
+        raise ValueError(f"{WHERE}: kv_cache_scheme is {raw!r}; expected an object")
     return bool(raw)
-
-
-def _names(raw: Any, field: str) -> tuple[str, ...]:
-    if not isinstance(raw, list) or not all(isinstance(name, str) for name in raw):
-        raise ValueError(f"config.json: quantization_config: {field} is {raw!r}; expected a list of names")
-    for name in raw:
-        if name.startswith("re:"):
-            try:
-                re.compile(name[3:])
-            except re.error as error:
-                raise ValueError(
-                    f"config.json: quantization_config: {field}: {name!r} is not a regular expression: {error}"
-                ) from None
-    return tuple(raw)
-
-
-def _rank(module: str, names: tuple[str, ...]) -> int | None:
-    """Rank how names refer to a module: 0 by its name, 1 by a pattern after "re:", 2 by its class, None not at all.
-
-    The class of every module here is Linear.
-    """
-    if module in names:
-        return 0
-    if any(name.startswith("re:") and re.match(name[3:], module) for name in names):
-        return 1
-    return 2 if "Linear" in names else None

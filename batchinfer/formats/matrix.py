@@ -9,6 +9,8 @@ from torch import Tensor
 from batchinfer.kernels.float8_inputs import PER_TOKEN, InputScales
 
 FP8_MOST = torch.finfo(torch.float8_e4m3fn).max
+UNROUNDED = ("nvfp4", "mxfp4", "mxfp8")
+"""Types of inputs that some checkpoints ask for, and to which no inputs are rounded: they stay in floating point."""
 
 
 class Tensors(Protocol):
@@ -38,21 +40,23 @@ class Tensors(Protocol):
 class QuantizedMatrix:
     """A matrix [N, K] that stands for `(values - zero_point) * scale`, with one scale per block of rows and columns.
 
-    Column k uses the scales of column k // block[1], or of column group_of[k] if `group_of` is given.
+    With a code book, values are places in it, and stand for the numbers there. Column k uses the scales of column
+    k // block[1], or of column group_of[k] if `group_of` is given.
     """
 
-    values: Tensor  # [N, K] int8 or float8_e4m3fn
+    values: Tensor  # [N, K] int8 or float8_e4m3fn; uint8 with a code book
     scale: Tensor  # [ceil(N / rows), ceil(K / columns)] float32
     block: tuple[int, int]  # rows and columns that share a scale
     bits: int
-    activations: str = "float"  # float | int8 | fp8: the type of input that the checkpoint was made for
+    activations: str = "float"  # the type of input that the checkpoint was made for: float | int8 | fp8 | `UNROUNDED`
     zero_point: Tensor | None = None  # int16, in the shape of scale
     group_of: Tensor | None = None  # [K] int64, the column of `scale` that each column of the matrix uses
     inputs: InputScales = PER_TOKEN  # the scales of inputs, if they are not floating point
+    code_book: Tensor | None = None  # float32 [16]
 
     def to(self, device: torch.device) -> "QuantizedMatrix":
         """Return the matrix on a device."""
-        tensors = {name: getattr(self, name) for name in ("values", "scale", "zero_point", "group_of")}
+        tensors = {name: getattr(self, name) for name in ("values", "scale", "zero_point", "group_of", "code_book")}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
     def __getitem__(self, rows: slice | Tensor) -> "QuantizedMatrix":
@@ -86,10 +90,10 @@ class QuantizedMatrix:
     def by_group(self, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """Return (scale, zero point), [N, K / size] each, with the first of `sizes` that divides the group size.
 
-        Returns None if there is no such size, or if the columns of a group are not neighbours.
+        Returns None if there is no such size, if the columns of a group are not neighbours, or with a code book.
         """
         size = next((size for size in sizes if self.block[1] % size == 0), None)
-        if size is None or self.group_of is not None or self.values.shape[1] % size:
+        if size is None or self.group_of is not None or self.code_book is not None or self.values.shape[1] % size:
             return None
         first = slice(None, None, size)
         zero_point = torch.zeros_like(self.scale) if self.zero_point is None else self.zero_point.float()
@@ -98,7 +102,7 @@ class QuantizedMatrix:
 
     def dequantize(self) -> Tensor:
         """Return the dequantized weights, float32 [N, K]."""
-        weight = self.values.float()
+        weight = self.values.float() if self.code_book is None else self.code_book[self.values.int()]
         if self.zero_point is not None:
             weight.sub_(self._spread(self.zero_point))
         return weight.mul_(self._spread(self.scale))
@@ -125,9 +129,14 @@ def checked_scale(scale: Tensor, name: str) -> Tensor:
     return scale
 
 
-def checked_input_scale(scale: Tensor, name: str) -> float:
+def one_number(name: str, tensors: Tensors) -> Tensor:
+    """Return a tensor of a single floating-point number, stored as a scalar or as a vector of length 1."""
+    return tensors.take(name, () if tensors.shape(name) == () else (1,))
+
+
+def checked_input_scale(name: str, tensors: Tensors) -> float:
     """Return the one scale of a module's inputs. Raises `ValueError` if it is not positive and finite."""
-    value = float(scale)
+    value = float(one_number(name, tensors))
     if not 0 < value < float("inf"):
         raise ValueError(f"tensor {name} is {value}; the scale of inputs must be positive: the checkpoint is damaged")
     return value

@@ -7,7 +7,10 @@ WORD = 32
 
 
 def unpack(words: Tensor, bits: int, dim: int) -> Tensor:
-    """Unpack int32 words to uint8 numbers: the size of `dim` grows by a factor of 32 / bits. `bits` must divide 8."""
+    """Unpack words (int32, or uint8) to uint8 numbers; `bits` must divide 8.
+
+    The size of `dim` grows by the numbers in a word.
+    """
     # The machine is little-endian, so the order of a word's bytes is the order of its numbers.
     octets = words.movedim(dim, -1).clone(memory_format=torch.contiguous_format).view(torch.uint8)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8)

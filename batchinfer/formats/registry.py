@@ -1,10 +1,13 @@
 """Choosing a checkpoint's format by its `quantization_config`. It is never guessed from tensor names."""
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
+from batchinfer.formats.auto_round import AutoRound
 from batchinfer.formats.awq import AWQ
+from batchinfer.formats.bitsandbytes import BitsAndBytes
 from batchinfer.formats.compressed_tensors import CompressedTensors
-from batchinfer.formats.fp8 import BlockFP8
+from batchinfer.formats.fp8 import FP8
 from batchinfer.formats.gptq import GPTQ
 from batchinfer.formats.matrix import QuantizedMatrix, Tensors
 
@@ -14,17 +17,20 @@ class Format(Protocol):
 
     name: str  # for the report
     eight_bit_inputs: frozenset[str]  # types of 8-bit inputs (int8, fp8) that the weights were made for
+    for_cpu_alone: bool  # whether no kernel of a GPU multiplies the weights, which a CPU expands at load
 
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
         """Return the module's weight [N, K], or None if it is not quantized. Raises `ValueError` if it is damaged."""
         ...
 
 
-_FORMATS: dict[str, type[CompressedTensors] | type[GPTQ] | type[AWQ] | type[BlockFP8]] = {
+_FORMATS: dict[str, Callable[[dict[str, Any]], Format]] = {
     "compressed-tensors": CompressedTensors,
     "gptq": GPTQ,
     "awq": AWQ,
-    "fp8": BlockFP8,
+    "auto-round": AutoRound,
+    "fp8": FP8,
+    "bitsandbytes": BitsAndBytes,
 }
 
 
@@ -39,3 +45,12 @@ def checkpoint_format(config: Any) -> Format:
             "another checkpoint of the model, or its floating-point one and --quantization w8a8-int8"
         )
     return _FORMATS[method](config)
+
+
+def refuse_on_gpu(form: Format | None) -> None:
+    """Raise `ValueError` if a checkpoint's format runs on a CPU alone."""
+    if form is not None and form.for_cpu_alone:
+        raise ValueError(
+            f"quantization: the checkpoint is {form.name}, for which there is no kernel on a GPU yet: take an FP8, "
+            "AWQ, GPTQ or pack-quantized checkpoint of the model, or --device cpu"
+        )

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from batchinfer.formats.matrix import QuantizedMatrix
+from batchinfer.formats.matrix import UNROUNDED, QuantizedMatrix
 from batchinfer.formats.scheme import QuantScheme
 from batchinfer.kernels.backend import Product
 from batchinfer.kernels.float8_inputs import PER_TOKEN, Float8InputProduct, InputScales
@@ -18,6 +18,7 @@ class InputRounding:
         self.scheme = scheme
         self.eight_bits = False  # whether a product takes 8-bit rows
         self._by_token = self._to_float8 = self._left = False
+        self._unrounded: set[str] = set()
 
     def in_eight_bits(self, weight: Tensor | QuantizedMatrix) -> None:
         """Record a matrix whose product takes 8-bit rows, which have a scale each."""
@@ -27,6 +28,9 @@ class InputRounding:
     def scales(self, weight: Tensor | QuantizedMatrix) -> InputScales | None:
         """Return how inputs are rounded for a matrix in a floating-point product; None: they are not."""
         if not isinstance(weight, QuantizedMatrix) or weight.activations == "float":
+            return None
+        if weight.activations in UNROUNDED:
+            self._unrounded.add(weight.activations)
             return None
         if self.scheme.name != "auto" or weight.activations != "fp8":
             self._left = True
@@ -46,6 +50,8 @@ class InputRounding:
             words += "; its scales of inputs are replaced by per-token scales"
         if self._to_float8:
             words += "; inputs of floating-point products are rounded to float8_e4m3fn, as it asks"
+        if self._unrounded:
+            words += f"; inputs are left in floating point, though it asks for {', '.join(sorted(self._unrounded))}"
         if self._left:
             words += f"; inputs are left in floating point: --quantization {self.scheme.name}"
         return words

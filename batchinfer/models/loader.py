@@ -194,7 +194,13 @@ def _rounded(weight: Tensor | QuantizedMatrix, kind: str) -> tuple[Tensor, Tenso
 
 
 def _four_bits(weight: Tensor | QuantizedMatrix) -> bool:
-    return isinstance(weight, QuantizedMatrix) and weight.bits == 4 and weight.activations == "float"
+    """Return whether the weight is of whole numbers of 4 bits, for floating-point inputs."""
+    return (
+        isinstance(weight, QuantizedMatrix)
+        and weight.bits == 4
+        and weight.code_book is None
+        and weight.activations == "float"
+    )
 
 
 def _stacked(weights: list[Tensor | QuantizedMatrix]) -> tuple[Tensor, Tensor, Tensor] | None:

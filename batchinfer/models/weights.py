@@ -172,6 +172,7 @@ def refuse_not_finite(tensor: Tensor, name: str) -> None:
 
 NOISE = 0.02  # standard deviation of random weights
 QUANTIZED_NOISE = 4.6  # standard deviation of uniform integers from -8 to 7
+EXPONENT = -8  # of scales that are powers of two: near NOISE / QUANTIZED_NOISE
 
 
 class RandomWeights:
@@ -207,11 +208,18 @@ class RandomWeights:
             return torch.ones(shape, dtype=self.dtype, device=self.device)
         if name.endswith("weight_shape"):
             return torch.tensor(self._asked)
-        if name.endswith("scale"):
+        if name.endswith("scale") and torch.uint8 in dtypes:  # exponents of powers of two
+            return torch.full(shape, 127 + EXPONENT, dtype=torch.uint8, device=self.device)
+        if name.endswith("global_scale"):
+            return torch.ones(shape, device=self.device)
+        if name.endswith(("scale", "scale_inv")):
             return torch.full(shape, NOISE / QUANTIZED_NOISE, device=self.device)
         if torch.int32 in dtypes:  # packed numbers: every int32 is a valid word
             words = torch.empty(shape, dtype=torch.int32, device=self.device)
             return words.random_(-(1 << 31), 1 << 31, generator=self.generator)
+        if torch.uint8 in dtypes:
+            octets = torch.empty(shape, dtype=torch.uint8, device=self.device)
+            return octets.random_(0, 1 << 8, generator=self.generator)
         noise = torch.empty(shape, device=self.device)
         if dtypes:  # numbers of 4 bits, which every type holds
             return noise.random_(-8, 8, generator=self.generator).to(dtypes[0])

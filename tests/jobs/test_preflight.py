@@ -1,14 +1,18 @@
 """What is chosen once for a job is the same in each of its shards, and in the plan of each."""
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from measured_devices import SHAPE
+from quantized_models import FORMATS
 from stub_jobs import STUB, make_model, prompts, spec, write
 
 from batchinfer.engine.config import FEW_ROWS
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.errors import Refused
 from batchinfer.jobs.job import run
 from batchinfer.jobs.outlook import plan
 from batchinfer.jobs.preflight import preflight
@@ -53,3 +57,18 @@ def test_the_plan_of_a_shard_is_of_the_job_that_the_shard_began(tmp_path: Path, 
         shard = spec(model, path, shard=(i, 2), output=sharded(tmp_path / "out.parquet", i, 2))
         run(shard, STUB)
         assert plan(shard).rows_done == 4 + i
+
+
+def test_a_checkpoint_without_a_kernel_for_a_gpu_is_refused_before_the_job(tmp_path: Path) -> None:
+    """Before a GPU is asked for, so that this runs where there is none."""
+    model = make_model(tmp_path, **SHAPE)
+    path = write(tmp_path / "in.parquet", prompt=prompts(1))
+    raw = json.loads((model / "config.json").read_text())
+    for form in ("nvfp4", "fp8-tensor"):
+        (model / "config.json").write_text(json.dumps({**raw, "quantization_config": FORMATS[form][0]}))
+        preflight(spec(model, path, device="cpu"))
+        if form == "nvfp4":
+            with pytest.raises(Refused, match="nvfp4-pack-quantized 4 bits, for which there is no kernel on a GPU yet"):
+                preflight(spec(model, path, device="cuda"))
+        else:
+            preflight(spec(model, path, device="cuda"))

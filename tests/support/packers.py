@@ -1,5 +1,7 @@
 """Packers of checkpoint formats that handle one number at a time, from the formats' definitions alone."""
 
+import json
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -47,6 +49,30 @@ def awq_tensors(q: np.ndarray, z: np.ndarray, scales: np.ndarray) -> dict[str, T
         "qzeros": int32([packed(column.tolist()) for column in z.T]),
         "scales": torch.from_numpy(scales.T.copy()),
     }
+
+
+def bitsandbytes_tensors(
+    places: np.ndarray,
+    absmax: Tensor,
+    book: Tensor,
+    block: int,
+    nested: tuple[Tensor, Tensor, int, float] | None = None,
+) -> dict[str, Tensor]:
+    """Places [N, K] in a code book, 4 bits each, and the scale of each `block` of them.
+
+    `nested` has the code book of 256 scales, the largest scale of each so many (the third), and what is to be added;
+    then `absmax` are places in that code book.
+    """
+    row = places.flatten().tolist()
+    state = {"quant_type": "nf4", "blocksize": block, "dtype": "float32", "shape": list(places.shape)}
+    tensors = {"weight.absmax": absmax, "weight.quant_map": book.clone()}
+    if nested is not None:
+        tensors |= {"weight.nested_quant_map": nested[0], "weight.nested_absmax": nested[1]}
+        state |= {"nested_blocksize": nested[2], "nested_dtype": "float32", "nested_offset": nested[3]}
+    octets = [16 * row[i] + row[i + 1] for i in range(0, len(row), 2)]
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    weight = torch.tensor(octets, dtype=torch.uint8)[:, None]
+    return {"weight": weight, "weight.quant_state.bitsandbytes__nf4": text, **tensors}
 
 
 def one_by_one(q: np.ndarray, z: np.ndarray, scales: np.ndarray, group_of: list[int]) -> Tensor:

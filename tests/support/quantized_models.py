@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationScheme
-from packers import awq_tensors, gptq_tensors
+from compressed_tensors.compressors.format import infer_module_format
+from compressed_tensors.compressors.nvfp4 import unpack_fp4_from_uint8
+from compressed_tensors.quantization import QuantizationScheme, preset_name_to_scheme
+from compressed_tensors.quantization.lifecycle.forward import dequantize
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from compressed_tensors.quantization.utils.mxfp_utils import maybe_convert_from_mx_exp
+from packers import awq_tensors, bitsandbytes_tensors, gptq_tensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,9 +39,54 @@ def gptq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     return gptq_tensors(q, z, scales, [k // GROUP for k in range(weight.shape[1])], 4, "gptq"), back
 
 
+def gptq_8_bits(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """8 bits, symmetric, a scale a row."""
+    scales = (weight.float().abs().amax(-1, keepdim=True) / 127).half()
+    q = (weight.float() / scales).round().clamp(-128, 127)
+    stored = gptq_tensors(
+        (q + 128).long().numpy(), np.full(scales.shape, 128), scales.numpy(), [0] * q.shape[1], 8, "gptq"
+    )
+    return stored, q * scales.float()
+
+
 def awq(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     q, z, scales, back = grouped(weight)
     return awq_tensors(q, z, scales), back
+
+
+NF4 = torch.special.ndtri(torch.linspace(0.03, 0.97, 16)) / torch.special.ndtri(torch.tensor(0.97))
+"""Quantiles of the normal distribution, near those of NF4; a file has its own."""
+
+
+def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[dict[str, Tensor], Tensor]:
+    """As bitsandbytes stores NF4: blocks of numbers, row after row, with scales that are quantized too."""
+    flat = weight.float().flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    absmax, nested = blocks.abs().amax(-1), None
+    stored = absmax
+    if double:
+        book, offset = torch.linspace(-1, 1, 256), float(absmax.mean())
+        many = torch.nn.functional.pad(absmax - offset, (0, -len(absmax) % 256)).view(-1, 256)
+        largest = many.abs().amax(-1)
+        stored = _nearest(book, many / largest[:, None]).flatten()[: len(absmax)].to(torch.uint8)
+        absmax = book[stored.long()] * largest.repeat_interleave(256)[: len(absmax)] + offset
+        nested = (book, largest, 256, offset)
+    places = _nearest(NF4, blocks / absmax[:, None])
+    back = (NF4[places] * absmax[:, None]).flatten()[: len(flat)].view(weight.shape)
+    places = places.flatten()[: len(flat)].view(weight.shape)
+    return bitsandbytes_tensors(places.numpy(), stored, NF4, block, nested), back
+
+
+def _nearest(book: Tensor, numbers: Tensor) -> Tensor:
+    return (numbers[..., None] - book).abs().argmin(-1)
+
+
+def int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """As bitsandbytes stores the weights of LLM.int8()."""
+    largest = weight.float().abs().amax(-1)
+    q = (weight.float() * 127 / largest[:, None]).round()
+    stored = {"weight": q.to(torch.int8), "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return stored, q * (largest[:, None] / 127)
 
 
 def signed_scales(weight: Tensor, group: int) -> Tensor:
@@ -79,6 +129,14 @@ def library(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None, s
     return write
 
 
+def fp8_tensor(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """One scale a tensor, and one of its inputs, as in Ministral 3."""
+    scale = weight.float().abs().max() / 448
+    values = (weight.float() / scale).to(torch.float8_e4m3fn)
+    stored = {"weight": values, "weight_scale_inv": scale, "activation_scale": torch.tensor(STATIC)}
+    return stored, values.float() * scale
+
+
 def compressed(
     form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None, signed: bool = False
 ) -> tuple[dict[str, Any], Writer]:
@@ -87,6 +145,35 @@ def compressed(
     return {**config, "ignore": ["lm_head"], "quantization_status": "compressed"}, library(
         form, weights, inputs, signed
     )
+
+
+def fp4(preset: str) -> tuple[dict[str, Any], Writer]:
+    """NVFP4 or MXFP4 by the compressed-tensors library, scales from the extremes of groups, as its observers find them.
+
+    NVFP4 rounds inputs too, and has a scale for that.
+    """
+    scheme = preset_name_to_scheme(preset, ["Linear"])
+    form = infer_module_format(torch.nn.Linear, scheme).value
+    compressor, args = BaseCompressor.get_value_from_registry(form), scheme.weights
+
+    def write(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        low, high = weight.float().unflatten(1, (-1, args.group_size)).aminmax(dim=-1)
+        state = {"weight": weight.float()}
+        if args.strategy == "tensor_group":
+            state["weight_global_scale"] = generate_gparam(low.min(), high.max()).view(1)
+        scale, _ = calculate_qparams(low, high, args, state.get("weight_global_scale"))
+        stored = compressor.compress({**state, "weight_scale": maybe_convert_from_mx_exp(args, scale)}, scheme)
+        if scheme.input_activations is not None and scheme.input_activations.dynamic == "local":
+            stored["input_global_scale"] = torch.tensor([100.0])
+        # The library's own way from the file to weights, which it takes in bfloat16.
+        numbers = unpack_fp4_from_uint8(stored["weight_packed"], *weight.shape, torch.float32)
+        parts = {"scale": compressor._decompress_scale(stored["weight_scale"], torch.float32), "args": args}
+        parts |= {"global_scale": stored.get("weight_global_scale"), "dtype": torch.float32}
+        return stored, dequantize(numbers, **parts)
+
+    config = {"quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"]}
+    group = {**scheme.model_dump(mode="json"), "format": form}
+    return {**config, "config_groups": {"group_0": group}, "quantization_status": "compressed"}, write
 
 
 STATIC = 0.02  # numbers beyond 9 become 9: some inputs of a tiny model with loud weights are
@@ -108,25 +195,45 @@ FORMATS: dict[str, tuple[dict[str, Any], Writer]] = {
         {"num_bits": 8, "type": "float", "strategy": "tensor"},
         {**DYNAMIC, "type": "float", "strategy": "tensor", "dynamic": False},
     ),
+    "fp8-tensor": (
+        {
+            "quant_method": "fp8",
+            "weight_block_size": None,
+            "activation_scheme": "static",
+            "modules_to_not_convert": ["model.vision_tower", "lm_head"],
+        },
+        fp8_tensor,
+    ),
     "fp8-block": compressed(
         "float-quantized",
         {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [GROUP, GROUP]},
         {**DYNAMIC, "type": "float", "strategy": "group", "group_size": GROUP},
     ),
+    "nf4": ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, nf4),
+    "bitsandbytes-int8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, int8),
+    "nvfp4": fp4("NVFP4"),
+    "mxfp4": fp4("MXFP4A16"),
     "w4afp8": compressed(
         "int-quantized", {"num_bits": 4, "strategy": "group", "group_size": GROUP}, {**DYNAMIC, "type": "float"}
     ),
 }
 
 
-def checkpoints(model: Path, folder: Path, config: dict[str, Any], write: Writer) -> tuple[Path, Path]:
-    """(quantized, the same weights in float32) beside each other in `folder`."""
+def checkpoints(
+    model: Path, folder: Path, config: dict[str, Any], write: Writer, others: dict[str, Writer | None] | None = None
+) -> tuple[Path, Path]:
+    """(quantized, the same weights in float32) beside each other in `folder`.
+
+    `others` are the writers of some projections by name; None: they stay in floating point.
+    """
     quantized, plain = folder / "quantized", folder / "plain"
     stored: dict[str, Tensor] = {}
     stands_for: dict[str, Tensor] = {}
     for name, tensor in load_file(model / "model.safetensors").items():
-        if name.endswith("_proj.weight"):
-            parts, back = write(tensor)
+        projection = name.split(".")[-2]
+        writer = (others or {}).get(projection, write) if projection.endswith("_proj") else None
+        if writer is not None and name.endswith(".weight"):
+            parts, back = writer(tensor)
             stored |= {f"{name.removesuffix('weight')}{part}": value.contiguous() for part, value in parts.items()}
         else:  # a scale a channel: held just as it is stored
             stored[name] = back = tensor

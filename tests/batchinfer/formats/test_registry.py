@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -12,52 +13,12 @@ from compressed_tensors.compressors.format import infer_module_format
 from compressed_tensors.quantization import QuantizationScheme
 from compressed_tensors.transform import TransformConfig
 from packers import awq_tensors, gptq_tensors, int32, one_by_one, words_of
+from stored import GROUP, K, N, Stored, check, read
 from torch import Tensor
-from torch.nn import functional as F
-from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.registry import checkpoint_format
 from batchinfer.kernels.float8_inputs import InputScales
-
-N, K, GROUP = 24, 96, 32
-
-
-class Stored(dict[str, Tensor]):
-    """A checkpoint's tensors, and which of them were used."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__({f"m.{name}": tensor for name, tensor in tensors.items()})
-        self.used: set[str] = set()
-
-    def has(self, name: str) -> bool:
-        return name in self
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self[name].shape)
-
-    def drop(self, name: str) -> None:
-        self.used.add(name)
-
-    def take(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-        if name not in self:
-            raise ValueError(f"the checkpoint has no tensor {name}")
-        if tuple(self[name].shape) != shape or (
-            self[name].dtype not in dtypes if dtypes else not self[name].is_floating_point()
-        ):
-            raise ValueError(
-                f"tensor {name} is {self[name].dtype} {tuple(self[name].shape)}; expected {dtypes} {shape}"
-            )
-        self.used.add(name)
-        return self[name].clone()
-
-
-def read(config: dict[str, Any], tensors: dict[str, Tensor], shape: tuple[int, int] = (N, K)) -> QuantizedMatrix:
-    stored = Stored(tensors)
-    matrix = checkpoint_format(config).matrix("m", shape, stored)
-    assert matrix is not None
-    assert stored.used >= stored.keys()
-    return matrix
 
 
 def drawn(bits: int, groups: int, symmetric: bool, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -67,13 +28,6 @@ def drawn(bits: int, groups: int, symmetric: bool, seed: int = 0) -> tuple[np.nd
     z = np.full((N, groups), 1 << (bits - 1)) if symmetric else rng.integers(0, 1 << bits, (N, groups))
     scales = rng.uniform(0.5, 2.0, (N, groups)) * rng.choice([-1, 1], (N, groups))
     return q, z, scales.astype(np.float16)
-
-
-def check(matrix: QuantizedMatrix, expected: Tensor) -> None:
-    """The weights, and the layer's output in float32."""
-    torch.testing.assert_close(matrix.dequantize().double(), expected, rtol=1e-6, atol=0)
-    x = torch.randn(5, expected.shape[1])
-    torch.testing.assert_close(F.linear(x, matrix.dequantize()), F.linear(x, expected.float()), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -140,16 +94,37 @@ def test_block_fp8(name: str) -> None:
     check(read(config, {"weight": weight, name: scale}), expected)
 
 
-@pytest.mark.parametrize("name", ["down_proj", "mlp", "model.layers.1", "model.layers.11.mlp.down_proj", "layers"])
-def test_the_modules_that_fp8_leaves_out_are_those_of_transformers(name: str) -> None:
-    modules = [f"model.layers.{i}.{m}" for i in (1, 11) for m in ("mlp.down_proj", "mlp.up_proj", "self_attn.q_proj")]
-    form = checkpoint_format({"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": [name]})
-    for module in modules:
-        stored = Stored({})
-        stored[f"{module}.weight"] = torch.zeros(N, K).to(torch.float8_e4m3fn)
-        stored[f"{module}.weight_scale_inv"] = torch.ones(1, 1)
-        converted = form.matrix(module, (N, K), stored) is not None
-        assert converted == should_convert_module(module, [name])
+@pytest.mark.parametrize("names", [("weight_scale_inv", "activation_scale"), ("weight_scale", "input_scale")])
+@pytest.mark.parametrize("static", [True, False])
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_fp8_with_a_scale_a_tensor(names: tuple[str, str], static: bool, shape: tuple[int, ...]) -> None:
+    """Ministral 3 has these names, and scalars; AutoFP8 has the others. The weight is that which transformers makes."""
+    weight = torch.randn(N, K).to(torch.float8_e4m3fn)
+    tensors = {"weight": weight, names[0]: torch.full(shape, -0.3)}
+    config = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static" if static else "dynamic"}
+    if static:
+        tensors[names[1]] = torch.full(shape, 0.25)
+    matrix = read(config, tensors)
+    library = Fp8Dequantize(None).convert({"weight": weight, "weight_scale_inv": torch.tensor(-0.3)})
+    assert matrix.dequantize().equal(library["weight"])
+    assert matrix.inputs == (InputScales(static=0.25) if static else InputScales())
+    assert matrix.activations == "fp8" and matrix.by_channel(torch.float8_e4m3fn) is not None
+    if static:
+        for scale in (0.0, -0.25, math.inf):
+            with pytest.raises(ValueError, match=rf"tensor m\.{names[1]} is .*; the scale of inputs must be positive"):
+                read(config, tensors | {names[1]: torch.full(shape, scale)})
+    with pytest.raises(ValueError, match=f"m.{names[0]}"):
+        read(config, tensors | {names[0]: torch.ones(2)})
+
+
+def test_an_fp8_head_is_quantized_where_no_name_leaves_it_out_and_the_file_has_its_scale() -> None:
+    stored = Stored({})
+    stored["lm_head.weight"] = torch.ones(N, K).to(torch.float8_e4m3fn)
+    given = {"quant_method": "fp8", "modules_to_not_convert": ["gate"]}
+    assert checkpoint_format(given).matrix("lm_head", (N, K), stored) is None
+    stored["lm_head.weight_scale_inv"] = torch.ones(())
+    assert checkpoint_format(given).matrix("lm_head", (N, K), stored) is not None
+    assert checkpoint_format({"quant_method": "fp8"}).matrix("lm_head", (N, K), stored) is None
 
 
 def compressed(form: str, weights: dict[str, Any], inputs: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -259,11 +234,21 @@ def test_a_scale_of_a_whole_batch_is_replaced_and_named() -> None:
     assert checkpoint_format(config).name.endswith("its inputs' scale of a whole batch replaced by per-token scales")
 
 
-@pytest.mark.parametrize("names", [["k_scale", "v_scale"], ["k_proj.output_scale", "v_proj.output_scale"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["k_scale", "v_scale"],
+        ["kv_scale"],
+        ["k_proj.output_scale", "v_proj.output_scale"],
+        ["k_proj.k_scale", "v_proj.v_scale"],
+    ],
+)
 def test_scales_of_keys_and_values_are_left_aside_and_named(names: list[str]) -> None:
     scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
-    for groups in ({}, PACK4["config_groups"]):
-        form = checkpoint_format({**PACK4, "config_groups": groups, "ignore": ["re:.*"], "kv_cache_scheme": scheme})
+    pack = {**PACK4, "ignore": ["re:.*"], "kv_cache_scheme": scheme}
+    fp8 = {"quant_method": "fp8", "ignored_layers": ["m"], "kv_cache_scheme": "static"}
+    for config in (pack, {**pack, "config_groups": {}}, fp8):
+        form = checkpoint_format(config)
         stored = Stored({})
         for module in ("k_proj", "v_proj"):
             assert form.matrix(f"m.{module}", (N, K), stored) is None
@@ -324,16 +309,25 @@ PACK4 = compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes'; supported are compressed-tensors"),
+        ({"quant_method": "hqq"}, "quant_method is 'hqq'; supported are compressed-tensors"),
         ([], "quantization_config is a list"),
         ({**GPTQ4, "bits": 3}, "bits is 3; GPTQ is read with 4 or 8 bits"),
         ({**GPTQ4, "bits": "four"}, "bits is 'four'; it must be a whole number"),
         ({**GPTQ4, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
-        ({**GPTQ4, "dynamic": {"-:.*": {}}}, "dynamic"),
-        ({**AWQ4, "version": "gemv"}, "version is 'gemv'; AWQ is read in its gemm layout"),
+        ({**GPTQ4, "dynamic": ["-:.*"]}, "dynamic is ['-:.*']; expected an object of objects"),
+        ({**GPTQ4, "dynamic": {"+:(": {}}}, "dynamic: '+:(' is not a regular expression"),
+        ({**GPTQ4, "dynamic": {".*": {"bits": 2}}}, "dynamic: .*: bits is 2; GPTQ is read with 4 or 8 bits"),
+        ({**GPTQ4, "dynamic": {".*": {"adapter": "a"}}}, "dynamic: .*: not supported: adapter"),
+        ({**GPTQ4, "modules_in_block_to_quantize": "q_proj"}, "modules_in_block_to_quantize is 'q_proj'"),
+        ({**GPTQ4, "pack_dtype": "int8"}, "pack_dtype is 'int8'; supported: int32"),
+        ({**AWQ4, "version": "gemv"}, "version is 'gemv'; supported: gemm"),
         ({**AWQ4, "bits": 8}, "bits is 8; AWQ is read with 4 bits"),
-        ({"quant_method": "fp8", "weight_block_size": None}, "weight_block_size is None"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size is 128; expected two whole numbers"),
         ({"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"}, "activation_scheme"),
+        ({"quant_method": "fp8", "activation_scheme": "token"}, "activation_scheme is 'token'; supported: dynamic"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fmt is 'e5m2'; supported: e4m3"),
+        ({"quant_method": "fp8", "scale_fmt": "ue8m0"}, "scale_fmt is 'ue8m0'; supported: float"),
+        ({"quant_method": "fp8", "modules_to_convert": ["embed"]}, "not supported: modules_to_convert"),
         ({**PACK4, "format": "marlin-24"}, "format is 'marlin-24'; supported are pack-quantized"),
         ({**PACK4, "config_groups": {}}, "config_groups is {}"),
         ({**PACK4, "transform_config": {"a": 1}}, "transform_config has transforms that act when the model runs"),
@@ -345,7 +339,7 @@ PACK4 = compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(config: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+    with pytest.raises(ValueError, match=re.escape(message)):
         checkpoint_format(config)
 
 
@@ -386,3 +380,26 @@ def test_a_group_size_that_does_not_divide_is_refused() -> None:
         read({**GPTQ4, "group_size": 36}, plain_gptq())
     with pytest.raises(ValueError, match="m: a matrix of 20 x 96 cannot be packed as 4-bit numbers"):
         read(GPTQ4, plain_gptq(), (20, K))
+
+
+def test_autoawq_leaves_out_more_modules_than_transformers_and_the_file_decides() -> None:
+    """AutoAWQ finds a name anywhere in a module's."""
+    form = checkpoint_format({**AWQ4, "modules_to_not_convert": ["gate"]})
+    q, z, scales = drawn(4, K // GROUP, symmetric=False)
+    stored = Stored(awq_tensors(q, z, scales))
+    for module in ("mlp.gate", "mlp.gate_proj", "lm_head"):
+        assert form.matrix(module, (N, K), stored) is None
+    for name in ("qweight", "qzeros", "scales"):
+        stored[f"mlp.gate_proj.{name}"] = stored[f"m.{name}"]
+    assert form.matrix("mlp.gate_proj", (N, K), stored) is not None
+
+
+@pytest.mark.parametrize("config", [AWQ4, {**GPTQ4, "bits": 8}])
+def test_fields_that_are_not_known_are_refused_by_name(config: dict[str, Any]) -> None:
+    told = {"damp_percent": 0.01, "meta": {"quantizer": ["gptqmodel:7.7.0"]}, "rotation": None, "activation": {}}
+    told |= {"data_type": "int", "to_quant_block_names": "model.layers", "provider": "auto-round", "amp": False}
+    assert checkpoint_format({**config, **told}).name == checkpoint_format(config).name
+    with pytest.raises(ValueError, match="data_type is 'nv_fp'; supported: int"):
+        checkpoint_format({**config, "data_type": "nv_fp"})
+    with pytest.raises(ValueError, match="not supported: rotation; take another"):
+        checkpoint_format({**config, "rotation": "hadamard"})

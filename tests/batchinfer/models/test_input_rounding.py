@@ -67,21 +67,33 @@ def test_static_scales_of_int8_inputs_are_replaced_and_named(make_model: Callabl
     ]
 
 
-def test_block_fp8_rounds_inputs_by_the_columns_of_a_block(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """transformers multiplies them in a kernel for GPUs alone; compressed-tensors has the same blocks on a CPU."""
-    other, _ = checkpoints(make_model("llama"), tmp_path, *FORMATS["fp8-block"])
-    block = shutil.copytree(other, tmp_path / "block")
+@pytest.mark.parametrize(
+    ("form", "settings", "name"),
+    [
+        ("fp8-block", {"weight_block_size": [GROUP, GROUP]}, "block FP8"),
+        ("fp8-static", {"weight_block_size": None, "activation_scheme": "static"}, "FP8 with a scale a tensor"),
+    ],
+)
+def test_fp8_of_hugging_face_rounds_inputs_as_compressed_tensors_does(
+    make_model: Callable[..., Path], tmp_path: Path, form: str, settings: dict[str, Any], name: str
+) -> None:
+    """transformers multiplies them in kernels for GPUs alone; compressed-tensors has the same numbers on a CPU."""
+    other, _ = checkpoints(make_model("llama"), tmp_path, *FORMATS[form])
+    ours = shutil.copytree(other, tmp_path / "ours")
     stored = load_file(other / "model.safetensors")
-    renamed = {name.replace("weight_scale", "weight_scale_inv"): tensor for name, tensor in stored.items()}
-    save_file(renamed, block / "model.safetensors", {"format": "pt"})
+    renamed = {
+        name.replace("weight_scale", "weight_scale_inv").replace("input_scale", "activation_scale"): tensor
+        for name, tensor in stored.items()
+    }
+    save_file(renamed, ours / "model.safetensors", {"format": "pt"})
     raw = json.loads((other / "config.json").read_text())
-    raw["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [GROUP, GROUP]}
-    (block / "config.json").write_text(json.dumps(raw))
+    raw["quantization_config"] = {"quant_method": "fp8", **settings}
+    (ours / "config.json").write_text(json.dumps(raw))
     requests = Requests.of(prompts_of(16, 100), SamplingParams(max_tokens=16, ignore_eos=True))
-    engine = engine_of(block)
+    engine = engine_of(ours)
     expected = tokens(engine_of(other), requests)
-    assert tokens(engine, requests) == expected != tokens(engine_of(block, quantization="none"), requests)
-    assert engine.stats().notes[0].startswith("the checkpoint is block FP8: its matrices are expanded to float32")
+    assert tokens(engine, requests) == expected != tokens(engine_of(ours, quantization="none"), requests)
+    assert engine.stats().notes[0].startswith(f"the checkpoint is {name}: its matrices are expanded to float32")
 
 
 @pytest.mark.parametrize(
@@ -89,6 +101,7 @@ def test_block_fp8_rounds_inputs_by_the_columns_of_a_block(make_model: Callable[
     [
         ("fp8", ": 8-bit products", "linear_w8a8 (fp8)"),
         ("fp8-static", ": 8-bit products; its scales of inputs are replaced by per-token scales", "linear_w8a8 (fp8)"),
+        ("fp8-tensor", ": 8-bit products; its scales of inputs are replaced by per-token scales", "linear_w8a8 (fp8)"),
         ("fp8-block", "expanded to float32 at load; inputs of floating-point products are rounded to float8", "linear"),
         ("w4afp8", "expanded to float32 at load; inputs of floating-point products are rounded to float8", "linear"),
     ],

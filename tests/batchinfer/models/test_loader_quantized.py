@@ -13,13 +13,15 @@ import pytest
 import torch
 import transformers
 from engines import compare_logits, engine_of, prompts_of, tokens
-from quantized_models import FORMATS, checkpoints
+from quantized_models import FORMATS, GROUP, checkpoints, gptq_8_bits
 from repository import STDLIB
 from safetensors.torch import load_file, save_file
 
 from batchinfer.engine.config import FEW_ROWS
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.formats.matrix import QuantizedMatrix
+from batchinfer.formats.registry import checkpoint_format
 from batchinfer.jobs.job import run
 from batchinfer.jobs.merge_shards import merge_shards
 from batchinfer.jobs.quantize import CalibrationRows, quantize
@@ -27,9 +29,13 @@ from batchinfer.jobs.spec import JobSpec, sharded
 from batchinfer.kernels.linear import Linear
 from batchinfer.kernels.linear_w4a16 import LinearW4A16
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
+from batchinfer.models.weights import RandomWeights
+
+EXPANDED = ["fp8-tensor", "nvfp4", "mxfp4", "nf4", "bitsandbytes-int8"]
+"""Formats whose matrices are expanded at load, whatever the family and the settings."""
 
 
-@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("form", [form for form in FORMATS if form not in EXPANDED])
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_greedy_text_is_that_of_the_weights_it_stands_for(
     make_model: Callable[..., Path], tmp_path: Path, form: str, family: str
@@ -59,6 +65,64 @@ def test_logits_are_those_that_transformers_computes(
     ).eval()
     for ours, expected in compare_logits(engine_of(quantized), oracle, prompts_of(8, 100)):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", EXPANDED)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_logits_are_those_of_transformers_with_the_weights_it_stands_for(
+    make_model: Callable[..., Path], tmp_path: Path, form: str, family: str
+) -> None:
+    quantized, plain = checkpoints(make_model(family), tmp_path, *FORMATS[form])
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    engine = engine_of(quantized, quantization="none" if "fp8" in form else "auto")
+    for ours, expected in compare_logits(engine, oracle, prompts_of(8, 100)):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    asked = "; inputs are left in floating point, though it asks for nvfp4" if form == "nvfp4" else ""
+    if "fp4" in form:
+        assert engine.stats().notes[0].endswith(f"its matrices are expanded to float32 at load{asked}")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {
+            **FORMATS["gptq"][0],
+            "dynamic": {r"-:.*\.o_proj": {}, r"+:.*down_proj": {"bits": 8, "group_size": -1, "sym": True}},
+        },
+        {
+            "quant_method": "auto-round",
+            "packing_format": "auto_round:auto_gptq",
+            "bits": 4,
+            "group_size": GROUP,
+            "sym": False,
+            "extra_config": {"o_proj": {"bits": 16}, ".*down_proj": {"bits": 8, "group_size": -1, "sym": True}},
+        },
+    ],
+)
+def test_modules_may_have_settings_of_their_own(
+    make_model: Callable[..., Path], tmp_path: Path, config: dict[str, Any]
+) -> None:
+    others = {"down_proj": gptq_8_bits, "o_proj": None}
+    quantized, plain = checkpoints(make_model("qwen2"), tmp_path, config, FORMATS["gptq"][1], others)
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    for ours, expected in compare_logits(engine_of(quantized), oracle, prompts_of(8, 100)):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_of_4_bits_in_floating_point_are_refused_where_kernels_are_a_gpus(
+    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized, _ = checkpoints(make_model("llama"), tmp_path, *FORMATS["mxfp4"])
+    monkeypatch.setenv("BATCHINFER_KERNELS", "triton")
+    with pytest.raises(ValueError, match="mxfp4-pack-quantized 4 bits, for which there is no kernel on a GPU yet"):
+        engine_of(quantized)
+
+
+@pytest.mark.parametrize("form", ["nvfp4", "mxfp4", "fp8-tensor"])
+def test_random_weights_are_of_usual_size(form: str) -> None:
+    weights = RandomWeights(torch.float32, torch.device("cpu"), checkpoint_format(FORMATS[form][0]))
+    weight = weights.matrix("m", (64, 96))
+    assert isinstance(weight, QuantizedMatrix) and 0.005 < weight.dequantize().std() < 0.05
 
 
 def test_scales_of_keys_and_values_and_a_folded_transform_change_nothing(
