@@ -6,7 +6,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from batchinfer.formats.gguf_file import GGUFFile
+from batchinfer.formats.gguf_parts import GGUFParts
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
@@ -34,7 +34,7 @@ _ENDS = {
 _REMEDY = "give the original tokenizer with --tokenizer"
 
 
-def tokenizer_files(file: GGUFFile) -> dict[str, Any]:
+def tokenizer_files(file: GGUFParts) -> dict[str, Any]:
     """Return tokenizer.json and tokenizer_config.json as objects.
 
     Raises `ValueError` naming what is damaged or not supported.
@@ -47,7 +47,7 @@ def tokenizer_files(file: GGUFFile) -> dict[str, Any]:
         raise ValueError(f"{file.path}: its tokenizer is damaged ({str(error)[:100]!a}); {_REMEDY}") from error
 
 
-def end_of_text_ids(file: GGUFFile) -> list[int]:
+def end_of_text_ids(file: GGUFParts) -> list[int]:
     """Return the ids of the tokens that end a text, a turn or a message: those the file names, and those of `_ENDS`."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     ids = {file.metadata[key] for key in keys if isinstance(file.metadata.get(key), int)}
@@ -64,7 +64,7 @@ def _ends(tokens: list[str]) -> list[int]:
     return list(found.values())
 
 
-def _files(file: GGUFFile) -> dict[str, Any]:
+def _files(file: GGUFParts) -> dict[str, Any]:
     tokens = _column(file, "tokens", list)
     kinds = file.metadata.get("tokenizer.ggml.token_type")
     kinds = [_NORMAL] * len(tokens) if kinds is None else list(map(int, kinds))
@@ -101,7 +101,7 @@ def _files(file: GGUFFile) -> dict[str, Any]:
     return {"tokenizer.json": json.loads(made.to_str()), "tokenizer_config.json": config}
 
 
-def _byte_level(file: GGUFFile, tokens: list[str]) -> tokenizers.Tokenizer:
+def _byte_level(file: GGUFParts, tokens: list[str]) -> tokenizers.Tokenizer:
     merges = [tuple(merge.split(" ", 1)) for merge in _column(file, "merges", list)]
     name = file.metadata.get("tokenizer.ggml.pre")
     if name is None:  # llama.cpp warns, and cuts in the default way, in which no model was trained
@@ -121,7 +121,7 @@ def _byte_level(file: GGUFFile, tokens: list[str]) -> tokenizers.Tokenizer:
     return made
 
 
-def _sentencepiece(file: GGUFFile, tokens: list[str], kinds: list[int]) -> tokenizers.Tokenizer:
+def _sentencepiece(file: GGUFParts, tokens: list[str], kinds: list[int]) -> tokenizers.Tokenizer:
     """Make a SentencePiece BPE tokenizer.
 
     A GGUF file has no merges, so they are derived: one for every pair of tokens that together are a token, ordered by
@@ -160,7 +160,7 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], kinds: list[int]) -> token
     return made
 
 
-def _column(file: GGUFFile, name: str, kind: type) -> Any:
+def _column(file: GGUFParts, name: str, kind: type) -> Any:
     value = file.metadata.get(f"tokenizer.ggml.{name}")
     if value is None or not isinstance(value, kind):
         raise ValueError(f"{file.path} has no tokenizer.ggml.{name}; {_REMEDY}")

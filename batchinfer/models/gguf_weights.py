@@ -1,11 +1,11 @@
-"""Reading weights from a GGUF file by their Hugging Face names."""
+"""Reading weights from GGUF files by their Hugging Face names."""
 
 from pathlib import Path
 
 from torch import Tensor
 
-from batchinfer.formats.gguf_file import GGUFFile
 from batchinfer.formats.gguf_numbers import dequantize
+from batchinfer.formats.gguf_parts import GGUFParts
 from batchinfer.host.files import Checksums
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.layer import Matrix, Norm
@@ -13,11 +13,11 @@ from batchinfer.models.weights import refuse_not_finite
 
 
 class GGUFWeights:
-    """A `WeightSource` over a GGUF file: every tensor is dequantized when it is read."""
+    """A `WeightSource` over a model's GGUF files, in order: every tensor is dequantized when it is read."""
 
-    def __init__(self, path: Path, model: ModelConfig) -> None:
-        self.file = GGUFFile(path)
-        self.checksums = Checksums([path])
+    def __init__(self, files: list[Path], model: ModelConfig) -> None:
+        self.file = GGUFParts(files)
+        self.checksums = Checksums(files)
         self.stored = stored_modules(model)
         # Llama's GGUF files order the rows of q and k so that rotary embedding pairs neighbours; here it pairs halves.
         interleaved = self.file.metadata.get("general.architecture") == "llama"

@@ -69,11 +69,14 @@ NAMES = {
 }  # fmt: skip
 
 
-def write_model(path: Path, model: Path, kind: str, pre: str = "gpt-2", **divisors: np.ndarray) -> None:
-    """A checkpoint of transformers as the format's own converter lays it out."""
+def write_model(
+    path: Path, model: Path, kind: str, pre: str = "gpt-2", tensors_a_file: int = 0, **divisors: np.ndarray
+) -> None:
+    """A checkpoint of transformers as the format's own converter lays it out; in one file unless told otherwise."""
     config = json.loads((model / "config.json").read_text())
     family = config["model_type"]
-    writer = gguf.GGUFWriter(path, "llama" if family == "mistral" else family)
+    architecture = "llama" if family == "mistral" else family
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_file)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])

@@ -318,23 +318,6 @@ def test_what_is_not_supported_is_refused_by_name_and_at_once(tmp_path: Path) ->
     assert not (tmp_path / "unpacked").exists()
 
 
-def test_one_of_several_files_names_the_others(tmp_path: Path) -> None:
-    path = write_refused(tmp_path / "m-00002-of-00005.gguf", "llama", "gpt-2", split_count=5, split_no=1)
-    others = "m-00001-of-00005.gguf, m-00003-of-00005.gguf, m-00004-of-00005.gguf and 1 more"
-    for name in (path.name, "m-00002-of-00005.gguf"):
-        with pytest.raises(
-            ValueError, match=rf"{name} is one of 5 files of a model, with {others}; .*llama-gguf-split"
-        ):
-            unpack_gguf(path, tmp_path / "unpacked")
-        write_refused(path, "llama", "gpt-2")
-    renamed = write_refused(tmp_path / "m.gguf", "llama", "gpt-2", split_count=2)
-    with pytest.raises(ValueError, match="is one of 2 files of a model, with its other files; only a whole file"):
-        unpack_gguf(renamed, tmp_path / "unpacked")
-    whole = write_refused(tmp_path / "m-00001-of-00001.gguf", "llama", "gpt-2", split_count=1)
-    with pytest.raises(ValueError, match="type TQ1_0"):
-        unpack_gguf(whole, tmp_path / "unpacked")
-
-
 @pytest.mark.parametrize("more", [(), ("<|return|>", "<|call|>")], ids=["", "harmony"])
 def test_the_end_of_a_turn_is_known_by_its_text(tmp_path: Path, more: tuple[str, ...]) -> None:
     """The file names only the end of the text, and has the others as ordinary tokens."""
