@@ -10,7 +10,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 from engines import compare_logits, engine_of, prompts_of
@@ -112,30 +111,6 @@ def test_byte_level_tokenizers_come_out_as_they_went_in(tmp_path: Path, pre: str
     assert unpacked.eos_ids == (1,)
     chat, _, errors = unpacked.encode_chats([[{"role": "user", "content": "Hello"}]])
     assert not errors and chat[0] == 0 and chat[-1] == 1
-
-
-RECORDED = json.loads((Path(__file__).parent / "llama_cpp_ids.json").read_text())
-
-
-@pytest.mark.parametrize("pre", sorted(RECORDED["ids"]))
-def test_words_are_cut_as_llama_cpp_cuts_them(tmp_path: Path, pre: str) -> None:
-    """The ids are those that llama.cpp v0.5.0 (in node-llama-cpp 3.22.1) printed for these texts.
-
-    The vocabulary was trained on text that was not cut into words, so that every cut shows in the ids.
-    """
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(RECORDED["vocab"], [tuple(pair) for pair in RECORDED["merges"]]))
-    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
-    add_byte_level(writer, made, pre)
-    ids, offsets = unpack_tokenizer(writer, tmp_path).encode_batch(RECORDED["texts"])
-    for i, expected in enumerate(RECORDED["ids"][pre]):
-        assert ids[offsets[i] : offsets[i + 1]].tolist() == expected
-
-
-def test_a_file_that_does_not_say_how_text_is_cut_is_refused(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
-    add_byte_level(writer, byte_level("gpt-2"), None)
-    with pytest.raises(ValueError, match=r"no tokenizer.ggml.pre, .* unknown; give the original tokenizer"):
-        unpack_tokenizer(writer, tmp_path)
 
 
 @pytest.mark.parametrize(
