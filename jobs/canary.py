@@ -15,7 +15,7 @@ import numpy as np
 from batchinfer.engine.config import EngineConfig, Speculation
 from batchinfer.engine.request import Requests
 from batchinfer.errors import Interrupted, Refused, UsageError
-from batchinfer.formats.gguf_file import GGUFFile
+from batchinfer.formats.gguf_parts import GGUFParts
 from batchinfer.jobs.log import printable, say
 from batchinfer.jobs.process.interruption import Interruption
 from batchinfer.jobs.process.messages import Fault, Found
@@ -26,7 +26,7 @@ from batchinfer.jobs.rows.windows import Prompts
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.table import Table
 from batchinfer.kernels.ragged import offsets_of
-from batchinfer.models.gguf_folder import WEIGHTS
+from batchinfer.models.gguf_folder import weight_files
 from batchinfer.models.hub import read_config, resolve_model
 from batchinfer.text.stop import printed_answers
 from batchinfer.text.tokenizer import Tokenizer
@@ -100,8 +100,8 @@ def reference_config(spec: JobSpec, config: EngineConfig) -> EngineConfig:
 
 
 def _is_quantized(model: Path) -> bool:
-    if (model / WEIGHTS).exists():
-        return bool({tensor.type for tensor in GGUFFile(model / WEIGHTS).tensors.values()} - UNQUANTIZED)
+    if files := weight_files(model):
+        return bool({tensor.type for tensor in GGUFParts(files).tensors.values()} - UNQUANTIZED)
     return bool(read_config(model).get("quantization_config"))
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.tables.table import Table
-from batchinfer.models.gguf_folder import WEIGHTS
+from batchinfer.models.gguf_folder import weight_files
 from batchinfer.models.hub import resolve_model
 from batchinfer.text.tokenizer import Tokenizer
 
@@ -147,7 +147,7 @@ def evaluate(
 
 
 def _scheme(quantization: str, config: "ModelConfig", folder: Path) -> str:
-    stored = "GGUF" if (folder / WEIGHTS).exists() else config.dtype if config.form is None else config.form.name
+    stored = "GGUF" if weight_files(folder) else config.dtype if config.form is None else config.form.name
     return stored if quantization == "auto" else f"{quantization} from {stored}"
 
 

@@ -25,7 +25,7 @@ from batchinfer.jobs.tables.ids import check_ids
 from batchinfer.jobs.tables.table import Table
 from batchinfer.jobs.template_date import known_moment, moment_of_prompts, notes_about, now
 from batchinfer.models.config import ModelConfig, read_model_config, read_shape
-from batchinfer.models.gguf_folder import WEIGHTS
+from batchinfer.models.gguf_folder import weight_files
 from batchinfer.models.hub import TOKENIZER_FILES, resolve_model
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.tokenizer import Tokenizer
@@ -88,7 +88,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
 def _refuse_on_gpu(model: Path) -> None:
     from batchinfer.formats.registry import refuse_on_gpu  # late: it loads torch
 
-    if not (model / WEIGHTS).exists():
+    if not weight_files(model):
         refuse_on_gpu(read_model_config(model).form)
 
 

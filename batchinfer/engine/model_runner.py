@@ -26,9 +26,9 @@ from batchinfer.kernels.kv_cache import KV_DTYPES
 from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
 from batchinfer.kernels.rows import Rows
-from batchinfer.models import gguf_folder
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
+from batchinfer.models.gguf_folder import weight_files
 from batchinfer.models.gguf_weights import GGUFWeights
 from batchinfer.models.loader import load_decoder
 from batchinfer.models.weights import RandomWeights, SafetensorsWeights, WeightSource, with_stored_head
@@ -190,8 +190,8 @@ class ModelRunner:
 def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> WeightSource:
     if config.random_weights:
         return RandomWeights(dtype, device, model.form)
-    if (config.model / gguf_folder.WEIGHTS).exists():
-        return GGUFWeights(config.model / gguf_folder.WEIGHTS, model)
+    if files := weight_files(config.model):
+        return GGUFWeights(files, model)
     return SafetensorsWeights(config.model, model.form, model.wrapped)
 
 

@@ -24,13 +24,15 @@ _BOOL, _STRING, _ARRAY = 7, 8, 9
 
 # By the type's number in the file: name, elements per block, bytes per block.
 TYPES = {
-    0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 8: ("Q8_0", 32, 34),
-    12: ("Q4_K", 256, 144), 14: ("Q6_K", 256, 210),
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24), 8: ("Q8_0", 32, 34), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144), 13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 20: ("IQ4_NL", 32, 18),
+    23: ("IQ4_XS", 256, 136), 39: ("MXFP4", 32, 17),
 }  # fmt: skip
 _OTHERS = {
-    3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 15: "Q8_K", 16: "IQ2_XXS",
-    17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M",
-    34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S",
+    24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+    34: "TQ1_0", 35: "TQ2_0", 40: "NVFP4", 41: "Q1_0",
 }  # fmt: skip
 
 
@@ -87,8 +89,8 @@ class GGUFFile:
                 self.unsupported.setdefault(_OTHERS.get(kind, f"number {kind}"), []).append(_short(name))
 
     def read(self, tensor: StoredTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Return a copy of a tensor's bytes."""
-        return np.frombuffer(self._bytes, np.uint8, tensor.nbytes, tensor.start).copy()
+        """Return a tensor's bytes, mapped from the file."""
+        return np.frombuffer(self._bytes, np.uint8, tensor.nbytes, tensor.start)
 
     def _located(
         self, name: str, kind: int, shape: tuple[int, ...], base: int, offset: int, alignment: int
@@ -114,7 +116,7 @@ class GGUFFile:
         if not 1 <= dimensions <= 4:
             raise ValueError(f"{self.path}: tensor {_short(name)} has {dimensions} dimensions")
         shape = struct.unpack(f"<{dimensions}Q", self._take(8 * dimensions))
-        if not 0 < math.prod(shape) <= 8 * self.size:  # types have at most two elements per byte
+        if not 0 < math.prod(shape) <= 8 * self.size:  # no type has more elements in a byte
             raise ValueError(
                 f"{self.path}: tensor {_short(name)} of {list(shape)} cannot be in a file of {self.size} bytes"
             )

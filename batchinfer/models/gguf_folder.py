@@ -1,21 +1,20 @@
-"""Making a checkpoint folder in the Hugging Face layout from a GGUF file: config, tokenizer, and a link to the file.
+"""Making a checkpoint folder in the Hugging Face layout from a GGUF model: config, tokenizer, and links to its files.
 
 All code that reads checkpoints can then read the folder. This module does not import torch, because the parent process
 of a job imports it.
 """
 
 import json
-import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from batchinfer.formats.gguf_file import TYPES, GGUFFile
+from batchinfer.formats.gguf_file import TYPES
+from batchinfer.formats.gguf_parts import GGUFParts, part_files, part_names
 from batchinfer.models.gguf_tokenizer import end_of_text_ids, tokenizer_files
 
-WEIGHTS = "model.gguf"
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-FAMILIES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_WEIGHTS = "model.gguf"
+FAMILIES = {"gemma3": "gemma3_text", "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 # Entries that llama.cpp reads and that change the result, each with the one value that is supported.
 _FIXED = {
     "attention.causal": True, "rope.scale_linear": 1.0, "rope.scaling.attn_factor": 1.0,
@@ -24,14 +23,21 @@ _FIXED = {
 }  # fmt: skip
 
 
-def unpack_gguf(path: Path, folder: Path, tokenizer: bool = True) -> None:
-    """Write config.json, generation_config.json, the tokenizer's files and a link to the GGUF file to `folder`.
+def weight_files(folder: Path) -> list[Path]:
+    """Return the GGUF files in a checkpoint's folder, in the order of their parts: none if it has other weights."""
+    if (folder / _WEIGHTS).exists():
+        return [folder / _WEIGHTS]
+    return sorted(folder.glob("model-?????-of-?????.gguf"))
 
-    Without `tokenizer`, the file's tokenizer is not read. Raises `ValueError` for a file that is damaged, or naming all
-    that is not supported.
+
+def unpack_gguf(path: Path, folder: Path, tokenizer: bool = True) -> None:
+    """Write config.json, generation_config.json, the tokenizer's files and links to the GGUF files to `folder`.
+
+    `path` is the model's file, or any of its files. Without `tokenizer`, its tokenizer is not read. Raises `ValueError`
+    for a file that is damaged, or naming all that is not supported or missing.
     """
-    file = GGUFFile(path)
-    _refuse_part(file)
+    paths = part_files(path)
+    file = GGUFParts(paths)
     architecture = _architecture(file)
     refusals, files = [], {}
     try:
@@ -46,34 +52,19 @@ def unpack_gguf(path: Path, folder: Path, tokenizer: bool = True) -> None:
     _refuse_other_models(file, architecture, files["config.json"])
     eos_ids = end_of_text_ids(file)
     files["generation_config.json"] = {"eos_token_id": eos_ids} if eos_ids else {}
+    links = [_WEIGHTS] if len(paths) == 1 else part_names(f"model-00001-of-{len(paths):05}.gguf")
     folder.mkdir(parents=True, exist_ok=True)
     # Each file is moved there by a rename, because another job may be reading the same folder.
     with TemporaryDirectory(dir=folder) as scratch:
         for name, value in files.items():
             (Path(scratch) / name).write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-        (Path(scratch) / WEIGHTS).symlink_to(path.resolve())
-        for name in (*files, WEIGHTS):
+        for name, target in zip(links, paths, strict=True):
+            (Path(scratch) / name).symlink_to(target.resolve())
+        for name in (*files, *links):
             (Path(scratch) / name).replace(folder / name)
 
 
-def _refuse_part(file: GGUFFile) -> None:
-    """Raise `ValueError` if the model is in several files, by the file's own entry or by its name."""
-    name = _PART.fullmatch(file.path.name)
-    count = file.metadata.get("split.count") or (int(name["count"]) if name else 1)
-    if type(count) is not int or count < 2:
-        return
-    others = "its other files"
-    if name is not None:
-        numbers = [i for i in range(1, count + 1) if i != int(name["number"])]
-        others = ", ".join(f"{name['stem']}-{i:05}-of-{count:05}.gguf" for i in numbers[:3])
-        others += f" and {len(numbers) - 3} more" if len(numbers) > 3 else ""
-    raise ValueError(
-        f"{file.path} is one of {count} files of a model, with {others}; only a whole file is supported: join them by "
-        "llama.cpp's `llama-gguf-split --merge FIRST OUT`, or take a file of the model that is not split"
-    )
-
-
-def _architecture(file: GGUFFile) -> str:
+def _architecture(file: GGUFParts) -> str:
     architecture: str = _entry(file, "general.architecture", str)
     if architecture not in FAMILIES:
         raise ValueError(
@@ -83,7 +74,7 @@ def _architecture(file: GGUFFile) -> str:
     return architecture
 
 
-def _types(file: GGUFFile) -> str:
+def _types(file: GGUFParts) -> str:
     """Say which tensors are of types that are not supported."""
     found = [
         f"{len(names)} tensor{'s' if len(names) > 1 else ''} of type {kind} ({names[0]}{', ...' if names[1:] else ''})"
@@ -93,7 +84,7 @@ def _types(file: GGUFFile) -> str:
     return f"{file.path} has {', '.join(found)}; supported are {supported}: take another quantization of the model"
 
 
-def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
+def _config(file: GGUFParts, architecture: str) -> dict[str, Any]:
     tensors = file.tensors
     for name in ("token_embd.weight", "blk.0.ffn_gate.weight"):
         if name not in tensors:
@@ -125,10 +116,31 @@ def _config(file: GGUFFile, architecture: str) -> dict[str, Any]:
         config["head_dim"] = number("attention.key_length")
     if config["model_type"] == "mistral":
         config["sliding_window"] = window
-    return config
+    return config | _gemma3(file, config, window) if architecture == "gemma3" else config
 
 
-def _refuse_other_models(file: GGUFFile, architecture: str, config: dict[str, Any]) -> None:
+def _gemma3(file: GGUFParts, config: dict[str, Any], window: Any) -> dict[str, Any]:
+    """Return what config.json says of Gemma 3 beyond other families, and a file leaves to the architecture's name."""
+    pattern = file.metadata.get("gemma3.attention.sliding_window_pattern", 6)
+    if type(pattern) is not int:
+        raise ValueError(
+            f"{file.path}: gemma3.attention.sliding_window_pattern is {_shown(pattern)}; expected a number"
+        )
+    local = file.metadata.get("gemma3.rope.freq_base_swa", 10000.0)
+    of_27b = config["num_hidden_layers"] == 62  # the one size whose queries are scaled by other than their head's size
+    scalar = config["hidden_size"] // config["num_attention_heads"] if of_27b else config["head_dim"]
+    return {
+        "sliding_window": window,
+        "sliding_window_pattern": pattern,
+        "query_pre_attn_scalar": scalar,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+            "full_attention": config["rope_parameters"],
+        },
+    }
+
+
+def _refuse_other_models(file: GGUFParts, architecture: str, config: dict[str, Any]) -> None:
     """Raise `ValueError` for an entry that asks for another computation than that of `config`."""
     head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
     sizes = {"attention.value_length": head_dim, "rope.dimension_count": head_dim}
@@ -141,9 +153,9 @@ def _refuse_other_models(file: GGUFFile, architecture: str, config: dict[str, An
             )
 
 
-def _rope(file: GGUFFile, architecture: str, number: Any) -> dict[str, Any]:
+def _rope(file: GGUFParts, architecture: str, number: Any) -> dict[str, Any]:
     """Return `rope_parameters`. GGUF files hold Llama 3.1's scaling as a tensor of divisors, others as entries."""
-    theta = number("rope.freq_base", 10000.0)
+    theta = number("rope.freq_base", 1e6 if architecture == "gemma3" else 10000.0)
     if "rope_freqs.weight" in file.tensors:
         stored = file.tensors["rope_freqs.weight"]
         if stored.type != "F32":
@@ -159,7 +171,7 @@ def _rope(file: GGUFFile, architecture: str, number: Any) -> dict[str, Any]:
     return rope
 
 
-def _entry(file: GGUFFile, key: str, kind: type) -> Any:
+def _entry(file: GGUFParts, key: str, kind: type) -> Any:
     value = file.metadata.get(key)
     if not isinstance(value, kind):
         raise ValueError(f"{file.path}: {key} is {_shown(value)}; expected a {kind.__name__}")

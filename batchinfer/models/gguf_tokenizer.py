@@ -6,35 +6,23 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from batchinfer.formats.gguf_file import GGUFFile
+from batchinfer.formats.gguf_parts import GGUFParts
+from batchinfer.models.gguf_words import WORDS
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
-# Regular expressions that split text before byte-pair merging, by the name in the GGUF file. Each splits what the one
-# before left whole. They are those of llama.cpp (src/llama-vocab.cpp) and of the models' own tokenizer.json.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_PATTERNS = {
-    "llama-bpe": (_WORDS % "{1,3}",),
-    "qwen2": (_WORDS % "",),
-    "gpt-2": (_GPT2_WORDS,),
-    "smollm": (r"\p{N}", _GPT2_WORDS),
-    "default": (r"[\p{P}$+<=>^~|]+", _GPT2_WORDS, r"\p{N}+", r"[0-9]{3}"),
-}
-_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 # Tokens at which llama.cpp ends an answer by their text (llama_vocab::impl::load in src/llama-vocab.cpp of
 # ggml-org/llama.cpp), whatever the file says of them; without the tokens of code infilling, which end no answer.
 _ENDS = {
     "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
     "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>",
-    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>", "<\uff5cend▁of▁sentence\uff5c>",
+    "[e~[",
 }  # fmt: skip
 _REMEDY = "give the original tokenizer with --tokenizer"
 
 
-def tokenizer_files(file: GGUFFile) -> dict[str, Any]:
+def tokenizer_files(file: GGUFParts) -> dict[str, Any]:
     """Return tokenizer.json and tokenizer_config.json as objects.
 
     Raises `ValueError` naming what is damaged or not supported.
@@ -47,7 +35,7 @@ def tokenizer_files(file: GGUFFile) -> dict[str, Any]:
         raise ValueError(f"{file.path}: its tokenizer is damaged ({str(error)[:100]!a}); {_REMEDY}") from error
 
 
-def end_of_text_ids(file: GGUFFile) -> list[int]:
+def end_of_text_ids(file: GGUFParts) -> list[int]:
     """Return the ids of the tokens that end a text, a turn or a message: those the file names, and those of `_ENDS`."""
     keys = [f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom")]
     ids = {file.metadata[key] for key in keys if isinstance(file.metadata.get(key), int)}
@@ -64,7 +52,7 @@ def _ends(tokens: list[str]) -> list[int]:
     return list(found.values())
 
 
-def _files(file: GGUFFile) -> dict[str, Any]:
+def _files(file: GGUFParts) -> dict[str, Any]:
     tokens = _column(file, "tokens", list)
     kinds = file.metadata.get("tokenizer.ggml.token_type")
     kinds = [_NORMAL] * len(tokens) if kinds is None else list(map(int, kinds))
@@ -77,9 +65,12 @@ def _files(file: GGUFFile) -> dict[str, Any]:
         made = _byte_level(file, tokens)
     elif kind == "llama":
         made = _sentencepiece(file, tokens, kinds)
+    elif kind == "gemma4":
+        made = _characters(tokens, kinds, _merges(file), prefix=False)
+        made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^\n]+|\n+"), "isolated")
     else:
         raise ValueError(
-            f"{file.path}: tokenizer.ggml.model is {str(kind)[:50]!a}; supported are gpt2 and llama: {_REMEDY}"
+            f"{file.path}: tokenizer.ggml.model is {str(kind)[:50]!a}; supported are gpt2, llama and gemma4: {_REMEDY}"
         )
     made.add_special_tokens(
         [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, kinds, strict=True) if k == _CONTROL]
@@ -90,8 +81,7 @@ def _files(file: GGUFFile) -> dict[str, Any]:
         index = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
         if isinstance(index, int) and index < len(tokens):
             config[{"unknown": "unk", "padding": "pad"}.get(name, name) + "_token"] = tokens[index]
-    adds_bos = file.metadata.get("tokenizer.ggml.add_bos_token", kind == "llama")
-    if adds_bos and "bos_token" in config:
+    if _adds_bos(file) and "bos_token" in config:
         bos = config["bos_token"]
         made.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
@@ -101,27 +91,36 @@ def _files(file: GGUFFile) -> dict[str, Any]:
     return {"tokenizer.json": json.loads(made.to_str()), "tokenizer_config.json": config}
 
 
-def _byte_level(file: GGUFFile, tokens: list[str]) -> tokenizers.Tokenizer:
-    merges = [tuple(merge.split(" ", 1)) for merge in _column(file, "merges", list)]
+def _adds_bos(file: GGUFParts) -> bool:
+    """Return whether the beginning of a text is marked, by the file's entry or as llama.cpp does without one."""
+    kind = file.metadata.get("tokenizer.ggml.model")
+    words = WORDS.get(str(file.metadata.get("tokenizer.ggml.pre")))
+    default = kind == "llama" or (words is not None and words.adds_bos)
+    return kind == "gemma4" or bool(file.metadata.get("tokenizer.ggml.add_bos_token", default))
+
+
+def _byte_level(file: GGUFParts, tokens: list[str]) -> tokenizers.Tokenizer:
     name = file.metadata.get("tokenizer.ggml.pre")
     if name is None:  # llama.cpp warns, and cuts in the default way, in which no model was trained
         raise ValueError(f"{file.path} has no tokenizer.ggml.pre, so how its text is cut is unknown; {_REMEDY}")
-    name = _ALIASES.get(name, name)
+    words = WORDS.get(str(name))
+    if words is None:
+        raise ValueError(
+            f"{file.path}: tokenizer.ggml.pre is {str(name)[:50]!a}; supported are {', '.join(WORDS)}: {_REMEDY}"
+        )
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    made = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=name == "llama-bpe"))
-    if name not in _PATTERNS:
-        known = ", ".join([*_PATTERNS, *_ALIASES])
-        raise ValueError(f"{file.path}: tokenizer.ggml.pre is {str(name)[:50]!a}; supported are {known}: {_REMEDY}")
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _PATTERNS[name]]
-    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.pre_tokenizer = pre_tokenizers.Sequence([*cuts, whole])
-    if name == "qwen2":
+    made = tokenizers.Tokenizer(models.BPE(vocabulary, _merges(file), ignore_merges=words.whole))
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in words.cuts]
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    if words.composes:
         made.normalizer = normalizers.NFC()
     made.decoder = decoders.ByteLevel()
     return made
 
 
-def _sentencepiece(file: GGUFFile, tokens: list[str], kinds: list[int]) -> tokenizers.Tokenizer:
+def _sentencepiece(file: GGUFParts, tokens: list[str], kinds: list[int]) -> tokenizers.Tokenizer:
     """Make a SentencePiece BPE tokenizer.
 
     A GGUF file has no merges, so they are derived: one for every pair of tokens that together are a token, ordered by
@@ -140,17 +139,22 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], kinds: list[int]) -> token
         inside.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
         ranked += [(-scores[i], -len(left), -len(right), left, right) for left, right in inside]
     ranked.sort(key=lambda entry: entry[:3])
-    unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN), None)
-    made = tokenizers.Tokenizer(
-        models.BPE(
-            vocabulary,
-            [(left, right) for *_, left, right in ranked],
-            unk_token=unknown,
-            fuse_unk=True,
-            byte_fallback=_BYTE in kinds,
-        )
-    )
     prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
+    return _characters(tokens, kinds, [(left, right) for *_, left, right in ranked], prefix)
+
+
+def _characters(
+    tokens: list[str], kinds: list[int], merges: list[tuple[str, str]], prefix: bool
+) -> tokenizers.Tokenizer:
+    """Make a tokenizer that merges characters, with ▁ for a space and bytes for characters that are no tokens.
+
+    With `prefix`, a space goes before a text.
+    """
+    unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN), None)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    made = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=_BYTE in kinds)
+    )
     steps = [normalizers.Prepend("▁")] if prefix else []
     made.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     made.decoder = decoders.Sequence(
@@ -160,7 +164,12 @@ def _sentencepiece(file: GGUFFile, tokens: list[str], kinds: list[int]) -> token
     return made
 
 
-def _column(file: GGUFFile, name: str, kind: type) -> Any:
+def _merges(file: GGUFParts) -> list[tuple[str, str]]:
+    pairs = [merge.partition(" ") for merge in _column(file, "merges", list)]
+    return [(left, right) for left, _, right in pairs]
+
+
+def _column(file: GGUFParts, name: str, kind: type) -> Any:
     value = file.metadata.get(f"tokenizer.ggml.{name}")
     if value is None or not isinstance(value, kind):
         raise ValueError(f"{file.path} has no tokenizer.ggml.{name}; {_REMEDY}")

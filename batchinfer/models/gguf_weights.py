@@ -1,11 +1,11 @@
-"""Reading weights from a GGUF file by their Hugging Face names."""
+"""Reading weights from GGUF files by their Hugging Face names."""
 
 from pathlib import Path
 
 from torch import Tensor
 
-from batchinfer.formats.gguf_file import GGUFFile
 from batchinfer.formats.gguf_numbers import dequantize
+from batchinfer.formats.gguf_parts import GGUFParts
 from batchinfer.host.files import Checksums
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.layer import Matrix, Norm
@@ -13,15 +13,17 @@ from batchinfer.models.weights import refuse_not_finite
 
 
 class GGUFWeights:
-    """A `WeightSource` over a GGUF file: every tensor is dequantized when it is read."""
+    """A `WeightSource` over a model's GGUF files, in order: every tensor is dequantized when it is read."""
 
-    def __init__(self, path: Path, model: ModelConfig) -> None:
-        self.file = GGUFFile(path)
-        self.checksums = Checksums([path])
+    def __init__(self, files: list[Path], model: ModelConfig) -> None:
+        self.file = GGUFParts(files)
+        self.checksums = Checksums(files)
         self.stored = stored_modules(model)
         # Llama's GGUF files order the rows of q and k so that rotary embedding pairs neighbours; here it pairs halves.
         interleaved = self.file.metadata.get("general.architecture") == "llama"
         self.interleaved = _rotated(model) if interleaved else {}
+        # GGUF files hold whole weights of norms, where Gemma's checkpoints hold their distance from 1.
+        self.added = {f"{at}{norm.name}.weight": norm.added for at, norm in _norms(model)}
         kinds = sorted({tensor.type for tensor in self.file.tensors.values()} - {"F32"})
         self.stored_as = f"GGUF, {', '.join(kinds)}" if kinds else None
         # RoPE's divisors are in the config already.
@@ -43,6 +45,8 @@ class GGUFWeights:
             )
         tensor = dequantize(self.file.read(stored), stored.type, shape)
         refuse_not_finite(tensor, f"{self.file.path}: tensor {stored.name}")
+        if added := self.added.get(name):
+            tensor = tensor - added
         heads = self.interleaved.get(name.rpartition(".")[0])
         return tensor if heads is None else _halves(tensor, heads)
 
@@ -78,12 +82,18 @@ def stored_modules(model: ModelConfig) -> dict[str, str]:
         a, f = layer.attention, layer.feed_forward
         modules: dict[str, Matrix | Norm | None] = {
             "attn_norm": layer.input_norm, "attn_q": a.q, "attn_k": a.k, "attn_v": a.v, "attn_output": a.output,
+            "post_attention_norm": layer.attention_norm, "post_ffw_norm": layer.mlp_output_norm,
             "ffn_norm": layer.mlp_norm, "ffn_gate": f.gate, "ffn_up": f.up, "ffn_down": f.down,
         }  # fmt: skip
         modules |= dict(zip(("attn_q_norm", "attn_k_norm"), a.head_norms or (), strict=False))
         found = {stored: module for stored, module in modules.items() if module is not None}
         names |= {f"{layer.prefix}{module.name}": f"blk.{i}.{stored}" for stored, module in found.items()}
     return names
+
+
+def _norms(model: ModelConfig) -> list[tuple[str, Norm]]:
+    """Return all norms, with the beginning of their names."""
+    return [("", model.norm), *((layer.prefix, norm) for layer in model.layers for norm in layer.norms)]
 
 
 def _rotated(model: ModelConfig) -> dict[str, int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.errors import Refused
+from batchinfer.formats.gguf_parts import part_names
 from batchinfer.host.files import read_object
 
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "*config.json"]
@@ -16,8 +17,8 @@ def resolve_model(model: str, revision: str | None, files: list[str] = MODEL_FIL
     """Return the directory of a model.
 
     `model` is a directory, a GGUF file, or one of the two on the Hub (`ORG/NAME`, `ORG/NAME/FILE.gguf`), which is
-    downloaded unless the cache has it. Without `tokenizer`, the tokenizer in a GGUF file is not read. Raises `Refused`
-    if there is no such model.
+    downloaded unless the cache has it. Of a model in several GGUF files, any one names all. Without `tokenizer`, the
+    tokenizer in a GGUF file is not read. Raises `Refused` if there is no such model.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -64,19 +65,19 @@ def _unpacked(path: Path, tokenizer: bool) -> Path:
 def fetch_model(model: str, revision: str | None, folder: Path | None) -> Path:
     """Download a model or a GGUF file from the Hub into `folder` (None: the cache), for machines without internet.
 
-    Returns the model's folder, or the GGUF file. Raises `Refused` if that is not possible.
+    Of a model in several GGUF files, any one names all. Returns the model's folder, or the GGUF file. Raises `Refused`
+    if that is not possible.
     """
     return _download(model, revision, MODEL_FILES, folder)
 
 
 def _download(model: str, revision: str | None, files: list[str], folder: Path | None) -> Path:
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -84,7 +85,7 @@ def _download(model: str, revision: str | None, files: list[str], folder: Path |
     file = _file_in_repository(model)
     try:
         if file is not None:
-            return Path(hf_hub_download(*file, revision=revision, local_dir=folder))
+            return _download_parts(*file, revision, folder)
         return Path(snapshot_download(model, revision=revision, allow_patterns=files, local_dir=folder))
     except HFValidationError as error:
         raise Refused(f"model {model}: neither a directory nor the name of a Hub model") from error
@@ -95,16 +96,26 @@ def _download(model: str, revision: str | None, files: list[str], folder: Path |
     except RevisionNotFoundError as error:
         raise Refused(f"model {model} has no revision {revision}") from error
     except (EntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
-        if (
-            file is not None
-            and isinstance(error, EntryNotFoundError)
-            and not isinstance(error, LocalEntryNotFoundError)
-        ):
-            raise Refused(f"model {model}: the Hub's {file[0]} has no file {file[1]}") from error
         raise Refused(
             f"model {model}: no such directory, not in the cache, and the Hub cannot be reached; run "
             f"'batchinfer fetch {model}' on a machine with internet, with --to DIR to carry it over"
         ) from error
+
+
+def _download_parts(repository: str, name: str, revision: str | None, folder: Path | None) -> Path:
+    """Download a GGUF file and the other parts of its model, if it is one of several; return that file."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    found = {}
+    for part in part_names(name):
+        try:
+            found[part] = Path(hf_hub_download(repository, part, revision=revision, local_dir=folder))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            raise Refused(f"model {repository}/{name}: the Hub's {repository} has no file {part}") from error
+    return found[name]
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -67,13 +67,21 @@ NAMES = {
     "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }  # fmt: skip
+AROUND = {
+    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}  # fmt: skip
+"""Names of norms where a layer has norms on both sides of its blocks."""
 
 
-def write_model(path: Path, model: Path, kind: str, pre: str = "gpt-2", **divisors: np.ndarray) -> None:
-    """A checkpoint of transformers as the format's own converter lays it out."""
+def write_model(
+    path: Path, model: Path, kind: str, pre: str = "gpt-2", tensors_a_file: int = 0, **divisors: np.ndarray
+) -> None:
+    """A checkpoint of transformers as the format's own converter lays it out; in one file unless told otherwise."""
     config = json.loads((model / "config.json").read_text())
     family = config["model_type"]
-    writer = gguf.GGUFWriter(path, "llama" if family == "mistral" else family)
+    architecture = {"mistral": "llama", "gemma3_text": "gemma3"}.get(family, family)
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_file)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -81,17 +89,21 @@ def write_model(path: Path, model: Path, kind: str, pre: str = "gpt-2", **diviso
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    rope = config["rope_parameters"]
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if family == "gemma3_text":
+        writer.add_sliding_window(config["sliding_window"])
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
     add_byte_level(writer, byte_level(pre), pre)
+    names = NAMES | AROUND if family == "gemma3_text" else NAMES
     for name, tensor in load_file(model / "model.safetensors").items():
         module, _, end = name.rpartition(".")
         rest = module.removeprefix("model.layers.").partition(".")
         stored = (
-            f"blk.{rest[0]}.{NAMES[rest[2]]}.{end}" if module.startswith("model.layers.") else f"{NAMES[module]}.{end}"
+            f"blk.{rest[0]}.{names[rest[2]]}.{end}" if module.startswith("model.layers.") else f"{names[module]}.{end}"
         )
-        values = tensor.float().numpy()
+        values = tensor.float().numpy() + (family == "gemma3_text" and module.endswith("norm"))
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
         if heads and family in ("llama", "mistral"):
             rows = values.reshape(config[heads], 2, -1, *values.shape[1:])

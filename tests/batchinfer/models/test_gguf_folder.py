@@ -10,7 +10,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
 from engines import compare_logits, engine_of, prompts_of
@@ -21,34 +20,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
-from batchinfer.formats.gguf_numbers import dequantize
+from batchinfer.formats.gguf_file import TYPES as FORMAT_TYPES
 from batchinfer.models.gguf_folder import unpack_gguf
 from batchinfer.models.hub import resolve_model
 from batchinfer.text.tokenizer import Tokenizer
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_K", "Q6_K", "F16", "BF16", "F32"])
-def test_numbers_are_those_of_the_gguf_library(kind: str) -> None:
-    rng = np.random.default_rng(0)
-    elements, nbytes = gguf.GGML_QUANT_SIZES[Q[kind]]
-    data = rng.integers(0, 256, (6, 512 // elements * nbytes), np.uint8)
-    if elements > 1:
-        blocks = data.reshape(-1, nbytes)
-        halves = {"Q8_0": [0], "Q4_0": [0], "Q4_K": [0, 2], "Q6_K": [208]}[kind]
-        for at in halves:  # scales that are numbers, as random bytes need not be
-            blocks[:, at : at + 2] = rng.normal(size=(len(blocks), 1)).astype("<f2").view(np.uint8)
-    expected = torch.from_numpy(gguf.quants.dequantize(data, Q[kind]))
-    got = dequantize(data.flatten(), kind, (6, 512)).float()
-    torch.testing.assert_close(got, expected, rtol=1e-6, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gemma3_text", "llama", "mistral", "qwen2", "qwen3"])
 def test_logits_are_those_of_transformers(
     make_model: Callable[..., Path], tmp_path: Path, family: str, kind: str
 ) -> None:
     path = tmp_path / "model.gguf"
-    model = make_model(family, head_dim=32, sliding_window=None)
+    gemma = {"sliding_window": 24, "num_hidden_layers": 7, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+    model = make_model(family, head_dim=32, **(gemma if family == "gemma3_text" else {"sliding_window": None}))
     write_model(path, model, kind)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     for weight in oracle.parameters() if kind != "F32" else ():
@@ -127,30 +112,6 @@ def test_byte_level_tokenizers_come_out_as_they_went_in(tmp_path: Path, pre: str
     assert unpacked.eos_ids == (1,)
     chat, _, errors = unpacked.encode_chats([[{"role": "user", "content": "Hello"}]])
     assert not errors and chat[0] == 0 and chat[-1] == 1
-
-
-RECORDED = json.loads((Path(__file__).parent / "llama_cpp_ids.json").read_text())
-
-
-@pytest.mark.parametrize("pre", sorted(RECORDED["ids"]))
-def test_words_are_cut_as_llama_cpp_cuts_them(tmp_path: Path, pre: str) -> None:
-    """The ids are those that llama.cpp v0.5.0 (in node-llama-cpp 3.22.1) printed for these texts.
-
-    The vocabulary was trained on text that was not cut into words, so that every cut shows in the ids.
-    """
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(RECORDED["vocab"], [tuple(pair) for pair in RECORDED["merges"]]))
-    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
-    add_byte_level(writer, made, pre)
-    ids, offsets = unpack_tokenizer(writer, tmp_path).encode_batch(RECORDED["texts"])
-    for i, expected in enumerate(RECORDED["ids"][pre]):
-        assert ids[offsets[i] : offsets[i + 1]].tolist() == expected
-
-
-def test_a_file_that_does_not_say_how_text_is_cut_is_refused(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "t.gguf", "llama")
-    add_byte_level(writer, byte_level("gpt-2"), None)
-    with pytest.raises(ValueError, match=r"no tokenizer.ggml.pre, .* unknown; give the original tokenizer"):
-        unpack_tokenizer(writer, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +254,7 @@ def write_refused(path: Path, architecture: str, pre: str, **entries: int) -> Pa
     add_byte_level(writer, byte_level("gpt-2"), pre)
     for name, value in entries.items():
         writer.add_uint16(name.replace("_", "."), value)
-    for name, kind, width in (("x", Q.Q5_K, 176), ("y", Q.Q5_K, 176), ("z", Q.IQ4_NL, 18)):
+    for name, kind, width in (("x", Q.TQ1_0, 54), ("y", Q.TQ1_0, 54), ("z", Q.IQ3_S, 110)):
         writer.add_tensor(name, np.zeros((1, width), np.uint8), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -303,14 +264,27 @@ def write_refused(path: Path, architecture: str, pre: str, **entries: int) -> Pa
 
 
 TYPES = (
-    r"a.gguf has 1 tensor of type IQ4_NL \(z\), 2 tensors of type Q5_K \(x, ...\); supported are F32, F16, BF16, Q4_0, "
-    "Q8_0, Q4_K, Q6_K: take another quantization of the model$"
+    r"a.gguf has 1 tensor of type IQ3_S \(z\), 2 tensors of type TQ1_0 \(x, ...\); supported are F32, F16, BF16, Q4_0, "
+    "Q4_1, .*, IQ4_XS, MXFP4: take another quantization of the model$"
 )
+
+
+@pytest.mark.parametrize("kind", sorted(set(Q) - FORMAT_TYPES.keys()))
+def test_each_type_of_the_library_that_is_not_supported_is_known_by_name(tmp_path: Path, kind: Q) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    writer.add_tensor("x", np.zeros((1, 256 // elements * nbytes), np.uint8), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=rf"1 tensor of type {kind.name} \(x\); .*take another quantization"):
+        unpack_gguf(tmp_path / "a.gguf", tmp_path / "unpacked", tokenizer=False)
 
 
 def test_what_is_not_supported_is_refused_by_name_and_at_once(tmp_path: Path) -> None:
     """The type of the model first, because nothing else helps then."""
-    with pytest.raises(ValueError, match=r"a.gguf: general.architecture is 'gemma'; supported are llama, [^;]*$"):
+    with pytest.raises(ValueError, match=r"a.gguf: general.architecture is 'gemma'; supported are gemma3, llama, [^;]*$"):
         unpack_gguf(write_refused(tmp_path / "a.gguf", "gemma", "smaug"), tmp_path / "unpacked")
     path = write_refused(tmp_path / "a.gguf", "llama", "smaug")
     with pytest.raises(ValueError, match=rf"tokenizer.ggml.pre is 'smaug'; .* with --tokenizer; and .*{TYPES}"):
@@ -318,23 +292,6 @@ def test_what_is_not_supported_is_refused_by_name_and_at_once(tmp_path: Path) ->
     with pytest.raises(ValueError, match=TYPES):
         unpack_gguf(path, tmp_path / "unpacked", tokenizer=False)
     assert not (tmp_path / "unpacked").exists()
-
-
-def test_one_of_several_files_names_the_others(tmp_path: Path) -> None:
-    path = write_refused(tmp_path / "m-00002-of-00005.gguf", "llama", "gpt-2", split_count=5, split_no=1)
-    others = "m-00001-of-00005.gguf, m-00003-of-00005.gguf, m-00004-of-00005.gguf and 1 more"
-    for name in (path.name, "m-00002-of-00005.gguf"):
-        with pytest.raises(
-            ValueError, match=rf"{name} is one of 5 files of a model, with {others}; .*llama-gguf-split"
-        ):
-            unpack_gguf(path, tmp_path / "unpacked")
-        write_refused(path, "llama", "gpt-2")
-    renamed = write_refused(tmp_path / "m.gguf", "llama", "gpt-2", split_count=2)
-    with pytest.raises(ValueError, match="is one of 2 files of a model, with its other files; only a whole file"):
-        unpack_gguf(renamed, tmp_path / "unpacked")
-    whole = write_refused(tmp_path / "m-00001-of-00001.gguf", "llama", "gpt-2", split_count=1)
-    with pytest.raises(ValueError, match="type Q5_K"):
-        unpack_gguf(whole, tmp_path / "unpacked")
 
 
 @pytest.mark.parametrize("more", [(), ("<|return|>", "<|call|>")], ids=["", "harmony"])

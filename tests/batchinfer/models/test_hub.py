@@ -17,9 +17,10 @@ FILE = b"not GGUF at all"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Has one repository, org/name, with one file, q4/m.gguf, on one branch, main."""
+    """Has one repository, org/name, on one branch, main: one model whole, one in two parts, and one part of another."""
 
     asked: list[str]
+    files = ("q4/m.gguf", "q8/m-00001-of-00002.gguf", "q8/m-00002-of-00002.gguf", "q2/m-00002-of-00002.gguf")
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -37,7 +38,7 @@ class Hub(BaseHTTPRequestHandler):
             missing = "RepoNotFound"
         elif revision not in ("main", COMMIT):
             missing = "RevisionNotFound"
-        elif name != "q4/m.gguf":
+        elif name not in self.files:
             missing = "EntryNotFound"
         self.send_response(200 if missing is None else 404)
         if missing is None:
@@ -86,6 +87,22 @@ def test_one_file_is_fetched_and_no_other(
     assert {path for path in asked if "/resolve/" in path} == {"/org/name/resolve/main/q4/m.gguf"}
 
 
+@pytest.mark.parametrize("part", [1, 2])
+def test_one_part_leads_to_all(
+    asked: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    part: int,
+) -> None:
+    named, to = f"q8/m-0000{part}-of-00002.gguf", tmp_path / "carried"
+    monkeypatch.setattr(sys, "argv", ["batchinfer", "fetch", f"org/name/{named}", "--to", str(to)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code and capsys.readouterr().out == f"{to}/{named}\n"
+    assert {path.name for path in (to / "q8").iterdir()} == {"m-00001-of-00002.gguf", "m-00002-of-00002.gguf"}
+
+
 def test_what_was_downloaded_goes_on_as_a_local_file(asked: list[str], tmp_path: Path) -> None:
     with pytest.raises(Refused, match=r"snapshots/.*/q4/m\.gguf .*GGUF"):
         resolve_model("org/name/q4/m.gguf", None)
@@ -96,6 +113,7 @@ def test_what_was_downloaded_goes_on_as_a_local_file(asked: list[str], tmp_path:
     ("model", "revision", "message"),
     [
         ("org/name/q5.gguf", None, "model org/name/q5.gguf: the Hub's org/name has no file q5.gguf"),
+        ("org/name/q2/m-00002-of-00002.gguf", None, "Hub's org/name has no file q2/m-00001-of-00002.gguf"),
         ("org/other/m.gguf", None, "model org/other/m.gguf: no such directory, nor a public model on the Hub"),
         ("org/name/q4/m.gguf", "v2", "model org/name/q4/m.gguf has no revision v2"),
         ("a b/name/m.gguf", None, "neither a directory nor the name of a Hub model"),
