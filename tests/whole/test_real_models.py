@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -45,10 +46,14 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def oracle() -> transformers.PreTrainedModel:
+    return oracle_of(SMOLLM2)
+
+
+def oracle_of(path: Path) -> transformers.PreTrainedModel:
     """The model that transformers makes of the same file, in float32; it reads the numbers by the gguf library."""
-    config = transformers.AutoConfig.from_pretrained(SMOLLM2.parent, gguf_file=SMOLLM2.name)
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    tensors = load_gguf_checkpoint(str(SMOLLM2), return_tensors=True, model_to_load=model)["tensors"]
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
     assert model.load_state_dict(tensors, strict=False).missing_keys == ["lm_head.weight"]  # tied
     return model
 
@@ -112,3 +117,23 @@ def test_ids_of_a_sentencepiece_model_are_those_of_llama_cpp(gemma3: Path, tmp_p
     assert_ids_of_llama_cpp(made, RECORDED["gemma3_ids"])
     ids, offsets = made.encode_batch(RECORDED["pieces_texts"])
     assert made.decode_batch(ids, offsets) == RECORDED["pieces_texts"]
+
+
+def test_a_base_model_completes_as_in_transformers(gemma3: Path, tmp_path: Path) -> None:
+    """The file says Q4_K_M and has no chat template."""
+    unpack_gguf(gemma3, tmp_path / "unpacked")
+    made = Tokenizer.load(tmp_path / "unpacked")
+    assert made.template is None
+    texts = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time", *REVIEWS]
+    ids, offsets = made.encode_batch(texts)
+    prompts = [ids[offsets[i] : offsets[i + 1]].tolist() for i in range(len(texts))]
+    engine, model = engine_of(tmp_path / "unpacked", made, dtype="float32"), oracle_of(gemma3)
+    for ours, theirs in compare_logits(engine, model, prompts):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    found = tokens(engine, Requests.of(prompts, SamplingParams(max_tokens=24)))
+    for i, prompt in enumerate(prompts):
+        new = model.generate(
+            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=list(made.eos_ids), pad_token_id=0
+        )[0, len(prompt) :].tolist()
+        assert found[i] == new
+    assert "France" in made.decode_batch(np.array(found[0], np.int32), np.array([0, len(found[0])]))[0]

@@ -17,6 +17,7 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.formats.scheme import weight_scheme
+from batchinfer.models.config import FAMILIES
 from batchinfer.quantize.methods import method
 from batchinfer.quantize.walk import Quantizer
 
@@ -46,19 +47,32 @@ def largest_error(engine: Engine, model: Path, prompts: list[list[int]]) -> floa
     return float((ours - expected).abs().max() / expected.abs().max())
 
 
+def test_every_family_has_a_case() -> None:
+    assert {family for family, _ in CASES.values()} == FAMILIES.keys() == set(QUICK)
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_logits_are_those_of_transformers(make_model: Callable[..., Path], case: str) -> None:
+def test_logits_are_those_of_transformers(
+    make_model: Callable[..., Path], record_property: Callable[[str, float], None], case: str
+) -> None:
     model = made(make_model, case)
-    assert largest_error(engine_of(model), model, EDGES) <= 1e-4
+    error = largest_error(engine_of(model), model, EDGES)
+    record_property("largest_error", error)
+    assert error <= 1e-4
 
 
 @pytest.mark.parametrize("case", QUICK)
 def test_a_gpus_kernels_compute_the_same(
-    make_model: Callable[..., Path], interpreted: Callable[..., Engine], case: str
+    make_model: Callable[..., Path],
+    interpreted: Callable[..., Engine],
+    record_property: Callable[[str, float], None],
+    case: str,
 ) -> None:
     model = made(make_model, case, **TINY | {"num_hidden_layers": 3})
     prompts = [np.random.default_rng(n).integers(2, 320, n).tolist() for n in (33, 70)]
-    assert largest_error(interpreted(model), model, prompts) <= 1e-4
+    error = largest_error(interpreted(model), model, prompts)
+    record_property("largest_error", error)
+    assert error <= 1e-4
 
 
 @pytest.mark.parametrize("case", QUICK)

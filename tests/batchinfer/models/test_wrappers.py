@@ -75,9 +75,13 @@ def largest_error(model: Path, original: Path) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("tied", [False, True])
-def test_logits_are_those_of_transformers(wrapped: Callable[..., Path], case: str, tied: bool) -> None:
+def test_logits_are_those_of_transformers(
+    wrapped: Callable[..., Path], record_property: Callable[[str, float], None], case: str, tied: bool
+) -> None:
     model = wrapped(case, tied)
-    assert largest_error(model, model) <= 1e-4
+    error = largest_error(model, model)
+    record_property("largest_error", error)
+    assert error <= 1e-4
     assert any("wraps a language model" in note for note in read_model_config(model).notes)
     assert end_of_text_ids(model) == (1,)
 

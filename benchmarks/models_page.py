@@ -1,0 +1,74 @@
+"""Make docs/models.md out of the tests' own figures: which families run where, and the largest error seen.
+
+    python benchmarks/models_page.py [--write]
+
+Runs the tests that compare each family with transformers, on the CPU and with a GPU's kernels in Triton's interpreter,
+which takes some minutes, and prints the page; `--write` puts it into docs.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from batchinfer.models.config import FAMILIES
+from batchinfer.models.gguf_folder import FAMILIES as IN_GGUF
+from batchinfer.models.wrappers import WRAPPERS
+
+ROOT = Path(__file__).parent.parent
+TESTS = ("tests/batchinfer/models/test_config_families.py", "tests/batchinfer/models/test_wrappers.py")
+HEAD = """\
+# Models
+
+A family is a `model_type` of `config.json`. Each has a small random model whose every switch does something, and the
+tests compare its logits with those of transformers in float32, for prompts of 1 to 400 tokens. The error is the largest
+difference as a share of the largest logit; the tests allow 1e-4. Every family runs in floating point, `w8a8-int8` and
+4 bits, and is quantized by `batchinfer quantize` (with the methods that scale channels only where a norm or a matrix
+takes up the scales, which is not so in arcee, exaone4, olmo2 and olmo3). A GPU's kernels ran in Triton's interpreter, not on a device.
+
+Printed by `python benchmarks/models_page.py`; what is not listed is refused by name.
+"""
+
+
+def errors() -> dict[tuple[str, str], float]:
+    """Run the tests; return the largest error by (test, family)."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [Path(sys.executable).with_name("pytest"), "-q", *TESTS, "-k", "logits_are or gpus_kernels"]
+        subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, check=True, stdout=sys.stderr)
+        found: dict[tuple[str, str], float] = {}
+        for case in ET.parse(report).getroot().iter("testcase"):
+            test, _, parameters = case.attrib["name"].partition("[")
+            family = parameters.removesuffix("]").split(",")[0].split("-")[-1]
+            for entry in case.iter("property"):
+                key = test, family
+                found[key] = max(found.get(key, 0.0), float(entry.attrib["value"]))
+    return found
+
+
+def page() -> str:
+    """Return the page."""
+    found = errors()
+    lines = [HEAD, "| family | CPU | Triton, interpreted | GGUF |", "|---|---:|---:|---|"]
+    for family in sorted(FAMILIES):
+        on_cpu = found["test_logits_are_those_of_transformers", family]
+        in_triton = found["test_a_gpus_kernels_compute_the_same", family]
+        gguf = "yes" if family in IN_GGUF.values() else "-"
+        lines.append(f"| {family} | {on_cpu:.1e} | {in_triton:.1e} | {gguf} |")
+    lines += ["", "Wrappers, of which the language model is run, for text:", ""]
+    lines += ["| wrapper | language models in it | CPU |", "|---|---|---:|"]
+    for name, wrapper in sorted(WRAPPERS.items()):
+        inside = ", ".join(dict.fromkeys(family for _, family in wrapper.families))
+        lines.append(f"| {name} | {inside} | {found['test_logits_are_those_of_transformers', name]:.1e} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    made = page()
+    print(made)
+    if parser.parse_args().write:
+        (ROOT / "docs" / "models.md").write_text(made)
