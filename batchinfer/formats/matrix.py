@@ -8,6 +8,7 @@ from torch import Tensor
 
 from batchinfer.kernels.float8_inputs import PER_TOKEN, InputScales
 
+ROWS = 1024  # of a matrix, looked up at a time
 FP8_MOST = torch.finfo(torch.float8_e4m3fn).max
 UNROUNDED = ("nvfp4", "mxfp4", "mxfp8")
 """Types of inputs that some checkpoints ask for, and to which no inputs are rounded: they stay in floating point."""
@@ -102,7 +103,13 @@ class QuantizedMatrix:
 
     def dequantize(self) -> Tensor:
         """Return the dequantized weights, float32 [N, K]."""
-        weight = self.values.float() if self.code_book is None else self.code_book[self.values.int()]
+        weight = self.values.float() if self.code_book is None else _looked_up(self.values, self.code_book)
+        if self.block[0] == 1 and self.group_of is None and weight.shape[1] % self.block[1] == 0:
+            groups = weight.view(len(weight), -1, self.block[1])  # a view: scales need not be repeated in memory
+            if self.zero_point is not None:
+                groups.sub_(self.zero_point[:, :, None])
+            groups.mul_(self.scale[:, :, None])
+            return weight
         if self.zero_point is not None:
             weight.sub_(self._spread(self.zero_point))
         return weight.mul_(self._spread(self.scale))
@@ -115,6 +122,14 @@ class QuantizedMatrix:
         if self.group_of is not None:
             return small[:, self.group_of]
         return small if small.shape[1] == 1 else small.repeat_interleave(self.block[1], 1)[:, :k]
+
+
+def _looked_up(places: Tensor, book: Tensor) -> Tensor:
+    """Return the numbers [N, K] of a code book at places [N, K], piece by piece: indices take more memory."""
+    found = torch.empty(places.shape, dtype=book.dtype, device=places.device)
+    for i in range(0, len(places), ROWS):
+        found[i : i + ROWS] = book[places[i : i + ROWS].int()]
+    return found
 
 
 def checked_scale(scale: Tensor, name: str) -> Tensor:
