@@ -25,8 +25,8 @@ HEAD = """\
 A family is a `model_type` of `config.json`. Each has a small random model whose every switch does something, and the
 tests compare its logits with those of transformers in float32, for prompts of 1 to 400 tokens. The error is the largest
 difference as a share of the largest logit; the tests allow 1e-4. Every family runs in floating point, `w8a8-int8` and
-4 bits, and is quantized by `batchinfer quantize` (with the methods that scale channels only where a norm or a matrix
-takes up the scales, which is not so in arcee, exaone4, olmo2 and olmo3). A GPU's kernels ran in Triton's interpreter, not on a device.
+4 bits, and `batchinfer quantize` takes it; methods that scale channels need a norm or a matrix that takes up the
+scales, which arcee, exaone4, olmo2 and olmo3 lack. A GPU's kernels ran in Triton's interpreter, not on a device.
 
 Printed by `python benchmarks/models_page.py`; what is not listed is refused by name.
 """
