@@ -91,21 +91,29 @@ def write_model(
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config["rope_parameters"]
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    if family == "gemma3_text":
+    if family in ("gemma2", "gemma3_text"):
         writer.add_sliding_window(config["sliding_window"])
+    if family == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if family == "granite":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
     if config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
     add_byte_level(writer, byte_level(pre), pre)
-    names = NAMES | AROUND if family == "gemma3_text" else NAMES
+    names = NAMES | AROUND if family in ("gemma2", "gemma3_text") else NAMES
     for name, tensor in load_file(model / "model.safetensors").items():
         module, _, end = name.rpartition(".")
         rest = module.removeprefix("model.layers.").partition(".")
         stored = (
             f"blk.{rest[0]}.{names[rest[2]]}.{end}" if module.startswith("model.layers.") else f"{names[module]}.{end}"
         )
-        values = tensor.float().numpy() + (family == "gemma3_text" and module.endswith("norm"))
+        values = tensor.float().numpy() + (family.startswith("gemma") and module.endswith("norm"))
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if heads and family in ("llama", "mistral"):
+        if heads and family in ("granite", "llama", "mistral", "smollm3"):
             rows = values.reshape(config[heads], 2, -1, *values.shape[1:])
             values = rows.swapaxes(1, 2).reshape(values.shape)
         if values.ndim == 1 or kind == "F32":

@@ -6,6 +6,7 @@ import struct
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -25,15 +26,26 @@ from batchinfer.models.gguf_folder import unpack_gguf
 from batchinfer.models.hub import resolve_model
 from batchinfer.text.tokenizer import Tokenizer
 
+GEMMA = {"sliding_window": 24, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
+FIELDS: dict[str, dict[str, Any]] = {
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": GEMMA | {"num_hidden_layers": 7},
+    "granite": {
+        "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1,
+        "head_dim": 16,
+    },
+    "smollm3": {"num_hidden_layers": 5, "pad_token_id": None, "head_dim": 16},
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("kind", ["F32", "Q8_0", "Q4_0"])
-@pytest.mark.parametrize("family", ["gemma3_text", "llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", [*FIELDS, "llama", "mistral", "qwen2", "qwen3"])
 def test_logits_are_those_of_transformers(
     make_model: Callable[..., Path], tmp_path: Path, family: str, kind: str
 ) -> None:
     path = tmp_path / "model.gguf"
-    gemma = {"sliding_window": 24, "num_hidden_layers": 7, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
-    model = make_model(family, head_dim=32, **(gemma if family == "gemma3_text" else {"sliding_window": None}))
+    model = make_model(family, **{"head_dim": 32, **FIELDS.get(family, {"sliding_window": None})})
     write_model(path, model, kind)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     for weight in oracle.parameters() if kind != "F32" else ():
@@ -285,9 +297,9 @@ def test_each_type_of_the_library_that_is_not_supported_is_known_by_name(tmp_pat
 def test_what_is_not_supported_is_refused_by_name_and_at_once(tmp_path: Path) -> None:
     """The type of the model first, because nothing else helps then."""
     with pytest.raises(
-        ValueError, match=r"a.gguf: general.architecture is 'gemma'; supported are gemma3, llama, [^;]*$"
+        ValueError, match=r"a.gguf: general.architecture is 'mamba'; supported are gemma, gemma2, [^;]*$"
     ):
-        unpack_gguf(write_refused(tmp_path / "a.gguf", "gemma", "smaug"), tmp_path / "unpacked")
+        unpack_gguf(write_refused(tmp_path / "a.gguf", "mamba", "smaug"), tmp_path / "unpacked")
     path = write_refused(tmp_path / "a.gguf", "llama", "smaug")
     with pytest.raises(ValueError, match=rf"tokenizer.ggml.pre is 'smaug'; .* with --tokenizer; and .*{TYPES}"):
         unpack_gguf(path, tmp_path / "unpacked")
