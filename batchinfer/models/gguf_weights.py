@@ -8,7 +8,7 @@ from batchinfer.formats.gguf_numbers import dequantize
 from batchinfer.formats.gguf_parts import GGUFParts
 from batchinfer.host.files import Checksums
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.gguf_config import ARCHITECTURES
+from batchinfer.models.gguf_config import ARCHITECTURES, Entries
 from batchinfer.models.layer import Matrix, Norm
 from batchinfer.models.weights import refuse_not_finite
 
@@ -21,8 +21,8 @@ class GGUFWeights:
         self.checksums = Checksums(files)
         self.stored = stored_modules(model)
         # Some architectures order the rows of q and k so that rotary embedding pairs neighbours; here it pairs halves.
-        architecture = self.file.metadata.get("general.architecture")
-        self.interleaved = _rotated(model) if ARCHITECTURES[architecture].interleaved else {}
+        architecture = ARCHITECTURES[Entries.of(self.file).name]
+        self.interleaved = _rotated(model) if architecture.interleaved else {}
         # GGUF files hold whole weights of norms, where Gemma's checkpoints hold their distance from 1.
         self.added = {f"{at}{norm.name}.weight": norm.added for at, norm in _norms(model)}
         kinds = sorted({tensor.type for tensor in self.file.tensors.values()} - {"F32"})
