@@ -82,7 +82,7 @@ def text_fields(raw: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config.json: text_config is {text!r}; it must be an object")
     families = dict(wrapper.families)
     inside = text.get("model_type")
-    if inside not in families:
+    if not isinstance(inside, str) or inside not in families:
         raise ValueError(
             f"config.json: model_type is {name!r}, which wraps a language model of type {inside!r}; supported in it "
             f"are {', '.join(families)}"
@@ -97,7 +97,8 @@ def text_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 def is_wrapper(raw: dict[str, Any]) -> bool:
     """Whether `config.json` is that of a wrapper."""
-    return raw.get("model_type") in WRAPPERS
+    name = raw.get("model_type")
+    return isinstance(name, str) and name in WRAPPERS
 
 
 def _plain_rope(rope: Any) -> Any:

@@ -253,13 +253,13 @@ def test_fields_that_are_not_read_are_noted(model: Path, tmp_path: Path, capsys:
 
 def test_the_type_is_refused_before_anything_else_is_asked_for(model: Path, refused: Refusal) -> None:
     """A model for images and text, with neither max_position_embeddings nor a tokenizer that is read."""
-    wrapper = {"model_type": "mistral3", "text_config": {"model_type": "mistral", "max_position_embeddings": 512}}
+    wrapper = {"model_type": "aria", "text_config": {"model_type": "aria_text", "max_position_embeddings": 512}}
     (model / "config.json").write_text(json.dumps(wrapper))
     (model / "tokenizer.json").write_text("no tokenizer")
     code, line = refused(model)
-    said = "config.json: model_type is 'mistral3', which wraps a language model of type 'mistral'; supported are cwm,"
+    said = "config.json: model_type is 'aria', which wraps a language model of type 'aria_text'; supported are arcee,"
     assert code == 65 and said in line
-    with pytest.raises(Refused, match="which wraps a language model of type 'mistral'"):
+    with pytest.raises(Refused, match="which wraps a language model of type 'aria_text'"):
         LLM(model)
 
 
