@@ -255,15 +255,19 @@ def tiling(head_dim: int, group: int, query: torch.dtype, kv: torch.dtype, gpu: 
     width, stages = triton.next_power_of_2(head_dim), 2 if gpu.shared_bytes <= 64 << 10 else 5
     roomy = gpu.shared_bytes >= 200 << 10
     if query == torch.float32:  # multiplied without matrix units, from registers
-        keys = 32 if width <= 128 and kv not in MOST else 16
+        keys = 32 if width <= (128 if roomy else 64) and kv not in MOST else 16
         few = many = same = (16, keys, 8, 200 if kv in MOST else 80)
     else:
         keys = 8192 // width if roomy else 4096 // width
-        few = (16, min(keys, 64), 4, (168 if roomy else 128) + (56 if width > 128 else 0))
-        wide, narrow = 128 if width <= 128 else 64, min(4096 // width, 32)
+        # Masks of padded heads take registers, and so do large heads of 8 bits, and groups that are no power of two.
+        fewest = 4096 // width if width > head_dim or (kv in MOST and width > 128) else keys
+        few = (16, min(fewest, 64), 4, (168 if fewest * width > 4096 else 128) + (56 if width > 128 else 0))
+        wide, narrow = 128 if width <= 128 and (roomy or group & (group - 1) == 0) else 64, min(4096 // width, 32)
         many, same = (wide, min(keys, 64), 8, 255), (64, narrow, 4 if width <= 128 else 8, 255)
         if kv in MOST:  # widening 8-bit numbers takes registers
             many, same = (wide if roomy else 64, min(keys, 32), 8, 255), (64, narrow, 8, 255)
+            if roomy and width > 128:
+                many = same = (32, 32, 8, 128)
 
     def tile(rows: int, keys: int, warps: int, registers: int) -> Tile:
         shared = 4 * keys * width * kv.itemsize + (8 << 10)  # two buffers of keys and of values, queries and weights
@@ -274,18 +278,22 @@ def tiling(head_dim: int, group: int, query: torch.dtype, kv: torch.dtype, gpu: 
 
 
 def shipped(gpu: Gpu) -> list[Shipped]:
-    """List the kernel for every type of query and cache with heads of 128, and for other heads, groups and windows."""
+    """List the kernel for every type of query and cache with heads of 128, and for other heads, groups and windows.
+
+    The last ones are Gemma 2's, with a soft cap.
+    """
     every = ("bf16", "fp16", "i8", "fp8e4nv")
-    cases = [(128, 4, 0, "bf16", kv) for kv in every if kv != "fp16"]
+    cases: list[tuple[int, int, int, str, str]] = [(128, 4, 0, "bf16", kv) for kv in every if kv != "fp16"]
     cases += [(128, 4, 0, "fp16", kv) for kv in ("fp16", "i8")]
     cases += [(128, 4, 0, "fp32", kv) for kv in ("fp32", "i8", "fp8e4nv")]
     cases += [(head_dim, 4, 0, "bf16", kv) for head_dim in (64, 80, 96, 256) for kv in ("bf16", "i8", "fp8e4nv")]
     cases += [(head_dim, 4, 0, "fp32", "fp32") for head_dim in (64, 256)]
     cases += [(128, group, 0, "bf16", kv) for group in (1, 7, 8) for kv in ("bf16", "i8")]
     cases += [(128, 4, 4096, "bf16", kv) for kv in ("bf16", "i8", "fp8e4nv")]
+    capped = [(256, 2, window, "bf16", kv) for window in (0, 4096) for kv in ("bf16", "i8")]
     return [
-        _shipped(gpu, f"{which} tokens", getattr(tiles, which), *case)
-        for case in cases
+        _shipped(gpu, f"{which} tokens", getattr(tiles, which), *case, softcap)
+        for case, softcap in [*((case, None) for case in cases), *((case, 50.0) for case in capped)]
         for tiles in (tiling(case[0], case[1], _TYPES[case[3]], _TYPES[case[4]], gpu),)
         for which in ("few", "many", "same")
     ]
@@ -300,18 +308,28 @@ _TYPES = {
 }
 
 
-def _shipped(gpu: Gpu, which: str, tile: Tile, head_dim: int, group: int, window: int, query: str, kv: str) -> Shipped:
+def _shipped(
+    gpu: Gpu,
+    which: str,
+    tile: Tile,
+    head_dim: int,
+    group: int,
+    window: int,
+    query: str,
+    kv: str,
+    softcap: float | None = None,
+) -> Shipped:
     bounded = gpu.capability == (9, 0) and (which, head_dim, group, window) == ("few tokens", 128, 4, 0)
     quantized = _TYPES[kv] in MOST
     product = None if query == "fp32" else "fp16" if quantized else query
     return Shipped(
         f"attention, {which}, {group} heads of {head_dim} to a key head, {f'window {window}, ' if window else ''}"
-        f"queries in {query}, cache in {kv}",
+        f"{'' if softcap is None else f'soft cap {softcap:g}, '}queries in {query}, cache in {kv}",
         _attention_kernel,
         {"p_query": f"*{query}", "p_key": f"*{kv}", "p_value": f"*{kv}", "p_key_scale": "*fp32",
          "p_value_scale": "*fp32", "p_table": "*i32", "p_items": "*i32", "p_first": "*i32", "p_out": f"*{query}",
          "p_partial": "*fp32", "p_lse": "*fp32", "scale": "fp32"},
-        _constants(tile, group, head_dim, 32, window, quantized),
+        _constants(tile, group, head_dim, 32, window, quantized, softcap),
         tile.warps,
         tile.stages,
         product=product,

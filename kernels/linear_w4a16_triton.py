@@ -32,8 +32,10 @@ that must not depend on the number of rows.
 
 Unmeasured. Larger tiles spill registers on Hopper, and Triton 3.7 compiles them to a bare `trap` for sm_100.
 """
-REGISTERS = {16: 96, 64: 168}
-"""Registers of a thread, by the tile's rows: about the most on any architecture (`benchmarks/compile_check.py`)."""
+FLOAT32_TILE = Tile(rows=16, columns=32, depth=DEEPEST, warps=4, stages=3)
+"""The tile for any number of float32 rows. With 64 columns sm_100's matrix units would take them, and round."""
+REGISTERS = {TILES[16]: 96, TILES[None]: 168, FLOAT32_TILE: 80}
+"""Registers of a thread, by the tile: about the most on any of NVIDIA's (`benchmarks/compile_check/run.py`)."""
 EXPAND_ROWS = 1300
 """From this number of rows on, arithmetic is the bottleneck: expand the weights once and let torch multiply.
 Unmeasured."""
@@ -126,13 +128,15 @@ def linear_w4a16(
     out = torch.empty(m, n, dtype=x_MK.dtype, device=x_MK.device)
     for first in range(0, m, SLAB):
         x, y = x_MK[first : first + SLAB], out[first : first + SLAB]
-        tile = tile_for(len(x), deterministic)
+        tile = tile_for(len(x), x.dtype, deterministic)
         _multiply(x, weight, bias_N, y, tile, splits(len(x), weight, tile, gpu, deterministic))
     return out
 
 
-def tile_for(rows: int, deterministic: bool) -> Tile:
-    """Choose the tile for this number of rows."""
+def tile_for(rows: int, dtype: torch.dtype, deterministic: bool) -> Tile:
+    """Choose the tile for this number of rows of this type."""
+    if dtype == torch.float32:
+        return FLOAT32_TILE
     if deterministic:
         return TILES[None]
     return next(tile for most, tile in TILES.items() if most is None or rows <= most)
@@ -152,15 +156,18 @@ def splits(rows: int, weight: FourBits, tile: Tile, gpu: Gpu, deterministic: boo
     With `deterministic` it is the number for one tile of rows, so that results do not depend on the number of rows.
     """
     programs = triton.cdiv(weight.rows, tile.columns) * (1 if deterministic else triton.cdiv(rows, tile.rows))
-    places = gpu.processors * at_once(tile, gpu)
+    places = gpu.processors * at_once(tile, weight.dtype.itemsize, gpu)
     wanted = max(1, min(places // programs, weight.columns // LEAST_COLUMNS, MOST_SPLITS))
     return int(triton.cdiv(weight.spans, triton.cdiv(weight.spans, wanted)))  # rounded so that no split is empty
 
 
-def at_once(tile: Tile, gpu: Gpu) -> int:
-    """Return how many programs of this tile fit a multiprocessor: its 65,536 registers and its shared memory."""
-    by_registers = 65536 // (REGISTERS[tile.rows] * 32 * tile.warps)
-    span = tile.depth * (2 * tile.rows + tile.columns // 2) + 8 * tile.columns  # x in 16 bits, words, pairs
+def at_once(tile: Tile, itemsize: int, gpu: Gpu) -> int:
+    """Return how many programs of this tile fit a multiprocessor: its 65,536 registers and its shared memory.
+
+    `itemsize` is the bytes of a number of x.
+    """
+    by_registers = 65536 // (REGISTERS[tile] * 32 * tile.warps)
+    span = tile.depth * (itemsize * tile.rows + tile.columns // 2) + 8 * tile.columns  # x, words, pairs
     reserved = 1024  # of each program, beside what it asks for
     by_memory = (gpu.shared_bytes + reserved) // ((tile.stages - 1) * span + reserved)
     return max(1, min(by_registers, by_memory))
@@ -202,28 +209,27 @@ def expand(weight: FourBits) -> Tensor:
 def shipped(gpu: Gpu) -> list[Shipped]:
     """List the product for every tile, type and kind of group, the sum of the splits, and the weights expanded."""
     found = []
-    kinds = [("bf16", *size) for size in ((32, 4096), (64, 4096), (128, 4096), (1024, 1000))]
-    kinds += [("fp16", 128, 4096), ("fp32", 128, 4096)]
+    kinds = [("bf16", *size) for size in ((32, 4096), (64, 4096), (128, 4096), (1024, 1000))] + [("fp16", 128, 4096)]
+    tiles = [(most, tile, *kind) for most, tile in TILES.items() for kind in kinds]
+    tiles.append((None, FLOAT32_TILE, "fp32", 128, 4096))
     bounds = {(16, 128): 340, (None, 128): 375} if gpu.capability == (9, 0) else {}
-    for most, tile in TILES.items():
-        for kind, group, columns in kinds:
-            depth = min(group, DEEPEST)
-            found.append(
-                Shipped(
-                    f"linear_w4a16, up to {most or 'any number of'} rows, {columns} columns of {kind} "
-                    f"in groups of {group}",
-                    _linear_w4a16_kernel,
-                    {"p_x": f"*{kind}", "p_words": "*i32", "p_pairs": _pairs(kind), "p_bias": f"*{kind}",
-                     "p_y": "*fp32", "m": "i32", "n": "i32", "spans": "i32", "split_spans": "i32"},
-                    {"K": columns, "GROUP": group, "NEAR": near(gpu), "BIAS": False, "BLOCK_M": tile.rows,
-                     "BLOCK_N": tile.columns, "DEPTH": depth, "STAGES": _stages(tile, depth)},
-                    tile.warps,
-                    _stages(tile, depth),
-                    product=None if kind == "fp32" else kind,
-                    product_rows=tile.columns,  # weights are the left operand
-                    most_instructions=bounds.get((most, group)) if kind == "bf16" else None,
-                )
-            )  # fmt: skip
+    for most, tile, kind, group, columns in tiles:
+        depth = min(group, DEEPEST)
+        found.append(
+            Shipped(
+                f"linear_w4a16, up to {most or 'any number of'} rows, {columns} columns of {kind} in groups of {group}",
+                _linear_w4a16_kernel,
+                {"p_x": f"*{kind}", "p_words": "*i32", "p_pairs": _pairs(kind), "p_bias": f"*{kind}",
+                 "p_y": "*fp32", "m": "i32", "n": "i32", "spans": "i32", "split_spans": "i32"},
+                {"K": columns, "GROUP": group, "NEAR": near(gpu), "BIAS": False, "BLOCK_M": tile.rows,
+                 "BLOCK_N": tile.columns, "DEPTH": depth, "STAGES": _stages(tile, depth)},
+                tile.warps,
+                _stages(tile, depth),
+                product=None if kind == "fp32" else kind,
+                product_rows=tile.columns,  # weights are the left operand
+                most_instructions=bounds.get((most, group)) if kind == "bf16" else None,
+            )
+        )  # fmt: skip
     found.append(
         Shipped(
             "linear_w4a16, sums of splits",

@@ -35,11 +35,18 @@ class RaggedBatch:
     prefixes: tuple[SharedPrefix, ...] = ()  # a sequence has at most one
 
 
-def ragged_attention(query_THd: Tensor, cache: KVCache, batch: RaggedBatch, scale: float, window: int | None) -> Tensor:
+def ragged_attention(
+    query_THd: Tensor,
+    cache: KVCache,
+    batch: RaggedBatch,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+) -> Tensor:
     """Return attention's outputs [T, heads, head_dim] in the query's type, computed one sequence at a time.
 
     16-bit queries are computed in float32. A token sees the `window` positions up to its own (None: all of them).
-    Padding tokens get zeros.
+    Padding tokens get zeros. With a `softcap` c, scores s become c * tanh(s / c).
     """
     out = torch.zeros_like(query_THd)
     dtype = torch.promote_types(query_THd.dtype, torch.float32)
@@ -49,6 +56,8 @@ def ragged_attention(query_THd: Tensor, cache: KVCache, batch: RaggedBatch, scal
         key, value = (_positions(cache, batch.table[s], kind, context, dtype) for kind in ("key", "value"))
         group = query.shape[1] // key.shape[1]
         scores = torch.einsum("thd,nhd->htn", query, key.repeat_interleave(group, 1)) * scale
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         own = torch.arange(context - (end - start), context, device=query.device)[:, None]
         position = torch.arange(context, device=query.device)
         seen = (position <= own) & (position > own - (window or context))

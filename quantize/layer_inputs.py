@@ -38,8 +38,11 @@ class Calibration:
         self.dtype, self.folder = dtype, folder
         self.token_ids = np.concatenate(sequences).astype(np.int64)
         self.chunks = _in_chunks([len(sequence) for sequence in sequences])
-        self.longest = max(map(len, sequences))
-        self.config = config.within(self.longest)
+        longest = max(map(len, sequences))
+        self.config = config.within(longest)
+        self.angles = {rope: rope.tables(longest) for rope in {layer.attention.rope for layer in self.config.layers}}
+        growth = config.attention.query_growth
+        self.growth = None if growth is None else growth.factors(longest)[:, None, None]
 
     @property
     def tokens(self) -> int:
@@ -100,8 +103,7 @@ class Calibration:
 
     def _attend(self, qkv_TX: Tensor, lengths: list[int], shape: Attention, tensors: dict[str, Tensor]) -> Tensor:
         """Return attention's outputs [T, heads * head_dim], computed one sequence at a time."""
-        cos, sin = shape.rope.tables(self.longest)
-        growth = None if shape.query_growth is None else shape.query_growth.factors(self.longest)[:, None, None]
+        cos, sin = self.angles[shape.rope]
         out = []
         for qkv in torch.split(qkv_TX, lengths):
             query, key, value = torch.split(qkv, [shape.q.rows, shape.k.rows, shape.v.rows], 1)
@@ -111,8 +113,8 @@ class Calibration:
             if not shape.normed_together:
                 query, key = self._head_norms(query, key, shape, tensors)
             query, key = (rotate(x, cos[: len(qkv)], sin[: len(qkv)]) for x in (query, key))
-            if growth is not None:
-                query = (query * growth[: len(qkv)]).to(self.dtype)
+            if self.growth is not None:
+                query = (query * self.growth[: len(qkv)]).to(self.dtype)
             query, key, value = (x.transpose(0, 1).to(multiplied_in(self.dtype)) for x in (query, key, value))
             mixed = _attention(query, key, value, shape)
             out.append(mixed.transpose(0, 1).flatten(1).to(self.dtype))

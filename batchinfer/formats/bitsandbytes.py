@@ -75,7 +75,7 @@ def _four_bits(module: str, shape: tuple[int, int], tensors: Tensors) -> Quantiz
     absmax = _scales(name, -(-n * k // block), state, tensors)
     octets = tensors.take(name, (-(-n * k // 2), 1), torch.uint8)
     values = unpack(octets, 4, 1).flip(1).flatten()[: n * k].view(shape)
-    # Where blocks go over the ends of rows, their parts have the same scale.
+    # Blocks may go over the ends of rows: then their parts have the same scale.
     size = math.gcd(block, k)
     scale = absmax.repeat_interleave(block // size)[: n * k // size].view(n, k // size)
     book = tensors.take(f"{name}.quant_map", (16,)).float()

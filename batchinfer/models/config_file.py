@@ -24,6 +24,10 @@ class ConfigFile:
         """Take the fields of the file, or of the object in it that `name` ends with."""
         self.fields, self.name = fields, name
 
+    def changed(self, **fields: Any) -> "ConfigFile":
+        """Return the same file with other values of some fields; None stands for a missing one."""
+        return ConfigFile({**self.fields, **fields}, self.name)
+
     def get(self, key: str) -> Any:
         """Return the field unchecked, or None if it is missing."""
         return self.fields.get(key)

@@ -179,4 +179,4 @@ ARCHITECTURES = {
     "qwen3vl": Architecture("qwen3", _none),
     "smollm3": Architecture("smollm3", _none, interleaved=True),
 }
-"""By `general.architecture`. The language models of Qwen's vision models are read for text."""
+"""The architectures by their names. The language models of Qwen's vision models are read for text."""

@@ -49,7 +49,7 @@ def _file_in_repository(model: str) -> tuple[str, str] | None:
 
 
 def _unpacked(path: Path, tokenizer: bool) -> Path:
-    """Make a checkpoint folder in the cache from a GGUF file. It is made anew each time, which takes a second."""
+    """Make a checkpoint folder in the cache from a GGUF file. It is made anew each time."""
     from batchinfer.models.gguf_folder import unpack_gguf
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()

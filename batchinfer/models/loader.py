@@ -85,15 +85,15 @@ class _Loader:
         def norm(found: Norm | None) -> Tensor | None:
             return None if found is None else self.norm(found, layer.prefix)
 
-        of_heads = layer.attention.head_norms
+        def pair(found: tuple[Norm, Norm] | None) -> tuple[Tensor, Tensor] | None:
+            return None if found is None else (self.norm(found[0], layer.prefix), self.norm(found[1], layer.prefix))
+
         products = {name: self._product(layer.prefix, matrices) for name, matrices in layer.products.items()}
         return LayerWeights(
             layer,
             input_norm=norm(layer.input_norm),
             qkv=products["qkv"],
-            head_norms=None
-            if of_heads is None
-            else (self.norm(of_heads[0], layer.prefix), self.norm(of_heads[1], layer.prefix)),
+            head_norms=pair(layer.attention.head_norms),
             output=products["output"],
             attention_norm=norm(layer.attention_norm),
             mlp_norm=norm(layer.mlp_norm),
@@ -118,18 +118,17 @@ class _Loader:
 
     def _product(self, prefix: str, matrices: tuple[Matrix, ...]) -> Product:
         """Make one product of matrices that have the same input, by stacking their rows."""
-        names = [f"{prefix}{matrix.name}" for matrix in matrices]
-        modules = {name: matrix for name, matrix in zip(names, matrices, strict=True)}
-        stored = {name: self._matrix(name, (m.stored_rows, m.columns)) for name, m in modules.items()}
-        biases = {name: self.tensor(f"{name}.bias", (m.stored_rows,)) for name, m in modules.items() if m.bias}
+        modules = {matrix.name: matrix.module for matrix in matrices}
+        weights = {n: self._matrix(f"{prefix}{n}", (m.rows, m.columns)) for n, m in modules.items()}
+        biases = {n: self.tensor(f"{prefix}{n}.bias", (m.rows,)) for n, m in modules.items() if m.bias}
         assert len(biases) in (0, len(modules)), "either all matrices of a product have a bias, or none"
-        parts = [bias_of(m, biases[name]) for name, m in zip(names, matrices, strict=True)] if biases else []
-        added = torch.cat(parts).to(self.dtype) if parts else None
+        added = torch.cat([bias_of(m, biases[m.name]) for m in matrices]).to(self.dtype) if biases else None
+        names = ", ".join(f"{prefix}{name}" for name in modules)
         floats: list[Tensor | QuantizedMatrix] = []
         rounded: list[tuple[Tensor, Tensor]] = []
         scales: list[InputScales | None] = []
-        for name, matrix in zip(names, matrices, strict=True):
-            weight = weight_of(matrix, stored[name])
+        for matrix in matrices:
+            weight = weight_of(matrix, weights[matrix.name])
             if (kind := self._eight_bits(weight)) is None:
                 floats.append(self._kept(weight))
                 scales.append(self.inputs.scales(weight))
@@ -138,11 +137,11 @@ class _Loader:
                 rounded.append(_rounded(weight, kind))
         if len({values.dtype for values, _ in rounded}) + bool(floats) > 1:
             raise ValueError(
-                f"{', '.join(modules)}: some are quantized for 8-bit inputs and some are not, or for inputs of another "
+                f"{names}: some are quantized for 8-bit inputs and some are not, or for inputs of another "
                 "type; they share an input, so they must agree"
             )
         if floats:
-            product = self._floating(floats, added, ", ".join(modules))
+            product = self._floating(floats, added, names)
             return self.inputs.product(product, scales, [matrix.rows for matrix in matrices])
         values, scale = (torch.cat(column) for column in zip(*rounded, strict=True))
         return self.backend.linear_w8a8(values, scale, added, self.dtype)

@@ -59,7 +59,7 @@ WRAPPERS = {
     ),
     "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", (("qwen3_vl_text", "qwen3"),)),
 }
-"""By `model_type` of `config.json`."""
+"""The wrappers by the `model_type` of `config.json`."""
 _OF_THE_WHOLE = ("quantization_config", "dtype", "torch_dtype")
 _ROPES = ("rope_parameters", "rope_scaling")
 _OTHER_PARTS = {"vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"}

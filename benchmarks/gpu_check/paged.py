@@ -49,8 +49,11 @@ class Paged:
         heads, head_dim = self.query.shape[1:]
         return tiling(head_dim, heads // self.kv_heads, self.query.dtype, self.kv, session.gpu)
 
-    def expected(self, window: int | None) -> Tensor:
-        """Return torch's own attention in float64, one sequence at a time: [T, heads, head_dim]."""
+    def expected(self, window: int | None, softcap: float | None = None) -> Tensor:
+        """Return torch's own attention in float64, one sequence at a time: [T, heads, head_dim].
+
+        With a `softcap` c, scores s become c * tanh(s / c).
+        """
         assert self.known is not None
         b, block_size = self.batch, self.cache.block_size
         out = torch.zeros(self.query.shape, dtype=torch.float64, device=self.query.device)
@@ -64,8 +67,12 @@ class Paged:
             query = self.query[start:end].double().transpose(0, 1)
             group = len(query) // self.kv_heads
             key, value = (x.repeat_interleave(group, 0) for x in (key, value))
-            found = F.scaled_dot_product_attention(query[None], key[None], value[None], seen, scale=self.scale)
-            out[start:end] = found[0].transpose(0, 1)
+            if softcap is None:
+                found = F.scaled_dot_product_attention(query[None], key[None], value[None], seen, scale=self.scale)[0]
+            else:
+                scores = softcap * torch.tanh(query @ key.transpose(1, 2) * (self.scale / softcap))
+                found = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value
+            out[start:end] = found.transpose(0, 1)
         return out
 
     def alone(self, s: int, token: int) -> "Paged":

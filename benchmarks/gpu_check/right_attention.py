@@ -55,7 +55,7 @@ def run_types(session: Session) -> None:
 
 
 def run_windows(session: Session) -> None:
-    """Sliding windows, and prefixes that several sequences share."""
+    """Sliding windows, prefixes that several sequences share, and soft caps of scores."""
     from batchinfer.kernels.ragged_attention import SharedPrefix
 
     errors = Errors(session)
@@ -72,6 +72,9 @@ def run_windows(session: Session) -> None:
                 case = paged(session, rows, heads, session.dtype, kv, prefixes=prefixes)
                 for mode in _planned(session):
                     _check(session, errors, "shared prefix", mode, case, None)
+        for kv in session.pick((session.dtype, torch.int8), (session.dtype,)):
+            for kind, found in session.pick(KINDS, FEW).items():
+                _modes(session, errors, kind, found, heads, session.dtype, kv, softcap=2.0)
         session.say(f"heads of {head_dim}")
     errors.write()
 
@@ -97,13 +100,14 @@ def _modes(
     kv: torch.dtype,
     window: int | None = None,
     block_size: int = 32,
+    softcap: float | None = None,
 ) -> None:
     """A batch with contexts whole, split, and split on the fixed grid."""
     types = f"queries in {name_of(query)}, cache in {name_of(kv)}"
-    with session.case(f"attention, {kind}, heads {heads}, {types}, window {window}"):
+    with session.case(f"attention, {kind}, heads {heads}, {types}, window {window}, soft cap {softcap}"):
         case = paged(session, rows, heads, query, kv, block_size)
         for mode in _planned(session):
-            _check(session, errors, kind, mode, case, window)
+            _check(session, errors, kind, mode, case, window, softcap)
 
 
 def _planned(session: Session) -> dict[str, int | None]:
@@ -112,7 +116,15 @@ def _planned(session: Session) -> dict[str, int | None]:
     return modes if not session.smoke else {name: modes[name] for name in ("split", "deterministic")}
 
 
-def _check(session: Session, errors: Errors, kind: str, mode: str, case: Paged, window: int | None) -> None:
+def _check(
+    session: Session,
+    errors: Errors,
+    kind: str,
+    mode: str,
+    case: Paged,
+    window: int | None,
+    softcap: float | None = None,
+) -> None:
     from batchinfer.kernels.attention_triton import paged_attention
 
     tiles = case.tiles(session)
@@ -122,9 +134,10 @@ def _check(session: Session, errors: Errors, kind: str, mode: str, case: Paged, 
     if mode != "whole" and longest > session.pick(512, 64):
         assert plan.partials > 0, f"{kind}: nothing is split"
     with poisoned():
-        found = paged_attention(case.query, case.cache, plan, case.scale)
+        found = paged_attention(case.query, case.cache, plan, case.scale, softcap)
     assert found.dtype == case.query.dtype
     types = f"{name_of(case.query.dtype)}, cache {name_of(case.kv)}"
+    capped = "" if softcap is None else ", soft cap"
     seen = f", window {window}" if window else ", shared prefix" if case.batch.prefixes else ""
-    kernel = f"attention, heads of {case.query.shape[2]}{seen}, {mode}"
-    errors.close(kernel, types, found, case.expected(window), TOLERANCE[found.dtype])
+    kernel = f"attention, heads of {case.query.shape[2]}{seen}{capped}, {mode}"
+    errors.close(kernel, types, found, case.expected(window, softcap), TOLERANCE[found.dtype])

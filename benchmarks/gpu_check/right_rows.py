@@ -50,15 +50,16 @@ def _norm(session: Session, errors: Errors, dtype: torch.dtype, out: torch.dtype
 def _activation(
     session: Session, errors: Errors, dtype: torch.dtype, out: torch.dtype, rows: int, columns: int
 ) -> None:
+    from batchinfer.kernels.activation import activate as exact
     from batchinfer.kernels.activation_triton import activate
 
-    gate_up = 3 * _random(session, dtype, rows, 2 * columns, seed=4)
-    gate, up = gate_up.double().chunk(2, -1)
-    found, expected = activate(gate_up, "silu", True, out), F.silu(gate) * up
-    if out == dtype:
-        errors.close("silu_mul", name_of(dtype), found.values, expected, TOLERANCE[dtype])
-    else:
-        check_quantized(errors, f"silu_mul of {name_of(dtype)}", found.values, found.scale, expected)
+    for activation, gated in (("silu", True), ("gelu_tanh", True), ("relu2", False)):
+        x = 3 * _random(session, dtype, rows, 2 * columns if gated else columns, seed=4)
+        found, expected = activate(x, activation, gated, out), exact(x.double(), activation, gated)
+        if out == dtype:
+            errors.close(activation, name_of(dtype), found.values, expected, TOLERANCE[dtype])
+        else:
+            check_quantized(errors, f"{activation} of {name_of(dtype)}", found.values, found.scale, expected)
 
 
 def _quantization(

@@ -105,8 +105,15 @@ def run(
     return paged_attention(query, cache, plan, query.shape[2] ** -0.5), plan
 
 
-def check(found: Tensor, query: Tensor, cache: KVCache, batch: RaggedBatch, window: int | None = None) -> None:
-    expected = ragged_attention(query.double(), cache, batch, query.shape[2] ** -0.5, window)
+def check(
+    found: Tensor,
+    query: Tensor,
+    cache: KVCache,
+    batch: RaggedBatch,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    expected = ragged_attention(query.double(), cache, batch, query.shape[2] ** -0.5, window, softcap)
     tolerance = TOLERANCE[query.dtype]
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
 
@@ -132,6 +139,16 @@ def test_types(processors: int, query: torch.dtype, kv: torch.dtype) -> None:
     found, plan = run(x, cache, batch, processors=processors)
     assert found.dtype == query and (plan.partials > 0) == (processors > 1)
     check(found, x, cache, batch)
+
+
+@pytest.mark.parametrize("kv", [torch.float32, torch.float16, torch.int8, F8])
+@pytest.mark.parametrize("query", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("processors", "window"), [(1, None), (1000, None), (None, None), (1, 40)])
+def test_soft_caps(processors: int | None, window: int | None, query: torch.dtype, kv: torch.dtype) -> None:
+    """Scores are about 1 in size, as is the cap, which bends nearly all of them."""
+    x, cache, batch = case(MIXED, kv=kv, query=query)
+    plan = plan_attention(batch, x.shape[1], cache.key.shape[1], window, SMALL, processors)
+    check(paged_attention(x, cache, plan, x.shape[2] ** -0.5, 1.0), x, cache, batch, window, 1.0)
 
 
 @pytest.mark.parametrize("kv", [torch.int8, F8])

@@ -23,7 +23,7 @@ def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it(dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "k"), [(96, 96), (1100, 2000), (512, 11008), (3, 1 << 20)])
 def test_a_widened_product_is_rounded_once(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, n: int, k: int) -> None:
-    """As processors without products of this type compute it, in pieces of the weight."""
+    """Compute it in pieces of the weight, as on processors without products of this type."""
     monkeypatch.setattr(linear, "multiplied_in", lambda dtype: torch.float32)
     weight, bias, x = torch.randn(n, k).div(k**0.5).to(dtype), torch.randn(n).to(dtype), torch.randn(64, k).to(dtype)
     product = Linear(weight, bias)

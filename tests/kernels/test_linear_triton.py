@@ -79,8 +79,11 @@ def test_each_number_of_rows_has_its_tile_and_all_are_taken() -> None:
     assert [tile_for(m, 4096, float8, HOPPER) for m in rows] == [second, second, *by_rows[2:], last, last]
     assert {tile_for(m, 4096, float8, gpu, True) for m in rows for gpu in (HOPPER, ADA)} == {second}
     first, last = linear_w4a16_triton.TILES.values()
-    assert [linear_w4a16_triton.tile_for(m, False) for m in rows] == [first] * 2 + [last] * 8
-    assert {linear_w4a16_triton.tile_for(m, True) for m in rows} == {last}
+    tile_for_four = linear_w4a16_triton.tile_for
+    assert [tile_for_four(m, torch.bfloat16, False) for m in rows] == [first] * 2 + [last] * 8
+    assert {tile_for_four(m, torch.bfloat16, True) for m in rows} == {last}
+    always = {tile_for_four(m, torch.float32, fixed) for m in rows for fixed in (False, True)}
+    assert always == {linear_w4a16_triton.FLOAT32_TILE}
 
 
 def test_row_steps_meet_every_tile_and_every_way_to_split() -> None:
@@ -104,7 +107,7 @@ def four_bit_programs(rows: int, weight: FourBits, gpu: Gpu) -> set[object]:
         return {"expanded"}
     found: set[object] = set()
     for slab in [SLAB] * (rows // SLAB) + [rows % SLAB] * (rows % SLAB > 0):
-        tile = linear_w4a16_triton.tile_for(slab, False)
+        tile = linear_w4a16_triton.tile_for(slab, weight.dtype, False)
         found.add((tile, splits(slab, weight, tile, gpu, False) > 1))
     return found
 
@@ -199,7 +202,7 @@ def test_w4a16_in_splits(k: int, group: int, expected: int, dtype: torch.dtype) 
     weight, exact = four_bits(65, k, group, True, dtype)
     x, bias = torch.randn(17, k).to(dtype), torch.randn(65).to(dtype)
     for rows in (1, 17):
-        tile = linear_w4a16_triton.tile_for(rows, False)
+        tile = linear_w4a16_triton.tile_for(rows, dtype, False)
         assert splits(rows, weight, tile, HOPPER, False) == expected
         for gpu in (replace(INTERPRETED, processors=1), HOPPER):
             found = linear_w4a16(x[:rows], weight, bias if rows == 1 else None, gpu)
@@ -207,9 +210,9 @@ def test_w4a16_in_splits(k: int, group: int, expected: int, dtype: torch.dtype) 
 
 
 def test_w4a16_by_itself_splits_by_the_number_of_rows_and_for_deterministic_jobs_does_not() -> None:
-    weight = repack(torch.zeros(4096, 4096, dtype=torch.int8), torch.ones(4096, 1), None, torch.float32, HOPPER)
+    weight = repack(torch.zeros(4096, 4096, dtype=torch.int8), torch.ones(4096, 1), None, torch.float16, HOPPER)
     rows, tile = (1, 64, 65, 192, 256, 1024), linear_w4a16_triton.TILES[None]
-    assert at_once(tile, HOPPER) == 3
+    assert at_once(tile, 2, HOPPER) == 3
     assert [splits(m, weight, tile, HOPPER, False) for m in rows] == [6, 6, 3, 2, 1, 1]
     assert [splits(m, weight, tile, HOPPER, True) for m in rows] == [6] * 6
     assert splits(1, weight, tile, replace(HOPPER, processors=1), False) == 1
@@ -222,7 +225,7 @@ def test_w4a16_by_itself_splits_by_the_number_of_rows_and_for_deterministic_jobs
 def test_as_many_programs_run_at_once_as_registers_and_shared_memory_hold(gpu: Gpu, few: int, many: int) -> None:
     """The numbers follow from what the compiler says: 96 and 168 registers; 25.5 and 41 KiB with two and three stages
     in shared memory of which a program takes 1 KiB more."""
-    assert [at_once(tile, gpu) for tile in linear_w4a16_triton.TILES.values()] == [few, many]
+    assert [at_once(tile, 2, gpu) for tile in linear_w4a16_triton.TILES.values()] == [few, many]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

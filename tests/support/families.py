@@ -13,6 +13,9 @@ YARN = {
 MULTIPLIERS = {
     "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1,
 }  # fmt: skip
+GRANITE_4 = MULTIPLIERS | {
+    "layer_types": [FULL] * 3, "num_local_experts": 0, "shared_intermediate_size": 160, "mamba_n_heads": 4,
+}  # fmt: skip
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 40, "sliding_window": 24, "layer_types": ALTERNATING}
 LONG = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0, 3.0],
@@ -42,22 +45,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("glm", {"head_dim": 16}),
     "glm4": ("glm4", {"head_dim": 32, "attention_bias": False}),
     "granite": ("granite", MULTIPLIERS | {"attention_bias": True, "mlp_bias": True}),
-    "granitemoehybrid": (
-        "granitemoehybrid",
-        MULTIPLIERS
-        | {
-            "layer_types": [FULL] * 3, "num_local_experts": 0, "shared_intermediate_size": 160,
-            "position_embedding_type": "rope", "mamba_n_heads": 4,
-        },
-    ),
-    "granitemoehybrid, no rope": (
-        "granitemoehybrid",
-        MULTIPLIERS
-        | {
-            "layer_types": [FULL] * 3, "num_local_experts": 0, "shared_intermediate_size": 160,
-            "position_embedding_type": "nope", "mamba_n_heads": 4,
-        },
-    ),
+    "granitemoehybrid": ("granitemoehybrid", GRANITE_4 | {"position_embedding_type": "rope"}),
+    "granitemoehybrid, no rope": ("granitemoehybrid", GRANITE_4 | {"position_embedding_type": "nope"}),
     "helium": ("helium", {"head_dim": 16, "attention_bias": True}),
     "hyperclovax": ("hyperclovax", MULTIPLIERS | {"attention_multiplier": None}),
     "internlm3": ("internlm3", {"head_dim": 16}),

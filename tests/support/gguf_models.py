@@ -8,16 +8,9 @@ import gguf
 import numpy as np
 import tokenizers
 from gguf import GGMLQuantizationType as Q
+from gguf_texts import TEXTS
 from safetensors.torch import load_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
-
-TEXTS = [
-    "Hello, world! I'm here; they'LL go.",
-    "  leading spaces\n\n and   runs \t of them  ",
-    "numbers 1234567 and 3.14, naïve café, 漢字かな交じり, emoji 🙂🙃",
-    "def f(x):\n    return {'a': x ** 2}  # done\r\n",
-    "",
-]
 
 
 def train(cut: Any, normalizer: Any = None) -> tokenizers.Tokenizer:

@@ -59,7 +59,7 @@ NF4 = torch.special.ndtri(torch.linspace(0.03, 0.97, 16)) / torch.special.ndtri(
 
 
 def nf4(weight: Tensor, block: int = 64, double: bool = True) -> tuple[dict[str, Tensor], Tensor]:
-    """As bitsandbytes stores NF4: blocks of numbers, row after row, with scales that are quantized too."""
+    """Store a matrix as NF4 of bitsandbytes: blocks of numbers, row after row, with scales that are quantized too."""
     flat = weight.float().flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block)).view(-1, block)
     absmax, nested = blocks.abs().amax(-1), None
@@ -82,7 +82,7 @@ def _nearest(book: Tensor, numbers: Tensor) -> Tensor:
 
 
 def int8(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """As bitsandbytes stores the weights of LLM.int8()."""
+    """Store a matrix as bitsandbytes stores the weights of LLM.int8()."""
     largest = weight.float().abs().amax(-1)
     q = (weight.float() * 127 / largest[:, None]).round()
     stored = {"weight": q.to(torch.int8), "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}

@@ -80,16 +80,23 @@ def test_logits_and_greedy_texts_are_those_of_transformers(smollm2: Path, oracle
     ids, offsets, _ = made.encode_chats([[{"role": "user", "content": question}] for question in questions])
     prompts = [ids[offsets[i] : offsets[i + 1]].tolist() for i in range(len(REVIEWS))]
     prompts += [made.encode_batch([review[:20]])[0].tolist() for review in REVIEWS]
-    engine = engine_of(smollm2, made, dtype="float32")
+    assert_logits_and_texts(smollm2, made, oracle, prompts)
+
+
+def assert_logits_and_texts(
+    model: Path, made: Tokenizer, oracle: transformers.PreTrainedModel, prompts: list[list[int]]
+) -> list[str]:
+    """Compare logits and greedy texts with the oracle's; return the texts. Both end at the file's ends of a text."""
+    engine = engine_of(model, made, dtype="float32")
     for ours, theirs in compare_logits(engine, oracle, prompts):
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     found = tokens(engine, Requests.of(prompts, SamplingParams(max_tokens=24)))
     for i, prompt in enumerate(prompts):
-        # Both end at the file's end of a turn, and at <|endoftext|>.
         new = oracle.generate(
             torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=list(made.eos_ids), pad_token_id=0
         )[0, len(prompt) :].tolist()
         assert found[i] == new
+    return [made.decode_batch(np.array(found[i], np.int32), np.array([0, len(found[i])]))[0] for i in sorted(found)]
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +134,5 @@ def test_a_base_model_completes_as_in_transformers(gemma3: Path, tmp_path: Path)
     texts = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time", *REVIEWS]
     ids, offsets = made.encode_batch(texts)
     prompts = [ids[offsets[i] : offsets[i + 1]].tolist() for i in range(len(texts))]
-    engine, model = engine_of(tmp_path / "unpacked", made, dtype="float32"), oracle_of(gemma3)
-    for ours, theirs in compare_logits(engine, model, prompts):
-        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
-    found = tokens(engine, Requests.of(prompts, SamplingParams(max_tokens=24)))
-    for i, prompt in enumerate(prompts):
-        new = model.generate(
-            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=list(made.eos_ids), pad_token_id=0
-        )[0, len(prompt) :].tolist()
-        assert found[i] == new
-    assert "France" in made.decode_batch(np.array(found[0], np.int32), np.array([0, len(found[0])]))[0]
+    found = assert_logits_and_texts(tmp_path / "unpacked", made, oracle_of(gemma3), prompts)
+    assert "France" in found[0]

@@ -19,5 +19,5 @@ ends = llama.ends
 def layers(config: ConfigFile) -> list[Layer]:
     """Describe the layers that `config.json` asks for."""
     biased = config.flag("use_bias")
-    plain = ConfigFile({**config.fields, "attention_bias": biased, "mlp_bias": biased})
-    return [with_pairs_of_neighbours(layer) for layer in llama.layers(plain)]
+    described = llama.layers(config.changed(attention_bias=biased, mlp_bias=biased))
+    return [with_pairs_of_neighbours(layer) for layer in described]

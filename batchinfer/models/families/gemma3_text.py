@@ -37,9 +37,9 @@ def ropes(config: ConfigFile, local: float) -> dict[str, Rope]:
     d = llama.head_dim(config)
     parameters = config.get("rope_parameters")
     if isinstance(parameters, dict) and any(isinstance(value, dict) for value in parameters.values()):
-        kept = ConfigFile({**config.fields, "rope_scaling": None})
+        kept = config.changed(rope_scaling=None)
         thetas = {SLIDING: local, FULL: config.number("rope_theta")}
         return {kind: read_rope(kept, d, RopeFields(kind, theta)) for kind, theta in thetas.items()}
     full = read_rope(config, d)
-    plain = ConfigFile({**config.fields, "rope_parameters": None, "rope_scaling": None, "rope_theta": local})
+    plain = config.changed(rope_parameters=None, rope_scaling=None, rope_theta=local)
     return {FULL: full, SLIDING: read_rope(plain, d)}

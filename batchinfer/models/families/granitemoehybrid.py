@@ -30,9 +30,7 @@ def layers(config: ConfigFile) -> list[Layer]:
     d = llama.head_dim(config)
     kind = config.get("position_embedding_type")
     rope = read_rope(config, d) if kind == "rope" else no_rope(d)
-    plain = ConfigFile(
-        {**config.fields, "layer_types": None, "intermediate_size": config.size("shared_intermediate_size")}
-    )
+    plain = config.changed(layer_types=None, intermediate_size=config.size("shared_intermediate_size"))
     fused = [
         with_fused_gate_up(layer, "shared_mlp.input_linear")
         for layer in llama.layers(plain, ropes={"full_attention": rope})

@@ -28,6 +28,7 @@ def layers(config: ConfigFile) -> list[Layer]:
     rope = read_rope(config, llama.head_dim(config), _ROPE)
     growth = QueryGrowth(parameters.number("llama_4_scaling_beta"), parameters.size("original_max_position_embeddings"))
     window = config.size_or_none("sliding_window")
-    plain = ConfigFile({**config.fields, "layer_types": None})
-    described = llama.layers(plain, window=window, ropes={"full_attention": rope, "sliding_attention": rope})
+    described = llama.layers(
+        config.changed(layer_types=None), window=window, ropes={"full_attention": rope, "sliding_attention": rope}
+    )
     return [replace(layer, attention=replace(layer.attention, query_growth=growth)) for layer in described]

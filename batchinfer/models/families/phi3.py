@@ -24,6 +24,5 @@ def layers(config: ConfigFile) -> list[Layer]:
     window = config.size_or_none("sliding_window")
     rope = read_rope(config, llama.head_dim(config), _ROPE)
     ropes = {"full_attention": rope, "sliding_attention": rope}
-    plain = ConfigFile({**config.fields, "layer_types": None})
-    described = llama.layers(plain, window=window, ropes=ropes)
+    described = llama.layers(config.changed(layer_types=None), window=window, ropes=ropes)
     return [with_fused_gate_up(with_fused_qkv(layer)) for layer in described]

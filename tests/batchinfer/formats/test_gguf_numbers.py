@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Q
 from batchinfer.formats.gguf_file import TYPES
 from batchinfer.formats.gguf_numbers import dequantize
 
-# Where the fp16 scales of a block lie: random bytes there may be infinite, or no numbers.
+# Places of the fp16 scales in a block. Random bytes there may be infinite, or no numbers.
 SCALES = {
     "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "Q2_K": [80, 82], "Q3_K": [108],
     "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208], "IQ4_NL": [0], "IQ4_XS": [0], "MXFP4": [],

@@ -20,7 +20,7 @@ def packing(config: dict[str, Any], module: str) -> Packing | None:
 
 
 def test_the_first_pattern_that_a_name_begins_with_counts() -> None:
-    """As GPTQModel reads `dynamic`."""
+    """Read `dynamic` as GPTQModel does."""
     rules = {
         r"-:model\.layers\.0\.": {},
         r"+:.*\.(?:down|up)_proj": {"bits": 8, "group_size": -1},

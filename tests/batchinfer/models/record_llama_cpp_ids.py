@@ -24,17 +24,16 @@ import tokenizers
 import xllamacpp
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "support"))
+from gguf_texts import TEXTS as SHORT_TEXTS
+
 RECORD = Path(__file__).parent / "llama_cpp_ids.json"
 PRE = [
     "gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "stablelm2", "qwen35", "bailingmoe", "seed-coder", "gpt-4o",
     "tekken", "deepseek-llm", "deepseek-coder", "deepseek-v3", "falcon", "default",
 ]  # fmt: skip
 TEXTS = [
-    "Hello, world! I'm here; they'LL go.",
-    "  leading spaces\n\n and   runs \t of them  ",
-    "numbers 1234567 and 3.14, naïve café, 漢字かな交じり, emoji 🙂🙃",
-    "def f(x):\n    return {'a': x ** 2}  # done\r\n",
-    "",
+    *SHORT_TEXTS,
     "$5=10 <b>x|y</b> 12345678 +1 a1b22c333d4444",
     "don't DON'T 12 345 6\n7 8",
     "x  \n\n  y\t\tz",

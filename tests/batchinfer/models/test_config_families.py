@@ -78,7 +78,7 @@ def test_a_gpus_kernels_compute_the_same(
 @pytest.mark.parametrize("case", QUICK)
 @pytest.mark.parametrize("quantization", ["none", "w8a8-int8"])
 def test_a_row_is_the_same_alone_and_together(make_model: Callable[..., Path], case: str, quantization: str) -> None:
-    """With a common start computed once, in chunks of another size, and with drafts."""
+    """Compare rows whose common start is computed once with rows alone, in other chunks, and with rows with drafts."""
     model = made(make_model, case)
     prompts = [EDGES[5] + prompt[:60] for prompt in EDGES]
     requests = Requests.of(prompts, SamplingParams(max_tokens=12, ignore_eos=True))

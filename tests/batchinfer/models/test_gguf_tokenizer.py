@@ -38,7 +38,7 @@ def loaded(tmp_path: Path, model: str, tokens: dict[str, Any], **entries: Any) -
 
 
 def compare(made: Tokenizer, texts: list[str], expected: list[list[int]], decodes: bool = True) -> None:
-    """With tags recognized where the vocabulary has them, as llama.cpp does. No text has a control token."""
+    """Recognize tags that the vocabulary has, as llama.cpp does. No text has a control token."""
     ids, offsets = made.encode_batch(texts, allow_special_tokens=True)
     found = [ids[start:end].tolist() for start, end in pairwise(offsets)]
     different = {text: (got, want) for text, got, want in zip(texts, found, expected, strict=True) if got != want}

@@ -119,6 +119,9 @@ def test_a_field_of_a_family_has_its_default_when_it_is_left_out(
             (folder / "config.json").write_text(json.dumps(raw))
             try:
                 parse_model_config(raw)
+            except ValueError:
+                continue
+            try:
                 config = transformers.AutoConfig.from_pretrained(folder)
                 oracle = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
             except Exception:

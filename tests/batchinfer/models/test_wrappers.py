@@ -106,7 +106,7 @@ def test_tensors_are_found_under_their_older_names(wrapped: Callable[..., Path],
 
 
 def test_one_object_may_hold_the_fields_of_both(wrapped: Callable[..., Path], tmp_path: Path) -> None:
-    """As the first files of Qwen2.5-VL do, which call rotary embedding by another name."""
+    """Read a file as Qwen2.5-VL was first published: it calls rotary embedding by another name."""
     model = shutil.copytree(wrapped("qwen2_5_vl"), tmp_path / "model")
     raw = json.loads((model / "config.json").read_text())
     text = raw.pop("text_config")
