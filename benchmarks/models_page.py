@@ -11,7 +11,10 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
+from importlib.metadata import version
 from pathlib import Path
+
+from conditions import conditions
 
 from batchinfer.models.config import FAMILIES
 from batchinfer.models.gguf_config import ARCHITECTURES
@@ -28,7 +31,7 @@ difference as a share of the largest logit; the tests allow 1e-4. Every family r
 4 bits, and `batchinfer quantize` takes it; methods that scale channels need a norm or a matrix that takes up the
 scales, which arcee, exaone4, olmo2 and olmo3 lack. A GPU's kernels ran in Triton's interpreter, not on a device.
 
-Printed by `python benchmarks/models_page.py`; what is not listed is refused by name.
+What is not listed is refused by name.
 """
 
 
@@ -52,7 +55,10 @@ def page() -> str:
     """Return the page."""
     found = errors()
     in_gguf = {architecture.family for architecture in ARCHITECTURES.values()} | {"mistral"}
-    lines = [HEAD, "| family | CPU | Triton, interpreted | GGUF |", "|---|---:|---:|---|"]
+    ran = conditions()
+    by = f"Printed by `python benchmarks/models_page.py`. {ran['machine']}; {ran['versions']}, transformers "
+    by += f"{version('transformers')}; {ran['commit']}; {ran['date']}.\n"
+    lines = [HEAD, by, "| family | CPU | Triton, interpreted | GGUF |", "|---|---:|---:|---|"]
     for family in sorted(FAMILIES):
         on_cpu = found["test_logits_are_those_of_transformers", family]
         in_triton = found["test_a_gpus_kernels_compute_the_same", family]
