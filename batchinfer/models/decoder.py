@@ -128,17 +128,26 @@ class Decoder:
         x is the residual stream, and y the output of the layer before, which is still to be added to it. Both are
         overwritten. The last layer returns the sampled tokens only, [S, D].
         """
-        layer, do, x = self.layers[i], self.backend, x_TD
-        a, f = layer.shape.attention, layer.shape.feed_forward
-        qkv = layer.qkv(self._into(x, y, layer.input_norm, layer.qkv.takes)).dense()
-        query = self._store(i, cache, qkv, at)
-        mixed = do.attention(query, cache, batch.attention[a.window], a.scale, a.softcap).flatten(1)
+        layer, x = self.layers[i], x_TD
+        mixed = self._attend(i, cache, self._into(x, y, layer.input_norm, layer.qkv.takes), batch, at)
         if i + 1 == len(self.layers):  # from here on only the sampled tokens are needed
             x, mixed = x[batch.sampled], mixed[batch.sampled]
-        y = self._normed(layer.output(do.rows(mixed, layer.output.takes)), layer.attention_norm)
-        inner = layer.gate_up(self._into(x, y, layer.mlp_norm, layer.gate_up.takes))
-        y = layer.down(do.activate(inner, f.activation, f.gate is not None, layer.down.takes))
+        y = self._normed(layer.output(self.backend.rows(mixed, layer.output.takes)), layer.attention_norm)
+        y = self._feed_forward(layer, self._into(x, y, layer.mlp_norm, layer.gate_up.takes))
         return x, self._normed(y, layer.mlp_output_norm)
+
+    def _attend(self, i: int, cache: KVCache, x: Rows, batch: Batch, at: TokenPositions) -> Tensor:
+        """Return the outputs of all heads of layer i, [T, heads * head_dim], for the rows x [T, D]."""
+        layer = self.layers[i]
+        a = layer.shape.attention
+        query = self._store(i, cache, layer.qkv(x).dense(), at)
+        return self.backend.attention(query, cache, batch.attention[a.window], a.scale, a.softcap).flatten(1)
+
+    def _feed_forward(self, layer: LayerWeights, x: Rows) -> Rows:
+        """Return the output of a layer's feed-forward block for the rows x [T, D]."""
+        f = layer.shape.feed_forward
+        inner = layer.gate_up(x)
+        return layer.down(self.backend.activate(inner, f.activation, f.gate is not None, layer.down.takes))
 
     def _into(self, x_TD: Tensor, y: Rows | None, norm_D: Tensor | None, takes: torch.dtype) -> Rows:
         """Add y to x in place, and return x, after its norm if it has one, as rows for a product with this `takes`."""
