@@ -7,40 +7,14 @@ from torch import Tensor
 
 from batchinfer.kernels.attention import TiledBatch
 from batchinfer.kernels.attention_plan import AttentionPlan
+from batchinfer.kernels.experts import ExpertRows, ProductByExpert
 from batchinfer.kernels.kv_cache import KVCache
+from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
 from batchinfer.kernels.sampling import SamplingBatch
 
 AttentionBatch = TiledBatch | AttentionPlan
 """Attention's inputs in a step, for the layers that share one window. Each backend has its own type."""
-
-
-class Product(Protocol):
-    """A matrix product with weights [N, K], which it holds."""
-
-    @property
-    def takes(self) -> torch.dtype:
-        """Type of the input rows. 8-bit rows come with a scale each."""
-        ...
-
-    @property
-    def row_grain(self) -> int:
-        """Row grain: the number of input rows must be a multiple of it."""
-        ...
-
-    @property
-    def operations_per_row(self) -> int:
-        """Number of multiplications and additions for one input row."""
-        ...
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight with its scales and zero points."""
-        ...
-
-    def __call__(self, x: Rows) -> Rows:
-        """Multiply rows [M, K]; the result is [M, N]."""
-        ...
 
 
 class Backend(Protocol):
@@ -49,6 +23,7 @@ class Backend(Protocol):
     device: torch.device
     eight_bits: frozenset[str]  # the kinds of 8-bit rows that it multiplies, of int8 and fp8
     values_by_column: bool  # how 8-bit values lie in the KV cache
+    spares_padding: bool  # whether experts leave out rows of padding; not where a step is recorded for other numbers
     kernels: dict[str, str]  # operation -> the path taken, of what this backend has made so far; for the report
 
     def stream(self, dtype: torch.dtype, quantized: bool) -> torch.dtype:
@@ -75,6 +50,17 @@ class Backend(Protocol):
 
         `values_NK` is int8, from -8 to 7. A group of K / G columns shares a scale and a zero point.
         """
+        ...
+
+    def product_by_expert(self, products: list[Product]) -> ProductByExpert:
+        """Make one product of those of all experts, which have one shape and take rows of one type.
+
+        Raises `ValueError` for weights or inputs that this device has no such product for.
+        """
+        ...
+
+    def expert_rows(self, experts_Tk: Tensor, experts: int) -> ExpertRows:
+        """Sort tokens into rows for `product_by_expert`, by the k of all `experts` chosen for each, int64 [T, k]."""
         ...
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:

@@ -5,12 +5,14 @@ from torch import Tensor
 
 from batchinfer.kernels.activation import activate, activate_quantize
 from batchinfer.kernels.attention import TiledBatch, attention
-from batchinfer.kernels.backend import AttentionBatch, Product
+from batchinfer.kernels.backend import AttentionBatch
+from batchinfer.kernels.experts import ExpertRows, ProductByExpert, ProductBySpan, expert_spans
 from batchinfer.kernels.kv_cache import KVCache, cache_rows, rotate
 from batchinfer.kernels.linear import Linear
 from batchinfer.kernels.linear_w4a16 import LinearW4A16
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
 from batchinfer.kernels.norm import rms_norm, rms_norm_quantize
+from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows, add_rows, quantize_rows
 from batchinfer.kernels.sampling import SamplingBatch, greedy, sample
 
@@ -25,6 +27,7 @@ class CpuBackend:
     device = torch.device("cpu")
     eight_bits = frozenset({"int8"})
     values_by_column = False
+    spares_padding = True
 
     def __init__(self) -> None:
         self.kernels: dict[str, str] = {}
@@ -52,6 +55,12 @@ class CpuBackend:
         product = LinearW4A16(values_NK, scale_NG, zero_point_NG, bias_N)
         self.kernels["linear_w4a16"] = product.path
         return product
+
+    def product_by_expert(self, products: list[Product]) -> ProductByExpert:
+        return ProductBySpan(products)
+
+    def expert_rows(self, experts_Tk: Tensor, experts: int) -> ExpertRows:
+        return expert_spans(experts_Tk)
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
         if y is not None:

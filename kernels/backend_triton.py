@@ -3,13 +3,15 @@
 import torch
 from torch import Tensor
 
-from batchinfer.kernels import activation_triton, norm_triton, rows_triton
+from batchinfer.kernels import activation_triton, experts_triton, norm_triton, rows_triton
 from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.attention_triton import paged_attention
-from batchinfer.kernels.backend import AttentionBatch, Product
+from batchinfer.kernels.backend import AttentionBatch
+from batchinfer.kernels.experts import ExpertRows, ProductByExpert
 from batchinfer.kernels.gpu_triton import gpu_of
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.kv_cache_triton import rotate_and_store
+from batchinfer.kernels.product import Product
 from batchinfer.kernels.products_triton import DenseProduct, EightBitProduct, FourBitProduct
 from batchinfer.kernels.rows import Rows
 from batchinfer.kernels.sampling import SamplingBatch, greedy
@@ -22,6 +24,7 @@ class TritonBackend:
     """The backend for a GPU. The residual stream is in the model's type, and products return no separate scales."""
 
     values_by_column = True
+    spares_padding = False
 
     def __init__(self, device: torch.device, deterministic: bool) -> None:
         self.device, self.deterministic = device, deterministic
@@ -52,6 +55,13 @@ class TritonBackend:
         product = FourBitProduct(values_NK, scale_NG, zero_point, bias_N, dtype, self.gpu, self.deterministic)
         self.kernels["linear_w4a16"] = product.path
         return product
+
+    def product_by_expert(self, products: list[Product]) -> ProductByExpert:
+        self.kernels["experts"] = "triton"
+        return experts_triton.by_expert(products)
+
+    def expert_rows(self, experts_Tk: Tensor, experts: int) -> ExpertRows:
+        return experts_triton.expert_tiles(experts_Tk, experts, self.deterministic)
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
         return norm_triton.add_norm(x_MD, None if y is None else y.values, weight_D, eps, _out(takes, x_MD))

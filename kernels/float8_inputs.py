@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchinfer.kernels.backend import Product
+from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
 
 MOST = torch.finfo(torch.float8_e4m3fn).max

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.formats.scheme import WeightScheme
-from batchinfer.models.layer import Attention, Layer, Matrix, Norm
+from batchinfer.models.layer import Attention, Experts, Layer, Matrix, Norm
 from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.layer_inputs import Calibration
 from batchinfer.quantize.scaling import search_scale
@@ -21,9 +21,9 @@ def scale_channels(calibration: Calibration, number: int, tensors: dict[str, Ten
     layer = calibration.config.layers[number]
     attention, makers = layer.attention, channel_makers(layer)
     scales: dict[str, Tensor] = {}
-    for product, chunks in calibration.stages(number, tensors):
+    for product, count, chunks in calibration.stages(number, tensors):
         matrices = layer.modules[product]
-        inputs = Inputs(chunks, calibration.tokens, matrices[0].columns, hessian=False)
+        inputs = Inputs(chunks, count, matrices[0].columns, hessian=False)
         weight = torch.cat([tensors[f"{matrix.name}.weight"] for matrix in matrices])
         tied = _tied(attention) if product == "output" else torch.arange(weight.shape[1])
         scales[product] = search_scale(weight, inputs, scheme, tied)
@@ -55,7 +55,12 @@ def channel_makers(layer: Layer) -> dict[str, Norm | Matrix]:
 
     Raises `ValueError` if a product has none.
     """
-    a, f = layer.attention, layer.feed_forward
+    if isinstance(layer.feed_forward, Experts):
+        raise ValueError(
+            f"{layer.prefix}: the inputs of experts are those of their router too, so they are not scaled; take a "
+            "method that does not scale them, such as gptq"
+        )
+    a, f = layer.attention, layer.block
     makers = {"qkv": layer.input_norm, "output": a.v, "gate_up": layer.mlp_norm, "down": f.up if f.gate else None}
     found = {product: maker for product, maker in makers.items() if maker is not None}
     if missing := sorted(makers.keys() - found.keys()):

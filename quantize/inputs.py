@@ -14,7 +14,8 @@ class Inputs:
     """Statistics of inputs x [K], computed in float32: mean squares, maxima, a sample and, if wanted, the Hessian."""
 
     def __init__(self, chunks_TK: Iterable[Tensor], tokens: int, columns: int, hessian: bool) -> None:
-        """Read the inputs in chunks [T, K] of K `columns`, with `tokens` rows in all.
+        """Read the inputs in chunks [T, K] of K `columns`, with `tokens` rows in all. Without any, all inputs are taken
+        to be alike, so that the error is that of the weights.
 
         `hessian` says whether `hessian()` will be called. Raises `ValueError` if the inputs are not finite.
         """
@@ -24,7 +25,10 @@ class Inputs:
         sample: list[Tensor] = []
         squares, most = torch.zeros(columns), torch.zeros(columns)
         self._products = torch.zeros(columns, columns) if hessian else None
-        for chunk in chunks_TK:
+        if not tokens:
+            self.notes.append("no row of the calibration reaches it")
+            chunks_TK, tokens, stride = [torch.eye(columns)], columns, 1
+        for chunk in filter(len, chunks_TK):
             x = chunk.float()
             most = torch.maximum(most, chunk.abs().amax(0).float())
             sample.append(x[-first % stride :: stride].clone())

@@ -5,10 +5,12 @@ much text there is, and an interrupted run can resume from the file. A matrix's 
 before it, so that it can correct their error.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +19,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchinfer.kernels.activation import activate
+from batchinfer.kernels.experts import route
 from batchinfer.kernels.kv_cache import rotate
 from batchinfer.kernels.linear import linear
 from batchinfer.kernels.norm import rms_norm
 from batchinfer.kernels.processor import multiplied_in
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.layer import Attention, Norm
+from batchinfer.models.layer import Attention, Experts, FeedForward, Matrix, Norm
 from batchinfer.models.stored_layer import bias_of, norm_weight, weight_of
 
 CHUNK_TOKENS = 2048
 """Approximate number of tokens that are computed together; a chunk consists of whole sequences."""
+
+
+class Stage(NamedTuple):
+    """A matrix product that calibration comes to."""
+
+    product: str  # its name in the layer's `products`
+    rows: int  # number of its inputs, which are fewer than the tokens if only some choose an expert
+    inputs: Iterator[Tensor]  # in chunks [T, K]
+
+
+_Inputs = Callable[[], Iterator[Tensor]]
+"""Returns the inputs of a block in chunks, from the first one on, each time that it is called."""
 
 
 class Calibration:
@@ -57,8 +72,8 @@ class Calibration:
     def _embedded(self, tokens: Tensor, embedding_VD: Tensor) -> Tensor:
         return F.embedding(tokens, embedding_VD).to(self.dtype) * self.config.ends.embedding_factor
 
-    def stages(self, number: int, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Iterator[Tensor]]]:
-        """Yield the matrix products of layer `number` in order: (name, inputs in chunks [T, K]).
+    def stages(self, number: int, tensors: dict[str, Tensor]) -> Iterator[Stage]:
+        """Yield the matrix products of layer `number` in order.
 
         `tensors` are the layer's tensors by name, without its prefix. Between two products the caller may replace the
         first one's weights in `tensors`: the inputs that follow are computed with the new ones. After the last product
@@ -68,10 +83,7 @@ class Calibration:
         layer = self.config.layers[number]
 
         def product(name: str) -> Callable[[Tensor], Tensor]:
-            matrices = layer.products[name]
-            weights = [weight_of(matrix, tensors[f"{matrix.name}.weight"]).to(self.dtype) for matrix in matrices]
-            biases = [bias_of(m, tensors[f"{m.name}.bias"]).to(self.dtype) for m in matrices if m.bias]
-            return partial(linear, weight_NK=torch.cat(weights), bias_N=torch.cat(biases) if biases else None)
+            return _product(layer.products[name], tensors, self.dtype)
 
         def normed(states: Iterable[Tensor], norm: Norm | None) -> Iterator[Tensor]:
             if norm is None:
@@ -79,23 +91,68 @@ class Calibration:
             weight = norm_weight(norm, tensors[f"{norm.name}.weight"], self.dtype)
             return (rms_norm(x, weight, self.config.norm_eps) for x in states)
 
-        def added(states: Iterable[Tensor], inputs: Iterable[Tensor], name: str, norm: Norm | None) -> Iterator[Tensor]:
-            return (x + y for x, y in zip(states, normed(map(product(name), inputs), norm), strict=True))
+        def added(states: Iterable[Tensor], outputs: Iterable[Tensor], norm: Norm | None) -> Iterator[Tensor]:
+            return (x + y for x, y in zip(states, normed(outputs, norm), strict=True))
 
         entering = self._stored(_states(number))
-        yield "qkv", normed(entering, layer.input_norm)
+        yield Stage("qkv", self.tokens, normed(entering, layer.input_norm))
         heads = map(product("qkv"), normed(entering, layer.input_norm))
         chunks = zip(heads, self.chunks, strict=True)
-        attended = (self._attend(x, lengths, layer.attention, tensors) for x, lengths in chunks)
-        mixed = self._store("mixed", attended)
-        yield "output", iter(mixed)
-        middle = self._store("middle", added(entering, mixed, "output", layer.attention_norm))
-        yield "gate_up", normed(middle, layer.mlp_norm)
+        mixed = self._store("mixed", (self._attend(x, lengths, layer.attention, tensors) for x, lengths in chunks))
+        yield Stage("output", self.tokens, iter(mixed))
+        middle = self._store("middle", added(entering, map(product("output"), mixed), layer.attention_norm))
+
+        def inputs() -> Iterator[Tensor]:
+            return normed(middle, layer.mlp_norm)
+
         f = layer.feed_forward
+        walk = self._block(f, "", product, inputs) if isinstance(f, FeedForward) else self._experts(f, tensors, inputs)
+        outputs = yield from walk
+        self._store(_states(number + 1), added(middle, outputs, layer.mlp_output_norm))
+        for path in self.folder.glob("*expert*"):
+            path.unlink()
+
+    def _block(
+        self, f: FeedForward, of: str, product: Callable[[str], Callable[[Tensor], Tensor]], inputs: _Inputs
+    ) -> Generator[Stage, None, Iterator[Tensor]]:
+        """Yield the products of a feed-forward block, whose names begin with `of`; return its outputs in chunks."""
+        rows = sum(map(len, inputs()))
+        yield Stage(f"{of}gate_up", rows, inputs())
         act = partial(activate, activation=f.activation, gated=f.gate is not None)
-        inner = self._store("inner", map(act, map(product("gate_up"), normed(middle, layer.mlp_norm))))
-        yield "down", iter(inner)
-        self._store(_states(number + 1), added(middle, inner, "down", layer.mlp_output_norm))
+        inner = self._store(f"{of}inner", map(act, map(product(f"{of}gate_up"), inputs())))
+        yield Stage(f"{of}down", rows, iter(inner))
+        return map(product(f"{of}down"), inner)
+
+    def _experts(
+        self, f: Experts, tensors: dict[str, Tensor], inputs: _Inputs
+    ) -> Generator[Stage, None, Iterator[Tensor]]:
+        """Yield the products of each expert with the tokens that chose it; return the mixture's outputs in chunks."""
+
+        def product(name: str) -> Callable[[Tensor], Tensor]:
+            return _product(f.products[name], tensors, self.dtype)
+
+        def unquantized(matrix: Matrix) -> Callable[[Tensor], Tensor]:
+            return _product((matrix,), tensors, torch.float32)
+
+        r = f.router
+        bias = None if r.bias is None else tensors[r.bias].float().flatten()
+        scores = map(unquantized(r.matrix), (x.float() for x in inputs()))
+        chosen = [route(x, r.chosen, r.scores, r.normalized, r.factor, bias, r.groups, r.chosen_groups) for x in scores]
+        outputs = []
+        for i, expert in enumerate(f.experts):
+            found = self._store(
+                f"expert {i}", (x[_rows_of(i, ids)] for x, (ids, _) in zip(inputs(), chosen, strict=True))
+            )
+            walk = yield from self._block(expert, f"expert {i} ", product, found.__iter__)
+            outputs.append(self._store(f"expert {i}", walk))
+        shared: Iterable[Tensor | None] = repeat(None, len(chosen))
+        if f.shared is not None:
+            walk = yield from self._block(f.shared, "shared expert ", product, inputs)
+            shared = self._store("shared expert", walk)
+            if f.shared_gate is not None:
+                gates = map(unquantized(f.shared_gate), (x.float() for x in inputs()))
+                shared = (x * gate.sigmoid().to(x.dtype) for x, gate in zip(shared, gates, strict=True))
+        return map(_weighted_sum, chosen, zip(*outputs, strict=True), shared)
 
     def leave(self, layer: int) -> None:
         """Delete the states before this layer, which are not needed any more."""
@@ -129,15 +186,18 @@ class Calibration:
         return rms_norm(query, of_query, self.config.norm_eps), rms_norm(key, of_key, self.config.norm_eps)
 
     def _store(self, name: str, chunks_TX: Iterable[Tensor]) -> "_Activations":
-        unfinished = self.folder / f"{name}.unfinished"
+        unfinished, rows, columns = self.folder / f"{name}.unfinished", [], 0
         with unfinished.open("wb") as file:
             for chunk in chunks_TX:
                 file.write(chunk.contiguous().view(torch.uint8).numpy().tobytes())
+                rows.append(len(chunk))
+                columns = chunk.shape[1]
         unfinished.replace(self.folder / name)
-        return self._stored(name)
+        return _Activations(self.folder / name, rows, columns, self.dtype)
 
     def _stored(self, name: str) -> "_Activations":
-        return _Activations(self.folder / name, [sum(lengths) for lengths in self.chunks], self.dtype)
+        rows = [sum(lengths) for lengths in self.chunks]
+        return _Activations(self.folder / name, rows, self.config.hidden_size, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -146,14 +206,42 @@ class _Activations:
 
     path: Path
     chunks: list[int]  # number of rows of each chunk
+    columns: int
     dtype: torch.dtype
 
     def __iter__(self) -> Iterator[Tensor]:
-        a_row = self.path.stat().st_size // sum(self.chunks)
+        a_row = self.columns * self.dtype.itemsize
         with self.path.open("rb") as file:
             for rows in self.chunks:
                 values = torch.from_numpy(np.fromfile(file, np.uint8, rows * a_row))
-                yield values.view(self.dtype).view(rows, -1)
+                yield values.view(self.dtype).view(rows, self.columns)
+
+
+def _product(
+    matrices: tuple[Matrix, ...], tensors: dict[str, Tensor], dtype: torch.dtype
+) -> Callable[[Tensor], Tensor]:
+    """Return the product of matrices that share an input, with the layer's present tensors."""
+    weights = [weight_of(matrix, tensors[matrix.weight_name]).to(dtype) for matrix in matrices]
+    biases = [bias_of(m, tensors[m.bias_name]).to(dtype) for m in matrices if m.bias]
+    return partial(linear, weight_NK=torch.cat(weights), bias_N=torch.cat(biases) if biases else None)
+
+
+def _rows_of(expert: int, chosen_Tk: Tensor) -> Tensor:
+    """Return the tokens that chose this expert, int64, in order."""
+    return (chosen_Tk == expert).any(1).nonzero()[:, 0]
+
+
+def _weighted_sum(chosen: tuple[Tensor, Tensor], outputs: tuple[Tensor, ...], shared_TD: Tensor | None) -> Tensor:
+    """Return the weighted sum [T, D] of experts' outputs, each for the tokens that chose it, and of what is shared."""
+    ids_Tk, weights_Tk = chosen
+    total = torch.zeros(len(ids_Tk), outputs[0].shape[1])
+    for i, out in enumerate(outputs):
+        rows = _rows_of(i, ids_Tk)
+        weights = (weights_Tk[rows] * (ids_Tk[rows] == i)).sum(1, keepdim=True)
+        total.index_add_(0, rows, out.float() * weights)
+    if shared_TD is not None:
+        total += shared_TD
+    return total.to(outputs[0].dtype)
 
 
 def _states(layer: int) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.models.config import ModelConfig
+from batchinfer.models.layer import FeedForward
 from batchinfer.models.weights import SafetensorsWeights
 from batchinfer.quantize.rotation import rotation
 
@@ -45,7 +46,7 @@ class RotatedWeights:
         yield f"{c.head.name}.weight", self._lm_head
         yield f"{c.norm.name}.weight", self._ones
         for layer in c.layers:
-            at, a, f = layer.prefix, layer.attention, layer.feed_forward
+            at, a, f = layer.prefix, layer.attention, layer.block
             for norm, readers in ((layer.input_norm, (a.q, a.k, a.v)), (layer.mlp_norm, (f.gate, f.up))):
                 assert norm is not None
                 gain = f"{at}{norm.name}.weight"
@@ -100,7 +101,8 @@ def _refuse_other_layers(config: ModelConfig) -> None:
     for layer in config.layers:
         before = (layer.input_norm, layer.mlp_norm, config.norm)
         plain = all(norm is not None and not norm.added for norm in before)
-        plain &= layer.attention_norm is None and layer.mlp_output_norm is None and layer.feed_forward.gate is not None
+        plain &= layer.attention_norm is None and layer.mlp_output_norm is None
+        plain &= isinstance(layer.feed_forward, FeedForward) and layer.feed_forward.gate is not None
         plain &= all(matrix.stored_rows == matrix.rows for matrix in layer.matrices)
         if not plain:
             raise ValueError(

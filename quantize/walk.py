@@ -31,7 +31,7 @@ from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.scheme import WeightScheme
 from batchinfer.host.files import write_checksums
 from batchinfer.models.config import read_model_config
-from batchinfer.models.layer import LAYERS
+from batchinfer.models.layer import LAYERS, Experts
 from batchinfer.models.weights import SafetensorsWeights, tensor_names, with_stored_head
 from batchinfer.quantize.channel_scales import channel_makers, scale_channels
 from batchinfer.quantize.inputs import Inputs
@@ -89,6 +89,11 @@ class Quantizer:
             raise ValueError(f"{model} wraps a language model; save that alone with transformers, and quantize it")
         for layer in named.layers:
             for matrix in layer.matrices:
+                if matrix.stack is not None:
+                    raise ValueError(
+                        f"{layer.prefix}{matrix.name} holds the matrices of all experts in one tensor, which is not "
+                        "quantized yet; run the model with --quantization w8a8-int8, which rounds them at load"
+                    )
                 if scheme.group_size and matrix.columns % scheme.group_size:
                     raise ValueError(
                         f"--group-size {scheme.group_size} does not divide the {matrix.columns} columns of "
@@ -200,10 +205,10 @@ class Quantizer:
         if self.method.scaled:
             scale_channels(calibration, number, tensors, self.scheme)
         layer = self.config.layers[number]
-        for product, chunks in calibration.stages(number, tensors):
+        for product, rows, chunks in calibration.stages(number, tensors):
             matrices = layer.modules[product]
             with _naming(f"{layer.prefix}{product}"):
-                inputs = Inputs(chunks, calibration.tokens, matrices[0].columns, self.method.compensating)
+                inputs = Inputs(chunks, rows, matrices[0].columns, self.method.compensating)
             for matrix in matrices:
                 weight = tensors[f"{matrix.name}.weight"].float()
                 with _naming(f"tensor {layer.prefix}{matrix.name}.weight"):
@@ -250,6 +255,12 @@ class Quantizer:
                 "together"
             )
 
+    def _unquantized(self) -> list[str]:
+        """Return the modules that stay in floating point: the head, and what chooses experts."""
+        blocks = [(layer.prefix, layer.feed_forward) for layer in self.config.layers]
+        chooses = [f"{at}{m.name}" for at, f in blocks if isinstance(f, Experts) for m in f.unquantized]
+        return [self.config.head.name, *chooses]
+
     def _file(self, layer: int) -> str:
         return f"model-{layer + 2:05}-of-{self.files:05}.safetensors"
 
@@ -292,7 +303,7 @@ class Quantizer:
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, target)
         config = json.loads((self.model / "config.json").read_text())
-        config["quantization_config"] = quantization_config(self.scheme, [self.config.head.name])
+        config["quantization_config"] = quantization_config(self.scheme, self._unquantized())
         if self.untied:
             config["tie_word_embeddings"] = False
         (self.output / "config.json").write_text(json.dumps(config, indent=2))

@@ -101,10 +101,11 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             config = transformers.AutoConfig.for_model(family, **{**SHAPE, **overrides})
             torch.manual_seed(0)
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-            for name, parameter in model.named_parameters():
+            buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
+            for name, tensor in (dict(model.named_parameters()) | buffers).items():
                 # Biases and norms start as constants; give every tensor something to be wrong about. Larger weights
                 # than usual, so that logits differ by more than rounding.
-                torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
+                torch.nn.init.normal_(tensor, 1.0 if "norm" in name else 0.0, 0.1)
             folder = tmp_path_factory.mktemp(family)
             model.save_pretrained(folder)
             made[key] = folder

@@ -5,6 +5,7 @@ through norms and activations, per weight (by the number of rows it is multiplie
 or computes, and per logit. Effects that such a sum cannot hold, such as overlap, are averaged into the constants.
 """
 
+from collections import Counter
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from batchinfer.kernels.grain import TILE
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.layer import Layer
+from batchinfer.models.layer import FeedForward
 
 Floats = NDArray[np.float64]
 
@@ -90,13 +91,11 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
     shapes = [layer.attention for layer in layers]
     # Behind attention, the last layer computes sampled rows only.
     inner, last = layers[:-1], layers[-1]
-    behind = _numbers_behind_attention(last)
-    moved = w.sampled * behind + w.tokens * (
+    moved = w.sampled * last.feed_forward.numbers_per_token + w.tokens * (
         sum(2 * layer.attention.q.columns + 2 * layer.attention.width for layer in layers)
-        + sum(_numbers_behind_attention(layer) for layer in inner)
+        + sum(layer.feed_forward.numbers_per_token for layer in inner)
     )
-    other = _weights_behind_attention(last)
-    all_rows = layer_weights(model) - other
+    products = _products(work, model)
     head = model.head.size
     streamed = weights.streamed(model)
     heads, width = sum(a.heads for a in shapes), sum(a.heads * a.head_dim for a in shapes)
@@ -106,7 +105,7 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
         "layer": np.full(len(w), float(len(layers))),
         "decoding layer": len(layers) * (w.decoding > 0),
         "number": moved,
-        "weight from memory": streamed * weights.layer_bytes * (all_rows + other * (w.sampled > 0)),
+        "weight from memory": streamed * weights.layer_bytes * sum(part * (rows > 0) for part, rows in products),
         "head": head * (w.sampled > 0),
         "head from memory": streamed * weights.head_bytes * head * (w.sampled > 0),
         "head by row": head * w.sampled,
@@ -122,18 +121,33 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
     }
     if sampling != "greedy":
         named[f"{sampling} logit"] = model.vocab_size * w.sampled
-    for rows, all_share, last_share in zip(ROWS, _shares(w.tokens), _shares(w.sampled), strict=True):
-        named[f"weight by {rows} rows"] = all_rows * all_share + other * last_share
+    by_rows = np.sum([part * _shares(rows) for part, rows in products], axis=0)
+    named |= {f"weight by {rows} rows": weights for rows, weights in zip(ROWS, by_rows, strict=True)}
     return {name: np.asarray(values, np.float64) for name, values in named.items()}
 
 
-def _weights_behind_attention(layer: Layer) -> int:
-    return layer.attention.output.size + sum(m.size for m in layer.products["gate_up"] + layer.products["down"])
+def _products(work: Work, model: ModelConfig) -> list[tuple[Floats, Floats]]:
+    """Return (weights [n], the rows that they are multiplied with [n]) of the products of all layers, put together.
 
-
-def _numbers_behind_attention(layer: Layer) -> int:
-    """Count a token's numbers that pass through the second norm, the activation and the residual sum."""
-    return 2 * layer.feed_forward.up.columns + 3 * layer.feed_forward.down.columns
+    Of a mixture those experts count that are expected to be touched, as if tokens chose evenly.
+    """
+    *inner, last = model.layers
+    attention = [layer.attention for layer in model.layers]
+    weights = sum(a.q.size + a.k.size + a.v.size for a in attention) + sum(a.output.size for a in attention[:-1])
+    behind = Counter((layer.feed_forward, False) for layer in inner)
+    behind[last.feed_forward, True] += 1
+    ones = np.ones(len(work))
+    found = [(weights * ones, work.tokens), (last.attention.output.size * ones, work.sampled)]
+    for (f, sampled), layers in behind.items():
+        rows = work.sampled if sampled else work.tokens
+        if isinstance(f, FeedForward):
+            found.append((layers * f.weights_per_token * ones, rows))
+            continue
+        chosen = f.router.chosen
+        touched = len(f.experts) * (1 - (1 - chosen / len(f.experts)) ** rows)
+        found.append((layers * touched * f.experts[0].weights_per_token, rows * chosen / np.maximum(touched, 1e-9)))
+        found.append((layers * (f.weights_per_token - chosen * f.experts[0].weights_per_token) * ones, rows))
+    return found
 
 
 def _shares(rows: Floats) -> Floats:

@@ -19,12 +19,13 @@ from batchinfer.formats.matrix import quantize_channels
 from batchinfer.formats.registry import refuse_on_gpu
 from batchinfer.formats.scheme import QuantScheme, scheme
 from batchinfer.kernels.attention_plan import AttentionPlan
-from batchinfer.kernels.backend import Backend, Product
+from batchinfer.kernels.backend import Backend
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
 from batchinfer.kernels.kv_cache import KV_DTYPES
 from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
+from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig

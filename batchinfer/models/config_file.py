@@ -10,6 +10,12 @@ _LARGEST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 17, "intermediate_size": 1 << 19, "num_hidden_layers": 1 << 10,
     "num_attention_heads": 1 << 10, "num_key_value_heads": 1 << 10, "head_dim": 1 << 10,
     "shared_intermediate_size": 1 << 19, "no_rope_layer_interval": 1 << 10, "sliding_window_pattern": 1 << 10,
+    "num_experts": 1 << 12, "num_local_experts": 1 << 12, "n_routed_experts": 1 << 12, "moe_num_experts": 1 << 12,
+    "num_experts_per_tok": 1 << 12, "moe_k": 1 << 12, "n_group": 1 << 12, "topk_group": 1 << 12,
+    "n_shared_experts": 1 << 10, "num_shared_experts": 1 << 10, "moe_num_shared_experts": 1 << 10,
+    "moe_intermediate_size": 1 << 19, "shared_expert_intermediate_size": 1 << 19, "decoder_sparse_step": 1 << 10,
+    "moe_layer_interval": 1 << 10, "first_k_dense_replace": 1 << 10, "max_window_layers": 1 << 10,
+    "rotary_dim": 1 << 10,
     "max_position_embeddings": 1 << 24, "original_max_position_embeddings": 1 << 24, "sliding_window": 1 << 24,
 }  # fmt: skip
 
@@ -38,6 +44,11 @@ class ConfigFile:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST[key]:
             raise ValueError(f"{self.name}: {key} is {value!r}; it must be a whole number from 1 to {_LARGEST[key]}")
         return value
+
+    def whole(self, key: str) -> int:
+        """Return the field, an integer of 0 or more."""
+        value = self._given(key, None)
+        return 0 if value == 0 and type(value) is int else self.size(key)
 
     def size_or_none(self, key: str) -> int | None:
         """Return the field, an integer of 1 or more, or None if it is missing."""

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from batchinfer.kernels.backend import Backend, Product
+from batchinfer.kernels.backend import Backend
 from batchinfer.kernels.kv_cache import KVCache
+from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
+from batchinfer.models.feed_forward import ExpertsWeights, FeedForwardWeights
 from batchinfer.models.layer import Layer
 
 
@@ -28,7 +30,7 @@ class TokenPositions(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The loaded weights of one layer. The matrices q, k and v are one product; gate and up are another."""
+    """The loaded weights of one layer. The matrices q, k and v are one product."""
 
     shape: Layer
     input_norm: Tensor | None  # [D], as the other norms of the residual stream and of what is added to it
@@ -38,14 +40,19 @@ class LayerWeights:
     output: Product
     attention_norm: Tensor | None
     mlp_norm: Tensor | None
-    gate_up: Product
-    down: Product
+    feed_forward: FeedForwardWeights | ExpertsWeights
     mlp_output_norm: Tensor | None
 
     @property
     def products(self) -> tuple[Product, ...]:
-        """The layer's four matrix products."""
-        return (self.qkv, self.output, self.gate_up, self.down)
+        """The layer's matrix products."""
+        return (self.qkv, self.output, *self.feed_forward.products)
+
+    @property
+    def operations_per_row(self) -> int:
+        """Number of multiplications and additions for one input row in the layer's matrix products."""
+        attention = self.qkv.operations_per_row + self.output.operations_per_row
+        return attention + self.feed_forward.operations_per_row
 
 
 class Decoder:
@@ -86,7 +93,7 @@ class Decoder:
     @property
     def operations_per_token(self) -> int:
         """Operations of a token in the layers' matrix products, without the head: only sampled tokens need that."""
-        return sum(p.operations_per_row for layer in self.layers for p in layer.products)
+        return sum(layer.operations_per_row for layer in self.layers)
 
     @property
     def row_grain(self) -> int:
@@ -130,10 +137,12 @@ class Decoder:
         """
         layer, x = self.layers[i], x_TD
         mixed = self._attend(i, cache, self._into(x, y, layer.input_norm, layer.qkv.takes), batch, at)
+        rows = batch.prompt_tokens + batch.query_tokens
         if i + 1 == len(self.layers):  # from here on only the sampled tokens are needed
-            x, mixed = x[batch.sampled], mixed[batch.sampled]
+            x, mixed, rows = x[batch.sampled], mixed[batch.sampled], len(batch.sequences)
         y = self._normed(layer.output(self.backend.rows(mixed, layer.output.takes)), layer.attention_norm)
-        y = self._feed_forward(layer, self._into(x, y, layer.mlp_norm, layer.gate_up.takes))
+        rows = rows if self.backend.spares_padding else len(x)
+        y = layer.feed_forward(self.backend, self._into(x, y, layer.mlp_norm, layer.feed_forward.takes), rows)
         return x, self._normed(y, layer.mlp_output_norm)
 
     def _attend(self, i: int, cache: KVCache, x: Rows, batch: Batch, at: TokenPositions) -> Tensor:
@@ -142,12 +151,6 @@ class Decoder:
         a = layer.shape.attention
         query = self._store(i, cache, layer.qkv(x).dense(), at)
         return self.backend.attention(query, cache, batch.attention[a.window], a.scale, a.softcap).flatten(1)
-
-    def _feed_forward(self, layer: LayerWeights, x: Rows) -> Rows:
-        """Return the output of a layer's feed-forward block for the rows x [T, D]."""
-        f = layer.shape.feed_forward
-        inner = layer.gate_up(x)
-        return layer.down(self.backend.activate(inner, f.activation, f.gate is not None, layer.down.takes))
 
     def _into(self, x_TD: Tensor, y: Rows | None, norm_D: Tensor | None, takes: torch.dtype) -> Rows:
         """Add y to x in place, and return x, after its norm if it has one, as rows for a product with this `takes`."""

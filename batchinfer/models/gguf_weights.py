@@ -80,7 +80,7 @@ def stored_modules(model: ModelConfig) -> dict[str, str]:
     """Return the name that GGUF files use for each module of a checkpoint."""
     names = {model.embedding.name: "token_embd", model.norm.name: "output_norm", model.head.name: "output"}
     for i, layer in enumerate(model.layers):
-        a, f = layer.attention, layer.feed_forward
+        a, f = layer.attention, layer.block
         modules: dict[str, Matrix | Norm | None] = {
             "attn_norm": layer.input_norm, "attn_q": a.q, "attn_k": a.k, "attn_v": a.v, "attn_output": a.output,
             "post_attention_norm": layer.attention_norm, "post_ffw_norm": layer.mlp_output_norm,

@@ -4,8 +4,8 @@ from torch import Tensor
 
 from batchinfer.formats.matrix import UNROUNDED, QuantizedMatrix
 from batchinfer.formats.scheme import QuantScheme
-from batchinfer.kernels.backend import Product
 from batchinfer.kernels.float8_inputs import PER_TOKEN, Float8InputProduct, InputScales
+from batchinfer.kernels.product import Product
 
 
 class InputRounding:

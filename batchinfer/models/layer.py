@@ -33,7 +33,7 @@ class Matrix:
     """A weight [rows, columns], which maps a token's `columns` numbers to `rows` numbers.
 
     A checkpoint may store several as one module, one below the other. Then they have the same name, and each says where
-    it lies.
+    it lies: in rows `first`, `first + step` and so on.
     """
 
     name: str  # module name in a checkpoint, without the layer's prefix
@@ -42,9 +42,12 @@ class Matrix:
     bias: bool = False
     first: int = 0  # the row of the module that it begins with
     module_rows: int | None = None  # of the whole module; None: its own
+    step: int = 1  # it takes every so-manieth row of the module
     factor: float = 1.0  # the product is multiplied by it
     order: tuple[int, ...] | None = None
     """Order of the rows within each head: row i of a head is the head's row `order[i]` in the checkpoint."""
+    stack: "Stack | None" = None
+    """How the modules of several experts, one below the other in `module_rows`, are stored as one tensor."""
 
     @property
     def size(self) -> int:
@@ -59,12 +62,43 @@ class Matrix:
     @property
     def module(self) -> "Matrix":
         """The matrix that the checkpoint stores, of which this one is all or a part."""
-        return Matrix(self.name, self.stored_rows, self.columns, self.bias)
+        return Matrix(self.name, self.stored_rows, self.columns, self.bias, stack=self.stack)
 
     @property
     def stored_otherwise(self) -> bool:
         """Whether the module in the checkpoint is another matrix than this one."""
         return self.stored_rows != self.rows or self.factor != 1.0 or self.order is not None
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the weight's tensor, without the layer's prefix."""
+        return self.name if self.stack is not None and self.stack.bare else f"{self.name}.weight"
+
+    @property
+    def bias_name(self) -> str:
+        """Name of the bias's tensor, without the layer's prefix."""
+        return f"{self.name}_bias" if self.stack is not None and self.stack.bare else f"{self.name}.bias"
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield (name, shape) of the module's tensors as a floating-point checkpoint stores them."""
+        rows, stack = self.stored_rows, self.stack
+        yield self.weight_name, (rows, self.columns) if stack is None else stack.weight_shape(rows, self.columns)
+        if self.bias:
+            yield self.bias_name, (rows,) if stack is None else (stack.experts, rows // stack.experts)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The form of a tensor with the matrices of all experts: [experts, rows, columns], or transposed ones."""
+
+    experts: int
+    transposed: bool = False  # [experts, columns, rows]
+    bare: bool = False  # the tensors' names are the module's, and its name with _bias
+
+    def weight_shape(self, rows: int, columns: int) -> tuple[int, int, int]:
+        """Return the shape of the tensor that holds so many rows, those of all experts together."""
+        each = rows // self.experts
+        return (self.experts, columns, each) if self.transposed else (self.experts, each, columns)
 
 
 @dataclass(frozen=True)
@@ -115,13 +149,84 @@ class QueryGrowth:
 class FeedForward:
     """The block `down(activation(gate(x)) * up(x))` (GLU, Shazeer 2020), or `down(activation(up(x)))` without a gate.
 
-    `activation` is silu, gelu_tanh or relu2.
+    `activation` is silu, gelu_tanh, relu2, or clamped_swiglu, which computes of gate g and up u
+    `min(g, 7) * sigmoid(1.702 * min(g, 7)) * (clamp(u, -7, 7) + 1)`, as in gpt-oss.
     """
 
     gate: Matrix | None
     up: Matrix
     down: Matrix
     activation: str = "silu"
+
+    @property
+    def products(self) -> dict[str, tuple[Matrix, ...]]:
+        """Matrices of each matrix product, in the order of computing."""
+        return {"gate_up": (self.up,) if self.gate is None else (self.gate, self.up), "down": (self.down,)}
+
+    @property
+    def weights_per_token(self) -> int:
+        """Number of weights that a token is multiplied by."""
+        return sum(matrix.size for matrices in self.products.values() for matrix in matrices)
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Number of numbers of a token that pass through the norm before it, the activation and the residual sum."""
+        return 2 * self.up.columns + 3 * self.down.columns
+
+
+@dataclass(frozen=True)
+class Router:
+    """Chooses experts for each token by scores, softmax or sigmoid of its logits, computed in float32.
+
+    Their weights are the scores of the chosen ones. `bias` names a tensor [experts] that is added to the scores only to
+    choose, as in DeepSeek-V3. There the experts also lie in groups, and only those of the best groups are chosen, by
+    the sum of a group's two best scores.
+    """
+
+    matrix: Matrix  # [experts, D]
+    chosen: int  # number of experts that are chosen for a token
+    scores: str = "softmax"
+    normalized: bool = True  # the weights are divided by their sum
+    factor: float = 1.0  # then they are multiplied by it
+    bias: str | None = None
+    bias_shape: tuple[int, ...] = ()  # as stored
+    groups: int = 1
+    chosen_groups: int = 1
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts (Shazeer et al. 2017): the weighted sum of the chosen experts, and of one that all share."""
+
+    router: Router
+    experts: tuple[FeedForward, ...]  # all of one shape
+    shared: FeedForward | None = None
+    shared_gate: Matrix | None = None  # [1, D]: the shared expert's output is multiplied by the sigmoid of its product
+
+    @property
+    def products(self) -> dict[str, tuple[Matrix, ...]]:
+        """Matrices of each matrix product, in the order of computing."""
+        blocks = {f"expert {i}": expert for i, expert in enumerate(self.experts)}
+        if self.shared is not None:
+            blocks["shared expert"] = self.shared
+        return {f"{of} {name}": found for of, block in blocks.items() for name, found in block.products.items()}
+
+    @property
+    def unquantized(self) -> tuple[Matrix, ...]:
+        """Matrices that stay in floating point: they are small, and decide which experts compute."""
+        return (self.router.matrix,) if self.shared_gate is None else (self.router.matrix, self.shared_gate)
+
+    @property
+    def weights_per_token(self) -> int:
+        """Number of weights that a token is multiplied by."""
+        shared = 0 if self.shared is None else self.shared.weights_per_token
+        return self.router.matrix.size + self.router.chosen * self.experts[0].weights_per_token + shared
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Number of numbers of a token that pass through the norm before it, the activation and the residual sum."""
+        blocks = [self.experts[0]] * self.router.chosen + ([] if self.shared is None else [self.shared])
+        return sum(block.numbers_per_token for block in blocks)
 
 
 @dataclass(frozen=True)
@@ -140,18 +245,23 @@ class Layer:
 
     prefix: str  # beginning of the layer's tensor names, such as "model.layers.0."
     attention: Attention
-    feed_forward: FeedForward
+    feed_forward: FeedForward | Experts
     input_norm: Norm | None = None  # of attention's input
     attention_norm: Norm | None = None  # of attention's output
     mlp_norm: Norm | None = None  # of the feed-forward block's input
     mlp_output_norm: Norm | None = None  # of the feed-forward block's output
 
     @property
+    def block(self) -> FeedForward:
+        """The feed-forward block of a layer that has no experts."""
+        assert isinstance(self.feed_forward, FeedForward)
+        return self.feed_forward
+
+    @property
     def products(self) -> dict[str, tuple[Matrix, ...]]:
         """Matrices of each matrix product, in the order of computing. Matrices with the same input share a product."""
-        a, f = self.attention, self.feed_forward
-        inner = (f.up,) if f.gate is None else (f.gate, f.up)
-        return {"qkv": (a.q, a.k, a.v), "output": (a.output,), "gate_up": inner, "down": (f.down,)}
+        a = self.attention
+        return {"qkv": (a.q, a.k, a.v), "output": (a.output,), **self.feed_forward.products}
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -173,7 +283,11 @@ class Layer:
         """Yield (name, shape) of each of the layer's tensors in a floating-point checkpoint."""
         for norm in self.norms:
             yield f"{self.prefix}{norm.name}.weight", (norm.size,)
-        for matrix in (module for modules in self.modules.values() for module in modules):
-            yield f"{self.prefix}{matrix.name}.weight", (matrix.rows, matrix.columns)
-            if matrix.bias:
-                yield f"{self.prefix}{matrix.name}.bias", (matrix.rows,)
+        found = [module for modules in self.modules.values() for module in modules]
+        if isinstance(self.feed_forward, Experts):
+            router = self.feed_forward.router
+            found += self.feed_forward.unquantized
+            if router.bias is not None:
+                yield f"{self.prefix}{router.bias}", router.bias_shape
+        for name, shape in dict(tensor for module in found for tensor in module.tensors()).items():
+            yield f"{self.prefix}{name}", shape

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from batchinfer.formats.matrix import QuantizedMatrix, quantize_channels
 from batchinfer.formats.scheme import QuantScheme
-from batchinfer.kernels.backend import Backend, Product
+from batchinfer.kernels.backend import Backend
 from batchinfer.kernels.float8_inputs import InputScales
 from batchinfer.kernels.linear_w4a16 import GRAIN, GROUPS
+from batchinfer.kernels.product import Product
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.decoder import Decoder, LayerWeights
+from batchinfer.models.feed_forward import ExpertsWeights, FeedForwardWeights
 from batchinfer.models.input_rounding import InputRounding
-from batchinfer.models.layer import Layer, Matrix, Norm
+from batchinfer.models.layer import Experts, FeedForward, Layer, Matrix, Norm
 from batchinfer.models.stored_layer import bias_of, norm_weight, weight_of
 from batchinfer.models.weights import WeightSource
 
@@ -74,6 +76,7 @@ class _Loader:
         self.inputs = InputRounding(scheme)
         self.four_bits = False
         self.unpacked: list[str] = []
+        self._stacks: dict[str, Tensor] = {}  # the stack that was read last, by name: all experts take from it
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.weights.take(name, shape).to(self.backend.device)
@@ -88,19 +91,49 @@ class _Loader:
         def pair(found: tuple[Norm, Norm] | None) -> tuple[Tensor, Tensor] | None:
             return None if found is None else (self.norm(found[0], layer.prefix), self.norm(found[1], layer.prefix))
 
-        products = {name: self._product(layer.prefix, matrices) for name, matrices in layer.products.items()}
+        a, f = layer.attention, layer.feed_forward
         return LayerWeights(
             layer,
             input_norm=norm(layer.input_norm),
-            qkv=products["qkv"],
-            head_norms=pair(layer.attention.head_norms),
-            output=products["output"],
+            qkv=self._product(layer.prefix, (a.q, a.k, a.v)),
+            head_norms=pair(a.head_norms),
+            output=self._product(layer.prefix, (a.output,)),
             attention_norm=norm(layer.attention_norm),
             mlp_norm=norm(layer.mlp_norm),
-            gate_up=products["gate_up"],
-            down=products["down"],
+            feed_forward=self._experts(layer.prefix, f) if isinstance(f, Experts) else self._block(layer.prefix, f),
             mlp_output_norm=norm(layer.mlp_output_norm),
         )
+
+    def _block(self, prefix: str, block: FeedForward) -> FeedForwardWeights:
+        products = {name: self._product(prefix, matrices) for name, matrices in block.products.items()}
+        return FeedForwardWeights(block, products["gate_up"], products["down"])
+
+    def _experts(self, prefix: str, shape: Experts) -> ExpertsWeights:
+        r, gate = shape.router, shape.shared_gate
+        bias = None if r.bias is None else self.tensor(f"{prefix}{r.bias}", r.bias_shape).float().flatten()
+        experts = tuple(self._block(prefix, expert) for expert in shape.experts)
+        if len({(block.takes, block.down.takes) for block in experts}) > 1:
+            raise ValueError(
+                f"{prefix}{shape.experts[0].up.name} and those of other experts are quantized for different inputs; "
+                "the experts of a layer must agree"
+            )
+        return ExpertsWeights(
+            shape,
+            router=self._unquantized(prefix, r.matrix),
+            bias=bias,
+            experts=experts,
+            gate_up=self.backend.product_by_expert([block.gate_up for block in experts]),
+            down=self.backend.product_by_expert([block.down for block in experts]),
+            shared=None if shape.shared is None else self._block(prefix, shape.shared),
+            shared_gate=None if gate is None else self._unquantized(prefix, gate),
+            takes=self.stream,
+        )
+
+    def _unquantized(self, prefix: str, matrix: Matrix) -> Product:
+        """Make a product in float32, whatever the model's type is."""
+        (name, shape), *bias = matrix.tensors()
+        added = self.tensor(f"{prefix}{bias[0][0]}", bias[0][1]).float() if bias else None
+        return self.backend.linear(self.tensor(f"{prefix}{name}", shape).float(), added)
 
     def head(self, embedding_VD: Tensor) -> Product:
         """Make the head's product. A tied head is the embedding; a copy of it in the file is not read."""
@@ -119,8 +152,8 @@ class _Loader:
     def _product(self, prefix: str, matrices: tuple[Matrix, ...]) -> Product:
         """Make one product of matrices that have the same input, by stacking their rows."""
         modules = {matrix.name: matrix.module for matrix in matrices}
-        weights = {n: self._matrix(f"{prefix}{n}", (m.rows, m.columns)) for n, m in modules.items()}
-        biases = {n: self.tensor(f"{prefix}{n}.bias", (m.rows,)) for n, m in modules.items() if m.bias}
+        weights = {name: self._module(prefix, module) for name, module in modules.items()}
+        biases = {name: self._bias(prefix, module) for name, module in modules.items() if module.bias}
         assert len(biases) in (0, len(modules)), "either all matrices of a product have a bias, or none"
         added = torch.cat([bias_of(m, biases[m.name]) for m in matrices]).to(self.dtype) if biases else None
         names = ", ".join(f"{prefix}{name}" for name in modules)
@@ -146,8 +179,23 @@ class _Loader:
         values, scale = (torch.cat(column) for column in zip(*rounded, strict=True))
         return self.backend.linear_w8a8(values, scale, added, self.dtype)
 
-    def _matrix(self, name: str, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
-        weight = self.weights.matrix(name, shape).to(self.backend.device)
+    def _module(self, prefix: str, module: Matrix) -> Tensor | QuantizedMatrix:
+        """Read a module's weight [rows, columns]. That of a stack is read once for all of its experts."""
+        name, stack = f"{prefix}{module.name}", module.stack
+        if stack is None:
+            return self._checked(name, self.weights.matrix(name, (module.rows, module.columns)))
+        if name not in self._stacks:
+            shape = stack.weight_shape(module.rows, module.columns)
+            stored = self.weights.take(f"{prefix}{module.weight_name}", shape)
+            self._stacks = {name: (stored.transpose(1, 2) if stack.transposed else stored).flatten(0, 1)}
+        return self._checked(name, self._stacks[name])
+
+    def _bias(self, prefix: str, module: Matrix) -> Tensor:
+        (_, (name, shape)) = module.tensors()
+        return self.tensor(f"{prefix}{name}", shape).flatten()
+
+    def _checked(self, name: str, weight: Tensor | QuantizedMatrix) -> Tensor | QuantizedMatrix:
+        weight = weight.to(self.backend.device)
         if _four_bits(weight):
             self.four_bits = True
         elif self.scheme.weight_bits == 4 and not (isinstance(weight, QuantizedMatrix) and weight.bits == 4):

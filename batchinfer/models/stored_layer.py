@@ -38,6 +38,6 @@ def norm_weight(norm: Norm, stored: Tensor, dtype: torch.dtype) -> Tensor:
 def _rows(matrix: Matrix) -> slice | Tensor:
     """Return the rows of the module that are the matrix's, in its order."""
     if matrix.order is None:
-        return slice(matrix.first, matrix.first + matrix.rows)
+        return slice(matrix.first, matrix.first + matrix.rows * matrix.step, matrix.step)
     heads = torch.arange(matrix.first, matrix.first + matrix.rows, len(matrix.order))
     return (heads[:, None] + torch.tensor(matrix.order)).flatten()

@@ -9,10 +9,10 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor
 
-from batchinfer.kernels.backend import Product
 from batchinfer.kernels.float8_inputs import Float8InputProduct, InputScales
 from batchinfer.kernels.linear import Linear
 from batchinfer.kernels.linear_w4a16 import LinearW4A16
+from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
 
 

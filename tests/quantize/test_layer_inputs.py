@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"head_dim": 32}),
     ("mistral", {"sliding_window": 20}),
 ]
+STACKED = ("granitemoe", "granitemoeshared")
+"""Families whose experts are stored in one tensor, which is not quantized."""
+MIXTURES = (
+    "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "mellum", "minimax_m2", "mixtral", "olmoe",
+    "qwen2_moe", "qwen3_moe", "solar_open", *STACKED,
+)  # fmt: skip
 LENGTHS = (1, 30, 64, 7, 100)
 
 
@@ -59,7 +66,18 @@ def logits(model: Path) -> list[Tensor]:
         return [oracle(torch.from_numpy(s.astype(np.int64))[None]).logits[0] for s in sequences()]
 
 
-@pytest.mark.parametrize("case", QUICK)
+def note_experts(name: str, seen: dict[str, list[Tensor]], experts: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Note what each expert's products see: transformers holds the matrices of all experts in two tensors."""
+    x, chosen = inputs[0].flatten(0, -2), inputs[1]
+    for i, gate_up in enumerate(experts.gate_up_proj):
+        rows = x[(chosen == i).any(-1)]
+        gate, up = torch.nn.functional.linear(rows, gate_up).chunk(2, -1)
+        layer = name.rpartition(".mlp.")[0]
+        seen.setdefault(f"{layer}.expert {i} gate_up", []).append(rows)
+        seen.setdefault(f"{layer}.expert {i} down", []).append(torch.nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("case", [case for case in QUICK if case not in STACKED])
 def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
     make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
@@ -72,6 +90,8 @@ def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
             module.register_forward_pre_hook(
                 lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0][0])
             )
+        elif name.endswith(".experts"):
+            module.register_forward_pre_hook(partial(note_experts, name, seen))
     with torch.no_grad():
         for sequence in sequences():
             oracle(torch.from_numpy(sequence.astype(np.int64))[None])
@@ -79,16 +99,17 @@ def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
     assert len(calibration.chunks) > 2 and calibration.tokens == sum(LENGTHS)
     for layer in range(3):
         stages = calibration.stages(layer, tensors_of(model, layer))
-        found = {product: torch.cat(list(pieces)) for product, pieces in stages}
+        found = {product: torch.cat(list(pieces)) for product, _, pieces in stages}
         products = calibration.config.layers[layer].products
         assert list(found) == list(products)
         for product, inputs in found.items():
             for matrix in products[product]:
-                expected = torch.cat(seen[f"model.layers.{layer}.{matrix.name}"])
+                name = product if product.startswith("expert") else matrix.name
+                expected = torch.cat(seen[f"model.layers.{layer}.{name}"])
                 assert inputs.shape[1] == matrix.columns
                 torch.testing.assert_close(inputs, expected, atol=2e-4, rtol=2e-4)
         calibration.leave(layer)
-    assert {path.name for path in tmp_path.iterdir()} == {"states-00003", "mixed", "middle", "inner"}
+    assert {path.name for path in tmp_path.iterdir()} - {"inner"} == {"states-00003", "mixed", "middle"}
 
 
 def test_what_is_put_in_place_of_a_weight_is_computed_with(make_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -98,7 +119,7 @@ def test_what_is_put_in_place_of_a_weight_is_computed_with(make_model: Callable[
     def inputs_of_down(zeroed: str) -> Tensor:
         mine = dict(tensors)
         calibration = begun(model, tmp_path)
-        for product, pieces in calibration.stages(0, mine):
+        for product, _, pieces in calibration.stages(0, mine):
             if product == "down":
                 return torch.cat(list(pieces))
             if zeroed in [matrix.name for matrix in calibration.config.layers[0].products[product]]:
@@ -142,7 +163,7 @@ def test_rotations_turn_without_stretching_and_leave_no_large_entry(size: int) -
     assert size < 3 or not turned.equal(rotation(size, seed=2))
 
 
-SCALED = [case for case in QUICK if case not in ("arcee", "exaone4", "olmo2", "olmo3")]
+SCALED = [case for case in QUICK if case not in ("arcee", "exaone4", "olmo2", "olmo3", *MIXTURES)]
 """Families in which a norm or a matrix takes up the scales of every product's inputs."""
 
 
@@ -175,6 +196,12 @@ def test_folded_scales_change_nothing_but_the_channels(
         torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-3)
 
 
+def test_scales_of_experts_are_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the inputs of experts are those of their router too"):
+        model = made(make_model, "mixtral")
+        Quantizer(model, tmp_path / "out", weight_scheme("w4a16", 32), method("awq"), sequences())
+
+
 @pytest.mark.parametrize("case", ["arcee", "olmo2"])
 def test_scales_that_nothing_takes_up_are_refused(make_model: Callable[..., Path], tmp_path: Path, case: str) -> None:
     with pytest.raises(ValueError, match="nothing before it takes up the scales of its inputs; take a method that"):
@@ -182,7 +209,7 @@ def test_scales_that_nothing_takes_up_are_refused(make_model: Callable[..., Path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", ["arcee", "gemma", "gemma2", "olmo2", "phi3"])
+@pytest.mark.parametrize("case", ["arcee", "gemma", "gemma2", "mixtral", "olmo2", "phi3"])
 def test_what_cannot_be_rotated_is_refused(make_model: Callable[..., Path], case: str) -> None:
     model = made(make_model, case)
     with pytest.raises(ValueError, match="--rotate is for layers of Llama's form, with a norm before each block"):

@@ -22,12 +22,36 @@ LONG = {
     "long_factor": [1.0, 3.0, 5.0, 9.0],
     "original_max_position_embeddings": 64, "partial_rotary_factor": 0.5,
 }  # fmt: skip
+DEEPSEEK = {
+    "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
+    "norm_topk_prob": True, "routed_scaling_factor": 1.5, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {"mlp_bias": True}),
     "cwm": ("cwm", {"head_dim": 16, "sliding_window": 24, "layer_types": ALTERNATING}),
     "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True}),
+    "dots1": (
+        "dots1",
+        DEEPSEEK | {"head_dim": 16, "attention_bias": True, "sliding_window": 24, "max_window_layers": 1},
+    ),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {"moe_num_experts": 6, "moe_k": 2, "moe_num_shared_experts": 2, "moe_intermediate_size": 32,
+         "moe_layer_start_index": 1, "moe_layer_end_index": -1},
+    ),
+    "ernie4_5_moe, few layers": (
+        "ernie4_5_moe",
+        {"moe_num_experts": 6, "moe_k": 2, "moe_num_shared_experts": 0, "moe_intermediate_size": 32,
+         "moe_layer_start_index": 0, "moe_layer_end_index": 1, "moe_layer_interval": 2},
+    ),
+    "exaone_moe": (
+        "exaone_moe",
+        {**DEEPSEEK, "head_dim": 16, "num_experts": 8, "num_shared_experts": 2, "sliding_window": 24,
+         "layer_types": ALTERNATING, "mlp_layer_types": ["sparse", "dense", "sparse"]},
+    ),
     "exaone4": ("exaone4", {"head_dim": 16, "sliding_window": 24, "layer_types": ALTERNATING}),
     "exaone4, no windows": ("exaone4", {"head_dim": 16, "sliding_window": None, "layer_types": [FULL] * 3}),
+    "flex_olmo": ("flex_olmo", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64}),
     "gemma": ("gemma", {"head_dim": 32, "tie_word_embeddings": True}),
     "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
     "gemma2, no caps": ("gemma2", GEMMA | {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
@@ -44,7 +68,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm": ("glm", {"head_dim": 16}),
     "glm4": ("glm4", {"head_dim": 32, "attention_bias": False}),
+    "glm4_moe": ("glm4_moe", DEEPSEEK | {"head_dim": 32, "attention_bias": True, "use_qk_norm": True}),
     "granite": ("granite", MULTIPLIERS | {"attention_bias": True, "mlp_bias": True}),
+    "granitemoe": (
+        "granitemoe",
+        MULTIPLIERS | {"num_local_experts": 4, "intermediate_size": 64, "attention_bias": True},
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        MULTIPLIERS | {"num_local_experts": 4, "intermediate_size": 64, "shared_intermediate_size": 32},
+    ),
+    "granitemoeshared, nothing shared": ("granitemoeshared", {"num_local_experts": 4, "intermediate_size": 64}),
+    "granitemoehybrid, experts": (
+        "granitemoehybrid",
+        GRANITE_4 | {"position_embedding_type": "rope", "num_local_experts": 4, "intermediate_size": 64},
+    ),
     "granitemoehybrid": ("granitemoehybrid", GRANITE_4 | {"position_embedding_type": "rope"}),
     "granitemoehybrid, no rope": ("granitemoehybrid", GRANITE_4 | {"position_embedding_type": "nope"}),
     "helium": ("helium", {"head_dim": 16, "attention_bias": True}),
@@ -52,19 +90,52 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "internlm3": ("internlm3", {"head_dim": 16}),
     "iquestcoder": ("iquestcoder", {"head_dim": 16}),
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mellum": (
+        "mellum",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+         "sliding_window": 24, "layer_types": ALTERNATING, "mlp_layer_types": ["sparse", "dense", "sparse"]},
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32, "rotary_dim": 8},
+    ),
     "ministral": ("ministral", {"head_dim": 16, "sliding_window": 24, "layer_types": [FULL, SLIDING, SLIDING]}),
     "ministral3": ("ministral3", {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.3}}),
     "mistral": ("mistral", {"sliding_window": 24}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "intermediate_size": 64, "sliding_window": 24}),
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"sliding_window": 24, "layer_types": ALTERNATING}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "norm_topk_prob": True}),
     "phi3": ("phi3", {"sliding_window": 40}),
     "phi3, part of a head": ("phi3", {"partial_rotary_factor": 0.5}),
     "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1],
+         "shared_expert_intermediate_size": 64, "use_sliding_window": True, "sliding_window": 24,
+         "max_window_layers": 2},
+    ),
+    "qwen2_moe, normalized": (
+        "qwen2_moe",
+        {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True,
+         "shared_expert_intermediate_size": 64, "decoder_sparse_step": 2, "qkv_bias": False},
+    ),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 32, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+         "norm_topk_prob": True, "attention_bias": True},
+    ),
+    "qwen3_moe, windows": (
+        "qwen3_moe",
+        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1],
+         "use_sliding_window": True, "sliding_window": 24},
+    ),
     "seed_oss": ("seed_oss", {"head_dim": 16, "attention_out_bias": True}),
     "seed_oss, output without bias": ("seed_oss", {"head_dim": 16}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
     "smollm3, windows": ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 24}),
+    "solar_open": ("solar_open", DEEPSEEK | {"head_dim": 16, "attention_bias": True}),
     "vaultgemma": ("vaultgemma", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
 }  # fmt: skip
 

@@ -17,11 +17,15 @@ ends = llama.ends
 
 def layers(config: ConfigFile) -> list[Layer]:
     """Describe the layers that `config.json` asks for."""
+    return [with_output_norms_only(layer) for layer in attention_layers(config)]
+
+
+def attention_layers(config: ConfigFile) -> list[Layer]:
+    """Describe the layers before their norms are moved: those without a window do not rotate."""
     window, count = config.size_or_none("sliding_window"), config.size("num_hidden_layers")
     types = ["full_attention"] * count
     if window is not None and config.get("layer_types") is None:
         every = config.size("sliding_window_pattern")
         types = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(count)]
     described = llama.layers(config, window=window, types=types, head_norm=True)
-    turned = [layer if window is None or layer.attention.window else without_rope(layer) for layer in described]
-    return [with_output_norms_only(layer) for layer in turned]
+    return [layer if window is None or layer.attention.window else without_rope(layer) for layer in described]

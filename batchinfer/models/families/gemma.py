@@ -36,7 +36,7 @@ def with_gemma_blocks(layer: Layer) -> Layer:
     return replace(
         layer,
         attention=a,
-        feed_forward=replace(layer.feed_forward, activation="gelu_tanh"),
+        feed_forward=replace(layer.block, activation="gelu_tanh"),
         input_norm=around_one(layer.input_norm),
         attention_norm=around_one(layer.attention_norm),
         mlp_norm=around_one(layer.mlp_norm),

@@ -46,6 +46,7 @@ def layers(
     def layer(i: int, kind: str) -> Layer:
         rope = ropes[kind]
         order = rope.order(interleaved=False)
+        norms = (Norm("self_attn.q_norm", d, order=order), Norm("self_attn.k_norm", d, order=order))
         attention = Attention(
             heads,
             kv_heads,
@@ -57,7 +58,7 @@ def layers(
             output=Matrix("self_attn.o_proj", hidden, heads * d, bias),
             rope=rope,
             scale=d**-0.5,
-            head_norms=(Norm("self_attn.q_norm", d), Norm("self_attn.k_norm", d)) if head_norm else None,
+            head_norms=norms if head_norm else None,
         )
         feed_forward = FeedForward(
             gate=Matrix("mlp.gate_proj", inner, hidden, mlp_bias),

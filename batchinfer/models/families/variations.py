@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from batchinfer.models.config_file import ConfigFile
-from batchinfer.models.layer import Ends, Layer, Matrix, Norm
+from batchinfer.models.layer import Ends, Experts, FeedForward, Layer, Matrix, Norm
 from batchinfer.models.rope import no_rope
 
 
@@ -16,10 +16,14 @@ def with_fused_qkv(layer: Layer, name: str = "self_attn.qkv_proj") -> Layer:
 
 def with_fused_gate_up(layer: Layer, name: str = "mlp.gate_up_proj") -> Layer:
     """Store the matrices gate and up as one module, in this order."""
-    f = layer.feed_forward
-    assert f.gate is not None
-    gate, up = _stacked(name, f.gate, f.up)
-    return replace(layer, feed_forward=replace(f, gate=gate, up=up))
+    return replace(layer, feed_forward=fused_block(layer.block, name))
+
+
+def fused_block(block: FeedForward, name: str) -> FeedForward:
+    """Store the matrices gate and up of a block as one module, in this order."""
+    assert block.gate is not None
+    gate, up = _stacked(name, block.gate, block.up)
+    return replace(block, gate=gate, up=up)
 
 
 def with_pairs_of_neighbours(layer: Layer) -> Layer:
@@ -37,7 +41,7 @@ def without_rope(layer: Layer) -> Layer:
 
 def without_gate(layer: Layer, activation: str) -> Layer:
     """Apply the activation to what goes up, which no gate multiplies."""
-    return replace(layer, feed_forward=replace(layer.feed_forward, gate=None, activation=activation))
+    return replace(layer, feed_forward=replace(layer.block, gate=None, activation=activation))
 
 
 def with_output_bias(layer: Layer, bias: bool) -> Layer:
@@ -48,14 +52,14 @@ def with_output_bias(layer: Layer, bias: bool) -> Layer:
 
 def with_residual_factor(layer: Layer, factor: float) -> Layer:
     """Multiply by a factor what is added to the residual stream."""
-    a, f = layer.attention, layer.feed_forward
+    a = layer.attention
     if layer.attention_norm is not None and layer.mlp_output_norm is not None:
         norms = replace(layer.attention_norm, factor=factor), replace(layer.mlp_output_norm, factor=factor)
         return replace(layer, attention_norm=norms[0], mlp_output_norm=norms[1])
     return replace(
         layer,
         attention=replace(a, output=replace(a.output, factor=factor)),
-        feed_forward=replace(f, down=replace(f.down, factor=factor)),
+        feed_forward=_multiplied(layer.feed_forward, factor),
     )
 
 
@@ -89,6 +93,13 @@ def multiplied_ends(config: ConfigFile, logits_factor: float) -> Ends:
     """Multiply embeddings by `embedding_multiplier`, and logits by this factor."""
     norm = Norm("model.norm", config.size("hidden_size"))
     return Ends(norm, embedding_factor=config.number("embedding_multiplier"), logits_factor=logits_factor)
+
+
+def _multiplied(f: FeedForward | Experts, factor: float) -> FeedForward | Experts:
+    if isinstance(f, FeedForward):
+        return replace(f, down=replace(f.down, factor=factor))
+    shared = None if f.shared is None else replace(f.shared, down=replace(f.shared.down, factor=factor))
+    return replace(f, router=replace(f.router, factor=f.router.factor * factor), shared=shared)
 
 
 def _stacked(name: str, *matrices: Matrix) -> list[Matrix]:

@@ -17,7 +17,7 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.formats.scheme import weight_scheme
-from batchinfer.models.config import FAMILIES
+from batchinfer.models.config import FAMILIES, read_model_config
 from batchinfer.quantize.methods import method
 from batchinfer.quantize.walk import Quantizer
 
@@ -91,9 +91,10 @@ def test_a_row_is_the_same_alone_and_together(make_model: Callable[..., Path], c
 
 @pytest.mark.parametrize("case", QUICK)
 def test_eight_bits_lose_little(make_model: Callable[..., Path], case: str) -> None:
+    """Of the prompts, the median counts: a rounded input may choose another expert of a mixture."""
     model = made(make_model, case)
     rounded, exact = (first_logits(engine_of(model, quantization=kind)) for kind in ("w8a8-int8", "none"))
-    assert 0 < (rounded - exact).norm() < 0.1 * exact.norm()
+    assert 0 < ((rounded - exact).norm(dim=1) / exact.norm(dim=1)).median() < 0.1
 
 
 def first_logits(engine: Engine) -> torch.Tensor:
@@ -115,6 +116,10 @@ def test_transformers_reads_what_is_quantized(make_model: Callable[..., Path], t
     """To 4 bits, with calibration: both engines compute the same from it."""
     model, output = made(make_model, case), tmp_path / "out"
     sequences = [np.array(prompt, np.int32) for prompt in EDGES[4:10]]
+    if any(matrix.stack for layer in read_model_config(model).layers for matrix in layer.matrices):
+        with pytest.raises(ValueError, match="holds the matrices of all experts in one tensor"):
+            Quantizer(model, output, weight_scheme("w4a16", 32), method("gptq"), sequences)
+        return
     quantizer = Quantizer(model, output, weight_scheme("w4a16", 32), method("gptq"), sequences)
     errors = [error for report in quantizer.run() for error in report.errors.values()]
     quantizer.finish("# A card\n")

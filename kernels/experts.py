@@ -1,0 +1,108 @@
+"""A mixture of experts: which experts a token goes to, the products of their rows, and the sum of what they return.
+
+Shapes: T tokens, E experts, k of them chosen for a token, M rows in the order of their experts.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from batchinfer.kernels.grain import MIN_ROWS
+from batchinfer.kernels.product import Product
+from batchinfer.kernels.rows import Rows
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """Tokens in the order of their experts; a token has a row for each expert that was chosen for it."""
+
+    tokens: Tensor  # [M] int64, the token of each row; any token for padding
+    places: Tensor  # [T, k] int64, the row of each token's j-th expert
+
+
+@dataclass(frozen=True)
+class ExpertSpans(ExpertRows):
+    """Rows of which the host knows where those of an expert lie."""
+
+    spans: list[tuple[int, int, int]]  # (expert, first row, end) of each expert that has rows, with its padding
+
+
+class ProductByExpert(Protocol):
+    """The product of each expert's rows with a weight of its own."""
+
+    def __call__(self, x: Rows, at: ExpertRows) -> Rows:
+        """Multiply rows [M, K]; the result is [M, N]."""
+        ...
+
+
+def route(
+    logits_TE: Tensor,
+    chosen: int,
+    scores: str,
+    normalized: bool,
+    factor: float,
+    bias_E: Tensor | None = None,
+    groups: int = 1,
+    chosen_groups: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Return (chosen experts int64 [T, k], their weights float32 [T, k]) of float32 logits.
+
+    `Router` in `models/layer.py` says what the arguments mean.
+    """
+    scores_TE = logits_TE.softmax(-1) if scores == "softmax" else logits_TE.sigmoid()
+    ranks_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    if groups > 1:
+        by_group = ranks_TE.view(len(ranks_TE), groups, -1)
+        best = by_group.topk(2, -1).values.sum(-1).topk(chosen_groups, -1).indices
+        left = torch.ones(by_group.shape[:2], dtype=torch.bool, device=best.device).scatter_(1, best, False)
+        ranks_TE = by_group.masked_fill(left[..., None], float("-inf")).flatten(1)
+    experts_Tk = ranks_TE.topk(chosen, -1).indices
+    weights_Tk = scores_TE.gather(1, experts_Tk)
+    if normalized:
+        weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
+    return experts_Tk, weights_Tk * factor
+
+
+def expert_spans(experts_Tk: Tensor) -> ExpertSpans:
+    """Sort tokens by expert. Each expert's rows are padded to a multiple of `MIN_ROWS`: so no row's bits depend on
+    which other tokens share its expert."""
+    entries = experts_Tk.flatten()
+    order = entries.argsort(stable=True)
+    row_of, tokens, spans = torch.empty_like(entries), [], []
+    first = taken = 0
+    for expert, count in enumerate(torch.bincount(entries).tolist()):
+        if count:
+            mine = order[taken : taken + count]
+            row_of[mine] = torch.arange(first, first + count)
+            padding = -count % MIN_ROWS
+            tokens += [mine.div(experts_Tk.shape[1], rounding_mode="floor"), mine.new_zeros(padding)]
+            spans.append((expert, first, first + count + padding))
+            first, taken = first + count + padding, taken + count
+    return ExpertSpans(torch.cat(tokens), row_of.view_as(experts_Tk), spans)
+
+
+class ProductBySpan:
+    """The products of all experts, one after the other."""
+
+    def __init__(self, products: list[Product]) -> None:
+        self.products = products
+
+    def __call__(self, x: Rows, at: ExpertRows) -> Rows:
+        assert isinstance(at, ExpertSpans)
+        parts = [self.products[expert](_span(x, first, end)) for expert, first, end in at.spans]
+        scales = [part.scale for part in parts if part.scale is not None]
+        return Rows(torch.cat([part.values for part in parts]), torch.cat(scales) if scales else None)
+
+
+def _span(x: Rows, first: int, end: int) -> Rows:
+    return Rows(x.values[first:end], None if x.scale is None else x.scale[first:end])
+
+
+def weighted_sum(y_MD: Tensor, weights_Tk: Tensor, places_Tk: Tensor) -> Tensor:
+    """Return the weighted sum of each token's rows, float32 [T, D], in the order in which its experts were chosen."""
+    total = torch.zeros(len(places_Tk), y_MD.shape[1], device=y_MD.device)
+    for rows, weights in zip(places_Tk.unbind(1), weights_Tk.unbind(1), strict=True):
+        total.addcmul_(y_MD[rows].float(), weights[:, None])
+    return total
