@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,11 +20,22 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": _gelu_tanh, "relu2": _relu2}
 
 
+_LIMIT, _SLOPE = 7.0, 1.702
+
+
+def _clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """Return `gate * sigmoid(1.702 * gate) * (up + 1)` of the clamped gate and up (gpt-oss, OpenAI 2025)."""
+    gate, up = gate.clamp(max=_LIMIT), up.clamp(-_LIMIT, _LIMIT)
+    return torch.sigmoid(gate * _SLOPE).mul_(gate).mul_(up.add_(1))
+
+
 def activate(x_MX: Tensor, activation: str, gated: bool) -> Tensor:
     """Return `activation(gate) * up`, [M, F], of the matrix `[gate | up]` [M, 2F], or `activation(x)` without a gate.
 
-    `activation` is silu, gelu_tanh or relu2 (the square of the rectified input).
+    `activation` is silu, gelu_tanh or relu2 (the square of the rectified input); or clamped_swiglu, which has a gate.
     """
+    if activation == "clamped_swiglu":
+        return _clamped_swiglu(*x_MX.chunk(2, -1))
     function = _FUNCTIONS[activation]
     if not gated:
         return function(x_MX)
@@ -37,7 +49,7 @@ def activate_quantize(x: Rows, activation: str, gated: bool) -> Rows:
     x is a float32 product whose row scales have not been multiplied in. Only what goes into the activation needs its
     scale before; the scale of `up` becomes a factor of the result's scale.
     """
-    if not gated or x.scale is None:
+    if not gated or x.scale is None or activation not in _FUNCTIONS:
         return quantize_rows(activate(x.dense(), activation, gated))
     gate, up = x.values.chunk(2, -1)
     return quantize_rows(_FUNCTIONS[activation](gate * x.scale).mul_(up), x.scale)

@@ -23,14 +23,18 @@ def _activation_kernel(
     m_f = o_f < columns
     p_in += i_row * columns * (2 if GATED else 1)
     b_x = tl.load(p_in + o_f, m_f, 0.0).to(tl.float32)
-    if KIND == "silu":
+    if KIND == "clamped_swiglu":
+        b_x = tl.minimum(b_x, 7.0)
+        b_x *= tl.sigmoid(1.702 * b_x)
+    elif KIND == "silu":
         b_x *= tl.sigmoid(b_x)
     elif KIND == "gelu_tanh":  # (1 + tanh(z)) / 2 is the sigmoid of 2z
         b_x *= tl.sigmoid(1.5957691216057308 * (b_x + 0.044715 * b_x * b_x * b_x))
     else:
         b_x = tl.maximum(b_x, 0.0) * b_x
     if GATED:
-        b_x *= tl.load(p_in + columns + o_f, m_f, 0.0).to(tl.float32)
+        b_up = tl.load(p_in + columns + o_f, m_f, 0.0).to(tl.float32)
+        b_x *= tl.minimum(tl.maximum(b_up, -7.0), 7.0) + 1.0 if KIND == "clamped_swiglu" else b_up
     if QUANTIZE:
         b_q, scale = quantized_row(b_x, p_out.dtype.element_ty)
         tl.store(p_out + i_row * columns + o_f, b_q, m_f)
@@ -42,8 +46,8 @@ def _activation_kernel(
 def activate(x_MX: Tensor, activation: str, gated: bool, out: torch.dtype) -> Rows:
     """Return `activation(gate) * up`, [M, F], of the contiguous x = `[gate | up]` [M, 2F], or `activation(x)`.
 
-    `activation` is silu, gelu_tanh or relu2 (the square of the rectified input). `out` is the result's type: the
-    input's own, int8 or float8_e4m3fn. 8-bit rows have a float32 scale each, [M, 1].
+    `activation` is silu, gelu_tanh, relu2 (the square of the rectified input) or clamped_swiglu. `out` is the result's
+    type: the input's own, int8 or float8_e4m3fn. 8-bit rows have a float32 scale each, [M, 1].
     """
     m, columns = x_MX.shape[0], x_MX.shape[1] // (2 if gated else 1)
     values = torch.empty(m, columns, dtype=out, device=x_MX.device)
@@ -71,7 +75,7 @@ def shipped(gpu: Gpu) -> list[Shipped]:
             {"KIND": activation, "GATED": gated, "QUANTIZE": out != stream, "BLOCK": columns},
             _warps(columns),
         )
-        for activation, gated in (("silu", True), ("gelu_tanh", True), ("relu2", False))
+        for activation, gated in (("silu", True), ("gelu_tanh", True), ("relu2", False), ("clamped_swiglu", True))
         for stream in ("bf16", "fp32")
         for columns in (4096, 16384)
         for out in (stream, "i8", "fp8e4nv")

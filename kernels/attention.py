@@ -66,17 +66,24 @@ class TiledBatch:
 
 
 def attention(
-    query_THd: Tensor, cache: KVCache, batch: TiledBatch, scale: float, softcap: float | None = None
+    query_THd: Tensor,
+    cache: KVCache,
+    batch: TiledBatch,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Return attention's outputs [T, heads, head_dim] in the query's dtype; padding rows are zero.
 
     The step's own keys and values must be in the cache already. With a `softcap` c, scores s become c * tanh(s / c).
+    `sinks` are float32 scores that count in softmax and stand for no value.
     """
     out = torch.zeros_like(query_THd)
     for group in batch.tiles:
-        _prompt_tiles(out, query_THd, cache, group, scale, softcap, batch.window)
+        _prompt_tiles(out, query_THd, cache, group, scale, softcap, sinks_H, batch.window)
     if (decode := batch.decode) is not None:
-        out[decode.rows] = decode_blocks(query_THd[decode.rows].float(), cache, decode, scale, softcap).to(out.dtype)
+        query = query_THd[decode.rows].float()
+        out[decode.rows] = decode_blocks(query, cache, decode, scale, softcap, sinks_H).to(out.dtype)
     return out
 
 
@@ -87,6 +94,7 @@ def _prompt_tiles(
     group: PromptTiles,
     scale: float,
     softcap: float | None,
+    sinks_H: Tensor | None,
     window: int | None,
 ) -> None:
     n, heads, head_dim = len(group.rows), query_THd.shape[1], query_THd.shape[2]
@@ -99,12 +107,18 @@ def _prompt_tiles(
     query = query_THd[group.rows.flatten()].to(dtype).view(n, TILE, kv_heads, heads // kv_heads, head_dim)
     query = query.permute(0, 2, 3, 1, 4).reshape(n, kv_heads, -1, head_dim)
     mask = _tile_mask(group.index, first, heads // kv_heads, window, dtype)
-    if softcap is None:
+    if softcap is None and sinks_H is None:
         result = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     else:
         query, key, value = (x.flatten(0, 1) for x in (query * scale, key, value))
-        scores = _capped(_bmm(query, key.transpose(1, 2)), softcap) + mask[0]
-        result = _bmm(scores.float().softmax(-1).to(dtype), value)
+        scores = _bmm(query, key.transpose(1, 2))
+        scores = (scores if softcap is None else _capped(scores, softcap)) + mask[0]
+        if sinks_H is None:
+            shares = scores.float().softmax(-1)
+        else:  # one score for each row of the stacked tiles
+            sinks = sinks_H.view(kv_heads, -1, 1).repeat_interleave(TILE, 1).repeat(n, 1, 1)
+            shares = torch.cat([scores.float(), sinks], -1).softmax(-1)[..., :-1]
+        result = _bmm(shares.to(dtype), value)
     result = result.view(n, kv_heads, heads // kv_heads, TILE, head_dim).permute(0, 3, 1, 2, 4)
     result = result.reshape(n * TILE, heads, head_dim)
     out_THd[group.rows.flatten()[group.kept]] = result[group.kept].to(out_THd.dtype)
@@ -145,7 +159,12 @@ def read_blocks(cache: KVCache, blocks_nb: Tensor, kind: str, dtype: torch.dtype
 
 
 def decode_blocks(
-    query_nHd: Tensor, cache: KVCache, batch: DecodeBlocks, scale: float, softcap: float | None = None
+    query_nHd: Tensor,
+    cache: KVCache,
+    batch: DecodeBlocks,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Return attention's outputs, float32 [n, heads, head_dim], for single queries.
 
@@ -160,8 +179,12 @@ def decode_blocks(
         scores = _capped(scores, softcap)
     scores[batch.edges] = scores[batch.edges].masked_fill_(batch.hidden, float("-inf"))
     most = scores.amax(-1)[batch.table].amax(1)
+    if sinks_H is not None:
+        most = torch.maximum(most, sinks_H)
     weights = scores.sub_(most[batch.owner][..., None]).exp_()
     norm = _sum_in_order(weights.sum(-1), batch)
+    if sinks_H is not None:
+        norm += (sinks_H - most).exp_()
     partial = _by_users(cache, batch, "value", weights).flatten(1)
     return _sum_in_order(partial, batch).view(n, heads, head_dim).div_(norm[..., None])
 

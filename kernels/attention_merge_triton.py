@@ -9,11 +9,13 @@ from torch import Tensor
 from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.shipped_triton import Shipped
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def _merge_kernel(
-    p_partial, p_lse, p_first, p_merged, p_out,
-    HEAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
+    p_partial, p_lse, p_first, p_merged, p_sinks, p_out,
+    HEAD: tl.constexpr, SINKS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     # Each program computes one head of one token.
     heads, i_head = tl.num_programs(1), tl.program_id(1)
@@ -41,21 +43,31 @@ def _merge_kernel(
         total += weight
         p_lse += heads
         p_partial += heads * HEAD
+    if SINKS:
+        total += tl.exp2(tl.load(p_sinks + i_head) * LOG2_E - most)
     b_out = b_sum / tl.where(total == 0.0, 1.0, total)
     tl.store(p_out + (i_token * heads + i_head) * HEAD + o_d, b_out.to(p_out.dtype.element_ty), m_d)
 
 
-def merge_partials(partial_PHd: Tensor, lse_PH: Tensor, first_T: Tensor, merged_m: Tensor, out_THd: Tensor) -> None:
+def merge_partials(
+    partial_PHd: Tensor,
+    lse_PH: Tensor,
+    first_T: Tensor,
+    merged_m: Tensor,
+    out_THd: Tensor,
+    sinks_H: Tensor | None = None,
+) -> None:
     """Write the rows `merged` of `out`, each merged from its token's partials.
 
     A partial is an output [heads, head_dim] that is divided by the sum of its weights, and that sum's base-2
     logarithm [heads] (-inf where no key was seen); both are float32. Token t has the partials first[t] up to
-    first[t + 1]. `first` and `merged` are int32.
+    first[t + 1]. `first` and `merged` are int32. `sinks` are float32 scores that count in softmax and stand for
+    no value.
     """
     heads, head_dim = out_THd.shape[1:]
     _merge_kernel[(len(merged_m), heads)](
-        partial_PHd, lse_PH, first_T, merged_m, out_THd,
-        HEAD=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_S=32, num_warps=1,
+        partial_PHd, lse_PH, first_T, merged_m, lse_PH if sinks_H is None else sinks_H, out_THd,
+        HEAD=head_dim, SINKS=sinks_H is not None, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_S=32, num_warps=1,
     )  # fmt: skip
 
 
@@ -65,8 +77,15 @@ def shipped(gpu: Gpu) -> list[Shipped]:
         Shipped(
             f"merge_partials, heads of {head_dim}",
             _merge_kernel,
-            {"p_partial": "*fp32", "p_lse": "*fp32", "p_first": "*i32", "p_merged": "*i32", "p_out": "*bf16"},
-            {"HEAD": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_S": 32},
+            {
+                "p_partial": "*fp32",
+                "p_lse": "*fp32",
+                "p_first": "*i32",
+                "p_merged": "*i32",
+                "p_sinks": "*fp32",
+                "p_out": "*bf16",
+            },
+            {"HEAD": head_dim, "SINKS": True, "BLOCK_D": triton.next_power_of_2(head_dim), "BLOCK_S": 32},
             1,
         )
         for head_dim in (64, 80, 96, 128, 256)

@@ -118,9 +118,11 @@ def _attend(
 
 @triton.jit
 def _attention_kernel(
-    p_query, p_key, p_value, p_key_scale, p_value_scale, p_table, p_items, p_first, p_out, p_partial, p_lse, scale,
+    p_query, p_key, p_value, p_key_scale, p_value_scale, p_table, p_items, p_first, p_out, p_partial, p_lse,
+    p_sinks, scale,
     GROUP: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, QUANTIZED: tl.constexpr,
-    CAP: tl.constexpr, ITEM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CAP: tl.constexpr, SINKS: tl.constexpr, ITEM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     kv_heads, i_kv = tl.num_programs(1), tl.program_id(1)
     p_items += tl.program_id(0) * ITEM
@@ -181,6 +183,8 @@ def _attention_kernel(
         HEAD, PAGE, WINDOW, QUANTIZED, UP, CAP, True, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
+    if SINKS and partial < 0:  # where partials are merged, the sinks are counted then
+        b_total += tl.exp2(tl.load(p_sinks + o_head, m_m, 0.0) * LOG2_E - b_base)
     b_total = tl.where(b_total == 0.0, 1.0, b_total)
     b_out = b_sum / b_total[:, None]
     if partial < 0:
@@ -193,9 +197,16 @@ def _attention_kernel(
 
 
 def paged_attention(
-    query_THd: Tensor, cache: KVCache, plan: AttentionPlan, scale: float, softcap: float | None = None
+    query_THd: Tensor,
+    cache: KVCache,
+    plan: AttentionPlan,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Return attention's outputs [T, heads, head_dim] in the query's type; tokens after the plan's get zeros.
+
+    `sinks` are float32 scores that count in softmax and stand for no value.
 
     The query is contiguous, in float32, bfloat16 or float16; the cache is in one of these, int8 or float8_e4m3fn.
     An 8-bit cache enters the products unscaled, as float16 unless the query is float32: the keys' scales multiply the
@@ -208,17 +219,17 @@ def paged_attention(
     out[plan.tokens :] = 0
     partial = torch.empty(plan.partials, heads, head_dim, dtype=torch.float32, device=device)
     lse = torch.empty(plan.partials, heads, dtype=torch.float32, device=device)
-    quantized = cache.key_scale is not None
+    quantized, sunk = cache.key_scale is not None, sinks_H is not None
     for tile, items in plan.launches:
         _attention_kernel[(len(items), kv_heads)](
             query_THd, cache.key, cache.value, cache.key_scale if quantized else lse,
             cache.value_scale if quantized else lse, plan.table, items, plan.first, out, partial, lse,
-            scale * math.log2(math.e),
-            **_constants(tile, heads // kv_heads, head_dim, block_size, plan.window, quantized, softcap),
+            lse if sinks_H is None else sinks_H, scale * math.log2(math.e),
+            **_constants(tile, heads // kv_heads, head_dim, block_size, plan.window, quantized, softcap, sunk),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     if len(plan.merged):
-        merge_partials(partial, lse, plan.first, plan.merged, out)
+        merge_partials(partial, lse, plan.first, plan.merged, out, sinks_H)
     return out
 
 
@@ -230,6 +241,7 @@ def _constants(
     window: int | None,
     quantized: bool,
     softcap: float | None = None,
+    sinks: bool = False,
 ) -> dict[str, int | float | bool]:
     return {
         "GROUP": group,
@@ -238,6 +250,7 @@ def _constants(
         "WINDOW": window or 0,
         "QUANTIZED": quantized,
         "CAP": (softcap or 0.0) * math.log2(math.e),
+        "SINKS": sinks,
         "ITEM": ITEM,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.keys,
@@ -280,7 +293,7 @@ def tiling(head_dim: int, group: int, query: torch.dtype, kv: torch.dtype, gpu: 
 def shipped(gpu: Gpu) -> list[Shipped]:
     """List the kernel for every type of query and cache with heads of 128, and for other heads, groups and windows.
 
-    The last ones are Gemma 2's, with a soft cap.
+    The last ones are Gemma 2's, with a soft cap, and gpt-oss's, with sinks.
     """
     every = ("bf16", "fp16", "i8", "fp8e4nv")
     cases: list[tuple[int, int, int, str, str]] = [(128, 4, 0, "bf16", kv) for kv in every if kv != "fp16"]
@@ -291,9 +304,13 @@ def shipped(gpu: Gpu) -> list[Shipped]:
     cases += [(128, group, 0, "bf16", kv) for group in (1, 7, 8) for kv in ("bf16", "i8")]
     cases += [(128, 4, 4096, "bf16", kv) for kv in ("bf16", "i8", "fp8e4nv")]
     capped = [(256, 2, window, "bf16", kv) for window in (0, 4096) for kv in ("bf16", "i8")]
+    with_sinks = [(64, 8, window, "bf16", kv) for window in (0, 128) for kv in ("bf16", "i8")]
+    every_case: list[tuple[tuple[int, int, int, str, str], float | None, bool]]
+    every_case = [(case, None, False) for case in cases]
+    every_case += [(case, 50.0, False) for case in capped] + [(case, None, True) for case in with_sinks]
     return [
-        _shipped(gpu, f"{which} tokens", getattr(tiles, which), *case, softcap)
-        for case, softcap in [*((case, None) for case in cases), *((case, 50.0) for case in capped)]
+        _shipped(gpu, f"{which} tokens", getattr(tiles, which), *case, softcap, sinks)
+        for case, softcap, sinks in every_case
         for tiles in (tiling(case[0], case[1], _TYPES[case[3]], _TYPES[case[4]], gpu),)
         for which in ("few", "many", "same")
     ]
@@ -317,19 +334,21 @@ def _shipped(
     window: int,
     query: str,
     kv: str,
-    softcap: float | None = None,
+    softcap: float | None,
+    sinks: bool,
 ) -> Shipped:
     bounded = gpu.capability == (9, 0) and (which, head_dim, group, window) == ("few tokens", 128, 4, 0)
     quantized = _TYPES[kv] in MOST
     product = None if query == "fp32" else "fp16" if quantized else query
     return Shipped(
         f"attention, {which}, {group} heads of {head_dim} to a key head, {f'window {window}, ' if window else ''}"
-        f"{'' if softcap is None else f'soft cap {softcap:g}, '}queries in {query}, cache in {kv}",
+        f"{'' if softcap is None else f'soft cap {softcap:g}, '}{'sinks, ' if sinks else ''}"
+        f"queries in {query}, cache in {kv}",
         _attention_kernel,
         {"p_query": f"*{query}", "p_key": f"*{kv}", "p_value": f"*{kv}", "p_key_scale": "*fp32",
          "p_value_scale": "*fp32", "p_table": "*i32", "p_items": "*i32", "p_first": "*i32", "p_out": f"*{query}",
-         "p_partial": "*fp32", "p_lse": "*fp32", "scale": "fp32"},
-        _constants(tile, group, head_dim, 32, window, quantized, softcap),
+         "p_partial": "*fp32", "p_lse": "*fp32", "p_sinks": "*fp32", "scale": "fp32"},
+        _constants(tile, group, head_dim, 32, window, quantized, softcap, sinks),
         tile.warps,
         tile.stages,
         product=product,

@@ -70,7 +70,7 @@ class Backend(Protocol):
     def activate(self, x: Rows, activation: str, gated: bool, takes: torch.dtype) -> Rows:
         """Return `activation(gate) * up`, [M, F], of x = `[gate | up]` [M, 2F], or `activation(x)` without a gate.
 
-        `activation` is silu, gelu_tanh or relu2. The result is rows for a product with this `takes`.
+        `activation` is silu, gelu_tanh, relu2 or clamped_swiglu. The result is rows for a product with this `takes`.
         """
         ...
 
@@ -102,12 +102,19 @@ class Backend(Protocol):
         ...
 
     def attention(
-        self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float, softcap: float | None
+        self,
+        query_THd: Tensor,
+        cache: KVCache,
+        batch: AttentionBatch,
+        scale: float,
+        softcap: float | None,
+        sinks_H: Tensor | None,
     ) -> Tensor:
         """Return attention's outputs [T, heads, head_dim] in the query's type.
 
-        Products of queries and keys are multiplied by `scale`; with a `softcap` c, scores s become c * tanh(s / c). The
-        step's keys and values must be in the cache already.
+        Products of queries and keys are multiplied by `scale`; with a `softcap` c, scores s become c * tanh(s / c).
+        `sinks`, float32, are scores that count in softmax and stand for no value. The step's keys and values must be in
+        the cache already.
         """
         ...
 

@@ -102,10 +102,16 @@ class CpuBackend:
         return turned[:, :heads]
 
     def attention(
-        self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float, softcap: float | None
+        self,
+        query_THd: Tensor,
+        cache: KVCache,
+        batch: AttentionBatch,
+        scale: float,
+        softcap: float | None,
+        sinks_H: Tensor | None,
     ) -> Tensor:
         assert isinstance(batch, TiledBatch)
-        return attention(query_THd, cache, batch, scale, softcap)
+        return attention(query_THd, cache, batch, scale, softcap, sinks_H)
 
     def sample(self, logits_rV: Tensor, batch: SamplingBatch | None) -> tuple[Tensor, Tensor]:
         return greedy(logits_rV) if batch is None else sample(logits_rV, batch)

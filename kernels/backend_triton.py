@@ -89,10 +89,16 @@ class TritonBackend:
         return rotate_and_store(qkv_TX, cache, heads, cos_Td, sin_Td, cache_rows, norms, eps)
 
     def attention(
-        self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float, softcap: float | None
+        self,
+        query_THd: Tensor,
+        cache: KVCache,
+        batch: AttentionBatch,
+        scale: float,
+        softcap: float | None,
+        sinks_H: Tensor | None,
     ) -> Tensor:
         assert isinstance(batch, AttentionPlan)
-        return paged_attention(query_THd, cache, batch, scale, softcap)
+        return paged_attention(query_THd, cache, batch, scale, softcap, sinks_H)
 
     def sample(self, logits_rV: Tensor, batch: SamplingBatch | None) -> tuple[Tensor, Tensor]:
         return greedy(logits_rV) if batch is None else sample(logits_rV, batch, self.gpu)

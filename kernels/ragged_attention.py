@@ -42,11 +42,13 @@ def ragged_attention(
     scale: float,
     window: int | None,
     softcap: float | None = None,
+    sinks_H: Tensor | None = None,
 ) -> Tensor:
     """Return attention's outputs [T, heads, head_dim] in the query's type, computed one sequence at a time.
 
     16-bit queries are computed in float32. A token sees the `window` positions up to its own (None: all of them).
-    Padding tokens get zeros. With a `softcap` c, scores s become c * tanh(s / c).
+    Padding tokens get zeros. With a `softcap` c, scores s become c * tanh(s / c). `sinks` are scores that count
+    in softmax and stand for no value.
     """
     out = torch.zeros_like(query_THd)
     dtype = torch.promote_types(query_THd.dtype, torch.float32)
@@ -61,7 +63,10 @@ def ragged_attention(
         own = torch.arange(context - (end - start), context, device=query.device)[:, None]
         position = torch.arange(context, device=query.device)
         seen = (position <= own) & (position > own - (window or context))
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if sinks_H is not None:
+            scores = torch.cat([scores, sinks_H.to(dtype)[:, None, None].expand(-1, len(query), 1)], -1)
+        weights = scores.softmax(-1)[..., :context]
         out[start:end] = torch.einsum("htn,nhd->thd", weights, value.repeat_interleave(group, 1)).to(out.dtype)
     return out
 

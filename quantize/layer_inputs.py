@@ -173,7 +173,8 @@ class Calibration:
             if self.growth is not None:
                 query = (query * self.growth[: len(qkv)]).to(self.dtype)
             query, key, value = (x.transpose(0, 1).to(multiplied_in(self.dtype)) for x in (query, key, value))
-            mixed = _attention(query, key, value, shape)
+            sinks = None if shape.sinks is None else tensors[shape.sinks].float()
+            mixed = _attention(query, key, value, shape, sinks)
             out.append(mixed.transpose(0, 1).flatten(1).to(self.dtype))
         return torch.cat(out)
 
@@ -189,7 +190,8 @@ class Calibration:
         unfinished, rows, columns = self.folder / f"{name}.unfinished", [], 0
         with unfinished.open("wb") as file:
             for chunk in chunks_TX:
-                file.write(chunk.contiguous().view(torch.uint8).numpy().tobytes())
+                if len(chunk):  # torch cannot view an empty one as bytes
+                    file.write(chunk.contiguous().view(torch.uint8).numpy().tobytes())
                 rows.append(len(chunk))
                 columns = chunk.shape[1]
         unfinished.replace(self.folder / name)
@@ -210,11 +212,12 @@ class _Activations:
     dtype: torch.dtype
 
     def __iter__(self) -> Iterator[Tensor]:
-        a_row = self.columns * self.dtype.itemsize
         with self.path.open("rb") as file:
             for rows in self.chunks:
-                values = torch.from_numpy(np.fromfile(file, np.uint8, rows * a_row))
-                yield values.view(self.dtype).view(rows, self.columns)
+                chunk = torch.empty(rows, self.columns, dtype=self.dtype)
+                if rows:
+                    file.readinto(chunk.view(torch.uint8).numpy().data)
+                yield chunk
 
 
 def _product(
@@ -248,15 +251,23 @@ def _states(layer: int) -> str:
     return f"states-{layer:05}"
 
 
-def _attention(query_HTd: Tensor, key_KTd: Tensor, value_KTd: Tensor, shape: Attention) -> Tensor:
+def _attention(
+    query_HTd: Tensor, key_KTd: Tensor, value_KTd: Tensor, shape: Attention, sinks_H: Tensor | None
+) -> Tensor:
     """Return attention's outputs [heads, T, head_dim] of one sequence."""
     seen = _seen(query_HTd.shape[1], shape.window)
-    if shape.softcap is None:
+    if shape.softcap is None and sinks_H is None:
         query, key, value = query_HTd[None], key_KTd[None], value_KTd[None]
         return F.scaled_dot_product_attention(query, key, value, seen, scale=shape.scale, enable_gqa=True)[0]
     key, value = (x.repeat_interleave(shape.heads // shape.kv_heads, 0) for x in (key_KTd, value_KTd))
-    scores = torch.tanh(query_HTd @ key.transpose(1, 2) * (shape.scale / shape.softcap)) * shape.softcap
-    return scores.masked_fill_(~seen, float("-inf")).softmax(-1) @ value
+    scores = query_HTd @ key.transpose(1, 2) * shape.scale
+    if shape.softcap is not None:
+        scores = torch.tanh(scores / shape.softcap) * shape.softcap
+    scores = scores.masked_fill_(~seen, float("-inf"))
+    if sinks_H is None:
+        return scores.softmax(-1) @ value
+    sinks = sinks_H.to(scores.dtype)[:, None, None].expand(-1, scores.shape[1], 1)
+    return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ value
 
 
 def _seen(length: int, window: int | None) -> Tensor:

@@ -10,6 +10,7 @@ from batchinfer.formats.compressed_tensors import CompressedTensors
 from batchinfer.formats.fp8 import FP8
 from batchinfer.formats.gptq import GPTQ
 from batchinfer.formats.matrix import QuantizedMatrix, Tensors
+from batchinfer.formats.mxfp4 import MXFP4
 
 
 class Format(Protocol):
@@ -31,6 +32,7 @@ _FORMATS: dict[str, Callable[[dict[str, Any]], Format]] = {
     "auto-round": AutoRound,
     "fp8": FP8,
     "bitsandbytes": BitsAndBytes,
+    "mxfp4": MXFP4,
 }
 
 

@@ -37,6 +37,7 @@ class LayerWeights:
     qkv: Product
     head_norms: tuple[Tensor, Tensor] | None
     """Weights of the norms of queries and of keys: [head_dim] each, or [heads * head_dim] and [kv_heads * head_dim]."""
+    sinks: Tensor | None  # [heads] float32
     output: Product
     attention_norm: Tensor | None
     mlp_norm: Tensor | None
@@ -150,7 +151,8 @@ class Decoder:
         layer = self.layers[i]
         a = layer.shape.attention
         query = self._store(i, cache, layer.qkv(x).dense(), at)
-        return self.backend.attention(query, cache, batch.attention[a.window], a.scale, a.softcap).flatten(1)
+        seen = batch.attention[a.window]
+        return self.backend.attention(query, cache, seen, a.scale, a.softcap, layer.sinks).flatten(1)
 
     def _into(self, x_TD: Tensor, y: Rows | None, norm_D: Tensor | None, takes: torch.dtype) -> Rows:
         """Add y to x in place, and return x, after its norm if it has one, as rows for a product with this `takes`."""

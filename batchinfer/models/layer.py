@@ -117,6 +117,8 @@ class Attention:
     scale: float  # of the products of queries and keys
     head_norms: tuple[Norm, Norm] | None = None
     """Norms of queries and of keys before rotary embedding: of each head, or of all heads together."""
+    sinks: str | None = None
+    """Name of a tensor [heads]: softmax counts one score more for each head, which stands for no value (gpt-oss)."""
     softcap: float | None = None  # scores s become softcap * tanh(s / softcap), as in Gemma 2
     query_growth: "QueryGrowth | None" = None
 
@@ -289,5 +291,7 @@ class Layer:
             found += self.feed_forward.unquantized
             if router.bias is not None:
                 yield f"{self.prefix}{router.bias}", router.bias_shape
+        if self.attention.sinks is not None:
+            yield f"{self.prefix}{self.attention.sinks}", (self.attention.heads,)
         for name, shape in dict(tensor for module in found for tensor in module.tensors()).items():
             yield f"{self.prefix}{name}", shape

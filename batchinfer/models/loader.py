@@ -76,7 +76,7 @@ class _Loader:
         self.inputs = InputRounding(scheme)
         self.four_bits = False
         self.unpacked: list[str] = []
-        self._stacks: dict[str, Tensor] = {}  # the stack that was read last, by name: all experts take from it
+        self._stacks: dict[str, Tensor | QuantizedMatrix] = {}  # by name, of the layer that is being loaded
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.weights.take(name, shape).to(self.backend.device)
@@ -91,12 +91,14 @@ class _Loader:
         def pair(found: tuple[Norm, Norm] | None) -> tuple[Tensor, Tensor] | None:
             return None if found is None else (self.norm(found[0], layer.prefix), self.norm(found[1], layer.prefix))
 
+        self._stacks = {}
         a, f = layer.attention, layer.feed_forward
         return LayerWeights(
             layer,
             input_norm=norm(layer.input_norm),
             qkv=self._product(layer.prefix, (a.q, a.k, a.v)),
             head_norms=pair(a.head_norms),
+            sinks=None if a.sinks is None else self.tensor(f"{layer.prefix}{a.sinks}", (a.heads,)).float(),
             output=self._product(layer.prefix, (a.output,)),
             attention_norm=norm(layer.attention_norm),
             mlp_norm=norm(layer.mlp_norm),
@@ -185,9 +187,7 @@ class _Loader:
         if stack is None:
             return self._checked(name, self.weights.matrix(name, (module.rows, module.columns)))
         if name not in self._stacks:
-            shape = stack.weight_shape(module.rows, module.columns)
-            stored = self.weights.take(f"{prefix}{module.weight_name}", shape)
-            self._stacks = {name: (stored.transpose(1, 2) if stack.transposed else stored).flatten(0, 1)}
+            self._stacks[name] = self.weights.stack(prefix, module, stack)
         return self._checked(name, self._stacks[name])
 
     def _bias(self, prefix: str, module: Matrix) -> Tensor:

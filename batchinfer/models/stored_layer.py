@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.formats.matrix import QuantizedMatrix
-from batchinfer.models.layer import Matrix, Norm
+from batchinfer.models.layer import Matrix, Norm, Stack
 
 Weight = TypeVar("Weight", Tensor, QuantizedMatrix, Tensor | QuantizedMatrix)
 
@@ -19,6 +19,11 @@ def weight_of(matrix: Matrix, module: Weight) -> Weight:
     if matrix.factor == 1.0:
         return weight
     return (weight.float() if isinstance(weight, Tensor) else weight) * matrix.factor
+
+
+def unstacked(stack: Stack, weight_EXX: Tensor) -> Tensor:
+    """Return the rows of all experts' matrices [experts * rows, columns], from the tensor that holds them."""
+    return (weight_EXX.transpose(1, 2) if stack.transposed else weight_EXX).flatten(0, 1)
 
 
 def bias_of(matrix: Matrix, module_bias: Tensor) -> Tensor:

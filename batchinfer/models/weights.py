@@ -14,6 +14,8 @@ from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.registry import Format
 from batchinfer.host.files import Checksums, read_object, refuse_pointer
 from batchinfer.models.config import ModelConfig
+from batchinfer.models.layer import Matrix, Stack
+from batchinfer.models.stored_layer import unstacked
 from batchinfer.models.wrappers import Prefixes
 
 ROWS = 1024  # of a matrix, compared at a time
@@ -31,6 +33,10 @@ class WeightSource(Protocol):
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
         """Return a module's weight [N, K], quantized if it is stored so."""
+        ...
+
+    def stack(self, prefix: str, module: Matrix, stack: Stack) -> Tensor | QuantizedMatrix:
+        """Return the weight [N, K] of a module that holds the matrices of all experts, one below the other."""
         ...
 
     def drop(self, name: str) -> None:
@@ -112,6 +118,14 @@ class SafetensorsWeights:
         module = self.prefixes.stored(f"{module}.").removesuffix(".")
         stored = None if self.form is None else self.form.matrix(module, shape, self)
         return self.take(f"{module}.weight", shape) if stored is None else stored
+
+    def stack(self, prefix: str, module: Matrix, stack: Stack) -> Tensor | QuantizedMatrix:
+        """Return the weight [N, K] of all experts' matrices, quantized if it is stored so, else in floating point."""
+        name, shape = self.prefixes.stored(f"{prefix}{module.name}"), (module.rows, module.columns)
+        stored = None if self.form is None else self.form.matrix(name, shape, self)
+        if stored is not None:
+            return stored
+        return unstacked(stack, self.take(f"{prefix}{module.weight_name}", stack.weight_shape(*shape)))
 
     def _file(self, name: str) -> Path:
         if name not in self.files:
@@ -230,6 +244,10 @@ class RandomWeights:
         self._asked = shape
         quantized = None if self.form is None else self.form.matrix(module, shape, self)
         return self.take(f"{module}.weight", shape) if quantized is None else quantized
+
+    def stack(self, prefix: str, module: Matrix, stack: Stack) -> Tensor:
+        """Return a random weight [N, K] in floating point."""
+        return self.take(f"{prefix}{module.weight_name}", (module.rows, module.columns))
 
     def finish(self) -> None:
         """Do nothing: no tensor can be left over."""

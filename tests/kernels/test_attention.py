@@ -16,7 +16,9 @@ class _Table:
         self.blocks, self.block_size = blocks, block_size
 
 
-def dense_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None = None) -> Tensor:
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """One sequence in float64: q [t, heads, d] are its last t positions, k and v [n, kv_heads, d] all."""
     t, heads, d = q.shape
     n = len(k)
@@ -26,13 +28,15 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap
         scores = softcap * torch.tanh(scores / softcap)
     position, key = torch.arange(n - t, n)[:, None], torch.arange(n)
     seen = (key <= position) & (key > position - (window or n))
-    return torch.einsum("htn,nhd->thd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
+    weights = scores.masked_fill(~seen, float("-inf")).exp()
+    total = weights.sum(-1, keepdim=True) + (0 if sinks is None else sinks.double().exp()[:, None, None])
+    return torch.einsum("htn,nhd->thd", weights / total, v)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("block_size", [8, 32, 64])
 @pytest.mark.parametrize("window", [None, 1, 50])
-@pytest.mark.parametrize("softcap", [None, 1.0])
+@pytest.mark.parametrize(("softcap", "sunk"), [(None, False), (1.0, False), (None, True), (1.0, True)])
 @pytest.mark.parametrize("crowded", [True, False])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 24), (4, 4, 64)])
 def test_paged_attention_is_dense_attention(
@@ -40,6 +44,7 @@ def test_paged_attention_is_dense_attention(
     block_size: int,
     window: int | None,
     softcap: float | None,
+    sunk: bool,
     crowded: bool,
     heads: int,
     kv_heads: int,
@@ -68,13 +73,14 @@ def test_paged_attention_is_dense_attention(
     inputs = TiledInputs({window})
     prompts = inputs(sequences, [PromptChunk(i, 0, n, int(rows[i])) for i, n in enumerate(lengths)], none, none)
     query = torch.randn(rows[-1], heads, head_dim)
-    out = attention(query, cache, prompts[window], head_dim**-0.5, softcap)
+    sinks = torch.randn(heads) * 3 if sunk else None
+    out = attention(query, cache, prompts[window], head_dim**-0.5, softcap, sinks)
     decode = inputs(sequences, [], np.arange(len(lengths)), np.array(lengths) - 1)[window]
     assert isinstance(decode.decode.users[0].blocks, slice) == crowded or window is not None
     last = torch.from_numpy(rows[1:] - 1)
-    out_last = attention(query[last], cache, decode, head_dim**-0.5, softcap)
+    out_last = attention(query[last], cache, decode, head_dim**-0.5, softcap, sinks)
     for i, n in enumerate(lengths):
-        expected = dense_attention(query[rows[i] : rows[i] + n], keys[i], values[i], window, softcap)
+        expected = dense_attention(query[rows[i] : rows[i] + n], keys[i], values[i], window, softcap, sinks)
         torch.testing.assert_close(out[rows[i] : rows[i] + n].double(), expected, atol=tolerance, rtol=tolerance)
         torch.testing.assert_close(out_last[i].double(), expected[-1], atol=tolerance, rtol=tolerance)
 

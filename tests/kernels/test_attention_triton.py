@@ -112,8 +112,9 @@ def check(
     batch: RaggedBatch,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
-    expected = ragged_attention(query.double(), cache, batch, query.shape[2] ** -0.5, window, softcap)
+    expected = ragged_attention(query.double(), cache, batch, query.shape[2] ** -0.5, window, softcap, sinks)
     tolerance = TOLERANCE[query.dtype]
     torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
 
@@ -139,6 +140,18 @@ def test_types(processors: int, query: torch.dtype, kv: torch.dtype) -> None:
     found, plan = run(x, cache, batch, processors=processors)
     assert found.dtype == query and (plan.partials > 0) == (processors > 1)
     check(found, x, cache, batch)
+
+
+@pytest.mark.parametrize("kv", [torch.float32, torch.float16, torch.int8, F8])
+@pytest.mark.parametrize("query", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("processors", "window"), [(1, None), (1000, None), (None, None), (1, 40)])
+def test_sinks(processors: int | None, window: int | None, query: torch.dtype, kv: torch.dtype) -> None:
+    """Some heads give nearly all weight to theirs, and some nearly none."""
+    x, cache, batch = case(MIXED, kv=kv, query=query)
+    plan = plan_attention(batch, x.shape[1], cache.key.shape[1], window, SMALL, processors)
+    sinks = torch.linspace(-8, 8, x.shape[1])
+    found = paged_attention(x, cache, plan, x.shape[2] ** -0.5, sinks_H=sinks)
+    check(found, x, cache, batch, window, sinks=sinks)
 
 
 @pytest.mark.parametrize("kv", [torch.float32, torch.float16, torch.int8, F8])

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from transformers import AutoConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from true_values import true_values
 
 from batchinfer.kernels.activation import activate, activate_quantize
@@ -43,3 +45,15 @@ def test_an_activation_with_quantization_is_the_plain_one_rounded(activation: st
         assert rows.scale is not None
         assert ((true_values(rows) - expected).abs() <= rows.scale.double() * 0.501).all()
     torch.testing.assert_close(activate(h * scale, activation, gated).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_clamped_activation_is_that_of_gpt_oss() -> None:
+    config = AutoConfig.for_model("gpt_oss", hidden_size=8, intermediate_size=63, num_local_experts=1)
+    h, scale = 6 * torch.randn(8, 126), torch.rand(8, 1) + 0.5
+    by_turns = torch.stack((h * scale).chunk(2, -1), -1).flatten(1)
+    expected = GptOssExperts(config)._apply_gate(by_turns.double())
+    assert (h * scale).abs().max() > 7
+    torch.testing.assert_close(activate(h * scale, "clamped_swiglu", True).double(), expected, rtol=1e-5, atol=1e-6)
+    rows = activate_quantize(Rows(h, scale), "clamped_swiglu", True)
+    assert rows.scale is not None
+    assert ((true_values(rows) - expected).abs() <= rows.scale.double() * 0.501).all()

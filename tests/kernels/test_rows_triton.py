@@ -61,10 +61,12 @@ def test_add_norm(rows: int, columns: int, out: torch.dtype, residual: bool) -> 
 
 @pytest.mark.parametrize("out", [torch.float32, torch.float16, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-@pytest.mark.parametrize(("activation", "gated"), [("silu", True), ("gelu_tanh", True), ("relu2", False)])
+@pytest.mark.parametrize(
+    ("activation", "gated"), [("silu", True), ("gelu_tanh", True), ("relu2", False), ("clamped_swiglu", True)]
+)
 def test_activations(rows: int, columns: int, out: torch.dtype, activation: str, gated: bool) -> None:
     dtype = out if out in TOLERANCE else torch.float32
-    x = (3 * torch.randn(rows, 2 * columns if gated else columns)).to(dtype)
+    x = (4 * torch.randn(rows, 2 * columns if gated else columns)).to(dtype)
     found = activate(x, activation, gated, out)
     expected = plain.activate(x.double(), activation, gated)
     if out == dtype:

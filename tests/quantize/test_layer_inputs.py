@@ -88,7 +88,7 @@ def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
     for name, module in oracle.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(
-                lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0][0])
+                lambda _, inputs, name=name: seen.setdefault(name, []).append(inputs[0].flatten(0, -2))
             )
         elif name.endswith(".experts"):
             module.register_forward_pre_hook(partial(note_experts, name, seen))

@@ -69,6 +69,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm": ("glm", {"head_dim": 16}),
     "glm4": ("glm4", {"head_dim": 32, "attention_bias": False}),
     "glm4_moe": ("glm4_moe", DEEPSEEK | {"head_dim": 32, "attention_bias": True, "use_qk_norm": True}),
+    "gpt_oss": (
+        "gpt_oss",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64,
+         "sliding_window": 24, "layer_types": ALTERNATING, "rope_parameters": YARN | {"truncate": False}},
+    ),
     "granite": ("granite", MULTIPLIERS | {"attention_bias": True, "mlp_bias": True}),
     "granitemoe": (
         "granitemoe",
@@ -145,4 +150,4 @@ QUICK = [case for case in CASES if "," not in case]
 
 def made(make_model: Callable[..., Path], case: str, **shape: int) -> Path:
     family, changes = CASES[case]
-    return make_model(family, **{"tie_word_embeddings": False, "pad_token_id": None, **shape, **changes})
+    return make_model(family, **{"tie_word_embeddings": False, "pad_token_id": None, **changes, **shape})

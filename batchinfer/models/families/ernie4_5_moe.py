@@ -13,9 +13,9 @@ DEFAULTS: dict[str, Any] = {
     "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True, "num_key_value_heads": 4,
     "moe_num_experts": 64, "moe_k": 6, "moe_num_shared_experts": 2,
     "moe_intermediate_size": 1536, "moe_layer_start_index": 1, "moe_layer_end_index": -1, "moe_layer_interval": 1,
-    "moe_norm_min": 1e-12, "intermediate_size": 12288,
+    "intermediate_size": 12288,
 }  # fmt: skip
-FIXED: dict[str, Any] = {"use_bias": False}  # it would give the head a bias too
+FIXED: dict[str, Any] = {"use_bias": False, "moe_norm_min": 1e-12}  # a bias would be the head's too
 ends = ernie4_5.ends
 
 

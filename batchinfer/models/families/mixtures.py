@@ -45,7 +45,16 @@ def block(
 
 
 def stacked_experts(
-    experts: int, hidden: int, inner: int, gate_up: str, down: str, stack: Stack, *, bias: bool = False, step: int = 1
+    experts: int,
+    hidden: int,
+    inner: int,
+    gate_up: str,
+    down: str,
+    stack: Stack,
+    *,
+    bias: bool = False,
+    step: int = 1,
+    activation: str = "silu",
 ) -> tuple[FeedForward, ...]:
     """Describe experts whose matrices are stored as two tensors, gate and up in one of them.
 
@@ -59,6 +68,7 @@ def stacked_experts(
             gate=Matrix(gate_up, inner, hidden, bias, first, rows, step, stack=stack),
             up=Matrix(gate_up, inner, hidden, bias, second, rows, step, stack=stack),
             down=Matrix(down, hidden, inner, bias, hidden * i, hidden * experts, stack=stack),
+            activation=activation,
         )
 
     return tuple(expert(i) for i in range(experts))

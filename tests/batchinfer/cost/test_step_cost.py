@@ -108,3 +108,22 @@ def test_nonnegative_least_squares_meets_its_conditions() -> None:
 
 def test_products_have_the_bytes_of_their_types() -> None:
     assert {name: kind.layer_bytes for name, kind in PRODUCTS.items()} == {"float32": 4, "bfloat16": 2, "w8a8-int8": 1}
+
+
+def test_of_a_mixture_those_experts_count_that_are_touched() -> None:
+    dense = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 64}  # fmt: skip
+    mixture = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 48, "mlp_only_layers": [1]}
+    model = parse_model_config({"model_type": "qwen3_moe", **dense, **mixture})
+    zero, rows = np.zeros(2), np.array([1.0, 4096.0])
+    work = Work(rows, rows, zero, zero, zero, zero, zero)
+    always = Weights(layer_bytes=1, head_bytes=1, cache_bytes=1)
+    counted = quantities(work, model, always, "float32", "greedy")
+    expert, router, attention = 3 * 64 * 48, 32 * 64, 64 * (64 + 2 * 32) + 64 * 64
+    other = 3 * attention + 3 * 64 * 96 + 2 * router
+    assert counted["weight from memory"].tolist() == pytest.approx(
+        [other + 2 * 4 * expert, other + 2 * 32 * expert]  # one token reads its own experts, very many read all
+    )
+    by_rows = np.array([counted[f"weight by {n} rows"] for n in ROWS])
+    assert by_rows[:, 0].tolist() == pytest.approx([other + 2 * 4 * expert, 0, 0, 0, 0, 0, 0])
+    assert by_rows[-1, 1] == pytest.approx(8 * other + 2 * 32 * expert)  # 4,096 rows, and 512 for each expert

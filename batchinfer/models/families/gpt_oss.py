@@ -1,0 +1,48 @@
+"""gpt-oss (OpenAI 2025): Llama with windows in every other layer, sinks, and experts with biases."""
+
+from dataclasses import replace
+from typing import Any
+
+from batchinfer.models.config_file import ConfigFile
+from batchinfer.models.families import llama
+from batchinfer.models.families.gemma3_text import FULL, SLIDING
+from batchinfer.models.families.mixtures import chosen_experts, number_of_experts, stacked_experts
+from batchinfer.models.layer import Experts, Layer, Matrix, Router, Stack
+
+ARCHITECTURES = ("GptOssForCausalLM",)
+DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5, "attention_bias": True, "sliding_window": 128,
+    "rope_theta": 150000.0, "num_experts": None, "num_local_experts": None, "num_experts_per_tok": 4,
+    "intermediate_size": 2880,
+    "rope_parameters": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+# Hub files have swiglu_limit and say experts_per_token too, for other engines.
+FIXED: dict[str, Any] = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
+ends = llama.ends
+
+
+def layers(config: ConfigFile) -> list[Layer]:
+    """Describe the layers that `config.json` asks for."""
+    types = [FULL if i % 2 else SLIDING for i in range(config.size("num_hidden_layers"))]
+    described = llama.layers(config, window=config.size_or_none("sliding_window"), types=types)
+    count, hidden, name = number_of_experts(config, 128), config.size("hidden_size"), "mlp.experts"
+    router = Router(Matrix("mlp.router", count, hidden, bias=True), chosen_experts(config, count))
+    experts = stacked_experts(
+        count,
+        hidden,
+        config.size("intermediate_size"),
+        f"{name}.gate_up_proj",
+        f"{name}.down_proj",
+        Stack(count, transposed=True, bare=True),
+        bias=True,
+        step=2,
+        activation="clamped_swiglu",
+    )
+    with_sinks = [replace(layer.attention, sinks="self_attn.sinks") for layer in described]
+    return [
+        replace(layer, attention=attention, feed_forward=Experts(router, experts))
+        for layer, attention in zip(described, with_sinks, strict=True)
+    ]
