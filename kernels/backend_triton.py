@@ -30,6 +30,7 @@ class TritonBackend:
         self.device, self.deterministic = device, deterministic
         self.kernels = dict.fromkeys(("norm", "activation", "kv_cache", "attention", "sampling"), "triton")
         self.gpu = gpu_of(device)
+        self.many_expert_rows = deterministic  # whether tiles of experts' rows have one size, the larger one
         self.eight_bits = frozenset({"int8", "fp8"} if self.gpu.has_float8 else {"int8"})
 
     def stream(self, dtype: torch.dtype, quantized: bool) -> torch.dtype:
@@ -58,10 +59,12 @@ class TritonBackend:
 
     def product_by_expert(self, products: list[Product]) -> ProductByExpert:
         self.kernels["experts"] = "triton"
-        return experts_triton.by_expert(products)
+        product = experts_triton.by_expert(products)
+        self.many_expert_rows |= experts_triton.takes_many(product.weight.dtype, self.gpu)
+        return product
 
     def expert_rows(self, experts_Tk: Tensor, experts: int) -> ExpertRows:
-        return experts_triton.expert_tiles(experts_Tk, experts, self.deterministic)
+        return experts_triton.expert_tiles(experts_Tk, experts, self.many_expert_rows)
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
         return norm_triton.add_norm(x_MD, None if y is None else y.values, weight_D, eps, _out(takes, x_MD))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from batchinfer.kernels.experts import ExpertRows, ProductByExpert
+from batchinfer.kernels.experts import ExpertRows
 from batchinfer.kernels.float8_inputs import Float8InputProduct, InputScales
 from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.product import Product
@@ -43,13 +43,13 @@ class ExpertTiles(ExpertRows):
     rows: int  # of a tile: `FEW` or `MANY`
 
 
-def expert_tiles(experts_Tk: Tensor, experts: int, deterministic: bool) -> ExpertTiles:
+def expert_tiles(experts_Tk: Tensor, experts: int, many: bool) -> ExpertTiles:
     """Sort tokens by expert on the device. M is the most rows that so many tokens may need, whatever they choose.
 
-    Tiles are larger if an expert has many rows on average, or if `deterministic` asks for one size.
+    Tiles have `MANY` rows if an expert has many on average, or if `many` asks for that.
     """
     chosen = experts_Tk.numel()
-    rows = MANY if deterministic or chosen >= experts * MANY // 2 else FEW
+    rows = MANY if many or chosen >= experts * MANY // 2 else FEW
     most = triton.cdiv(chosen + min(experts, chosen) * (rows - 1), rows) * rows
     entries, device = experts_Tk.flatten(), experts_Tk.device
     order = entries.argsort(stable=True)
@@ -77,19 +77,20 @@ def _experts_kernel(
 ):  # fmt: skip
     i_m = tl.program_id(1)
     i_expert = tl.load(p_experts + i_m * BLOCK_M // ROWS).to(tl.int64)
-    if i_expert >= 0:
-        o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_n = o_n < n
-        # Columns past the end read others again (modulo), so that loads need no mask; their results are not stored.
-        b_y = tile_product(p_x, p_w + i_expert * n * K, o_m, o_n % n, K, BLOCK_M, BLOCK_N, BLOCK_K).to(tl.float32)
-        if SCALED:
-            b_y *= tl.load(p_x_scale + o_m)[:, None]
-            b_y *= tl.load(p_w_scale + i_expert * n + o_n, m_n, 0.0)[None, :]
-        if BIAS:
-            b_y += tl.load(p_bias + i_expert * n + o_n, m_n, 0.0).to(tl.float32)[None, :]
-        p_y += o_m.to(tl.int64)[:, None] * n + o_n[None, :]
-        tl.store(p_y, b_y.to(p_y.dtype.element_ty), m_n[None, :])
+    if i_expert < 0:
+        return
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < n
+    # Columns past the end read others again (modulo), so that loads need no mask; their results are not stored.
+    b_y = tile_product(p_x, p_w + i_expert * n * K, o_m, o_n % n, K, BLOCK_M, BLOCK_N, BLOCK_K).to(tl.float32)
+    if SCALED:
+        b_y *= tl.load(p_x_scale + o_m)[:, None]
+        b_y *= tl.load(p_w_scale + i_expert * n + o_n, m_n, 0.0)[None, :]
+    if BIAS:
+        b_y += tl.load(p_bias + i_expert * n + o_n, m_n, 0.0).to(tl.float32)[None, :]
+    p_y += o_m.to(tl.int64)[:, None] * n + o_n[None, :]
+    tl.store(p_y, b_y.to(p_y.dtype.element_ty), m_n[None, :])
 
 
 class StackedProduct:
@@ -118,7 +119,16 @@ class StackedProduct:
         return Rows(y)
 
 
-def by_expert(products: list[Product]) -> ProductByExpert:
+def takes_many(dtype: torch.dtype, gpu: Gpu) -> bool:
+    """Return whether this type is only multiplied in tiles of `MANY` rows.
+
+    The matrix units of Hopper and of Blackwell's data centre GPUs take no fewer of float8: it would be converted to
+    float16.
+    """
+    return dtype == torch.float8_e4m3fn and gpu.capability[0] in (9, 10)
+
+
+def by_expert(products: list[Product]) -> StackedProduct:
     """Stack the weights of all experts' products. The products take theirs from the stack from then on.
 
     Raises `ValueError` for weights that stay in 4 bits, and for inputs that experts round differently.
@@ -170,7 +180,7 @@ def shipped(gpu: Gpu) -> list[Shipped]:
         kinds.append(("8 bits", "fp8e4nv", "bf16"))
     found = []
     for kind, x, y in kinds:
-        for rows in (FEW, MANY):
+        for rows in (MANY,) if x == "fp8e4nv" and takes_many(torch.float8_e4m3fn, gpu) else (FEW, MANY):
             for columns in (2048, 1000):
                 tile, eight = TILES[rows, kind], kind == "8 bits"
                 found.append(

@@ -19,6 +19,7 @@ from batchinfer.kernels import (
     activation_triton,
     attention_merge_triton,
     attention_triton,
+    experts_triton,
     kv_cache_triton,
     linear_triton,
     linear_w4a16_triton,
@@ -41,6 +42,7 @@ MODULES = (
     linear_triton,
     linear_w8a8_triton,
     linear_w4a16_triton,
+    experts_triton,
 )
 INTEGERS = ("any", "multiples of 16", "1")
 """What whole numbers among the arguments are. A launch takes a program of its own for each, unless the kernel says

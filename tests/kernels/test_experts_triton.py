@@ -37,12 +37,12 @@ def chosen(tokens: int, k: int) -> Tensor:
     return torch.multinomial(weights, k, generator=generator)
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize(("tokens", "k"), COUNTS)
-def test_every_token_has_a_row_with_each_of_its_experts(tokens: int, k: int, deterministic: bool) -> None:
+def test_every_token_has_a_row_with_each_of_its_experts(tokens: int, k: int, many: bool) -> None:
     experts = chosen(tokens, k)
-    at = expert_tiles(experts, EXPERTS, deterministic)
-    assert at.rows == (MANY if deterministic or 2 * tokens * k >= EXPERTS * MANY else FEW)
+    at = expert_tiles(experts, EXPERTS, many)
+    assert at.rows == (MANY if many or 2 * tokens * k >= EXPERTS * MANY else FEW)
     assert len(at.tokens) == len(at.experts) * at.rows
     assert at.experts[at.places // at.rows].equal(experts.to(torch.int32))
     assert at.tokens[at.places].equal(torch.arange(tokens)[:, None].expand(-1, k))
