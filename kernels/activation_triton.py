@@ -27,6 +27,8 @@ def _activation_kernel(
         b_x *= tl.sigmoid(b_x)
     elif KIND == "gelu_tanh":  # (1 + tanh(z)) / 2 is the sigmoid of 2z
         b_x *= tl.sigmoid(1.5957691216057308 * (b_x + 0.044715 * b_x * b_x * b_x))
+    elif KIND == "gelu":
+        b_x *= 0.5 + 0.5 * tl.erf(0.7071067811865476 * b_x)
     else:
         b_x = tl.maximum(b_x, 0.0) * b_x
     if GATED:
@@ -42,7 +44,7 @@ def _activation_kernel(
 def activate(x_MX: Tensor, activation: str, gated: bool, out: torch.dtype) -> Rows:
     """Return `activation(gate) * up`, [M, F], of the contiguous x = `[gate | up]` [M, 2F], or `activation(x)`.
 
-    `activation` is silu, gelu_tanh or relu2 (the square of the rectified input). `out` is the result's type: the
+    `activation` is silu, gelu, gelu_tanh or relu2 (the square of the rectified input). `out` is the result's type: the
     input's own, int8 or float8_e4m3fn. 8-bit rows have a float32 scale each, [M, 1].
     """
     m, columns = x_MX.shape[0], x_MX.shape[1] // (2 if gated else 1)
@@ -71,7 +73,7 @@ def shipped(gpu: Gpu) -> list[Shipped]:
             {"KIND": activation, "GATED": gated, "QUANTIZE": out != stream, "BLOCK": columns},
             _warps(columns),
         )
-        for activation, gated in (("silu", True), ("gelu_tanh", True), ("relu2", False))
+        for activation, gated in (("silu", True), ("gelu_tanh", True), ("gelu", False), ("relu2", False))
         for stream in ("bf16", "fp32")
         for columns in (4096, 16384)
         for out in (stream, "i8", "fp8e4nv")

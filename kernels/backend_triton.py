@@ -10,6 +10,7 @@ from batchinfer.kernels.backend import AttentionBatch, Product
 from batchinfer.kernels.gpu_triton import gpu_of
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.kv_cache_triton import rotate_and_store
+from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.products_triton import DenseProduct, EightBitProduct, FourBitProduct
 from batchinfer.kernels.rows import Rows
 from batchinfer.kernels.sampling import SamplingBatch, greedy
@@ -53,8 +54,8 @@ class TritonBackend:
         self.kernels["linear_w4a16"] = product.path
         return product
 
-    def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
-        return norm_triton.add_norm(x_MD, None if y is None else y.values, weight_D, eps, _out(takes, x_MD))
+    def add_norm(self, x_MD: Tensor, y: Rows | None, norm_D: NormWeights, eps: float, takes: torch.dtype) -> Rows:
+        return norm_triton.add_norm(x_MD, None if y is None else y.values, norm_D, eps, _out(takes, x_MD))
 
     def activate(self, x: Rows, activation: str, gated: bool, takes: torch.dtype) -> Rows:
         return activation_triton.activate(x.values, activation, gated, _out(takes, x.values))
@@ -73,10 +74,11 @@ class TritonBackend:
         cos_Td: Tensor,
         sin_Td: Tensor,
         cache_rows: Tensor,
-        norms: tuple[Tensor, Tensor] | None,
+        norms: tuple[NormWeights, NormWeights] | None,
         eps: float,
+        norms_last: bool = False,
     ) -> Tensor:
-        return rotate_and_store(qkv_TX, cache, heads, cos_Td, sin_Td, cache_rows, norms, eps)
+        return rotate_and_store(qkv_TX, cache, heads, cos_Td, sin_Td, cache_rows, norms, eps, norms_last)
 
     def attention(
         self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float, softcap: float | None

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from batchinfer.kernels.activation import activate
 from batchinfer.kernels.kv_cache import rotate
 from batchinfer.kernels.linear import linear
-from batchinfer.kernels.norm import rms_norm
+from batchinfer.kernels.norm import NormWeights, norm
 from batchinfer.kernels.processor import multiplied_in
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.layer import Attention, Norm
-from batchinfer.models.stored_layer import bias_of, norm_weight, weight_of
+from batchinfer.models.stored_layer import bias_of, norm_weights, weight_of
 
 CHUNK_TOKENS = 2048
 """Approximate number of tokens that are computed together; a chunk consists of whole sequences."""
@@ -73,14 +73,16 @@ class Calibration:
             biases = [bias_of(m, tensors[f"{m.name}.bias"]).to(self.dtype) for m in matrices if m.bias]
             return partial(linear, weight_NK=torch.cat(weights), bias_N=torch.cat(biases) if biases else None)
 
-        def normed(states: Iterable[Tensor], norm: Norm | None) -> Iterator[Tensor]:
-            if norm is None:
+        def normed(states: Iterable[Tensor], found: Norm | None) -> Iterator[Tensor]:
+            if found is None:
                 return iter(states)
-            weight = norm_weight(norm, tensors[f"{norm.name}.weight"], self.dtype)
-            return (rms_norm(x, weight, self.config.norm_eps) for x in states)
+            weights = self._norm_weights(found, tensors)
+            return (norm(x, weights, self.config.norm_eps) for x in states)
 
-        def added(states: Iterable[Tensor], inputs: Iterable[Tensor], name: str, norm: Norm | None) -> Iterator[Tensor]:
-            return (x + y for x, y in zip(states, normed(map(product(name), inputs), norm), strict=True))
+        def added(
+            states: Iterable[Tensor], inputs: Iterable[Tensor], name: str, found: Norm | None
+        ) -> Iterator[Tensor]:
+            return (x + y for x, y in zip(states, normed(map(product(name), inputs), found), strict=True))
 
         entering = self._stored(_states(number))
         yield "qkv", normed(entering, layer.input_norm)
@@ -90,10 +92,11 @@ class Calibration:
         mixed = self._store("mixed", attended)
         yield "output", iter(mixed)
         middle = self._store("middle", added(entering, mixed, "output", layer.attention_norm))
-        yield "gate_up", normed(middle, layer.mlp_norm)
+        before = entering if layer.parallel else middle
+        yield "gate_up", normed(before, layer.mlp_norm)
         f = layer.feed_forward
         act = partial(activate, activation=f.activation, gated=f.gate is not None)
-        inner = self._store("inner", map(act, map(product("gate_up"), normed(middle, layer.mlp_norm))))
+        inner = self._store("inner", map(act, map(product("gate_up"), normed(before, layer.mlp_norm))))
         yield "down", iter(inner)
         self._store(_states(number + 1), added(middle, inner, "down", layer.mlp_output_norm))
 
@@ -105,14 +108,18 @@ class Calibration:
         """Return attention's outputs [T, heads * head_dim], computed one sequence at a time."""
         cos, sin = self.angles[shape.rope]
         out = []
+        if shape.limit is not None:
+            qkv_TX = qkv_TX.clamp(-shape.limit, shape.limit)
         for qkv in torch.split(qkv_TX, lengths):
             query, key, value = torch.split(qkv, [shape.q.rows, shape.k.rows, shape.v.rows], 1)
             if shape.normed_together:
                 query, key = self._head_norms(query, key, shape, tensors)
             query, key, value = (x.reshape(len(qkv), -1, shape.head_dim) for x in (query, key, value))
-            if not shape.normed_together:
+            if not shape.normed_together and not shape.normed_after_rope:
                 query, key = self._head_norms(query, key, shape, tensors)
             query, key = (rotate(x, cos[: len(qkv)], sin[: len(qkv)]) for x in (query, key))
+            if shape.normed_after_rope:
+                query, key = self._head_norms(query, key, shape, tensors)
             if self.growth is not None:
                 query = (query * self.growth[: len(qkv)]).to(self.dtype)
             query, key, value = (x.transpose(0, 1).to(multiplied_in(self.dtype)) for x in (query, key, value))
@@ -125,8 +132,11 @@ class Calibration:
     ) -> tuple[Tensor, Tensor]:
         if shape.head_norms is None:
             return query, key
-        of_query, of_key = (norm_weight(n, tensors[f"{n.name}.weight"], self.dtype) for n in shape.head_norms)
-        return rms_norm(query, of_query, self.config.norm_eps), rms_norm(key, of_key, self.config.norm_eps)
+        of_query, of_key = (self._norm_weights(found, tensors) for found in shape.head_norms)
+        return norm(query, of_query, self.config.norm_eps), norm(key, of_key, self.config.norm_eps)
+
+    def _norm_weights(self, found: Norm, tensors: dict[str, Tensor]) -> NormWeights:
+        return norm_weights(found, lambda name, shape: tensors[name], self.dtype, torch.device("cpu"))
 
     def _store(self, name: str, chunks_TX: Iterable[Tensor]) -> "_Activations":
         unfinished = self.folder / f"{name}.unfinished"

@@ -12,6 +12,8 @@ from batchinfer.host.files import read_object
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import (
     arcee,
+    cohere,
+    cohere2,
     cwm,
     ernie4_5,
     exaone4,
@@ -26,17 +28,23 @@ from batchinfer.models.families import (
     hyperclovax,
     internlm3,
     iquestcoder,
+    jais2,
     llama,
     ministral,
     ministral3,
     mistral,
+    nemotron,
+    olmo,
     olmo2,
     olmo3,
+    phi,
     phi3,
     qwen2,
     qwen3,
     seed_oss,
     smollm3,
+    stablelm,
+    starcoder2,
     vaultgemma,
 )
 from batchinfer.models.known_fields import read_fields
@@ -82,6 +90,8 @@ class Family(Protocol):
 # By `model_type`. Nothing is imported by a name that a checkpoint gives.
 FAMILIES: dict[str, Family] = {
     "arcee": arcee,
+    "cohere": cohere,
+    "cohere2": cohere2,
     "cwm": cwm,
     "ernie4_5": ernie4_5,
     "exaone4": exaone4,
@@ -96,17 +106,23 @@ FAMILIES: dict[str, Family] = {
     "hyperclovax": hyperclovax,
     "internlm3": internlm3,
     "iquestcoder": iquestcoder,
+    "jais2": jais2,
     "llama": llama,
     "ministral": ministral,
     "ministral3": ministral3,
     "mistral": mistral,
+    "nemotron": nemotron,
+    "olmo": olmo,
     "olmo2": olmo2,
     "olmo3": olmo3,
+    "phi": phi,
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "seed_oss": seed_oss,
     "smollm3": smollm3,
+    "stablelm": stablelm,
+    "starcoder2": starcoder2,
     "vaultgemma": vaultgemma,
 }
 
@@ -121,7 +137,6 @@ class ModelConfig:
     head: Matrix  # [V, D]
     tied: bool  # whether the head is the embedding's matrix
     max_positions: int
-    norm_eps: float
     dtype: str
     form: Format | None  # the format of quantized weights; None for floating-point weights
     wrapped: bool = False  # whether the checkpoint holds more than the language model
@@ -141,6 +156,11 @@ class ModelConfig:
     def norm(self) -> Norm:
         """The norm after the last layer."""
         return self.ends.norm
+
+    @property
+    def norm_eps(self) -> float:
+        """The number that all norms add to the mean square."""
+        return self.ends.norm_eps
 
     @property
     def attention(self) -> Attention:
@@ -172,9 +192,11 @@ class ModelConfig:
         yield f"{self.embedding.name}.weight", (self.vocab_size, self.hidden_size)
         for layer in self.layers:
             yield from layer.tensors()
-        yield f"{self.norm.name}.weight", (self.norm.size,)
+        yield from self.norm.tensors()
         if not self.tied:
             yield f"{self.head.name}.weight", (self.vocab_size, self.hidden_size)
+        if self.head.bias:
+            yield f"{self.head.name}.bias", (self.vocab_size,)
 
 
 def read_model_config(model: Path, quantization: bool = True) -> ModelConfig:
@@ -211,7 +233,7 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     wrapped, raw = is_wrapper(raw), text_fields(raw)
     family = _family(raw)
     config, unknown = read_fields(raw, family.DEFAULTS, family.FIXED)
-    layers = tuple(family.layers(config))
+    layers, ends = tuple(family.layers(config)), family.ends(config)
     vocab, hidden, positions = (config.size(key) for key in ("vocab_size", "hidden_size", "max_position_embeddings"))
     quantization = config.get("quantization_config")
     notes = []
@@ -222,11 +244,10 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         embedding=Matrix("model.embed_tokens", vocab, hidden),
         layers=layers,
-        ends=family.ends(config),
-        head=Matrix("lm_head", vocab, hidden),
+        ends=ends,
+        head=Matrix("lm_head", vocab, hidden, ends.head_bias),
         tied=config.flag("tie_word_embeddings"),
         max_positions=positions,
-        norm_eps=config.number("rms_norm_eps"),
         dtype=stored_dtype(raw),
         form=_form(quantization) if quantization else None,
         wrapped=wrapped,

@@ -1,11 +1,13 @@
 """From the tensors of a checkpoint to the weights that a layer computes with, as `models/layer.py` describes both."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from batchinfer.formats.matrix import QuantizedMatrix
+from batchinfer.kernels.norm import LayerNorm, NormWeights
 from batchinfer.models.layer import Matrix, Norm
 
 Weight = TypeVar("Weight", Tensor, QuantizedMatrix, Tensor | QuantizedMatrix)
@@ -27,12 +29,24 @@ def bias_of(matrix: Matrix, module_bias: Tensor) -> Tensor:
     return bias if matrix.factor == 1.0 else bias.float() * matrix.factor
 
 
-def norm_weight(norm: Norm, stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a norm's weight [size]: in `dtype`, or in float32 if it is not what is stored."""
-    weight = stored if norm.order is None else stored.view(-1, len(norm.order))[:, list(norm.order)].flatten()
-    if norm.added or norm.factor != 1.0:
-        return (weight.float() + norm.added) * norm.factor
-    return weight.to(dtype)
+def norm_weights(
+    norm: Norm, read: Callable[[str, tuple[int, ...]], Tensor], dtype: torch.dtype, device: torch.device
+) -> NormWeights:
+    """Return a norm's weights on the device: in `dtype`, or in float32 if they are not what is stored.
+
+    They are [size], or [heads, size] if each head has its own. `read(name, shape)` returns a tensor of the checkpoint.
+    """
+
+    def stored(kind: str, missing: float) -> Tensor:
+        tensors = [read(name, norm.shape) for name in norm.names(kind)] or [torch.full(norm.shape, missing)]
+        whole = torch.stack(tensors) if norm.modules else tensors[0]
+        if norm.order is not None:
+            whole = whole.view(*whole.shape[:-1], -1, len(norm.order))[..., list(norm.order)].flatten(-2)
+        return whole.to(device, torch.float32 if changed else dtype)
+
+    changed = norm.added != 0.0 or norm.factor != 1.0
+    weight = (stored("weight", 1.0) + norm.added) * norm.factor
+    return LayerNorm(weight, stored("bias", 0.0) * norm.factor) if norm.centered else weight
 
 
 def _rows(matrix: Matrix) -> slice | Tensor:
