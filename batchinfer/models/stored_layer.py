@@ -38,12 +38,13 @@ def norm_weights(
     """
 
     def stored(kind: str, missing: float) -> Tensor:
-        tensors = [read(name, norm.shape) for name in norm.names(kind)] or [torch.full(norm.shape, missing)]
-        whole = torch.stack(tensors) if norm.modules else tensors[0]
+        tensors = [read(name, norm.shape) for name in norm.names(kind)]
+        whole = torch.cat(tensors).view(shape) if tensors else torch.full(shape, missing)
         if norm.order is not None:
-            whole = whole.view(*whole.shape[:-1], -1, len(norm.order))[..., list(norm.order)].flatten(-2)
+            whole = whole.view(-1, len(norm.order))[:, list(norm.order)].view(shape)
         return whole.to(device, torch.float32 if changed else dtype)
 
+    shape = (norm.size,) if norm.heads is None else (norm.heads, norm.size)
     changed = norm.added != 0.0 or norm.factor != 1.0
     weight = (stored("weight", 1.0) + norm.added) * norm.factor
     return LayerNorm(weight, stored("bias", 0.0) * norm.factor) if norm.centered else weight

@@ -22,6 +22,10 @@ LONG = {
     "long_factor": [1.0, 3.0, 5.0, 9.0],
     "original_max_position_embeddings": 64, "partial_rotary_factor": 0.5,
 }  # fmt: skip
+STRETCHED = {
+    "rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0,
+    "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {"mlp_bias": True}),
     "cohere": ("cohere", {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.3}),
@@ -51,6 +55,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid": ("granitemoehybrid", GRANITE_4 | {"position_embedding_type": "rope"}),
     "granitemoehybrid, no rope": ("granitemoehybrid", GRANITE_4 | {"position_embedding_type": "nope"}),
     "helium": ("helium", {"head_dim": 16, "attention_bias": True}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 16, "attention_bias": True, "rope_parameters": STRETCHED}),
+    "hunyuan_v1_dense, plain": ("hunyuan_v1_dense", {"head_dim": 16}),
     "hyperclovax": ("hyperclovax", MULTIPLIERS | {"attention_multiplier": None}),
     "internlm3": ("internlm3", {"head_dim": 16}),
     "iquestcoder": ("iquestcoder", {"head_dim": 16}),
