@@ -8,6 +8,7 @@ from torch import Tensor
 
 from batchinfer.formats.scheme import WeightScheme
 from batchinfer.models.layer import Attention, Layer, Matrix, Norm
+from batchinfer.models.stored_layer import rows_of
 from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.layer_inputs import Calibration
 from batchinfer.quantize.scaling import search_scale
@@ -44,8 +45,7 @@ def scale_channels(calibration: Calibration, number: int, tensors: dict[str, Ten
             tensors[f"{maker.name}.weight"] = narrow
         else:
             by_row = torch.ones(maker.stored_rows)
-            rows = slice(maker.first, maker.first + maker.rows)
-            by_row[rows] = scale[_first_of_each(attention)] if maker == attention.v else scale
+            by_row[rows_of(maker)] = scale[_first_of_each(attention)] if maker == attention.v else scale
             tensors[f"{maker.name}.weight"] = made.float() / by_row[:, None]
         if maker.bias:
             bias = tensors[f"{maker.name}.bias"].float()

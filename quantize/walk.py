@@ -31,7 +31,6 @@ from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.scheme import WeightScheme
 from batchinfer.host.files import write_checksums
 from batchinfer.models.config import read_model_config
-from batchinfer.models.layer import LAYERS
 from batchinfer.models.weights import SafetensorsWeights, tensor_names, with_stored_head
 from batchinfer.quantize.channel_scales import channel_makers, scale_channels
 from batchinfer.quantize.inputs import Inputs
@@ -137,8 +136,9 @@ class Quantizer:
         """Quantize and write layer by layer. A layer whose file exists is only reported. Call `finish()` afterwards."""
         layers = self.config.layers
         names: dict[int, list[str]] = {i: [] for i in range(-1, len(layers))}
+        every = re.escape(layers[0].prefix.removesuffix("0.")) + r"(\d+)\."
         for name in self.weights.names():
-            found = re.match(re.escape(LAYERS) + r"(\d+)\.", name)
+            found = re.match(every, name)
             layer = int(found[1]) if found else -1
             if layer not in names:
                 raise ValueError(f"tensor {name} belongs to a layer beyond num_hidden_layers {len(layers)}")
@@ -292,7 +292,7 @@ class Quantizer:
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, target)
         config = json.loads((self.model / "config.json").read_text())
-        config["quantization_config"] = quantization_config(self.scheme, [self.config.head.name])
+        config["quantization_config"] = quantization_config(self.scheme, sorted({self.config.head.name, "lm_head"}))
         if self.untied:
             config["tie_word_embeddings"] = False
         (self.output / "config.json").write_text(json.dumps(config, indent=2))

@@ -7,7 +7,7 @@ from batchinfer.formats.fields import names, pattern
 
 def is_head(module: str) -> bool:
     """Return whether a module is the output head."""
-    return module.rpartition(".")[2] == "lm_head"
+    return module.rpartition(".")[2] in ("lm_head", "embed_out")
 
 
 class LeftOut:

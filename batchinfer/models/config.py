@@ -22,6 +22,7 @@ from batchinfer.models.families import (
     gemma3_text,
     glm,
     glm4,
+    gpt_neox,
     granite,
     granitemoehybrid,
     helium,
@@ -101,6 +102,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": gemma3_text,
     "glm": glm,
     "glm4": glm4,
+    "gpt_neox": gpt_neox,
     "granite": granite,
     "granitemoehybrid": granitemoehybrid,
     "helium": helium,
@@ -244,10 +246,10 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     if unknown:
         notes.append(f"fields of config.json that are not read, as in transformers: {', '.join(unknown)}")
     return ModelConfig(
-        embedding=Matrix("model.embed_tokens", vocab, hidden),
+        embedding=Matrix(ends.embedding, vocab, hidden),
         layers=layers,
         ends=ends,
-        head=Matrix("lm_head", vocab, hidden, ends.head_bias),
+        head=Matrix(ends.head, vocab, hidden, ends.head_bias),
         tied=config.flag("tie_word_embeddings"),
         max_positions=positions,
         dtype=stored_dtype(raw),

@@ -64,6 +64,8 @@ class Matrix:
     factor: float = 1.0  # the product is multiplied by it
     order: tuple[int, ...] | None = None
     """Order of the rows within each head: row i of a head is the head's row `order[i]` in the checkpoint."""
+    head_step: int | None = None
+    """Rows of the module from a head to the next, if heads of several matrices lie by turns. `order` is then given."""
 
     @property
     def size(self) -> int:
@@ -151,6 +153,8 @@ class Ends:
 
     norm: Norm  # of the last layer's output
     norm_eps: float  # of all norms: added to the mean square before the root is taken
+    embedding: str = "model.embed_tokens"  # module names of embedding and output head in a checkpoint
+    head: str = "lm_head"
     head_bias: bool = False  # whether the output head has a bias
     embedding_factor: float = 1.0  # embeddings are multiplied by it
     logits_factor: float = 1.0  # logits are multiplied by it

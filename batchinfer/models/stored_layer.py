@@ -17,7 +17,7 @@ def weight_of(matrix: Matrix, module: Weight) -> Weight:
     """Return the matrix's weight [rows, columns], taken from that of its module [stored rows, columns]."""
     if not matrix.stored_otherwise:
         return module
-    weight = module[_rows(matrix)]
+    weight = module[rows_of(matrix)]
     if matrix.factor == 1.0:
         return weight
     return (weight.float() if isinstance(weight, Tensor) else weight) * matrix.factor
@@ -25,7 +25,7 @@ def weight_of(matrix: Matrix, module: Weight) -> Weight:
 
 def bias_of(matrix: Matrix, module_bias: Tensor) -> Tensor:
     """Return the matrix's bias [rows], taken from that of its module [stored rows]."""
-    bias = module_bias[_rows(matrix)]
+    bias = module_bias[rows_of(matrix)]
     return bias if matrix.factor == 1.0 else bias.float() * matrix.factor
 
 
@@ -50,9 +50,9 @@ def norm_weights(
     return LayerNorm(weight, stored("bias", 0.0) * norm.factor) if norm.centered else weight
 
 
-def _rows(matrix: Matrix) -> slice | Tensor:
+def rows_of(matrix: Matrix) -> slice | Tensor:
     """Return the rows of the module that are the matrix's, in its order."""
     if matrix.order is None:
         return slice(matrix.first, matrix.first + matrix.rows)
-    heads = torch.arange(matrix.first, matrix.first + matrix.rows, len(matrix.order))
-    return (heads[:, None] + torch.tensor(matrix.order)).flatten()
+    heads = torch.arange(matrix.rows // len(matrix.order)) * (matrix.head_step or len(matrix.order))
+    return (matrix.first + heads[:, None] + torch.tensor(matrix.order)).flatten()

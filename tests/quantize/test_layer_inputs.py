@@ -43,13 +43,14 @@ def oracle_of(model: Path) -> Any:
 
 
 def tensors_of(model: Path, layer: int) -> dict[str, Tensor]:
-    weights, prefix = SafetensorsWeights(model), f"model.layers.{layer}."
+    weights, prefix = SafetensorsWeights(model), read_model_config(model).layers[layer].prefix
     return {name.removeprefix(prefix): weights.read(name) for name in weights.names() if name.startswith(prefix)}
 
 
 def begun(model: Path, folder: Path) -> Calibration:
-    calibration = Calibration(read_model_config(model), sequences(), torch.float32, folder)
-    calibration.begin(SafetensorsWeights(model).read("model.embed_tokens.weight"))
+    config = read_model_config(model)
+    calibration = Calibration(config, sequences(), torch.float32, folder)
+    calibration.begin(SafetensorsWeights(model).read(f"{config.embedding.name}.weight"))
     return calibration
 
 
@@ -84,7 +85,7 @@ def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
         assert list(found) == list(products)
         for product, inputs in found.items():
             for matrix in products[product]:
-                expected = torch.cat(seen[f"model.layers.{layer}.{matrix.name}"])
+                expected = torch.cat(seen[f"{calibration.config.layers[layer].prefix}{matrix.name}"])
                 assert inputs.shape[1] == matrix.columns
                 torch.testing.assert_close(inputs, expected, atol=2e-4, rtol=2e-4)
         calibration.leave(layer)
@@ -142,7 +143,7 @@ def test_rotations_turn_without_stretching_and_leave_no_large_entry(size: int) -
     assert size < 3 or not turned.equal(rotation(size, seed=2))
 
 
-UNSCALED = ("arcee", "exaone4", "jais2", "nemotron", "olmo", "olmo2", "olmo3", "phi", "starcoder2")
+UNSCALED = ("arcee", "exaone4", "gpt_neox", "jais2", "nemotron", "olmo", "olmo2", "olmo3", "phi", "starcoder2")
 SCALED = [case for case in QUICK if case not in UNSCALED]
 """Families in which a norm or a matrix takes up the scales of every product's inputs."""
 

@@ -51,6 +51,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm": ("glm", {"head_dim": 16}),
     "glm4": ("glm4", {"head_dim": 32, "attention_bias": False}),
+    "gpt_neox": ("gpt_neox", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+    "gpt_neox, one block after the other": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
     "granite": ("granite", MULTIPLIERS | {"attention_bias": True, "mlp_bias": True}),
     "granitemoehybrid": ("granitemoehybrid", GRANITE_4 | {"position_embedding_type": "rope"}),
     "granitemoehybrid, no rope": ("granitemoehybrid", GRANITE_4 | {"position_embedding_type": "nope"}),

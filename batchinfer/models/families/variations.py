@@ -15,6 +15,18 @@ def with_fused_qkv(layer: Layer, name: str = "self_attn.qkv_proj") -> Layer:
     return replace(layer, attention=replace(a, q=q, k=k, v=v))
 
 
+def with_heads_of_qkv(layer: Layer, name: str) -> Layer:
+    """Store the matrices q, k and v as one module, by turns: a head of each, then the next head of each."""
+    a, d = layer.attention, layer.attention.head_dim
+    assert a.kv_heads == a.heads
+    plain = tuple(range(d))
+    q, k, v = (
+        replace(matrix, name=name, first=i * d, module_rows=a.width, order=matrix.order or plain, head_step=3 * d)
+        for i, matrix in enumerate((a.q, a.k, a.v))
+    )
+    return replace(layer, attention=replace(a, q=q, k=k, v=v))
+
+
 def with_fused_gate_up(layer: Layer, name: str = "mlp.gate_up_proj") -> Layer:
     """Store the matrices gate and up as one module, in this order."""
     f = layer.feed_forward
