@@ -65,7 +65,10 @@ def _warps(block: int) -> int:
 
 
 def shipped(gpu: Gpu) -> list[Shipped]:
-    """List both norms for small and large hidden sizes and every type of input and output."""
+    """List both norms for small and large hidden sizes and every type of input and output.
+
+    Of LayerNorm, the largest size is not among them: it spills a few registers where columns are no multiple of 16.
+    """
     shapes = [(stream, columns) for stream in ("bf16", "fp32") for columns in (1024, 4096, 8192)]
     return [
         Shipped(
@@ -77,6 +80,6 @@ def shipped(gpu: Gpu) -> list[Shipped]:
             _warps(columns),
         )
         for stream, columns in [*shapes, ("bf16", 16384)]
-        for centered in (False, True)
+        for centered in ((False, True) if columns <= 8192 else (False,))
         for out in (stream, "i8", "fp8e4nv")
     ]  # fmt: skip
