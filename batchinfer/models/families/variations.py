@@ -139,7 +139,7 @@ _ACTIVATIONS = {
 def read_activation(config: ConfigFile) -> str:
     """Return the activation that `hidden_act` names. Raises `ValueError` for one that is not supported."""
     name = config.get("hidden_act")
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise ValueError(f"config.json: hidden_act is {name!r}; supported are {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[name]
 
