@@ -136,9 +136,9 @@ class Quantizer:
         """Quantize and write layer by layer. A layer whose file exists is only reported. Call `finish()` afterwards."""
         layers = self.config.layers
         names: dict[int, list[str]] = {i: [] for i in range(-1, len(layers))}
-        every = re.escape(layers[0].prefix.removesuffix("0.")) + r"(\d+)\."
+        of_a_layer = re.escape(layers[0].prefix.removesuffix("0.")) + r"(\d+)\."
         for name in self.weights.names():
-            found = re.match(every, name)
+            found = re.match(of_a_layer, name)
             layer = int(found[1]) if found else -1
             if layer not in names:
                 raise ValueError(f"tensor {name} belongs to a layer beyond num_hidden_layers {len(layers)}")
@@ -292,7 +292,8 @@ class Quantizer:
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, target)
         config = json.loads((self.model / "config.json").read_text())
-        config["quantization_config"] = quantization_config(self.scheme, sorted({self.config.head.name, "lm_head"}))
+        left_out = sorted({self.config.head.name, "lm_head"})  # transformers has its own name for the head
+        config["quantization_config"] = quantization_config(self.scheme, left_out)
         if self.untied:
             config["tie_word_embeddings"] = False
         (self.output / "config.json").write_text(json.dumps(config, indent=2))

@@ -29,6 +29,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen3", {"head_dim": 32}),
     ("mistral", {"sliding_window": 20}),
+    ("hunyuan_v1_dense", {"head_dim": 16}),
 ]
 LENGTHS = (1, 30, 64, 7, 100)
 
