@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from batchinfer.kernels.backend import Backend, Product
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.norm import NormWeights
-from batchinfer.kernels.rows import Rows
+from batchinfer.kernels.rows import Rows, add_rows
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.layer import Layer
@@ -137,7 +137,7 @@ class Decoder:
         y = self._normed(layer.output(self.backend.rows(mixed, layer.output.takes)), layer.attention_norm)
         if layer.shape.parallel:
             inner = self._into(x, None, layer.mlp_norm, layer.gate_up.takes)
-            x.add_(y.dense())
+            add_rows(x, y)
         else:
             inner = self._into(x, y, layer.mlp_norm, layer.gate_up.takes)
         return x, self._normed(self._feed_forward(layer, inner), layer.mlp_output_norm)
