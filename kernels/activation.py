@@ -17,7 +17,9 @@ def _gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": _gelu_tanh, "relu2": _relu2}
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": _gelu_tanh, "relu2": _relu2,
+}  # fmt: skip
 
 
 _LIMIT, _SLOPE = 7.0, 1.702
@@ -32,7 +34,8 @@ def _clamped_swiglu(gate: Tensor, up: Tensor) -> Tensor:
 def activate(x_MX: Tensor, activation: str, gated: bool) -> Tensor:
     """Return `activation(gate) * up`, [M, F], of the matrix `[gate | up]` [M, 2F], or `activation(x)` without a gate.
 
-    `activation` is silu, gelu_tanh or relu2 (the square of the rectified input); or clamped_swiglu, which has a gate.
+    `activation` is silu, gelu, gelu_tanh (GELU by its approximation with tanh) or relu2 (the square of the rectified
+    input); or clamped_swiglu, which has a gate.
     """
     if activation == "clamped_swiglu":
         return _clamped_swiglu(*x_MX.chunk(2, -1))

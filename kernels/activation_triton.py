@@ -30,6 +30,8 @@ def _activation_kernel(
         b_x *= tl.sigmoid(b_x)
     elif KIND == "gelu_tanh":  # (1 + tanh(z)) / 2 is the sigmoid of 2z
         b_x *= tl.sigmoid(1.5957691216057308 * (b_x + 0.044715 * b_x * b_x * b_x))
+    elif KIND == "gelu":
+        b_x *= 0.5 + 0.5 * tl.erf(0.7071067811865476 * b_x)
     else:
         b_x = tl.maximum(b_x, 0.0) * b_x
     if GATED:
@@ -46,8 +48,8 @@ def _activation_kernel(
 def activate(x_MX: Tensor, activation: str, gated: bool, out: torch.dtype) -> Rows:
     """Return `activation(gate) * up`, [M, F], of the contiguous x = `[gate | up]` [M, 2F], or `activation(x)`.
 
-    `activation` is silu, gelu_tanh, relu2 (the square of the rectified input) or clamped_swiglu. `out` is the result's
-    type: the input's own, int8 or float8_e4m3fn. 8-bit rows have a float32 scale each, [M, 1].
+    `activation` is silu, gelu, gelu_tanh, relu2 (the square of the rectified input) or clamped_swiglu. `out` is the
+    result's type: the input's own, int8 or float8_e4m3fn. 8-bit rows have a float32 scale each, [M, 1].
     """
     m, columns = x_MX.shape[0], x_MX.shape[1] // (2 if gated else 1)
     values = torch.empty(m, columns, dtype=out, device=x_MX.device)
@@ -65,6 +67,11 @@ def _warps(block: int) -> int:
     return min(max(block // 1024, 1), 16)
 
 
+_ACTIVATIONS = (
+    ("silu", True), ("gelu_tanh", True), ("gelu", False), ("relu2", False), ("clamped_swiglu", True),
+)  # fmt: skip
+
+
 def shipped(gpu: Gpu) -> list[Shipped]:
     """List the kernel for small and large inner sizes, every type of input and output, and every activation."""
     return [
@@ -75,7 +82,7 @@ def shipped(gpu: Gpu) -> list[Shipped]:
             {"KIND": activation, "GATED": gated, "QUANTIZE": out != stream, "BLOCK": columns},
             _warps(columns),
         )
-        for activation, gated in (("silu", True), ("gelu_tanh", True), ("relu2", False), ("clamped_swiglu", True))
+        for activation, gated in _ACTIVATIONS
         for stream in ("bf16", "fp32")
         for columns in (4096, 16384)
         for out in (stream, "i8", "fp8e4nv")

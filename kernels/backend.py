@@ -9,6 +9,7 @@ from batchinfer.kernels.attention import TiledBatch
 from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.experts import ExpertRows, ProductByExpert
 from batchinfer.kernels.kv_cache import KVCache
+from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
 from batchinfer.kernels.sampling import SamplingBatch
@@ -63,14 +64,15 @@ class Backend(Protocol):
         """Sort tokens into rows for `product_by_expert`, by the k of all `experts` chosen for each, int64 [T, k]."""
         ...
 
-    def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
-        """Add y, if given, to x in place; return the RMSNorm of x as rows for a product with this `takes`."""
+    def add_norm(self, x_MD: Tensor, y: Rows | None, norm_D: NormWeights, eps: float, takes: torch.dtype) -> Rows:
+        """Add y, if given, to x in place; return the norm of x as rows for a product with this `takes`."""
         ...
 
     def activate(self, x: Rows, activation: str, gated: bool, takes: torch.dtype) -> Rows:
         """Return `activation(gate) * up`, [M, F], of x = `[gate | up]` [M, 2F], or `activation(x)` without a gate.
 
-        `activation` is silu, gelu_tanh, relu2 or clamped_swiglu. The result is rows for a product with this `takes`.
+        `activation` is silu, gelu, gelu_tanh, relu2 or clamped_swiglu. The result is rows for a product with this
+        `takes`.
         """
         ...
 
@@ -90,14 +92,15 @@ class Backend(Protocol):
         cos_Td: Tensor,
         sin_Td: Tensor,
         cache_rows: Tensor,
-        norms: tuple[Tensor, Tensor] | None,
+        norms: tuple[NormWeights, NormWeights] | None,
         eps: float,
+        norms_last: bool = False,
     ) -> Tensor:
         """Rotate queries and keys, write keys and values to the cache, and return the queries [T, heads, head_dim].
 
         qkv is [T, (heads + 2 kv_heads) * head_dim]; cos and sin are float32 [T, head_dim / 2]. `cache_rows` comes from
-        the method of that name. `norms` are the weights [head_dim] of the norms on each head of queries and of keys,
-        if the model has them.
+        the method of that name. `norms` are those of each head of queries and of keys, if the model has them, with
+        weights [head_dim], or [heads, head_dim] and [kv_heads, head_dim]; `norms_last`: heads are rotated before.
         """
         ...
 

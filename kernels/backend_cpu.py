@@ -11,7 +11,7 @@ from batchinfer.kernels.kv_cache import KVCache, cache_rows, rotate
 from batchinfer.kernels.linear import Linear
 from batchinfer.kernels.linear_w4a16 import LinearW4A16
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
-from batchinfer.kernels.norm import rms_norm, rms_norm_quantize
+from batchinfer.kernels.norm import NormWeights, norm, norm_quantize
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows, add_rows, quantize_rows
 from batchinfer.kernels.sampling import SamplingBatch, greedy, sample
@@ -62,12 +62,12 @@ class CpuBackend:
     def expert_rows(self, experts_Tk: Tensor, experts: int) -> ExpertRows:
         return expert_spans(experts_Tk)
 
-    def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
+    def add_norm(self, x_MD: Tensor, y: Rows | None, norm_D: NormWeights, eps: float, takes: torch.dtype) -> Rows:
         if y is not None:
             add_rows(x_MD, y)
         if takes == torch.uint8:
-            return rms_norm_quantize(x_MD, weight_D, eps)
-        return Rows(rms_norm(x_MD, weight_D, eps))
+            return norm_quantize(x_MD, norm_D, eps)
+        return Rows(norm(x_MD, norm_D, eps))
 
     def activate(self, x: Rows, activation: str, gated: bool, takes: torch.dtype) -> Rows:
         if takes == torch.uint8:
@@ -88,16 +88,18 @@ class CpuBackend:
         cos_Td: Tensor,
         sin_Td: Tensor,
         cache_rows: Tensor,
-        norms: tuple[Tensor, Tensor] | None,
+        norms: tuple[NormWeights, NormWeights] | None,
         eps: float,
+        norms_last: bool = False,
     ) -> Tensor:
         by_head = qkv_TX.view(len(qkv_TX), -1, cache.key.shape[-1])
         turned, value = by_head.tensor_split((by_head.shape[1] - cache.key.shape[1],), 1)
+        if norms_last:
+            turned = rotate(turned, cos_Td, sin_Td)
         if norms is not None:
-            turned = torch.cat(
-                [rms_norm(turned[:, :heads], norms[0], eps), rms_norm(turned[:, heads:], norms[1], eps)], 1
-            )
-        turned = rotate(turned, cos_Td, sin_Td)
+            turned = torch.cat([norm(turned[:, :heads], norms[0], eps), norm(turned[:, heads:], norms[1], eps)], 1)
+        if not norms_last:
+            turned = rotate(turned, cos_Td, sin_Td)
         cache.store(turned[:, heads:], value, cache_rows)
         return turned[:, :heads]
 

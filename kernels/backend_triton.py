@@ -11,6 +11,7 @@ from batchinfer.kernels.experts import ExpertRows, ProductByExpert
 from batchinfer.kernels.gpu_triton import gpu_of
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.kv_cache_triton import rotate_and_store
+from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.products_triton import DenseProduct, EightBitProduct, FourBitProduct
 from batchinfer.kernels.rows import Rows
@@ -66,8 +67,8 @@ class TritonBackend:
     def expert_rows(self, experts_Tk: Tensor, experts: int) -> ExpertRows:
         return experts_triton.expert_tiles(experts_Tk, experts, self.many_expert_rows)
 
-    def add_norm(self, x_MD: Tensor, y: Rows | None, weight_D: Tensor, eps: float, takes: torch.dtype) -> Rows:
-        return norm_triton.add_norm(x_MD, None if y is None else y.values, weight_D, eps, _out(takes, x_MD))
+    def add_norm(self, x_MD: Tensor, y: Rows | None, norm_D: NormWeights, eps: float, takes: torch.dtype) -> Rows:
+        return norm_triton.add_norm(x_MD, None if y is None else y.values, norm_D, eps, _out(takes, x_MD))
 
     def activate(self, x: Rows, activation: str, gated: bool, takes: torch.dtype) -> Rows:
         return activation_triton.activate(x.values, activation, gated, _out(takes, x.values))
@@ -86,10 +87,11 @@ class TritonBackend:
         cos_Td: Tensor,
         sin_Td: Tensor,
         cache_rows: Tensor,
-        norms: tuple[Tensor, Tensor] | None,
+        norms: tuple[NormWeights, NormWeights] | None,
         eps: float,
+        norms_last: bool = False,
     ) -> Tensor:
-        return rotate_and_store(qkv_TX, cache, heads, cos_Td, sin_Td, cache_rows, norms, eps)
+        return rotate_and_store(qkv_TX, cache, heads, cos_Td, sin_Td, cache_rows, norms, eps, norms_last)
 
     def attention(
         self,

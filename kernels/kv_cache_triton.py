@@ -13,15 +13,32 @@ from torch import Tensor
 
 from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.kv_cache import KVCache
+from batchinfer.kernels.norm import LayerNorm, NormWeights
 from batchinfer.kernels.rounding_triton import rounded
 from batchinfer.kernels.shipped_triton import Shipped
 
 
 @triton.jit
+def _normed(b_a, b_b, p_weight, p_bias, eps, o_d, m_d, half, dtype: tl.constexpr, CENTERED: tl.constexpr):
+    """Return the norm of a head, given as its halves, rounded to `dtype` as if it were an operation of its own."""
+    if CENTERED:
+        mean = tl.sum(b_a + b_b) / (2 * half)
+        b_a, b_b = tl.where(m_d, b_a - mean, 0.0), tl.where(m_d, b_b - mean, 0.0)
+    inverse = tl.rsqrt(tl.sum(b_a * b_a + b_b * b_b) / (2 * half) + eps)
+    b_a = b_a * inverse * tl.load(p_weight + o_d, m_d, 0.0).to(tl.float32)
+    b_b = b_b * inverse * tl.load(p_weight + half + o_d, m_d, 0.0).to(tl.float32)
+    if CENTERED:
+        b_a += tl.load(p_bias + o_d, m_d, 0.0).to(tl.float32)
+        b_b += tl.load(p_bias + half + o_d, m_d, 0.0).to(tl.float32)
+    return b_a.to(dtype).to(tl.float32), b_b.to(dtype).to(tl.float32)
+
+
+@triton.jit
 def _store_kernel(
-    p_qkv, p_query, p_key, p_value, p_key_scale, p_value_scale, p_cos, p_sin, p_slots, p_query_norm, p_key_norm,
+    p_qkv, p_query, p_key, p_value, p_key_scale, p_value_scale, p_cos, p_sin, p_slots,
+    p_query_norm, p_key_norm, p_query_bias, p_key_bias, norm_step,
     eps, heads, kv_heads, block_size, half,
-    NORM: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
+    NORM: tl.constexpr, CENTERED: tl.constexpr, NORM_LAST: tl.constexpr, QUANTIZE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Each program handles one head of one token: query heads first, then key heads, then value heads.
     i_token, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -31,16 +48,19 @@ def _store_kernel(
     b_a = tl.load(p_head + o_d, m_d, 0.0).to(tl.float32)
     b_b = tl.load(p_head + half + o_d, m_d, 0.0).to(tl.float32)
     if i_head < heads + kv_heads:
-        if NORM:
-            p_norm = p_query_norm if i_head < heads else p_key_norm
-            inverse = tl.rsqrt(tl.sum(b_a * b_a + b_b * b_b) / (2 * half) + eps)
-            # Round to the residual stream's type, as if the norm were an operation of its own.
-            b_a = (b_a * inverse * tl.load(p_norm + o_d, m_d, 0.0).to(tl.float32)).to(p_query.dtype.element_ty)
-            b_b = (b_b * inverse * tl.load(p_norm + half + o_d, m_d, 0.0).to(tl.float32)).to(p_query.dtype.element_ty)
-            b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+        # Weights of all heads alike lie at step 0.
+        o_norm = tl.where(i_head < heads, i_head, i_head - heads) * norm_step
+        p_norm = (p_query_norm if i_head < heads else p_key_norm) + o_norm
+        p_bias = (p_query_bias if i_head < heads else p_key_bias) + o_norm
+        stream: tl.constexpr = p_query.dtype.element_ty
+        if NORM and not NORM_LAST:
+            b_a, b_b = _normed(b_a, b_b, p_norm, p_bias, eps, o_d, m_d, half, stream, CENTERED)
         b_cos = tl.load(p_cos + i_token * half + o_d, m_d, 0.0)
         b_sin = tl.load(p_sin + i_token * half + o_d, m_d, 0.0)
         b_a, b_b = b_a * b_cos - b_b * b_sin, b_b * b_cos + b_a * b_sin
+        if NORM and NORM_LAST:
+            b_a, b_b = b_a.to(stream).to(tl.float32), b_b.to(stream).to(tl.float32)
+            b_a, b_b = _normed(b_a, b_b, p_norm, p_bias, eps, o_d, m_d, half, stream, CENTERED)
     if i_head < heads:
         p_out = p_query + (i_token * heads + i_head) * 2 * half
         tl.store(p_out + o_d, b_a.to(p_query.dtype.element_ty), m_d)
@@ -78,42 +98,49 @@ def rotate_and_store(
     cos_Td: Tensor,
     sin_Td: Tensor,
     slots_T: Tensor,
-    norms: tuple[Tensor, Tensor] | None,
+    norms: tuple[NormWeights, NormWeights] | None,
     eps: float,
+    norms_last: bool = False,
 ) -> Tensor:
     """Rotate queries and keys, write keys and values to the cache, and return the queries [T, heads, head_dim].
 
     qkv is contiguous, [T, (heads + 2 kv_heads) * head_dim]; cos and sin are float32 [T, head_dim / 2]; slots are int64
-    [T]. `norms` are the weights [head_dim] of the norms on each head of queries and of keys, if the model has them. An
-    8-bit cache holds its values by column.
+    [T]. `norms` are those of each head of queries and of keys, if the model has them: of one kind, with weights
+    [head_dim], or [heads, head_dim] and [kv_heads, head_dim]. With `norms_last` heads are rotated before that. An 8-bit
+    cache holds its values by column.
     """
     kv_heads, block_size, head_dim = cache.key.shape[1:]
     query = torch.empty(len(qkv_TX), heads, head_dim, dtype=qkv_TX.dtype, device=qkv_TX.device)
-    query_norm, key_norm = (cos_Td, cos_Td) if norms is None else norms
+    of_query, of_key = (cos_Td, cos_Td) if norms is None else norms
+    query_norm, query_bias = of_query if isinstance(of_query, LayerNorm) else (of_query, of_query)
+    key_norm, key_bias = of_key if isinstance(of_key, LayerNorm) else (of_key, of_key)
     quantize = cache.key_scale is not None
     _store_kernel[(len(qkv_TX), heads + 2 * kv_heads)](
         qkv_TX, query, cache.key, cache.value,
         cache.key_scale if quantize else cos_Td, cache.value_scale if quantize else cos_Td,
-        cos_Td, sin_Td, slots_T, query_norm, key_norm, eps, heads, kv_heads, block_size, head_dim // 2,
-        NORM=norms is not None, QUANTIZE=quantize, BLOCK=triton.next_power_of_2(head_dim // 2), num_warps=1,
+        cos_Td, sin_Td, slots_T, query_norm, key_norm, query_bias, key_bias, 0 if query_norm.dim() == 1 else head_dim,
+        eps, heads, kv_heads, block_size, head_dim // 2,
+        NORM=norms is not None, CENTERED=isinstance(of_query, LayerNorm), NORM_LAST=norms_last, QUANTIZE=quantize,
+        BLOCK=triton.next_power_of_2(head_dim // 2), num_warps=1,
     )  # fmt: skip
     return query
 
 
 def shipped(gpu: Gpu) -> list[Shipped]:
-    """List the kernel with and without norms by head, for every type of the cache."""
+    """List the kernel without norms by head and with each kind of them, for every type of the cache."""
     return [
         Shipped(
-            f"rotate_and_store, {'normed ' if norm else ''}heads of {head_dim}, cache in {kv}",
+            f"rotate_and_store, {kind}heads of {head_dim}, cache in {kv}",
             _store_kernel,
             {"p_qkv": "*bf16", "p_query": "*bf16", "p_key": f"*{kv}", "p_value": f"*{kv}", "p_key_scale": "*fp32",
              "p_value_scale": "*fp32", "p_cos": "*fp32", "p_sin": "*fp32", "p_slots": "*i64", "p_query_norm": "*bf16",
-             "p_key_norm": "*bf16", "eps": "fp32", "heads": "i32", "kv_heads": "i32", "block_size": "i32",
-             "half": "i32"},
-            {"NORM": norm, "QUANTIZE": kv in ("i8", "fp8e4nv"), "BLOCK": head_dim // 2},
+             "p_key_norm": "*bf16", "p_query_bias": "*bf16", "p_key_bias": "*bf16", "norm_step": "i32", "eps": "fp32",
+             "heads": "i32", "kv_heads": "i32", "block_size": "i32", "half": "i32"},
+            {"NORM": kind != "", "CENTERED": kind == "layer-normed ", "NORM_LAST": kind == "last normed ",
+             "QUANTIZE": kv in ("i8", "fp8e4nv"), "BLOCK": head_dim // 2},
             1,
         )
         for head_dim in (64, 128)
-        for norm in (False, True)
+        for kind in ("", "normed ", "layer-normed ", "last normed ")
         for kv in ("bf16", "i8", "fp8e4nv")
     ]  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from batchinfer.formats.scheme import WeightScheme
 from batchinfer.models.layer import Attention, Experts, Layer, Matrix, Norm
+from batchinfer.models.stored_layer import rows_of
 from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.layer_inputs import Calibration
 from batchinfer.quantize.scaling import search_scale
@@ -20,17 +21,20 @@ def scale_channels(calibration: Calibration, number: int, tensors: dict[str, Ten
     """
     layer = calibration.config.layers[number]
     attention, makers = layer.attention, channel_makers(layer)
-    scales: dict[str, Tensor] = {}
+    takers: dict[Norm | Matrix, list[Matrix]] = {}
+    for product, maker in makers.items():
+        takers.setdefault(maker, []).extend(layer.modules[product])
+    scales: dict[Norm | Matrix, Tensor] = {}
     for product, count, chunks in calibration.stages(number, tensors):
-        matrices = layer.modules[product]
-        inputs = Inputs(chunks, count, matrices[0].columns, hessian=False)
-        weight = torch.cat([tensors[f"{matrix.name}.weight"] for matrix in matrices])
-        tied = _tied(attention) if product == "output" else torch.arange(weight.shape[1])
-        scales[product] = search_scale(weight, inputs, scheme, tied)
+        maker = makers[product]
+        if maker not in scales:
+            inputs = Inputs(chunks, count, layer.products[product][0].columns, hessian=False)
+            weight = torch.cat([tensors[f"{matrix.name}.weight"] for matrix in takers[maker]])
+            tied = _tied(attention) if product == "output" else torch.arange(weight.shape[1])
+            scales[maker] = search_scale(weight, inputs, scheme, tied)
         if product == "down":
             break  # the layer's output is not needed yet
-    for product, scale in scales.items():
-        maker = makers[product]
+    for maker, scale in scales.items():
         made = tensors[f"{maker.name}.weight"]
         if isinstance(maker, Norm):
             weight = made.float() + maker.added
@@ -41,17 +45,17 @@ def scale_channels(calibration: Calibration, number: int, tensors: dict[str, Ten
             tensors[f"{maker.name}.weight"] = narrow
         else:
             by_row = torch.ones(maker.stored_rows)
-            rows = slice(maker.first, maker.first + maker.rows)
-            by_row[rows] = scale[_first_of_each(attention)] if product == "output" else scale
+            by_row[rows_of(maker)] = scale[_first_of_each(attention)] if maker == attention.v else scale
             tensors[f"{maker.name}.weight"] = made.float() / by_row[:, None]
-            if f"{maker.name}.bias" in tensors:
-                tensors[f"{maker.name}.bias"] = tensors[f"{maker.name}.bias"].float() / by_row
-        for matrix in layer.modules[product]:
+        if maker.bias:
+            bias = tensors[f"{maker.name}.bias"].float()
+            tensors[f"{maker.name}.bias"] = bias / (scale if isinstance(maker, Norm) else by_row)
+        for matrix in takers[maker]:
             tensors[f"{matrix.name}.weight"] = tensors[f"{matrix.name}.weight"].float() * scale
 
 
 def channel_makers(layer: Layer) -> dict[str, Norm | Matrix]:
-    """Return, for each product, the norm or matrix in whose weight its inputs are linear.
+    """Return, for each product, the norm or matrix in whose weight and bias its inputs are linear.
 
     Raises `ValueError` if a product has none.
     """
@@ -61,7 +65,12 @@ def channel_makers(layer: Layer) -> dict[str, Norm | Matrix]:
             "method that does not scale them, such as gptq"
         )
     a, f = layer.attention, layer.block
-    makers = {"qkv": layer.input_norm, "output": a.v, "gate_up": layer.mlp_norm, "down": f.up if f.gate else None}
+    makers = {
+        "qkv": _with_weight(layer.input_norm),
+        "output": a.v if a.limit is None else None,
+        "gate_up": _with_weight(layer.mlp_norm),
+        "down": f.up if f.gate else None,
+    }
     found = {product: maker for product, maker in makers.items() if maker is not None}
     if missing := sorted(makers.keys() - found.keys()):
         raise ValueError(
@@ -69,6 +78,10 @@ def channel_makers(layer: Layer) -> dict[str, Norm | Matrix]:
             "take a method that does not scale them, such as gptq"
         )
     return found
+
+
+def _with_weight(norm: Norm | None) -> Norm | None:
+    return norm if norm is not None and norm.weight else None
 
 
 def _tied(a: Attention) -> Tensor:

@@ -22,11 +22,11 @@ from batchinfer.kernels.activation import activate
 from batchinfer.kernels.experts import route
 from batchinfer.kernels.kv_cache import rotate
 from batchinfer.kernels.linear import linear
-from batchinfer.kernels.norm import rms_norm
+from batchinfer.kernels.norm import NormWeights, norm
 from batchinfer.kernels.processor import multiplied_in
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.layer import Attention, Experts, FeedForward, Matrix, Norm
-from batchinfer.models.stored_layer import bias_of, norm_weight, weight_of
+from batchinfer.models.stored_layer import bias_of, norm_weights, weight_of
 
 CHUNK_TOKENS = 2048
 """Approximate number of tokens that are computed together; a chunk consists of whole sequences."""
@@ -85,14 +85,14 @@ class Calibration:
         def product(name: str) -> Callable[[Tensor], Tensor]:
             return _product(layer.products[name], tensors, self.dtype)
 
-        def normed(states: Iterable[Tensor], norm: Norm | None) -> Iterator[Tensor]:
-            if norm is None:
+        def normed(states: Iterable[Tensor], found: Norm | None) -> Iterator[Tensor]:
+            if found is None:
                 return iter(states)
-            weight = norm_weight(norm, tensors[f"{norm.name}.weight"], self.dtype)
-            return (rms_norm(x, weight, self.config.norm_eps) for x in states)
+            weights = self._norm_weights(found, tensors)
+            return (norm(x, weights, self.config.norm_eps) for x in states)
 
-        def added(states: Iterable[Tensor], outputs: Iterable[Tensor], norm: Norm | None) -> Iterator[Tensor]:
-            return (x + y for x, y in zip(states, normed(outputs, norm), strict=True))
+        def added(states: Iterable[Tensor], outputs: Iterable[Tensor], found: Norm | None) -> Iterator[Tensor]:
+            return (x + y for x, y in zip(states, normed(outputs, found), strict=True))
 
         entering = self._stored(_states(number))
         yield Stage("qkv", self.tokens, normed(entering, layer.input_norm))
@@ -101,9 +101,10 @@ class Calibration:
         mixed = self._store("mixed", (self._attend(x, lengths, layer.attention, tensors) for x, lengths in chunks))
         yield Stage("output", self.tokens, iter(mixed))
         middle = self._store("middle", added(entering, map(product("output"), mixed), layer.attention_norm))
+        before = entering if layer.parallel else middle
 
         def inputs() -> Iterator[Tensor]:
-            return normed(middle, layer.mlp_norm)
+            return normed(before, layer.mlp_norm)
 
         f = layer.feed_forward
         walk = self._block(f, "", product, inputs) if isinstance(f, FeedForward) else self._experts(f, tensors, inputs)
@@ -162,14 +163,18 @@ class Calibration:
         """Return attention's outputs [T, heads * head_dim], computed one sequence at a time."""
         cos, sin = self.angles[shape.rope]
         out = []
+        if shape.limit is not None:
+            qkv_TX = qkv_TX.clamp(-shape.limit, shape.limit)
         for qkv in torch.split(qkv_TX, lengths):
             query, key, value = torch.split(qkv, [shape.q.rows, shape.k.rows, shape.v.rows], 1)
             if shape.normed_together:
                 query, key = self._head_norms(query, key, shape, tensors)
             query, key, value = (x.reshape(len(qkv), -1, shape.head_dim) for x in (query, key, value))
-            if not shape.normed_together:
+            if not shape.normed_together and not shape.normed_after_rope:
                 query, key = self._head_norms(query, key, shape, tensors)
             query, key = (rotate(x, cos[: len(qkv)], sin[: len(qkv)]) for x in (query, key))
+            if shape.normed_after_rope:
+                query, key = self._head_norms(query, key, shape, tensors)
             if self.growth is not None:
                 query = (query * self.growth[: len(qkv)]).to(self.dtype)
             query, key, value = (x.transpose(0, 1).to(multiplied_in(self.dtype)) for x in (query, key, value))
@@ -183,8 +188,11 @@ class Calibration:
     ) -> tuple[Tensor, Tensor]:
         if shape.head_norms is None:
             return query, key
-        of_query, of_key = (norm_weight(n, tensors[f"{n.name}.weight"], self.dtype) for n in shape.head_norms)
-        return rms_norm(query, of_query, self.config.norm_eps), rms_norm(key, of_key, self.config.norm_eps)
+        of_query, of_key = (self._norm_weights(found, tensors) for found in shape.head_norms)
+        return norm(query, of_query, self.config.norm_eps), norm(key, of_key, self.config.norm_eps)
+
+    def _norm_weights(self, found: Norm, tensors: dict[str, Tensor]) -> NormWeights:
+        return norm_weights(found, lambda name, shape: tensors[name], self.dtype, torch.device("cpu"))
 
     def _store(self, name: str, chunks_TX: Iterable[Tensor]) -> "_Activations":
         unfinished, rows, columns = self.folder / f"{name}.unfinished", [], 0

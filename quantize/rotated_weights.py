@@ -1,9 +1,9 @@
 """`RotatedWeights`: a checkpoint with rotated hidden states, which computes the same as before.
 
 These are the rotations of QuaRot (Ashkboos et al. 2024) that can be merged into the weights. The norms' weights (gains)
-are moved into the matrices that follow, because a norm without gains commutes with a rotation. Matrices that write the
-hidden state then write it rotated, and matrices that read it rotate it back. In the same way values are rotated within
-each head, and the output projection rotates them back.
+are moved into the matrices that follow, because an RMSNorm without gains commutes with a rotation. Matrices that write
+the hidden state then write it rotated, and matrices that read it rotate it back. In the same way values are rotated
+within each head, and the output projection rotates them back.
 """
 
 from collections.abc import Callable, Iterator
@@ -97,15 +97,16 @@ class RotatedWeights:
 
 
 def _refuse_other_layers(config: ModelConfig) -> None:
-    """Raise `ValueError` unless all layers have Llama's form: a norm before each block, and matrices stored apart."""
+    """Raise `ValueError` unless all layers have Llama's form: an RMSNorm before each block, matrices stored apart."""
     for layer in config.layers:
         before = (layer.input_norm, layer.mlp_norm, config.norm)
-        plain = all(norm is not None and not norm.added for norm in before)
+        plain = all(norm is not None and not norm.added and not norm.centered for norm in before)
         plain &= layer.attention_norm is None and layer.mlp_output_norm is None
         plain &= isinstance(layer.feed_forward, FeedForward) and layer.feed_forward.gate is not None
+        plain &= not layer.parallel and layer.attention.limit is None
         plain &= all(matrix.stored_rows == matrix.rows for matrix in layer.matrices)
         if not plain:
             raise ValueError(
-                f"{layer.prefix}: --rotate is for layers of Llama's form, with a norm before each block and matrices "
-                "that are stored apart; leave it out"
+                f"{layer.prefix}: --rotate is for layers of Llama's form, with an RMSNorm before each block and "
+                "matrices that are stored apart; leave it out"
             )

@@ -31,7 +31,7 @@ from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.scheme import WeightScheme
 from batchinfer.host.files import write_checksums
 from batchinfer.models.config import read_model_config
-from batchinfer.models.layer import LAYERS, Experts
+from batchinfer.models.layer import Experts
 from batchinfer.models.weights import SafetensorsWeights, tensor_names, with_stored_head
 from batchinfer.quantize.channel_scales import channel_makers, scale_channels
 from batchinfer.quantize.inputs import Inputs
@@ -142,8 +142,9 @@ class Quantizer:
         """Quantize and write layer by layer. A layer whose file exists is only reported. Call `finish()` afterwards."""
         layers = self.config.layers
         names: dict[int, list[str]] = {i: [] for i in range(-1, len(layers))}
+        of_a_layer = re.escape(layers[0].prefix.removesuffix("0.")) + r"(\d+)\."
         for name in self.weights.names():
-            found = re.match(re.escape(LAYERS) + r"(\d+)\.", name)
+            found = re.match(of_a_layer, name)
             layer = int(found[1]) if found else -1
             if layer not in names:
                 raise ValueError(f"tensor {name} belongs to a layer beyond num_hidden_layers {len(layers)}")
@@ -256,10 +257,13 @@ class Quantizer:
             )
 
     def _unquantized(self) -> list[str]:
-        """Return the modules that stay in floating point: the head, and what chooses experts."""
+        """Return the modules that stay in floating point: the head, and what chooses experts.
+
+        transformers has its own name for the head.
+        """
         blocks = [(layer.prefix, layer.feed_forward) for layer in self.config.layers]
         chooses = [f"{at}{m.name}" for at, f in blocks if isinstance(f, Experts) for m in f.unquantized]
-        return [self.config.head.name, *chooses]
+        return [*sorted({self.config.head.name, "lm_head"}), *chooses]
 
     def _file(self, layer: int) -> str:
         return f"model-{layer + 2:05}-of-{self.files:05}.safetensors"

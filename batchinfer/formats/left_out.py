@@ -6,8 +6,8 @@ from batchinfer.formats.fields import names, pattern
 
 
 def is_head(module: str) -> bool:
-    """Return whether a module is the output head."""
-    return module.rpartition(".")[2] == "lm_head"
+    """Return whether a module is the output head, which GPT-NeoX calls embed_out."""
+    return module.rpartition(".")[2] in ("lm_head", "embed_out")
 
 
 class LeftOut:

@@ -12,6 +12,8 @@ from batchinfer.host.files import read_object
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import (
     arcee,
+    cohere,
+    cohere2,
     cwm,
     dots1,
     ernie4_5,
@@ -25,15 +27,18 @@ from batchinfer.models.families import (
     glm,
     glm4,
     glm4_moe,
+    gpt_neox,
     gpt_oss,
     granite,
     granitemoe,
     granitemoehybrid,
     granitemoeshared,
     helium,
+    hunyuan_v1_dense,
     hyperclovax,
     internlm3,
     iquestcoder,
+    jais2,
     llama,
     mellum,
     minimax_m2,
@@ -41,9 +46,12 @@ from batchinfer.models.families import (
     ministral3,
     mistral,
     mixtral,
+    nemotron,
+    olmo,
     olmo2,
     olmo3,
     olmoe,
+    phi,
     phi3,
     qwen2,
     qwen2_moe,
@@ -52,6 +60,8 @@ from batchinfer.models.families import (
     seed_oss,
     smollm3,
     solar_open,
+    stablelm,
+    starcoder2,
     vaultgemma,
 )
 from batchinfer.models.known_fields import read_fields
@@ -97,6 +107,8 @@ class Family(Protocol):
 # By `model_type`. Nothing is imported by a name that a checkpoint gives.
 FAMILIES: dict[str, Family] = {
     "arcee": arcee,
+    "cohere": cohere,
+    "cohere2": cohere2,
     "cwm": cwm,
     "dots1": dots1,
     "ernie4_5": ernie4_5,
@@ -110,15 +122,18 @@ FAMILIES: dict[str, Family] = {
     "glm": glm,
     "glm4": glm4,
     "glm4_moe": glm4_moe,
+    "gpt_neox": gpt_neox,
     "gpt_oss": gpt_oss,
     "granite": granite,
     "granitemoe": granitemoe,
     "granitemoehybrid": granitemoehybrid,
     "granitemoeshared": granitemoeshared,
     "helium": helium,
+    "hunyuan_v1_dense": hunyuan_v1_dense,
     "hyperclovax": hyperclovax,
     "internlm3": internlm3,
     "iquestcoder": iquestcoder,
+    "jais2": jais2,
     "llama": llama,
     "mellum": mellum,
     "minimax_m2": minimax_m2,
@@ -126,9 +141,12 @@ FAMILIES: dict[str, Family] = {
     "ministral3": ministral3,
     "mistral": mistral,
     "mixtral": mixtral,
+    "nemotron": nemotron,
+    "olmo": olmo,
     "olmo2": olmo2,
     "olmo3": olmo3,
     "olmoe": olmoe,
+    "phi": phi,
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen2_moe": qwen2_moe,
@@ -137,6 +155,8 @@ FAMILIES: dict[str, Family] = {
     "seed_oss": seed_oss,
     "smollm3": smollm3,
     "solar_open": solar_open,
+    "stablelm": stablelm,
+    "starcoder2": starcoder2,
     "vaultgemma": vaultgemma,
 }
 
@@ -151,7 +171,6 @@ class ModelConfig:
     head: Matrix  # [V, D]
     tied: bool  # whether the head is the embedding's matrix
     max_positions: int
-    norm_eps: float
     dtype: str
     form: Format | None  # the format of quantized weights; None for floating-point weights
     wrapped: bool = False  # whether the checkpoint holds more than the language model
@@ -171,6 +190,11 @@ class ModelConfig:
     def norm(self) -> Norm:
         """The norm after the last layer."""
         return self.ends.norm
+
+    @property
+    def norm_eps(self) -> float:
+        """The number that all norms add to the mean square."""
+        return self.ends.norm_eps
 
     @property
     def attention(self) -> Attention:
@@ -202,9 +226,11 @@ class ModelConfig:
         yield f"{self.embedding.name}.weight", (self.vocab_size, self.hidden_size)
         for layer in self.layers:
             yield from layer.tensors()
-        yield f"{self.norm.name}.weight", (self.norm.size,)
+        yield from self.norm.tensors()
         if not self.tied:
             yield f"{self.head.name}.weight", (self.vocab_size, self.hidden_size)
+        if self.head.bias:
+            yield f"{self.head.name}.bias", (self.vocab_size,)
 
 
 def read_model_config(model: Path, quantization: bool = True) -> ModelConfig:
@@ -241,7 +267,7 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     wrapped, raw = is_wrapper(raw), text_fields(raw)
     family = _family(raw)
     config, unknown = read_fields(raw, family.DEFAULTS, family.FIXED)
-    layers = tuple(family.layers(config))
+    layers, ends = tuple(family.layers(config)), family.ends(config)
     vocab, hidden, positions = (config.size(key) for key in ("vocab_size", "hidden_size", "max_position_embeddings"))
     quantization = config.get("quantization_config")
     notes = []
@@ -250,13 +276,12 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     if unknown:
         notes.append(f"fields of config.json that are not read, as in transformers: {', '.join(unknown)}")
     return ModelConfig(
-        embedding=Matrix("model.embed_tokens", vocab, hidden),
+        embedding=Matrix(ends.embedding, vocab, hidden),
         layers=layers,
-        ends=family.ends(config),
-        head=Matrix("lm_head", vocab, hidden),
+        ends=ends,
+        head=Matrix(ends.head, vocab, hidden, ends.head_bias),
         tied=config.flag("tie_word_embeddings"),
         max_positions=positions,
-        norm_eps=config.number("rms_norm_eps"),
         dtype=stored_dtype(raw),
         form=_form(quantization) if quantization else None,
         wrapped=wrapped,

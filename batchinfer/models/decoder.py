@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from batchinfer.kernels.backend import Backend
 from batchinfer.kernels.kv_cache import KVCache
+from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.product import Product
-from batchinfer.kernels.rows import Rows
+from batchinfer.kernels.rows import Rows, add_rows
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.feed_forward import ExpertsWeights, FeedForwardWeights
@@ -33,16 +34,17 @@ class LayerWeights:
     """The loaded weights of one layer. The matrices q, k and v are one product."""
 
     shape: Layer
-    input_norm: Tensor | None  # [D], as the other norms of the residual stream and of what is added to it
+    input_norm: NormWeights | None  # [D], as the other norms of the residual stream and of what is added to it
     qkv: Product
-    head_norms: tuple[Tensor, Tensor] | None
-    """Weights of the norms of queries and of keys: [head_dim] each, or [heads * head_dim] and [kv_heads * head_dim]."""
+    head_norms: tuple[NormWeights, NormWeights] | None
+    """Norms of queries and of keys. Their weights are [head_dim] each; or [heads, head_dim] and [kv_heads, head_dim], a
+    weight for each head; or [heads * head_dim] and [kv_heads * head_dim], over all heads together."""
     sinks: Tensor | None  # [heads] float32
     output: Product
-    attention_norm: Tensor | None
-    mlp_norm: Tensor | None
+    attention_norm: NormWeights | None
+    mlp_norm: NormWeights | None
     feed_forward: FeedForwardWeights | ExpertsWeights
-    mlp_output_norm: Tensor | None
+    mlp_output_norm: NormWeights | None
 
     @property
     def products(self) -> tuple[Product, ...]:
@@ -71,7 +73,7 @@ class Decoder:
         stream: torch.dtype,
         embedding_VD: Tensor,
         layers: list[LayerWeights],
-        norm_D: Tensor,
+        norm_D: NormWeights,
         head: Product,
     ) -> None:
         self.config, self.backend, self.stream = config, backend, stream
@@ -142,19 +144,24 @@ class Decoder:
         if i + 1 == len(self.layers):  # from here on only the sampled tokens are needed
             x, mixed, rows = x[batch.sampled], mixed[batch.sampled], len(batch.sequences)
         y = self._normed(layer.output(self.backend.rows(mixed, layer.output.takes)), layer.attention_norm)
-        rows = rows if self.backend.spares_padding else len(x)
-        y = layer.feed_forward(self.backend, self._into(x, y, layer.mlp_norm, layer.feed_forward.takes), rows)
-        return x, self._normed(y, layer.mlp_output_norm)
+        rows, takes = rows if self.backend.spares_padding else len(x), layer.feed_forward.takes
+        if layer.shape.parallel:
+            inner = self._into(x, None, layer.mlp_norm, takes)
+            add_rows(x, y)
+        else:
+            inner = self._into(x, y, layer.mlp_norm, takes)
+        return x, self._normed(layer.feed_forward(self.backend, inner, rows), layer.mlp_output_norm)
 
     def _attend(self, i: int, cache: KVCache, x: Rows, batch: Batch, at: TokenPositions) -> Tensor:
         """Return the outputs of all heads of layer i, [T, heads * head_dim], for the rows x [T, D]."""
         layer = self.layers[i]
         a = layer.shape.attention
-        query = self._store(i, cache, layer.qkv(x).dense(), at)
+        qkv = layer.qkv(x).dense()
+        query = self._store(i, cache, qkv if a.limit is None else qkv.clamp_(-a.limit, a.limit), at)
         seen = batch.attention[a.window]
         return self.backend.attention(query, cache, seen, a.scale, a.softcap, layer.sinks).flatten(1)
 
-    def _into(self, x_TD: Tensor, y: Rows | None, norm_D: Tensor | None, takes: torch.dtype) -> Rows:
+    def _into(self, x_TD: Tensor, y: Rows | None, norm_D: NormWeights | None, takes: torch.dtype) -> Rows:
         """Add y to x in place, and return x, after its norm if it has one, as rows for a product with this `takes`."""
         if norm_D is not None:
             return self.backend.add_norm(x_TD, y, norm_D, self.config.norm_eps, takes)
@@ -162,7 +169,7 @@ class Decoder:
             x_TD.add_(y.dense())
         return self.backend.rows(x_TD.clone(), takes)
 
-    def _normed(self, y: Rows, norm_D: Tensor | None) -> Rows:
+    def _normed(self, y: Rows, norm_D: NormWeights | None) -> Rows:
         """Return what is to be added to the residual stream, after its norm if it has one."""
         if norm_D is None:
             return y
@@ -178,7 +185,9 @@ class Decoder:
             whole = [self.backend.add_norm(part.contiguous(), None, norm, eps, self.stream) for part, norm in parts]
             qkv_TX, norms = torch.cat([*(part.dense() for part in whole), value], -1), None
         cos, sin = at.angles[self.rope_of[i]]
-        query = self.backend.rotate_and_store(qkv_TX, cache, a.heads, cos, sin, at.cache_rows, norms, eps)
+        query = self.backend.rotate_and_store(
+            qkv_TX, cache, a.heads, cos, sin, at.cache_rows, norms, eps, a.normed_after_rope
+        )
         return query if at.growth is None else (query * at.growth).to(query.dtype)
 
     def logits(self, x_SD: Tensor, y: Rows | None) -> Tensor:

@@ -33,7 +33,8 @@ _IGNORED = {
     "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype", "eos_token_id",
     "id2label", "initializer_range", "is_decoder", "label2id", "name_or_path", "pad_token_id", "pretraining_tp",
     "torch_dtype", "transformers_version", "use_cache", "return_dict", "task_specific_params", "tokenizer_class",
-    "model_type", "problem_type", "finetuning_task", "prefix", "router_aux_loss_coef", "output_router_logits",
+    "model_type", "problem_type", "finetuning_task", "prefix", "embd_pdrop", "embedding_dropout", "hidden_dropout",
+    "resid_pdrop", "residual_dropout", "router_aux_loss_coef", "output_router_logits",
 }  # fmt: skip
 
 

@@ -19,13 +19,32 @@ LAYERS = "model.layers."
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMSNorm over `size` numbers."""
+    """A norm over `size` numbers: an RMSNorm, or a LayerNorm, which subtracts their mean first."""
 
     name: str  # module name in a checkpoint, without the layer's prefix
     size: int
     added: float = 0.0  # the weight is what is stored plus this: Gemma stores the weight's distance from 1
-    factor: float = 1.0  # the weight is multiplied by it
+    factor: float = 1.0  # the result is multiplied by it
     order: tuple[int, ...] | None = None  # of the numbers within a head, as of the matrix before it
+    centered: bool = False  # whether it is a LayerNorm
+    weight: bool = True  # whether a checkpoint stores a weight; without one, it is 1
+    bias: bool = False  # whether a checkpoint stores a bias, which only a LayerNorm may have
+    heads: int | None = None  # number of heads, if each has a weight of its own
+    modules: tuple[str, ...] = ()  # if each head's weights are a module of their own: these, not `name`
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of each of its tensors in a checkpoint."""
+        return (self.size,) if self.heads is None or self.modules else (self.heads, self.size)
+
+    def names(self, kind: str) -> list[str]:
+        """Return the names of its tensors of a kind, weight or bias, in a checkpoint."""
+        stored = self.weight if kind == "weight" else self.bias
+        return [f"{module}.{kind}" for module in self.modules or (self.name,)] if stored else []
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield (name, shape) of each of its tensors in a checkpoint."""
+        yield from ((name, self.shape) for kind in ("weight", "bias") for name in self.names(kind))
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,8 @@ class Matrix:
     """Order of the rows within each head: row i of a head is the head's row `order[i]` in the checkpoint."""
     stack: "Stack | None" = None
     """How the modules of several experts, one below the other in `module_rows`, are stored as one tensor."""
+    head_step: int | None = None
+    """Rows of the module from a head to the next, if heads of several matrices lie by turns. `order` is then given."""
 
     @property
     def size(self) -> int:
@@ -116,7 +137,9 @@ class Attention:
     rope: Rope
     scale: float  # of the products of queries and keys
     head_norms: tuple[Norm, Norm] | None = None
-    """Norms of queries and of keys before rotary embedding: of each head, or of all heads together."""
+    """Norms of queries and of keys: of each head, or of all heads together."""
+    normed_after_rope: bool = False  # whether each head is normed after rotary embedding, not before it
+    limit: float | None = None  # queries, keys and values are clamped to [-limit, limit] when they are made
     sinks: str | None = None
     """Name of a tensor [heads]: softmax counts one score more for each head, which stands for no value (gpt-oss)."""
     softcap: float | None = None  # scores s become softcap * tanh(s / softcap), as in Gemma 2
@@ -151,7 +174,7 @@ class QueryGrowth:
 class FeedForward:
     """The block `down(activation(gate(x)) * up(x))` (GLU, Shazeer 2020), or `down(activation(up(x)))` without a gate.
 
-    `activation` is silu, gelu_tanh, relu2, or clamped_swiglu, which computes of gate g and up u
+    `activation` is silu, gelu, gelu_tanh, relu2, or clamped_swiglu, which computes of gate g and up u
     `min(g, 7) * sigmoid(1.702 * min(g, 7)) * (clamp(u, -7, 7) + 1)`, as in gpt-oss.
     """
 
@@ -236,6 +259,10 @@ class Ends:
     """What a model computes before its first layer and after its last one."""
 
     norm: Norm  # of the last layer's output
+    norm_eps: float  # of all norms: added to the mean square before the root is taken
+    embedding: str = "model.embed_tokens"  # module names of embedding and output head in a checkpoint
+    head: str = "lm_head"
+    head_bias: bool = False  # whether the output head has a bias
     embedding_factor: float = 1.0  # embeddings are multiplied by it
     logits_factor: float = 1.0  # logits are multiplied by it
     softcap: float | None = None  # after that, logits x become softcap * tanh(x / softcap)
@@ -243,7 +270,10 @@ class Ends:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: x += attention(x), then x += feed_forward(x), with norms before or after each of the two, or both."""
+    """One layer: x += attention(x), then x += feed_forward(x), with norms before or after each of the two, or both.
+
+    In a parallel layer both see the same x: x += attention(x) + feed_forward(x).
+    """
 
     prefix: str  # beginning of the layer's tensor names, such as "model.layers.0."
     attention: Attention
@@ -252,6 +282,7 @@ class Layer:
     attention_norm: Norm | None = None  # of attention's output
     mlp_norm: Norm | None = None  # of the feed-forward block's input
     mlp_output_norm: Norm | None = None  # of the feed-forward block's output
+    parallel: bool = False
 
     @property
     def block(self) -> FeedForward:
@@ -277,14 +308,15 @@ class Layer:
 
     @property
     def norms(self) -> tuple[Norm, ...]:
-        """All norms."""
+        """All norms, each once."""
         around = (self.input_norm, *(self.attention.head_norms or ()), self.attention_norm)
-        return tuple(norm for norm in (*around, self.mlp_norm, self.mlp_output_norm) if norm is not None)
+        found = (norm for norm in (*around, self.mlp_norm, self.mlp_output_norm) if norm is not None)
+        return tuple(dict.fromkeys(found))
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield (name, shape) of each of the layer's tensors in a floating-point checkpoint."""
         for norm in self.norms:
-            yield f"{self.prefix}{norm.name}.weight", (norm.size,)
+            yield from ((f"{self.prefix}{name}", shape) for name, shape in norm.tensors())
         found = [module for modules in self.modules.values() for module in modules]
         if isinstance(self.feed_forward, Experts):
             router = self.feed_forward.router

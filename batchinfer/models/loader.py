@@ -13,13 +13,14 @@ from batchinfer.formats.scheme import QuantScheme
 from batchinfer.kernels.backend import Backend
 from batchinfer.kernels.float8_inputs import InputScales
 from batchinfer.kernels.linear_w4a16 import GRAIN, GROUPS
+from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.product import Product
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.decoder import Decoder, LayerWeights
 from batchinfer.models.feed_forward import ExpertsWeights, FeedForwardWeights
 from batchinfer.models.input_rounding import InputRounding
 from batchinfer.models.layer import Experts, FeedForward, Layer, Matrix, Norm
-from batchinfer.models.stored_layer import bias_of, norm_weight, weight_of
+from batchinfer.models.stored_layer import bias_of, norm_weights, weight_of
 from batchinfer.models.weights import WeightSource
 
 
@@ -81,14 +82,17 @@ class _Loader:
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.weights.take(name, shape).to(self.backend.device)
 
-    def norm(self, norm: Norm, prefix: str = "") -> Tensor:
-        return norm_weight(norm, self.tensor(f"{prefix}{norm.name}.weight", (norm.size,)), self.stream)
+    def norm(self, norm: Norm, prefix: str = "") -> NormWeights:
+        def read(name: str, shape: tuple[int, ...]) -> Tensor:
+            return self.weights.take(f"{prefix}{name}", shape)
+
+        return norm_weights(norm, read, self.stream, self.backend.device)
 
     def layer(self, layer: Layer) -> LayerWeights:
-        def norm(found: Norm | None) -> Tensor | None:
+        def norm(found: Norm | None) -> NormWeights | None:
             return None if found is None else self.norm(found, layer.prefix)
 
-        def pair(found: tuple[Norm, Norm] | None) -> tuple[Tensor, Tensor] | None:
+        def pair(found: tuple[Norm, Norm] | None) -> tuple[NormWeights, NormWeights] | None:
             return None if found is None else (self.norm(found[0], layer.prefix), self.norm(found[1], layer.prefix))
 
         self._stacks = {}
@@ -145,10 +149,11 @@ class _Loader:
             self.weights.drop(f"{head.name}.weight")
         else:
             weight = self.weights.matrix(head.name, (head.rows, head.columns)).to(self.backend.device)
+        bias = self.tensor(f"{head.name}.bias", (head.rows,)).to(self.dtype) if head.bias else None
         kind = self._eight_bits(weight) if self.scheme.head or self.scheme.as_stored else None
         if kind is not None:
-            return self.backend.linear_w8a8(*_rounded(weight, kind), out=self.dtype)
-        product = self._floating([self._kept(weight)], None, head.name)
+            return self.backend.linear_w8a8(*_rounded(weight, kind), bias, self.dtype)
+        product = self._floating([self._kept(weight)], bias, head.name)
         return self.inputs.product(product, [self.inputs.scales(weight)], [head.rows])
 
     def _product(self, prefix: str, matrices: tuple[Matrix, ...]) -> Product:

@@ -8,6 +8,8 @@ from gpu_check.session import Session, name_of
 from torch import Tensor
 from torch.nn import functional as F
 
+from batchinfer.kernels.norm import NormWeights
+
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 EIGHT_BITS = (torch.int8, torch.float8_e4m3fn)
 EPS = 1e-5
@@ -31,20 +33,24 @@ def run(session: Session) -> None:
 
 
 def _norm(session: Session, errors: Errors, dtype: torch.dtype, out: torch.dtype, rows: int, columns: int) -> None:
+    from batchinfer.kernels.norm import LayerNorm
     from batchinfer.kernels.norm_triton import add_norm
 
-    for residual in (True, False):
+    for residual, centered in product((True, False), repeat=2):
         x, y = (_random(session, dtype, rows, columns, seed=seed) for seed in (1, 2))
-        weight = _random(session, dtype, columns, seed=3).abs() + 0.5
+        weight, bias = _random(session, dtype, columns, seed=3).abs() + 0.5, _random(session, dtype, columns, seed=7)
         total = x + y if residual else x.clone()
         expected = F.rms_norm(total.double(), (columns,), weight.double(), EPS)
-        found = add_norm(x, y if residual else None, weight, EPS, out)
-        errors.same("add_norm, the sum", name_of(dtype), x, total)
+        if centered:
+            expected = F.layer_norm(total.double(), (columns,), weight.double(), bias.double(), EPS)
+        found = add_norm(x, y if residual else None, LayerNorm(weight, bias) if centered else weight, EPS, out)
+        name = "add_norm, LayerNorm" if centered else "add_norm"
+        errors.same(f"{name}, the sum", name_of(dtype), x, total)
         if out == dtype:
             assert found.scale is None
-            errors.close("add_norm", name_of(dtype), found.values, expected, TOLERANCE[dtype])
+            errors.close(name, name_of(dtype), found.values, expected, TOLERANCE[dtype])
         else:
-            check_quantized(errors, f"add_norm of {name_of(dtype)}", found.values, found.scale, expected)
+            check_quantized(errors, f"{name} of {name_of(dtype)}", found.values, found.scale, expected)
 
 
 def _activation(
@@ -53,7 +59,7 @@ def _activation(
     from batchinfer.kernels.activation import activate as exact
     from batchinfer.kernels.activation_triton import activate
 
-    for activation, gated in (("silu", True), ("gelu_tanh", True), ("relu2", False)):
+    for activation, gated in (("silu", True), ("gelu_tanh", True), ("gelu", False), ("relu2", False)):
         x = 3 * _random(session, dtype, rows, 2 * columns if gated else columns, seed=4)
         found, expected = activate(x, activation, gated, out), exact(x.double(), activation, gated)
         if out == dtype:
@@ -87,7 +93,7 @@ def run_rotation(session: Session) -> None:
     errors = Errors(session)
     heads = session.pick([(6, 2, 64), (5, 5, 80), (3, 1, 96), (8, 2, 128), (4, 1, 256)], [(3, 1, 16)])
     for dtype, (q_heads, kv_heads, head_dim), normed in session.within_time(
-        product(session.dtypes, heads, (False, True))
+        product(session.dtypes, heads, ("no", "rms", "layer by head", "rms last"))
     ):
         if dtype != session.dtypes[0] and head_dim not in (16, 80, 128):
             continue  # one type in all sizes, all types in some
@@ -109,33 +115,39 @@ def _rotation(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    normed: bool,
+    normed: str,
 ) -> None:
     from batchinfer.kernels.kv_cache import KVCache
     from batchinfer.kernels.kv_cache_triton import rotate_and_store
+    from batchinfer.kernels.norm import LayerNorm
     from batchinfer.kernels.ragged_attention import _positions as stored_positions
 
     tokens, block_size = session.pick(70, 7), 16
     qkv = _random(session, dtype, tokens, (heads + 2 * kv_heads) * head_dim, seed=1)
     angles = 6 * torch.rand(tokens, head_dim // 2, generator=session.generator(2), device=session.device)
     norms = None
-    if normed:
+    if normed == "layer by head":
+        norms = tuple(
+            LayerNorm(*(_random(session, dtype, count, head_dim, seed=seed) for seed in (3, 4)))
+            for count in (heads, kv_heads)
+        )
+    elif normed != "no":
         norms = tuple(_random(session, dtype, head_dim, seed=seed).abs() + 0.5 for seed in (3, 4))
     slots = torch.randperm(8 * block_size, generator=session.generator(5), device=session.device)[:tokens] + block_size
     cache = KVCache(10, kv_heads, block_size, head_dim, kv, session.device, values_by_column=True)
     untouched = 0x11
     for pool in (cache.key, cache.value):
         pool.view(torch.uint8).fill_(untouched)
-    found = rotate_and_store(qkv, cache, heads, angles.cos(), angles.sin(), slots, norms, EPS)
+    found = rotate_and_store(qkv, cache, heads, angles.cos(), angles.sin(), slots, norms, EPS, normed == "rms last")
 
     query, key, value = qkv.double().view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], 1)
+    if normed == "rms last":
+        query, key = (_rotated(x, angles).to(dtype).double() for x in (query, key))
     if norms is not None:
         # In the stream's own type, as it is where the norm is an operation of its own.
-        query, key = (
-            F.rms_norm(x, (head_dim,), weight.double(), EPS).to(dtype).double()
-            for x, weight in zip((query, key), norms, strict=True)
-        )
-    query, key = _rotated(query, angles), _rotated(key, angles)
+        query, key = (_normed(x, weights).to(dtype).double() for x, weights in zip((query, key), norms, strict=True))
+    if normed != "rms last":
+        query, key = _rotated(query, angles), _rotated(key, angles)
     errors.close("rotate_and_store, queries", name_of(dtype), found, query, 2 * TOLERANCE[dtype])
     kind, size = f"{name_of(dtype)}, cache {name_of(kv)}", 10 * block_size
     every = torch.arange(10, device=session.device)
@@ -156,6 +168,12 @@ def _rotation(
         written = left != untouched
         assert not bool(left[written].any()), "something else was written"
         assert int(written.sum()) == tokens * kv_heads * head_dim * kv.itemsize, "something else was written"
+
+
+def _normed(x: Tensor, weights: NormWeights) -> Tensor:
+    if isinstance(weights, Tensor):
+        return F.rms_norm(x, x.shape[-1:], weights.double(), EPS)
+    return F.layer_norm(x, x.shape[-1:], eps=EPS) * weights.weight.double() + weights.bias.double()
 
 
 def _rotated(x_THd: Tensor, angles_Td: Tensor) -> Tensor:

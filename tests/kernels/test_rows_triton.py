@@ -19,6 +19,7 @@ from batchinfer.kernels import activation as plain
 from batchinfer.kernels.activation_triton import activate
 from batchinfer.kernels.kv_cache import KVCache, rotate
 from batchinfer.kernels.kv_cache_triton import rotate_and_store
+from batchinfer.kernels.norm import LayerNorm, norm
 from batchinfer.kernels.norm_triton import add_norm
 from batchinfer.kernels.rounding_triton import rounded_to_float8
 from batchinfer.kernels.rows import Rows
@@ -42,15 +43,21 @@ def check_quantized(found: Rows, expected: Tensor, out: torch.dtype) -> None:
     assert (values >= torch.minimum(less, more)).all() and (values <= torch.maximum(less, more)).all()
 
 
+@pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("out", [torch.float32, torch.float16, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
-def test_add_norm(rows: int, columns: int, out: torch.dtype, residual: bool) -> None:
+def test_add_norm(rows: int, columns: int, out: torch.dtype, residual: bool, centered: bool) -> None:
+    """The numbers lie around 1, or a mean that was not subtracted would not show."""
     dtype = out if out in TOLERANCE else torch.float32
-    x, y, weight = torch.randn(rows, columns).to(dtype), torch.randn(rows, columns).to(dtype), torch.rand(columns) + 0.5
+    x, y = (torch.randn(rows, columns) + 1).to(dtype), torch.randn(rows, columns).to(dtype)
+    weight, bias = (torch.rand(columns) + 0.5).to(dtype), torch.randn(columns).to(dtype)
     total = x + y if residual else x.clone()
     expected = F.rms_norm(total.double(), (columns,), weight.double(), 1e-5)
-    found = add_norm(x, y if residual else None, weight.to(dtype), 1e-5, out)
+    if centered:
+        expected = F.layer_norm(total.double(), (columns,), weight.double(), bias.double(), 1e-5)
+    weights = LayerNorm(weight, bias) if centered else weight
+    found = add_norm(x, y if residual else None, weights, 1e-5, out)
     assert x.equal(total), "the residual stream is the sum, to the bit"
     if out == dtype:
         assert found.scale is None
@@ -62,7 +69,8 @@ def test_add_norm(rows: int, columns: int, out: torch.dtype, residual: bool) -> 
 @pytest.mark.parametrize("out", [torch.float32, torch.float16, torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 @pytest.mark.parametrize(
-    ("activation", "gated"), [("silu", True), ("gelu_tanh", True), ("relu2", False), ("clamped_swiglu", True)]
+    ("activation", "gated"),
+    [("silu", True), ("gelu_tanh", True), ("gelu", False), ("relu2", False), ("clamped_swiglu", True)],
 )
 def test_activations(rows: int, columns: int, out: torch.dtype, activation: str, gated: bool) -> None:
     dtype = out if out in TOLERANCE else torch.float32
@@ -100,26 +108,34 @@ def test_a_row_that_is_not_finite_stays_marked(bad: float) -> None:
     assert scale is not None and scale.isfinite().flatten().tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("normed", ["no", "rms", "layer", "layer by head", "rms by head", "rms last"])
 @pytest.mark.parametrize("kv", [torch.float32, torch.float16, torch.int8])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 64), (5, 5, 80), (3, 1, 96), (2, 1, 16)])
-def test_rotate_and_store(heads: int, kv_heads: int, head_dim: int, kv: torch.dtype, normed: bool) -> None:
-    tokens, block_size = 7, 16
-    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim)
+def test_rotate_and_store(heads: int, kv_heads: int, head_dim: int, kv: torch.dtype, normed: str) -> None:
+    tokens, block_size, last = 7, 16, normed.endswith("last")
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim) + 1
     cos, sin = torch.randn(2, tokens, head_dim // 2)
-    norms = (torch.rand(head_dim) + 0.5, torch.rand(head_dim) + 0.5) if normed else None
+    shapes = [(n, head_dim) if normed.endswith("by head") else (head_dim,) for n in (heads, kv_heads)]
+    of_query, of_key = (torch.rand(shape) + 0.5 for shape in shapes)
+    norms = None if normed == "no" else (of_query, of_key)
+    if normed.startswith("layer"):
+        norms = (LayerNorm(of_query, torch.randn(shapes[0])), LayerNorm(of_key, torch.randn(shapes[1])))
     slots = torch.randperm(4 * block_size)[:tokens] + block_size
     cache = KVCache(6, kv_heads, block_size, head_dim, kv, values_by_column=True)
     poison = 99
     cache.key.fill_(poison)
     cache.value.fill_(poison)
-    found = rotate_and_store(qkv, cache, heads, cos, sin, slots, norms, 1e-5)
+    found = rotate_and_store(qkv, cache, heads, cos, sin, slots, norms, 1e-5, last)
     query, key, value = qkv.view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], 1)
+    if last:
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     if norms is not None:
-        query, key = (F.rms_norm(x, (head_dim,), w, 1e-5) for x, w in zip((query, key), norms, strict=True))
-    torch.testing.assert_close(found, rotate(query, cos, sin), atol=1e-5, rtol=1e-5)
+        query, key = norm(query, norms[0], 1e-5), norm(key, norms[1], 1e-5)
+    if not last:
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+    torch.testing.assert_close(found, query, atol=1e-5, rtol=1e-5)
     where = (slots // block_size, slice(None), slots % block_size)
-    parts = ((cache.key, cache.key_scale, rotate(key, cos, sin)), (cache.value, cache.value_scale, value))
+    parts = ((cache.key, cache.key_scale, key), (cache.value, cache.value_scale, value))
     for pool, scales, expected in parts:
         stored = pool[where].float()
         if scales is not None:

@@ -30,6 +30,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen3", {"head_dim": 32}),
     ("mistral", {"sliding_window": 20}),
+    ("hunyuan_v1_dense", {"head_dim": 16}),
 ]
 STACKED = ("granitemoe", "granitemoeshared")
 """Families whose experts are stored in one tensor, which is not quantized."""
@@ -50,13 +51,14 @@ def oracle_of(model: Path) -> Any:
 
 
 def tensors_of(model: Path, layer: int) -> dict[str, Tensor]:
-    weights, prefix = SafetensorsWeights(model), f"model.layers.{layer}."
+    weights, prefix = SafetensorsWeights(model), read_model_config(model).layers[layer].prefix
     return {name.removeprefix(prefix): weights.read(name) for name in weights.names() if name.startswith(prefix)}
 
 
 def begun(model: Path, folder: Path) -> Calibration:
-    calibration = Calibration(read_model_config(model), sequences(), torch.float32, folder)
-    calibration.begin(SafetensorsWeights(model).read("model.embed_tokens.weight"))
+    config = read_model_config(model)
+    calibration = Calibration(config, sequences(), torch.float32, folder)
+    calibration.begin(SafetensorsWeights(model).read(f"{config.embedding.name}.weight"))
     return calibration
 
 
@@ -104,8 +106,9 @@ def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
         assert list(found) == list(products)
         for product, inputs in found.items():
             for matrix in products[product]:
+                at = calibration.config.layers[layer].prefix
                 name = product if product.startswith("expert") else matrix.name
-                expected = torch.cat(seen[f"model.layers.{layer}.{name}"])
+                expected = torch.cat(seen[f"{at}{name}"])
                 assert inputs.shape[1] == matrix.columns
                 torch.testing.assert_close(inputs, expected, atol=2e-4, rtol=2e-4)
         calibration.leave(layer)
@@ -163,7 +166,8 @@ def test_rotations_turn_without_stretching_and_leave_no_large_entry(size: int) -
     assert size < 3 or not turned.equal(rotation(size, seed=2))
 
 
-SCALED = [case for case in QUICK if case not in ("arcee", "exaone4", "olmo2", "olmo3", *MIXTURES)]
+UNSCALED = ("arcee", "exaone4", "gpt_neox", "jais2", "nemotron", "olmo", "olmo2", "olmo3", "phi", "starcoder2")
+SCALED = [case for case in QUICK if case not in (*UNSCALED, *MIXTURES)]
 """Families in which a norm or a matrix takes up the scales of every product's inputs."""
 
 
@@ -202,17 +206,17 @@ def test_scales_of_experts_are_refused(make_model: Callable[..., Path], tmp_path
         Quantizer(model, tmp_path / "out", weight_scheme("w4a16", 32), method("awq"), sequences())
 
 
-@pytest.mark.parametrize("case", ["arcee", "olmo2"])
+@pytest.mark.parametrize("case", UNSCALED)
 def test_scales_that_nothing_takes_up_are_refused(make_model: Callable[..., Path], tmp_path: Path, case: str) -> None:
     with pytest.raises(ValueError, match="nothing before it takes up the scales of its inputs; take a method that"):
         Quantizer(made(make_model, case), tmp_path / "out", weight_scheme("w4a16", 32), method("awq"), sequences())
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", ["arcee", "gemma", "gemma2", "mixtral", "olmo2", "phi3"])
+@pytest.mark.parametrize("case", ["arcee", "cohere", "gemma", "gemma2", "mixtral", "olmo", "olmo2", "phi3", "stablelm"])
 def test_what_cannot_be_rotated_is_refused(make_model: Callable[..., Path], case: str) -> None:
     model = made(make_model, case)
-    with pytest.raises(ValueError, match="--rotate is for layers of Llama's form, with a norm before each block"):
+    with pytest.raises(ValueError, match="--rotate is for layers of Llama's form, with an RMSNorm before each"):
         RotatedWeights(SafetensorsWeights(model), read_model_config(model), seed=3)
 
 

@@ -26,8 +26,15 @@ DEEPSEEK = {
     "n_routed_experts": 8, "n_shared_experts": 2, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2,
     "norm_topk_prob": True, "routed_scaling_factor": 1.5, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
 }  # fmt: skip
+STRETCHED = {
+    "rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0,
+    "mscale": 1.0, "mscale_all_dim": 1.0,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {"mlp_bias": True}),
+    "cohere": ("cohere", {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.3}),
+    "cohere, no norms of heads": ("cohere", {"logit_scale": 0.3}),
+    "cohere2": ("cohere2", {"sliding_window": 24, "layer_types": ALTERNATING, "attention_bias": True}),
     "cwm": ("cwm", {"head_dim": 16, "sliding_window": 24, "layer_types": ALTERNATING}),
     "ernie4_5": ("ernie4_5", {"head_dim": 16, "use_bias": True}),
     "dots1": (
@@ -74,6 +81,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64,
          "sliding_window": 24, "layer_types": ALTERNATING, "rope_parameters": YARN | {"truncate": False}},
     ),
+    "gpt_neox": ("gpt_neox", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
+    "gpt_neox, one block after the other": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
     "granite": ("granite", MULTIPLIERS | {"attention_bias": True, "mlp_bias": True}),
     "granitemoe": (
         "granitemoe",
@@ -91,9 +100,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid": ("granitemoehybrid", GRANITE_4 | {"position_embedding_type": "rope"}),
     "granitemoehybrid, no rope": ("granitemoehybrid", GRANITE_4 | {"position_embedding_type": "nope"}),
     "helium": ("helium", {"head_dim": 16, "attention_bias": True}),
+    "hunyuan_v1_dense": ("hunyuan_v1_dense", {"head_dim": 16, "attention_bias": True, "rope_parameters": STRETCHED}),
+    "hunyuan_v1_dense, plain": ("hunyuan_v1_dense", {"head_dim": 16}),
     "hyperclovax": ("hyperclovax", MULTIPLIERS | {"attention_multiplier": None}),
     "internlm3": ("internlm3", {"head_dim": 16}),
     "iquestcoder": ("iquestcoder", {"head_dim": 16}),
+    "jais2": ("jais2", {"head_dim": 16}),
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "mellum": (
         "mellum",
@@ -111,6 +123,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("olmo2", {}),
     "olmo3": ("olmo3", {"sliding_window": 24, "layer_types": ALTERNATING}),
     "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64, "norm_topk_prob": True}),
+    "nemotron": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
+    "olmo": ("olmo", {"clip_qkv": 1.0}),
+    "olmo, biases": ("olmo", {"attention_bias": True}),
+    "phi": ("phi", {"qk_layernorm": True}),
+    "phi, exact GELU": ("phi", {"hidden_act": "gelu", "partial_rotary_factor": 0.25}),
     "phi3": ("phi3", {"sliding_window": 40}),
     "phi3, part of a head": ("phi3", {"partial_rotary_factor": 0.5}),
     "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
@@ -141,6 +158,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
     "smollm3, windows": ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 24}),
     "solar_open": ("solar_open", DEEPSEEK | {"head_dim": 16, "attention_bias": True}),
+    "stablelm": ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True}),
+    "stablelm, one block after the other": ("stablelm", {"partial_rotary_factor": 0.5}),
+    "starcoder2": ("starcoder2", {"sliding_window": 24}),
+    "starcoder2, no biases": ("starcoder2", {"use_bias": False}),
     "vaultgemma": ("vaultgemma", GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}),
 }  # fmt: skip
 

@@ -24,8 +24,8 @@ def layers(config: ConfigFile) -> list[Layer]:
 
 def ends(config: ConfigFile) -> Ends:
     """Describe what is computed before the first layer and after the last one."""
-    hidden = config.size("hidden_size")
-    return Ends(around_one(Norm("model.norm", hidden)), embedding_factor=hidden**0.5)
+    plain = llama.ends(config)
+    return replace(plain, norm=around_one(plain.norm), embedding_factor=plain.norm.size**0.5)
 
 
 def with_gemma_blocks(layer: Layer) -> Layer:

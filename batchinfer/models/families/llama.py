@@ -78,7 +78,7 @@ def layers(
 
 def ends(config: ConfigFile) -> Ends:
     """Describe what is computed before the first layer and after the last one."""
-    return Ends(Norm("model.norm", config.size("hidden_size")))
+    return Ends(Norm("model.norm", config.size("hidden_size")), config.number("rms_norm_eps"))
 
 
 def head_dim(config: ConfigFile) -> int:
@@ -90,6 +90,17 @@ def head_dim(config: ConfigFile) -> int:
     if d % 2:
         raise ValueError(
             f"config.json: head_dim is {d}; it must be even, because rotary embedding takes pairs of numbers"
+        )
+    return d
+
+
+def head_dim_of_hidden(config: ConfigFile) -> int:
+    """Return the size of a head. Raises `ValueError` unless the heads' sizes add up to the hidden size."""
+    d, expected = head_dim(config), config.size("hidden_size") / config.size("num_attention_heads")
+    if d != expected:
+        raise ValueError(
+            f"config.json: head_dim is {d}; for this model_type it must be hidden_size / num_attention_heads, "
+            f"{expected:g}"
         )
     return d
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from batchinfer.models.config_file import ConfigFile
+from batchinfer.models.families import llama
 from batchinfer.models.layer import Ends, Experts, FeedForward, Layer, Matrix, Norm
 from batchinfer.models.rope import no_rope
 
@@ -11,6 +12,18 @@ def with_fused_qkv(layer: Layer, name: str = "self_attn.qkv_proj") -> Layer:
     """Store the matrices q, k and v as one module, in this order."""
     a = layer.attention
     q, k, v = _stacked(name, a.q, a.k, a.v)
+    return replace(layer, attention=replace(a, q=q, k=k, v=v))
+
+
+def with_heads_of_qkv(layer: Layer, name: str) -> Layer:
+    """Store the matrices q, k and v as one module, by turns: a head of each, then the next head of each."""
+    a, d = layer.attention, layer.attention.head_dim
+    assert a.kv_heads == a.heads
+    plain = tuple(range(d))
+    q, k, v = (
+        replace(matrix, name=name, first=i * d, module_rows=a.width, order=matrix.order or plain, head_step=3 * d)
+        for i, matrix in enumerate((a.q, a.k, a.v))
+    )
     return replace(layer, attention=replace(a, q=q, k=k, v=v))
 
 
@@ -44,6 +57,16 @@ def without_gate(layer: Layer, activation: str) -> Layer:
     return replace(layer, feed_forward=replace(layer.block, gate=None, activation=activation))
 
 
+def with_names(layer: Layer, output: str, up: str, down: str) -> Layer:
+    """Give attention's output matrix and the two of a feed-forward block without a gate other names."""
+    a, f = layer.attention, layer.block
+    return replace(
+        layer,
+        attention=replace(a, output=replace(a.output, name=output)),
+        feed_forward=replace(f, up=replace(f.up, name=up), down=replace(f.down, name=down)),
+    )
+
+
 def with_output_bias(layer: Layer, bias: bool) -> Layer:
     """Set whether attention's output projection has a bias."""
     a = layer.attention
@@ -75,11 +98,54 @@ def with_output_norms_only(layer: Layer) -> Layer:
     return replace(normed, input_norm=None, mlp_norm=None)
 
 
+def layer_norm(norm: Norm | None, weight: bool = True, bias: bool = True) -> Norm:
+    """Return a LayerNorm in the place of a norm, with a weight and a bias or without."""
+    assert norm is not None
+    return replace(norm, centered=True, weight=weight, bias=bias)
+
+
+def with_layer_norms(layer: Layer, weight: bool = True, bias: bool = True) -> Layer:
+    """Normalize the inputs of both blocks by LayerNorm, with weights and biases or without."""
+    before, between = (layer_norm(norm, weight, bias) for norm in (layer.input_norm, layer.mlp_norm))
+    return replace(layer, input_norm=before, mlp_norm=between)
+
+
+def layer_norm_ends(config: ConfigFile, eps: str = "layer_norm_eps", bias: bool = True) -> Ends:
+    """End with a LayerNorm; the field `eps` is that of all norms."""
+    norm = Norm("model.norm", config.size("hidden_size"))
+    return Ends(layer_norm(norm, bias=bias), config.number(eps))
+
+
+def in_parallel(layer: Layer) -> Layer:
+    """Let the feed-forward block take what attention takes, after the same norm."""
+    return replace(layer, mlp_norm=layer.input_norm, parallel=True)
+
+
+def with_head_norms(layer: Layer, query: Norm, key: Norm) -> Layer:
+    """Normalize each head of queries and keys before rotary embedding."""
+    a = layer.attention
+    return replace(layer, attention=replace(a, head_norms=_ordered((query, key), a.q.order)))
+
+
 def with_norms_of_all_heads(layer: Layer) -> Layer:
     """Normalize queries and keys before rotary embedding, each over all of its heads together."""
     a = layer.attention
     norms = (Norm("self_attn.q_norm", a.q.rows), Norm("self_attn.k_norm", a.k.rows))
     return replace(layer, attention=replace(a, head_norms=_ordered(norms, a.q.order)))
+
+
+_ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "relu2": "relu2", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+}  # fmt: skip
+
+
+def read_activation(config: ConfigFile) -> str:
+    """Return the activation that `hidden_act` names. Raises `ValueError` for one that is not supported."""
+    name = config.get("hidden_act")
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise ValueError(f"config.json: hidden_act is {name!r}; supported are {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
 
 
 def with_multipliers(layers: list[Layer], config: ConfigFile, scale: float) -> list[Layer]:
@@ -91,8 +157,8 @@ def with_multipliers(layers: list[Layer], config: ConfigFile, scale: float) -> l
 
 def multiplied_ends(config: ConfigFile, logits_factor: float) -> Ends:
     """Multiply embeddings by `embedding_multiplier`, and logits by this factor."""
-    norm = Norm("model.norm", config.size("hidden_size"))
-    return Ends(norm, embedding_factor=config.number("embedding_multiplier"), logits_factor=logits_factor)
+    factor = config.number("embedding_multiplier")
+    return replace(llama.ends(config), embedding_factor=factor, logits_factor=logits_factor)
 
 
 def _multiplied(f: FeedForward | Experts, factor: float) -> FeedForward | Experts:
