@@ -61,6 +61,9 @@ JOBS = {
     "equal lengths": Job(512, 256, 128, 128, ragged=False),
     "600 ragged, deterministic": Job(600, 256, 200, 180, deterministic=True),
     "64 ragged, drafts": Job(64, 64, 200, 180, drafts=True),
+    "600 ragged, drafts": Job(600, 256, 200, 180, drafts=True),
+    "1,500 ragged, drafts": Job(1500, 1024, 200, 180, drafts=True),
+    "equal lengths, drafts": Job(512, 256, 128, 128, ragged=False, drafts=True),
 }
 
 

@@ -67,7 +67,9 @@ class AttentionPlan:
 
     window: int | None
     table: Tensor  # [S, most], the batch's block table
-    launches: tuple[tuple[Tile, Tensor], ...]  # items [n, ITEM] by tile, those with the most keys first
+    # Items [n, ITEM] by tile, those with the most keys first. The tile for few tokens, or for all, comes first, even
+    # without items.
+    launches: tuple[tuple[Tile, Tensor], ...]
     first: Tensor  # [tokens + 1], where each token's partials begin; a token with one item has none
     merged: Tensor  # [m], the tokens that have partials
     partials: int  # number of partials of all tokens, float32 [heads, head_dim] each
@@ -141,7 +143,7 @@ def plan_attention(
     return AttentionPlan(
         window=window,
         table=batch.table,
-        launches=tuple((tile, _tensor(chosen, device)) for tile, chosen in launches if len(chosen)),
+        launches=tuple((tile, _tensor(chosen, device)) for tile, chosen in launches[: 2 if wide.any() else 1]),
         first=_tensor(first, device),
         merged=_tensor(np.flatnonzero(of_token > 1), device),
         partials=int(first[-1]),

@@ -221,6 +221,8 @@ def paged_attention(
     lse = torch.empty(plan.partials, heads, dtype=torch.float32, device=device)
     quantized, sunk = cache.key_scale is not None, sinks_H is not None
     for tile, items in plan.launches:
+        if not len(items):
+            continue
         _attention_kernel[(len(items), kv_heads)](
             query_THd, cache.key, cache.value, cache.key_scale if quantized else lse,
             cache.value_scale if quantized else lse, plan.table, items, plan.first, out, partial, lse,

@@ -3,7 +3,8 @@
 A pass over the vocabulary lists the largest tokens of each lane: lane l sees the tokens l, l + LANES, and so on, and
 keeps the `LISTED` largest. Few tokens pass the usual filters, so no lane meets more of them than it lists, and the
 border is found among listed tokens, in registers. Where a lane's list may be too short, passes that compare the whole
-vocabulary with `PIVOTS` numbers narrow the range down until a list of that range is long enough. No loop over the
+vocabulary with a few numbers narrow the range down until a list of that range is long enough. A sample of the
+vocabulary says where the first of these numbers should lie, so that one such pass usually is enough. No loop over the
 vocabulary reduces across lanes: that is done once, behind it.
 
 Logits are compared as integers in the same order (`ordered`), among which a search ends exactly.
@@ -19,7 +20,11 @@ import triton.language as tl
 LISTED = tl.constexpr(6)
 """Of 500 tokens that pass, 2,048 lanes list all but in one row of 1,600; of 1,000, but in one of 26."""
 PIVOTS = tl.constexpr(7)
-"""Three passes narrow a range to a 343rd."""
+"""A pass compares with one number more than this."""
+SAMPLED = tl.constexpr(2)
+"""Rounds that ask a sample; from then on a round divides the range evenly, so that the search surely ends."""
+DOUBT = tl.constexpr(3.0)
+"""Standard deviations of a sampled sum within which the border is looked for."""
 NOTHING = tl.constexpr(-(1 << 63))  # the key of no token
 INFINITE = tl.constexpr(0x7F800000)  # `ordered` of infinity; that of NaN is larger
 MINUS_INFINITE = tl.constexpr(-0x7F800001)
@@ -105,7 +110,7 @@ def weight(b_x, most, temperature, counted):
 def listed_from(keys, weights, order):
     """Sum the weights of the listed tokens whose order is at least `order`."""
     b_sum = tl.zeros(weights[0].shape, tl.float32)
-    for level in tl.static_range(LISTED):
+    for level in tl.static_range(len(keys)):
         b_sum += tl.where(order_of(keys[level]) >= order.to(tl.int32), weights[level], 0.0)
     return tl.sum(b_sum)
 
@@ -126,26 +131,52 @@ def border_in_list(keys, weights, wanted, low, high, above):
 
 
 @triton.jit
-def _pivot(place, low, high, by_value):
-    """Return the order of a pivot in (low, high): the places from 1 to `PIVOTS` divide the range, the last is high - 1.
+def _sampled_range(p_row, vocab, most, temperature, counted, share, low, high, LANES: tl.constexpr):
+    """Return (first, last), orders in [low, high) between which probably lies where `share` of the weight lies above.
 
-    They stand in equal distances between the numbers if `by_value`, else between their orders.
+    Read off every n-th token of the vocabulary. A sum over a sample of tokens varies as if each token had been drawn by
+    itself, so the variance of the share comes from the squares of the weights above and below.
     """
-    last = high - 1
-    share = place.to(tl.float32) / PIVOTS
-    at_value = ordered(number(low.to(tl.int32)) * (1.0 - share) + number(last.to(tl.int32)) * share).to(tl.int64)
-    at_order = low + (last - low) * place // PIVOTS
-    order = tl.where(place < PIVOTS, tl.where(by_value, at_value, at_order), last)
-    return tl.minimum(tl.maximum(order, low + 1), last).to(tl.int32)
+    step = tl.maximum(vocab // LANES, 1)
+    o_v = step * tl.arange(0, LANES)
+    b_x = tl.load(p_row + o_v, o_v < vocab, float("-inf"))
+    keys = (key(b_x, o_v),)
+    b_in = (order_of(keys[0]) >= low) & (order_of(keys[0]) < high)
+    b_weight = tl.where(b_in, weight(b_x, most, temperature, counted), 0.0)
+    whole = tl.sum(b_weight)
+    middle = border_in_list(keys, (b_weight,), share * whole, low, high, 0.0)
+    above, squares = listed_from(keys, (b_weight * b_weight,), middle), tl.sum(b_weight * b_weight)
+    doubt = DOUBT * tl.sqrt((1.0 - 2.0 * share) * above + share * share * squares)
+    first = border_in_list(keys, (b_weight,), share * whole + doubt, low, high, 0.0)
+    return first, border_in_list(keys, (b_weight,), share * whole - doubt, low, high, 0.0) + 1
 
 
 @triton.jit
-def _narrow(p_row, vocab, most, temperature, counted, wanted, low, high, above, by_value, LANES: tl.constexpr):
-    """Narrow [low, high) down by one pass; return the new range, and the sum of all weights from its end on."""
+def _pivot(place, first, last, low, high, by_value):
+    """Return the order of a pivot in [low, high): `low` at place 0; the places 1 to `PIVOTS` divide first to last.
+
+    They stand in equal distances between the numbers if `by_value`, else between their orders.
+    """
+    share = (place - 1).to(tl.float32) / (PIVOTS - 1)
+    at_value = ordered(number(first.to(tl.int32)) * (1.0 - share) + number(last.to(tl.int32)) * share).to(tl.int64)
+    at_order = first + (last - first) * (place - 1) // (PIVOTS - 1)
+    order = tl.where((place < PIVOTS) & by_value, at_value, at_order)
+    return tl.where(place == 0, low, tl.minimum(tl.maximum(order, low + 1), high - 1)).to(tl.int32)
+
+
+@triton.jit
+def _narrow(
+    p_row, vocab, most, temperature, counted, wanted, low, high, above, whole, first, last, by_value,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Narrow [low, high) down by one pass, with pivots from `first` to `last`.
+
+    Returns (the new range, the sums of all weights from its end on and from its beginning on).
+    """
     b_zero = tl.zeros((LANES,), tl.float32)
     orders, sums = (), ()
     for place in tl.static_range(PIVOTS + 1):
-        orders = orders + (_pivot(tl.full((), place, tl.int64), low, high, by_value),)
+        orders = orders + (_pivot(tl.full((), place, tl.int64), first, last, low, high, by_value),)
         sums = sums + (b_zero,)
     for start in range(0, vocab, LANES):
         o_v = start + tl.arange(0, LANES)
@@ -163,31 +194,40 @@ def _narrow(p_row, vocab, most, temperature, counted, wanted, low, high, above, 
             joined = joined + (tl.join(sums[place], sums[place + len(sums) // 2]),)
         sums = joined
     b_sum = tl.sum(tl.reshape(sums[0], [LANES, PIVOTS + 1]), 0)
-    b_order = _pivot(tl.arange(0, PIVOTS + 1).to(tl.int64), low, high, by_value).to(tl.int64)
+    b_order = _pivot(tl.arange(0, PIVOTS + 1).to(tl.int64), first, last, low, high, by_value).to(tl.int64)
     b_enough = b_sum >= wanted
     end = tl.min(tl.where(b_enough, high, b_order))
     above = tl.maximum(above, tl.max(tl.where(b_enough, 0.0, b_sum)))
-    return tl.max(tl.where(b_enough, b_order, low)), end, above
+    found = tl.max(tl.where(b_enough, b_order, low))
+    return found, end, above, tl.max(tl.where(b_order == found, b_sum, 0.0))
 
 
 @triton.jit
-def border_in_vocabulary(p_row, vocab, most, temperature, counted, wanted, low, high, LANES: tl.constexpr):
-    """Find what `border_in_list` finds, in any row; no logit may lie from `high` on."""
-    above = 0.0
-    searching, by_value = True, True
-    while searching:
-        for _ in range(3):
-            if high - low > 1:
-                low, high, above = _narrow(
-                    p_row, vocab, most, temperature, counted, wanted, low, high, above, by_value, LANES
-                )
-        keys, _ = largest(p_row, vocab, high, LANES)
-        weights = weights_of(keys, most, temperature, counted)
-        found, last = border_in_list(keys, weights, wanted, low, high, above), last_of(keys)
-        searching = found < last
-        if searching:
-            above += listed_from(keys, weights, last + 1)
-            high = last + 1
-        low = found
-        by_value = False
+def border_in_vocabulary(
+    p_row, vocab, most, temperature, counted, wanted, low, high, above, whole, LANES: tl.constexpr
+):  # fmt: skip
+    """Find what `border_in_list` finds, in any row.
+
+    `above` is the sum of the weights from `high` on, `whole` about that from `low` on.
+    """
+    rounds = 0
+    while high - low > 1:
+        first, last = low, high - 1
+        sampled = rounds < SAMPLED
+        if sampled:
+            share = (wanted - above) / (whole - above)
+            first, last = _sampled_range(p_row, vocab, most, temperature, counted, share, low, high, LANES)
+        low, high, above, whole = _narrow(
+            p_row, vocab, most, temperature, counted, wanted, low, high, above, whole, first, last, sampled, LANES
+        )
+        if high - low > 1:
+            keys, _ = largest(p_row, vocab, high, LANES)
+            weights = weights_of(keys, most, temperature, counted)
+            found, last = border_in_list(keys, weights, wanted, low, high, above), last_of(keys)
+            if found < last:
+                above += listed_from(keys, weights, last + 1)
+                high = last + 1
+            else:
+                low, high = found, found + 1
+        rounds += 1
     return low

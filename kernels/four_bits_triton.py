@@ -126,12 +126,14 @@ def unpacked(b_words, b_subtracted, dtype: tl.constexpr, NEAR: tl.constexpr):
     b_02 = tl.join(b_words & 0x000F000F, (b_words >> 8) & 0x000F000F)
     b_13 = tl.join((b_words >> 4) & 0x000F000F, (b_words >> 12) & 0x000F000F)
     b_two = tl.join(b_02, b_13)
+    b_subtracted = b_subtracted[:, None, None, None]
+    # High halves come first: the other way around, the compiler swaps the halves of each register before and after.
     if dtype == tl.float32:
-        b_numbers = tl.join(b_two & 0xF, b_two >> 16)
+        b_high = (b_two >> 16).to(dtype) - b_subtracted
+        b_low = (b_two & 0xF).to(dtype) - b_subtracted
     else:
         b_two |= 0x43004300 if dtype == tl.bfloat16 else 0x64006400
-        b_numbers = tl.join(b_two.to(tl.int16), (b_two >> 16).to(tl.int16))
-    b_numbers = b_numbers.reshape(N, 4, W // 4, 8 // NEAR, NEAR).permute(0, 2, 3, 1, 4).reshape(N, 8 * W)
-    if dtype == tl.float32:
-        return b_numbers.to(tl.float32) - b_subtracted[:, None]
-    return b_numbers.to(dtype, bitcast=True) - b_subtracted[:, None]
+        b_high = (b_two >> 16).to(tl.int16).to(dtype, bitcast=True) - b_subtracted
+        b_low = b_two.to(tl.int16).to(dtype, bitcast=True) - b_subtracted
+    b_numbers = tl.join(b_low, b_high).reshape(N, 4, W // 4, 8 // NEAR, NEAR)
+    return b_numbers.permute(0, 2, 3, 1, 4).reshape(N, 8 * W)

@@ -35,9 +35,27 @@ def quantized_row(b_x, dtype: tl.constexpr):
 
     A row with a value that is not finite gets a scale that is not finite.
     """
-    most: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
-    # The maximum ignores NaN. The sum is 0, or NaN if any value is not finite.
-    scale = tl.maximum(tl.max(tl.abs(b_x)), 1e-30) / most + tl.sum(b_x * 0.0)
+    most, nothing = extremes(b_x)
+    scale = scale_of(most, nothing, dtype)
+    return quantized(b_x, scale, dtype), scale
+
+
+@triton.jit
+def extremes(b_x):
+    """Return the largest absolute value, without NaN, and a 0 that is NaN if any value is not finite."""
+    return tl.max(tl.abs(b_x)), tl.sum(b_x * 0.0)
+
+
+@triton.jit
+def scale_of(most, nothing, dtype: tl.constexpr):
+    """Return the scale of a row with these `extremes`."""
+    largest: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
+    return tl.maximum(most, 1e-30) / largest + nothing
+
+
+@triton.jit
+def quantized(b_x, scale, dtype: tl.constexpr):
+    """Return `b_x` / scale, rounded to `dtype`."""
     b_q = b_x * (1.0 / scale)
     b_q = rounded(b_q) if dtype == tl.int8 else rounded_to_float8(b_q)
-    return b_q.to(dtype), scale
+    return b_q.to(dtype)

@@ -53,34 +53,53 @@ def _sums_from(p_row, vocab, most, temperature, order, LANES: tl.constexpr):
 
 
 @triton.jit
+def _listed_sums(keys, most, temperature, order):
+    """Return (number, mass) of the listed tokens whose order is at least `order`."""
+    return (
+        listed_from(keys, weights_of(keys, most, temperature, True), order),
+        listed_from(keys, weights_of(keys, most, temperature, False), order),
+    )
+
+
+@triton.jit
 def _cut(
-    keys, p_row, vocab, most, least, temperature, top_k, top_p, min_p, IN_LIST: tl.constexpr, LANES: tl.constexpr
+    keys, p_row, vocab, most, least, whole, listed, count, mass, temperature, top_k, top_p, min_p,
+    IN_LIST: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Return the least logit, divided by the temperature, that passes all filters.
 
-    IN_LIST: look among the listed tokens only. The result is then right if all that pass are listed, else too low.
+    `whole` is the mass of all tokens; `count` and `mass` are those of the tokens from the order `listed` on. IN_LIST:
+    look among the listed tokens only. The result is then right if all that pass are listed, else too low.
     """
-    border, high = least, ordered(most).to(tl.int64) + 1
+    border, end = least, ordered(most).to(tl.int64) + 1
     k = tl.minimum(top_k, vocab).to(tl.float32)
     for i_filter in range(2):
         counted = i_filter == 0
         if tl.where(counted, top_k > 0, top_p < 1.0):
-            wanted = k
+            wanted, rest = k, vocab.to(tl.float32)
             if i_filter == 1:
-                order = tl.where(top_k > 0, border + 1, border)
-                if IN_LIST and top_k > 0:
-                    count = listed_from(keys, weights_of(keys, most, temperature, True), order)
-                    mass = listed_from(keys, weights_of(keys, most, temperature, False), order)
-                else:
-                    count, mass = _sums_from(p_row, vocab, most, temperature, order, LANES)
-                # Of the tokens that tie at the border of top-k, as many have a part in the mass as make k.
-                tied = (k - count) * weight(number(border.to(tl.int32)), most, temperature, False)
-                wanted = top_p * tl.where(top_k > 0, mass + tied, mass)
+                rest = whole
+                if top_k > 0:
+                    if IN_LIST:
+                        more, left = _listed_sums(keys, most, temperature, border + 1)
+                    else:
+                        more, left = _sums_from(p_row, vocab, most, temperature, border + 1, LANES)
+                    # Of the tokens that tie at the border of top-k, as many have a part in the mass as make k.
+                    tied = (k - more) * weight(number(border.to(tl.int32)), most, temperature, False)
+                    rest = left + tied
+                wanted = top_p * rest
             if IN_LIST:
                 weights = weights_of(keys, most, temperature, counted)
-                border = border_in_list(keys, weights, wanted, border, high, 0.0)
+                border = border_in_list(keys, weights, wanted, border, end, 0.0)
             else:
-                border = border_in_vocabulary(p_row, vocab, most, temperature, counted, wanted, border, high, LANES)
+                above = tl.where(counted, count, mass)
+                if above < wanted:
+                    low, high = border, listed
+                else:
+                    low, high, rest, above = listed, end, above, 0.0
+                border = border_in_vocabulary(
+                    p_row, vocab, most, temperature, counted, wanted, low, high, above, rest, LANES
+                )
     relative = tl.where(min_p > 0.0, tl.div_rn(most, temperature) + tl.log(min_p), float("-inf"))
     return tl.maximum(tl.div_rn(number(border.to(tl.int32)), temperature), relative)
 
@@ -135,12 +154,21 @@ def _sample_kernel(
         likeliest = tl.max(keys[0])
         token, most_order = token_of(likeliest), order_of(likeliest)
         if (temperature > 0) & (most_order > MINUS_INFINITE) & (most_order < INFINITE):
-            most, last = number(most_order), last_of(keys)
-            cut = _cut(keys, p_row, vocab, most, least, temperature, top_k, top_p, min_p, True, LANES)
+            most, last, whole = number(most_order), last_of(keys), 0.0
+            if (top_k <= 0) & (top_p < 1.0):
+                _, whole = _sums_from(p_row, vocab, most, temperature, least, LANES)
+            count, mass = _listed_sums(keys, most, temperature, last + 1)
+            cut = _cut(
+                keys, p_row, vocab, most, least, whole, last + 1, count, mass, temperature, top_k, top_p, min_p,
+                True, LANES,
+            )  # fmt: skip
             # A lane whose last listed token passes may have more of them.
             from_all = (last >= least) & (tl.div_rn(number(last.to(tl.int32)), temperature) >= cut)
             if from_all:
-                cut = _cut(keys, p_row, vocab, most, least, temperature, top_k, top_p, min_p, False, LANES)
+                cut = _cut(
+                    keys, p_row, vocab, most, least, whole, last + 1, count, mass, temperature, top_k, top_p, min_p,
+                    False, LANES,
+                )  # fmt: skip
             else:
                 token = _drawn_from_list(keys, temperature, cut, position, seed)
     if from_all:

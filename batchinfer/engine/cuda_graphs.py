@@ -5,6 +5,7 @@ longer than the GPU computes. Replaying a graph launches all of them at once. A 
 addresses at each replay. So decoding steps are padded to a few shapes, and each is written to its recording's buffer.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.step_buffer import StepBuffer
-from batchinfer.engine.step_shape import StepShape, largest_count, padded_count
+from batchinfer.engine.step_shape import StepShape, doubled, largest_count, padded_count
 from batchinfer.engine.transfer import Transfer
 from batchinfer.models.batch import Batch
 
@@ -25,6 +26,9 @@ MOST_TOKENS = 1024
 """Steps with more tokens are not recorded, because they compute for longer than launching takes. Unmeasured."""
 MOST_RECORDINGS = 64
 """Recordings kept, those replayed last: a job that decodes 1,024 sequences, then fewer and fewer, has 33 sizes."""
+OFTEN = 8
+"""A size is recorded when it comes so many times: until then its steps are padded to the next power of two. Recording
+takes as long as a few steps, and of many sizes only a few steps come. Unmeasured."""
 RECORDING_BYTES = 2 << 20
 """What the driver keeps on the device for a recording of hundreds of kernels, and its results. Unmeasured."""
 
@@ -49,7 +53,7 @@ def most_recorded(config: EngineConfig) -> int:
 
 
 class CudaGraphs:
-    """Runs steps on the device; a step without prompt tokens is replayed, and its shape recorded when it first comes.
+    """Runs steps on the device; a step without prompt tokens is replayed, and a shape recorded when it is first needed.
 
     Recordings share their memory, because no two run at the same time: what a step computes lies in one pool, and its
     inputs in one buffer. Steps of more than `most_tokens` tokens, a `padded_count`, are not recorded.
@@ -62,6 +66,7 @@ class CudaGraphs:
         self.most_tokens = most_tokens
         self.transfer = Transfer(device)
         self.recordings: dict[StepShape, Recording] = {}  # those replayed last come last
+        self.met: Counter[StepShape] = Counter()  # how often each shape came
         self.buffer = torch.empty(0, dtype=torch.uint8, device=device)
         self.replays = self.recorded = self.launched = 0  # number of steps without prompt tokens
         if device.type == "cuda":
@@ -95,6 +100,9 @@ class CudaGraphs:
             self._note_large_steps()
             return None
         shape = StepShape.of(batch, tokens)
+        self.met[shape] += 1
+        if self.met[shape] < OFTEN and shape not in self.recordings:
+            shape = StepShape.of(batch, min(doubled(1, tokens), self.most_tokens))
         if (recording := self.recordings.pop(shape, None)) is None:
             recording = self._record_largest_first(batch, shape)
             self.recorded += recording is not None

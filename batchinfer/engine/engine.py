@@ -85,9 +85,10 @@ class Engine:
         a_token = sum(runner.bytes_per_token for runner in self._runners)
         blocks, note = pool_blocks(config, a_token, self.runner.kv_dtype, room)
         self._stats.notes += [note] if note else []
-        self.runner.allocate(blocks, config.block_size)
+        for runner in self._runners:
+            runner.allocate(blocks, config.block_size)
         if config.device != "cpu":
-            warm_up(self.runner, config, self.runner.row_steps)
+            self._warm_up(config)
         lengths = OutputLengths(config.max_model_len) if config.learned_admission else None
         self.table, self.scheduler = self._scheduler(config, blocks, lengths)
         self.drafter = self._gate(config, draft_runner, blocks)
@@ -236,6 +237,10 @@ class Engine:
         stats.peak_device_bytes = self.runner.peak_device_bytes
         stats.kernels = {op: path for runner in self._runners for op, path in runner.backend.kernels.items()}
         return stats
+
+    def _warm_up(self, config: EngineConfig) -> None:
+        for runner in self._runners:
+            warm_up(runner, config, runner.row_steps)
 
     def _scheduler(
         self, config: EngineConfig, blocks: int, lengths: OutputLengths | None

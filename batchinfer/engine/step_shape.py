@@ -12,8 +12,8 @@ from batchinfer.models.batch import Batch
 
 LEAST_COLUMNS = 64
 """The fewest columns of a block table: unused ones only take 4 bytes each on their way to the device."""
-LEAST_WIDE_ITEMS = 16
-"""The fewest items of a launch beside the first one: of shared prefixes, and of sequences with many drafts."""
+LEAST_WIDE_ITEMS = 32
+"""The fewest items of the launch for many tokens: of shared prefixes, and of sequences with many drafts."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,16 @@ class PlanShape:
         A plan for one token of each sequence always has the same shape; sequences with drafts, and shared prefixes,
         may need a few more.
         """
+        drafts = plan.tokens > len(plan.table)
         idle = tokens - plan.tokens  # each padding token has an item too, in the first launch
         needed = [len(items) + (0 if i else idle) for i, (_, items) in enumerate(plan.launches)]
-        units = [LEAST_WIDE_ITEMS if i else tokens + plan.spare for i in range(len(needed))]
+        units = [max(LEAST_WIDE_ITEMS, tokens // 8) if i else tokens + plan.spare for i in range(len(needed))]
         launches = [(tile, doubled(unit, n)) for (tile, _), unit, n in zip(plan.launches, units, needed, strict=True)]
-        # An item that is not split has no partial; an item added by splitting makes two of them at most.
-        merged = min(tokens, plan.spare) if len(plan.merged) <= plan.spare else tokens
-        partials = doubled(2 * plan.spare or tokens, plan.partials) if merged else 0
+        # An item that is not split has no partial; an item added by splitting makes two of them at most, for each of
+        # its tokens.
+        merged = min(tokens, plan.spare) if len(plan.merged) <= plan.spare and not drafts else tokens
+        unit = tokens + 4 * plan.spare if drafts else 2 * plan.spare or tokens
+        partials = doubled(unit, plan.partials) if merged else 0
         return cls(plan.window, tuple(launches), merged, partials)
 
 

@@ -25,7 +25,7 @@ from batchinfer.kernels.rounding_triton import rounded_to_float8
 from batchinfer.kernels.rows import Rows
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
-SHAPES = [(1, 64), (3, 100), (17, 63), (5, 1000)]
+SHAPES = [(1, 64), (3, 100), (17, 63), (5, 1000), (2, 17_000)]
 
 
 def check_quantized(found: Rows, expected: Tensor, out: torch.dtype) -> None:

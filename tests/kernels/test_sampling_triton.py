@@ -106,17 +106,20 @@ FLAT = torch.randn(1, 60_000, generator=torch.Generator().manual_seed(3))
         (6 * FLAT, {"top_p": [0.9]}, 2),
         (6 * FLAT, {"top_k": [50], "top_p": [0.9], "min_p": [0.01]}, 1),
         (6 * FLAT, {"min_p": [0.05]}, 1),
-        (FLAT, {"top_k": [20_000]}, 6),
-        (FLAT, {"top_p": [0.9]}, 8),
-        (FLAT, {"top_k": [20_000], "top_p": [0.9]}, 11),
-        (0 * FLAT, {"top_k": [5], "top_p": [0.5]}, 5),
-        (FLAT.bfloat16().float(), {"top_p": [0.5]}, 8),
+        (FLAT, {"top_k": [20_000]}, 4),
+        (FLAT, {"top_p": [0.9]}, 5),
+        (FLAT, {"top_k": [20_000], "top_p": [0.9]}, 7),
+        (0 * FLAT, {"top_k": [5], "top_p": [0.5]}, 3),
+        (FLAT.bfloat16().float(), {"top_p": [0.5]}, 5),
+        (FLAT.round(), {"top_k": [20_000], "top_p": [0.9]}, 9),
+        (torch.where(torch.arange(60_000) == 17, 13.0, FLAT), {"top_k": [20_000], "top_p": [0.9]}, 9),
+        (FLAT.where(torch.arange(60_000) % 2 == 0, float("-inf")), {"top_k": [20_000], "top_p": [0.9]}, 9),
     ],
 )
 def test_passes_over_the_vocabulary(
     logits: torch.Tensor, params: dict[str, list[float]], passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted by the logits that are loaded; the token is that of the plain sampler."""
+    """Counted by the logits that are loaded, but for samples; the token is that of the plain sampler."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     loaded = 0
@@ -129,4 +132,4 @@ def test_passes_over_the_vocabulary(
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counted)
     compare(logits, batch_of(1, **params))
-    assert round(loaded / logits.shape[1], 2) <= passes
+    assert int(loaded / logits.shape[1] + 0.8) <= passes

@@ -50,11 +50,10 @@ class DraftModel:
     def __init__(
         self, runner: ModelRunner, config: EngineConfig, table: SequenceTable, blocks: int, target: ModelRunner
     ) -> None:
-        """Set up `runner` as the draft model of an engine with this `config`; it gets `blocks` KV cache blocks."""
+        """Set up `runner`, whose KV cache has `blocks` blocks, as the draft model of an engine with this `config`."""
         self._vocabulary, self._target_vocabulary = (r.decoder.config.vocab_size for r in (runner, target))
         self.share = max(LEAST_SHARE, runner.decoder.weight_bytes / target.decoder.weight_bytes)
         self.runner = runner
-        runner.allocate(blocks, config.block_size)
         self.target = table
         self.table = SequenceTable(len(table.active), table.max_tokens, table.block_size)
         for column in SAMPLING:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from triton_programs import programs
 
 from batchinfer.engine.config import EngineConfig, Speculation
+from batchinfer.engine.engine import Engine
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
-from batchinfer.engine.warm_up import warm_up, warm_up_sizes
+from batchinfer.engine.warm_up import warm_up_sizes
 
 MOST = 8
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16, "num_attention_heads": 8}
@@ -38,21 +40,41 @@ def test_a_ragged_job_compiles_next_to_nothing(
     monkeypatch.setenv("BATCHINFER_KERNELS", "triton")
     sizes = {"max_model_len": 512, "max_num_batched_tokens": 512, "max_num_seqs": 40, "kv_cache_tokens": 16384}
     engine = engine_of(make_model("llama", **SHAPE), speculation=Speculation("off"), **sizes, **settings)
-
-    def first_token(logits: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
-        found = sample(logits, batch)
-        return torch.zeros_like(found[0]) + 7, torch.ones_like(found[1])
-
-    sample = engine.runner.backend.sample
-    monkeypatch.setattr(engine.runner.backend, "sample", first_token)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, 300, int(n)).tolist() for n in rng.integers(1, 300, 60)]
     requests = Requests.of(prompts, SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.7))
     greedy = replace(requests.params[0], temperature=0.0)
     params = tuple(replace(p, max_tokens=n) for n in range(1, 61) for p in (requests.params[0], greedy))
     requests = replace(requests, params=params, param_index=rng.integers(0, len(params), 60).astype(np.int32))
+    assert_next_to_nothing_is_compiled(engine, EngineConfig(Path(), **sizes, **settings), requests, monkeypatch)
+
+
+def test_nor_does_its_draft_model(make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another size than the target, so that all of its matrix products are programs of their own."""
+    monkeypatch.setenv("BATCHINFER_KERNELS", "triton")
+    sizes = {"max_model_len": 512, "max_num_batched_tokens": 512, "max_num_seqs": 12, "kv_cache_tokens": 8192}
+    draft = make_model("qwen2", **SHAPE | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1})
+    speculation = Speculation("draft_model", 4, draft, gate=False)
+    engine = engine_of(make_model("llama", **SHAPE), speculation=speculation, **sizes)
+    prompts = [[3] * n for n in range(1, 300, 15)]
+    requests = Requests.of(prompts, SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.7))
+    assert_next_to_nothing_is_compiled(engine, EngineConfig(Path(), **sizes), requests, monkeypatch)
+    assert engine.stats().accepted
+
+
+def assert_next_to_nothing_is_compiled(
+    engine: Engine, config: EngineConfig, requests: Requests, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warm up, then run the job; every row samples the same token at once."""
+
+    def same_token(sample: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[Tensor, Tensor]:
+        tokens, finite = sample(*args)
+        return torch.full_like(tokens, 7), torch.ones_like(finite)
+
     with programs() as compiled:
-        warm_up(engine.runner, EngineConfig(Path(), **sizes, **settings), engine.runner.row_steps)
+        for runner in engine._runners:
+            monkeypatch.setattr(runner.backend, "sample", partial(same_token, runner.backend.sample))
+        engine._warm_up(config)
         warmed = len(compiled.new)
         compiled.new.clear()
         engine.add(requests)
