@@ -12,7 +12,7 @@ from batchinfer.kernels.rows import Rows
 from batchinfer.kernels.sampling import SamplingBatch
 
 AttentionBatch = TiledBatch | AttentionPlan
-"""Attention's inputs in a step, for the layers that share one window. Each backend has its own type."""
+"""Attention's inputs in a step, for the layers of one shape. Each backend has its own type."""
 
 
 class Product(Protocol):
@@ -93,7 +93,7 @@ class Backend(Protocol):
         ...
 
     def cache_rows(self, slots_T: Tensor, cache: KVCache) -> Tensor:
-        """Return where `rotate_and_store` writes the tokens of these slots, in every cache of this cache's shape."""
+        """Return where `rotate_and_store` writes the tokens of these slots, in every cache with as many key heads."""
         ...
 
     def rotate_and_store(

@@ -41,8 +41,8 @@ class Calibration:
         longest = max(map(len, sequences))
         self.config = config.within(longest)
         self.angles = {rope: rope.tables(longest) for rope in {layer.attention.rope for layer in self.config.layers}}
-        growth = config.attention.query_growth
-        self.growth = None if growth is None else growth.factors(longest)[:, None, None]
+        growing = {layer.attention.query_growth for layer in config.layers}
+        self.growth = {g: g.factors(longest)[:, None, None] for g in growing if g is not None}
 
     @property
     def tokens(self) -> int:
@@ -113,8 +113,8 @@ class Calibration:
             if not shape.normed_together:
                 query, key = self._head_norms(query, key, shape, tensors)
             query, key = (rotate(x, cos[: len(qkv)], sin[: len(qkv)]) for x in (query, key))
-            if self.growth is not None:
-                query = (query * self.growth[: len(qkv)]).to(self.dtype)
+            if shape.query_growth is not None:
+                query = (query * self.growth[shape.query_growth][: len(qkv)]).to(self.dtype)
             query, key, value = (x.transpose(0, 1).to(multiplied_in(self.dtype)) for x in (query, key, value))
             mixed = _attention(query, key, value, shape)
             out.append(mixed.transpose(0, 1).flatten(1).to(self.dtype))

@@ -83,17 +83,17 @@ class ModelRunner:
     @property
     def attention_inputs(self) -> AttentionInputs:
         """The builder of a step's inputs to attention, for the scheduler."""
-        c = self.decoder.config
+        shapes = self.decoder.config.attention_shapes
         if isinstance(self.backend, CpuBackend):
-            return TiledInputs(set(c.windows))
+            return TiledInputs(shapes)
         from batchinfer.kernels.attention_triton import tiling
         from batchinfer.kernels.backend_triton import TritonBackend
 
         assert isinstance(self.backend, TritonBackend)
         processors = None if self.backend.deterministic else self.backend.gpu.processors
-        a = c.attention
-        tiles = tiling(a.head_dim, a.heads // a.kv_heads, self.decoder.stream, self.kv_dtype, self.backend.gpu)
-        return RaggedInputs(set(c.windows), a.heads, a.kv_heads, tiles, processors)
+        types = self.decoder.stream, self.kv_dtype, self.backend.gpu
+        tilings = {shape: tiling(shape.head_dim, shape.heads // shape.kv_heads, *types) for shape in shapes}
+        return RaggedInputs(tilings, processors)
 
     @property
     def row_steps(self) -> tuple[int, ...]:
@@ -121,11 +121,13 @@ class ModelRunner:
 
         The CPU's attention does not count what it reads: (0, 0).
         """
-        windows = self.decoder.config.windows
-        a_key = self.bytes_per_token // len(windows)
-        plans = [(windows.count(w), p) for w, p in batch.attention.items() if isinstance(p, AttentionPlan)]
-        read = sum(layers * plan.keys_read for layers, plan in plans)
-        return a_key * read, a_key * sum(layers * plan.keys_unshared for layers, plan in plans)
+        read = unshared = 0
+        for layer in self.decoder.config.layers:
+            plan, a_key = batch.attention[layer.attention.shape], layer.attention.kv_bytes(self.kv_dtype.itemsize)
+            if isinstance(plan, AttentionPlan):
+                read += a_key * plan.keys_read
+                unshared += a_key * plan.keys_unshared
+        return read, unshared
 
     @property
     def peak_device_bytes(self) -> int:

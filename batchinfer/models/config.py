@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from batchinfer.errors import Refused
 from batchinfer.host.files import read_object
+from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import (
     arcee,
@@ -40,7 +41,7 @@ from batchinfer.models.families import (
     vaultgemma,
 )
 from batchinfer.models.known_fields import read_fields
-from batchinfer.models.layer import Attention, Ends, Layer, Matrix, Norm
+from batchinfer.models.layer import Ends, Layer, Matrix, Norm
 from batchinfer.models.wrappers import WRAPPERS, is_wrapper, text_fields
 
 if TYPE_CHECKING:  # the formats import torch, which takes long: only a quantized checkpoint needs them
@@ -143,9 +144,9 @@ class ModelConfig:
         return self.ends.norm
 
     @property
-    def attention(self) -> Attention:
-        """Attention of the first layer. All layers have the same heads; only their windows differ."""
-        return self.layers[0].attention
+    def attention_shapes(self) -> tuple[AttentionShape, ...]:
+        """The shapes of attention that layers have, each once."""
+        return tuple(dict.fromkeys(layer.attention.shape for layer in self.layers))
 
     @property
     def windows(self) -> tuple[int | None, ...]:

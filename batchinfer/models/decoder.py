@@ -15,15 +15,15 @@ from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.rows import Rows
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.layer import Layer
+from batchinfer.models.layer import Layer, QueryGrowth
 
 
 class TokenPositions(NamedTuple):
     """What depends on the positions of a step's tokens, and the rows of the KV cache for their keys and values."""
 
     angles: list[tuple[Tensor, Tensor]]  # (cos, sin) of each rotary embedding, [T, head_dim / 2] each
-    growth: Tensor | None  # [T, 1, 1] factor on queries, for models whose queries grow with the position
-    cache_rows: Tensor  # in the form of the backend's `rotate_and_store`
+    growth: dict[QueryGrowth, Tensor]  # [T, 1, 1] factors on queries, where these grow with the position
+    cache_rows: dict[int, Tensor]  # by number of key heads, in the form of the backend's `rotate_and_store`
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Decoder:
         self.rope_of = [self.ropes.index(rope) for rope in ropes]
         tables = [rope.tables(config.max_positions) for rope in self.ropes]
         self.angles = [(cos.to(backend.device), sin.to(backend.device)) for cos, sin in tables]
-        growth = config.attention.query_growth
-        self.growth = None if growth is None else growth.factors(config.max_positions).to(backend.device)
+        growing = {layer.attention.query_growth for layer in config.layers}
+        self.growth = {g: g.factors(config.max_positions).to(backend.device) for g in growing if g is not None}
 
     def caches(self, blocks: int, block_size: int, dtype: torch.dtype) -> list[KVCache]:
         """Make an empty KV cache for each layer."""
@@ -102,7 +102,7 @@ class Decoder:
 
     def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
         """Compute one step: store the tokens' keys and values, and return the sampled tokens' float32 logits [S, V]."""
-        at = self.token_positions(batch, caches[0])
+        at = self.token_positions(batch, caches)
         x, y = self.embed(batch), None
         for i, cache in enumerate(caches):
             x, y = self.layer(i, cache, x, y, batch, at)
@@ -113,12 +113,14 @@ class Decoder:
         x = F.embedding(batch.tokens, self.embedding).to(self.stream)
         return x if (factor := self.config.ends.embedding_factor) == 1.0 else x.mul_(factor)
 
-    def token_positions(self, batch: Batch, cache: KVCache) -> TokenPositions:
-        """Return the rotary angles and cache rows of the step's tokens, for all layers: their caches have one shape."""
+    def token_positions(self, batch: Batch, caches: list[KVCache]) -> TokenPositions:
+        """Return the rotary angles and cache rows of the step's tokens, for all layers."""
         at = batch.positions
         angles = [(cos[at], sin[at]) for cos, sin in self.angles]
-        growth = None if self.growth is None else self.growth[at, None, None]
-        return TokenPositions(angles, growth, self.backend.cache_rows(batch.slots, cache))
+        growth = {kind: factors[at, None, None] for kind, factors in self.growth.items()}
+        one_of_each = {cache.kv_heads: cache for cache in caches}
+        rows = {kv_heads: self.backend.cache_rows(batch.slots, cache) for kv_heads, cache in one_of_each.items()}
+        return TokenPositions(angles, growth, rows)
 
     def layer(
         self, i: int, cache: KVCache, x_TD: Tensor, y: Rows | None, batch: Batch, at: TokenPositions
@@ -141,7 +143,7 @@ class Decoder:
         layer = self.layers[i]
         a = layer.shape.attention
         query = self._store(i, cache, layer.qkv(x).dense(), at)
-        return self.backend.attention(query, cache, batch.attention[a.window], a.scale, a.softcap).flatten(1)
+        return self.backend.attention(query, cache, batch.attention[a.shape], a.scale, a.softcap).flatten(1)
 
     def _feed_forward(self, layer: LayerWeights, x: Rows) -> Rows:
         """Return the output of a layer's feed-forward block for the rows x [T, D]."""
@@ -173,8 +175,9 @@ class Decoder:
             whole = [self.backend.add_norm(part.contiguous(), None, norm, eps, self.stream) for part, norm in parts]
             qkv_TX, norms = torch.cat([*(part.dense() for part in whole), value], -1), None
         cos, sin = at.angles[self.rope_of[i]]
-        query = self.backend.rotate_and_store(qkv_TX, cache, a.heads, cos, sin, at.cache_rows, norms, eps)
-        return query if at.growth is None else (query * at.growth).to(query.dtype)
+        rows = at.cache_rows[a.kv_heads]
+        query = self.backend.rotate_and_store(qkv_TX, cache, a.heads, cos, sin, rows, norms, eps)
+        return query if a.query_growth is None else (query * at.growth[a.query_growth]).to(query.dtype)
 
     def logits(self, x_SD: Tensor, y: Rows | None) -> Tensor:
         """Return float32 logits [S, V] from the residual stream x and the last layer's output y."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.models.rope import Rope
 
 if TYPE_CHECKING:
@@ -85,6 +86,15 @@ class Attention:
     """Norms of queries and of keys before rotary embedding: of each head, or of all heads together."""
     softcap: float | None = None  # scores s become softcap * tanh(s / softcap), as in Gemma 2
     query_growth: "QueryGrowth | None" = None
+
+    @property
+    def shape(self) -> AttentionShape:
+        """What a step's inputs to attention depend on."""
+        return AttentionShape(self.window, self.heads, self.kv_heads, self.head_dim)
+
+    def kv_bytes(self, number: int) -> int:
+        """Return the bytes of a token's keys and values, where a number takes `number`; 8-bit heads have a scale."""
+        return 2 * self.kv_heads * (self.head_dim * number + (4 if number == 1 else 0))
 
     @property
     def width(self) -> int:

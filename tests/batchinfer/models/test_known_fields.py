@@ -44,8 +44,8 @@ def shape(config: ModelConfig) -> dict[str, Any]:
         "tensors": dict(config.tensors()),
         "windows": list(config.windows),
         "eps": config.norm_eps,
-        "frequencies": config.attention.rope.frequencies(),
-        "scale": config.attention.rope.attention_factor,
+        "frequencies": config.layers[0].attention.rope.frequencies(),
+        "scale": config.layers[0].attention.rope.attention_factor,
     }
 
 
