@@ -105,13 +105,23 @@ class Backend(Protocol):
         sin_Td: Tensor,
         cache_rows: Tensor,
         norms: tuple[Tensor, Tensor] | None,
+        norm_values: bool,
         eps: float,
     ) -> Tensor:
         """Rotate queries and keys, write keys and values to the cache, and return the queries [T, heads, head_dim].
 
         qkv is [T, (heads + 2 kv_heads) * head_dim]; cos and sin are float32 [T, head_dim / 2]. `cache_rows` comes from
         the method of that name. `norms` are the weights [head_dim] of the norms on each head of queries and of keys,
-        if the model has them.
+        if the model has them. With `norm_values`, each head of the values gets an RMSNorm without weight.
+        """
+        ...
+
+    def rotate_queries(
+        self, query_TX: Tensor, heads: int, cos_Td: Tensor, sin_Td: Tensor, norm_d: Tensor | None, eps: float
+    ) -> Tensor:
+        """Rotate queries [T, heads * head_dim] alone, of a layer that stores no keys: return [T, heads, head_dim].
+
+        `norm_d` is the weight [head_dim] of the norm on each head, if the model has one.
         """
         ...
 

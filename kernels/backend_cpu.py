@@ -80,6 +80,7 @@ class CpuBackend:
         sin_Td: Tensor,
         cache_rows: Tensor,
         norms: tuple[Tensor, Tensor] | None,
+        norm_values: bool,
         eps: float,
     ) -> Tensor:
         by_head = qkv_TX.view(len(qkv_TX), -1, cache.key.shape[-1])
@@ -88,9 +89,17 @@ class CpuBackend:
             turned = torch.cat(
                 [rms_norm(turned[:, :heads], norms[0], eps), rms_norm(turned[:, heads:], norms[1], eps)], 1
             )
+        if norm_values:
+            value = rms_norm(value, None, eps)
         turned = rotate(turned, cos_Td, sin_Td)
         cache.store(turned[:, heads:], value, cache_rows)
         return turned[:, :heads]
+
+    def rotate_queries(
+        self, query_TX: Tensor, heads: int, cos_Td: Tensor, sin_Td: Tensor, norm_d: Tensor | None, eps: float
+    ) -> Tensor:
+        query = query_TX.view(len(query_TX), heads, -1)
+        return rotate(query if norm_d is None else rms_norm(query, norm_d, eps), cos_Td, sin_Td)
 
     def attention(
         self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float, softcap: float | None

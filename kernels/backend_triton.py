@@ -9,7 +9,7 @@ from batchinfer.kernels.attention_triton import paged_attention
 from batchinfer.kernels.backend import AttentionBatch, Product
 from batchinfer.kernels.gpu_triton import gpu_of
 from batchinfer.kernels.kv_cache import KVCache
-from batchinfer.kernels.kv_cache_triton import rotate_and_store
+from batchinfer.kernels.kv_cache_triton import rotate_and_store, rotate_queries
 from batchinfer.kernels.products_triton import DenseProduct, EightBitProduct, FourBitProduct
 from batchinfer.kernels.rows import Rows
 from batchinfer.kernels.sampling import SamplingBatch, greedy
@@ -74,9 +74,15 @@ class TritonBackend:
         sin_Td: Tensor,
         cache_rows: Tensor,
         norms: tuple[Tensor, Tensor] | None,
+        norm_values: bool,
         eps: float,
     ) -> Tensor:
-        return rotate_and_store(qkv_TX, cache, heads, cos_Td, sin_Td, cache_rows, norms, eps)
+        return rotate_and_store(qkv_TX, cache, heads, cos_Td, sin_Td, cache_rows, norms, norm_values, eps)
+
+    def rotate_queries(
+        self, query_TX: Tensor, heads: int, cos_Td: Tensor, sin_Td: Tensor, norm_d: Tensor | None, eps: float
+    ) -> Tensor:
+        return rotate_queries(query_TX, heads, cos_Td, sin_Td, norm_d, eps)
 
     def attention(
         self, query_THd: Tensor, cache: KVCache, batch: AttentionBatch, scale: float, softcap: float | None

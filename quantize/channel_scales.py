@@ -57,6 +57,8 @@ def channel_makers(layer: Layer) -> dict[str, Norm | Matrix]:
     """
     a, f = layer.attention, layer.feed_forward
     makers = {"qkv": layer.input_norm, "output": a.v, "gate_up": layer.mlp_norm, "down": f.up if f.gate else None}
+    if a.value_norm or a.source is not None:
+        makers["output"] = None
     found = {product: maker for product, maker in makers.items() if maker is not None}
     if missing := sorted(makers.keys() - found.keys()):
         raise ValueError(

@@ -111,6 +111,8 @@ def _refuse_other_layers(config: ModelConfig) -> None:
         before = (layer.input_norm, layer.mlp_norm, config.norm)
         plain = all(norm is not None and not norm.added for norm in before)
         plain &= layer.attention_norm is None and layer.mlp_output_norm is None and layer.feed_forward.gate is not None
+        plain &= layer.attention.source is None and layer.per_layer is None and layer.scalar is None
+        plain &= layer.attention.v.name != layer.attention.k.name
         plain &= all(matrix.stored_rows == matrix.rows for matrix in layer.matrices)
         if not plain:
             raise ValueError(

@@ -154,7 +154,7 @@ class Quantizer:
             if layer >= 0:
                 report = self._layer(layer, tensors)
             elif self.calibration is not None:
-                self.calibration.begin(tensors[f"{self.config.embedding.name}.weight"])
+                self.calibration.begin(tensors)
             self.state["layers"][str(layer)] = {"errors": report.errors, "notes": report.notes}
             self._write_state()
             self._write(path, {f"{prefix}{name}": tensor for name, tensor in tensors.items()})
@@ -292,7 +292,9 @@ class Quantizer:
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, target)
         config = json.loads((self.model / "config.json").read_text())
-        config["quantization_config"] = quantization_config(self.scheme, [self.config.head.name])
+        p, left = self.config.ends.per_layer, [self.config.head.name]
+        left += [] if p is None else [p.projection.name]
+        config["quantization_config"] = quantization_config(self.scheme, left)
         if self.untied:
             config["tie_word_embeddings"] = False
         (self.output / "config.json").write_text(json.dumps(config, indent=2))

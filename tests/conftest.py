@@ -105,6 +105,9 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
                 # Biases and norms start as constants; give every tensor something to be wrong about. Larger weights
                 # than usual, so that logits differ by more than rounding.
                 torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
+            for name, buffer in model.named_buffers():
+                if name.endswith("layer_scalar"):
+                    torch.nn.init.normal_(buffer, 1.0, 0.1)
             folder = tmp_path_factory.mktemp(family)
             model.save_pretrained(folder)
             made[key] = folder

@@ -77,8 +77,9 @@ class Weights:
 
 
 def layer_weights(model: ModelConfig) -> int:
-    """Return the number of elements of the matrices of all layers."""
-    return sum(matrix.size for layer in model.layers for matrix in layer.matrices)
+    """Return the number of elements of all matrices but the head's."""
+    made = 0 if model.ends.per_layer is None else model.ends.per_layer.projection.size
+    return made + sum(matrix.size for layer in model.layers for matrix in layer.matrices)
 
 
 def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, sampling: str) -> dict[str, Floats]:
@@ -101,6 +102,7 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
     streamed = weights.streamed(model)
     heads, width = sum(a.heads for a in shapes), sum(a.heads * a.head_dim for a in shapes)
     kv = sum(a.kv_heads * a.head_dim for a in shapes)
+    stored = sum(a.kv_heads * a.head_dim for a in shapes if a.source is None)
     named = {
         "step": np.ones(len(w)),
         "layer": np.full(len(w), float(len(layers))),
@@ -118,7 +120,7 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
         "decoding sequence": len(layers) * w.decoding,
         "decoding score": heads * w.decode_keys,
         f"decoding key in {kv_cache}": kv * w.decode_keys,
-        f"stored key in {kv_cache}": kv * w.tokens,
+        f"stored key in {kv_cache}": stored * w.tokens,
     }
     if sampling != "greedy":
         named[f"{sampling} logit"] = model.vocab_size * w.sampled
@@ -128,12 +130,17 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
 
 
 def _weights_behind_attention(layer: Layer) -> int:
-    return layer.attention.output.size + sum(m.size for m in layer.products["gate_up"] + layer.products["down"])
+    return sum(matrix.size for name, matrices in layer.products.items() if name != "qkv" for matrix in matrices)
 
 
 def _numbers_behind_attention(layer: Layer) -> int:
-    """Count a token's numbers that pass through the second norm, the activation and the residual sum."""
-    return 2 * layer.feed_forward.up.columns + 3 * layer.feed_forward.down.columns
+    """Count a token's numbers that pass through the second norm, the activation and the residual sum.
+
+    The same for per-layer embeddings, where a layer has them.
+    """
+    f, p = layer.feed_forward, layer.per_layer
+    again = 0 if p is None else 2 * p.gate.columns + 3 * p.projection.columns
+    return 2 * f.up.columns + 3 * f.down.columns + again
 
 
 def _shares(rows: Floats) -> Floats:

@@ -22,7 +22,7 @@ from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.backend import Backend, Product
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
-from batchinfer.kernels.kv_cache import KV_DTYPES
+from batchinfer.kernels.kv_cache import KV_DTYPES, KVCache
 from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
 from batchinfer.kernels.rows import Rows
@@ -160,7 +160,7 @@ class ModelRunner:
     def _sample(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.decoder.forward(batch, self.caches)[: len(batch.places)]
         if len(batch.copies):
-            for cache in self.caches:
+            for cache in self._own_caches:
                 cache.copy(batch.copied, batch.copies)
         if batch.changes is not None:
             change_logits(logits, batch.changes)
@@ -174,19 +174,24 @@ class ModelRunner:
     def clear_blocks(self, blocks: NDArray[np.int64]) -> None:
         """Zero `blocks` of the KV cache, which hold values that are not finite."""
         on_device = torch.from_numpy(blocks).to(self.backend.device)
-        for cache in self.caches:
+        for cache in self._own_caches:
             cache.clear(on_device)
 
     def clear_slots(self, slots: NDArray[np.int64]) -> None:
         """Zero `slots` of the KV cache, which hold values that are not finite."""
         on_device = torch.from_numpy(slots).to(self.backend.device)
-        for cache in self.caches:
+        for cache in self._own_caches:
             cache.clear_slots(on_device)
 
     @property
     def kv_cache_bytes(self) -> int:
         """Bytes of the KV cache. On the CPU, pages that were never written take no memory."""
-        return sum(cache.nbytes for cache in self.caches)
+        return sum(cache.nbytes for cache in self._own_caches)
+
+    @property
+    def _own_caches(self) -> list[KVCache]:
+        """The caches, each once: layers may share one."""
+        return list(dict.fromkeys(self.caches))
 
 
 def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> WeightSource:

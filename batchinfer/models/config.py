@@ -19,6 +19,8 @@ from batchinfer.models.families import (
     gemma,
     gemma2,
     gemma3_text,
+    gemma4_text,
+    gemma4_unified_text,
     glm,
     glm4,
     granite,
@@ -89,6 +91,8 @@ FAMILIES: dict[str, Family] = {
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
+    "gemma4_text": gemma4_text,
+    "gemma4_unified_text": gemma4_unified_text,
     "glm": glm,
     "glm4": glm4,
     "granite": granite,
@@ -149,6 +153,11 @@ class ModelConfig:
         return tuple(dict.fromkeys(layer.attention.shape for layer in self.layers))
 
     @property
+    def storing(self) -> tuple[Layer, ...]:
+        """The layers that store keys and values; the others read theirs."""
+        return tuple(layer for layer in self.layers if layer.attention.source is None)
+
+    @property
     def windows(self) -> tuple[int | None, ...]:
         """Attention window of each layer: the number of positions that a token sees, its own included; None: all."""
         return tuple(layer.attention.window for layer in self.layers)
@@ -171,6 +180,10 @@ class ModelConfig:
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield (name, shape) of each tensor in a floating-point checkpoint."""
         yield f"{self.embedding.name}.weight", (self.vocab_size, self.hidden_size)
+        if (p := self.ends.per_layer) is not None:
+            yield f"{p.table.name}.weight", (p.table.rows, p.table.columns)
+            yield f"{p.projection.name}.weight", (p.projection.rows, p.projection.columns)
+            yield f"{p.norm.name}.weight", (p.norm.size,)
         for layer in self.layers:
             yield from layer.tensors()
         yield f"{self.norm.name}.weight", (self.norm.size,)

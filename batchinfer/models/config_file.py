@@ -10,6 +10,8 @@ _LARGEST = {
     "vocab_size": 1 << 22, "hidden_size": 1 << 17, "intermediate_size": 1 << 19, "num_hidden_layers": 1 << 10,
     "num_attention_heads": 1 << 10, "num_key_value_heads": 1 << 10, "head_dim": 1 << 10,
     "shared_intermediate_size": 1 << 19, "no_rope_layer_interval": 1 << 10, "sliding_window_pattern": 1 << 10,
+    "global_head_dim": 1 << 10, "num_global_key_value_heads": 1 << 10, "num_kv_shared_layers": 1 << 10,
+    "vocab_size_per_layer_input": 1 << 22, "hidden_size_per_layer_input": 1 << 17,
     "max_position_embeddings": 1 << 24, "original_max_position_embeddings": 1 << 24, "sliding_window": 1 << 24,
 }  # fmt: skip
 
@@ -42,6 +44,10 @@ class ConfigFile:
     def size_or_none(self, key: str) -> int | None:
         """Return the field, an integer of 1 or more, or None if it is missing."""
         return None if self.get(key) is None else self.size(key)
+
+    def size_or_zero(self, key: str) -> int:
+        """Return the field, an integer of 0 or more."""
+        return 0 if self.get(key) == 0 and not isinstance(self.get(key), bool) else self.size(key)
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return the field, a positive number."""

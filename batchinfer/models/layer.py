@@ -84,8 +84,21 @@ class Attention:
     scale: float  # of the products of queries and keys
     head_norms: tuple[Norm, Norm] | None = None
     """Norms of queries and of keys before rotary embedding: of each head, or of all heads together."""
+    value_norm: bool = False  # whether each head of the values is divided by its root mean square
     softcap: float | None = None  # scores s become softcap * tanh(s / softcap), as in Gemma 2
     query_growth: "QueryGrowth | None" = None
+    source: int | None = None
+    """The layer whose keys and values it reads: then it makes none, and k, v and the norm of keys are that layer's."""
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The matrices of the product with the layer's input: of queries alone if another layer makes the rest."""
+        return (self.q, self.k, self.v) if self.source is None else (self.q,)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """The norms of what the layer's own matrices make."""
+        return (self.head_norms or ())[: len(self.matrices)]
 
     @property
     def shape(self) -> AttentionShape:
@@ -98,8 +111,8 @@ class Attention:
 
     @property
     def width(self) -> int:
-        """Size of a token's queries, keys and values together."""
-        return self.q.rows + self.k.rows + self.v.rows
+        """Size of what the layer's own matrices make of a token: of its queries, keys and values together."""
+        return sum(matrix.rows for matrix in self.matrices)
 
     @property
     def normed_together(self) -> bool:
@@ -135,6 +148,30 @@ class FeedForward:
 
 
 @dataclass(frozen=True)
+class PerLayerEmbeddings:
+    """A vector for each token and layer (Gemma 3n, Gemma Team 2025): `norm(projection(x)) + factor * table[token]`.
+
+    x is the token's embedding as the first layer takes it. The vectors of all layers lie side by side.
+    """
+
+    size: int  # of one vector
+    table: Matrix  # [tokens, layers * size]
+    factor: float
+    projection: Matrix  # [layers * size, hidden size]
+    norm: Norm  # of each vector
+
+
+@dataclass(frozen=True)
+class PerLayerBlock:
+    """What a layer makes of a token's vector e for it: x += norm(projection(activation(gate(x)) * e))."""
+
+    gate: Matrix
+    projection: Matrix
+    norm: Norm
+    activation: str
+
+
+@dataclass(frozen=True)
 class Ends:
     """What a model computes before its first layer and after its last one."""
 
@@ -142,11 +179,15 @@ class Ends:
     embedding_factor: float = 1.0  # embeddings are multiplied by it
     logits_factor: float = 1.0  # logits are multiplied by it
     softcap: float | None = None  # after that, logits x become softcap * tanh(x / softcap)
+    per_layer: PerLayerEmbeddings | None = None  # for the layers that have a `PerLayerBlock`
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: x += attention(x), then x += feed_forward(x), with norms before or after each of the two, or both."""
+    """One layer: x += attention(x), then x += feed_forward(x), with norms before or after each of the two, or both.
+
+    Then, in some models, x += per_layer(x), and x *= scalar.
+    """
 
     prefix: str  # beginning of the layer's tensor names, such as "model.layers.0."
     attention: Attention
@@ -155,13 +196,19 @@ class Layer:
     attention_norm: Norm | None = None  # of attention's output
     mlp_norm: Norm | None = None  # of the feed-forward block's input
     mlp_output_norm: Norm | None = None  # of the feed-forward block's output
+    per_layer: PerLayerBlock | None = None
+    scalar: str | None = None  # name of a tensor [1] in a checkpoint, without the layer's prefix
+    unread: tuple[str, ...] = ()  # beginnings of the names of tensors that checkpoints have and nobody reads
 
     @property
     def products(self) -> dict[str, tuple[Matrix, ...]]:
         """Matrices of each matrix product, in the order of computing. Matrices with the same input share a product."""
         a, f = self.attention, self.feed_forward
         inner = (f.up,) if f.gate is None else (f.gate, f.up)
-        return {"qkv": (a.q, a.k, a.v), "output": (a.output,), "gate_up": inner, "down": (f.down,)}
+        products = {"qkv": a.matrices, "output": (a.output,), "gate_up": inner, "down": (f.down,)}
+        if (p := self.per_layer) is not None:
+            products |= {"per_layer_gate": (p.gate,), "per_layer_projection": (p.projection,)}
+        return products
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -176,8 +223,9 @@ class Layer:
     @property
     def norms(self) -> tuple[Norm, ...]:
         """All norms."""
-        around = (self.input_norm, *(self.attention.head_norms or ()), self.attention_norm)
-        return tuple(norm for norm in (*around, self.mlp_norm, self.mlp_output_norm) if norm is not None)
+        around = (self.input_norm, *self.attention.norms, self.attention_norm, self.mlp_norm, self.mlp_output_norm)
+        last = None if self.per_layer is None else self.per_layer.norm
+        return tuple(norm for norm in (*around, last) if norm is not None)
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield (name, shape) of each of the layer's tensors in a floating-point checkpoint."""
@@ -187,3 +235,5 @@ class Layer:
             yield f"{self.prefix}{matrix.name}.weight", (matrix.rows, matrix.columns)
             if matrix.bias:
                 yield f"{self.prefix}{matrix.name}.bias", (matrix.rows,)
+        if self.scalar is not None:
+            yield f"{self.prefix}{self.scalar}", (1,)

@@ -14,9 +14,9 @@ from batchinfer.kernels.backend import Backend, Product
 from batchinfer.kernels.float8_inputs import InputScales
 from batchinfer.kernels.linear_w4a16 import GRAIN, GROUPS
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.decoder import Decoder, LayerWeights
+from batchinfer.models.decoder import Decoder, LayerWeights, PerLayerBlockWeights, PerLayerWeights
 from batchinfer.models.input_rounding import InputRounding
-from batchinfer.models.layer import Layer, Matrix, Norm
+from batchinfer.models.layer import Layer, Matrix, Norm, PerLayerEmbeddings
 from batchinfer.models.stored_layer import bias_of, norm_weight, weight_of
 from batchinfer.models.weights import WeightSource
 
@@ -51,7 +51,8 @@ def load_decoder(
     embedding = load.tensor(f"{table.name}.weight", (table.rows, table.columns)).to(dtype)
     layers = [load.layer(layer) for layer in config.layers]
     norm = load.norm(config.norm)
-    decoder = Decoder(config, backend, load.stream, embedding, layers, norm, load.head(embedding))
+    head, per_layer = load.head(embedding), load.per_layer_embeddings(config.ends.per_layer)
+    decoder = Decoder(config, backend, load.stream, embedding, layers, norm, head, per_layer)
     weights.finish()
     return Loaded(decoder, load.four_bits, load.unpacked, load.inputs)
 
@@ -85,22 +86,40 @@ class _Loader:
         def norm(found: Norm | None) -> Tensor | None:
             return None if found is None else self.norm(found, layer.prefix)
 
-        def pair(found: tuple[Norm, Norm] | None) -> tuple[Tensor, Tensor] | None:
-            return None if found is None else (self.norm(found[0], layer.prefix), self.norm(found[1], layer.prefix))
-
+        for beginning in layer.unread:
+            self.weights.drop_all(f"{layer.prefix}{beginning}")
         products = {name: self._product(layer.prefix, matrices) for name, matrices in layer.products.items()}
         return LayerWeights(
             layer,
             input_norm=norm(layer.input_norm),
             qkv=products["qkv"],
-            head_norms=pair(layer.attention.head_norms),
+            head_norms=tuple(self.norm(found, layer.prefix) for found in layer.attention.norms),
             output=products["output"],
             attention_norm=norm(layer.attention_norm),
             mlp_norm=norm(layer.mlp_norm),
             gate_up=products["gate_up"],
             down=products["down"],
             mlp_output_norm=norm(layer.mlp_output_norm),
+            per_layer=self._per_layer_block(layer, products),
+            scalar=1.0 if layer.scalar is None else float(self.tensor(f"{layer.prefix}{layer.scalar}", (1,))),
         )
+
+    def _per_layer_block(self, layer: Layer, products: dict[str, Product]) -> PerLayerBlockWeights | None:
+        if (block := layer.per_layer) is None:
+            return None
+        gate, projection = products["per_layer_gate"], products["per_layer_projection"]
+        return PerLayerBlockWeights(block, gate, projection, self.norm(block.norm, layer.prefix))
+
+    def per_layer_embeddings(self, shape: PerLayerEmbeddings | None) -> PerLayerWeights | None:
+        """Load what makes per-layer embeddings. Its product is in floating point, as the head's is."""
+        if shape is None:
+            return None
+        table, made = shape.table, shape.projection
+        rows = self.tensor(f"{table.name}.weight", (table.rows, table.columns)).to(self.dtype)
+        weight = weight_of(made, self.weights.matrix(made.name, (made.rows, made.columns)).to(self.backend.device))
+        product = self._floating([self._kept(weight)], None, made.name)
+        product = self.inputs.product(product, [self.inputs.scales(weight)], [made.rows])
+        return PerLayerWeights(shape, rows, product, self.norm(shape.norm))
 
     def head(self, embedding_VD: Tensor) -> Product:
         """Make the head's product. A tied head is the embedding; a copy of it in the file is not read."""

@@ -126,7 +126,7 @@ def _rotation(
     untouched = 0x11
     for pool in (cache.key, cache.value):
         pool.view(torch.uint8).fill_(untouched)
-    found = rotate_and_store(qkv, cache, heads, angles.cos(), angles.sin(), slots, norms, EPS)
+    found = rotate_and_store(qkv, cache, heads, angles.cos(), angles.sin(), slots, norms, False, EPS)
 
     query, key, value = qkv.double().view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], 1)
     if norms is not None:
