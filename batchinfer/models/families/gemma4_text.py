@@ -9,7 +9,7 @@ from typing import Any
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
 from batchinfer.models.layer import Attention, Ends, FeedForward, Layer, Matrix, Norm, PerLayerBlock, PerLayerEmbeddings
-from batchinfer.models.rope import RopeFields, read_rope
+from batchinfer.models.rope import RopeFields, no_rope, read_rope
 
 ARCHITECTURES = ("Gemma4ForCausalLM",)
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -46,7 +46,7 @@ def layers(config: ConfigFile) -> list[Layer]:
         raise ValueError("config.json: rope_scaling is not read for Gemma 4; give each type of layer rope_parameters")
     types = _types(config)
     sizes = _sizes(config, types)
-    plain = {size: _plain(config, types, *size) for size in dict.fromkeys(sizes)}
+    plain = {size: _plain(config, types, sizes, size) for size in dict.fromkeys(sizes)}
     first_sharing = _first_sharing(config, types)
     described: list[Layer] = []
     for i, (kind, size) in enumerate(zip(types, sizes, strict=True)):
@@ -116,11 +116,13 @@ def _saved_sizes(config: ConfigFile, usual: tuple[int, int], count: int) -> list
     return list(found.values())
 
 
-def _plain(config: ConfigFile, types: list[str], head_dim: int, kv_heads: int) -> list[Layer]:
-    """Describe layers that would all have heads of this size, and so many key heads."""
+def _plain(config: ConfigFile, types: list[str], sizes: list[tuple[int, int]], size: tuple[int, int]) -> list[Layer]:
+    """Describe layers as if all had heads of this size, and so many key heads; only those that do are of use."""
+    (head_dim, kv_heads), own = size, {kind for kind, of in zip(types, sizes, strict=True) if of == size}
     sized = config.changed(head_dim=head_dim, num_key_value_heads=kv_heads, layer_types=types)
     rotated = config if config.get("rope_parameters") else config.changed(rope_parameters=ROPES)
-    ropes = {kind: read_rope(rotated, head_dim, RopeFields(kind, 1e4)) for kind in dict.fromkeys(types)}
+    ropes = dict.fromkeys(types, no_rope(head_dim))
+    ropes |= {kind: read_rope(rotated, head_dim, RopeFields(kind, 1e4)) for kind in own}
     return llama.layers(sized, window=config.size("sliding_window"), ropes=ropes, head_norm=True)
 
 
