@@ -66,11 +66,17 @@ def ends(config: ConfigFile) -> Ends:
     hidden, size = config.size("hidden_size"), config.size_or_zero("hidden_size_per_layer_input")
     per_layer = None
     if size:
+        rows, vocab = config.size("vocab_size_per_layer_input"), config.size("vocab_size")
+        if rows < vocab:
+            raise ValueError(
+                f"config.json: vocab_size_per_layer_input is {rows}, and vocab_size {vocab}: each token needs a row of "
+                "the table of per-layer embeddings"
+            )
         width = config.size("num_hidden_layers") * size
         # Both parts are divided by the root of 2.
         per_layer = PerLayerEmbeddings(
             size,
-            Matrix("model.embed_tokens_per_layer", config.size("vocab_size_per_layer_input"), width),
+            Matrix("model.embed_tokens_per_layer", rows, width),
             (size / 2) ** 0.5,
             Matrix("model.per_layer_model_projection", width, hidden, factor=hidden**-0.5),
             Norm("model.per_layer_projection_norm", size, factor=0.5**0.5),

@@ -155,14 +155,14 @@ def test_steps_of_the_same_rows_are_grouped_once(monkeypatch: pytest.MonkeyPatch
     template = text(rng, 130)
     scheduler, inputs = scheduler_of(8)
     grouped = 0
-    choose = inputs.prefixes._choose
+    choose = inputs.prefixes[SHAPE]._choose
 
     def counting(*args: Any) -> tuple[SharedPrefix, ...]:
         nonlocal grouped
         grouped += 1
         return choose(*args)
 
-    monkeypatch.setattr(inputs.prefixes, "_choose", counting)
+    monkeypatch.setattr(inputs.prefixes[SHAPE], "_choose", counting)
     params = (SamplingParams(max_tokens=30, ignore_eos=True), SamplingParams(max_tokens=50, ignore_eos=True))
     plain = Requests.of([template + text(rng, 9) for _ in range(8)], params[0])
     scheduler.add(replace(plain, params=params, param_index=np.arange(8, dtype=np.int32) % 2))

@@ -99,7 +99,7 @@ NOT_COMPARED = {
         "vocab_size",
         "num_hidden_layers",
     },
-    "gemma4_text": {"num_hidden_layers"},
+    "gemma4_text": {"num_hidden_layers", "vocab_size"},
     "gemma4_unified_text": {"num_hidden_layers"},
     "granitemoehybrid": {"layers_block_type", "num_local_experts"},
     "helium": {"head_dim"},

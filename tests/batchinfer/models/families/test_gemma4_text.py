@@ -120,7 +120,7 @@ def test_random_weights_give_numbers(make_model: Callable[..., Path]) -> None:
     assert len(tokens(engine, Rows.of(EDGES[:3], SamplingParams(max_tokens=3, ignore_eos=True)))) == 3
 
 
-FIELDS = {"model_type": "gemma4_text", "num_hidden_layers": 3, **CASES["gemma4_text"][1]}
+FIELDS = {"model_type": "gemma4_text", "num_hidden_layers": 3, "vocab_size": 320, **CASES["gemma4_text"][1]}
 
 
 @pytest.mark.parametrize(
@@ -129,6 +129,7 @@ FIELDS = {"model_type": "gemma4_text", "num_hidden_layers": 3, **CASES["gemma4_t
         ({"enable_moe_block": True, "num_experts": 8}, "enable_moe_block is True; supported is False"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention is 'all'; supported are"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling is not read for Gemma 4"),
+        ({"vocab_size": 321}, "vocab_size_per_layer_input is 320, and vocab_size 321: each token needs a row"),
         ({"num_kv_shared_layers": 2}, "num_kv_shared_layers is 2: of 3 layers, those before"),
         ({"num_kv_shared_layers": 3}, "num_kv_shared_layers is 3: of 3 layers, those before"),
         ({"num_kv_shared_layers": -1}, "num_kv_shared_layers is -1; it must be a whole number"),
