@@ -29,8 +29,9 @@ A family is a `model_type` of `config.json`. Each has a small random model whose
 tests compare its logits with those of transformers in float32, for prompts of 1 to 400 tokens. The error is the largest
 difference as a share of the largest logit; the tests allow 1e-4. Every family runs in floating point, `w8a8-int8` and
 4 bits, and `batchinfer quantize` takes it; methods that scale channels need a norm or a matrix that takes up the
-scales, which arcee, exaone4, gpt_neox, jais2, nemotron, olmo, olmo2, olmo3, phi and starcoder2 lack. A GPU's kernels
-ran in Triton's interpreter, not on a device.
+scales, which arcee, exaone4, gemma4, gpt_neox, jais2, nemotron, olmo, olmo2, olmo3, phi, starcoder2 and mixtures of
+experts lack. Experts that are stored in one tensor (gpt_oss, granitemoe) are not quantized by it. A GPU's kernels ran
+in Triton's interpreter, not on a device.
 
 What is not listed is refused by name.
 """

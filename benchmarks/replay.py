@@ -91,7 +91,7 @@ class _Runner:
         self.a = model.layers[0].attention
         processors = None if config.deterministic else HOPPER.processors
         tiles = tiling(self.a.head_dim, self.a.heads // self.a.kv_heads, torch.bfloat16, torch.bfloat16, HOPPER)
-        self.attention_inputs = RaggedInputs({None}, self.a.heads, self.a.kv_heads, tiles, processors)
+        self.attention_inputs = RaggedInputs({self.a.shape: tiles}, processors)
         self.steps = CudaGraphs(self._compute, torch.device("cpu"), most_recorded(config), self.notes)
 
     def allocate(self, blocks: int, block_size: int) -> None:

@@ -26,12 +26,11 @@ from batchinfer.jobs.rows.duplicates import told_alike
 from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec
-from batchinfer.models.config import ModelConfig
 
 SCHEMA_VERSION = 1
 # stands for the output, which a plan does not have; it is in no input folder
 NOWHERE = Path(os.devnull) / "plan.parquet"
-SCALE_BYTES = 4  # size of the scale for each token and head, if keys and values are in 8 bits
+UNKNOWN_KV_BYTES = 2  # of a key's or value's element, if its type is known only once the engine runs
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ def _demands(
         return {"most_new_tokens": 0, "kv_cache_bytes": 0, "operations": 0.0, "kv_bytes_read": 0.0}
     lengths = np.arange(len(job.shape.lengths))
     most = np.maximum(job.shape.most_tokens(lengths), 0)
-    model = CostModel.of(job.model, kv_bytes=_kv_element_bytes(job.model, setting.kv_cache))
+    model = CostModel.of(job.model, kv_bytes=KV_CACHE_BYTES.get(setting.kv_cache, UNKNOWN_KV_BYTES))
     total = int(most @ job.shape.lengths)
     tokens = samples * figures.kv_cache_tokens(-(-config.max_num_seqs // samples))
     each = [
@@ -245,17 +244,10 @@ def _demands(
     ]
     return {
         "most_new_tokens": total,
-        "kv_cache_bytes": round(tokens * model.kv_bytes_per_token),
+        "kv_cache_bytes": tokens * model.kv_bytes_per_token,
         "operations": sum(rows * model.operations(requests) for requests, rows in each),
         "kv_bytes_read": sum(rows * model.bytes_read(requests) for requests, rows in each),
     }
-
-
-def _kv_element_bytes(model: ModelConfig, kv_cache: str) -> float:
-    """Return the bytes of a key's or value's element, with its share of a scale. A type that is known only once the
-    engine runs counts as bfloat16."""
-    nbytes = KV_CACHE_BYTES.get(kv_cache, 2)
-    return nbytes + (SCALE_BYTES / model.attention.head_dim if nbytes == 1 else 0)
 
 
 def _candidates(job: Job, config: EngineConfig, cost: DeviceCost) -> list[Candidate]:

@@ -272,6 +272,8 @@ def tiling(head_dim: int, group: int, query: torch.dtype, kv: torch.dtype, gpu: 
     if query == torch.float32:  # multiplied without matrix units, from registers
         keys = 32 if width <= (128 if roomy else 64) and kv not in MOST else 16
         few = many = same = (16, keys, 8, 200 if kv in MOST else 80)
+    elif width > 256:  # the fewest keys that matrix units take: as many numbers as in twice as many keys of 256
+        few, many, same = (16, 16, 4, 255), (32, 16, 8, 255), (32, 16, 8, 255)
     else:
         keys = 8192 // width if roomy else 4096 // width
         # Masks of padded heads take registers, and so do large heads of 8 bits, and groups that are no power of two.
@@ -295,7 +297,7 @@ def tiling(head_dim: int, group: int, query: torch.dtype, kv: torch.dtype, gpu: 
 def shipped(gpu: Gpu) -> list[Shipped]:
     """List the kernel for every type of query and cache with heads of 128, and for other heads, groups and windows.
 
-    The last ones are Gemma 2's, with a soft cap, and gpt-oss's, with sinks.
+    The last ones are Gemma 4's, Gemma 2's with a soft cap, and gpt-oss's with sinks.
     """
     every = ("bf16", "fp16", "i8", "fp8e4nv")
     cases: list[tuple[int, int, int, str, str]] = [(128, 4, 0, "bf16", kv) for kv in every if kv != "fp16"]
@@ -305,6 +307,8 @@ def shipped(gpu: Gpu) -> list[Shipped]:
     cases += [(head_dim, 4, 0, "fp32", "fp32") for head_dim in (64, 256)]
     cases += [(128, group, 0, "bf16", kv) for group in (1, 7, 8) for kv in ("bf16", "i8")]
     cases += [(128, 4, 4096, "bf16", kv) for kv in ("bf16", "i8", "fp8e4nv")]
+    cases += [(512, 8, 0, "bf16", kv) for kv in ("bf16", "i8", "fp8e4nv")]
+    cases += [(256, 8, 512, "bf16", kv) for kv in ("bf16", "i8", "fp8e4nv")]
     capped = [(256, 2, window, "bf16", kv) for window in (0, 4096) for kv in ("bf16", "i8")]
     with_sinks = [(64, 8, window, "bf16", kv) for window in (0, 128) for kv in ("bf16", "i8")]
     every_case: list[tuple[tuple[int, int, int, str, str], float | None, bool]]

@@ -15,7 +15,7 @@ from batchinfer.kernels.rows import Rows
 from batchinfer.kernels.sampling import SamplingBatch
 
 AttentionBatch = TiledBatch | AttentionPlan
-"""Attention's inputs in a step, for the layers that share one window. Each backend has its own type."""
+"""Attention's inputs in a step, for the layers of one shape. Each backend has its own type."""
 
 
 class Backend(Protocol):
@@ -81,7 +81,7 @@ class Backend(Protocol):
         ...
 
     def cache_rows(self, slots_T: Tensor, cache: KVCache) -> Tensor:
-        """Return where `rotate_and_store` writes the tokens of these slots, in every cache of this cache's shape."""
+        """Return where `rotate_and_store` writes the tokens of these slots, in every cache with as many key heads."""
         ...
 
     def rotate_and_store(
@@ -93,6 +93,7 @@ class Backend(Protocol):
         sin_Td: Tensor,
         cache_rows: Tensor,
         norms: tuple[NormWeights, NormWeights] | None,
+        norm_values: bool,
         eps: float,
         norms_last: bool = False,
     ) -> Tensor:
@@ -100,7 +101,17 @@ class Backend(Protocol):
 
         qkv is [T, (heads + 2 kv_heads) * head_dim]; cos and sin are float32 [T, head_dim / 2]. `cache_rows` comes from
         the method of that name. `norms` are those of each head of queries and of keys, if the model has them, with
-        weights [head_dim], or [heads, head_dim] and [kv_heads, head_dim]; `norms_last`: heads are rotated before.
+        weights [head_dim], or [heads, head_dim] and [kv_heads, head_dim]; `norms_last`: heads are rotated before. With
+        `norm_values`, each head of the values gets an RMSNorm without weight.
+        """
+        ...
+
+    def rotate_queries(
+        self, query_TX: Tensor, heads: int, cos_Td: Tensor, sin_Td: Tensor, norm_d: NormWeights | None, eps: float
+    ) -> Tensor:
+        """Rotate queries [T, heads * head_dim] alone, of a layer that stores no keys: return [T, heads, head_dim].
+
+        `norm_d` is the norm on each head before that, if the model has one.
         """
         ...
 

@@ -11,7 +11,7 @@ from batchinfer.kernels.kv_cache import KVCache, cache_rows, rotate
 from batchinfer.kernels.linear import Linear
 from batchinfer.kernels.linear_w4a16 import LinearW4A16
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
-from batchinfer.kernels.norm import NormWeights, norm, norm_quantize
+from batchinfer.kernels.norm import NormWeights, norm, norm_quantize, rms_norm
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows, add_rows, quantize_rows
 from batchinfer.kernels.sampling import SamplingBatch, greedy, sample
@@ -89,6 +89,7 @@ class CpuBackend:
         sin_Td: Tensor,
         cache_rows: Tensor,
         norms: tuple[NormWeights, NormWeights] | None,
+        norm_values: bool,
         eps: float,
         norms_last: bool = False,
     ) -> Tensor:
@@ -98,10 +99,18 @@ class CpuBackend:
             turned = rotate(turned, cos_Td, sin_Td)
         if norms is not None:
             turned = torch.cat([norm(turned[:, :heads], norms[0], eps), norm(turned[:, heads:], norms[1], eps)], 1)
+        if norm_values:
+            value = rms_norm(value, None, eps)
         if not norms_last:
             turned = rotate(turned, cos_Td, sin_Td)
         cache.store(turned[:, heads:], value, cache_rows)
         return turned[:, :heads]
+
+    def rotate_queries(
+        self, query_TX: Tensor, heads: int, cos_Td: Tensor, sin_Td: Tensor, norm_d: NormWeights | None, eps: float
+    ) -> Tensor:
+        query = query_TX.view(len(query_TX), heads, -1)
+        return rotate(query if norm_d is None else norm(query, norm_d, eps), cos_Td, sin_Td)
 
     def attention(
         self,

@@ -10,7 +10,7 @@ from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.experts import ExpertRows, ProductByExpert
 from batchinfer.kernels.gpu_triton import gpu_of
 from batchinfer.kernels.kv_cache import KVCache
-from batchinfer.kernels.kv_cache_triton import rotate_and_store
+from batchinfer.kernels.kv_cache_triton import rotate_and_store, rotate_queries
 from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.products_triton import DenseProduct, EightBitProduct, FourBitProduct
@@ -88,10 +88,16 @@ class TritonBackend:
         sin_Td: Tensor,
         cache_rows: Tensor,
         norms: tuple[NormWeights, NormWeights] | None,
+        norm_values: bool,
         eps: float,
         norms_last: bool = False,
     ) -> Tensor:
-        return rotate_and_store(qkv_TX, cache, heads, cos_Td, sin_Td, cache_rows, norms, eps, norms_last)
+        return rotate_and_store(qkv_TX, cache, heads, cos_Td, sin_Td, cache_rows, norms, norm_values, eps, norms_last)
+
+    def rotate_queries(
+        self, query_TX: Tensor, heads: int, cos_Td: Tensor, sin_Td: Tensor, norm_d: NormWeights | None, eps: float
+    ) -> Tensor:
+        return rotate_queries(query_TX, heads, cos_Td, sin_Td, norm_d, eps)
 
     def attention(
         self,

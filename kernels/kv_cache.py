@@ -47,7 +47,7 @@ class KVCache:
             self.value = _zeros((blocks, kv_heads, head_dim, block_size), dtype, device).transpose(2, 3)
         else:
             self.value = _zeros(shape, dtype, device)
-        self.block_size = block_size
+        self.kv_heads, self.block_size = kv_heads, block_size
         self.key_scale = _zeros(shape[:3], torch.float32, device) if quantized else None
         self.value_scale = _zeros(shape[:3], torch.float32, device) if quantized else None
 

@@ -32,10 +32,11 @@ def norm_quantize(x_MD: Tensor, weights: NormWeights, eps: float) -> Rows:
     return quantize_rows(layer_norm(x_MD, weights, eps))
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Return `x / rms(x) * weight` over the last dimension, in x's shape and dtype. It is computed in float32."""
     x32 = x.float()
-    return (x32 * _inverse_rms(x32, eps)).to(x.dtype).mul_(weight)
+    normed = (x32 * _inverse_rms(x32, eps)).to(x.dtype)
+    return normed if weight is None else normed.mul_(weight)
 
 
 def rms_norm_quantize(x_MD: Tensor, weight_D: Tensor, eps: float) -> Rows:

@@ -71,6 +71,8 @@ def channel_makers(layer: Layer) -> dict[str, Norm | Matrix]:
         "gate_up": _with_weight(layer.mlp_norm),
         "down": f.up if f.gate else None,
     }
+    if a.value_norm or a.source is not None:
+        makers["output"] = None
     found = {product: maker for product, maker in makers.items() if maker is not None}
     if missing := sorted(makers.keys() - found.keys()):
         raise ValueError(

@@ -6,7 +6,8 @@ before it, so that it can correct their error.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -22,10 +23,10 @@ from batchinfer.kernels.activation import activate
 from batchinfer.kernels.experts import route
 from batchinfer.kernels.kv_cache import rotate
 from batchinfer.kernels.linear import linear
-from batchinfer.kernels.norm import NormWeights, norm
+from batchinfer.kernels.norm import NormWeights, norm, rms_norm
 from batchinfer.kernels.processor import multiplied_in
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.layer import Attention, Experts, FeedForward, Matrix, Norm
+from batchinfer.models.layer import Attention, Experts, FeedForward, Matrix, Norm, PerLayerEmbeddings
 from batchinfer.models.stored_layer import bias_of, norm_weights, weight_of
 
 CHUNK_TOKENS = 2048
@@ -56,18 +57,42 @@ class Calibration:
         longest = max(map(len, sequences))
         self.config = config.within(longest)
         self.angles = {rope: rope.tables(longest) for rope in {layer.attention.rope for layer in self.config.layers}}
-        growth = config.attention.query_growth
-        self.growth = None if growth is None else growth.factors(longest)[:, None, None]
+        growing = {layer.attention.query_growth for layer in config.layers}
+        self.growth = {g: g.factors(longest)[:, None, None] for g in growing if g is not None}
 
     @property
     def tokens(self) -> int:
         """Number of tokens of all sequences."""
         return len(self.token_ids)
 
-    def begin(self, embedding_VD: Tensor) -> None:
-        """Compute and store the hidden states before the first layer."""
+    def begin(self, tensors: dict[str, Tensor]) -> None:
+        """Compute and store the hidden states before the first layer, and the per-layer embeddings.
+
+        `tensors` are those outside the layers, by name.
+        """
         chunks = torch.split(torch.from_numpy(self.token_ids), [sum(lengths) for lengths in self.chunks])
-        self._store(_states(0), (self._embedded(chunk, embedding_VD) for chunk in chunks))
+        embedding = tensors[f"{self.config.embedding.name}.weight"]
+        self._store(_states(0), (self._embedded(chunk, embedding) for chunk in chunks))
+        if (shape := self.config.ends.per_layer) is not None:
+            for i in range(len(self.config.layers)):
+                made = map(self._per_layer_maker(i, shape, tensors), chunks, self._stored(_states(0)))
+                self._store(_per_layer(i), made)
+
+    def _per_layer_maker(
+        self, layer: int, shape: PerLayerEmbeddings, tensors: dict[str, Tensor]
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what makes a layer's per-layer embeddings of tokens [T] and their states before the first layer."""
+        first = layer * shape.size
+        own = replace(shape.projection, first=first, rows=shape.size, module_rows=shape.projection.rows)
+        projection = weight_of(own, tensors[f"{own.name}.weight"]).to(self.dtype)
+        weights = self._norm_weights(shape.norm, tensors)
+        table = tensors[f"{shape.table.name}.weight"]
+
+        def made(tokens: Tensor, x_TD: Tensor) -> Tensor:
+            found = table[tokens, first : first + shape.size].to(self.dtype) * shape.factor
+            return found + norm(linear(x_TD, projection), weights, self.config.norm_eps)
+
+        return made
 
     def _embedded(self, tokens: Tensor, embedding_VD: Tensor) -> Tensor:
         return F.embedding(tokens, embedding_VD).to(self.dtype) * self.config.ends.embedding_factor
@@ -97,8 +122,7 @@ class Calibration:
         entering = self._stored(_states(number))
         yield Stage("qkv", self.tokens, normed(entering, layer.input_norm))
         heads = map(product("qkv"), normed(entering, layer.input_norm))
-        chunks = zip(heads, self.chunks, strict=True)
-        mixed = self._store("mixed", (self._attend(x, lengths, layer.attention, tensors) for x, lengths in chunks))
+        mixed = self._store("mixed", self._attended(number, heads, tensors))
         yield Stage("output", self.tokens, iter(mixed))
         middle = self._store("middle", added(entering, map(product("output"), mixed), layer.attention_norm))
         before = entering if layer.parallel else middle
@@ -109,7 +133,19 @@ class Calibration:
         f = layer.feed_forward
         walk = self._block(f, "", product, inputs) if isinstance(f, FeedForward) else self._experts(f, tensors, inputs)
         outputs = yield from walk
-        self._store(_states(number + 1), added(middle, outputs, layer.mlp_output_norm))
+        leaving = added(middle, outputs, layer.mlp_output_norm)
+        if (p := layer.per_layer) is not None:
+            behind = self._store("behind", leaving)
+            yield Stage("per_layer_gate", self.tokens, iter(behind))
+            gates = map(product("per_layer_gate"), behind)
+            vectors = self._stored(_per_layer(number), p.gate.rows)
+            pairs = (torch.cat(pair, 1) for pair in zip(gates, vectors, strict=True))
+            gated = self._store("gated", map(partial(activate, activation=p.activation, gated=True), pairs))
+            yield Stage("per_layer_projection", self.tokens, iter(gated))
+            leaving = added(behind, map(product("per_layer_projection"), gated), p.norm)
+        if layer.scalar is not None:
+            leaving = (x * tensors[layer.scalar].to(self.dtype) for x in leaving)
+        self._store(_states(number + 1), leaving)
         for path in self.folder.glob("*expert*"):
             path.unlink()
 
@@ -156,40 +192,79 @@ class Calibration:
         return map(_weighted_sum, chosen, zip(*outputs, strict=True), shared)
 
     def leave(self, layer: int) -> None:
-        """Delete the states before this layer, which are not needed any more."""
-        (self.folder / _states(layer)).unlink(missing_ok=True)
+        """Delete what the layers from this one on do not need any more."""
+        names = [_states(layer), _per_layer(layer)]
+        if layer >= 0 and (source := self.config.layers[layer].attention.source) is not None:
+            names += [] if source in self._sources(layer + 1) else [_keys(source)]
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
 
-    def _attend(self, qkv_TX: Tensor, lengths: list[int], shape: Attention, tensors: dict[str, Tensor]) -> Tensor:
+    def _sources(self, first: int) -> set[int | None]:
+        """Return the layers whose keys and values are read by others, of those from `first` on."""
+        return {layer.attention.source for layer in self.config.layers[first:]}
+
+    def _attended(self, number: int, heads: Iterable[Tensor], tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+        """Yield attention's outputs of a layer in chunks [T, heads * head_dim]; `heads` are the outputs of its qkv.
+
+        Keys and values that later layers read go to a file.
+        """
+        shape = self.config.layers[number].attention
+        width = 2 * shape.kv_heads * shape.head_dim
+        read = None if shape.source is None else iter(self._stored(_keys(shape.source), width))
+        is_source = number in self._sources(number + 1)
+        with (self.folder / _keys(number)).open("wb") if is_source else nullcontext() as kept:
+            for qkv, lengths in zip(heads, self.chunks, strict=True):
+                if shape.limit is not None:
+                    qkv.clamp_(-shape.limit, shape.limit)
+                q, kv = qkv[:, : shape.q.rows], qkv[:, shape.q.rows :]
+                query = self._normed_and_rotated(q, lengths, shape, 0, tensors)
+                seen = self._keys_values(kv, lengths, shape, tensors) if read is None else next(read)
+                if kept is not None:
+                    kept.write(_bytes(seen))
+                yield self._attend(query, seen, lengths, shape, tensors)
+
+    def _keys_values(self, kv_TX: Tensor, lengths: list[int], shape: Attention, tensors: dict[str, Tensor]) -> Tensor:
+        """Return the keys, then the values that attention sees, [T, 2 * kv_heads * head_dim]."""
+        key, value = torch.split(kv_TX, [shape.k.rows, shape.v.rows], 1)
+        key = self._normed_and_rotated(key, lengths, shape, 1, tensors)
+        if shape.value_norm:
+            value = rms_norm(value.reshape(len(value), -1, shape.head_dim), None, self.config.norm_eps).flatten(1)
+        return torch.cat([key, value], 1)
+
+    def _normed_and_rotated(
+        self, x_TX: Tensor, lengths: list[int], shape: Attention, which: int, tensors: dict[str, Tensor]
+    ) -> Tensor:
+        """Return queries (`which` is 0) or keys (1) after their norms and rotary embedding, [T, heads * head_dim]."""
+        positions = torch.cat([torch.arange(n) for n in lengths])
+        cos, sin = (table[positions] for table in self.angles[shape.rope])
+
+        def normed(x: Tensor) -> Tensor:
+            if shape.head_norms is None:
+                return x
+            return norm(x, self._norm_weights(shape.head_norms[which], tensors), self.config.norm_eps)
+
+        if shape.normed_together:
+            x_TX = normed(x_TX)
+        x = x_TX.reshape(len(x_TX), -1, shape.head_dim)
+        if shape.normed_after_rope:
+            return normed(rotate(x, cos, sin)).flatten(1)
+        return rotate(x if shape.normed_together else normed(x), cos, sin).flatten(1)
+
+    def _attend(
+        self, query_TX: Tensor, seen_TX: Tensor, lengths: list[int], shape: Attention, tensors: dict[str, Tensor]
+    ) -> Tensor:
         """Return attention's outputs [T, heads * head_dim], computed one sequence at a time."""
-        cos, sin = self.angles[shape.rope]
         out = []
-        if shape.limit is not None:
-            qkv_TX = qkv_TX.clamp(-shape.limit, shape.limit)
-        for qkv in torch.split(qkv_TX, lengths):
-            query, key, value = torch.split(qkv, [shape.q.rows, shape.k.rows, shape.v.rows], 1)
-            if shape.normed_together:
-                query, key = self._head_norms(query, key, shape, tensors)
-            query, key, value = (x.reshape(len(qkv), -1, shape.head_dim) for x in (query, key, value))
-            if not shape.normed_together and not shape.normed_after_rope:
-                query, key = self._head_norms(query, key, shape, tensors)
-            query, key = (rotate(x, cos[: len(qkv)], sin[: len(qkv)]) for x in (query, key))
-            if shape.normed_after_rope:
-                query, key = self._head_norms(query, key, shape, tensors)
-            if self.growth is not None:
-                query = (query * self.growth[: len(qkv)]).to(self.dtype)
+        for query, seen in zip(torch.split(query_TX, lengths), torch.split(seen_TX, lengths), strict=True):
+            n, (key, value) = len(query), seen.chunk(2, 1)
+            query, key, value = (x.reshape(n, -1, shape.head_dim) for x in (query, key, value))
+            if shape.query_growth is not None:
+                query = (query * self.growth[shape.query_growth][:n]).to(self.dtype)
             query, key, value = (x.transpose(0, 1).to(multiplied_in(self.dtype)) for x in (query, key, value))
             sinks = None if shape.sinks is None else tensors[shape.sinks].float()
             mixed = _attention(query, key, value, shape, sinks)
             out.append(mixed.transpose(0, 1).flatten(1).to(self.dtype))
         return torch.cat(out)
-
-    def _head_norms(
-        self, query: Tensor, key: Tensor, shape: Attention, tensors: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        if shape.head_norms is None:
-            return query, key
-        of_query, of_key = (self._norm_weights(found, tensors) for found in shape.head_norms)
-        return norm(query, of_query, self.config.norm_eps), norm(key, of_key, self.config.norm_eps)
 
     def _norm_weights(self, found: Norm, tensors: dict[str, Tensor]) -> NormWeights:
         return norm_weights(found, lambda name, shape: tensors[name], self.dtype, torch.device("cpu"))
@@ -198,16 +273,15 @@ class Calibration:
         unfinished, rows, columns = self.folder / f"{name}.unfinished", [], 0
         with unfinished.open("wb") as file:
             for chunk in chunks_TX:
-                if len(chunk):  # torch cannot view an empty one as bytes
-                    file.write(chunk.contiguous().view(torch.uint8).numpy().tobytes())
+                file.write(_bytes(chunk))
                 rows.append(len(chunk))
                 columns = chunk.shape[1]
         unfinished.replace(self.folder / name)
         return _Activations(self.folder / name, rows, columns, self.dtype)
 
-    def _stored(self, name: str) -> "_Activations":
+    def _stored(self, name: str, columns: int | None = None) -> "_Activations":
         rows = [sum(lengths) for lengths in self.chunks]
-        return _Activations(self.folder / name, rows, self.config.hidden_size, self.dtype)
+        return _Activations(self.folder / name, rows, columns or self.config.hidden_size, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -256,7 +330,23 @@ def _weighted_sum(chosen: tuple[Tensor, Tensor], outputs: tuple[Tensor, ...], sh
 
 
 def _states(layer: int) -> str:
+    """Name the file of the hidden states before a layer."""
     return f"states-{layer:05}"
+
+
+def _per_layer(layer: int) -> str:
+    """Name the file of a layer's per-layer embeddings."""
+    return f"per-layer-{layer:05}"
+
+
+def _keys(layer: int) -> str:
+    """Name the file of the keys and values that other layers read of a layer."""
+    return f"keys-{layer:05}"
+
+
+def _bytes(x: Tensor) -> bytes:
+    # torch cannot view an empty tensor as bytes.
+    return x.contiguous().view(torch.uint8).numpy().tobytes() if len(x) else b""
 
 
 def _attention(

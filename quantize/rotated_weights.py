@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.layer import FeedForward
+from batchinfer.models.layer import Attention, FeedForward
 from batchinfer.models.weights import SafetensorsWeights
 from batchinfer.quantize.rotation import rotation
 
@@ -28,7 +28,8 @@ class RotatedWeights:
         _refuse_other_layers(config)
         self.weights, self.config = weights, config
         self.hidden = rotation(config.hidden_size, seed)
-        self.head = rotation(config.attention.head_dim, seed + 1)
+        sizes = {layer.attention.head_dim for layer in config.layers}
+        self.heads = {size: rotation(size, seed + 1) for size in sizes}
         self._readers = dict(self._by_name())
 
     def names(self) -> list[str]:
@@ -52,11 +53,14 @@ class RotatedWeights:
                 gain = f"{at}{norm.name}.weight"
                 yield gain, self._ones
                 for matrix in filter(None, readers):
-                    yield f"{at}{matrix.name}.weight", partial(self._reading, gain=gain, values=matrix is a.v)
+                    yield (
+                        f"{at}{matrix.name}.weight",
+                        partial(self._reading, gain=gain, head=self._head(matrix is a.v, a)),
+                    )
             for matrix in (a.output, f.down):
-                yield f"{at}{matrix.name}.weight", partial(self._writing, values=matrix is a.output)
+                yield f"{at}{matrix.name}.weight", partial(self._writing, head=self._head(matrix is a.output, a))
                 yield f"{at}{matrix.name}.bias", self._writing_bias
-            yield f"{at}{a.v.name}.bias", self._value_bias
+            yield f"{at}{a.v.name}.bias", partial(self._value_bias, head=self.heads[a.head_dim])
 
     def _ones(self, name: str) -> Tensor:
         """Return a norm's weight without its gains, which are moved into the matrices that follow."""
@@ -70,30 +74,35 @@ class RotatedWeights:
         weight = self.weights.read(f"{self.config.embedding.name}.weight" if self.config.tied else name)
         return (self._gained(weight, f"{self.config.norm.name}.weight") @ self.hidden).to(weight.dtype)
 
-    def _reading(self, name: str, gain: str, values: bool) -> Tensor:
-        """Read a matrix that takes the hidden state from a norm."""
-        weight = self._gained(self.weights.read(name), gain) @ self.hidden
-        return self._by_head(weight.t()).t() if values else weight
+    def _head(self, values: bool, attention: Attention) -> Tensor | None:
+        """Return the rotation of a head, for matrices that read or write values; None for others."""
+        return self.heads[attention.head_dim] if values else None
 
-    def _writing(self, name: str, values: bool) -> Tensor:
-        """Read a matrix whose output is added to the hidden state."""
+    def _reading(self, name: str, gain: str, head: Tensor | None) -> Tensor:
+        """Read a matrix that takes the hidden state from a norm; `head` rotates the values that it makes."""
+        weight = self._gained(self.weights.read(name), gain) @ self.hidden
+        return weight if head is None else _by_head(weight.t(), head).t()
+
+    def _writing(self, name: str, head: Tensor | None) -> Tensor:
+        """Read a matrix whose output is added to the hidden state; `head` has rotated the values that it takes."""
         weight = self.weights.read(name).float()
-        return self.hidden.t() @ (self._by_head(weight) if values else weight)
+        return self.hidden.t() @ (weight if head is None else _by_head(weight, head))
 
     def _writing_bias(self, name: str) -> Tensor:
         bias = self.weights.read(name)
         return (bias.float() @ self.hidden).to(bias.dtype)
 
-    def _value_bias(self, name: str) -> Tensor:
+    def _value_bias(self, name: str, head: Tensor) -> Tensor:
         bias = self.weights.read(name)
-        return self._by_head(bias.float()[None])[0].to(bias.dtype)
+        return _by_head(bias.float()[None], head)[0].to(bias.dtype)
 
     def _gained(self, weight_NK: Tensor, norm: str) -> Tensor:
         return weight_NK.float() * self.weights.read(norm).float()
 
-    def _by_head(self, x_NX: Tensor) -> Tensor:
-        """Rotate the last dimension, heads * head_dim, within each head."""
-        return (x_NX.reshape(len(x_NX), -1, self.config.attention.head_dim) @ self.head).flatten(1)
+
+def _by_head(x_NX: Tensor, head: Tensor) -> Tensor:
+    """Rotate the last dimension, heads * head_dim, by `head` within each head."""
+    return (x_NX.reshape(len(x_NX), -1, len(head)) @ head).flatten(1)
 
 
 def _refuse_other_layers(config: ModelConfig) -> None:
@@ -104,6 +113,8 @@ def _refuse_other_layers(config: ModelConfig) -> None:
         plain &= layer.attention_norm is None and layer.mlp_output_norm is None
         plain &= isinstance(layer.feed_forward, FeedForward) and layer.feed_forward.gate is not None
         plain &= not layer.parallel and layer.attention.limit is None
+        plain &= layer.attention.source is None and layer.per_layer is None and layer.scalar is None
+        plain &= layer.attention.v.name != layer.attention.k.name
         plain &= all(matrix.stored_rows == matrix.rows for matrix in layer.matrices)
         if not plain:
             raise ValueError(

@@ -160,7 +160,7 @@ class Quantizer:
             if layer >= 0:
                 report = self._layer(layer, tensors)
             elif self.calibration is not None:
-                self.calibration.begin(tensors[f"{self.config.embedding.name}.weight"])
+                self.calibration.begin(tensors)
             self.state["layers"][str(layer)] = {"errors": report.errors, "notes": report.notes}
             self._write_state()
             self._write(path, {f"{prefix}{name}": tensor for name, tensor in tensors.items()})
@@ -257,13 +257,15 @@ class Quantizer:
             )
 
     def _unquantized(self) -> list[str]:
-        """Return the modules that stay in floating point: the head, and what chooses experts.
+        """Return the modules that stay in floating point: the head, what chooses experts, and per-layer embeddings.
 
         transformers has its own name for the head.
         """
         blocks = [(layer.prefix, layer.feed_forward) for layer in self.config.layers]
         chooses = [f"{at}{m.name}" for at, f in blocks if isinstance(f, Experts) for m in f.unquantized]
-        return [*sorted({self.config.head.name, "lm_head"}), *chooses]
+        p = self.config.ends.per_layer
+        before = [] if p is None else [p.projection.name]
+        return [*sorted({self.config.head.name, "lm_head"}), *chooses, *before]
 
     def _file(self, layer: int) -> str:
         return f"model-{layer + 2:05}-of-{self.files:05}.safetensors"

@@ -105,7 +105,8 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             for name, tensor in (dict(model.named_parameters()) | buffers).items():
                 # Biases and norms start as constants; give every tensor something to be wrong about. Larger weights
                 # than usual, so that logits differ by more than rounding.
-                torch.nn.init.normal_(tensor, 1.0 if "norm" in name else 0.0, 0.1)
+                around_one = "norm" in name or name.endswith("layer_scalar")
+                torch.nn.init.normal_(tensor, 1.0 if around_one else 0.0, 0.1)
             folder = tmp_path_factory.mktemp(family)
             model.save_pretrained(folder)
             made[key] = folder

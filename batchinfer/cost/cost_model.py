@@ -21,25 +21,22 @@ class CostModel:
     linear_parameters: int  # elements of the matrices of all layers
     head_parameters: int
     query_numbers: int  # elements of a token's queries in all layers
-    kv_numbers: int  # elements of a token's keys and values in all layers
-    kv_bytes: float  # bytes of an element of keys or values, its share of a scale included
+    kv_bytes_per_token: int  # bytes of a token's keys and values in the layers that store them
+    kv_bytes_read: int  # the same in all layers: some may read those of another
 
     @classmethod
-    def of(cls, config: ModelConfig, kv_bytes: float) -> "CostModel":
-        """Return the cost model of a checkpoint with this `config`."""
-        shapes = [layer.attention for layer in config.layers]
-        queries, keys_values = sum(a.q.rows for a in shapes), sum(a.k.rows + a.v.rows for a in shapes)
-        return cls(layer_weights(config), config.head.size, queries, keys_values, kv_bytes)
+    def of(cls, config: ModelConfig, kv_bytes: int) -> "CostModel":
+        """Return the cost model of a checkpoint with this `config`; an element of keys and values takes `kv_bytes`."""
+        queries = sum(layer.attention.q.rows for layer in config.layers)
+        stored, read = (
+            sum(a.attention.kv_bytes(kv_bytes) for a in layers) for layers in (config.storing, config.layers)
+        )
+        return cls(layer_weights(config), config.head.size, queries, stored, read)
 
     @property
     def attention_operations(self) -> int:
         """Operations of attention between one token and one token that it sees, in all layers."""
         return 4 * self.query_numbers
-
-    @property
-    def kv_bytes_per_token(self) -> float:
-        """Bytes of a token's keys and values in all layers."""
-        return self.kv_numbers * self.kv_bytes
 
     def operations(self, requests: Requests) -> float:
         """Return the operations of one request: of its prompt, and of each new token with the head."""
@@ -50,4 +47,4 @@ class CostModel:
 
     def bytes_read(self, requests: Requests) -> float:
         """Return the bytes of keys and values that the new tokens of one request read."""
-        return requests.output * (requests.prompt + requests.output / 2) * self.kv_bytes_per_token
+        return requests.output * (requests.prompt + requests.output / 2) * self.kv_bytes_read

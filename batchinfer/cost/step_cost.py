@@ -78,8 +78,9 @@ class Weights:
 
 
 def layer_weights(model: ModelConfig) -> int:
-    """Return the number of elements of the matrices of all layers."""
-    return sum(matrix.size for layer in model.layers for matrix in layer.matrices)
+    """Return the number of elements of all matrices but the head's."""
+    made = 0 if model.ends.per_layer is None else model.ends.per_layer.projection.size
+    return made + sum(matrix.size for layer in model.layers for matrix in layer.matrices)
 
 
 def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, sampling: str) -> dict[str, Floats]:
@@ -91,15 +92,16 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
     shapes = [layer.attention for layer in layers]
     # Behind attention, the last layer computes sampled rows only.
     inner, last = layers[:-1], layers[-1]
-    moved = w.sampled * last.feed_forward.numbers_per_token + w.tokens * (
+    moved = w.sampled * last.numbers_behind_attention + w.tokens * (
         sum(2 * layer.attention.q.columns + 2 * layer.attention.width for layer in layers)
-        + sum(layer.feed_forward.numbers_per_token for layer in inner)
+        + sum(layer.numbers_behind_attention for layer in inner)
     )
     products = _products(work, model)
     head = model.head.size
     streamed = weights.streamed(model)
     heads, width = sum(a.heads for a in shapes), sum(a.heads * a.head_dim for a in shapes)
     kv = sum(a.kv_heads * a.head_dim for a in shapes)
+    stored = sum(a.kv_heads * a.head_dim for a in shapes if a.source is None)
     named = {
         "step": np.ones(len(w)),
         "layer": np.full(len(w), float(len(layers))),
@@ -117,7 +119,7 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
         "decoding sequence": len(layers) * w.decoding,
         "decoding score": heads * w.decode_keys,
         f"decoding key in {kv_cache}": kv * w.decode_keys,
-        f"stored key in {kv_cache}": kv * w.tokens,
+        f"stored key in {kv_cache}": stored * w.tokens,
     }
     if sampling != "greedy":
         named[f"{sampling} logit"] = model.vocab_size * w.sampled
@@ -133,11 +135,13 @@ def _products(work: Work, model: ModelConfig) -> list[tuple[Floats, Floats]]:
     """
     *inner, last = model.layers
     attention = [layer.attention for layer in model.layers]
-    weights = sum(a.q.size + a.k.size + a.v.size for a in attention) + sum(a.output.size for a in attention[:-1])
+    weights = sum(matrix.size for a in attention for matrix in a.matrices) + sum(a.output.size for a in attention[:-1])
+    weights += sum(layer.per_layer.weights_per_token for layer in inner if layer.per_layer is not None)
     behind = Counter((layer.feed_forward, False) for layer in inner)
     behind[last.feed_forward, True] += 1
     ones = np.ones(len(work))
-    found = [(weights * ones, work.tokens), (last.attention.output.size * ones, work.sampled)]
+    of_last = last.attention.output.size + (0 if last.per_layer is None else last.per_layer.weights_per_token)
+    found = [(weights * ones, work.tokens), (of_last * ones, work.sampled)]
     for (f, sampled), layers in behind.items():
         rows = work.sampled if sampled else work.tokens
         if isinstance(f, FeedForward):

@@ -1,5 +1,6 @@
 """Build a step's inputs to attention on the host, in the form that each backend takes."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -10,6 +11,7 @@ from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.shared_prefixes import SharedPrefixes
 from batchinfer.kernels.attention import BlockUsers, DecodeBlocks, PromptTiles, TiledBatch
 from batchinfer.kernels.attention_plan import AttentionPlan, Tiling, plan_attention
+from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints, offsets_of, ranges
@@ -18,12 +20,12 @@ from batchinfer.models.batch import PromptChunk, as_tensor
 
 
 class AttentionInputs(Protocol):
-    """Builds a step's inputs to attention, one for each attention window that a layer has."""
+    """Builds a step's inputs to attention, one for each shape of attention that a layer has."""
 
     def __call__(
         self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
-    ) -> dict[int | None, AttentionBatch]:
-        """Return the inputs by window, for prompt chunks and for the decoding sequences behind them.
+    ) -> dict[AttentionShape, AttentionBatch]:
+        """Return the inputs by shape, for prompt chunks and for the decoding sequences behind them.
 
         `decoding` [n] holds the place, and `positions` [n] the position, of each token after the prompts; the tokens of
         one sequence are neighbours.
@@ -34,15 +36,16 @@ class AttentionInputs(Protocol):
 class TiledInputs:
     """Builds inputs for the CPU: prompts in tiles, and each later token as a query with the blocks that it reads.
 
-    Tiles at the same position in their sequences form a group, because they see the same number of keys.
+    Tiles at the same position in their sequences form a group, because they see the same number of keys. Shapes with
+    the same window have the same inputs.
     """
 
-    def __init__(self, windows: set[int | None]) -> None:
-        self.windows = windows
+    def __init__(self, shapes: Iterable[AttentionShape]) -> None:
+        self.shapes = tuple(shapes)
 
     def __call__(
         self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
-    ) -> dict[int | None, AttentionBatch]:
+    ) -> dict[AttentionShape, AttentionBatch]:
         groups: dict[int, list[tuple[int, int, int]]] = {}
         for c in chunks:
             for start in range(c.start, c.end, TILE):
@@ -54,23 +57,30 @@ class TiledInputs:
         def decode(window: int | None) -> DecodeBlocks | None:
             return _decode_blocks(table, decoding, positions, prompt_tokens, window) if len(decoding) else None
 
-        return {window: TiledBatch(window, tiles, decode(window)) for window in self.windows}
+        windows = {shape.window for shape in self.shapes}
+        by_window = {window: TiledBatch(window, tiles, decode(window)) for window in windows}
+        return {shape: by_window[shape.window] for shape in self.shapes}
 
 
 class RaggedInputs:
     """Builds inputs for a GPU: one kernel takes all sequences, with one new token or many."""
 
-    def __init__(
-        self, windows: set[int | None], heads: int, kv_heads: int, tiling: Tiling, processors: int | None
-    ) -> None:
-        """Take the model's shape. `processors` is how many the GPU has; None keeps a token's bits free of the batch."""
-        self.windows, self.heads, self.kv_heads = windows, heads, kv_heads
-        self.tiling, self.processors = tiling, processors
-        self.prefixes = SharedPrefixes(heads // kv_heads, tiling, processors is None)
+    def __init__(self, tilings: Mapping[AttentionShape, Tiling], processors: int | None) -> None:
+        """Take the tiles of each shape.
+
+        `processors` is how many the GPU has; None keeps a token's bits free of the batch.
+        """
+        self.tilings, self.processors = tilings, processors
+        # With a window, the sequences of a prefix would see different keys of it.
+        self.prefixes = {
+            shape: SharedPrefixes(shape.heads // shape.kv_heads, tiling, processors is None)
+            for shape, tiling in tilings.items()
+            if shape.window is None
+        }
 
     def __call__(
         self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
-    ) -> dict[int | None, AttentionBatch]:
+    ) -> dict[AttentionShape, AttentionBatch]:
         prompts = np.array([(c.place, c.end - c.start, c.end) for c in chunks], np.int64).reshape(-1, 3)
         first = np.flatnonzero(np.diff(decoding, prepend=-1))  # queries of one sequence are neighbours
         counts = np.diff(np.append(first, len(decoding)))
@@ -81,13 +91,13 @@ class RaggedInputs:
         blocks = torch.from_numpy(table.blocks[places, :most].astype(np.int32))
         apart = RaggedBatch(offsets_of(lengths), contexts, blocks)
 
-        def plan(window: int | None) -> AttentionPlan:
-            # With a window, the sequences of a prefix would see different keys of it.
-            prefixes = self.prefixes.of(table, places, lengths, contexts) if window is None else ()
+        def plan(shape: AttentionShape, tiling: Tiling) -> AttentionPlan:
+            shared = self.prefixes.get(shape)
+            prefixes = () if shared is None else shared.of(table, places, lengths, contexts)
             batch = replace(apart, prefixes=prefixes)
-            return plan_attention(batch, self.heads, self.kv_heads, window, self.tiling, self.processors)
+            return plan_attention(batch, shape.heads, shape.kv_heads, shape.window, tiling, self.processors)
 
-        return {window: plan(window) for window in self.windows}
+        return {shape: plan(shape, tiling) for shape, tiling in self.tilings.items()}
 
 
 def _tile_group(table: SequenceTable, index: int, tiles: list[tuple[int, int, int]]) -> PromptTiles:

@@ -22,7 +22,7 @@ from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.backend import Backend
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
-from batchinfer.kernels.kv_cache import KV_DTYPES
+from batchinfer.kernels.kv_cache import KV_DTYPES, KVCache
 from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
 from batchinfer.kernels.product import Product
@@ -84,17 +84,17 @@ class ModelRunner:
     @property
     def attention_inputs(self) -> AttentionInputs:
         """The builder of a step's inputs to attention, for the scheduler."""
-        c = self.decoder.config
+        shapes = self.decoder.config.attention_shapes
         if isinstance(self.backend, CpuBackend):
-            return TiledInputs(set(c.windows))
+            return TiledInputs(shapes)
         from batchinfer.kernels.attention_triton import tiling
         from batchinfer.kernels.backend_triton import TritonBackend
 
         assert isinstance(self.backend, TritonBackend)
         processors = None if self.backend.deterministic else self.backend.gpu.processors
-        a = c.attention
-        tiles = tiling(a.head_dim, a.heads // a.kv_heads, self.decoder.stream, self.kv_dtype, self.backend.gpu)
-        return RaggedInputs(set(c.windows), a.heads, a.kv_heads, tiles, processors)
+        types = self.decoder.stream, self.kv_dtype, self.backend.gpu
+        tilings = {shape: tiling(shape.head_dim, shape.heads // shape.kv_heads, *types) for shape in shapes}
+        return RaggedInputs(tilings, processors)
 
     @property
     def row_steps(self) -> tuple[int, ...]:
@@ -122,11 +122,13 @@ class ModelRunner:
 
         The CPU's attention does not count what it reads: (0, 0).
         """
-        windows = self.decoder.config.windows
-        a_key = self.bytes_per_token // len(windows)
-        plans = [(windows.count(w), p) for w, p in batch.attention.items() if isinstance(p, AttentionPlan)]
-        read = sum(layers * plan.keys_read for layers, plan in plans)
-        return a_key * read, a_key * sum(layers * plan.keys_unshared for layers, plan in plans)
+        read = unshared = 0
+        for layer in self.decoder.config.layers:
+            plan, a_key = batch.attention[layer.attention.shape], layer.attention.kv_bytes(self.kv_dtype.itemsize)
+            if isinstance(plan, AttentionPlan):
+                read += a_key * plan.keys_read
+                unshared += a_key * plan.keys_unshared
+        return read, unshared
 
     @property
     def peak_device_bytes(self) -> int:
@@ -159,7 +161,7 @@ class ModelRunner:
     def _sample(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.decoder.forward(batch, self.caches)[: len(batch.places)]
         if len(batch.copies):
-            for cache in self.caches:
+            for cache in self._own_caches:
                 cache.copy(batch.copied, batch.copies)
         if batch.changes is not None:
             change_logits(logits, batch.changes)
@@ -173,19 +175,24 @@ class ModelRunner:
     def clear_blocks(self, blocks: NDArray[np.int64]) -> None:
         """Zero `blocks` of the KV cache, which hold values that are not finite."""
         on_device = torch.from_numpy(blocks).to(self.backend.device)
-        for cache in self.caches:
+        for cache in self._own_caches:
             cache.clear(on_device)
 
     def clear_slots(self, slots: NDArray[np.int64]) -> None:
         """Zero `slots` of the KV cache, which hold values that are not finite."""
         on_device = torch.from_numpy(slots).to(self.backend.device)
-        for cache in self.caches:
+        for cache in self._own_caches:
             cache.clear_slots(on_device)
 
     @property
     def kv_cache_bytes(self) -> int:
         """Bytes of the KV cache. On the CPU, pages that were never written take no memory."""
-        return sum(cache.nbytes for cache in self.caches)
+        return sum(cache.nbytes for cache in self._own_caches)
+
+    @property
+    def _own_caches(self) -> list[KVCache]:
+        """The caches, each once: layers may share one."""
+        return list(dict.fromkeys(self.caches))
 
 
 def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> WeightSource:

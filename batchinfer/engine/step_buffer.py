@@ -16,6 +16,7 @@ from torch import Tensor
 from batchinfer.engine.step_shape import StepShape, plans_of
 from batchinfer.engine.transfer import ALIGNMENT, view
 from batchinfer.kernels.attention_plan import ITEM, AttentionPlan, Column
+from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.sampling import SamplingBatch
 from batchinfer.models.batch import Batch, Queries
@@ -58,11 +59,11 @@ class StepBuffer:
             name: view(buffer, offset, shape, torch.from_numpy(np.empty(0, dtype)).dtype)
             for name, (offset, shape, dtype) in self._arrays.items()
         }
-        attention: dict[int | None, AttentionBatch] = {}
+        attention: dict[AttentionShape, AttentionBatch] = {}
         for i, plan in enumerate(self.shape.plans):
             launches = tuple((tile, at["items", i, j]) for j, (tile, _) in enumerate(plan.launches))
-            attention[plan.window] = AttentionPlan(
-                plan.window,
+            attention[plan.attention] = AttentionPlan(
+                plan.attention.window,
                 at["table"],
                 launches,
                 at["first", i],
@@ -126,7 +127,7 @@ class StepBuffer:
     def _write_plan(self, at: dict[Name, NDArray[Any]], i: int, plan: AttentionPlan) -> None:
         table, first, merged = plan.table.numpy(), plan.first.numpy(), plan.merged.numpy()
         rows, columns = table.shape
-        if i == 0:  # the windows' plans share it
+        if i == 0:  # all plans share it
             at["table"][:rows, :columns] = table
         at["first", i][: len(first)] = first
         at["first", i][len(first) :] = first[-1]

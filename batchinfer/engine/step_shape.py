@@ -8,6 +8,7 @@ then does not show in the shape.
 from dataclasses import dataclass
 
 from batchinfer.kernels.attention_plan import AttentionPlan, Tile
+from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.models.batch import Batch
 
 LEAST_COLUMNS = 64
@@ -20,14 +21,14 @@ LEAST_WIDE_ITEMS = 32
 class PlanShape:
     """The sizes of a padded attention plan."""
 
-    window: int | None
+    attention: AttentionShape
     launches: tuple[tuple[Tile, int], ...]  # each tile with its number of items
     merged: int
     partials: int
 
     @classmethod
-    def of(cls, plan: AttentionPlan, tokens: int) -> "PlanShape":
-        """Return the shape of `plan`, padded to `tokens` tokens.
+    def of(cls, attention: AttentionShape, plan: AttentionPlan, tokens: int) -> "PlanShape":
+        """Return the shape of `plan`, that of layers with this attention, padded to `tokens` tokens.
 
         A plan for one token of each sequence always has the same shape; sequences with drafts, and shared prefixes,
         may need a few more.
@@ -42,7 +43,7 @@ class PlanShape:
         merged = min(tokens, plan.spare) if len(plan.merged) <= plan.spare and not drafts else tokens
         unit = tokens + 4 * plan.spare if drafts else 2 * plan.spare or tokens
         partials = doubled(unit, plan.partials) if merged else 0
-        return cls(plan.window, tuple(launches), merged, partials)
+        return cls(attention, tuple(launches), merged, partials)
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,12 @@ class StepShape:
         """Return the shape of a step without prompt tokens, padded to `tokens` tokens."""
         plans = plans_of(batch)
         columns = doubled(LEAST_COLUMNS, plans[0].table.shape[1])
-        return cls(tokens, columns, batch.sampling is not None, tuple(PlanShape.of(plan, tokens) for plan in plans))
+        shapes = [PlanShape.of(attention, plan, tokens) for attention, plan in zip(batch.attention, plans, strict=True)]
+        return cls(tokens, columns, batch.sampling is not None, tuple(shapes))
 
 
 def plans_of(batch: Batch) -> list[AttentionPlan]:
-    """Return the batch's attention plans, one for each window that a layer has."""
+    """Return the batch's attention plans, one for each shape of attention that a layer has."""
     plans = [plan for plan in batch.attention.values() if isinstance(plan, AttentionPlan)]
     assert len(plans) == len(batch.attention), "only a GPU's steps are recorded"
     return plans

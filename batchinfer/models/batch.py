@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.logits import LogitsChanges
 from batchinfer.kernels.ragged import Ints, ranges
@@ -65,7 +66,7 @@ class Batch:
     tokens: Tensor  # [T] int64; arbitrary where the newest token exists only on the device (see `late_rows`)
     positions: Tensor  # [T] int64, 0 for padding
     slots: Tensor  # [T] int64, slots of the KV cache for the tokens' keys and values; in block 0 for padding
-    attention: dict[int | None, AttentionBatch]  # by attention window
+    attention: dict[AttentionShape, AttentionBatch]
     sampled: Tensor  # [S] int64, rows of the tokens whose logits are computed; padded with row 0
     sampling: SamplingBatch | None  # parameters of the first r rows of `sampled`; None if all are greedy
     places: Tensor  # [r] int64, the same as `sequences`, on the device

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from batchinfer.errors import Refused
 from batchinfer.host.files import read_object
+from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import (
     arcee,
@@ -24,6 +25,8 @@ from batchinfer.models.families import (
     gemma,
     gemma2,
     gemma3_text,
+    gemma4_text,
+    gemma4_unified_text,
     glm,
     glm4,
     glm4_moe,
@@ -65,7 +68,7 @@ from batchinfer.models.families import (
     vaultgemma,
 )
 from batchinfer.models.known_fields import read_fields
-from batchinfer.models.layer import Attention, Ends, Layer, Matrix, Norm
+from batchinfer.models.layer import Ends, Layer, Matrix, Norm
 from batchinfer.models.wrappers import WRAPPERS, is_wrapper, text_fields
 
 if TYPE_CHECKING:  # the formats import torch, which takes long: only a quantized checkpoint needs them
@@ -119,6 +122,8 @@ FAMILIES: dict[str, Family] = {
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3_text,
+    "gemma4_text": gemma4_text,
+    "gemma4_unified_text": gemma4_unified_text,
     "glm": glm,
     "glm4": glm4,
     "glm4_moe": glm4_moe,
@@ -197,9 +202,14 @@ class ModelConfig:
         return self.ends.norm_eps
 
     @property
-    def attention(self) -> Attention:
-        """Attention of the first layer. All layers have the same heads; only their windows differ."""
-        return self.layers[0].attention
+    def attention_shapes(self) -> tuple[AttentionShape, ...]:
+        """The shapes of attention that layers have, each once."""
+        return tuple(dict.fromkeys(layer.attention.shape for layer in self.layers))
+
+    @property
+    def storing(self) -> tuple[Layer, ...]:
+        """The layers that store keys and values; the others read theirs."""
+        return tuple(layer for layer in self.layers if layer.attention.source is None)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -224,6 +234,10 @@ class ModelConfig:
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield (name, shape) of each tensor in a floating-point checkpoint."""
         yield f"{self.embedding.name}.weight", (self.vocab_size, self.hidden_size)
+        if (p := self.ends.per_layer) is not None:
+            yield f"{p.table.name}.weight", (p.table.rows, p.table.columns)
+            yield f"{p.projection.name}.weight", (p.projection.rows, p.projection.columns)
+            yield f"{p.norm.name}.weight", (p.norm.size,)
         for layer in self.layers:
             yield from layer.tensors()
         yield from self.norm.tensors()

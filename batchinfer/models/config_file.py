@@ -16,6 +16,8 @@ _LARGEST = {
     "moe_intermediate_size": 1 << 19, "shared_expert_intermediate_size": 1 << 19, "decoder_sparse_step": 1 << 10,
     "moe_layer_interval": 1 << 10, "first_k_dense_replace": 1 << 10, "max_window_layers": 1 << 10,
     "rotary_dim": 1 << 10,
+    "global_head_dim": 1 << 10, "num_global_key_value_heads": 1 << 10, "num_kv_shared_layers": 1 << 10,
+    "vocab_size_per_layer_input": 1 << 22, "hidden_size_per_layer_input": 1 << 17,
     "max_position_embeddings": 1 << 24, "original_max_position_embeddings": 1 << 24, "sliding_window": 1 << 24,
 }  # fmt: skip
 
@@ -53,6 +55,10 @@ class ConfigFile:
     def size_or_none(self, key: str) -> int | None:
         """Return the field, an integer of 1 or more, or None if it is missing."""
         return None if self.get(key) is None else self.size(key)
+
+    def size_or_zero(self, key: str) -> int:
+        """Return the field, an integer of 0 or more."""
+        return 0 if self.get(key) == 0 and not isinstance(self.get(key), bool) else self.size(key)
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return the field, a positive number."""

@@ -18,15 +18,36 @@ from batchinfer.kernels.rows import Rows, add_rows
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.feed_forward import ExpertsWeights, FeedForwardWeights
-from batchinfer.models.layer import Layer
+from batchinfer.models.layer import Layer, PerLayerBlock, PerLayerEmbeddings, QueryGrowth
 
 
-class TokenPositions(NamedTuple):
-    """What depends on the positions of a step's tokens, and the rows of the KV cache for their keys and values."""
+class TokenInputs(NamedTuple):
+    """What a step's tokens bring to every layer, beside the residual stream."""
 
     angles: list[tuple[Tensor, Tensor]]  # (cos, sin) of each rotary embedding, [T, head_dim / 2] each
-    growth: Tensor | None  # [T, 1, 1] factor on queries, for models whose queries grow with the position
-    cache_rows: Tensor  # in the form of the backend's `rotate_and_store`
+    growth: dict[QueryGrowth, Tensor]  # [T, 1, 1] factors on queries, where these grow with the position
+    cache_rows: dict[int, Tensor]  # by number of key heads, in the form of the backend's `rotate_and_store`
+    per_layer: Tensor | None  # [T, layers, size] per-layer embeddings
+
+
+@dataclass(frozen=True)
+class PerLayerWeights:
+    """The loaded weights that make per-layer embeddings."""
+
+    shape: PerLayerEmbeddings
+    table: Tensor  # [tokens, layers * size]
+    projection: Product
+    norm: NormWeights  # [size]
+
+
+@dataclass(frozen=True)
+class PerLayerBlockWeights:
+    """The loaded weights with which a layer takes its per-layer embeddings."""
+
+    shape: PerLayerBlock
+    gate: Product
+    projection: Product
+    norm: NormWeights  # [D]
 
 
 @dataclass(frozen=True)
@@ -36,26 +57,34 @@ class LayerWeights:
     shape: Layer
     input_norm: NormWeights | None  # [D], as the other norms of the residual stream and of what is added to it
     qkv: Product
-    head_norms: tuple[NormWeights, NormWeights] | None
-    """Norms of queries and of keys. Their weights are [head_dim] each; or [heads, head_dim] and [kv_heads, head_dim], a
-    weight for each head; or [heads * head_dim] and [kv_heads * head_dim], over all heads together."""
+    head_norms: tuple[NormWeights, ...]
+    """Norms of queries and of keys, if the model has them, or of queries alone if the layer has no keys. Their weights
+    are [head_dim] each; or [heads, head_dim] and [kv_heads, head_dim], a weight for each head; or [heads * head_dim]
+    and [kv_heads * head_dim], over all heads together."""
     sinks: Tensor | None  # [heads] float32
     output: Product
     attention_norm: NormWeights | None
     mlp_norm: NormWeights | None
     feed_forward: FeedForwardWeights | ExpertsWeights
     mlp_output_norm: NormWeights | None
+    per_layer: PerLayerBlockWeights | None
+    scalar: float  # the residual stream is multiplied by it
 
     @property
     def products(self) -> tuple[Product, ...]:
         """The layer's matrix products."""
-        return (self.qkv, self.output, *self.feed_forward.products)
+        return (self.qkv, self.output, *self.feed_forward.products, *self.per_layer_products)
+
+    @property
+    def per_layer_products(self) -> tuple[Product, ...]:
+        """The products with which the layer takes its per-layer embeddings."""
+        return () if self.per_layer is None else (self.per_layer.gate, self.per_layer.projection)
 
     @property
     def operations_per_row(self) -> int:
         """Number of multiplications and additions for one input row in the layer's matrix products."""
-        attention = self.qkv.operations_per_row + self.output.operations_per_row
-        return attention + self.feed_forward.operations_per_row
+        others = (self.qkv, self.output, *self.per_layer_products)
+        return sum(product.operations_per_row for product in others) + self.feed_forward.operations_per_row
 
 
 class Decoder:
@@ -75,44 +104,58 @@ class Decoder:
         layers: list[LayerWeights],
         norm_D: NormWeights,
         head: Product,
+        per_layer: PerLayerWeights | None = None,
     ) -> None:
         self.config, self.backend, self.stream = config, backend, stream
         self.embedding, self.layers, self.norm, self.head = embedding_VD, layers, norm_D, head
+        self.per_layer = per_layer
         ropes = [layer.attention.rope for layer in config.layers]
         self.ropes = list(dict.fromkeys(ropes))
         self.rope_of = [self.ropes.index(rope) for rope in ropes]
         tables = [rope.tables(config.max_positions) for rope in self.ropes]
         self.angles = [(cos.to(backend.device), sin.to(backend.device)) for cos, sin in tables]
-        growth = config.attention.query_growth
-        self.growth = None if growth is None else growth.factors(config.max_positions).to(backend.device)
+        growing = {layer.attention.query_growth for layer in config.layers}
+        self.growth = {g: g.factors(config.max_positions).to(backend.device) for g in growing if g is not None}
 
     def caches(self, blocks: int, block_size: int, dtype: torch.dtype) -> list[KVCache]:
-        """Make an empty KV cache for each layer."""
-        shapes, b = [layer.shape.attention for layer in self.layers], self.backend
-        return [
-            KVCache(blocks, a.kv_heads, block_size, a.head_dim, dtype, b.device, b.values_by_column) for a in shapes
-        ]
+        """Make an empty KV cache for each layer. A layer that reads the keys of another has the other's cache."""
+        b, caches = self.backend, list[KVCache]()
+        for a in (layer.shape.attention for layer in self.layers):
+            if a.source is not None:
+                caches.append(caches[a.source])
+                continue
+            shape = blocks, a.kv_heads, block_size, a.head_dim
+            caches.append(KVCache(*shape, dtype, b.device, b.values_by_column))
+        return caches
 
     @property
     def operations_per_token(self) -> int:
         """Operations of a token in the layers' matrix products, without the head: only sampled tokens need that."""
-        return sum(layer.operations_per_row for layer in self.layers)
+        first = 0 if self.per_layer is None else self.per_layer.projection.operations_per_row
+        return first + sum(layer.operations_per_row for layer in self.layers)
 
     @property
     def row_grain(self) -> int:
         """Row grain: the number of a step's tokens must be a multiple of it."""
-        return max(p.row_grain for layer in self.layers for p in layer.products)
+        return max(product.row_grain for product in self._products)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes that all matrices take in memory."""
-        held = sum(p.nbytes for layer in self.layers for p in layer.products) + self.embedding.nbytes
+        held = sum(product.nbytes for product in self._products) + self.embedding.nbytes
+        held += 0 if self.per_layer is None else self.per_layer.table.nbytes
         shared = getattr(self.head, "weight", None) is self.embedding
         return held if shared else held + self.head.nbytes
 
+    @property
+    def _products(self) -> list[Product]:
+        """All matrix products but the head's."""
+        before = [] if self.per_layer is None else [self.per_layer.projection]
+        return [*before, *(product for layer in self.layers for product in layer.products)]
+
     def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
         """Compute one step: store the tokens' keys and values, and return the sampled tokens' float32 logits [S, V]."""
-        at = self.token_positions(batch, caches[0])
+        at = self.token_inputs(batch, caches)
         x, y = self.embed(batch), None
         for i, cache in enumerate(caches):
             x, y = self.layer(i, cache, x, y, batch, at)
@@ -123,15 +166,27 @@ class Decoder:
         x = F.embedding(batch.tokens, self.embedding).to(self.stream)
         return x if (factor := self.config.ends.embedding_factor) == 1.0 else x.mul_(factor)
 
-    def token_positions(self, batch: Batch, cache: KVCache) -> TokenPositions:
-        """Return the rotary angles and cache rows of the step's tokens, for all layers: their caches have one shape."""
+    def token_inputs(self, batch: Batch, caches: list[KVCache]) -> TokenInputs:
+        """Return the rotary angles, cache rows and per-layer embeddings of the step's tokens, for all layers."""
         at = batch.positions
         angles = [(cos[at], sin[at]) for cos, sin in self.angles]
-        growth = None if self.growth is None else self.growth[at, None, None]
-        return TokenPositions(angles, growth, self.backend.cache_rows(batch.slots, cache))
+        growth = {kind: factors[at, None, None] for kind, factors in self.growth.items()}
+        one_of_each = {cache.kv_heads: cache for cache in caches}
+        rows = {kv_heads: self.backend.cache_rows(batch.slots, cache) for kv_heads, cache in one_of_each.items()}
+        return TokenInputs(angles, growth, rows, self._per_layer_embeddings(batch))
+
+    def _per_layer_embeddings(self, batch: Batch) -> Tensor | None:
+        """Return the tokens' per-layer embeddings [T, layers, size], if the model has them."""
+        if (p := self.per_layer) is None:
+            return None
+        projected = p.projection(self.backend.rows(self.embed(batch), p.projection.takes)).dense()
+        vectors = projected.to(self.stream).view(-1, p.shape.size)
+        normed = self.backend.add_norm(vectors, None, p.norm, self.config.norm_eps, self.stream).dense()
+        own = F.embedding(batch.tokens, p.table).to(self.stream).mul_(p.shape.factor)
+        return own.view(len(own), -1, p.shape.size).add_(normed.view(len(own), -1, p.shape.size))
 
     def layer(
-        self, i: int, cache: KVCache, x_TD: Tensor, y: Rows | None, batch: Batch, at: TokenPositions
+        self, i: int, cache: KVCache, x_TD: Tensor, y: Rows | None, batch: Batch, at: TokenInputs
     ) -> tuple[Tensor, Rows]:
         """Compute layer i: return the residual stream [T, D] and the output that is still to be added to it.
 
@@ -150,16 +205,34 @@ class Decoder:
             add_rows(x, y)
         else:
             inner = self._into(x, y, layer.mlp_norm, takes)
-        return x, self._normed(layer.feed_forward(self.backend, inner, rows), layer.mlp_output_norm)
+        y = self._normed(layer.feed_forward(self.backend, inner, rows), layer.mlp_output_norm)
+        if layer.per_layer is not None and at.per_layer is not None:
+            vectors = at.per_layer[:, i]
+            y = self._per_layer(layer.per_layer, x, y, vectors if i + 1 < len(self.layers) else vectors[batch.sampled])
+        if layer.scalar != 1.0:
+            x.mul_(layer.scalar)
+            y.values.mul_(layer.scalar)
+        return x, y
 
-    def _attend(self, i: int, cache: KVCache, x: Rows, batch: Batch, at: TokenPositions) -> Tensor:
+    def _attend(self, i: int, cache: KVCache, x: Rows, batch: Batch, at: TokenInputs) -> Tensor:
         """Return the outputs of all heads of layer i, [T, heads * head_dim], for the rows x [T, D]."""
         layer = self.layers[i]
         a = layer.shape.attention
         qkv = layer.qkv(x).dense()
-        query = self._store(i, cache, qkv if a.limit is None else qkv.clamp_(-a.limit, a.limit), at)
-        seen = batch.attention[a.window]
+        if a.limit is not None:
+            qkv.clamp_(-a.limit, a.limit)
+        query = self._store(i, cache, qkv, at) if a.source is None else self._queries(i, qkv, at)
+        if a.query_growth is not None:
+            query = (query * at.growth[a.query_growth]).to(query.dtype)
+        seen = batch.attention[a.shape]
         return self.backend.attention(query, cache, seen, a.scale, a.softcap, layer.sinks).flatten(1)
+
+    def _per_layer(self, block: PerLayerBlockWeights, x_TD: Tensor, y: Rows, vectors: Tensor) -> Rows:
+        """Add y to x in place; return what the block makes of x and the tokens' per-layer embeddings [T, size]."""
+        gate = block.gate(self._into(x_TD, y, None, block.gate.takes)).dense()
+        inner = Rows(torch.cat([gate, vectors.to(gate.dtype)], -1))
+        made = block.projection(self.backend.activate(inner, block.shape.activation, True, block.projection.takes))
+        return self._normed(made, block.norm)
 
     def _into(self, x_TD: Tensor, y: Rows | None, norm_D: NormWeights | None, takes: torch.dtype) -> Rows:
         """Add y to x in place, and return x, after its norm if it has one, as rows for a product with this `takes`."""
@@ -175,20 +248,29 @@ class Decoder:
             return y
         return self.backend.add_norm(y.dense(), None, norm_D, self.config.norm_eps, self.stream)
 
-    def _store(self, i: int, cache: KVCache, qkv_TX: Tensor, at: TokenPositions) -> Tensor:
+    def _store(self, i: int, cache: KVCache, qkv_TX: Tensor, at: TokenInputs) -> Tensor:
         """Write keys and values of layer i to its cache; return the queries [T, heads, head_dim]."""
         layer, eps = self.layers[i], self.config.norm_eps
         a, norms = layer.shape.attention, layer.head_norms
-        if norms is not None and a.normed_together:
+        if a.normed_together:
             query, key, value = torch.split(qkv_TX, [a.q.rows, a.k.rows, a.v.rows], -1)
             parts = zip((query, key), norms, strict=True)
             whole = [self.backend.add_norm(part.contiguous(), None, norm, eps, self.stream) for part, norm in parts]
-            qkv_TX, norms = torch.cat([*(part.dense() for part in whole), value], -1), None
+            qkv_TX, norms = torch.cat([*(part.dense() for part in whole), value], -1), ()
         cos, sin = at.angles[self.rope_of[i]]
-        query = self.backend.rotate_and_store(
-            qkv_TX, cache, a.heads, cos, sin, at.cache_rows, norms, eps, a.normed_after_rope
+        rows = at.cache_rows[a.kv_heads]
+        pair = (norms[0], norms[1]) if norms else None
+        return self.backend.rotate_and_store(
+            qkv_TX, cache, a.heads, cos, sin, rows, pair, a.value_norm, eps, a.normed_after_rope
         )
-        return query if at.growth is None else (query * at.growth).to(query.dtype)
+
+    def _queries(self, i: int, query_TX: Tensor, at: TokenInputs) -> Tensor:
+        """Return the queries [T, heads, head_dim] of layer i, which reads the keys and values of another layer."""
+        layer = self.layers[i]
+        cos, sin = at.angles[self.rope_of[i]]
+        norm = layer.head_norms[0] if layer.head_norms else None
+        heads = layer.shape.attention.heads
+        return self.backend.rotate_queries(query_TX, heads, cos, sin, norm, self.config.norm_eps)
 
     def logits(self, x_SD: Tensor, y: Rows | None) -> Tensor:
         """Return float32 logits [S, V] from the residual stream x and the last layer's output y."""

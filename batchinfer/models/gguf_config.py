@@ -1,8 +1,10 @@
 """Making a checkpoint's `config.json` from the entries of a GGUF model. This module does not import torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from batchinfer.formats.gguf_parts import GGUFParts
 
@@ -22,6 +24,7 @@ class Architecture:
     fields: Callable[["Entries", dict[str, Any]], dict[str, Any]]  # those of config.json that not every family has
     interleaved: bool = False  # whether rows of q and k are stored in the order in which neighbours are paired
     theta: float = 10000.0  # of rotary embedding, where the file does not say
+    by_layer: bool = False  # whether layers may differ in their sizes
 
 
 @dataclass(frozen=True)
@@ -55,21 +58,37 @@ class Entries:
             raise ValueError(f"{self.file.path}: {self.name}.{key} is {_shown(value)}; expected a number")
         return value
 
+    def by_layer(self, key: str, layers: int, default: float | None = None) -> list[Any]:
+        """Return an entry of the architecture that has a number for each layer, or one for all."""
+        value = self.get(key, default)
+        if not isinstance(value, np.ndarray):
+            return [self.number(key, default)] * layers
+        if len(value) != layers:
+            raise ValueError(
+                f"{self.file.path}: {self.name}.{key} has {len(value)} numbers; block_count asks for {layers}"
+            )
+        numbers: list[Any] = value.tolist()
+        return numbers
+
     def config(self) -> dict[str, Any]:
         """Return `config.json`. Raises `ValueError` for an entry that asks for another computation."""
         architecture, tensors = ARCHITECTURES[self.name], self.file.tensors
         for name in ("token_embd.weight", "blk.0.ffn_gate.weight"):
             if name not in tensors:
                 raise ValueError(f"{self.file.path} has no tensor {name}")
-        heads = self.number("attention.head_count")
+        heads, layers = self.number("attention.head_count"), self.number("block_count")
+
+        def size(key: str, default: float | None = None) -> Any:
+            return self.by_layer(key, layers, default)[0] if architecture.by_layer else self.number(key, default)
+
         config: dict[str, Any] = {
             "model_type": architecture.family,
             "vocab_size": tensors["token_embd.weight"].shape[0],
             "hidden_size": self.number("embedding_length"),
-            "intermediate_size": self.number("feed_forward_length"),
-            "num_hidden_layers": self.number("block_count"),
+            "intermediate_size": size("feed_forward_length"),
+            "num_hidden_layers": layers,
             "num_attention_heads": heads,
-            "num_key_value_heads": self.number("attention.head_count_kv", heads),
+            "num_key_value_heads": size("attention.head_count_kv", heads),
             "max_position_embeddings": self.number("context_length"),
             "rms_norm_eps": self.number("attention.layer_norm_rms_epsilon"),
             "tie_word_embeddings": "output.weight" not in tensors,
@@ -100,8 +119,11 @@ class Entries:
 
     def _refuse_other_models(self, size: int) -> None:
         """Raise `ValueError` for an entry that asks for another computation; `size` is that of a head."""
-        sizes = {"attention.value_length": size, "rope.dimension_count": size}
-        for key, supported in {**_FIXED, **sizes}.items():
+        self.refuse_others(_FIXED | {"attention.value_length": size, "rope.dimension_count": size})
+
+    def refuse_others(self, fixed: Mapping[str, Any]) -> None:
+        """Raise `ValueError` for an entry that has another value than the one that is supported."""
+        for key, supported in fixed.items():
             if (value := self.get(key, supported)) != supported:
                 raise ValueError(
                     f"{self.file.path}: {self.name}.{key} is {_shown(value)}; supported is {supported}: take the model "
@@ -143,15 +165,54 @@ def _gemma2(entries: Entries, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gemma3(entries: Entries, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **_gemma3_windows(entries, config),
+        "sliding_window_pattern": entries.number("attention.sliding_window_pattern", 6),
+        "query_pre_attn_scalar": _scaled_by(config, layers_of_27b=62),
+    }
+
+
+def _gemma3_windows(entries: Entries, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the window, and the rotary embedding of layers with and without it."""
     local = entries.number("rope.freq_base_swa", 10000.0)
     return {
         "sliding_window": entries.number("attention.sliding_window"),
-        "sliding_window_pattern": entries.number("attention.sliding_window_pattern", 6),
-        "query_pre_attn_scalar": _scaled_by(config, layers_of_27b=62),
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": local},
             "full_attention": config["rope_parameters"],
         },
+    }
+
+
+def _gemma4(entries: Entries, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of Gemma 4. Entries without `swa` in their names are those of layers without a window."""
+    layers, heads, tensors = config["num_hidden_layers"], config["num_attention_heads"], entries.file.tensors
+    shared = entries.number("attention.shared_kv_layers", 0)
+    inner = entries.by_layer("feed_forward_length", layers)
+    usual, wide = [inner[0]] * layers, [*[inner[0]] * (layers - shared), *[2 * inner[0]] * shared]
+    if inner not in (usual, wide):
+        raise ValueError(
+            f"{entries.file.path}: gemma4.feed_forward_length is {_shown(inner)}; supported is one size, or twice that "
+            f"in the last {shared} layers, which share keys"
+        )
+    windows = entries.by_layer("attention.sliding_window_pattern", layers)
+    size, size_in_windows = head_dim(config), entries.number("attention.key_length_swa", head_dim(config))
+    entries.refuse_others(dict.fromkeys(("attention.value_length_swa", "rope.dimension_count_swa"), size_in_windows))
+    sizes = zip(windows, entries.by_layer("attention.head_count_kv", layers, heads), strict=True)
+    own = [{"head_dim": size_in_windows if w else size, "num_key_value_heads": kv} for w, kv in sizes]
+    per_layer = tensors.get("per_layer_token_embd.weight")
+    storing = [i for i in range(layers - shared) if not windows[i]]
+    return {
+        **_gemma3_windows(entries, config),
+        "layer_types": ["sliding_attention" if w else "full_attention" for w in windows],
+        "per_layer_config": {str(i): sizes for i, sizes in enumerate(own)},
+        "num_kv_shared_layers": shared,
+        "use_double_wide_mlp": inner != usual,
+        "attention_k_eq_v": any(f"blk.{i}.attn_v.weight" not in tensors for i in storing),
+        "hidden_size_per_layer_input": entries.number("embedding_length_per_layer_input", 0),
+        "vocab_size_per_layer_input": None if per_layer is None else per_layer.shape[0],
+        "final_logit_softcapping": entries.get("final_logit_softcapping"),
+        "enable_moe_block": bool(entries.get("expert_count")),
     }
 
 
@@ -171,6 +232,7 @@ ARCHITECTURES = {
     "gemma": Architecture("gemma", _none),
     "gemma2": Architecture("gemma2", _gemma2),
     "gemma3": Architecture("gemma3_text", _gemma3, theta=1e6),
+    "gemma4": Architecture("gemma4_text", _gemma4, theta=1e6, by_layer=True),
     "granite": Architecture("granite", _granite, interleaved=True),
     "llama": Architecture("llama", _llama, interleaved=True),
     "qwen2": Architecture("qwen2", _none),

@@ -67,7 +67,14 @@ class GGUFWeights:
         """Count a tensor as used without reading it; it may be missing."""
         self.taken.add(self._stored_name(name))
 
+    def drop_all(self, beginning: str) -> None:
+        """Count all tensors of a module as used; there may be none."""
+        stored = self.stored.get(beginning.removesuffix("."))
+        self.taken.update(name for name in self.file.tensors if stored and name.startswith(f"{stored}."))
+
     def _stored_name(self, name: str) -> str:
+        if name in self.stored:  # a tensor by itself, which belongs to no module
+            return f"{self.stored[name]}.weight"
         module, _, end = name.rpartition(".")
         return f"{self.stored[module]}.{end}"
 
@@ -83,16 +90,24 @@ class GGUFWeights:
 def stored_modules(model: ModelConfig) -> dict[str, str]:
     """Return the name that GGUF files use for each module of a checkpoint."""
     names = {model.embedding.name: "token_embd", model.norm.name: "output_norm", model.head.name: "output"}
+    if (made := model.ends.per_layer) is not None:
+        names |= {made.table.name: "per_layer_token_embd", made.projection.name: "per_layer_model_proj"}
+        names[made.norm.name] = "per_layer_proj_norm"
     for i, layer in enumerate(model.layers):
-        a, f = layer.attention, layer.block
+        a, f, p = layer.attention, layer.block, layer.per_layer
         modules: dict[str, Matrix | Norm | None] = {
-            "attn_norm": layer.input_norm, "attn_q": a.q, "attn_k": a.k, "attn_v": a.v, "attn_output": a.output,
+            "attn_norm": layer.input_norm, "attn_q": a.q, "attn_v": a.v, "attn_k": a.k, "attn_output": a.output,
             "post_attention_norm": layer.attention_norm, "post_ffw_norm": layer.mlp_output_norm,
             "ffn_norm": layer.mlp_norm, "ffn_gate": f.gate, "ffn_up": f.up, "ffn_down": f.down,
         }  # fmt: skip
+        if p is not None:
+            modules |= {"inp_gate": p.gate, "proj": p.projection, "post_norm": p.norm}
         modules |= dict(zip(("attn_q_norm", "attn_k_norm"), a.head_norms or (), strict=False))
         found = {stored: module for stored, module in modules.items() if module is not None}
+        # Where values are made by the matrix of keys, the name of keys comes last and is kept.
         names |= {f"{layer.prefix}{module.name}": f"blk.{i}.{stored}" for stored, module in found.items()}
+        if layer.scalar is not None:
+            names[f"{layer.prefix}{layer.scalar}"] = f"blk.{i}.layer_output_scale"
     return names
 
 

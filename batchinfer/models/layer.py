@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.models.rope import Rope
 
 if TYPE_CHECKING:
@@ -139,16 +140,38 @@ class Attention:
     head_norms: tuple[Norm, Norm] | None = None
     """Norms of queries and of keys: of each head, or of all heads together."""
     normed_after_rope: bool = False  # whether each head is normed after rotary embedding, not before it
+    value_norm: bool = False  # whether each head of the values is divided by its root mean square
     limit: float | None = None  # queries, keys and values are clamped to [-limit, limit] when they are made
     sinks: str | None = None
     """Name of a tensor [heads]: softmax counts one score more for each head, which stands for no value (gpt-oss)."""
     softcap: float | None = None  # scores s become softcap * tanh(s / softcap), as in Gemma 2
     query_growth: "QueryGrowth | None" = None
+    source: int | None = None
+    """The layer whose keys and values it reads: then it makes none, and k, v and the norm of keys are that layer's."""
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """The matrices of the product with the layer's input: of queries alone if another layer makes the rest."""
+        return (self.q, self.k, self.v) if self.source is None else (self.q,)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """The norms of what the layer's own matrices make."""
+        return (self.head_norms or ())[: len(self.matrices)]
+
+    @property
+    def shape(self) -> AttentionShape:
+        """What a step's inputs to attention depend on."""
+        return AttentionShape(self.window, self.heads, self.kv_heads, self.head_dim)
+
+    def kv_bytes(self, number: int) -> int:
+        """Return the bytes of a token's keys and values, where a number takes `number`; 8-bit heads have a scale."""
+        return 2 * self.kv_heads * (self.head_dim * number + (4 if number == 1 else 0))
 
     @property
     def width(self) -> int:
-        """Size of a token's queries, keys and values together."""
-        return self.q.rows + self.k.rows + self.v.rows
+        """Size of what the layer's own matrices make of a token: of its queries, keys and values together."""
+        return sum(matrix.rows for matrix in self.matrices)
 
     @property
     def normed_together(self) -> bool:
@@ -255,6 +278,35 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class PerLayerEmbeddings:
+    """A vector for each token and layer (Gemma 3n, Gemma Team 2025): `norm(projection(x)) + factor * table[token]`.
+
+    x is the token's embedding as the first layer takes it. The vectors of all layers lie side by side.
+    """
+
+    size: int  # of one vector
+    table: Matrix  # [tokens, layers * size]
+    factor: float
+    projection: Matrix  # [layers * size, hidden size]
+    norm: Norm  # of each vector
+
+
+@dataclass(frozen=True)
+class PerLayerBlock:
+    """What a layer makes of a token's vector e for it: x += norm(projection(activation(gate(x)) * e))."""
+
+    gate: Matrix
+    projection: Matrix
+    norm: Norm
+    activation: str
+
+    @property
+    def weights_per_token(self) -> int:
+        """Number of weights that a token is multiplied by."""
+        return self.gate.size + self.projection.size
+
+
+@dataclass(frozen=True)
 class Ends:
     """What a model computes before its first layer and after its last one."""
 
@@ -266,13 +318,15 @@ class Ends:
     embedding_factor: float = 1.0  # embeddings are multiplied by it
     logits_factor: float = 1.0  # logits are multiplied by it
     softcap: float | None = None  # after that, logits x become softcap * tanh(x / softcap)
+    per_layer: PerLayerEmbeddings | None = None  # for the layers that have a `PerLayerBlock`
 
 
 @dataclass(frozen=True)
 class Layer:
     """One layer: x += attention(x), then x += feed_forward(x), with norms before or after each of the two, or both.
 
-    In a parallel layer both see the same x: x += attention(x) + feed_forward(x).
+    In a parallel layer both see the same x: x += attention(x) + feed_forward(x). Then, in some models,
+    x += per_layer(x), and x *= scalar.
     """
 
     prefix: str  # beginning of the layer's tensor names, such as "model.layers.0."
@@ -283,6 +337,9 @@ class Layer:
     mlp_norm: Norm | None = None  # of the feed-forward block's input
     mlp_output_norm: Norm | None = None  # of the feed-forward block's output
     parallel: bool = False
+    per_layer: PerLayerBlock | None = None
+    scalar: str | None = None  # name of a tensor [1] in a checkpoint, without the layer's prefix
+    unread: tuple[str, ...] = ()  # beginnings of the names of tensors that checkpoints have and nobody reads
 
     @property
     def block(self) -> FeedForward:
@@ -293,8 +350,15 @@ class Layer:
     @property
     def products(self) -> dict[str, tuple[Matrix, ...]]:
         """Matrices of each matrix product, in the order of computing. Matrices with the same input share a product."""
-        a = self.attention
-        return {"qkv": (a.q, a.k, a.v), "output": (a.output,), **self.feed_forward.products}
+        a, p = self.attention, self.per_layer
+        last = {} if p is None else {"per_layer_gate": (p.gate,), "per_layer_projection": (p.projection,)}
+        return {"qkv": a.matrices, "output": (a.output,), **self.feed_forward.products, **last}
+
+    @property
+    def numbers_behind_attention(self) -> int:
+        """Number of numbers of a token that pass through norms, activations and residual sums behind attention."""
+        p = self.per_layer
+        return self.feed_forward.numbers_per_token + (0 if p is None else 2 * p.gate.columns + 3 * p.projection.columns)
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -309,9 +373,9 @@ class Layer:
     @property
     def norms(self) -> tuple[Norm, ...]:
         """All norms, each once."""
-        around = (self.input_norm, *(self.attention.head_norms or ()), self.attention_norm)
-        found = (norm for norm in (*around, self.mlp_norm, self.mlp_output_norm) if norm is not None)
-        return tuple(dict.fromkeys(found))
+        around = (self.input_norm, *self.attention.norms, self.attention_norm, self.mlp_norm, self.mlp_output_norm)
+        last = None if self.per_layer is None else self.per_layer.norm
+        return tuple(dict.fromkeys(norm for norm in (*around, last) if norm is not None))
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield (name, shape) of each of the layer's tensors in a floating-point checkpoint."""
@@ -325,5 +389,7 @@ class Layer:
                 yield f"{self.prefix}{router.bias}", router.bias_shape
         if self.attention.sinks is not None:
             yield f"{self.prefix}{self.attention.sinks}", (self.attention.heads,)
+        if self.scalar is not None:
+            yield f"{self.prefix}{self.scalar}", (1,)
         for name, shape in dict(tensor for module in found for tensor in module.tensors()).items():
             yield f"{self.prefix}{name}", shape

@@ -16,10 +16,10 @@ from batchinfer.kernels.linear_w4a16 import GRAIN, GROUPS
 from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.product import Product
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.decoder import Decoder, LayerWeights
+from batchinfer.models.decoder import Decoder, LayerWeights, PerLayerBlockWeights, PerLayerWeights
 from batchinfer.models.feed_forward import ExpertsWeights, FeedForwardWeights
 from batchinfer.models.input_rounding import InputRounding
-from batchinfer.models.layer import Experts, FeedForward, Layer, Matrix, Norm
+from batchinfer.models.layer import Experts, FeedForward, Layer, Matrix, Norm, PerLayerEmbeddings
 from batchinfer.models.stored_layer import bias_of, norm_weights, weight_of
 from batchinfer.models.weights import WeightSource
 
@@ -54,7 +54,8 @@ def load_decoder(
     embedding = load.tensor(f"{table.name}.weight", (table.rows, table.columns)).to(dtype)
     layers = [load.layer(layer) for layer in config.layers]
     norm = load.norm(config.norm)
-    decoder = Decoder(config, backend, load.stream, embedding, layers, norm, load.head(embedding))
+    head, per_layer = load.head(embedding), load.per_layer_embeddings(config.ends.per_layer)
+    decoder = Decoder(config, backend, load.stream, embedding, layers, norm, head, per_layer)
     weights.finish()
     return Loaded(decoder, load.four_bits, load.unpacked, load.inputs)
 
@@ -92,22 +93,23 @@ class _Loader:
         def norm(found: Norm | None) -> NormWeights | None:
             return None if found is None else self.norm(found, layer.prefix)
 
-        def pair(found: tuple[Norm, Norm] | None) -> tuple[NormWeights, NormWeights] | None:
-            return None if found is None else (self.norm(found[0], layer.prefix), self.norm(found[1], layer.prefix))
-
         self._stacks = {}
+        for beginning in layer.unread:
+            self.weights.drop_all(f"{layer.prefix}{beginning}")
         a, f = layer.attention, layer.feed_forward
         return LayerWeights(
             layer,
             input_norm=norm(layer.input_norm),
-            qkv=self._product(layer.prefix, (a.q, a.k, a.v)),
-            head_norms=pair(a.head_norms),
+            qkv=self._product(layer.prefix, a.matrices),
+            head_norms=tuple(self.norm(found, layer.prefix) for found in a.norms),
             sinks=None if a.sinks is None else self.tensor(f"{layer.prefix}{a.sinks}", (a.heads,)).float(),
             output=self._product(layer.prefix, (a.output,)),
             attention_norm=norm(layer.attention_norm),
             mlp_norm=norm(layer.mlp_norm),
             feed_forward=self._experts(layer.prefix, f) if isinstance(f, Experts) else self._block(layer.prefix, f),
             mlp_output_norm=norm(layer.mlp_output_norm),
+            per_layer=self._per_layer_block(layer),
+            scalar=1.0 if layer.scalar is None else float(self.tensor(f"{layer.prefix}{layer.scalar}", (1,))),
         )
 
     def _block(self, prefix: str, block: FeedForward) -> FeedForwardWeights:
@@ -140,6 +142,23 @@ class _Loader:
         (name, shape), *bias = matrix.tensors()
         added = self.tensor(f"{prefix}{bias[0][0]}", bias[0][1]).float() if bias else None
         return self.backend.linear(self.tensor(f"{prefix}{name}", shape).float(), added)
+
+    def _per_layer_block(self, layer: Layer) -> PerLayerBlockWeights | None:
+        if (block := layer.per_layer) is None:
+            return None
+        gate, projection = (self._product(layer.prefix, (matrix,)) for matrix in (block.gate, block.projection))
+        return PerLayerBlockWeights(block, gate, projection, self.norm(block.norm, layer.prefix))
+
+    def per_layer_embeddings(self, shape: PerLayerEmbeddings | None) -> PerLayerWeights | None:
+        """Load what makes per-layer embeddings. Its product is in floating point, as the head's is."""
+        if shape is None:
+            return None
+        table, made = shape.table, shape.projection
+        rows = self.tensor(f"{table.name}.weight", (table.rows, table.columns)).to(self.dtype)
+        weight = weight_of(made, self.weights.matrix(made.name, (made.rows, made.columns)).to(self.backend.device))
+        product = self._floating([self._kept(weight)], None, made.name)
+        product = self.inputs.product(product, [self.inputs.scales(weight)], [made.rows])
+        return PerLayerWeights(shape, rows, product, self.norm(shape.norm))
 
     def head(self, embedding_VD: Tensor) -> Product:
         """Make the head's product. A tied head is the embedding; a copy of it in the file is not read."""

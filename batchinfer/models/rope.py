@@ -14,11 +14,12 @@ if TYPE_CHECKING:  # reading a config must not import torch, which takes long
 
 @dataclass(frozen=True)
 class Rope:
-    """The parameters of rotary embedding. `kind` is default, linear, llama3, yarn, longrope, divided or none.
+    """The parameters of rotary embedding. `kind` is one of those that `_read` knows, or none.
 
     Fields that a kind does not use keep their defaults. Number i of a head is paired with number head_dim / 2 + i, as
     in Llama. Checkpoints that rotate a part of each head, or pair neighbours, are reordered when they are loaded
-    (`order`); what is not rotated is paired at frequency 0.
+    (`order`); what is not rotated is paired at frequency 0. Proportional embedding (Gemma 4) has such pairs in
+    checkpoints too, and its frequencies are those of a head that is rotated as a whole.
     """
 
     kind: str
@@ -41,6 +42,8 @@ class Rope:
 
         `interleaved` says that the checkpoint pairs neighbours among the rotated numbers, not halves.
         """
+        if self.kind == "proportional":
+            return None
         half = self.rotated // 2
         left = [2 * i if interleaved else i for i in range(half)]
         right = [2 * i + 1 if interleaved else half + i for i in range(half)]
@@ -77,9 +80,10 @@ class Rope:
 
         if self.kind == "none":
             return torch.zeros(self.rotated // 2)
-        exponent = torch.arange(0, self.rotated, 2, dtype=torch.int64).float() / self.rotated
+        of = self.head_dim if self.kind == "proportional" else self.rotated
+        exponent = torch.arange(0, self.rotated, 2, dtype=torch.int64).float() / of
         inverse = 1.0 / self.theta**exponent
-        if self.kind == "linear":
+        if self.kind in ("linear", "proportional"):
             return inverse / self.factor
         if self.kind == "llama3":
             return self._llama3(inverse)
@@ -169,6 +173,7 @@ def _read(config: ConfigFile, scaling: ConfigFile, head_dim: int, fields: RopeFi
     known = {
         "default": {"mrope_section", "mrope_interleaved"},  # positions of images; those of text are all alike
         "linear": {"factor"},
+        "proportional": {"factor"},
         "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
         "yarn": {
             "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
@@ -184,11 +189,13 @@ def _read(config: ConfigFile, scaling: ConfigFile, head_dim: int, fields: RopeFi
     everywhere = {"rope_type", "type", "rope_theta", "partial_rotary_factor"} | fields.others
     for key in scaling.fields.keys() - everywhere - known[kind]:
         raise ValueError(f"config.json: RoPE scaling {kind!r} has a field {key!r} that is not known")
-    rotated = _rotated(config, scaling, head_dim, fields.partial)
+    rotated = _rotated(config, scaling, head_dim, fields.partial or kind == "proportional")
     inside = scaling if "rope_theta" in scaling.fields or fields.theta is not None else config
     theta = inside.number("rope_theta", fields.theta)
     if kind == "default":
         return Rope("default", theta, head_dim, rotated)
+    if kind == "proportional":
+        return Rope("proportional", theta, head_dim, rotated, scaling.number("factor", 1.0))
     if kind == "divided":
         return Rope("divided", theta, head_dim, rotated, divisors=_divisors(scaling, "divisors", rotated))
     positions = config.size("max_position_embeddings")

@@ -43,6 +43,10 @@ class WeightSource(Protocol):
         """Count a tensor as used without reading it."""
         ...
 
+    def drop_all(self, beginning: str) -> None:
+        """Count all tensors whose names begin like this as used without reading them; there may be none."""
+        ...
+
     def has_own_head(self, config: ModelConfig) -> bool:
         """Return whether the tensors hold a head, and it is another matrix than the embedding."""
         ...
@@ -80,6 +84,11 @@ class SafetensorsWeights:
     def drop(self, name: str) -> None:
         """Count a tensor as used without reading it; it may be missing."""
         self.taken.add(self.prefixes.stored(name))
+
+    def drop_all(self, beginning: str) -> None:
+        """Count all tensors whose names begin like this as used; there may be none."""
+        stored = self.prefixes.stored(beginning)
+        self.taken.update(name for name in self.files if name.startswith(stored))
 
     def names(self) -> list[str]:
         """Return the names of all tensors, sorted."""
@@ -216,9 +225,12 @@ class RandomWeights:
     def drop(self, name: str) -> None:
         """Do nothing."""
 
+    def drop_all(self, beginning: str) -> None:
+        """Do nothing."""
+
     def take(self, name: str, shape: tuple[int, ...], *dtypes: torch.dtype) -> Tensor:
-        """Return ones for norms, one constant for all scales, and noise for other tensors."""
-        if len(shape) == 1 and "norm" in name:
+        """Return ones for norms and scalars, one constant for all scales, and noise for other tensors."""
+        if len(shape) == 1 and ("norm" in name or name.endswith("scalar")):
             return torch.ones(shape, dtype=self.dtype, device=self.device)
         if name.endswith("weight_shape"):
             return torch.tensor(self._asked)

@@ -10,7 +10,8 @@ from typing import Any
 
 _BESIDE = (
     "model.visual.", "visual.", "model.vision_tower.", "vision_tower.", "model.multi_modal_projector.",
-    "multi_modal_projector.",
+    "multi_modal_projector.", "model.audio_tower.", "model.vision_embedder.", "model.embed_vision.",
+    "model.embed_audio.",
 )  # fmt: skip
 _BASES = ("model.language_model.", "language_model.model.", "model.")
 _HEADS = ("language_model.lm_head.", "lm_head.")
@@ -50,6 +51,10 @@ class Prefixes:
 
 WRAPPERS = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", (("gemma3_text", "gemma3_text"),)),
+    "gemma4": Wrapper("Gemma4ForConditionalGeneration", (("gemma4_text", "gemma4_text"),)),
+    "gemma4_unified": Wrapper(
+        "Gemma4UnifiedForConditionalGeneration", (("gemma4_unified_text", "gemma4_unified_text"),)
+    ),
     "internvl": Wrapper("InternVLForConditionalGeneration", (("qwen2", "qwen2"), ("qwen3", "qwen3"))),
     "llava": Wrapper("LlavaForConditionalGeneration", (("llama", "llama"), ("mistral", "mistral"), ("qwen2", "qwen2"))),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", (("mistral", "mistral"), ("ministral3", "ministral3"))),

@@ -22,7 +22,8 @@ class LayerErrors:
     A layer adds f(x) = output - input to the residual stream. Its own error compares that with the reference's, for
     the same input x, which comes from the reference: ||f_model(x) - f(x)|| / ||f(x)||. The stream's error compares the
     residual stream after the layer when the model runs on its own, so it includes the errors of all layers before. Both
-    are measured in the types in which the models compute: with a stream in bfloat16 they include its rounding.
+    are measured in the types in which the models compute: with a stream in bfloat16 they include its rounding. A layer
+    that reads the keys and values of another layer gets those of the model's run on its own.
     """
 
     def __init__(self, runner: ModelRunner, reference: ModelRunner) -> None:
@@ -47,8 +48,8 @@ class LayerErrors:
         """
         ours, theirs = self.runner.decoder, self.reference.decoder
         caches, reference_caches = self.runner.caches, self.reference.caches
-        at = ours.token_positions(batch, caches[0])
-        reference_at = theirs.token_positions(reference_batch, reference_caches[0])
+        at = ours.token_inputs(batch, caches)
+        reference_at = theirs.token_inputs(reference_batch, reference_caches)
         own, x = ours.embed(batch), theirs.embed(reference_batch)
         for i, (cache, reference_cache) in enumerate(zip(caches, reference_caches, strict=True)):
             # A layer overwrites its input, so x is copied. Our second call overwrites the first's keys and values.

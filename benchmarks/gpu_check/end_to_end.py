@@ -37,11 +37,11 @@ class Weights:
     settings: dict[str, Any]
     unit: str  # of the products: bf16, fp8, int8
     weight_bytes: float  # of an element in the layers
-    kv_bytes: float
+    kv_bytes: int
     shape: str = "llama-3-8b"
 
 
-FP8_KV, BF16_KV = 1 + 4 / 128, 2.0  # with a scale for 128 numbers
+FP8_KV, BF16_KV = 1, 2
 FP8 = Weights("w8a8-fp8, kv fp8", {"quantization": "w8a8-fp8", "kv_cache_dtype": "fp8"}, "fp8", 1.0, FP8_KV)
 FOUR = Weights("w4a16, kv bf16", {}, "bf16", 0.5 + 2 / 128, BF16_KV, "llama-3-8b-w4a16")
 BF16 = Weights("bf16, kv bf16", {"quantization": "none"}, "bf16", 2.0, BF16_KV)

@@ -138,7 +138,8 @@ def _rotation(
     untouched = 0x11
     for pool in (cache.key, cache.value):
         pool.view(torch.uint8).fill_(untouched)
-    found = rotate_and_store(qkv, cache, heads, angles.cos(), angles.sin(), slots, norms, EPS, normed == "rms last")
+    last = normed == "rms last"
+    found = rotate_and_store(qkv, cache, heads, angles.cos(), angles.sin(), slots, norms, False, EPS, last)
 
     query, key, value = qkv.double().view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], 1)
     if normed == "rms last":

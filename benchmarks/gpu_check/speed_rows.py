@@ -79,7 +79,7 @@ def _kernels(session: Session, rows: int) -> list[Case]:
         cos, sin = torch.rand(2, rows, head_dim // 2, generator=session.generator(), device=on)
         slots = torch.randperm(rows, generator=session.generator(), device=on) + 32
         cache = KVCache(rows // 32 + 3, kv_heads, 32, head_dim, kv, on, values_by_column=True)
-        return lambda: rotate_and_store(qkv, cache, heads, cos, sin, slots, None, 1e-5)
+        return lambda: rotate_and_store(qkv, cache, heads, cos, sin, slots, None, False, 1e-5)
 
     found = []
     for out in (F8, torch.int8, dtype) if session.gpu.has_float8 else (torch.int8, dtype):

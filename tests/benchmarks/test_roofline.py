@@ -7,7 +7,7 @@ from gpu_check.roofline import Device, Roofline
 
 from batchinfer.cost.cost_model import CostModel, Requests
 
-LLAMA_3_8B = CostModel(6_979_321_856, 525_336_576, 32 * 4096, 32 * 2048, kv_bytes=2)
+LLAMA_3_8B = CostModel(6_979_321_856, 525_336_576, 32 * 4096, 2 * 32 * 2048, 2 * 32 * 2048)
 ROOFLINE = Roofline(LLAMA_3_8B, 2, Device(989e12, 3.0e12))
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from batchinfer.engine.attention_inputs import TiledInputs
 from batchinfer.kernels.attention import attention
+from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.kernels.kv_cache import KVCache, cache_rows
 from batchinfer.models.batch import PromptChunk
 
@@ -14,6 +15,11 @@ from batchinfer.models.batch import PromptChunk
 class _Table:
     def __init__(self, blocks: np.ndarray, block_size: int) -> None:
         self.blocks, self.block_size = blocks, block_size
+
+
+def of_shape(window: int | None, heads: int, kv_heads: int, head_dim: int) -> tuple[TiledInputs, AttentionShape]:
+    shape = AttentionShape(window, heads, kv_heads, head_dim)
+    return TiledInputs([shape]), shape
 
 
 def dense_attention(
@@ -70,12 +76,12 @@ def test_paged_attention_is_dense_attention(
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.int8: 3e-2}[dtype]
     rows = np.cumsum([0, *lengths])
     sequences, none = _Table(table, block_size), np.empty(0, np.int64)
-    inputs = TiledInputs({window})
+    inputs, shape = of_shape(window, heads, kv_heads, head_dim)
     prompts = inputs(sequences, [PromptChunk(i, 0, n, int(rows[i])) for i, n in enumerate(lengths)], none, none)
     query = torch.randn(rows[-1], heads, head_dim)
     sinks = torch.randn(heads) * 3 if sunk else None
-    out = attention(query, cache, prompts[window], head_dim**-0.5, softcap, sinks)
-    decode = inputs(sequences, [], np.arange(len(lengths)), np.array(lengths) - 1)[window]
+    out = attention(query, cache, prompts[shape], head_dim**-0.5, softcap, sinks)
+    decode = inputs(sequences, [], np.arange(len(lengths)), np.array(lengths) - 1)[shape]
     assert isinstance(decode.decode.users[0].blocks, slice) == crowded or window is not None
     last = torch.from_numpy(rows[1:] - 1)
     out_last = attention(query[last], cache, decode, head_dim**-0.5, softcap, sinks)
@@ -109,10 +115,11 @@ def test_a_query_has_the_same_bits_alone_and_with_others_at_its_blocks(
     places = np.repeat(np.arange(9), count)
     positions = np.concatenate([np.arange(p, p + c) for p, c in zip(first, count, strict=True)])
     query = torch.randn(len(places), heads, head_dim)
-    inputs, sequences = TiledInputs({window}), _Table(table, size)
-    batch = inputs(sequences, [], places, positions)[window]
+    inputs, shape = of_shape(window, heads, kv_heads, head_dim)
+    sequences = _Table(table, size)
+    batch = inputs(sequences, [], places, positions)[shape]
     assert {users.queries.shape[1] for users in batch.decode.users} > {1}
     together = attention(query, cache, batch, head_dim**-0.5)
     for i in range(len(places)):
-        alone = inputs(sequences, [], places[i : i + 1], positions[i : i + 1])[window]
+        alone = inputs(sequences, [], places[i : i + 1], positions[i : i + 1])[shape]
         assert torch.equal(attention(query[i : i + 1], cache, alone, head_dim**-0.5)[0], together[i]), f"query {i}"

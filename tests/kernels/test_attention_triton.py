@@ -4,6 +4,7 @@ The cache is filled with NaN where no sequence has written, and so are outputs a
 run. The interpreter has no bfloat16 products, so queries are float32 and float16.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -202,7 +203,7 @@ def test_values_of_every_size_keep_their_digits(kv: torch.dtype) -> None:
         cache.value_scale /= power
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256, 512])
 @pytest.mark.parametrize("group", [1, 8])
 def test_heads_of_every_size_in_the_tiles_that_are_shipped(group: int, head_dim: int) -> None:
     query, cache, batch = case([(129, 1), (70, 33), (300, 3)], group, 1, head_dim, 32)
@@ -325,9 +326,12 @@ def test_what_cannot_be_planned_is_refused() -> None:
 
 @pytest.mark.parametrize("group", [1, 7, 71])
 def test_every_group_of_heads_fits_the_tiles_that_are_shipped(group: int) -> None:
-    for head_dim in (64, 256):
-        tiles = tiling(head_dim, group, torch.bfloat16, torch.bfloat16, INTERPRETED)
+    small = Gpu("a small GPU", (8, 9), 58, 99 << 10)
+    shapes = itertools.product((64, 256, 512), (torch.bfloat16, torch.int8), (INTERPRETED, small))
+    for head_dim, kv, gpu in shapes:
+        tiles = tiling(head_dim, group, torch.bfloat16, kv, gpu)
         for tile in (tiles.few, tiles.many, tiles.same):
+            assert tile.keys >= 16, "matrix units take no fewer"
             assert tile.rows >= group and tile.rows.bit_count() == tile.keys.bit_count() == 1
             assert tiles.split % tile.keys == 0
 

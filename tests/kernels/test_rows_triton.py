@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from batchinfer.kernels import activation as plain
 from batchinfer.kernels.activation_triton import activate
 from batchinfer.kernels.kv_cache import KVCache, rotate
-from batchinfer.kernels.kv_cache_triton import rotate_and_store
+from batchinfer.kernels.kv_cache_triton import rotate_and_store, rotate_queries
 from batchinfer.kernels.norm import LayerNorm, norm
 from batchinfer.kernels.norm_triton import add_norm
 from batchinfer.kernels.rounding_triton import rounded_to_float8
@@ -108,10 +108,13 @@ def test_a_row_that_is_not_finite_stays_marked(bad: float) -> None:
     assert scale is not None and scale.isfinite().flatten().tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("normed_values", [False, True])
 @pytest.mark.parametrize("normed", ["no", "rms", "layer", "layer by head", "rms by head", "rms last"])
 @pytest.mark.parametrize("kv", [torch.float32, torch.float16, torch.int8])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 64), (5, 5, 80), (3, 1, 96), (2, 1, 16)])
-def test_rotate_and_store(heads: int, kv_heads: int, head_dim: int, kv: torch.dtype, normed: str) -> None:
+def test_rotate_and_store(
+    heads: int, kv_heads: int, head_dim: int, kv: torch.dtype, normed: str, normed_values: bool
+) -> None:
     tokens, block_size, last = 7, 16, normed.endswith("last")
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim) + 1
     cos, sin = torch.randn(2, tokens, head_dim // 2)
@@ -125,12 +128,14 @@ def test_rotate_and_store(heads: int, kv_heads: int, head_dim: int, kv: torch.dt
     poison = 99
     cache.key.fill_(poison)
     cache.value.fill_(poison)
-    found = rotate_and_store(qkv, cache, heads, cos, sin, slots, norms, 1e-5, last)
+    found = rotate_and_store(qkv, cache, heads, cos, sin, slots, norms, normed_values, 1e-5, last)
     query, key, value = qkv.view(tokens, -1, head_dim).split([heads, kv_heads, kv_heads], 1)
     if last:
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     if norms is not None:
         query, key = norm(query, norms[0], 1e-5), norm(key, norms[1], 1e-5)
+    if normed_values:
+        value = F.rms_norm(value, (head_dim,), None, 1e-5)
     if not last:
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     torch.testing.assert_close(found, query, atol=1e-5, rtol=1e-5)
@@ -146,3 +151,15 @@ def test_rotate_and_store(heads: int, kv_heads: int, head_dim: int, kv: torch.dt
             torch.testing.assert_close(stored, expected, atol=TOLERANCE[kv] * 4, rtol=TOLERANCE[kv])
         pool[where] = poison
         assert (pool == poison).all(), "and nothing else was written"
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("heads", "head_dim"), [(6, 64), (5, 80), (1, 16)])
+def test_rotate_queries_alone(heads: int, head_dim: int, normed: bool) -> None:
+    query = torch.randn(7, heads * head_dim)
+    cos, sin = torch.randn(2, 7, head_dim // 2)
+    weight = torch.rand(head_dim) + 0.5 if normed else None
+    by_head = query.view(7, heads, head_dim)
+    expected = by_head if weight is None else F.rms_norm(by_head, (head_dim,), weight, 1e-5)
+    found = rotate_queries(query, heads, cos, sin, weight, 1e-5)
+    torch.testing.assert_close(found, rotate(expected, cos, sin), atol=1e-5, rtol=1e-5)

@@ -56,9 +56,10 @@ def tensors_of(model: Path, layer: int) -> dict[str, Tensor]:
 
 
 def begun(model: Path, folder: Path) -> Calibration:
-    config = read_model_config(model)
+    config, weights = read_model_config(model), SafetensorsWeights(model)
     calibration = Calibration(config, sequences(), torch.float32, folder)
-    calibration.begin(SafetensorsWeights(model).read(f"{config.embedding.name}.weight"))
+    prefixes = tuple(layer.prefix for layer in config.layers)
+    calibration.begin({name: weights.read(name) for name in weights.names() if not name.startswith(prefixes)})
     return calibration
 
 
@@ -112,7 +113,9 @@ def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
                 assert inputs.shape[1] == matrix.columns
                 torch.testing.assert_close(inputs, expected, atol=2e-4, rtol=2e-4)
         calibration.leave(layer)
-    assert {path.name for path in tmp_path.iterdir()} - {"inner"} == {"states-00003", "mixed", "middle"}
+    left = {"states-00003", "mixed", "middle"}
+    left |= {"behind", "gated"} if calibration.config.ends.per_layer is not None else set()
+    assert {path.name for path in tmp_path.iterdir()} - {"inner"} == left
 
 
 def test_what_is_put_in_place_of_a_weight_is_computed_with(make_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -166,7 +169,10 @@ def test_rotations_turn_without_stretching_and_leave_no_large_entry(size: int) -
     assert size < 3 or not turned.equal(rotation(size, seed=2))
 
 
-UNSCALED = ("arcee", "exaone4", "gpt_neox", "jais2", "nemotron", "olmo", "olmo2", "olmo3", "phi", "starcoder2")
+UNSCALED = (
+    "arcee", "exaone4", "gemma4_text", "gemma4_unified_text", "gpt_neox", "jais2", "nemotron", "olmo", "olmo2", "olmo3",
+    "phi", "starcoder2",
+)  # fmt: skip
 SCALED = [case for case in QUICK if case not in (*UNSCALED, *MIXTURES)]
 """Families in which a norm or a matrix takes up the scales of every product's inputs."""
 
@@ -213,7 +219,9 @@ def test_scales_that_nothing_takes_up_are_refused(make_model: Callable[..., Path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", ["arcee", "cohere", "gemma", "gemma2", "mixtral", "olmo", "olmo2", "phi3", "stablelm"])
+@pytest.mark.parametrize(
+    "case", ["arcee", "cohere", "gemma", "gemma2", "gemma4_text", "mixtral", "olmo", "olmo2", "phi3", "stablelm"]
+)
 def test_what_cannot_be_rotated_is_refused(make_model: Callable[..., Path], case: str) -> None:
     model = made(make_model, case)
     with pytest.raises(ValueError, match="--rotate is for layers of Llama's form, with an RMSNorm before each"):

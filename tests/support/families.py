@@ -17,6 +17,16 @@ GRANITE_4 = MULTIPLIERS | {
     "layer_types": [FULL] * 3, "num_local_experts": 0, "shared_intermediate_size": 160, "mamba_n_heads": 4,
 }  # fmt: skip
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 40, "sliding_window": 24, "layer_types": ALTERNATING}
+GEMMA_4 = {
+    "head_dim": 16, "global_head_dim": 32, "sliding_window": 24, "layer_types": [SLIDING, FULL, FULL],
+    "final_logit_softcapping": 3.0, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 320,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        SLIDING: {"rope_type": "default", "rope_theta": 100.0},
+        FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.5, "rope_theta": 1e4, "factor": 2.0},
+    },
+}  # fmt: skip
+SHARING = {"num_kv_shared_layers": 1, "use_double_wide_mlp": True}
 LONG = {
     "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.5, 2.0, 3.0],
     "long_factor": [1.0, 3.0, 5.0, 9.0],
@@ -72,6 +82,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                 FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
             }
         },
+    ),
+    "gemma4_text": ("gemma4_text", GEMMA_4 | SHARING | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gemma4_text, like E2B": (
+        "gemma4_text",
+        GEMMA_4
+        | {"num_hidden_layers": 7, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}
+        | {"layer_types": [SLIDING, FULL, SLIDING, FULL, SLIDING, SLIDING, FULL], "attention_bias": True},
+    ),
+    "gemma4_text, like 31B": (
+        "gemma4_text",
+        GEMMA_4
+        | {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1}
+        | {"layer_types": [FULL, SLIDING, FULL], "attention_bias": True, "final_logit_softcapping": None},
+    ),
+    "gemma4_unified_text": (
+        "gemma4_unified_text", GEMMA_4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1},
     ),
     "glm": ("glm", {"head_dim": 16}),
     "glm4": ("glm4", {"head_dim": 32, "attention_bias": False}),

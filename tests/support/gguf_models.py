@@ -63,8 +63,41 @@ NAMES = {
 AROUND = {
     "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
+    "per_layer_input_gate": "inp_gate", "per_layer_projection": "proj", "post_per_layer_input_norm": "post_norm",
+    "model.embed_tokens_per_layer": "per_layer_token_embd", "model.per_layer_projection_norm": "per_layer_proj_norm",
+    "model.per_layer_model_projection": "per_layer_model_proj", "layer_scalar": "layer_output_scale",
 }  # fmt: skip
-"""Names of norms where a layer has norms on both sides of its blocks."""
+"""Names in a layer that has norms on both sides of its blocks, and of what Gemma 4 has beside them."""
+ADDED = ("gemma", "gemma2", "gemma3_text")
+"""Families whose checkpoints hold the distance from 1 of the weights of norms."""
+
+
+def add_gemma4(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    windows = [kind == "sliding_attention" for kind in config["layer_types"]]
+    own, count = config["per_layer_config"], config["num_hidden_layers"]
+    full = next(iter(own.values()))
+    writer.add_key_length(full["head_dim"])
+    writer.add_value_length(full["head_dim"])
+    writer.add_rope_dimension_count(full["head_dim"])
+    writer.add_key_length_swa(config["head_dim"])
+    writer.add_value_length_swa(config["head_dim"])
+    writer.add_rope_dimension_count_swa(config["head_dim"])
+    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
+    writer.add_sliding_window_pattern(windows)
+    writer.add_shared_kv_layers(config["num_kv_shared_layers"])
+    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
+    if config["final_logit_softcapping"]:
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    usual, heads = config["intermediate_size"], config["num_key_value_heads"]
+    if config["use_double_wide_mlp"]:
+        first = count - config["num_kv_shared_layers"]
+        writer.add_feed_forward_length([usual if i < first else 2 * usual for i in range(count)])
+    if "num_key_value_heads" in full:
+        writer.add_head_count_kv([heads if window else full["num_key_value_heads"] for window in windows])
+    part = config["rope_parameters"]["full_attention"]["partial_rotary_factor"]
+    half = full["head_dim"] // 2
+    turned = int(half * part)
+    writer.add_tensor("rope_freqs.weight", np.array([1.0] * turned + [1e30] * (half - turned), np.float32))
 
 
 def write_model(
@@ -73,7 +106,7 @@ def write_model(
     """A checkpoint of transformers as the format's own converter lays it out; in one file unless told otherwise."""
     config = json.loads((model / "config.json").read_text())
     family = config["model_type"]
-    architecture = {"mistral": "llama", "gemma3_text": "gemma3"}.get(family, family)
+    architecture = {"mistral": "llama", "gemma3_text": "gemma3", "gemma4_text": "gemma4"}.get(family, family)
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_file)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
@@ -84,7 +117,7 @@ def write_model(
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     rope = config["rope_parameters"]
     writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    if family in ("gemma2", "gemma3_text"):
+    if family in ("gemma2", "gemma3_text", "gemma4_text"):
         writer.add_sliding_window(config["sliding_window"])
     if family == "gemma2":
         writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
@@ -94,17 +127,20 @@ def write_model(
         writer.add_embedding_scale(config["embedding_multiplier"])
         writer.add_residual_scale(config["residual_multiplier"])
         writer.add_logit_scale(config["logits_scaling"])
-    if config.get("head_dim"):
+    if family == "gemma4_text":
+        add_gemma4(writer, config)
+    elif config.get("head_dim"):
         writer.add_key_length(config["head_dim"])
     add_byte_level(writer, byte_level(pre), pre)
-    names = NAMES | AROUND if family in ("gemma2", "gemma3_text") else NAMES
+    names = NAMES | AROUND if family in ("gemma2", "gemma3_text", "gemma4_text") else NAMES
     for name, tensor in load_file(model / "model.safetensors").items():
+        name = f"{name}.weight" if name.endswith("layer_scalar") else name
         module, _, end = name.rpartition(".")
         rest = module.removeprefix("model.layers.").partition(".")
         stored = (
             f"blk.{rest[0]}.{names[rest[2]]}.{end}" if module.startswith("model.layers.") else f"{names[module]}.{end}"
         )
-        values = tensor.float().numpy() + (family.startswith("gemma") and module.endswith("norm"))
+        values = tensor.float().numpy() + (family in ADDED and module.endswith("norm"))
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
         if heads and family in ("granite", "llama", "mistral", "smollm3"):
             rows = values.reshape(config[heads], 2, -1, *values.shape[1:])

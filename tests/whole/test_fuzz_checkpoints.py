@@ -194,9 +194,11 @@ CONFIGS = [
 
 def read_config(folder: Path) -> None:
     config = read_model_config(folder)
-    assert config.attention.heads % config.attention.kv_heads == 0
-    cos, _ = config.attention.rope.tables(8)
-    assert cos.shape == (8, config.attention.head_dim // 2) and cos.isfinite().all()
+    for layer in config.layers:
+        a = layer.attention
+        assert a.heads % a.kv_heads == 0
+        cos, _ = a.rope.tables(8)
+        assert cos.shape == (8, a.head_dim // 2) and cos.isfinite().all()
     if config.form is not None:
         config.form.name.encode()
 

@@ -20,6 +20,7 @@ from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.engine.step_shape import PlanShape, StepShape, largest_count, padded_count, plans_of
 from batchinfer.engine.transfer import Transfer, tensors_of
 from batchinfer.kernels.attention_plan import Tile, Tiling, plan_attention
+from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.kernels.attention_triton import paged_attention
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.ragged import offsets_of
@@ -57,7 +58,7 @@ def decoding(
         positions=torch.from_numpy(positions),
         slots=table.long()[torch.from_numpy(places - 3), torch.from_numpy(positions // 16)] * 16
         + torch.from_numpy(positions % 16),
-        attention={w: plan_attention(ragged, 4, 2, w, TILING, processors) for w in windows},
+        attention={AttentionShape(w, 4, 2, 16): plan_attention(ragged, 4, 2, w, TILING, processors) for w in windows},
         sampled=torch.arange(-(-n // 8) * 8) % n,
         sampling=SamplingBatch(**columns),
         places=torch.from_numpy(places),
@@ -128,7 +129,7 @@ def test_however_keys_are_split_the_shapes_are_few(processors: int, kv_heads: in
             table = torch.zeros(rows, longest // 16 + 1, dtype=torch.int32)
             batch = RaggedBatch(np.arange(rows + 1), contexts, table)
             plan = plan_attention(batch, 4, kv_heads, None, TILING, processors)
-            shapes.add(PlanShape.of(plan, rows))
+            shapes.add(PlanShape.of(AttentionShape(None, 4, kv_heads, 16), plan, rows))
         assert len(shapes) <= 3
     assert plan_attention(batch, 4, kv_heads, None, TILING, None).spare == 0
 

@@ -16,10 +16,12 @@ from batchinfer.engine.largest_step import largest_step, probe_blocks
 from batchinfer.engine.pool_size import Room, bytes_per_token, pool_blocks
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
 from batchinfer.kernels.attention_plan import AttentionPlan, Tile, Tiling
+from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.models.config import ModelConfig, read_model_config
 
 TILING = Tiling(few=Tile(16, 32), many=Tile(64, 32), same=Tile(64, 32))
-INPUTS = RaggedInputs({None}, 4, 2, TILING, 8)
+SHAPE = AttentionShape(None, 4, 2, 64)
+INPUTS = RaggedInputs({SHAPE: TILING}, 8)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 100, 1024, 5000])
@@ -33,7 +35,7 @@ def test_it_is_as_large_as_a_step_gets_and_stays_in_the_blocks_of_one_sequence(r
     assert len(batch.sequences) == expected, "every row that can run side by side samples a token"
     assert batch.prompt_tokens == expected * min(8192 // expected, 1999)
     blocks = probe_blocks(config)
-    plan = batch.attention[None]
+    plan = batch.attention[SHAPE]
     assert isinstance(plan, AttentionPlan)
     for named in (plan.table, batch.slots // config.block_size):
         assert int(named.min()) >= 1 and int(named.max()) < blocks

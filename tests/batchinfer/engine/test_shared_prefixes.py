@@ -25,12 +25,14 @@ from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.shared_prefixes import KEYS_A_PARTIAL, SharedPrefixes
 from batchinfer.kernels import attention_triton
 from batchinfer.kernels.attention_plan import AttentionPlan, Column, Tile, Tiling, plan_attention
+from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints
 from batchinfer.kernels.ragged_attention import RaggedBatch, SharedPrefix
 from batchinfer.models.batch import Batch
 
 HEADS, KV_HEADS = 32, 8
+SHAPE = AttentionShape(None, HEADS, KV_HEADS, 128)
 # A tile takes 4 tokens of 4 query heads each, or 32.
 TILING = Tiling(few=Tile(16, 64), many=Tile(128, 64), same=Tile(64, 32))
 
@@ -44,7 +46,7 @@ def scheduler_of(sequences: int, budget: int = 8192) -> tuple[Scheduler, RaggedI
     """A scheduler as on a GPU; no model is needed to see what it would read."""
     table = SequenceTable(sequences, 1280, 32)
     manager = BlockManager(sequences * 40 + 100)
-    inputs = RaggedInputs({None}, HEADS, KV_HEADS, TILING, 132)
+    inputs = RaggedInputs({SHAPE: TILING}, 132)
     return Scheduler(table, manager, Admission(table, manager, True, None), inputs, budget, 1, np.array([1])), inputs
 
 
@@ -52,7 +54,7 @@ def steps(scheduler: Scheduler) -> Iterator[tuple[Batch, AttentionPlan]]:
     """Yield each step until no row is left; every sampled token is token 5."""
     table = scheduler.table
     while (batch := scheduler.schedule()) is not None:
-        plan = batch.attention[None]
+        plan = batch.attention[SHAPE]
         assert isinstance(plan, AttentionPlan)
         yield batch, plan
         scheduler.update(batch, np.full(len(batch.sequences), 5))
@@ -125,7 +127,7 @@ def test_every_group_reads_its_own_blocks_where_rows_are_preempted_and_steps_wit
     lengths = OutputLengths(512)
     for _ in range(LEAST_ENDED):
         lengths.observe(-1, 2)
-    inputs = RaggedInputs({None}, HEADS, KV_HEADS, TILING, 132)
+    inputs = RaggedInputs({SHAPE: TILING}, 132)
     admission = Admission(table, manager, True, lengths)
     scheduler = Scheduler(table, manager, admission, inputs, 256, 1, np.array([1]))
     scheduler.add(Requests.of(prompts, SamplingParams(max_tokens=80, ignore_eos=True)))
@@ -133,7 +135,7 @@ def test_every_group_reads_its_own_blocks_where_rows_are_preempted_and_steps_wit
     for step, (batch, plan) in enumerate(steps(scheduler)):
         places = np.concatenate([[c.place for c in batch.chunks], batch.queries.places]).astype(np.int64)
         first_new = np.concatenate([[c.start for c in batch.chunks], batch.queries.first])
-        for p in inputs.prefixes._prefixes:
+        for p in inputs.prefixes[SHAPE]._prefixes:
             members = slice(p.first, p.first + p.count)
             blocks = plan.table[members, : p.keys // 32]
             assert p.count > 1 and (blocks == blocks[:1]).all() and (first_new[members] >= p.keys).all()
@@ -153,14 +155,14 @@ def test_steps_of_the_same_rows_are_grouped_once(monkeypatch: pytest.MonkeyPatch
     template = text(rng, 130)
     scheduler, inputs = scheduler_of(8)
     grouped = 0
-    choose = inputs.prefixes._choose
+    choose = inputs.prefixes[SHAPE]._choose
 
     def counting(*args: Any) -> tuple[SharedPrefix, ...]:
         nonlocal grouped
         grouped += 1
         return choose(*args)
 
-    monkeypatch.setattr(inputs.prefixes, "_choose", counting)
+    monkeypatch.setattr(inputs.prefixes[SHAPE], "_choose", counting)
     params = (SamplingParams(max_tokens=30, ignore_eos=True), SamplingParams(max_tokens=50, ignore_eos=True))
     plain = Requests.of([template + text(rng, 9) for _ in range(8)], params[0])
     scheduler.add(replace(plain, params=params, param_index=np.arange(8, dtype=np.int32) % 2))
@@ -224,13 +226,14 @@ def groups_of(engine: Engine) -> list[tuple[int, tuple[SharedPrefix, ...]]]:
     """Return a list that grows by (new tokens, prefixes that are read together) with each step."""
     inputs = engine.scheduler.attention
     assert isinstance(inputs, RaggedInputs)
-    of, found = inputs.prefixes.of, list[tuple[int, tuple[SharedPrefix, ...]]]()
+    (prefixes,) = inputs.prefixes.values()
+    of, found = prefixes.of, list[tuple[int, tuple[SharedPrefix, ...]]]()
 
     def seen(table: SequenceTable, places: Ints, lengths: Ints, contexts: Ints) -> tuple[SharedPrefix, ...]:
         found.append((int(lengths.sum()), of(table, places, lengths, contexts)))
         return found[-1][1]
 
-    inputs.prefixes.of = seen  # type: ignore[method-assign]
+    prefixes.of = seen  # type: ignore[method-assign]
     return found
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from engines import compare_logits, engine_of, prompts_of
+from families import GEMMA_4, SHARING
 from gguf import GGMLQuantizationType as Q
 from gguf_models import TEXTS, add_byte_level, byte_level, write_model
 from hypothesis import given
@@ -26,11 +27,20 @@ from batchinfer.models.gguf_folder import unpack_gguf
 from batchinfer.models.hub import resolve_model
 from batchinfer.text.tokenizer import Tokenizer
 
+PROPORTIONAL = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}
 GEMMA = {"sliding_window": 24, "query_pre_attn_scalar": 32, "tie_word_embeddings": True}
 FIELDS: dict[str, dict[str, Any]] = {
     "gemma": {"tie_word_embeddings": True},
     "gemma2": GEMMA | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
     "gemma3_text": GEMMA | {"num_hidden_layers": 7},
+    "gemma4_text": GEMMA_4 | SHARING | {"rope_parameters": PROPORTIONAL},
+    "gemma4_text, values from keys": GEMMA_4 | {
+        "rope_parameters": PROPORTIONAL, "attention_k_eq_v": True, "num_global_key_value_heads": 1,
+        "hidden_size_per_layer_input": 0,
+    },
     "granite": {
         "embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22, "attention_multiplier": 0.1,
         "head_dim": 16,
@@ -45,7 +55,7 @@ def test_logits_are_those_of_transformers(
     make_model: Callable[..., Path], tmp_path: Path, family: str, kind: str
 ) -> None:
     path = tmp_path / "model.gguf"
-    model = make_model(family, **{"head_dim": 32, **FIELDS.get(family, {"sliding_window": None})})
+    model = make_model(family.split(",")[0], **{"head_dim": 32, **FIELDS.get(family, {"sliding_window": None})})
     write_model(path, model, kind)
     oracle = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     for weight in oracle.parameters() if kind != "F32" else ():

@@ -44,8 +44,8 @@ def shape(config: ModelConfig) -> dict[str, Any]:
         "tensors": dict(config.tensors()),
         "windows": list(config.windows),
         "eps": config.norm_eps,
-        "frequencies": config.attention.rope.frequencies(),
-        "scale": config.attention.rope.attention_factor,
+        "frequencies": config.layers[0].attention.rope.frequencies(),
+        "scale": config.layers[0].attention.rope.attention_factor,
     }
 
 
@@ -99,6 +99,8 @@ NOT_COMPARED = {
         "vocab_size",
         "num_hidden_layers",
     },
+    "gemma4_text": {"num_hidden_layers", "vocab_size"},
+    "gemma4_unified_text": {"num_hidden_layers"},
     "granitemoehybrid": {"layers_block_type", "num_local_experts"},
     "helium": {"head_dim"},
     "exaone_moe": {"n_group"},

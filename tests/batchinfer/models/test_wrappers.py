@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from engines import EDGES, compare_logits, engine_of
+from families import GEMMA_4, SHARING
 from safetensors.torch import load_file, save_file
 
 from batchinfer.models.config import parse_model_config, read_model_config
@@ -27,6 +28,17 @@ QWEN_VISION = {"depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 14}
 SECTIONS = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gemma3": ({"model_type": "gemma3_text", "head_dim": 24, "query_pre_attn_scalar": 40}, PLAIN_VISION),
+    "gemma4": (
+        {"model_type": "gemma4_text", **GEMMA_4, **SHARING},
+        {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "head_dim": 16, "patch_size": 4, "position_embedding_size": 64,
+        },
+    ),
+    "gemma4_unified": (
+        {"model_type": "gemma4_unified_text", **GEMMA_4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        {"patch_size": 4, "mm_embed_dim": 96, "mm_posemb_size": 16, "output_proj_dims": 96},
+    ),
     "internvl": ({"model_type": "qwen3", "head_dim": 16}, PLAIN_VISION),
     "llava": ({"model_type": "llama"}, PLAIN_VISION),
     "mistral3": ({"model_type": "mistral", "head_dim": 16, "sliding_window": None}, PLAIN_VISION),
@@ -59,6 +71,9 @@ def wrapped(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
             for name, parameter in model.named_parameters():
                 torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
+            for name, buffer in model.named_buffers():
+                if name.endswith("layer_scalar"):
+                    torch.nn.init.normal_(buffer, 1.0, 0.1)
             made[case, tied] = tmp_path_factory.mktemp(case)
             model.save_pretrained(made[case, tied])
         return made[case, tied]
