@@ -189,6 +189,16 @@ CONFIGS = [
         "model_type": "qwen3", **SIZES, "layer_types": ["full_attention"] * 3, "quantization_config": FP8,
         "rope_parameters": {"rope_type": "divided", "divisors": [1.0] * 8},
     },
+    {
+        "model_type": "gemma4_text", **SIZES, "hidden_act": None,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "num_kv_shared_layers": 1, "use_double_wide_mlp": True, "attention_k_eq_v": True, "head_dim": 16,
+        "hidden_size_per_layer_input": 32, "per_layer_config": {"1": {"head_dim": 32}, "2": {"head_dim": 32}},
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+        },
+    },
 ]  # fmt: skip
 
 
