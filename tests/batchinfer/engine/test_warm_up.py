@@ -60,7 +60,7 @@ def test_nor_does_its_draft_model(make_model: Callable[..., Path], monkeypatch: 
     requests = Requests.of(prompts, SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.7))
     config = EngineConfig(Path(), deterministic=True, **sizes)
     assert_next_to_nothing_is_compiled(engine, config, requests, monkeypatch, most=1)
-    assert engine.stats().accepted
+    assert engine._stats.accepted  # stats() would measure the peak, in the interpreter
 
 
 def assert_next_to_nothing_is_compiled(
