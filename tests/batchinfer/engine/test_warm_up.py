@@ -50,20 +50,21 @@ def test_a_ragged_job_compiles_next_to_nothing(
 
 
 def test_nor_does_its_draft_model(make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of another size than the target, so that all of its matrix products are programs of their own."""
+    """Of another size than the target, so that its norms, products and activations are programs of their own: five."""
     monkeypatch.setenv("BATCHINFER_KERNELS", "triton")
-    sizes = {"max_model_len": 512, "max_num_batched_tokens": 512, "max_num_seqs": 12, "kv_cache_tokens": 8192}
+    sizes = {"max_model_len": 512, "max_num_batched_tokens": 512, "max_num_seqs": 6, "kv_cache_tokens": 8192}
     draft = make_model("qwen2", **SHAPE | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1})
     speculation = Speculation("draft_model", 4, draft, gate=False)
-    engine = engine_of(make_model("llama", **SHAPE), speculation=speculation, **sizes)
-    prompts = [[3] * n for n in range(1, 300, 15)]
-    requests = Requests.of(prompts, SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.7))
-    assert_next_to_nothing_is_compiled(engine, EngineConfig(Path(), **sizes), requests, monkeypatch)
-    assert engine.stats().accepted
+    engine = engine_of(make_model("llama", **SHAPE), speculation=speculation, deterministic=True, **sizes)
+    prompts = [[3] * n for n in range(1, 300, 40)]
+    requests = Requests.of(prompts, SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.7))
+    config = EngineConfig(Path(), deterministic=True, **sizes)
+    assert_next_to_nothing_is_compiled(engine, config, requests, monkeypatch, most=1)
+    assert engine._stats.accepted  # stats() would measure the peak, in the interpreter
 
 
 def assert_next_to_nothing_is_compiled(
-    engine: Engine, config: EngineConfig, requests: Requests, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, config: EngineConfig, requests: Requests, monkeypatch: pytest.MonkeyPatch, most: int = MOST
 ) -> None:
     """Warm up, then run the job; every row samples the same token at once."""
 
@@ -81,4 +82,4 @@ def assert_next_to_nothing_is_compiled(
         while engine.unfinished:
             engine.step()
     assert warmed > 5
-    assert len(compiled.new) <= MOST, "\n".join(compiled.new)
+    assert len(compiled.new) <= most, "\n".join(compiled.new)
