@@ -27,7 +27,7 @@ class CostModel:
     @classmethod
     def of(cls, config: ModelConfig, kv_bytes: float) -> "CostModel":
         """Return the cost model of a checkpoint with this `config`."""
-        shapes = [layer.attention for layer in config.layers]
+        shapes = config.attentions
         queries, keys_values = sum(a.q.rows for a in shapes), sum(a.k.rows + a.v.rows for a in shapes)
         return cls(layer_weights(config), config.head.size, queries, keys_values, kv_bytes)
 

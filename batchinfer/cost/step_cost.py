@@ -87,12 +87,12 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
     `kv_cache` is the type of keys and values; `sampling` is greedy, drawn or filtered.
     """
     w, layers = work, model.layers
-    shapes = [layer.attention for layer in layers]
+    shapes = model.attentions
     # Behind attention, the last layer computes sampled rows only.
     inner, last = layers[:-1], layers[-1]
     behind = _numbers_behind_attention(last)
     moved = w.sampled * behind + w.tokens * (
-        sum(2 * layer.attention.q.columns + 2 * layer.attention.width for layer in layers)
+        sum(2 * layer.products["qkv"][0].columns + 2 * _numbers_mixed(layer) for layer in layers)
         + sum(_numbers_behind_attention(layer) for layer in inner)
     )
     other = _weights_behind_attention(last)
@@ -104,18 +104,18 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
     named = {
         "step": np.ones(len(w)),
         "layer": np.full(len(w), float(len(layers))),
-        "decoding layer": len(layers) * (w.decoding > 0),
+        "decoding layer": len(shapes) * (w.decoding > 0),
         "number": moved,
         "weight from memory": streamed * weights.layer_bytes * (all_rows + other * (w.sampled > 0)),
         "head": head * (w.sampled > 0),
         "head from memory": streamed * weights.head_bytes * head * (w.sampled > 0),
         "head by row": head * w.sampled,
         "logit": model.vocab_size * w.sampled,
-        "place of tiles": len(layers) * w.tile_positions,
+        "place of tiles": len(shapes) * w.tile_positions,
         "tile operation": width * TILE * w.tile_keys,
         "tile score": heads * TILE * w.tile_keys,
         f"tile key in {kv_cache}": kv * w.tile_keys,
-        "decoding sequence": len(layers) * w.decoding,
+        "decoding sequence": len(shapes) * w.decoding,
         "decoding score": heads * w.decode_keys,
         f"decoding key in {kv_cache}": kv * w.decode_keys,
         f"stored key in {kv_cache}": kv * w.tokens,
@@ -128,7 +128,12 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
 
 
 def _weights_behind_attention(layer: Layer) -> int:
-    return layer.attention.output.size + sum(m.size for m in layer.products["gate_up"] + layer.products["down"])
+    return sum(m.size for name in ("output", "gate_up", "down") for m in layer.products[name])
+
+
+def _numbers_mixed(layer: Layer) -> int:
+    """Count a token's numbers that its mixer takes from the products before it."""
+    return sum(m.rows for name, matrices in layer.mixer.products.items() if name != "output" for m in matrices)
 
 
 def _numbers_behind_attention(layer: Layer) -> int:

@@ -88,8 +88,7 @@ def pool_blocks(config: EngineConfig, a_token: int, kv_dtype: torch.dtype, room:
 def bytes_per_token(model: ModelConfig, kv_dtype: torch.dtype) -> int:
     """Return the bytes of a token's keys and values in all layers."""
     scale = 4 if kv_dtype in MOST else 0
-    shapes = [layer.attention for layer in model.layers]
-    return sum(2 * a.kv_heads * (a.head_dim * kv_dtype.itemsize + scale) for a in shapes)
+    return sum(2 * a.kv_heads * (a.head_dim * kv_dtype.itemsize + scale) for a in model.attentions)
 
 
 def is_out_of_memory(error: Exception) -> bool:

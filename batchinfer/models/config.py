@@ -26,6 +26,7 @@ from batchinfer.models.families import (
     hyperclovax,
     internlm3,
     iquestcoder,
+    lfm2,
     llama,
     ministral,
     ministral3,
@@ -35,12 +36,13 @@ from batchinfer.models.families import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_5_text,
     seed_oss,
     smollm3,
     vaultgemma,
 )
 from batchinfer.models.known_fields import read_fields
-from batchinfer.models.layer import Attention, Ends, Layer, Matrix, Norm
+from batchinfer.models.layer import Attention, Ends, GatedDeltaNet, Layer, Matrix, Norm, ShortConvolution
 from batchinfer.models.wrappers import WRAPPERS, is_wrapper, text_fields
 
 if TYPE_CHECKING:  # the formats import torch, which takes long: only a quantized checkpoint needs them
@@ -96,6 +98,7 @@ FAMILIES: dict[str, Family] = {
     "hyperclovax": hyperclovax,
     "internlm3": internlm3,
     "iquestcoder": iquestcoder,
+    "lfm2": lfm2,
     "llama": llama,
     "ministral": ministral,
     "ministral3": ministral3,
@@ -105,6 +108,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_5_text": qwen3_5_text,
     "seed_oss": seed_oss,
     "smollm3": smollm3,
     "vaultgemma": vaultgemma,
@@ -143,26 +147,40 @@ class ModelConfig:
         return self.ends.norm
 
     @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Attention of each layer that has it; at least one has."""
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention))
+
+    @property
     def attention(self) -> Attention:
-        """Attention of the first layer. All layers have the same heads; only their windows differ."""
-        return self.layers[0].attention
+        """Attention of the first layer that has it. All layers have the same heads; only their windows differ."""
+        return self.attentions[0]
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Attention window of each layer: the number of positions that a token sees, its own included; None: all."""
-        return tuple(layer.attention.window for layer in self.layers)
+        """Window of each layer with attention: how many positions a token sees, its own included; None: all."""
+        return tuple(a.window for a in self.attentions)
+
+    @property
+    def recurrent(self) -> tuple[ShortConvolution | GatedDeltaNet, ...]:
+        """The mixer of each layer that keeps a state."""
+        return tuple(layer.mixer for layer in self.layers if not isinstance(layer.mixer, Attention))
 
     def within(self, positions: int) -> ModelConfig:
         """Return the config for sequences of at most so many positions, on which LongRoPE depends."""
-        ropes = [layer.attention.rope.within(positions) for layer in self.layers]
-        layers = tuple(
-            replace(layer, attention=replace(layer.attention, rope=rope))
-            for layer, rope in zip(self.layers, ropes, strict=True)
-        )
+
+        def within(layer: Layer) -> Layer:
+            a = layer.mixer
+            return (
+                replace(layer, mixer=replace(a, rope=a.rope.within(positions))) if isinstance(a, Attention) else layer
+            )
+
+        layers = tuple(map(within, self.layers))
         if layers == self.layers:
             return self
+        original = self.attention.rope.original_positions
         note = (
-            f"LongRoPE: rows may have {positions} tokens, more than the {ropes[0].original_positions} that the model "
+            f"LongRoPE: rows may have {positions} tokens, more than the {original} that the model "
             "was first trained with, so all rows take its long factors; --max-model-len decides that"
         )
         return replace(self, layers=layers, notes=(*self.notes, note))
@@ -214,6 +232,7 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     layers = tuple(family.layers(config))
     vocab, hidden, positions = (config.size(key) for key in ("vocab_size", "hidden_size", "max_position_embeddings"))
     quantization = config.get("quantization_config")
+    ends = family.ends(config)
     notes = []
     if wrapped:
         notes.append("the checkpoint wraps a language model: what reads images is left aside")
@@ -222,11 +241,11 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     return ModelConfig(
         embedding=Matrix("model.embed_tokens", vocab, hidden),
         layers=layers,
-        ends=family.ends(config),
+        ends=ends,
         head=Matrix("lm_head", vocab, hidden),
-        tied=config.flag("tie_word_embeddings"),
+        tied=config.flag("tie_word_embeddings") if ends.tied is None else ends.tied,
         max_positions=positions,
-        norm_eps=config.number("rms_norm_eps"),
+        norm_eps=config.number("rms_norm_eps") if ends.eps is None else ends.eps,
         dtype=stored_dtype(raw),
         form=_form(quantization) if quantization else None,
         wrapped=wrapped,

@@ -16,7 +16,8 @@ from batchinfer.kernels.linear_w4a16 import GRAIN, GROUPS
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.decoder import Decoder, LayerWeights
 from batchinfer.models.input_rounding import InputRounding
-from batchinfer.models.layer import Layer, Matrix, Norm
+from batchinfer.models.layer import Attention, Layer, Matrix, Norm
+from batchinfer.models.recurrent import recurrent_weights
 from batchinfer.models.stored_layer import bias_of, norm_weight, weight_of
 from batchinfer.models.weights import WeightSource
 
@@ -88,18 +89,24 @@ class _Loader:
         def pair(found: tuple[Norm, Norm] | None) -> tuple[Tensor, Tensor] | None:
             return None if found is None else (self.norm(found[0], layer.prefix), self.norm(found[1], layer.prefix))
 
+        def read(name: str, shape: tuple[int, ...]) -> Tensor:
+            return self.tensor(f"{layer.prefix}{name}", shape)
+
         products = {name: self._product(layer.prefix, matrices) for name, matrices in layer.products.items()}
+        mixer = layer.mixer
         return LayerWeights(
             layer,
             input_norm=norm(layer.input_norm),
             qkv=products["qkv"],
-            head_norms=pair(layer.attention.head_norms),
+            head_norms=pair(mixer.head_norms) if isinstance(mixer, Attention) else None,
             output=products["output"],
             attention_norm=norm(layer.attention_norm),
             mlp_norm=norm(layer.mlp_norm),
             gate_up=products["gate_up"],
             down=products["down"],
             mlp_output_norm=norm(layer.mlp_output_norm),
+            rates=products.get("rates"),
+            recurrence=None if isinstance(mixer, Attention) else recurrent_weights(mixer, read, self.c.norm_eps),
         )
 
     def head(self, embedding_VD: Tensor) -> Product:

@@ -39,5 +39,6 @@ def _rows(matrix: Matrix) -> slice | Tensor:
     """Return the rows of the module that are the matrix's, in its order."""
     if matrix.order is None:
         return slice(matrix.first, matrix.first + matrix.rows)
-    heads = torch.arange(matrix.first, matrix.first + matrix.rows, len(matrix.order))
+    size = len(matrix.order)
+    heads = matrix.first + torch.arange(matrix.rows // size) * (matrix.head_rows or size)
     return (heads[:, None] + torch.tensor(matrix.order)).flatten()

@@ -47,8 +47,8 @@ class LayerErrors:
         """
         ours, theirs = self.runner.decoder, self.reference.decoder
         caches, reference_caches = self.runner.caches, self.reference.caches
-        at = ours.token_positions(batch, caches[0])
-        reference_at = theirs.token_positions(reference_batch, reference_caches[0])
+        at = ours.token_positions(batch, caches)
+        reference_at = theirs.token_positions(reference_batch, reference_caches)
         own, x = ours.embed(batch), theirs.embed(reference_batch)
         for i, (cache, reference_cache) in enumerate(zip(caches, reference_caches, strict=True)):
             # A layer overwrites its input, so x is copied. Our second call overwrites the first's keys and values.
