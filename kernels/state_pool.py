@@ -4,12 +4,14 @@ A state is what such a layer keeps of all earlier positions of a sequence. It ha
 is that before the first token: it is zero, and nothing is written to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.kv_cache import zeros
 
 
@@ -67,6 +69,42 @@ class StateTiles:
         pool[self.after] = states
         if len(self.branching):
             pool[self.snapshots] = states[self.branching]
+
+
+@dataclass(frozen=True)
+class PromptTile:
+    """A tile of one prompt."""
+
+    index: int  # in its sequence
+    row: int  # of its first token in the step
+    size: int  # number of tokens
+    before: int  # the state that it goes on from
+    after: int  # the state that it leaves
+    snapshot: int = 0  # the state of the snapshot that it leaves too; 0 if none
+
+
+def by_index(tiles: Iterable[PromptTile]) -> tuple[StateTiles, ...]:
+    """Group tiles by their index, in the order in which they are computed."""
+    groups: dict[int, list[PromptTile]] = {}
+    for tile in tiles:
+        groups.setdefault(tile.index, []).append(tile)
+    return tuple(_together(group) for _, group in sorted(groups.items()))
+
+
+def _together(tiles: list[PromptTile]) -> StateTiles:
+    row, size = (np.array(column)[:, None] for column in zip(*((t.row, t.size) for t in tiles), strict=True))
+    within = np.arange(TILE)
+    real = within < size
+    branching = [i for i, tile in enumerate(tiles) if tile.snapshot]
+    numbers = (
+        [tile.before for tile in tiles], [tile.after for tile in tiles], branching,
+        [tiles[i].snapshot for i in branching],
+    )  # fmt: skip
+    return StateTiles(
+        torch.from_numpy(np.where(real, row + within, row)),
+        torch.from_numpy(real),
+        *(torch.tensor(column, dtype=torch.int64) for column in numbers),
+    )
 
 
 @dataclass(frozen=True)

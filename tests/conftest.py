@@ -103,8 +103,10 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
             for name, parameter in model.named_parameters():
                 # Biases and norms start as constants; give every tensor something to be wrong about. Larger weights
-                # than usual, so that logits differ by more than rounding.
-                torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
+                # than usual, so that logits differ by more than rounding. States decay slowly, so that the first
+                # tokens of a prompt still matter behind the last.
+                mean = 1.0 if "norm" in name else -5.0 if name.endswith("dt_bias") else 0.0
+                torch.nn.init.normal_(parameter, mean, 0.1)
             folder = tmp_path_factory.mktemp(family)
             model.save_pretrained(folder)
             made[key] = folder

@@ -19,9 +19,10 @@ from batchinfer.engine.logits_changes import logits_changes
 from batchinfer.engine.new_tokens import NewTokens, verify_drafts
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sequence import SequenceTable
+from batchinfer.engine.state_inputs import state_inputs
 from batchinfer.engine.step_policy import chunk_end, decoding, padded_logits
 from batchinfer.kernels.grain import TILE, padded_size
-from batchinfer.kernels.ragged import Ints, ranges
+from batchinfer.kernels.ragged import Ints, offsets_of, ranges
 from batchinfer.kernels.sampling import SamplingBatch
 from batchinfer.models.batch import Batch, PromptChunk, Queries, as_tensor
 
@@ -56,10 +57,13 @@ class Scheduler:
         max_num_batched_tokens: int,
         row_grain: int,
         eos_ids: Ints,
+        states: BlockManager | None = None,
     ) -> None:
         self.row_grain = row_grain  # a step's number of tokens is padded to a multiple of this
         self.table = table
         self.manager = manager
+        self.states = states  # None if the model has none
+        self._borrowed = NOBODY  # states of the tokens that the step under way computes for sequences with drafts
         self.admission = admission
         self.attention = attention
         self.eos_ids = eos_ids
@@ -102,12 +106,22 @@ class Scheduler:
         withdrawn = [place for c in batch.chunks for place in (c.place, *c.twins)]
         self.prefilling = [place for place in withdrawn if place not in self.prefilling] + self.prefilling
         self.table.computed[batch.queries.places] = batch.queries.first
+        if self.states is not None:
+            self._withdraw_states(batch)
+
+    def _withdraw_states(self, batch: Batch) -> None:
+        """Compute sequences again whose states the step may have changed in some layers and not in others."""
+        for c in batch.chunks:
+            self.table.computed[c.place] = self.table.begins[c.place]
+        for place in batch.queries.places[batch.queries.drafts == 0].tolist():
+            self.admission.preempt(place)
+        self._give_back(self._borrowed, len(self._borrowed))
 
     def _computed(self, chunk: PromptChunk, done: bool) -> None:
         table = self.table
         table.computed[chunk.place] = chunk.end if done else chunk.start
         for twin in chunk.twins:
-            table.computed[twin] = chunk.end if done else table.own_from[twin] * table.block_size
+            table.computed[twin] = chunk.end if done else table.begins[twin]
         for tile in table.tiles[chunk.place][chunk.start // TILE : chunk.end // TILE]:
             tile.computed = done
 
@@ -132,8 +146,45 @@ class Scheduler:
             promised = (table.own_from[places] + table.promised[places]) * table.block_size
             room = np.minimum(table.end[places] - 1, promised) - newest
             room[(newest < table.length[places]) | table.undrafted[places]] = 0
-            drafts = drafter.draft(places, room, used, self.budget - used - int(counts.sum()))
-        return Queries(places, table.computed[places], counts + drafts, drafts)
+            budget = self.budget - used - int(counts.sum())
+            if self.states is not None:  # each token of a sequence with drafts needs one, at most two for each draft
+                budget = min(budget, self.states.unpromised // 2)
+            drafts = drafter.draft(places, room, used, budget)
+        left = None if self.states is None else self._borrow(self.states, places, counts + drafts, drafts)
+        return Queries(places, table.computed[places], counts + drafts, drafts, left)
+
+    def _borrow(self, states: BlockManager, places: Ints, counts: Ints, drafts: Ints) -> Ints:
+        """Return the state that each token leaves: its sequence's own, or a borrowed one if the sequence has drafts."""
+        drafted = np.repeat(drafts > 0, counts)
+        count = int(drafted.sum())
+        promised = states.promise(count)
+        assert promised, "more drafts than states are free for"
+        self._borrowed = states.take(count)
+        left = np.repeat(self.table.state[places], counts)
+        left[drafted] = self._borrowed
+        return left
+
+    def _give_back(self, free: Ints, promised: int) -> None:
+        assert self.states is not None
+        self.states.release(free, promised)
+        self._borrowed = NOBODY
+
+    def _keep_states(self, batch: Batch, new: NewTokens) -> None:
+        """Let each sequence with drafts own the state behind its last accepted token; give the others back.
+
+        One without a new token keeps the state from before the step.
+        """
+        table, queries = self.table, batch.queries
+        assert queries.left is not None
+        accepted = np.zeros(len(table.active), np.int64)
+        accepted[new.places] = new.counts
+        free, offsets = [NOBODY], offsets_of(queries.counts)
+        for i in np.flatnonzero(queries.drafts).tolist():
+            place = int(queries.places[i])
+            states = np.append(table.state[place], queries.left[offsets[i] : offsets[i + 1]])
+            table.state[place] = states[accepted[place]]
+            free.append(np.delete(states, accepted[place]))
+        self._give_back(np.concatenate(free), len(self._borrowed))
 
     def _prompt_chunks(self) -> list[PromptChunk]:
         chunks: list[PromptChunk] = []
@@ -212,6 +263,7 @@ class Scheduler:
             sequences=sequences,
             epochs=table.epoch[sequences],
             prompt_tokens=prompt_tokens,
+            states=None if self.states is None else state_inputs(table, chunks, queries, prompt_tokens),
             changes=logits_changes(table, sequences, next_positions, self.eos_ids),
         )
 
@@ -245,7 +297,10 @@ class Scheduler:
         running: NDArray[np.bool_] = table.active[batch.sequences] & (table.epoch[batch.sequences] == batch.epochs)
         if batch.drafted:
             assert running.all(), "a step with drafts ends before the next one begins"
-            return verify_drafts(table, batch, tokens, finite, self.eos_ids)
+            new = verify_drafts(table, batch, tokens, finite, self.eos_ids)
+            if self.states is not None:
+                self._keep_states(batch, new)
+            return new
         places = batch.sequences
         if not running.all():
             places, tokens, finite = places[running], tokens[running], finite[running]
@@ -256,6 +311,8 @@ class Scheduler:
     def drop(self) -> None:
         """Forget all rows, waiting and running."""
         self.prefilling = []
+        if self.states is not None:
+            self._give_back(self._borrowed, len(self._borrowed))
         self.admission.drop()
 
     def finish(self, place: int, spoiled: bool = False) -> None:

@@ -22,6 +22,10 @@ LONG = {
     "long_factor": [1.0, 3.0, 5.0, 9.0],
     "original_max_position_embeddings": 64, "partial_rotary_factor": 0.5,
 }  # fmt: skip
+QWEN_3_5 = {
+    "head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 32, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {"mlp_bias": True}),
     "cwm": ("cwm", {"head_dim": 16, "sliding_window": 24, "layer_types": ALTERNATING}),
@@ -51,6 +55,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hyperclovax": ("hyperclovax", MULTIPLIERS | {"attention_multiplier": None}),
     "internlm3": ("internlm3", {"head_dim": 16}),
     "iquestcoder": ("iquestcoder", {"head_dim": 16}),
+    "lfm2": (
+        "lfm2",
+        {
+            "layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "block_multiple_of": 32,
+            "block_ffn_dim_multiplier": 1.5,
+        },
+    ),
+    "lfm2, not adjusted": (
+        "lfm2", {"full_attn_idxs": [0, 2], "conv_L_cache": 4, "block_auto_adjust_ff_dim": False},
+    ),
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "ministral": ("ministral", {"head_dim": 16, "sliding_window": 24, "layer_types": [FULL, SLIDING, SLIDING]}),
     "ministral3": ("ministral3", {"head_dim": 16, "rope_parameters": YARN | {"llama_4_scaling_beta": 0.3}}),
@@ -61,6 +75,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3, part of a head": ("phi3", {"partial_rotary_factor": 0.5}),
     "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
     "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        QWEN_3_5 | {"attention_bias": True, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
+    "qwen3_5_text, by turns": ("qwen3_5_text", QWEN_3_5 | {"full_attention_interval": 2, "num_hidden_layers": 4}),
     "seed_oss": ("seed_oss", {"head_dim": 16, "attention_out_bias": True}),
     "seed_oss, output without bias": ("seed_oss", {"head_dim": 16}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
