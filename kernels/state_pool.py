@@ -125,6 +125,18 @@ class StateBatch:
     copied: Tensor  # [c] int64, states to be copied after the step
     copies: Tensor  # [c] int64, the states that they are copied to
 
+    @classmethod
+    def of_prompts(cls, lengths: list[int]) -> "StateBatch":
+        """Return the batch of whole prompts of these lengths, one behind the other; prompt i has state i + 1."""
+        starts = np.cumsum([0, *lengths]).tolist()
+        tiles = (
+            PromptTile(at // TILE, start + at, min(TILE, length - at), i + 1 if at else 0, i + 1)
+            for i, (start, length) in enumerate(zip(starts, lengths, strict=False))
+            for at in range(0, length, TILE)
+        )
+        nothing = torch.empty(0, dtype=torch.int64)
+        return cls(by_index(tiles), (), nothing, nothing)
+
     def __iter__(self) -> Iterator[StateTiles | StateTokens]:
         yield from self.tiles
         yield from self.tokens

@@ -55,8 +55,11 @@ def channel_makers(layer: Layer) -> dict[str, Norm | Matrix]:
 
     Raises `ValueError` if a product has none.
     """
-    a, f = layer.attention, layer.feed_forward
-    makers = {"qkv": layer.input_norm, "output": a.v, "gate_up": layer.mlp_norm, "down": f.up if f.gate else None}
+    a, f = layer.mixer, layer.feed_forward
+    makers: dict[str, Norm | Matrix | None] = {
+        "qkv": layer.input_norm, "output": a.v if isinstance(a, Attention) else None, "gate_up": layer.mlp_norm,
+        "down": f.up if f.gate else None,
+    }  # fmt: skip
     found = {product: maker for product, maker in makers.items() if maker is not None}
     if missing := sorted(makers.keys() - found.keys()):
         raise ValueError(

@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from batchinfer.kernels.activation import activate
-from batchinfer.kernels.kv_cache import rotate
+from batchinfer.kernels.kv_cache import CPU, rotate
 from batchinfer.kernels.linear import linear
 from batchinfer.kernels.norm import rms_norm
 from batchinfer.kernels.processor import multiplied_in
+from batchinfer.kernels.state_pool import StateBatch, StatePool
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.layer import Attention, Norm
+from batchinfer.models.layer import Attention, Mixer, Norm
+from batchinfer.models.recurrent import recurrent_weights
 from batchinfer.models.stored_layer import bias_of, norm_weight, weight_of
 
 CHUNK_TOKENS = 2048
@@ -40,7 +42,7 @@ class Calibration:
         self.chunks = _in_chunks([len(sequence) for sequence in sequences])
         longest = max(map(len, sequences))
         self.config = config.within(longest)
-        self.angles = {rope: rope.tables(longest) for rope in {layer.attention.rope for layer in self.config.layers}}
+        self.angles = {rope: rope.tables(longest) for rope in {a.rope for a in self.config.attentions}}
         growth = config.attention.query_growth
         self.growth = None if growth is None else growth.factors(longest)[:, None, None]
 
@@ -83,11 +85,12 @@ class Calibration:
             return (x + y for x, y in zip(states, normed(map(product(name), inputs), norm), strict=True))
 
         entering = self._stored(_states(number))
-        yield "qkv", normed(entering, layer.input_norm)
-        heads = map(product("qkv"), normed(entering, layer.input_norm))
-        chunks = zip(heads, self.chunks, strict=True)
-        attended = (self._attend(x, lengths, layer.attention, tensors) for x, lengths in chunks)
-        mixed = self._store("mixed", attended)
+        entered = [name for name in layer.mixer.products if name != "output"]
+        for name in entered:
+            yield name, normed(entering, layer.input_norm)
+        made = zip(*(map(product(name), normed(entering, layer.input_norm)) for name in entered), strict=True)
+        chunks = ((dict(zip(entered, parts, strict=True)), n) for parts, n in zip(made, self.chunks, strict=True))
+        mixed = self._store("mixed", (self._mix(parts, n, layer.mixer, tensors) for parts, n in chunks))
         yield "output", iter(mixed)
         middle = self._store("middle", added(entering, mixed, "output", layer.attention_norm))
         yield "gate_up", normed(middle, layer.mlp_norm)
@@ -101,11 +104,19 @@ class Calibration:
         """Delete the states before this layer, which are not needed any more."""
         (self.folder / _states(layer)).unlink(missing_ok=True)
 
+    def _mix(self, made: dict[str, Tensor], lengths: list[int], shape: Mixer, tensors: dict[str, Tensor]) -> Tensor:
+        """Return the input [T, K] of the product `output`, of the products before it, by name."""
+        if isinstance(shape, Attention):
+            return self._attend(made["qkv"], lengths, shape, tensors)
+        weights = recurrent_weights(shape, lambda name, _: tensors[name], self.config.norm_eps)
+        pool = StatePool(len(lengths) + 1, weights.state, self.dtype, CPU)
+        return weights.mix(made, pool, StateBatch.of_prompts(lengths)).to(self.dtype)
+
     def _attend(self, qkv_TX: Tensor, lengths: list[int], shape: Attention, tensors: dict[str, Tensor]) -> Tensor:
         """Return attention's outputs [T, heads * head_dim], computed one sequence at a time."""
         cos, sin = self.angles[shape.rope]
         out = []
-        for qkv in torch.split(qkv_TX, lengths):
+        for qkv in torch.split(qkv_TX[:, : shape.width], lengths):
             query, key, value = torch.split(qkv, [shape.q.rows, shape.k.rows, shape.v.rows], 1)
             if shape.normed_together:
                 query, key = self._head_norms(query, key, shape, tensors)
@@ -118,7 +129,8 @@ class Calibration:
             query, key, value = (x.transpose(0, 1).to(multiplied_in(self.dtype)) for x in (query, key, value))
             mixed = _attention(query, key, value, shape)
             out.append(mixed.transpose(0, 1).flatten(1).to(self.dtype))
-        return torch.cat(out)
+        mixed = torch.cat(out)
+        return mixed if shape.gate is None else mixed.mul_(qkv_TX[:, shape.width :].sigmoid())
 
     def _head_norms(
         self, query: Tensor, key: Tensor, shape: Attention, tensors: dict[str, Tensor]

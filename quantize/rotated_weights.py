@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.models.config import ModelConfig
+from batchinfer.models.layer import Attention
 from batchinfer.models.weights import SafetensorsWeights
 from batchinfer.quantize.rotation import rotation
 
@@ -96,14 +97,14 @@ class RotatedWeights:
 
 
 def _refuse_other_layers(config: ModelConfig) -> None:
-    """Raise `ValueError` unless all layers have Llama's form: a norm before each block, and matrices stored apart."""
+    """Raise `ValueError` unless all layers have Llama's form: attention, norms before blocks, matrices stored apart."""
     for layer in config.layers:
         before = (layer.input_norm, layer.mlp_norm, config.norm)
-        plain = all(norm is not None and not norm.added for norm in before)
+        plain = isinstance(layer.mixer, Attention) and all(norm is not None and not norm.added for norm in before)
         plain &= layer.attention_norm is None and layer.mlp_output_norm is None and layer.feed_forward.gate is not None
         plain &= all(matrix.stored_rows == matrix.rows for matrix in layer.matrices)
         if not plain:
             raise ValueError(
-                f"{layer.prefix}: --rotate is for layers of Llama's form, with a norm before each block and matrices "
-                "that are stored apart; leave it out"
+                f"{layer.prefix}: --rotate is for layers of Llama's form, with a norm before each block, attention, "
+                "and matrices that are stored apart; leave it out"
             )

@@ -16,7 +16,6 @@ from batchinfer.engine.four_bit_path import FourBitPath
 from batchinfer.engine.pool_size import bytes_per_token
 from batchinfer.engine.transfer import Sampled
 from batchinfer.formats.matrix import quantize_channels
-from batchinfer.formats.registry import refuse_on_gpu
 from batchinfer.formats.scheme import QuantScheme, scheme
 from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.backend import Backend, Product
@@ -54,7 +53,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, model: ModelConfig) -> None:
         self.backend = choose_backend(config.device, config.deterministic)
         if not isinstance(self.backend, CpuBackend):
-            refuse_on_gpu(model.form)
+            model.refuse_on_gpu()
         made_for = frozenset[str]() if model.form is None else model.form.eight_bit_inputs
         self.scheme: QuantScheme = scheme(config.quantization, bool(made_for & self.backend.eight_bits))
         _check_scheme(self.scheme, self.backend)

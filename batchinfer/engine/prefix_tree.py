@@ -41,7 +41,7 @@ class PrefixTree:
         self._blocks_per_tile = TILE // block_size
         self._path: list[SharedTile] = []
 
-    def enter(self, shared: int, shared_by_next: int, branches: dict[int, int]) -> list[SharedTile]:
+    def enter(self, shared: int, shared_by_next: int, branches: dict[int, int] | None = None) -> list[SharedTile]:
         """Return the shared tiles of the next row.
 
         The first `shared` are those of the row before; the first `shared_by_next` are held for the row after. After
@@ -51,7 +51,7 @@ class PrefixTree:
         new = range(shared, shared_by_next)
         tiles = self._path[:shared] + [SharedTile(self._manager.take(self._blocks_per_tile)) for _ in new]
         assert len(tiles) == max(shared, shared_by_next), "rows came in another order than they were compared in"
-        for depth, readers in branches.items():
+        for depth, readers in (branches or {}).items():
             assert self._states is not None
             tiles[depth - 1].snapshot, tiles[depth - 1].readers = int(self._states.take(1)[0]), readers
         for tile in tiles:

@@ -166,6 +166,20 @@ class ModelConfig:
         """The mixer of each layer that keeps a state."""
         return tuple(layer.mixer for layer in self.layers if not isinstance(layer.mixer, Attention))
 
+    def refuse_on_gpu(self) -> None:
+        """Raise `ValueError` if the layers, or the format of their weights, run on a CPU alone."""
+        if self.recurrent:
+            kinds = {ShortConvolution: "short convolutions", GatedDeltaNet: "gated DeltaNets"}
+            found = dict.fromkeys(kinds[type(mixer)] for mixer in self.recurrent)
+            raise ValueError(
+                f"the model has layers of {' and '.join(found)}, for which there is no kernel on a GPU yet: take "
+                "--device cpu, or a model whose layers are all of attention"
+            )
+        if self.form is not None:
+            from batchinfer.formats.registry import refuse_on_gpu
+
+            refuse_on_gpu(self.form)
+
     def within(self, positions: int) -> ModelConfig:
         """Return the config for sequences of at most so many positions, on which LongRoPE depends."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import QUICK, made
+from families import QUICK, RECURRENT, made
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
@@ -142,7 +142,7 @@ def test_rotations_turn_without_stretching_and_leave_no_large_entry(size: int) -
     assert size < 3 or not turned.equal(rotation(size, seed=2))
 
 
-SCALED = [case for case in QUICK if case not in ("arcee", "exaone4", "olmo2", "olmo3")]
+SCALED = [case for case in QUICK if case not in ("arcee", "exaone4", "olmo2", "olmo3", *RECURRENT)]
 """Families in which a norm or a matrix takes up the scales of every product's inputs."""
 
 
@@ -175,14 +175,14 @@ def test_folded_scales_change_nothing_but_the_channels(
         torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["arcee", "olmo2"])
+@pytest.mark.parametrize("case", ["arcee", "olmo2", *RECURRENT])
 def test_scales_that_nothing_takes_up_are_refused(make_model: Callable[..., Path], tmp_path: Path, case: str) -> None:
     with pytest.raises(ValueError, match="nothing before it takes up the scales of its inputs; take a method that"):
         Quantizer(made(make_model, case), tmp_path / "out", weight_scheme("w4a16", 32), method("awq"), sequences())
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", ["arcee", "gemma", "gemma2", "olmo2", "phi3"])
+@pytest.mark.parametrize("case", ["arcee", "gemma", "gemma2", "olmo2", "phi3", *RECURRENT])
 def test_what_cannot_be_rotated_is_refused(make_model: Callable[..., Path], case: str) -> None:
     model = made(make_model, case)
     with pytest.raises(ValueError, match="--rotate is for layers of Llama's form, with a norm before each block"):

@@ -90,6 +90,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 QUICK = [case for case in CASES if "," not in case]
 """One case of each family."""
 
+RECURRENT = ["lfm2", "qwen3_5_text"]
+"""The families with layers that keep a state; no GPU has kernels for them yet."""
+
 
 def made(make_model: Callable[..., Path], case: str, **shape: int) -> Path:
     family, changes = CASES[case]
