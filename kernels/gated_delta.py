@@ -17,6 +17,9 @@ from batchinfer.kernels.attention import batched_product
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.state_pool import StateBatch, StateTiles
 
+_CACHED = 1 << 18
+"""Numbers of states that are updated together: 1 MB, so that they are read from memory once and written once."""
+
 
 @dataclass(frozen=True)
 class DeltaTokens:
@@ -51,8 +54,14 @@ def delta_rule(tokens: DeltaTokens, matrices_SHkv: Tensor, batch: StateBatch) ->
             out[part.rows[part.real]] = mixed[part.real]
             part.leave(matrices_SHkv, states)
         else:
-            out[part.rows], matrices_SHkv[part.after] = _one_each(tokens.at(part.rows), matrices_SHkv[part.before])
+            for few in part.split(_pieces(matrices_SHkv)):
+                out[few.rows], matrices_SHkv[few.after] = _one_each(tokens.at(few.rows), matrices_SHkv[few.before])
     return out
+
+
+def _pieces(matrices_SHkv: Tensor) -> int:
+    """Return of how many sequences the states stay in the cache between the operations on them."""
+    return max(1, _CACHED // matrices_SHkv[0].numel())
 
 
 def _tiles(tokens: DeltaTokens, state_nHkv: Tensor) -> tuple[Tensor, Tensor]:

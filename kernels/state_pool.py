@@ -115,6 +115,12 @@ class StateTokens:
     before: Tensor  # [n] int64, the states that they go on from
     after: Tensor  # [n] int64, the states that they leave
 
+    def split(self, most: int) -> Iterator["StateTokens"]:
+        """Yield the same tokens, at most so many at a time."""
+        columns = (torch.split(column, most) for column in (self.rows, self.before, self.after))
+        for parts in zip(*columns, strict=True):
+            yield StateTokens(*parts)
+
 
 @dataclass(frozen=True)
 class StateBatch:
