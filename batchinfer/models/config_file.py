@@ -12,7 +12,7 @@ _LARGEST = {
     "shared_intermediate_size": 1 << 19, "no_rope_layer_interval": 1 << 10, "sliding_window_pattern": 1 << 10,
     "conv_L_cache": 1 << 10, "block_ff_dim": 1 << 19, "block_multiple_of": 1 << 19, "full_attention_interval": 1 << 10,
     "linear_conv_kernel_dim": 1 << 10, "linear_key_head_dim": 1 << 10, "linear_value_head_dim": 1 << 10,
-    "linear_num_key_heads": 1 << 10, "linear_num_value_heads": 1 << 10,
+    "linear_num_key_heads": 1 << 10, "linear_num_value_heads": 1 << 10, "decoder_sparse_step": 1 << 10,
     "max_position_embeddings": 1 << 24, "original_max_position_embeddings": 1 << 24, "sliding_window": 1 << 24,
 }  # fmt: skip
 

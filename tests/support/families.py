@@ -80,6 +80,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         QWEN_3_5 | {"attention_bias": True, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     ),
     "qwen3_5_text, by turns": ("qwen3_5_text", QWEN_3_5 | {"full_attention_interval": 2, "num_hidden_layers": 4}),
+    "qwen3_next": (
+        "qwen3_next",
+        QWEN_3_5 | {"num_experts": 0, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
     "seed_oss": ("seed_oss", {"head_dim": 16, "attention_out_bias": True}),
     "seed_oss, output without bias": ("seed_oss", {"head_dim": 16}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
@@ -90,7 +94,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 QUICK = [case for case in CASES if "," not in case]
 """One case of each family."""
 
-RECURRENT = ["lfm2", "qwen3_5_text"]
+RECURRENT = ["lfm2", "qwen3_5_text", "qwen3_next"]
 """The families with layers that keep a state; no GPU has kernels for them yet."""
 
 

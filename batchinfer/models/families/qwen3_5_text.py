@@ -21,12 +21,16 @@ _ROPE = RopeFields(partial=True, others=frozenset({"mrope_section", "mrope_inter
 
 def layers(config: ConfigFile) -> list[Layer]:
     """Describe the layers that `config.json` asks for."""
+    return hybrid(config, delta_net(config))
+
+
+def hybrid(config: ConfigFile, linear: GatedDeltaNet) -> list[Layer]:
+    """Describe layers of attention with an output gate, and layers with this mixer, as `layer_types` names them."""
     plain = config.changed(layer_types=None, mlp_bias=False)
     rope = read_rope(config, llama.head_dim(config), _ROPE)
     described = [_around_one(layer) for layer in llama.layers(plain, ropes={"full_attention": rope}, head_norm=True)]
-    delta_net = _delta_net(config)
     return [
-        replace(layer, mixer=_gated(layer.attention) if kind == "full_attention" else delta_net)
+        replace(layer, mixer=_gated(layer.attention) if kind == "full_attention" else linear)
         for kind, layer in zip(_kinds(config), described, strict=True)
     ]
 
@@ -68,7 +72,8 @@ def _gated(a: Attention) -> Attention:
     return replace(a, q=q, gate=replace(q, first=d, order=plain), head_norms=(norms[0], norms[1]))
 
 
-def _delta_net(config: ConfigFile) -> GatedDeltaNet:
+def delta_net(config: ConfigFile) -> GatedDeltaNet:
+    """Describe the mixer of the layers with linear attention."""
     hidden, length = config.size("hidden_size"), config.size("linear_conv_kernel_dim")
     heads, key_heads = config.size("linear_num_value_heads"), config.size("linear_num_key_heads")
     key_dim, value_dim = config.size("linear_key_head_dim"), config.size("linear_value_head_dim")

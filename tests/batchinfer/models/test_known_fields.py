@@ -102,6 +102,7 @@ NOT_COMPARED = {
     "granitemoehybrid": {"layers_block_type", "num_local_experts"},
     "helium": {"head_dim"},
     "qwen3_5_text": {"linear_num_key_heads"},
+    "qwen3_next": {"linear_num_key_heads", "num_experts"},
 }
 
 

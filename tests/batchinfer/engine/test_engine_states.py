@@ -1,5 +1,6 @@
 """Models whose layers keep a state: every row has its own result, however states are shared, copied and taken back."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,26 @@ import torch
 import transformers
 from drafters import Adversary
 from engines import IdsAsText, assert_blocks_are_free, engine_of, prompts_of, run, tokens
-from families import RECURRENT, made
+from families import made
+from safetensors.torch import load_file, save_file
 
 from batchinfer.engine.config import Speculation
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.prefix_tree import Likeness, likeness
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.formats.scheme import weight_scheme
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints
 from batchinfer.kernels.state_pool import StateTiles
+from batchinfer.quantize.methods import method
+from batchinfer.quantize.walk import Quantizer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
 PLAIN = SamplingParams(max_tokens=6, ignore_eos=True)
 
 
-@pytest.fixture(params=RECURRENT)
+@pytest.fixture(params=["lfm2", "qwen3_5_text"])
 def model(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> Path:
     return made(make_model, request.param, **SMALL)
 
@@ -241,3 +246,60 @@ def test_a_snapshot_is_freed_with_its_last_reader(model: Path) -> None:
         held.append(states_in_use(engine) - int(engine.table.active.sum()))
     assert max(held) == 1 and held[-1] == 0
     assert_blocks_are_free(engine)
+
+
+def quantized(model: Path, output: Path, scheme: str) -> Path:
+    quantizer = Quantizer(model, output, weight_scheme(scheme, 32 if scheme == "w4a16" else None), method("rtn"))
+    list(quantizer.run())
+    quantizer.finish("# A card\n")
+    return output
+
+
+def first_logits(engine: Engine) -> torch.Tensor:
+    """The logits [prompts, V] of the first two new tokens of prompts, the second of which is the same for all."""
+    engine.add(Requests.of(prompts_of(8, 150), SamplingParams(max_tokens=2, ignore_eos=True)))
+    found = []
+    while (batch := engine.scheduler.schedule()) is not None:
+        with torch.inference_mode():
+            logits = engine.runner.decoder.forward(batch, engine.runner.caches)[: len(batch.sequences)]
+        found.append(logits.float()[np.argsort(engine.table.row[batch.sequences])])
+        engine.scheduler.update(batch, np.full(len(logits), 9))
+        for place in batch.sequences[engine.table.length[batch.sequences] == engine.table.end[batch.sequences]]:
+            engine.scheduler.finish(int(place))
+    return torch.cat(found)
+
+
+def difference(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((ours - expected).norm() / expected.norm())
+
+
+def test_four_bits_are_multiplied_as_if_they_were_expanded(model: Path, tmp_path: Path) -> None:
+    packed = quantized(model, tmp_path / "out", "w4a16")
+    settings: dict[str, Any] = {"dtype": "bfloat16", "expected_batch": 1, "max_num_batched_tokens": 2048}
+    ours, expanded = engine_of(packed, **settings), engine_of(packed, **settings, quantization="none")
+    exact = first_logits(engine_of(packed, quantization="none", max_num_batched_tokens=2048))
+    assert "linear_w4a16" in ours.runner.backend.kernels
+    assert difference(first_logits(ours), exact) < 1.5 * difference(first_logits(expanded), exact) < 0.1
+
+
+def test_rates_may_stay_in_floating_point_beside_eight_bits(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """As published checkpoints have them: the products of one input then take rows of two types."""
+    original = made(make_model, "qwen3_5_text", **SMALL)
+    model = quantized(original, tmp_path / "out", "w8a8-int8")
+    for path in model.glob("*.safetensors"):
+        tensors = load_file(path)
+        for name in [name for name in tensors if name.endswith(("in_proj_a.weight", "in_proj_b.weight"))]:
+            tensors[name] = load_file(original / "model.safetensors")[name]
+            del tensors[name + "_scale"]
+        save_file(tensors, path, {"format": "pt"})
+    for name in ("SHA256SUMS", "model.safetensors.index.json"):
+        (model / name).unlink()
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"]["ignore"] += ["re:.*in_proj_[ab]$"]
+    (model / "config.json").write_text(json.dumps(config))
+    engine = engine_of(model)
+    kinds = {layer.qkv.takes for layer in engine.runner.decoder.layers if layer.rates is not None}
+    assert kinds == {torch.uint8} and engine.runner.decoder.layers[0].rates.takes == torch.float32  # type: ignore[union-attr]
+    assert 0 < difference(first_logits(engine), first_logits(engine_of(model, quantization="none"))) < 0.1
+    requests = Requests.of(tree_of_prompts(), PLAIN)
+    assert tokens(engine_of(model), requests) == alone(model, requests)
