@@ -15,6 +15,7 @@ from torch import Tensor
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.attention_inputs import AttentionInputs
 from batchinfer.engine.block_manager import BlockManager
+from batchinfer.engine.draft_states import DraftStates
 from batchinfer.engine.logits_changes import logits_changes
 from batchinfer.engine.new_tokens import NewTokens, verify_drafts
 from batchinfer.engine.request import Requests
@@ -22,7 +23,7 @@ from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.state_inputs import state_inputs
 from batchinfer.engine.step_policy import chunk_end, decoding, padded_logits
 from batchinfer.kernels.grain import TILE, padded_size
-from batchinfer.kernels.ragged import Ints, offsets_of, ranges
+from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.sampling import SamplingBatch
 from batchinfer.models.batch import Batch, PromptChunk, Queries, as_tensor
 
@@ -63,7 +64,7 @@ class Scheduler:
         self.table = table
         self.manager = manager
         self.states = states  # None if the model has none
-        self._borrowed = NOBODY  # states of the tokens that the step under way computes for sequences with drafts
+        self.draft_states = None if states is None else DraftStates(table, states)
         self.admission = admission
         self.attention = attention
         self.eos_ids = eos_ids
@@ -106,16 +107,13 @@ class Scheduler:
         withdrawn = [place for c in batch.chunks for place in (c.place, *c.twins)]
         self.prefilling = [place for place in withdrawn if place not in self.prefilling] + self.prefilling
         self.table.computed[batch.queries.places] = batch.queries.first
-        if self.states is not None:
-            self._withdraw_states(batch)
-
-    def _withdraw_states(self, batch: Batch) -> None:
-        """Compute sequences again whose states the step may have changed in some layers and not in others."""
-        for c in batch.chunks:
-            self.table.computed[c.place] = self.table.begins[c.place]
-        for place in batch.queries.places[batch.queries.drafts == 0].tolist():
-            self.admission.preempt(place)
-        self._give_back(self._borrowed, len(self._borrowed))
+        if self.draft_states is not None:
+            # The step may have changed the states of some layers and not of others.
+            for c in batch.chunks:
+                self.table.computed[c.place] = self.table.begins[c.place]
+            for place in batch.queries.places[batch.queries.drafts == 0].tolist():
+                self.admission.preempt(place)
+            self.draft_states.drop()
 
     def _computed(self, chunk: PromptChunk, done: bool) -> None:
         table = self.table
@@ -147,44 +145,12 @@ class Scheduler:
             room = np.minimum(table.end[places] - 1, promised) - newest
             room[(newest < table.length[places]) | table.undrafted[places]] = 0
             budget = self.budget - used - int(counts.sum())
-            if self.states is not None:  # each token of a sequence with drafts needs one, at most two for each draft
-                budget = min(budget, self.states.unpromised // 2)
+            if self.draft_states is not None:
+                budget = min(budget, self.draft_states.most_drafts)
             drafts = drafter.draft(places, room, used, budget)
-        left = None if self.states is None else self._borrow(self.states, places, counts + drafts, drafts)
-        return Queries(places, table.computed[places], counts + drafts, drafts, left)
-
-    def _borrow(self, states: BlockManager, places: Ints, counts: Ints, drafts: Ints) -> Ints:
-        """Return the state that each token leaves: its sequence's own, or a borrowed one if the sequence has drafts."""
-        drafted = np.repeat(drafts > 0, counts)
-        count = int(drafted.sum())
-        promised = states.promise(count)
-        assert promised, "more drafts than states are free for"
-        self._borrowed = states.take(count)
-        left = np.repeat(self.table.state[places], counts)
-        left[drafted] = self._borrowed
-        return left
-
-    def _give_back(self, free: Ints, promised: int) -> None:
-        assert self.states is not None
-        self.states.release(free, promised)
-        self._borrowed = NOBODY
-
-    def _keep_states(self, batch: Batch, new: NewTokens) -> None:
-        """Let each sequence with drafts own the state behind its last accepted token; give the others back.
-
-        One without a new token keeps the state from before the step.
-        """
-        table, queries = self.table, batch.queries
-        assert queries.left is not None
-        accepted = np.zeros(len(table.active), np.int64)
-        accepted[new.places] = new.counts
-        free, offsets = [NOBODY], offsets_of(queries.counts)
-        for i in np.flatnonzero(queries.drafts).tolist():
-            place = int(queries.places[i])
-            states = np.append(table.state[place], queries.left[offsets[i] : offsets[i + 1]])
-            table.state[place] = states[accepted[place]]
-            free.append(np.delete(states, accepted[place]))
-        self._give_back(np.concatenate(free), len(self._borrowed))
+        counts = counts + drafts
+        left = None if self.draft_states is None else self.draft_states.lend(places, counts, drafts)
+        return Queries(places, table.computed[places], counts, drafts, left)
 
     def _prompt_chunks(self) -> list[PromptChunk]:
         chunks: list[PromptChunk] = []
@@ -298,8 +264,8 @@ class Scheduler:
         if batch.drafted:
             assert running.all(), "a step with drafts ends before the next one begins"
             new = verify_drafts(table, batch, tokens, finite, self.eos_ids)
-            if self.states is not None:
-                self._keep_states(batch, new)
+            if self.draft_states is not None:
+                self.draft_states.keep(batch.queries, new)
             return new
         places = batch.sequences
         if not running.all():
@@ -311,8 +277,8 @@ class Scheduler:
     def drop(self) -> None:
         """Forget all rows, waiting and running."""
         self.prefilling = []
-        if self.states is not None:
-            self._give_back(self._borrowed, len(self._borrowed))
+        if self.draft_states is not None:
+            self.draft_states.drop()
         self.admission.drop()
 
     def finish(self, place: int, spoiled: bool = False) -> None:
