@@ -207,6 +207,8 @@ class Admission:
             while table.active[place] and not self._promise_more(place, int(blocks[i])):
                 running = decoding[table.active[decoding]]
                 self.preempt(int(running[table.epoch[running].argmax()]))
+                if self.lengths is not None:
+                    self.lengths.grow()
         return table.active[decoding]
 
     def _promise_more(self, place: int, blocks: int) -> bool:
@@ -232,8 +234,6 @@ class Admission:
         self._release(place)
         self.waiting_rows += 1
         self.preemptions += 1
-        if self.lengths is not None:
-            self.lengths.grow()
 
     def finish(self, place: int, spoiled: bool) -> None:
         """End a sequence and free its place and blocks; `spoiled` if it computed values that are not finite."""
