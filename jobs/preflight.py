@@ -85,11 +85,10 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     return Preflight(spec, settings, table, kept, config, tokenizer, tokenizer_folder, source, digests, shape, notes)
 
 
-def _refuse_on_gpu(model: Path) -> None:
-    from batchinfer.formats.registry import refuse_on_gpu  # late: it loads torch
-
+def _refuse_on_gpu(model: Path, shape: ModelConfig) -> None:
+    shape.refuse_on_gpu()
     if not weight_files(model):
-        refuse_on_gpu(read_model_config(model).form)
+        read_model_config(model).refuse_on_gpu()
 
 
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
@@ -154,7 +153,7 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
     if device == "cuda":
         try:
             refuse_old_gpu()
-            _refuse_on_gpu(model)
+            _refuse_on_gpu(model, shape)
         except ValueError as error:
             raise Refused(str(error)) from error
     max_num_seqs = spec.max_num_seqs or MAX_NUM_SEQS[device]

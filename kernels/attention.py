@@ -111,14 +111,14 @@ def _prompt_tiles(
         result = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
     else:
         query, key, value = (x.flatten(0, 1) for x in (query * scale, key, value))
-        scores = _bmm(query, key.transpose(1, 2))
+        scores = batched_product(query, key.transpose(1, 2))
         scores = (scores if softcap is None else _capped(scores, softcap)) + mask[0]
         if sinks_H is None:
             shares = scores.float().softmax(-1)
         else:  # one score for each row of the stacked tiles
             sinks = sinks_H.view(kv_heads, -1, 1).repeat_interleave(TILE, 1).repeat(n, 1, 1)
             shares = torch.cat([scores.float(), sinks], -1).softmax(-1)[..., :-1]
-        result = _bmm(shares.to(dtype), value)
+        result = batched_product(shares.to(dtype), value)
     result = result.view(n, kv_heads, heads // kv_heads, TILE, head_dim).permute(0, 3, 1, 2, 4)
     result = result.reshape(n * TILE, heads, head_dim)
     out_THd[group.rows.flatten()[group.kept]] = result[group.kept].to(out_THd.dtype)
@@ -211,14 +211,14 @@ def _by_blocks(cache: KVCache, users: BlockUsers, kind: str, rows_eHX: Tensor) -
     if kind == "value" and scale is not None:
         rows = rows * scale
     rows = rows.reshape(b * kv_heads, u * heads // kv_heads, width)
-    product = _bmm(rows, matrix.transpose(1, 2) if kind == "key" else matrix)
+    product = batched_product(rows, matrix.transpose(1, 2) if kind == "key" else matrix)
     product = product.view(b, kv_heads, u, heads // kv_heads, -1)
     if kind == "key" and scale is not None:
         product = product * scale
     return product.transpose(1, 2).reshape(b * u, heads, -1)
 
 
-def _bmm(rows_bMK: Tensor, matrix_bKN: Tensor) -> Tensor:
+def batched_product(rows_bMK: Tensor, matrix_bKN: Tensor) -> Tensor:
     """Return the b products [b, M, N]; their bits depend neither on M nor on b.
 
     MKL takes other kernels for a single product and for fewer rows than `LEAST_ROWS`, so both are padded.

@@ -42,14 +42,14 @@ class KVCache:
     ) -> None:
         shape, quantized = (blocks, kv_heads, block_size, head_dim), dtype in MOST
         # A masked position is still multiplied, by weight 0, so its contents must be finite: begin with zeros.
-        self.key = _zeros(shape, dtype, device)
+        self.key = zeros(shape, dtype, device)
         if values_by_column and quantized:
-            self.value = _zeros((blocks, kv_heads, head_dim, block_size), dtype, device).transpose(2, 3)
+            self.value = zeros((blocks, kv_heads, head_dim, block_size), dtype, device).transpose(2, 3)
         else:
-            self.value = _zeros(shape, dtype, device)
+            self.value = zeros(shape, dtype, device)
         self.kv_heads, self.block_size = kv_heads, block_size
-        self.key_scale = _zeros(shape[:3], torch.float32, device) if quantized else None
-        self.value_scale = _zeros(shape[:3], torch.float32, device) if quantized else None
+        self.key_scale = zeros(shape[:3], torch.float32, device) if quantized else None
+        self.value_scale = zeros(shape[:3], torch.float32, device) if quantized else None
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +101,7 @@ class KVCache:
                 ] = 0
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return a tensor of zeros. On the CPU it takes memory only as it is written, a page at a time."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)

@@ -64,15 +64,14 @@ def channel_makers(layer: Layer) -> dict[str, Norm | Matrix]:
             f"{layer.prefix}: the inputs of experts are those of their router too, so they are not scaled; take a "
             "method that does not scale them, such as gptq"
         )
-    a, f = layer.attention, layer.block
-    makers = {
+    a, f = layer.mixer, layer.block
+    keeps = isinstance(a, Attention) and a.limit is None and not a.value_norm and a.source is None and a.gate is None
+    makers: dict[str, Norm | Matrix | None] = {
         "qkv": _with_weight(layer.input_norm),
-        "output": a.v if a.limit is None else None,
+        "output": a.v if isinstance(a, Attention) and keeps else None,
         "gate_up": _with_weight(layer.mlp_norm),
         "down": f.up if f.gate else None,
     }
-    if a.value_norm or a.source is not None:
-        makers["output"] = None
     found = {product: maker for product, maker in makers.items() if maker is not None}
     if missing := sorted(makers.keys() - found.keys()):
         raise ValueError(

@@ -21,12 +21,14 @@ from torch.nn import functional as F
 
 from batchinfer.kernels.activation import activate
 from batchinfer.kernels.experts import route
-from batchinfer.kernels.kv_cache import rotate
+from batchinfer.kernels.kv_cache import CPU, rotate
 from batchinfer.kernels.linear import linear
 from batchinfer.kernels.norm import NormWeights, norm, rms_norm
 from batchinfer.kernels.processor import multiplied_in
+from batchinfer.kernels.state_pool import StateBatch, StatePool
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.layer import Attention, Experts, FeedForward, Matrix, Norm, PerLayerEmbeddings
+from batchinfer.models.recurrent import recurrent_weights
 from batchinfer.models.stored_layer import bias_of, norm_weights, weight_of
 
 CHUNK_TOKENS = 2048
@@ -56,8 +58,8 @@ class Calibration:
         self.chunks = _in_chunks([len(sequence) for sequence in sequences])
         longest = max(map(len, sequences))
         self.config = config.within(longest)
-        self.angles = {rope: rope.tables(longest) for rope in {layer.attention.rope for layer in self.config.layers}}
-        growing = {layer.attention.query_growth for layer in config.layers}
+        self.angles = {rope: rope.tables(longest) for rope in {a.rope for a in self.config.attentions}}
+        growing = {attention.query_growth for attention in config.attentions}
         self.growth = {g: g.factors(longest)[:, None, None] for g in growing if g is not None}
 
     @property
@@ -120,9 +122,12 @@ class Calibration:
             return (x + y for x, y in zip(states, normed(outputs, found), strict=True))
 
         entering = self._stored(_states(number))
-        yield Stage("qkv", self.tokens, normed(entering, layer.input_norm))
-        heads = map(product("qkv"), normed(entering, layer.input_norm))
-        mixed = self._store("mixed", self._attended(number, heads, tensors))
+        entered = [name for name in layer.mixer.products if name != "output"]
+        for name in entered:
+            yield Stage(name, self.tokens, normed(entering, layer.input_norm))
+        made = zip(*(map(product(name), normed(entering, layer.input_norm)) for name in entered), strict=True)
+        by_name = (dict(zip(entered, parts, strict=True)) for parts in made)
+        mixed = self._store("mixed", self._mixed(number, by_name, tensors))
         yield Stage("output", self.tokens, iter(mixed))
         middle = self._store("middle", added(entering, map(product("output"), mixed), layer.attention_norm))
         before = entering if layer.parallel else middle
@@ -194,26 +199,42 @@ class Calibration:
     def leave(self, layer: int) -> None:
         """Delete what the layers from this one on do not need any more."""
         names = [_states(layer), _per_layer(layer)]
-        if layer >= 0 and (source := self.config.layers[layer].attention.source) is not None:
-            names += [] if source in self._sources(layer + 1) else [_keys(source)]
+        mixer = self.config.layers[layer].mixer if layer >= 0 else None
+        if isinstance(mixer, Attention) and mixer.source is not None:
+            names += [] if mixer.source in self._sources(layer + 1) else [_keys(mixer.source)]
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
+    def _mixed(self, number: int, made: Iterator[dict[str, Tensor]], tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+        """Yield the inputs of a layer's product `output` in chunks [T, K]; `made` are the products before it."""
+        mixer = self.config.layers[number].mixer
+        if isinstance(mixer, Attention):
+            yield from self._attended(number, mixer, (found["qkv"] for found in made), tensors)
+            return
+        weights = recurrent_weights(mixer, lambda name, _: tensors[name], self.config.norm_eps)
+        for found, lengths in zip(made, self.chunks, strict=True):
+            pool = StatePool(len(lengths) + 1, weights.state, self.dtype, CPU)
+            yield weights.mix(found, pool, StateBatch.of_prompts(lengths)).to(self.dtype)
+
     def _sources(self, first: int) -> set[int | None]:
         """Return the layers whose keys and values are read by others, of those from `first` on."""
-        return {layer.attention.source for layer in self.config.layers[first:]}
+        mixers = [layer.mixer for layer in self.config.layers[first:]]
+        return {mixer.source for mixer in mixers if isinstance(mixer, Attention)}
 
-    def _attended(self, number: int, heads: Iterable[Tensor], tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+    def _attended(
+        self, number: int, shape: Attention, heads: Iterable[Tensor], tensors: dict[str, Tensor]
+    ) -> Iterator[Tensor]:
         """Yield attention's outputs of a layer in chunks [T, heads * head_dim]; `heads` are the outputs of its qkv.
 
         Keys and values that later layers read go to a file.
         """
-        shape = self.config.layers[number].attention
         width = 2 * shape.kv_heads * shape.head_dim
         read = None if shape.source is None else iter(self._stored(_keys(shape.source), width))
         is_source = number in self._sources(number + 1)
         with (self.folder / _keys(number)).open("wb") if is_source else nullcontext() as kept:
             for qkv, lengths in zip(heads, self.chunks, strict=True):
+                own = sum(matrix.rows for matrix in shape.matrices)
+                qkv, gate = qkv[:, :own], qkv[:, own:]
                 if shape.limit is not None:
                     qkv.clamp_(-shape.limit, shape.limit)
                 q, kv = qkv[:, : shape.q.rows], qkv[:, shape.q.rows :]
@@ -221,7 +242,8 @@ class Calibration:
                 seen = self._keys_values(kv, lengths, shape, tensors) if read is None else next(read)
                 if kept is not None:
                     kept.write(_bytes(seen))
-                yield self._attend(query, seen, lengths, shape, tensors)
+                mixed = self._attend(query, seen, lengths, shape, tensors)
+                yield mixed if shape.gate is None else mixed * gate.sigmoid()
 
     def _keys_values(self, kv_TX: Tensor, lengths: list[int], shape: Attention, tensors: dict[str, Tensor]) -> Tensor:
         """Return the keys, then the values that attention sees, [T, 2 * kv_heads * head_dim]."""

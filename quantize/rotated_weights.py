@@ -105,19 +105,24 @@ def _by_head(x_NX: Tensor, head: Tensor) -> Tensor:
     return (x_NX.reshape(len(x_NX), -1, len(head)) @ head).flatten(1)
 
 
+def _keeps_values(a: Attention) -> bool:
+    """Return whether attention's outputs are sums of what a matrix of its own makes, and of nothing else."""
+    return a.limit is None and a.source is None and a.gate is None and a.v.name != a.k.name
+
+
 def _refuse_other_layers(config: ModelConfig) -> None:
     """Raise `ValueError` unless all layers have Llama's form: an RMSNorm before each block, matrices stored apart."""
     for layer in config.layers:
         before = (layer.input_norm, layer.mlp_norm, config.norm)
-        plain = all(norm is not None and not norm.added and not norm.centered for norm in before)
+        plain = isinstance(layer.mixer, Attention)
+        plain &= all(norm is not None and not norm.added and not norm.centered for norm in before)
         plain &= layer.attention_norm is None and layer.mlp_output_norm is None
         plain &= isinstance(layer.feed_forward, FeedForward) and layer.feed_forward.gate is not None
-        plain &= not layer.parallel and layer.attention.limit is None
-        plain &= layer.attention.source is None and layer.per_layer is None and layer.scalar is None
-        plain &= layer.attention.v.name != layer.attention.k.name
+        plain &= not layer.parallel and layer.per_layer is None and layer.scalar is None
+        plain = plain and _keeps_values(layer.attention)
         plain &= all(matrix.stored_rows == matrix.rows for matrix in layer.matrices)
         if not plain:
             raise ValueError(
-                f"{layer.prefix}: --rotate is for layers of Llama's form, with an RMSNorm before each block and "
-                "matrices that are stored apart; leave it out"
+                f"{layer.prefix}: --rotate is for layers of Llama's form, with an RMSNorm before each block, "
+                "attention, and matrices that are stored apart; leave it out"
             )

@@ -104,9 +104,11 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
             buffers = {name: buffer for name, buffer in model.named_buffers() if name in model.state_dict()}
             for name, tensor in (dict(model.named_parameters()) | buffers).items():
                 # Biases and norms start as constants; give every tensor something to be wrong about. Larger weights
-                # than usual, so that logits differ by more than rounding.
+                # than usual, so that logits differ by more than rounding. States decay slowly, so that the first
+                # tokens of a prompt still matter behind the last.
                 around_one = "norm" in name or name.endswith("layer_scalar")
-                torch.nn.init.normal_(tensor, 1.0 if around_one else 0.0, 0.1)
+                mean = 1.0 if around_one else -5.0 if name.endswith("dt_bias") else 0.0
+                torch.nn.init.normal_(tensor, mean, 0.1)
             folder = tmp_path_factory.mktemp(family)
             model.save_pretrained(folder)
             made[key] = folder

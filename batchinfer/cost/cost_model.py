@@ -27,11 +27,9 @@ class CostModel:
     @classmethod
     def of(cls, config: ModelConfig, kv_bytes: int) -> "CostModel":
         """Return the cost model of a checkpoint with this `config`; an element of keys and values takes `kv_bytes`."""
-        queries = sum(layer.attention.q.rows for layer in config.layers)
-        stored, read = (
-            sum(a.attention.kv_bytes(kv_bytes) for a in layers) for layers in (config.storing, config.layers)
-        )
-        return cls(layer_weights(config), config.head.size, queries, stored, read)
+        shapes = config.attentions
+        stored, read = (sum(a.kv_bytes(kv_bytes) for a in found) for found in (config.storing, shapes))
+        return cls(layer_weights(config), config.head.size, sum(a.q.rows for a in shapes), stored, read)
 
     @property
     def attention_operations(self) -> int:

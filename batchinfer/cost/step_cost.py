@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from batchinfer.kernels.grain import TILE
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.layer import FeedForward
+from batchinfer.models.layer import FeedForward, Layer
 
 Floats = NDArray[np.float64]
 
@@ -89,11 +89,11 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
     `kv_cache` is the type of keys and values; `sampling` is greedy, drawn or filtered.
     """
     w, layers = work, model.layers
-    shapes = [layer.attention for layer in layers]
+    shapes = model.attentions
     # Behind attention, the last layer computes sampled rows only.
     inner, last = layers[:-1], layers[-1]
     moved = w.sampled * last.numbers_behind_attention + w.tokens * (
-        sum(2 * layer.attention.q.columns + 2 * layer.attention.width for layer in layers)
+        sum(2 * layer.products["qkv"][0].columns + 2 * _numbers_mixed(layer) for layer in layers)
         + sum(layer.numbers_behind_attention for layer in inner)
     )
     products = _products(work, model)
@@ -105,18 +105,18 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
     named = {
         "step": np.ones(len(w)),
         "layer": np.full(len(w), float(len(layers))),
-        "decoding layer": len(layers) * (w.decoding > 0),
+        "decoding layer": len(shapes) * (w.decoding > 0),
         "number": moved,
         "weight from memory": streamed * weights.layer_bytes * sum(part * (rows > 0) for part, rows in products),
         "head": head * (w.sampled > 0),
         "head from memory": streamed * weights.head_bytes * head * (w.sampled > 0),
         "head by row": head * w.sampled,
         "logit": model.vocab_size * w.sampled,
-        "place of tiles": len(layers) * w.tile_positions,
+        "place of tiles": len(shapes) * w.tile_positions,
         "tile operation": width * TILE * w.tile_keys,
         "tile score": heads * TILE * w.tile_keys,
         f"tile key in {kv_cache}": kv * w.tile_keys,
-        "decoding sequence": len(layers) * w.decoding,
+        "decoding sequence": len(shapes) * w.decoding,
         "decoding score": heads * w.decode_keys,
         f"decoding key in {kv_cache}": kv * w.decode_keys,
         f"stored key in {kv_cache}": stored * w.tokens,
@@ -128,19 +128,25 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
     return {name: np.asarray(values, np.float64) for name, values in named.items()}
 
 
+def _numbers_mixed(layer: Layer) -> int:
+    """Count a token's numbers that its mixer takes from the products before it."""
+    return sum(m.rows for name, matrices in layer.mixer.products.items() if name != "output" for m in matrices)
+
+
 def _products(work: Work, model: ModelConfig) -> list[tuple[Floats, Floats]]:
     """Return (weights [n], the rows that they are multiplied with [n]) of the products of all layers, put together.
 
     Of a mixture those experts count that are expected to be touched, as if tokens chose evenly.
     """
     *inner, last = model.layers
-    attention = [layer.attention for layer in model.layers]
-    weights = sum(matrix.size for a in attention for matrix in a.matrices) + sum(a.output.size for a in attention[:-1])
+    entered = [found for layer in model.layers for name, found in layer.mixer.products.items() if name != "output"]
+    weights = sum(matrix.size for matrices in entered for matrix in matrices)
+    weights += sum(layer.mixer.output.size for layer in inner)
     weights += sum(layer.per_layer.weights_per_token for layer in inner if layer.per_layer is not None)
     behind = Counter((layer.feed_forward, False) for layer in inner)
     behind[last.feed_forward, True] += 1
     ones = np.ones(len(work))
-    of_last = last.attention.output.size + (0 if last.per_layer is None else last.per_layer.weights_per_token)
+    of_last = last.mixer.output.size + (0 if last.per_layer is None else last.per_layer.weights_per_token)
     found = [(weights * ones, work.tokens), (of_last * ones, work.sampled)]
     for (f, sampled), layers in behind.items():
         rows = work.sampled if sampled else work.tokens

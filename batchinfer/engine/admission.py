@@ -34,14 +34,22 @@ class _Row:
 class Admission:
     """A queue of rows in the order in which they are added; preempted rows come before all others."""
 
-    def __init__(self, table: SequenceTable, manager: BlockManager, share: bool, lengths: OutputLengths | None) -> None:
+    def __init__(
+        self,
+        table: SequenceTable,
+        manager: BlockManager,
+        share: bool,
+        lengths: OutputLengths | None,
+        states: BlockManager | None = None,
+    ) -> None:
         """Make an empty queue for the sequences of `table`.
 
         With `share`, the common start of neighbouring rows' prompts is computed once. If `lengths` is None, all blocks
-        that a row may ever need are promised, and no row is preempted.
+        that a row may ever need are promised, and no row is preempted. `states` manages the states of sequences, if the
+        model has them.
         """
-        self._table, self._manager, self.lengths = table, manager, lengths
-        self._tree = PrefixTree(manager, table.block_size)
+        self._table, self._manager, self.lengths, self._states = table, manager, lengths, states
+        self._tree = PrefixTree(manager, table.block_size, states)
         self._share = share
         self._waiting: deque[tuple[Requests, Likeness, int]] = deque()  # and number of rows admitted
         self._preempted: deque[_Row] = deque()
@@ -70,7 +78,10 @@ class Admission:
         self.waiting_rows, self.admitted = 0, []
 
     def admit(self) -> list[int]:
-        """Admit waiting rows while there are free places and blocks; return their places."""
+        """Admit waiting rows while there are free places, blocks and states; return their places."""
+        if self._states is not None:
+            for place in np.flatnonzero(self._table.computed >= self._table.prefill_end).tolist():
+                self._let_go(place)
         places: list[int] = []
         for place in np.flatnonzero(~self._table.active).tolist():
             began = bool(self._preempted) and self._readmit(place)
@@ -93,10 +104,16 @@ class Admission:
         need = self._need(requests, i, template, 0) - before * per_tile
         if not self._manager.promise(need):
             return False
-        tiles = self._tree.enter(before, after)
+        branches = self._promise_states({} if self._states is None else alike.branches.get(i, {}))
+        if branches is None:
+            self._manager.release(np.empty(0, np.int64), need)
+            return False
+        tiles = self._tree.enter(before, after, branches)
         own = need - max(after - before, 0) * per_tile
         self._begin(place, _Row(requests, i, template, np.empty(0, np.int32)), tiles, own)
-        self._table.computed[place] = before * TILE
+        if self._states is not None:
+            before = self._go_on(place, before)
+        self._table.computed[place] = self._table.begins[place] = before * TILE
         twin = self._table.twin_of[place] = self._computing_twin() if alike.twins[i] else -1
         self._last = place, int(self._table.epoch[place])
         self._template = template
@@ -107,6 +124,30 @@ class Admission:
         if i + 1 == len(requests):
             self._waiting.popleft()
         return True
+
+    def _promise_states(self, branches: dict[int, int]) -> dict[int, int] | None:
+        """Promise a row its state, and snapshots at these `branches`; return those that get one. None: it must wait.
+
+        If no row runs, none frees states: the row then takes no snapshots.
+        """
+        if self._states is None or self._states.promise(1 + len(branches)):
+            return branches
+        return {} if not self._table.active.any() and self._states.promise(1) else None
+
+    def _go_on(self, place: int, shared: int) -> int:
+        """Let a row that shares so many tiles begin from the last snapshot among them; return the tiles before that."""
+        tiles = self._table.tiles[place]
+        depth = next((depth for depth in range(shared, 0, -1) if tiles[depth - 1].snapshot), 0)
+        if depth:
+            self._table.origin[place] = tiles[depth - 1]
+            tiles[depth - 1].readers += depth < shared  # it is counted at the end of all the tiles that it shares
+        return depth
+
+    def _let_go(self, place: int) -> None:
+        """Let a row, whose prompt is computed or which ends, go of the snapshot that it began from."""
+        tile, self._table.origin[place] = self._table.origin[place], None
+        if tile is not None:
+            self._tree.let_go(tile)
 
     def _computing_twin(self) -> int:
         """Return the place of the sequence that computes the prompt of the last admitted row; -1 if that is done."""
@@ -122,6 +163,9 @@ class Admission:
         need = self._need(row.requests, row.i, row.template, len(row.generated))
         if not self._manager.promise(need):
             return False
+        if self._states is not None and not self._states.promise(1):
+            self._manager.release(np.empty(0, np.int64), need)
+            return False
         self._begin(place, self._preempted.popleft(), [], need)
         return True
 
@@ -131,6 +175,8 @@ class Admission:
         table.share(place, tiles)
         table.promised[place] = own
         table.template[place] = row.template
+        if self._states is not None:
+            table.state[place] = self._states.take(1)[0]
         table.epoch[place] = self._epochs
         self._epochs += 1
 
@@ -160,7 +206,9 @@ class Admission:
             place = int(decoding[i])
             while table.active[place] and not self._promise_more(place, int(blocks[i])):
                 running = decoding[table.active[decoding]]
-                self._preempt(int(running[table.epoch[running].argmax()]))
+                self.preempt(int(running[table.epoch[running].argmax()]))
+                if self.lengths is not None:
+                    self.lengths.grow()
         return table.active[decoding]
 
     def _promise_more(self, place: int, blocks: int) -> bool:
@@ -177,7 +225,8 @@ class Admission:
                 return True
         return False
 
-    def _preempt(self, place: int) -> None:
+    def preempt(self, place: int) -> None:
+        """Let a sequence give back what it holds and wait to be computed again."""
         table = self._table
         request = table.request[place]
         assert request is not None
@@ -185,8 +234,6 @@ class Admission:
         self._release(place)
         self.waiting_rows += 1
         self.preemptions += 1
-        if self.lengths is not None:
-            self.lengths.grow()
 
     def finish(self, place: int, spoiled: bool) -> None:
         """End a sequence and free its place and blocks; `spoiled` if it computed values that are not finite."""
@@ -202,6 +249,9 @@ class Admission:
 
     def _release(self, place: int) -> None:
         tiles, promised = self._table.tiles[place], int(self._table.promised[place])
+        if self._states is not None:
+            self._let_go(place)
+            self._states.release(self._table.state[[place]], 1)
         self._manager.release(self._table.remove(place), promised)
         if len(blocks := self._tree.leave(tiles)):
             self.wiped.append(blocks)

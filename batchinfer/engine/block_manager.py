@@ -1,4 +1,7 @@
-"""`BlockManager`: keeps track of which blocks of the KV cache are free, promised or taken."""
+"""`BlockManager`: keeps track of which blocks of the KV cache are free, promised or taken.
+
+States of layers that are no attention are handed out in the same way: there a state takes the place of a block.
+"""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +18,11 @@ class BlockManager:
         self._free = np.ones(blocks, np.bool_)
         self._free[0] = False
         self._unpromised = blocks - 1
+
+    @property
+    def unpromised(self) -> int:
+        """Number of blocks that can still be promised."""
+        return self._unpromised
 
     def promise(self, count: int) -> bool:
         """Reserve `count` blocks without choosing them; return False if too few are left."""

@@ -19,7 +19,7 @@ from batchinfer.engine.largest_step import largest_step, probe_blocks
 from batchinfer.engine.model_runner import ModelRunner, measure_peak
 from batchinfer.engine.new_tokens import NewTokens
 from batchinfer.engine.output_lengths import OutputLengths
-from batchinfer.engine.pool_size import Room, is_out_of_memory, pool_blocks
+from batchinfer.engine.pool_size import Room, is_out_of_memory, pool_blocks, pool_states
 from batchinfer.engine.request import Completions, FinishReason, Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.scheduler import Scheduler
@@ -82,15 +82,16 @@ class Engine:
         # Counted once, because they are sums over all matrices.
         self._operations_per_token = self.runner.decoder.operations_per_token
         self._operations_per_logits = self.runner.decoder.head.operations_per_row
+        room, states = self._states(config, room)
         a_token = sum(runner.bytes_per_token for runner in self._runners)
         blocks, note = pool_blocks(config, a_token, self.runner.kv_dtype, room)
         self._stats.notes += [note] if note else []
         for runner in self._runners:
-            runner.allocate(blocks, config.block_size)
+            runner.allocate(blocks, config.block_size, states)
         if config.device != "cpu":
             self._warm_up(config)
         lengths = OutputLengths(config.max_model_len) if config.learned_admission else None
-        self.table, self.scheduler = self._scheduler(config, blocks, lengths)
+        self.table, self.scheduler = self._scheduler(config, blocks, states, lengths)
         self.drafter = self._gate(config, draft_runner, blocks)
         self.steps: deque[_Step] = deque()  # launched and not ended, the oldest first
         self._settled = 0.0  # time at which the last step ended
@@ -242,15 +243,25 @@ class Engine:
         for runner in self._runners:
             warm_up(runner, config, runner.row_steps)
 
+    def _states(self, config: EngineConfig, room: Room) -> tuple[Room, int]:
+        """Return the room that is left beside the model's states, and their number; 0 if it has none."""
+        a_state = self.runner.bytes_per_state
+        if not a_state:
+            return room, 0
+        states, note = pool_states(config, a_state, room)
+        self._stats.notes += [note] if note else []
+        return room.without(states * a_state, "states"), states
+
     def _scheduler(
-        self, config: EngineConfig, blocks: int, lengths: OutputLengths | None
+        self, config: EngineConfig, blocks: int, states: int, lengths: OutputLengths | None
     ) -> tuple[SequenceTable, Scheduler]:
         table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
         manager = BlockManager(blocks)
-        admission = Admission(table, manager, config.prefix_sharing, lengths)
+        kept = BlockManager(states) if states else None
+        admission = Admission(table, manager, config.prefix_sharing, lengths, kept)
         grain, inputs = self.runner.decoder.row_grain, self.runner.attention_inputs
         budget, eos_ids = config.max_num_batched_tokens, np.array(self.tokenizer.eos_ids, np.int64)
-        return table, Scheduler(table, manager, admission, inputs, budget, grain, eos_ids)
+        return table, Scheduler(table, manager, admission, inputs, budget, grain, eos_ids, kept)
 
     def _gate(self, config: EngineConfig, runner: ModelRunner | None, blocks: int) -> Gate | None:
         if config.speculation.method == "off":

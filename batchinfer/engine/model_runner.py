@@ -16,7 +16,6 @@ from batchinfer.engine.four_bit_path import FourBitPath
 from batchinfer.engine.pool_size import bytes_per_token
 from batchinfer.engine.transfer import Sampled
 from batchinfer.formats.matrix import quantize_channels
-from batchinfer.formats.registry import refuse_on_gpu
 from batchinfer.formats.scheme import QuantScheme, scheme
 from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.backend import Backend
@@ -27,11 +26,13 @@ from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
+from batchinfer.kernels.state_pool import StatePool
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.gguf_folder import weight_files
 from batchinfer.models.gguf_weights import GGUFWeights
 from batchinfer.models.loader import load_decoder
+from batchinfer.models.recurrent import state_shape
 from batchinfer.models.weights import RandomWeights, SafetensorsWeights, WeightSource, with_stored_head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,7 +54,7 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, model: ModelConfig) -> None:
         self.backend = choose_backend(config.device, config.deterministic)
         if not isinstance(self.backend, CpuBackend):
-            refuse_on_gpu(model.form)
+            model.refuse_on_gpu()
         made_for = frozenset[str]() if model.form is None else model.form.eight_bit_inputs
         self.scheme: QuantScheme = scheme(config.quantization, bool(made_for & self.backend.eight_bits))
         _check_scheme(self.scheme, self.backend)
@@ -135,9 +136,19 @@ class ModelRunner:
         """Most bytes of a GPU's memory taken so far, weights and KV cache included; 0 on the CPU."""
         return torch.cuda.max_memory_reserved() if self.backend.device.type == "cuda" else 0
 
-    def allocate(self, blocks: int, block_size: int) -> None:
-        """Allocate the KV cache: `blocks` blocks of `block_size` tokens in each layer."""
-        self.caches = self.decoder.caches(blocks, block_size, self.kv_dtype)
+    @cached_property
+    def bytes_per_state(self) -> int:
+        """Bytes of a sequence's state in all layers; 0 if the model has none."""
+        return sum(state_shape(mixer).nbytes(self.decoder.stream) for mixer in self.decoder.config.recurrent)
+
+    def allocate(self, blocks: int, block_size: int, states: int = 0) -> None:
+        """Allocate in each layer `blocks` blocks of `block_size` tokens of the KV cache, or `states` states."""
+        self.caches = self.decoder.caches(blocks, block_size, self.kv_dtype, states)
+
+    @property
+    def kv_caches(self) -> list[KVCache]:
+        """The caches of layers with attention, each once: layers may share one."""
+        return list(dict.fromkeys(cache for cache in self.caches if isinstance(cache, KVCache)))
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Sampled:
@@ -161,8 +172,12 @@ class ModelRunner:
     def _sample(self, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = self.decoder.forward(batch, self.caches)[: len(batch.places)]
         if len(batch.copies):
-            for cache in self._own_caches:
-                cache.copy(batch.copied, batch.copies)
+            for kv in self.kv_caches:
+                kv.copy(batch.copied, batch.copies)
+        if batch.states is not None and len(batch.states.copies):
+            for cache in self.caches:
+                if isinstance(cache, StatePool):
+                    cache.copy(batch.states.copied, batch.states.copies)
         if batch.changes is not None:
             change_logits(logits, batch.changes)
         return self.backend.sample(logits, batch.sampling)
@@ -175,24 +190,19 @@ class ModelRunner:
     def clear_blocks(self, blocks: NDArray[np.int64]) -> None:
         """Zero `blocks` of the KV cache, which hold values that are not finite."""
         on_device = torch.from_numpy(blocks).to(self.backend.device)
-        for cache in self._own_caches:
-            cache.clear(on_device)
+        for kv in self.kv_caches:
+            kv.clear(on_device)
 
     def clear_slots(self, slots: NDArray[np.int64]) -> None:
         """Zero `slots` of the KV cache, which hold values that are not finite."""
         on_device = torch.from_numpy(slots).to(self.backend.device)
-        for cache in self._own_caches:
-            cache.clear_slots(on_device)
+        for kv in self.kv_caches:
+            kv.clear_slots(on_device)
 
     @property
     def kv_cache_bytes(self) -> int:
-        """Bytes of the KV cache. On the CPU, pages that were never written take no memory."""
-        return sum(cache.nbytes for cache in self._own_caches)
-
-    @property
-    def _own_caches(self) -> list[KVCache]:
-        """The caches, each once: layers may share one."""
-        return list(dict.fromkeys(self.caches))
+        """Bytes of the KV cache and of states. On the CPU, pages that were never written take no memory."""
+        return sum(cache.nbytes for cache in dict.fromkeys(self.caches))
 
 
 def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> WeightSource:
@@ -200,7 +210,7 @@ def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, devic
         return RandomWeights(dtype, device, model.form)
     if files := weight_files(config.model):
         return GGUFWeights(files, model)
-    return SafetensorsWeights(config.model, model.form, model.wrapped)
+    return SafetensorsWeights(config.model, model.form, model.wrapped, model.ends.left_aside)
 
 
 def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None, eight_bits: bool) -> str:

@@ -10,6 +10,8 @@ from batchinfer.kernels.kv_cache import MOST
 from batchinfer.models.config import ModelConfig
 
 CPU_SHARE = 0.9  # share of the system's available memory that the KV cache may take
+STATES_SHARE = 1 / 2  # most of the room that the states of rows which run side by side may take
+SPARE_SHARE = 1 / 8  # most of the room that states for snapshots and drafts may take beside them
 RECORDINGS_SHARE = 1 / 8  # most of what weights and a step leave of a device that recorded steps may take
 
 
@@ -44,6 +46,12 @@ class Room:
             "ones"
         )
         return cls(left - recordings, reason, recordings)
+
+    def without(self, nbytes: int, what: str) -> "Room":
+        """Return the room beside `what`, which takes `nbytes` of it."""
+        return replace(
+            self, nbytes=max(0, self.nbytes - nbytes), reason=f"{self.reason}, less {_gb(nbytes)} for {what}"
+        )
 
     def limited(self, most: int | None) -> "Room":
         """Return this room, cut to `most` bytes if the user has set a limit."""
@@ -85,9 +93,27 @@ def pool_blocks(config: EngineConfig, a_token: int, kv_dtype: torch.dtype, room:
     return min(asked, fits) // config.block_size + 2, note
 
 
+def pool_states(config: EngineConfig, a_state: int, room: Room) -> tuple[int, str | None]:
+    """Return (number of states, state 0 included; note for the report or None). A state takes `a_state` bytes.
+
+    Each row that usually runs has one. There are more for snapshots, and for drafts if there may be any.
+    """
+    asked = config.usual_batch
+    rows = max(1, min(asked, int(room.nbytes * STATES_SHARE) // a_state))
+    drafts = 0 if config.speculation.method == "off" else config.speculation.num_speculative_tokens + 1
+    spare = max(1, min(rows * (1 + drafts), int(room.nbytes * SPARE_SHARE) // a_state))
+    note = None
+    if rows < asked:
+        note = (
+            f"memory holds the states of {rows} rows where {asked} are to run side by side: "
+            f"{a_state / 1e6:.1f} MB each, in half of what there is ({room.reason})"
+        )
+    return 1 + rows + spare, note
+
+
 def bytes_per_token(model: ModelConfig, kv_dtype: torch.dtype) -> int:
     """Return the bytes of a token's keys and values in all layers."""
-    return sum(layer.attention.kv_bytes(kv_dtype.itemsize) for layer in model.storing)
+    return sum(a.kv_bytes(kv_dtype.itemsize) for a in model.storing)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -8,6 +8,7 @@ blocks.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,25 +28,32 @@ class SharedTile:
     wanted: bool = True  # the next row to be admitted shares it
     computed: bool = False  # computed, or part of the step that is being scheduled
     spoiled: bool = False  # may hold values that are not finite
+    snapshot: int = 0  # the state behind it that later rows begin from; 0 if there is none
+    readers: int = 0  # those rows, as long as their prompts are not computed
 
 
 class PrefixTree:
     """Holds the shared tiles on the path to the row that was admitted last."""
 
-    def __init__(self, manager: BlockManager, block_size: int) -> None:
-        self._manager = manager
+    def __init__(self, manager: BlockManager, block_size: int, states: BlockManager | None = None) -> None:
+        """Take the managers of blocks, and of states if the model has them."""
+        self._manager, self._states = manager, states
         self._blocks_per_tile = TILE // block_size
         self._path: list[SharedTile] = []
 
-    def enter(self, shared: int, shared_by_next: int) -> list[SharedTile]:
+    def enter(self, shared: int, shared_by_next: int, branches: dict[int, int] | None = None) -> list[SharedTile]:
         """Return the shared tiles of the next row.
 
-        The first `shared` are those of the row before; the first `shared_by_next` are held for the row after. The
-        blocks of new tiles must have been promised.
+        The first `shared` are those of the row before; the first `shared_by_next` are held for the row after. After
+        these numbers of new tiles `branches` has that many rows begin, from a snapshot. The blocks of new tiles, and
+        the states of snapshots, must have been promised.
         """
         new = range(shared, shared_by_next)
         tiles = self._path[:shared] + [SharedTile(self._manager.take(self._blocks_per_tile)) for _ in new]
         assert len(tiles) == max(shared, shared_by_next), "rows came in another order than they were compared in"
+        for depth, readers in (branches or {}).items():
+            assert self._states is not None
+            tiles[depth - 1].snapshot, tiles[depth - 1].readers = int(self._states.take(1)[0]), readers
         for tile in tiles:
             tile.users += 1
         for tile in tiles[shared_by_next:]:
@@ -53,11 +61,24 @@ class PrefixTree:
         self._path = tiles[:shared_by_next]
         return tiles
 
+    def let_go(self, tile: SharedTile) -> None:
+        """Free the tile's snapshot with the last row that begins from it."""
+        tile.readers -= 1
+        if not tile.readers:
+            self._free_snapshot(tile)
+
+    def _free_snapshot(self, tile: SharedTile) -> None:
+        assert self._states is not None
+        self._states.release(np.array([tile.snapshot]), 1)
+        tile.snapshot = 0
+
     def drop(self) -> Ints:
         """Forget the path, because no next row will come; return the blocks that this frees and that must be wiped."""
         for tile in self._path:
             tile.wanted = False
             tile.users += 1
+            if tile.snapshot:
+                self._free_snapshot(tile)
         path, self._path = self._path, []
         return self.leave(path)
 
@@ -78,6 +99,20 @@ class Likeness:
 
     tiles: Ints  # [n] number of tiles that may be shared
     twins: NDArray[np.bool_]  # [n] True if the prompts are the same
+
+    @cached_property
+    def branches(self) -> dict[int, dict[int, int]]:
+        """Where later rows branch from the tiles that a row is the first to have: {row: {number of tiles: rows}}."""
+        found: dict[int, dict[int, int]] = {}
+        path: list[int] = []  # rows with ever more tiles; a row's tiles are new in the last row that has fewer
+        for row, depth in enumerate(self.tiles.tolist()):
+            while path and self.tiles[path[-1]] >= depth:
+                path.pop()
+            if depth:
+                first = found.setdefault(path[-1], {})
+                first[depth] = first.get(depth, 0) + 1
+            path.append(row)
+        return found
 
     @classmethod
     def none(cls, rows: int) -> "Likeness":

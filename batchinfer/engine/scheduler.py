@@ -15,10 +15,12 @@ from torch import Tensor
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.attention_inputs import AttentionInputs
 from batchinfer.engine.block_manager import BlockManager
+from batchinfer.engine.draft_states import DraftStates
 from batchinfer.engine.logits_changes import logits_changes
 from batchinfer.engine.new_tokens import NewTokens, verify_drafts
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sequence import SequenceTable
+from batchinfer.engine.state_inputs import state_inputs
 from batchinfer.engine.step_policy import chunk_end, decoding, padded_logits
 from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.kernels.ragged import Ints, ranges
@@ -56,10 +58,13 @@ class Scheduler:
         max_num_batched_tokens: int,
         row_grain: int,
         eos_ids: Ints,
+        states: BlockManager | None = None,
     ) -> None:
         self.row_grain = row_grain  # a step's number of tokens is padded to a multiple of this
         self.table = table
         self.manager = manager
+        self.states = states  # None if the model has none
+        self.draft_states = None if states is None else DraftStates(table, states)
         self.admission = admission
         self.attention = attention
         self.eos_ids = eos_ids
@@ -102,12 +107,19 @@ class Scheduler:
         withdrawn = [place for c in batch.chunks for place in (c.place, *c.twins)]
         self.prefilling = [place for place in withdrawn if place not in self.prefilling] + self.prefilling
         self.table.computed[batch.queries.places] = batch.queries.first
+        if self.draft_states is not None:
+            # The step may have changed the states of some layers and not of others.
+            for c in batch.chunks:
+                self.table.computed[c.place] = self.table.begins[c.place]
+            for place in batch.queries.places[batch.queries.drafts == 0].tolist():
+                self.admission.preempt(place)
+            self.draft_states.drop()
 
     def _computed(self, chunk: PromptChunk, done: bool) -> None:
         table = self.table
         table.computed[chunk.place] = chunk.end if done else chunk.start
         for twin in chunk.twins:
-            table.computed[twin] = chunk.end if done else table.own_from[twin] * table.block_size
+            table.computed[twin] = chunk.end if done else table.begins[twin]
         for tile in table.tiles[chunk.place][chunk.start // TILE : chunk.end // TILE]:
             tile.computed = done
 
@@ -132,8 +144,13 @@ class Scheduler:
             promised = (table.own_from[places] + table.promised[places]) * table.block_size
             room = np.minimum(table.end[places] - 1, promised) - newest
             room[(newest < table.length[places]) | table.undrafted[places]] = 0
-            drafts = drafter.draft(places, room, used, self.budget - used - int(counts.sum()))
-        return Queries(places, table.computed[places], counts + drafts, drafts)
+            budget = self.budget - used - int(counts.sum())
+            if self.draft_states is not None:
+                budget = min(budget, self.draft_states.most_drafts)
+            drafts = drafter.draft(places, room, used, budget)
+        counts = counts + drafts
+        left = None if self.draft_states is None else self.draft_states.lend(places, counts, drafts)
+        return Queries(places, table.computed[places], counts, drafts, left)
 
     def _prompt_chunks(self) -> list[PromptChunk]:
         chunks: list[PromptChunk] = []
@@ -212,6 +229,7 @@ class Scheduler:
             sequences=sequences,
             epochs=table.epoch[sequences],
             prompt_tokens=prompt_tokens,
+            states=None if self.states is None else state_inputs(table, chunks, queries, prompt_tokens),
             changes=logits_changes(table, sequences, next_positions, self.eos_ids),
         )
 
@@ -245,7 +263,10 @@ class Scheduler:
         running: NDArray[np.bool_] = table.active[batch.sequences] & (table.epoch[batch.sequences] == batch.epochs)
         if batch.drafted:
             assert running.all(), "a step with drafts ends before the next one begins"
-            return verify_drafts(table, batch, tokens, finite, self.eos_ids)
+            new = verify_drafts(table, batch, tokens, finite, self.eos_ids)
+            if self.draft_states is not None:
+                self.draft_states.keep(batch.queries, new)
+            return new
         places = batch.sequences
         if not running.all():
             places, tokens, finite = places[running], tokens[running], finite[running]
@@ -256,6 +277,8 @@ class Scheduler:
     def drop(self) -> None:
         """Forget all rows, waiting and running."""
         self.prefilling = []
+        if self.draft_states is not None:
+            self.draft_states.drop()
         self.admission.drop()
 
     def finish(self, place: int, spoiled: bool = False) -> None:

@@ -35,6 +35,9 @@ class SequenceTable:
         # Place of the twin (a sequence with the same prompt) that computes the end of the prompt for both; -1 if none.
         self.twin_of = np.full(capacity, -1, np.int64)
         self.template = np.full(capacity, -1, np.int64)  # a number shared by rows whose prompts begin alike; -1 if none
+        self.begins = np.zeros(capacity, np.int64)  # position at which the sequence itself begins to compute
+        self.state = np.zeros(capacity, np.int64)  # number of its state, if the model has states
+        self.origin: list[SharedTile | None] = [None] * capacity  # the tile whose snapshot it begins from, until done
         self.tiles: list[list[SharedTile]] = [[] for _ in range(capacity)]
         self.request: list[tuple[Requests, int] | None] = [None] * capacity
         self.seed = np.zeros(capacity, np.int64)
@@ -68,7 +71,7 @@ class SequenceTable:
         self.length[place] = len(prompt) + len(generated)
         self.tokens[place, : len(prompt)] = prompt
         self.tokens[place, len(prompt) : len(prompt) + len(generated)] = generated
-        self.computed[place] = 0
+        self.computed[place] = self.begins[place] = 0
         self.twin_of[place] = -1
         self.undrafted[place] = False
         self.end[place] = len(prompt) + params.max_tokens

@@ -16,6 +16,7 @@ from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.logits import LogitsChanges
 from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.sampling import SamplingBatch
+from batchinfer.kernels.state_pool import StateBatch
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Queries:
     first: Ints  # [d] position of each sequence's first token of this step
     counts: Ints  # [d] number of tokens, at least one
     drafts: Ints  # [d] number of drafts, the last of these tokens
+    left: Ints | None = None  # [sum of counts] the state that each token leaves; None if the model has no states
 
     def __len__(self) -> int:
         return self._tokens
@@ -79,6 +81,7 @@ class Batch:
     sequences: Ints  # [r] place for each row of `sampled`; a sequence with drafts has several rows
     epochs: Ints  # [r] tells which sequence had the place when the step was scheduled: places are reused
     prompt_tokens: int
+    states: StateBatch | None = None  # of layers that keep states; None if the model has none
     changes: LogitsChanges | None = None  # of the logits of the first r rows of `sampled`; None if there are none
 
     @property

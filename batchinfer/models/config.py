@@ -42,6 +42,7 @@ from batchinfer.models.families import (
     internlm3,
     iquestcoder,
     jais2,
+    lfm2,
     llama,
     mellum,
     minimax_m2,
@@ -59,7 +60,9 @@ from batchinfer.models.families import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5_text,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
     solar_open,
@@ -68,7 +71,7 @@ from batchinfer.models.families import (
     vaultgemma,
 )
 from batchinfer.models.known_fields import read_fields
-from batchinfer.models.layer import Ends, Layer, Matrix, Norm
+from batchinfer.models.layer import Attention, Ends, GatedDeltaNet, Layer, Matrix, Norm, ShortConvolution
 from batchinfer.models.wrappers import WRAPPERS, is_wrapper, text_fields
 
 if TYPE_CHECKING:  # the formats import torch, which takes long: only a quantized checkpoint needs them
@@ -139,6 +142,7 @@ FAMILIES: dict[str, Family] = {
     "internlm3": internlm3,
     "iquestcoder": iquestcoder,
     "jais2": jais2,
+    "lfm2": lfm2,
     "llama": llama,
     "mellum": mellum,
     "minimax_m2": minimax_m2,
@@ -157,6 +161,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": qwen2_moe,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
+    "qwen3_5_text": qwen3_5_text,
+    "qwen3_next": qwen3_next,
     "seed_oss": seed_oss,
     "smollm3": smollm3,
     "solar_open": solar_open,
@@ -202,31 +208,59 @@ class ModelConfig:
         return self.ends.norm_eps
 
     @property
-    def attention_shapes(self) -> tuple[AttentionShape, ...]:
-        """The shapes of attention that layers have, each once."""
-        return tuple(dict.fromkeys(layer.attention.shape for layer in self.layers))
+    def attentions(self) -> tuple[Attention, ...]:
+        """Attention of each layer that has it; at least one has."""
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, Attention))
 
     @property
-    def storing(self) -> tuple[Layer, ...]:
-        """The layers that store keys and values; the others read theirs."""
-        return tuple(layer for layer in self.layers if layer.attention.source is None)
+    def attention_shapes(self) -> tuple[AttentionShape, ...]:
+        """The shapes of attention that layers have, each once."""
+        return tuple(dict.fromkeys(attention.shape for attention in self.attentions))
+
+    @property
+    def storing(self) -> tuple[Attention, ...]:
+        """Attention of the layers that store keys and values; the others read theirs."""
+        return tuple(attention for attention in self.attentions if attention.source is None)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Attention window of each layer: the number of positions that a token sees, its own included; None: all."""
-        return tuple(layer.attention.window for layer in self.layers)
+        """Window of each layer with attention: how many positions a token sees, its own included; None: all."""
+        return tuple(a.window for a in self.attentions)
+
+    @property
+    def recurrent(self) -> tuple[ShortConvolution | GatedDeltaNet, ...]:
+        """The mixer of each layer that keeps a state."""
+        return tuple(layer.mixer for layer in self.layers if not isinstance(layer.mixer, Attention))
+
+    def refuse_on_gpu(self) -> None:
+        """Raise `ValueError` if the layers, or the format of their weights, run on a CPU alone."""
+        if self.recurrent:
+            kinds = {ShortConvolution: "short convolutions", GatedDeltaNet: "gated DeltaNets"}
+            found = dict.fromkeys(kinds[type(mixer)] for mixer in self.recurrent)
+            raise ValueError(
+                f"the model has layers of {' and '.join(found)}, for which there is no kernel on a GPU yet: take "
+                "--device cpu, or a model whose layers are all of attention"
+            )
+        if self.form is not None:
+            from batchinfer.formats.registry import refuse_on_gpu
+
+            refuse_on_gpu(self.form)
 
     def within(self, positions: int) -> ModelConfig:
         """Return the config for sequences of at most so many positions, on which LongRoPE depends."""
-        ropes = [layer.attention.rope.within(positions) for layer in self.layers]
-        layers = tuple(
-            replace(layer, attention=replace(layer.attention, rope=rope))
-            for layer, rope in zip(self.layers, ropes, strict=True)
-        )
+
+        def within(layer: Layer) -> Layer:
+            a = layer.mixer
+            return (
+                replace(layer, mixer=replace(a, rope=a.rope.within(positions))) if isinstance(a, Attention) else layer
+            )
+
+        layers = tuple(map(within, self.layers))
         if layers == self.layers:
             return self
+        original = self.attentions[0].rope.original_positions
         note = (
-            f"LongRoPE: rows may have {positions} tokens, more than the {ropes[0].original_positions} that the model "
+            f"LongRoPE: rows may have {positions} tokens, more than the {original} that the model "
             "was first trained with, so all rows take its long factors; --max-model-len decides that"
         )
         return replace(self, layers=layers, notes=(*self.notes, note))
@@ -284,6 +318,7 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
     layers, ends = tuple(family.layers(config)), family.ends(config)
     vocab, hidden, positions = (config.size(key) for key in ("vocab_size", "hidden_size", "max_position_embeddings"))
     quantization = config.get("quantization_config")
+    ends = family.ends(config)
     notes = []
     if wrapped:
         notes.append("the checkpoint wraps a language model: what reads images is left aside")
@@ -294,7 +329,7 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
         layers=layers,
         ends=ends,
         head=Matrix(ends.head, vocab, hidden, ends.head_bias),
-        tied=config.flag("tie_word_embeddings"),
+        tied=config.flag("tie_word_embeddings") if ends.tied is None else ends.tied,
         max_positions=positions,
         dtype=stored_dtype(raw),
         form=_form(quantization) if quantization else None,

@@ -18,6 +18,9 @@ _LARGEST = {
     "rotary_dim": 1 << 10,
     "global_head_dim": 1 << 10, "num_global_key_value_heads": 1 << 10, "num_kv_shared_layers": 1 << 10,
     "vocab_size_per_layer_input": 1 << 22, "hidden_size_per_layer_input": 1 << 17,
+    "conv_L_cache": 1 << 10, "block_ff_dim": 1 << 19, "block_multiple_of": 1 << 19, "full_attention_interval": 1 << 10,
+    "linear_conv_kernel_dim": 1 << 10, "linear_key_head_dim": 1 << 10, "linear_value_head_dim": 1 << 10,
+    "linear_num_key_heads": 1 << 10, "linear_num_value_heads": 1 << 10,
     "max_position_embeddings": 1 << 24, "original_max_position_embeddings": 1 << 24, "sliding_window": 1 << 24,
 }  # fmt: skip
 

@@ -15,10 +15,15 @@ from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows, add_rows
+from batchinfer.kernels.state_pool import StatePool
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.feed_forward import ExpertsWeights, FeedForwardWeights
 from batchinfer.models.layer import Layer, PerLayerBlock, PerLayerEmbeddings, QueryGrowth
+from batchinfer.models.recurrent import RecurrentWeights
+
+Cache = KVCache | StatePool
+"""What a layer keeps of earlier tokens: keys and values, or states."""
 
 
 class TokenInputs(NamedTuple):
@@ -52,7 +57,10 @@ class PerLayerBlockWeights:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The loaded weights of one layer. The matrices q, k and v are one product."""
+    """The loaded weights of one layer. The matrices q, k and v are one product.
+
+    Mixers other than attention have what they make of the layer's input in place of q, k and v.
+    """
 
     shape: Layer
     input_norm: NormWeights | None  # [D], as the other norms of the residual stream and of what is added to it
@@ -69,11 +77,18 @@ class LayerWeights:
     mlp_output_norm: NormWeights | None
     per_layer: PerLayerBlockWeights | None
     scalar: float  # the residual stream is multiplied by it
+    rates: Product | None = None  # of a gated DeltaNet
+    recurrence: RecurrentWeights | None = None  # None: the mixer is attention
 
     @property
     def products(self) -> tuple[Product, ...]:
         """The layer's matrix products."""
-        return (self.qkv, self.output, *self.feed_forward.products, *self.per_layer_products)
+        return (*self.mixer_products, *self.feed_forward.products, *self.per_layer_products)
+
+    @property
+    def mixer_products(self) -> tuple[Product, ...]:
+        """The products of what mixes positions."""
+        return (self.qkv, *filter(None, [self.rates]), self.output)
 
     @property
     def per_layer_products(self) -> tuple[Product, ...]:
@@ -83,7 +98,7 @@ class LayerWeights:
     @property
     def operations_per_row(self) -> int:
         """Number of multiplications and additions for one input row in the layer's matrix products."""
-        others = (self.qkv, self.output, *self.per_layer_products)
+        others = (*self.mixer_products, *self.per_layer_products)
         return sum(product.operations_per_row for product in others) + self.feed_forward.operations_per_row
 
 
@@ -109,18 +124,23 @@ class Decoder:
         self.config, self.backend, self.stream = config, backend, stream
         self.embedding, self.layers, self.norm, self.head = embedding_VD, layers, norm_D, head
         self.per_layer = per_layer
-        ropes = [layer.attention.rope for layer in config.layers]
-        self.ropes = list(dict.fromkeys(ropes))
-        self.rope_of = [self.ropes.index(rope) for rope in ropes]
+        self.ropes = list(dict.fromkeys(a.rope for a in config.attentions))
         tables = [rope.tables(config.max_positions) for rope in self.ropes]
         self.angles = [(cos.to(backend.device), sin.to(backend.device)) for cos, sin in tables]
-        growing = {layer.attention.query_growth for layer in config.layers}
+        growing = {attention.query_growth for attention in config.attentions}
         self.growth = {g: g.factors(config.max_positions).to(backend.device) for g in growing if g is not None}
 
-    def caches(self, blocks: int, block_size: int, dtype: torch.dtype) -> list[KVCache]:
-        """Make an empty KV cache for each layer. A layer that reads the keys of another has the other's cache."""
-        b, caches = self.backend, list[KVCache]()
-        for a in (layer.shape.attention for layer in self.layers):
+    def caches(self, blocks: int, block_size: int, dtype: torch.dtype, states: int = 0) -> list[Cache]:
+        """Make an empty cache for each layer: of keys and values in `dtype`, or of `states` states.
+
+        A layer that reads the keys of another has the other's cache.
+        """
+        b, caches = self.backend, list[Cache]()
+        for layer in self.layers:
+            if layer.recurrence is not None:
+                caches.append(StatePool(states, layer.recurrence.state, self.stream, b.device))
+                continue
+            a = layer.shape.attention
             if a.source is not None:
                 caches.append(caches[a.source])
                 continue
@@ -153,8 +173,8 @@ class Decoder:
         before = [] if self.per_layer is None else [self.per_layer.projection]
         return [*before, *(product for layer in self.layers for product in layer.products)]
 
-    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
-        """Compute one step: store the tokens' keys and values, and return the sampled tokens' float32 logits [S, V]."""
+    def forward(self, batch: Batch, caches: list[Cache]) -> Tensor:
+        """Compute one step: store what the tokens leave, and return the sampled tokens' float32 logits [S, V]."""
         at = self.token_inputs(batch, caches)
         x, y = self.embed(batch), None
         for i, cache in enumerate(caches):
@@ -166,12 +186,12 @@ class Decoder:
         x = F.embedding(batch.tokens, self.embedding).to(self.stream)
         return x if (factor := self.config.ends.embedding_factor) == 1.0 else x.mul_(factor)
 
-    def token_inputs(self, batch: Batch, caches: list[KVCache]) -> TokenInputs:
+    def token_inputs(self, batch: Batch, caches: list[Cache]) -> TokenInputs:
         """Return the rotary angles, cache rows and per-layer embeddings of the step's tokens, for all layers."""
         at = batch.positions
         angles = [(cos[at], sin[at]) for cos, sin in self.angles]
         growth = {kind: factors[at, None, None] for kind, factors in self.growth.items()}
-        one_of_each = {cache.kv_heads: cache for cache in caches}
+        one_of_each = {cache.kv_heads: cache for cache in caches if isinstance(cache, KVCache)}
         rows = {kv_heads: self.backend.cache_rows(batch.slots, cache) for kv_heads, cache in one_of_each.items()}
         return TokenInputs(angles, growth, rows, self._per_layer_embeddings(batch))
 
@@ -186,7 +206,7 @@ class Decoder:
         return own.view(len(own), -1, p.shape.size).add_(normed.view(len(own), -1, p.shape.size))
 
     def layer(
-        self, i: int, cache: KVCache, x_TD: Tensor, y: Rows | None, batch: Batch, at: TokenInputs
+        self, i: int, cache: Cache, x_TD: Tensor, y: Rows | None, batch: Batch, at: TokenInputs
     ) -> tuple[Tensor, Rows]:
         """Compute layer i: return the residual stream [T, D] and the output that is still to be added to it.
 
@@ -194,7 +214,10 @@ class Decoder:
         overwritten. The last layer returns the sampled tokens only, [S, D].
         """
         layer, x = self.layers[i], x_TD
-        mixed = self._attend(i, cache, self._into(x, y, layer.input_norm, layer.qkv.takes), batch, at)
+        if isinstance(cache, KVCache):
+            mixed = self._attend(layer, cache, self._into(x, y, layer.input_norm, layer.qkv.takes), batch, at)
+        else:
+            mixed = self._recur(layer, cache, x, y, batch)
         rows = batch.prompt_tokens + batch.query_tokens
         if i + 1 == len(self.layers):  # from here on only the sampled tokens are needed
             x, mixed, rows = x[batch.sampled], mixed[batch.sampled], len(batch.sequences)
@@ -214,18 +237,34 @@ class Decoder:
             y.values.mul_(layer.scalar)
         return x, y
 
-    def _attend(self, i: int, cache: KVCache, x: Rows, batch: Batch, at: TokenInputs) -> Tensor:
-        """Return the outputs of all heads of layer i, [T, heads * head_dim], for the rows x [T, D]."""
-        layer = self.layers[i]
+    def _attend(self, layer: LayerWeights, cache: KVCache, x: Rows, batch: Batch, at: TokenInputs) -> Tensor:
+        """Return the outputs of all heads of a layer, [T, heads * head_dim], for the rows x [T, D]."""
         a = layer.shape.attention
         qkv = layer.qkv(x).dense()
+        width = sum(matrix.rows for matrix in a.matrices)
+        gate = None if a.gate is None else qkv[:, width:]
+        qkv = qkv[:, :width]
         if a.limit is not None:
             qkv.clamp_(-a.limit, a.limit)
-        query = self._store(i, cache, qkv, at) if a.source is None else self._queries(i, qkv, at)
+        query = self._store(layer, cache, qkv, at) if a.source is None else self._queries(layer, qkv, at)
         if a.query_growth is not None:
             query = (query * at.growth[a.query_growth]).to(query.dtype)
         seen = batch.attention[a.shape]
-        return self.backend.attention(query, cache, seen, a.scale, a.softcap, layer.sinks).flatten(1)
+        mixed = self.backend.attention(query, cache, seen, a.scale, a.softcap, layer.sinks).flatten(1)
+        return mixed if gate is None else mixed.mul_(gate.sigmoid())
+
+    def _recur(self, layer: LayerWeights, pool: StatePool, x_TD: Tensor, y: Rows | None, batch: Batch) -> Tensor:
+        """Return what a layer with a state mixes, [T, width], of the sum of x and y; x is overwritten with that sum."""
+        assert layer.recurrence is not None and batch.states is not None
+        products = {"qkv": layer.qkv} if layer.rates is None else {"qkv": layer.qkv, "rates": layer.rates}
+        kinds = {product.takes for product in products.values()}
+        if len(kinds) == 1:
+            rows = dict.fromkeys(kinds, self._into(x_TD, y, layer.input_norm, layer.qkv.takes))
+        else:
+            dense = self._into(x_TD, y, layer.input_norm, self.stream).dense()
+            rows = {kind: self.backend.rows(dense.clone(), kind) for kind in kinds}
+        made = {name: product(rows[product.takes]).dense() for name, product in products.items()}
+        return layer.recurrence.mix(made, pool, batch.states).to(self.stream)
 
     def _per_layer(self, block: PerLayerBlockWeights, x_TD: Tensor, y: Rows, vectors: Tensor) -> Rows:
         """Add y to x in place; return what the block makes of x and the tokens' per-layer embeddings [T, size]."""
@@ -248,29 +287,28 @@ class Decoder:
             return y
         return self.backend.add_norm(y.dense(), None, norm_D, self.config.norm_eps, self.stream)
 
-    def _store(self, i: int, cache: KVCache, qkv_TX: Tensor, at: TokenInputs) -> Tensor:
-        """Write keys and values of layer i to its cache; return the queries [T, heads, head_dim]."""
-        layer, eps = self.layers[i], self.config.norm_eps
+    def _store(self, layer: LayerWeights, cache: KVCache, qkv_TX: Tensor, at: TokenInputs) -> Tensor:
+        """Write keys and values of a layer to its cache; return the queries [T, heads, head_dim]."""
+        eps = self.config.norm_eps
         a, norms = layer.shape.attention, layer.head_norms
         if a.normed_together:
             query, key, value = torch.split(qkv_TX, [a.q.rows, a.k.rows, a.v.rows], -1)
             parts = zip((query, key), norms, strict=True)
             whole = [self.backend.add_norm(part.contiguous(), None, norm, eps, self.stream) for part, norm in parts]
             qkv_TX, norms = torch.cat([*(part.dense() for part in whole), value], -1), ()
-        cos, sin = at.angles[self.rope_of[i]]
+        cos, sin = at.angles[self.ropes.index(a.rope)]
         rows = at.cache_rows[a.kv_heads]
         pair = (norms[0], norms[1]) if norms else None
         return self.backend.rotate_and_store(
             qkv_TX, cache, a.heads, cos, sin, rows, pair, a.value_norm, eps, a.normed_after_rope
         )
 
-    def _queries(self, i: int, query_TX: Tensor, at: TokenInputs) -> Tensor:
-        """Return the queries [T, heads, head_dim] of layer i, which reads the keys and values of another layer."""
-        layer = self.layers[i]
-        cos, sin = at.angles[self.rope_of[i]]
+    def _queries(self, layer: LayerWeights, query_TX: Tensor, at: TokenInputs) -> Tensor:
+        """Return the queries [T, heads, head_dim] of a layer that reads the keys and values of another layer."""
+        a = layer.shape.attention
+        cos, sin = at.angles[self.ropes.index(a.rope)]
         norm = layer.head_norms[0] if layer.head_norms else None
-        heads = layer.shape.attention.heads
-        return self.backend.rotate_queries(query_TX, heads, cos, sin, norm, self.config.norm_eps)
+        return self.backend.rotate_queries(query_TX, a.heads, cos, sin, norm, self.config.norm_eps)
 
     def logits(self, x_SD: Tensor, y: Rows | None) -> Tensor:
         """Return float32 logits [S, V] from the residual stream x and the last layer's output y."""

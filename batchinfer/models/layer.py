@@ -68,8 +68,9 @@ class Matrix:
     """Order of the rows within each head: row i of a head is the head's row `order[i]` in the checkpoint."""
     stack: "Stack | None" = None
     """How the modules of several experts, one below the other in `module_rows`, are stored as one tensor."""
-    head_step: int | None = None
-    """Rows of the module from a head to the next, if heads of several matrices lie by turns. `order` is then given."""
+    head_rows: int | None = None
+    """Rows of the module from one head to the next; None: as many as `order` names. A module may hold, for each head,
+    its rows and then those of something else."""
 
     @property
     def size(self) -> int:
@@ -148,6 +149,7 @@ class Attention:
     query_growth: "QueryGrowth | None" = None
     source: int | None = None
     """The layer whose keys and values it reads: then it makes none, and k, v and the norm of keys are that layer's."""
+    gate: Matrix | None = None  # the outputs are multiplied by sigmoid(gate(x)), as in Qwen3.5
 
     @property
     def matrices(self) -> tuple[Matrix, ...]:
@@ -155,9 +157,19 @@ class Attention:
         return (self.q, self.k, self.v) if self.source is None else (self.q,)
 
     @property
+    def products(self) -> dict[str, tuple[Matrix, ...]]:
+        """Matrices of each matrix product, as `Layer.products`."""
+        return {"qkv": (*self.matrices, *filter(None, [self.gate])), "output": (self.output,)}
+
+    @property
     def norms(self) -> tuple[Norm, ...]:
         """The norms of what the layer's own matrices make."""
         return (self.head_norms or ())[: len(self.matrices)]
+
+    @property
+    def vectors(self) -> tuple["Vectors", ...]:
+        """The tensors that are neither matrices nor norms."""
+        return () if self.sinks is None else (Vectors(self.sinks, (self.heads,)),)
 
     @property
     def shape(self) -> AttentionShape:
@@ -191,6 +203,99 @@ class QueryGrowth:
         import torch
 
         return 1 + self.beta * torch.log1p(torch.arange(positions).div(self.span, rounding_mode="floor"))
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """A tensor that is neither a matrix nor a norm: numbers for each channel or head. It is never quantized."""
+
+    name: str  # in a checkpoint, without the layer's prefix
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShortConvolution:
+    """LFM2's mixer (Liquid AI 2025), `output(c * convolution(b * x))`, where b, c and x are made of its input.
+
+    The convolution goes over the last `length` positions, each channel by itself.
+    """
+
+    length: int
+    bcx: tuple[Matrix, Matrix, Matrix]
+    output: Matrix
+    taps: Vectors  # [channels, 1, length], the last one of the position itself
+    taps_bias: Vectors | None = None  # [channels]
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the convolution."""
+        return self.taps.shape[0]
+
+    @property
+    def products(self) -> dict[str, tuple[Matrix, ...]]:
+        """Matrices of each matrix product, as `Layer.products`."""
+        return {"qkv": self.bcx, "output": (self.output,)}
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """The norms inside: none."""
+        return ()
+
+    @property
+    def vectors(self) -> tuple[Vectors, ...]:
+        """The tensors that are neither matrices nor norms."""
+        return (self.taps, *filter(None, [self.taps_bias]))
+
+
+@dataclass(frozen=True)
+class GatedDeltaNet:
+    """Linear attention with the gated delta rule (Yang, Kautz and Hatamizadeh 2024), as in Qwen3.5.
+
+    Queries, keys and values go through a convolution over the last `length` positions and through SiLU. The state of a
+    head of values is a matrix [key_dim, value_dim]. The outputs are normed by head and multiplied by `silu(z(x))`.
+    """
+
+    heads: int  # of values
+    key_heads: int  # of queries and of keys; each serves heads / key_heads neighbouring heads of values
+    key_dim: int
+    value_dim: int
+    length: int
+    qkv: tuple[Matrix, Matrix, Matrix]
+    z: Matrix
+    rates: tuple[Matrix, Matrix]
+    """Two numbers for each head of values: how much of the old value is replaced, and how fast the state decays."""
+    output: Matrix
+    taps: Vectors  # [channels, 1, length], the last one of the position itself
+    decay_log: Vectors  # [heads], the logarithm of the decay's factor
+    decay_bias: Vectors  # [heads]
+    norm: Norm  # of each head's outputs
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the convolution."""
+        return self.taps.shape[0]
+
+    @property
+    def products(self) -> dict[str, tuple[Matrix, ...]]:
+        """Matrices of each matrix product, as `Layer.products`.
+
+        The rates have one of their own: checkpoints in few bits often leave these small matrices in floating point.
+        """
+        return {"qkv": (*self.qkv, self.z), "rates": self.rates, "output": (self.output,)}
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """The norms inside."""
+        return (self.norm,)
+
+    @property
+    def vectors(self) -> tuple[Vectors, ...]:
+        """The tensors that are neither matrices nor norms."""
+        return (self.taps, self.decay_log, self.decay_bias)
+
+
+Mixer = Attention | ShortConvolution | GatedDeltaNet
+"""What mixes positions in a layer. All but attention keep a state of fixed size for each sequence."""
 
 
 @dataclass(frozen=True)
@@ -319,21 +424,23 @@ class Ends:
     logits_factor: float = 1.0  # logits are multiplied by it
     softcap: float | None = None  # after that, logits x become softcap * tanh(x / softcap)
     per_layer: PerLayerEmbeddings | None = None  # for the layers that have a `PerLayerBlock`
+    tied: bool | None = None  # whether the head is the embedding's matrix; None: `tie_word_embeddings`
+    left_aside: tuple[str, ...] = ()  # beginnings of the names of tensors that are not read
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: x += attention(x), then x += feed_forward(x), with norms before or after each of the two, or both.
+    """One layer: x += mixer(x), then x += feed_forward(x), with norms before or after each of the two, or both.
 
-    In a parallel layer both see the same x: x += attention(x) + feed_forward(x). Then, in some models,
-    x += per_layer(x), and x *= scalar.
+    In a parallel layer both see the same x: x += mixer(x) + feed_forward(x). Then, in some models, x += per_layer(x),
+    and x *= scalar.
     """
 
     prefix: str  # beginning of the layer's tensor names, such as "model.layers.0."
-    attention: Attention
+    mixer: Mixer
     feed_forward: FeedForward | Experts
-    input_norm: Norm | None = None  # of attention's input
-    attention_norm: Norm | None = None  # of attention's output
+    input_norm: Norm | None = None  # of the mixer's input
+    attention_norm: Norm | None = None  # of the mixer's output
     mlp_norm: Norm | None = None  # of the feed-forward block's input
     mlp_output_norm: Norm | None = None  # of the feed-forward block's output
     parallel: bool = False
@@ -348,11 +455,20 @@ class Layer:
         return self.feed_forward
 
     @property
+    def attention(self) -> Attention:
+        """The mixer of a layer that is known to have attention."""
+        assert isinstance(self.mixer, Attention), f"{self.prefix} has no attention"
+        return self.mixer
+
+    @property
     def products(self) -> dict[str, tuple[Matrix, ...]]:
-        """Matrices of each matrix product, in the order of computing. Matrices with the same input share a product."""
-        a, p = self.attention, self.per_layer
+        """Matrices of each matrix product, in the order of computing. Matrices with the same input share a product.
+
+        Those of the mixer's input come first, `qkv` in front, and `output` is its last one.
+        """
+        p = self.per_layer
         last = {} if p is None else {"per_layer_gate": (p.gate,), "per_layer_projection": (p.projection,)}
-        return {"qkv": a.matrices, "output": (a.output,), **self.feed_forward.products, **last}
+        return {**self.mixer.products, **self.feed_forward.products, **last}
 
     @property
     def numbers_behind_attention(self) -> int:
@@ -373,7 +489,7 @@ class Layer:
     @property
     def norms(self) -> tuple[Norm, ...]:
         """All norms, each once."""
-        around = (self.input_norm, *self.attention.norms, self.attention_norm, self.mlp_norm, self.mlp_output_norm)
+        around = (self.input_norm, *self.mixer.norms, self.attention_norm, self.mlp_norm, self.mlp_output_norm)
         last = None if self.per_layer is None else self.per_layer.norm
         return tuple(dict.fromkeys(norm for norm in (*around, last) if norm is not None))
 
@@ -387,8 +503,8 @@ class Layer:
             found += self.feed_forward.unquantized
             if router.bias is not None:
                 yield f"{self.prefix}{router.bias}", router.bias_shape
-        if self.attention.sinks is not None:
-            yield f"{self.prefix}{self.attention.sinks}", (self.attention.heads,)
+        for vectors in self.mixer.vectors:
+            yield f"{self.prefix}{vectors.name}", vectors.shape
         if self.scalar is not None:
             yield f"{self.prefix}{self.scalar}", (1,)
         for name, shape in dict(tensor for module in found for tensor in module.tensors()).items():

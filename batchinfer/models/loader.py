@@ -19,7 +19,8 @@ from batchinfer.models.config import ModelConfig
 from batchinfer.models.decoder import Decoder, LayerWeights, PerLayerBlockWeights, PerLayerWeights
 from batchinfer.models.feed_forward import ExpertsWeights, FeedForwardWeights
 from batchinfer.models.input_rounding import InputRounding
-from batchinfer.models.layer import Experts, FeedForward, Layer, Matrix, Norm, PerLayerEmbeddings
+from batchinfer.models.layer import Attention, Experts, FeedForward, Layer, Matrix, Norm, PerLayerEmbeddings
+from batchinfer.models.recurrent import recurrent_weights
 from batchinfer.models.stored_layer import bias_of, norm_weights, weight_of
 from batchinfer.models.weights import WeightSource
 
@@ -93,23 +94,30 @@ class _Loader:
         def norm(found: Norm | None) -> NormWeights | None:
             return None if found is None else self.norm(found, layer.prefix)
 
+        def read(name: str, shape: tuple[int, ...]) -> Tensor:
+            return self.tensor(f"{layer.prefix}{name}", shape)
+
         self._stacks = {}
         for beginning in layer.unread:
             self.weights.drop_all(f"{layer.prefix}{beginning}")
-        a, f = layer.attention, layer.feed_forward
+        a, f = layer.mixer, layer.feed_forward
+        products = {name: self._product(layer.prefix, matrices) for name, matrices in a.products.items()}
+        attends = isinstance(a, Attention)
         return LayerWeights(
             layer,
             input_norm=norm(layer.input_norm),
-            qkv=self._product(layer.prefix, a.matrices),
-            head_norms=tuple(self.norm(found, layer.prefix) for found in a.norms),
-            sinks=None if a.sinks is None else self.tensor(f"{layer.prefix}{a.sinks}", (a.heads,)).float(),
-            output=self._product(layer.prefix, (a.output,)),
+            qkv=products["qkv"],
+            head_norms=tuple(self.norm(found, layer.prefix) for found in a.norms) if attends else (),
+            sinks=read(a.sinks, (a.heads,)).float() if isinstance(a, Attention) and a.sinks is not None else None,
+            output=products["output"],
             attention_norm=norm(layer.attention_norm),
             mlp_norm=norm(layer.mlp_norm),
             feed_forward=self._experts(layer.prefix, f) if isinstance(f, Experts) else self._block(layer.prefix, f),
             mlp_output_norm=norm(layer.mlp_output_norm),
             per_layer=self._per_layer_block(layer),
             scalar=1.0 if layer.scalar is None else float(self.tensor(f"{layer.prefix}{layer.scalar}", (1,))),
+            rates=products.get("rates"),
+            recurrence=None if isinstance(a, Attention) else recurrent_weights(a, read, self.c.norm_eps),
         )
 
     def _block(self, prefix: str, block: FeedForward) -> FeedForwardWeights:

@@ -59,5 +59,6 @@ def rows_of(matrix: Matrix) -> slice | Tensor:
     """Return the rows of the module that are the matrix's, in its order."""
     if matrix.order is None:
         return slice(matrix.first, matrix.first + matrix.rows * matrix.step, matrix.step)
-    heads = torch.arange(matrix.rows // len(matrix.order)) * (matrix.head_step or len(matrix.order))
-    return (matrix.first + heads[:, None] + torch.tensor(matrix.order)).flatten()
+    size = len(matrix.order)
+    heads = matrix.first + torch.arange(matrix.rows // size) * (matrix.head_rows or size)
+    return (heads[:, None] + torch.tensor(matrix.order)).flatten()

@@ -70,14 +70,18 @@ class SafetensorsWeights:
     """The `*.safetensors` files of a checkpoint's folder, in one file or in shards.
 
     `form` is the format of its quantized matrices; None for floating-point ones. `wrapped` says that the checkpoint
-    holds more than a language model, whose tensors are found by their names in such a model.
+    holds more than a language model, whose tensors are found by their names in such a model. Tensors whose names begin
+    with one of `left_aside` are not needed.
     """
 
-    def __init__(self, model: Path, form: Format | None = None, wrapped: bool = False) -> None:
+    def __init__(
+        self, model: Path, form: Format | None = None, wrapped: bool = False, left_aside: tuple[str, ...] = ()
+    ) -> None:
         self.form = form
         self.stored_as = None if form is None else form.name
         self.files = _locate(model)
         self.prefixes = Prefixes.of(self.files) if wrapped else Prefixes()
+        self.left_aside = self.prefixes.beside + left_aside
         self.checksums = Checksums(self.files.values())
         self.taken: set[str] = set()
 
@@ -172,7 +176,7 @@ class SafetensorsWeights:
         self.checksums.check()
         # Older checkpoints contain the rotary frequencies, which follow from config.json.
         left = {n for n in self.files.keys() - self.taken if not n.endswith("rotary_emb.inv_freq")}
-        left = {name for name in left if not name.startswith(self.prefixes.beside)}
+        left = {name for name in left if not name.startswith(self.left_aside)}
         if left:
             names = ", ".join(sorted(left)[:5])
             raise ValueError(f"the checkpoint has {len(left)} tensors that the model does not use: {names}")

@@ -72,3 +72,13 @@ def test_a_checkpoint_without_a_kernel_for_a_gpu_is_refused_before_the_job(tmp_p
                 preflight(spec(model, path, device="cuda"))
         else:
             preflight(spec(model, path, device="cuda"))
+
+
+def test_layers_without_a_kernel_for_a_gpu_are_refused_before_the_job(tmp_path: Path) -> None:
+    model = make_model(tmp_path, **SHAPE | {"model_type": "lfm2", "num_key_value_heads": 1})
+    path = write(tmp_path / "in.parquet", prompt=prompts(1))
+    raw = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(raw | {"num_hidden_layers": 2, "full_attn_idxs": [1]}))
+    preflight(spec(model, path, device="cpu"))
+    with pytest.raises(Refused, match="layers of short convolutions, for which there is no kernel on a GPU yet"):
+        preflight(spec(model, path, device="cuda"))

@@ -157,6 +157,9 @@ def test_the_engine_is_told_with_the_draft_model_s_folder(tmp_path: Path, model:
     assert preflight(spec(model, path, speculation=Speculation("ngram"))).config.speculation == Speculation("ngram")
 
 
+LFM2 = {"model_type": "lfm2", "num_hidden_layers": 2, "full_attn_idxs": [0], "num_key_value_heads": 1}
+
+
 def another_tokenizer(draft: Path) -> None:
     tokenizers.Tokenizer(WordLevel({"a": 0, "b": 1}, "a")).save(str(draft / "tokenizer.json"))
 
@@ -170,6 +173,12 @@ def another_tokenizer(draft: Path) -> None:
         (
             lambda draft: change(draft, max_position_embeddings=CONTEXT - 1),
             f"takes {CONTEXT - 1} tokens of prompt and answer, and the job up to {CONTEXT}; give --max-model-len",
+        ),
+        (
+            lambda draft: change(
+                draft, model_type="lfm2", num_hidden_layers=2, full_attn_idxs=[0], num_key_value_heads=1
+            ),
+            "has layers that keep a state, from which rejected drafts are not taken back yet; take one whose layers",
         ),
         (lambda draft: shutil.rmtree(draft), "no such directory"),
     ],

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import QUICK, made
+from families import QUICK, RECURRENT, made
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
@@ -171,7 +171,7 @@ def test_rotations_turn_without_stretching_and_leave_no_large_entry(size: int) -
 
 UNSCALED = (
     "arcee", "exaone4", "gemma4_text", "gemma4_unified_text", "gpt_neox", "jais2", "nemotron", "olmo", "olmo2", "olmo3",
-    "phi", "starcoder2",
+    "phi", "starcoder2", *RECURRENT,
 )  # fmt: skip
 SCALED = [case for case in QUICK if case not in (*UNSCALED, *MIXTURES)]
 """Families in which a norm or a matrix takes up the scales of every product's inputs."""
@@ -220,7 +220,8 @@ def test_scales_that_nothing_takes_up_are_refused(make_model: Callable[..., Path
 
 
 @pytest.mark.parametrize(
-    "case", ["arcee", "cohere", "gemma", "gemma2", "gemma4_text", "mixtral", "olmo", "olmo2", "phi3", "stablelm"]
+    "case",
+    ["arcee", "cohere", "gemma", "gemma2", "gemma4_text", "mixtral", "olmo", "olmo2", "phi3", "stablelm", *RECURRENT],
 )
 def test_what_cannot_be_rotated_is_refused(make_model: Callable[..., Path], case: str) -> None:
     model = made(make_model, case)

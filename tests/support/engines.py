@@ -59,10 +59,11 @@ def run(engine: Engine, requests: Requests) -> dict[int, tuple[list[int], Finish
 
 
 def assert_blocks_are_free(engine: Engine) -> None:
-    """With no sequence left, every block of the pool is free and none is promised."""
-    manager = engine.scheduler.manager
-    free = manager._free[1:]
-    assert free.all() and manager._unpromised == len(free)
+    """With no sequence left, every block of the pool is free and none is promised; nor is any state."""
+    for manager in (engine.scheduler.manager, engine.scheduler.states):
+        if manager is not None:
+            free = manager._free[1:]
+            assert free.all() and manager._unpromised == len(free)
 
 
 def tokens(engine: Engine, requests: Requests) -> dict[int, list[int]]:

@@ -40,6 +40,10 @@ STRETCHED = {
     "rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0,
     "mscale": 1.0, "mscale_all_dim": 1.0,
 }  # fmt: skip
+QWEN_3_5 = {
+    "head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 32, "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("arcee", {"mlp_bias": True}),
     "cohere": ("cohere", {"use_qk_norm": True, "attention_bias": True, "logit_scale": 0.3}),
@@ -132,6 +136,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "internlm3": ("internlm3", {"head_dim": 16}),
     "iquestcoder": ("iquestcoder", {"head_dim": 16}),
     "jais2": ("jais2", {"head_dim": 16}),
+    "lfm2": (
+        "lfm2",
+        {
+            "layer_types": ["conv", "full_attention", "conv"], "conv_bias": True, "block_multiple_of": 32,
+            "block_ffn_dim_multiplier": 1.5,
+        },
+    ),
+    "lfm2, not adjusted": (
+        "lfm2", {"full_attn_idxs": [0, 2], "conv_L_cache": 4, "block_auto_adjust_ff_dim": False},
+    ),
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "mellum": (
         "mellum",
@@ -179,6 +193,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1],
          "use_sliding_window": True, "sliding_window": 24},
     ),
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        QWEN_3_5 | {"attention_bias": True, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
+    "qwen3_5_text, by turns": ("qwen3_5_text", QWEN_3_5 | {"full_attention_interval": 2, "num_hidden_layers": 4}),
+    "qwen3_next": (
+        "qwen3_next",
+        QWEN_3_5 | {"num_experts": 0, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
     "seed_oss": ("seed_oss", {"head_dim": 16, "attention_out_bias": True}),
     "seed_oss, output without bias": ("seed_oss", {"head_dim": 16}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
@@ -193,6 +216,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 QUICK = [case for case in CASES if "," not in case]
 """One case of each family."""
+
+RECURRENT = ["lfm2", "qwen3_5_text", "qwen3_next"]
+"""The families with layers that keep a state; no GPU has kernels for them yet."""
 
 
 def made(make_model: Callable[..., Path], case: str, **shape: int) -> Path:

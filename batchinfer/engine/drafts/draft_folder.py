@@ -12,14 +12,19 @@ from batchinfer.text.tokenizer import Tokenizer
 def resolve_draft_model(speculation: Speculation, model: str, tokenizer: Tokenizer, max_model_len: int) -> Speculation:
     """Return the setting with the draft model's name replaced by its folder; unchanged if it names no draft model.
 
-    `tokenizer` is that of `model`, which the draft model drafts for. Raises `Refused` if the draft model has other
-    tokens, a vocab_size below its tokenizer's, or fewer positions than `max_model_len`.
+    `tokenizer` is that of `model`, which the draft model drafts for. Raises `Refused` if the draft model keeps states,
+    or has other tokens, a vocab_size below its tokenizer's, or fewer positions than `max_model_len`.
     """
     if speculation.model is None:
         return speculation
     name = f"draft model {speculation.model}"
     folder = resolve_model(str(speculation.model), None)
     shape = read_shape(folder)
+    if shape.recurrent:
+        raise Refused(
+            f"{name} has layers that keep a state, from which rejected drafts are not taken back yet; take one whose "
+            "layers are all of attention, or leave it out"
+        )
     try:
         drafts = Tokenizer.load(folder)
     except ValueError as error:

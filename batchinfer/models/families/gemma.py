@@ -35,7 +35,7 @@ def with_gemma_blocks(layer: Layer) -> Layer:
         a = replace(a, head_norms=(around_one(a.head_norms[0]), around_one(a.head_norms[1])))
     return replace(
         layer,
-        attention=a,
+        mixer=a,
         feed_forward=replace(layer.block, activation="gelu_tanh"),
         input_norm=around_one(layer.input_norm),
         attention_norm=around_one(layer.attention_norm),

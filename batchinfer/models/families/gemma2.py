@@ -43,7 +43,7 @@ def between_norms(layer: Layer, config: ConfigFile) -> Layer:
     return gemma.with_gemma_blocks(
         replace(
             layer,
-            attention=attention,
+            mixer=attention,
             attention_norm=Norm("post_attention_layernorm", hidden),
             mlp_norm=Norm("pre_feedforward_layernorm", hidden),
             mlp_output_norm=Norm("post_feedforward_layernorm", hidden),

@@ -53,7 +53,7 @@ def layers(config: ConfigFile) -> list[Layer]:
         layer = _as_gemma(plain[size][i], config)
         if kind == FULL and config.flag("attention_k_eq_v"):
             a = layer.attention
-            layer = replace(layer, attention=replace(a, v=replace(a.v, name=a.k.name)))
+            layer = replace(layer, mixer=replace(a, v=replace(a.v, name=a.k.name)))
         if i >= first_sharing:
             source = max(j for j in range(first_sharing) if types[j] == kind)
             layer = _sharing(layer, source, described[source].attention, config)
@@ -146,7 +146,7 @@ def _as_gemma(layer: Layer, config: ConfigFile) -> Layer:
         )
     return replace(
         layer,
-        attention=replace(layer.attention, scale=1.0, value_norm=True),
+        mixer=replace(layer.attention, scale=1.0, value_norm=True),
         feed_forward=replace(layer.block, activation="gelu_tanh"),
         attention_norm=Norm("post_attention_layernorm", hidden),
         mlp_norm=Norm("pre_feedforward_layernorm", hidden),
@@ -177,7 +177,7 @@ def _sharing(layer: Layer, source: int, read: Attention, config: ConfigFile) -> 
             f"{read.head_dim}; it has {a.kv_heads} of {a.head_dim} itself"
         )
     wide = _twice_as_wide(f) if config.flag("use_double_wide_mlp") else f
-    return replace(layer, attention=replace(a, source=source), feed_forward=wide, unread=UNREAD)
+    return replace(layer, mixer=replace(a, source=source), feed_forward=wide, unread=UNREAD)
 
 
 def _twice_as_wide(f: FeedForward) -> FeedForward:

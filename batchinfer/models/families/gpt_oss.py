@@ -43,6 +43,6 @@ def layers(config: ConfigFile) -> list[Layer]:
     )
     with_sinks = [replace(layer.attention, sinks="self_attn.sinks") for layer in described]
     return [
-        replace(layer, attention=attention, feed_forward=Experts(router, experts))
+        replace(layer, mixer=attention, feed_forward=Experts(router, experts))
         for layer, attention in zip(described, with_sinks, strict=True)
     ]

@@ -42,4 +42,4 @@ def _with_norms_behind_rope(layer: Layer) -> Layer:
     """Normalize each head of queries and keys after rotary embedding."""
     a = layer.attention
     norms = (Norm("self_attn.query_layernorm", a.head_dim), Norm("self_attn.key_layernorm", a.head_dim))
-    return replace(layer, attention=replace(a, head_norms=norms, normed_after_rope=True))
+    return replace(layer, mixer=replace(a, head_norms=norms, normed_after_rope=True))

@@ -67,7 +67,7 @@ def layers(
         )
         return Layer(
             f"{LAYERS}{i}.",
-            attention=attention,
+            mixer=attention,
             feed_forward=feed_forward,
             input_norm=Norm("input_layernorm", hidden),
             mlp_norm=Norm("post_attention_layernorm", hidden),

@@ -31,4 +31,4 @@ def layers(config: ConfigFile) -> list[Layer]:
     described = llama.layers(
         config.changed(layer_types=None), window=window, ropes={"full_attention": rope, "sliding_attention": rope}
     )
-    return [replace(layer, attention=replace(layer.attention, query_growth=growth)) for layer in described]
+    return [replace(layer, mixer=replace(layer.attention, query_growth=growth)) for layer in described]

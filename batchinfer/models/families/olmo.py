@@ -17,7 +17,7 @@ def layers(config: ConfigFile) -> list[Layer]:
     """Describe the layers that `config.json` asks for."""
     limit = config.number_or_none("clip_qkv")
     described = [with_layer_norms(layer, weight=False, bias=False) for layer in llama.layers(config)]
-    return [replace(layer, attention=replace(layer.attention, limit=limit)) for layer in described]
+    return [replace(layer, mixer=replace(layer.attention, limit=limit)) for layer in described]
 
 
 def ends(config: ConfigFile) -> Ends:

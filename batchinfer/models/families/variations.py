@@ -12,7 +12,7 @@ def with_fused_qkv(layer: Layer, name: str = "self_attn.qkv_proj") -> Layer:
     """Store the matrices q, k and v as one module, in this order."""
     a = layer.attention
     q, k, v = _stacked(name, a.q, a.k, a.v)
-    return replace(layer, attention=replace(a, q=q, k=k, v=v))
+    return replace(layer, mixer=replace(a, q=q, k=k, v=v))
 
 
 def with_heads_of_qkv(layer: Layer, name: str) -> Layer:
@@ -21,10 +21,10 @@ def with_heads_of_qkv(layer: Layer, name: str) -> Layer:
     assert a.kv_heads == a.heads
     plain = tuple(range(d))
     q, k, v = (
-        replace(matrix, name=name, first=i * d, module_rows=a.width, order=matrix.order or plain, head_step=3 * d)
+        replace(matrix, name=name, first=i * d, module_rows=a.width, order=matrix.order or plain, head_rows=3 * d)
         for i, matrix in enumerate((a.q, a.k, a.v))
     )
-    return replace(layer, attention=replace(a, q=q, k=k, v=v))
+    return replace(layer, mixer=replace(a, q=q, k=k, v=v))
 
 
 def with_fused_gate_up(layer: Layer, name: str = "mlp.gate_up_proj") -> Layer:
@@ -43,13 +43,13 @@ def with_pairs_of_neighbours(layer: Layer) -> Layer:
     """Rotate pairs of neighbours, not of halves."""
     order = layer.attention.rope.order(interleaved=True)
     a = layer.attention
-    return replace(layer, attention=replace(a, q=replace(a.q, order=order), k=replace(a.k, order=order)))
+    return replace(layer, mixer=replace(a, q=replace(a.q, order=order), k=replace(a.k, order=order)))
 
 
 def without_rope(layer: Layer) -> Layer:
     """Rotate nothing."""
     a = layer.attention
-    return replace(layer, attention=replace(a, rope=no_rope(a.head_dim)))
+    return replace(layer, mixer=replace(a, rope=no_rope(a.head_dim)))
 
 
 def without_gate(layer: Layer, activation: str) -> Layer:
@@ -62,7 +62,7 @@ def with_names(layer: Layer, output: str, up: str, down: str) -> Layer:
     a, f = layer.attention, layer.block
     return replace(
         layer,
-        attention=replace(a, output=replace(a.output, name=output)),
+        mixer=replace(a, output=replace(a.output, name=output)),
         feed_forward=replace(f, up=replace(f.up, name=up), down=replace(f.down, name=down)),
     )
 
@@ -70,7 +70,7 @@ def with_names(layer: Layer, output: str, up: str, down: str) -> Layer:
 def with_output_bias(layer: Layer, bias: bool) -> Layer:
     """Set whether attention's output projection has a bias."""
     a = layer.attention
-    return replace(layer, attention=replace(a, output=replace(a.output, bias=bias)))
+    return replace(layer, mixer=replace(a, output=replace(a.output, bias=bias)))
 
 
 def with_residual_factor(layer: Layer, factor: float) -> Layer:
@@ -81,7 +81,7 @@ def with_residual_factor(layer: Layer, factor: float) -> Layer:
         return replace(layer, attention_norm=norms[0], mlp_output_norm=norms[1])
     return replace(
         layer,
-        attention=replace(a, output=replace(a.output, factor=factor)),
+        mixer=replace(a, output=replace(a.output, factor=factor)),
         feed_forward=_multiplied(layer.feed_forward, factor),
     )
 
@@ -124,14 +124,14 @@ def in_parallel(layer: Layer) -> Layer:
 def with_head_norms(layer: Layer, query: Norm, key: Norm) -> Layer:
     """Normalize each head of queries and keys before rotary embedding."""
     a = layer.attention
-    return replace(layer, attention=replace(a, head_norms=_ordered((query, key), a.q.order)))
+    return replace(layer, mixer=replace(a, head_norms=_ordered((query, key), a.q.order)))
 
 
 def with_norms_of_all_heads(layer: Layer) -> Layer:
     """Normalize queries and keys before rotary embedding, each over all of its heads together."""
     a = layer.attention
     norms = (Norm("self_attn.q_norm", a.q.rows), Norm("self_attn.k_norm", a.k.rows))
-    return replace(layer, attention=replace(a, head_norms=_ordered(norms, a.q.order)))
+    return replace(layer, mixer=replace(a, head_norms=_ordered(norms, a.q.order)))
 
 
 _ACTIVATIONS = {
@@ -151,7 +151,7 @@ def read_activation(config: ConfigFile) -> str:
 def with_multipliers(layers: list[Layer], config: ConfigFile, scale: float) -> list[Layer]:
     """Apply Granite's multipliers: `scale` of the scores, and the factor of what is added to the residual stream."""
     factor = config.number("residual_multiplier")
-    scaled = [replace(layer, attention=replace(layer.attention, scale=scale)) for layer in layers]
+    scaled = [replace(layer, mixer=replace(layer.attention, scale=scale)) for layer in layers]
     return [with_residual_factor(layer, factor) for layer in scaled]
 
 

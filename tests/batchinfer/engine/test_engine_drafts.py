@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from drafters import Adversary
 from engines import IdsAsText, engine_of, prompts_of, run, tokens
 
 from batchinfer.engine.config import Speculation
@@ -17,37 +18,6 @@ from batchinfer.engine.request import Completions, FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.kernels.ragged import Ints
 from batchinfer.models.batch import Batch
-
-Done = dict[int, tuple[list[int], FinishReason]]
-
-
-class Adversary:
-    """Drafts without thinking: the truth, or nonsense, in lengths of its own choice."""
-
-    wanted = True
-
-    def __init__(self, engine: Engine, truth: Done, share_right: float, longest: int, shortest: int = 0) -> None:
-        self.table, self.truth, self.share_right = engine.table, truth, share_right
-        self.shortest, self.longest = shortest, longest
-        self.rng = np.random.default_rng(0)
-
-    def draft(self, places: Ints, room: Ints, prompt_tokens: int, budget: int) -> Ints:
-        counts = np.minimum(self.rng.integers(self.shortest, self.longest + 1, len(places)), np.maximum(room, 0))
-        counts = np.clip(budget - (np.cumsum(counts) - counts), 0, counts)
-        for place, count in zip(places.tolist(), counts.tolist(), strict=True):
-            length = int(self.table.length[place])
-            known = self.truth[int(self.table.row[place])][0][length - int(self.table.prompt_length[place]) :][:count]
-            drafts = np.array([*known, *[5] * (count - len(known))], np.int32)
-            wrong = self.rng.random(count) >= self.share_right
-            drafts[wrong] = (drafts[wrong] + 1) % 320
-            self.table.tokens[place, length : length + count] = drafts
-        return counts
-
-    def settle(self, batch: Batch, new_tokens: NewTokens, seconds: float) -> None:
-        pass
-
-    def remember(self, done: Completions) -> None:
-        pass
 
 
 def off(model: Path, tokenizer: IdsAsText | None = None, **settings: Any) -> Engine:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from engines import EDGES, TINY, compare_logits, engine_of, tokens
-from families import CASES, LONG, QUICK, made
+from families import CASES, LONG, QUICK, RECURRENT, made
 
 from batchinfer.engine.config import Speculation
 from batchinfer.engine.engine import Engine
@@ -61,7 +61,15 @@ def test_logits_are_those_of_transformers(
     assert error <= 1e-4
 
 
-@pytest.mark.parametrize("case", QUICK)
+@pytest.mark.parametrize("case", RECURRENT)
+def test_what_no_gpu_has_kernels_for_is_refused(
+    make_model: Callable[..., Path], interpreted: Callable[..., Engine], case: str
+) -> None:
+    with pytest.raises(ValueError, match="for which there is no kernel on a GPU yet: take --device cpu"):
+        interpreted(made(make_model, case))
+
+
+@pytest.mark.parametrize("case", [case for case in QUICK if case not in RECURRENT])
 def test_a_gpus_kernels_compute_the_same(
     make_model: Callable[..., Path],
     interpreted: Callable[..., Engine],

@@ -103,6 +103,8 @@ NOT_COMPARED = {
     "gemma4_unified_text": {"num_hidden_layers"},
     "granitemoehybrid": {"layers_block_type", "num_local_experts"},
     "helium": {"head_dim"},
+    "qwen3_5_text": {"linear_num_key_heads"},
+    "qwen3_next": {"linear_num_key_heads", "num_experts"},
     "exaone_moe": {"n_group"},
     "glm4_moe": {"n_group"},
     "solar_open": {"n_group"},

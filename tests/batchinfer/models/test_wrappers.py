@@ -49,6 +49,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2_5_vl": (
         {"rope_parameters": SECTIONS}, QWEN_VISION | {"out_hidden_size": 96, "intermediate_size": 64},
     ),
+    "qwen3_5": (
+        {
+            "model_type": "qwen3_5_text", "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "full_attention_interval": 3,
+            "rope_parameters": SECTIONS | {"mrope_interleaved": True, "partial_rotary_factor": 0.5},
+        },
+        QWEN_VISION | {"out_hidden_size": 96, "intermediate_size": 64},
+    ),
     "qwen3_vl": (
         {"head_dim": 16, "rope_parameters": SECTIONS | {"mrope_interleaved": True}},
         QWEN_VISION | {"out_hidden_size": 96, "intermediate_size": 64, "deepstack_visual_indexes": [0]},
