@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from batchinfer.formats.scheme import WeightScheme
-from batchinfer.models.layer import Attention, Experts, Layer, Matrix, Norm
+from batchinfer.models.feed_forward import Experts
+from batchinfer.models.layer import Layer
+from batchinfer.models.mixer import Attention
 from batchinfer.models.stored_layer import rows_of
+from batchinfer.models.tensors import Matrix, Norm
 from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.layer_inputs import Calibration
 from batchinfer.quantize.scaling import search_scale

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.layer import Attention, FeedForward
+from batchinfer.models.feed_forward import FeedForward
+from batchinfer.models.mixer import Attention
 from batchinfer.models.weights import SafetensorsWeights
 from batchinfer.quantize.rotation import rotation
 

@@ -31,7 +31,7 @@ from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.scheme import WeightScheme
 from batchinfer.host.files import write_checksums
 from batchinfer.models.config import read_model_config
-from batchinfer.models.layer import Experts
+from batchinfer.models.feed_forward import Experts
 from batchinfer.models.weights import SafetensorsWeights, tensor_names, with_stored_head
 from batchinfer.quantize.channel_scales import channel_makers, scale_channels
 from batchinfer.quantize.inputs import Inputs

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from batchinfer.kernels.grain import TILE
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.layer import FeedForward, Layer
+from batchinfer.models.feed_forward import FeedForward
+from batchinfer.models.layer import Layer
 
 Floats = NDArray[np.float64]
 

@@ -71,7 +71,9 @@ from batchinfer.models.families import (
     vaultgemma,
 )
 from batchinfer.models.known_fields import read_fields
-from batchinfer.models.layer import Attention, Ends, GatedDeltaNet, Layer, Matrix, Norm, ShortConvolution
+from batchinfer.models.layer import Ends, Layer
+from batchinfer.models.mixer import Attention, GatedDeltaNet, ShortConvolution
+from batchinfer.models.tensors import Matrix, Norm
 from batchinfer.models.wrappers import WRAPPERS, is_wrapper, text_fields
 
 if TYPE_CHECKING:  # the formats import torch, which takes long: only a quantized checkpoint needs them

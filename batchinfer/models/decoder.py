@@ -18,8 +18,10 @@ from batchinfer.kernels.rows import Rows, add_rows
 from batchinfer.kernels.state_pool import StatePool
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.feed_forward import ExpertsWeights, FeedForwardWeights
-from batchinfer.models.layer import Layer, PerLayerBlock, PerLayerEmbeddings, QueryGrowth
+from batchinfer.models.feed_forward_weights import ExpertsWeights, FeedForwardWeights
+from batchinfer.models.layer import Layer
+from batchinfer.models.mixer import QueryGrowth
+from batchinfer.models.per_layer import PerLayerBlock, PerLayerEmbeddings
 from batchinfer.models.recurrent import RecurrentWeights
 
 Cache = KVCache | StatePool

@@ -1,102 +1,92 @@
-"""The loaded feed-forward block of a layer: one block, or a mixture of experts with what chooses among them.
+"""`FeedForward` and `Experts`: the description of a layer's feed-forward block, or of a mixture of them.
 
-Shapes: T rows, D the hidden size, E experts.
+This module does not import torch.
 """
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from batchinfer.kernels.backend import Backend
-from batchinfer.kernels.experts import ProductByExpert, route, weighted_sum
-from batchinfer.kernels.product import Product
-from batchinfer.kernels.rows import Rows
-from batchinfer.models.layer import Experts, FeedForward
+from batchinfer.models.tensors import Matrix
 
 
 @dataclass(frozen=True)
-class FeedForwardWeights:
-    """The weights of one feed-forward block. The matrices gate and up are one product."""
+class FeedForward:
+    """The block `down(activation(gate(x)) * up(x))` (GLU, Shazeer 2020), or `down(activation(up(x)))` without a gate.
 
-    shape: FeedForward
-    gate_up: Product
-    down: Product
+    `activation` is silu, gelu, gelu_tanh, relu2, or clamped_swiglu, which computes of gate g and up u
+    `min(g, 7) * sigmoid(1.702 * min(g, 7)) * (clamp(u, -7, 7) + 1)`, as in gpt-oss.
+    """
 
-    @property
-    def takes(self) -> torch.dtype:
-        """Type of the input rows."""
-        return self.gate_up.takes
-
-    @property
-    def products(self) -> tuple[Product, ...]:
-        """The block's matrix products."""
-        return (self.gate_up, self.down)
+    gate: Matrix | None
+    up: Matrix
+    down: Matrix
+    activation: str = "silu"
 
     @property
-    def operations_per_row(self) -> int:
-        """Number of multiplications and additions for one input row."""
-        return sum(product.operations_per_row for product in self.products)
+    def products(self) -> dict[str, tuple[Matrix, ...]]:
+        """Matrices of each matrix product, in the order of computing."""
+        return {"gate_up": (self.up,) if self.gate is None else (self.gate, self.up), "down": (self.down,)}
 
-    def __call__(self, do: Backend, x: Rows, rows: int) -> Rows:
-        """Return the block's output [T, D] for rows x [T, D], of which the first `rows` are no padding."""
-        return self.down(activated(do, self.shape, self.gate_up(x), self.down.takes))
+    @property
+    def weights_per_token(self) -> int:
+        """Number of weights that a token is multiplied by."""
+        return sum(matrix.size for matrices in self.products.values() for matrix in matrices)
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Number of numbers of a token that pass through the norm before it, the activation and the residual sum."""
+        return 2 * self.up.columns + 3 * self.down.columns
 
 
 @dataclass(frozen=True)
-class ExpertsWeights:
-    """The weights of a mixture of experts."""
+class Router:
+    """Chooses experts for each token by scores, softmax or sigmoid of its logits, computed in float32.
 
-    shape: Experts
-    router: Product  # in float32, as the shared expert's gate
-    bias: Tensor | None  # [E] float32, added to the scores to choose
-    experts: tuple[FeedForwardWeights, ...]
-    gate_up: ProductByExpert
-    down: ProductByExpert
-    shared: FeedForwardWeights | None
-    shared_gate: Product | None
-    takes: torch.dtype  # type of the input rows: floating point, because the router takes no rounded ones
+    Their weights are the scores of the chosen ones. `bias` names a tensor [experts] that is added to the scores only to
+    choose, as in DeepSeek-V3. There the experts also lie in groups, and only those of the best groups are chosen, by
+    the sum of a group's two best scores.
+    """
+
+    matrix: Matrix  # [experts, D]
+    chosen: int  # number of experts that are chosen for a token
+    scores: str = "softmax"
+    normalized: bool = True  # the weights are divided by their sum
+    factor: float = 1.0  # then they are multiplied by it
+    bias: str | None = None
+    bias_shape: tuple[int, ...] = ()  # as stored
+    groups: int = 1
+    chosen_groups: int = 1
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts (Shazeer et al. 2017): the weighted sum of the chosen experts, and of one that all share."""
+
+    router: Router
+    experts: tuple[FeedForward, ...]  # all of one shape
+    shared: FeedForward | None = None
+    shared_gate: Matrix | None = None  # [1, D]: the shared expert's output is multiplied by the sigmoid of its product
 
     @property
-    def products(self) -> tuple[Product, ...]:
-        """The products of all experts, and of what chooses among them."""
-        beside = filter(None, (self.router, self.shared_gate))
-        blocks = self.experts if self.shared is None else (*self.experts, self.shared)
-        return (*beside, *(product for block in blocks for product in block.products))
-
-    @property
-    def operations_per_row(self) -> int:
-        """Number of multiplications and additions for one input row, which only the chosen experts compute."""
-        chosen = self.shape.router.chosen * self.experts[0].operations_per_row
-        beside = sum(p.operations_per_row for p in self.products if p in (self.router, self.shared_gate))
-        return chosen + beside + (0 if self.shared is None else self.shared.operations_per_row)
-
-    def __call__(self, do: Backend, x: Rows, rows: int) -> Rows:
-        """Return the mixture's output [T, D] for rows x [T, D], of which the first `rows` are no padding.
-
-        Padding is left to the shared expert, so that no expert's weights are read for it.
-        """
-        x_TD = x.dense()
-        if not rows:  # the last layer of a step that samples nothing
-            return Rows(torch.zeros_like(x_TD))
-        logits = self.router(Rows(x_TD.float())).dense()
-        gate = None if self.shared_gate is None else self.shared_gate(Rows(x_TD.float())).dense().sigmoid_()
-        r = self.shape.router
-        experts, weights = route(
-            logits[:rows], r.chosen, r.scores, r.normalized, r.factor, self.bias, r.groups, r.chosen_groups
-        )
-        chosen = do.expert_rows(experts, len(self.experts))
-        first = self.experts[0]
-        inputs = do.rows(x_TD[chosen.tokens], first.takes)
-        inner = activated(do, first.shape, self.gate_up(inputs, chosen), first.down.takes)
-        out = torch.zeros(x_TD.shape, device=do.device)
-        out[:rows] = weighted_sum(self.down(inner, chosen).dense(), weights, chosen.places)
+    def products(self) -> dict[str, tuple[Matrix, ...]]:
+        """Matrices of each matrix product, in the order of computing."""
+        blocks = {f"expert {i}": expert for i, expert in enumerate(self.experts)}
         if self.shared is not None:
-            shared = self.shared(do, do.rows(x_TD, self.shared.takes), rows).dense()
-            out += shared if gate is None else shared * gate
-        return Rows(out.to(self.takes))
+            blocks["shared expert"] = self.shared
+        return {f"{of} {name}": found for of, block in blocks.items() for name, found in block.products.items()}
 
+    @property
+    def unquantized(self) -> tuple[Matrix, ...]:
+        """Matrices that stay in floating point: they are small, and decide which experts compute."""
+        return (self.router.matrix,) if self.shared_gate is None else (self.router.matrix, self.shared_gate)
 
-def activated(do: Backend, shape: FeedForward, inner: Rows, takes: torch.dtype) -> Rows:
-    """Return the activation of the first product's output, as rows for a product with this `takes`."""
-    return do.activate(inner, shape.activation, shape.gate is not None, takes)
+    @property
+    def weights_per_token(self) -> int:
+        """Number of weights that a token is multiplied by."""
+        shared = 0 if self.shared is None else self.shared.weights_per_token
+        return self.router.matrix.size + self.router.chosen * self.experts[0].weights_per_token + shared
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Number of numbers of a token that pass through the norm before it, the activation and the residual sum."""
+        blocks = [self.experts[0]] * self.router.chosen + ([] if self.shared is None else [self.shared])
+        return sum(block.numbers_per_token for block in blocks)

@@ -9,7 +9,7 @@ from batchinfer.formats.gguf_parts import GGUFParts
 from batchinfer.host.files import Checksums
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.gguf_config import ARCHITECTURES, Entries
-from batchinfer.models.layer import Matrix, Norm, Stack
+from batchinfer.models.tensors import Matrix, Norm, Stack
 from batchinfer.models.weights import refuse_not_finite
 
 

@@ -17,11 +17,15 @@ from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.product import Product
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.decoder import Decoder, LayerWeights, PerLayerBlockWeights, PerLayerWeights
-from batchinfer.models.feed_forward import ExpertsWeights, FeedForwardWeights
+from batchinfer.models.feed_forward import Experts, FeedForward
+from batchinfer.models.feed_forward_weights import ExpertsWeights, FeedForwardWeights
 from batchinfer.models.input_rounding import InputRounding
-from batchinfer.models.layer import Attention, Experts, FeedForward, Layer, Matrix, Norm, PerLayerEmbeddings
+from batchinfer.models.layer import Layer
+from batchinfer.models.mixer import Attention
+from batchinfer.models.per_layer import PerLayerEmbeddings
 from batchinfer.models.recurrent import recurrent_weights
 from batchinfer.models.stored_layer import bias_of, norm_weights, weight_of
+from batchinfer.models.tensors import Matrix, Norm
 from batchinfer.models.weights import WeightSource
 
 

@@ -11,7 +11,8 @@ from batchinfer.kernels.gated_delta import DeltaTokens, delta_rule
 from batchinfer.kernels.norm import rms_norm
 from batchinfer.kernels.short_convolution import convolve
 from batchinfer.kernels.state_pool import StateBatch, StatePool, StateShape
-from batchinfer.models.layer import GatedDeltaNet, ShortConvolution, Vectors
+from batchinfer.models.mixer import GatedDeltaNet, ShortConvolution
+from batchinfer.models.tensors import Vectors
 
 LEAST = 1e-6
 """Added to the square of the length by which queries and keys are divided."""

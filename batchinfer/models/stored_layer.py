@@ -8,7 +8,7 @@ from torch import Tensor
 
 from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.kernels.norm import LayerNorm, NormWeights
-from batchinfer.models.layer import Matrix, Norm, Stack
+from batchinfer.models.tensors import Matrix, Norm, Stack
 
 Weight = TypeVar("Weight", Tensor, QuantizedMatrix, Tensor | QuantizedMatrix)
 

@@ -14,8 +14,8 @@ from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.registry import Format
 from batchinfer.host.files import Checksums, read_object, refuse_pointer
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.layer import Matrix, Stack
 from batchinfer.models.stored_layer import unstacked
+from batchinfer.models.tensors import Matrix, Stack
 from batchinfer.models.wrappers import Prefixes
 
 ROWS = 1024  # of a matrix, compared at a time

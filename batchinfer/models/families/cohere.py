@@ -12,7 +12,8 @@ from batchinfer.models.families.variations import (
     with_layer_norms,
     with_pairs_of_neighbours,
 )
-from batchinfer.models.layer import Ends, Layer, Norm
+from batchinfer.models.layer import Ends, Layer
+from batchinfer.models.tensors import Norm
 
 ARCHITECTURES = ("CohereForCausalLM",)
 DEFAULTS: dict[str, Any] = {

@@ -6,7 +6,9 @@ from typing import Any
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import ernie4_5
 from batchinfer.models.families.mixtures import block, chosen_experts
-from batchinfer.models.layer import Experts, Layer, Matrix, Router
+from batchinfer.models.feed_forward import Experts, Router
+from batchinfer.models.layer import Layer
+from batchinfer.models.tensors import Matrix
 
 ARCHITECTURES = ("Ernie4_5_MoeForCausalLM",)
 DEFAULTS: dict[str, Any] = {

@@ -5,7 +5,8 @@ from typing import Any, TypeVar
 
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
-from batchinfer.models.layer import Ends, Layer, Norm
+from batchinfer.models.layer import Ends, Layer
+from batchinfer.models.tensors import Norm
 
 ARCHITECTURES = ("GemmaForCausalLM",)
 DEFAULTS: dict[str, Any] = {

@@ -5,7 +5,8 @@ from typing import Any
 
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import gemma, llama
-from batchinfer.models.layer import Ends, Layer, Norm
+from batchinfer.models.layer import Ends, Layer
+from batchinfer.models.tensors import Norm
 
 ARCHITECTURES = ("Gemma2ForCausalLM",)
 DEFAULTS: dict[str, Any] = {

@@ -8,8 +8,12 @@ from typing import Any
 
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
-from batchinfer.models.layer import Attention, Ends, FeedForward, Layer, Matrix, Norm, PerLayerBlock, PerLayerEmbeddings
+from batchinfer.models.feed_forward import FeedForward
+from batchinfer.models.layer import Ends, Layer
+from batchinfer.models.mixer import Attention
+from batchinfer.models.per_layer import PerLayerBlock, PerLayerEmbeddings
 from batchinfer.models.rope import RopeFields, no_rope, read_rope
+from batchinfer.models.tensors import Matrix, Norm
 
 ARCHITECTURES = ("Gemma4ForCausalLM",)
 SLIDING, FULL = "sliding_attention", "full_attention"

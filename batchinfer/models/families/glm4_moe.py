@@ -6,8 +6,10 @@ from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
 from batchinfer.models.families.mixtures import best_groups, block, chosen_experts, with_experts
 from batchinfer.models.families.variations import with_output_bias
-from batchinfer.models.layer import Layer, Matrix, Router
+from batchinfer.models.feed_forward import Router
+from batchinfer.models.layer import Layer
 from batchinfer.models.rope import RopeFields, read_rope
+from batchinfer.models.tensors import Matrix
 
 ARCHITECTURES = ("Glm4MoeForCausalLM",)
 DEEPSEEK: dict[str, Any] = {

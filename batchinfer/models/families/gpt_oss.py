@@ -7,7 +7,9 @@ from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
 from batchinfer.models.families.gemma3_text import FULL, SLIDING
 from batchinfer.models.families.mixtures import chosen_experts, number_of_experts, stacked_experts
-from batchinfer.models.layer import Experts, Layer, Matrix, Router, Stack
+from batchinfer.models.feed_forward import Experts, Router
+from batchinfer.models.layer import Layer
+from batchinfer.models.tensors import Matrix, Stack
 
 ARCHITECTURES = ("GptOssForCausalLM",)
 DEFAULTS: dict[str, Any] = {

@@ -6,7 +6,9 @@ from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import granite, llama
 from batchinfer.models.families.mixtures import chosen_experts, stacked_experts
 from batchinfer.models.families.variations import with_multipliers
-from batchinfer.models.layer import Experts, FeedForward, Layer, Matrix, Router, Stack
+from batchinfer.models.feed_forward import Experts, FeedForward, Router
+from batchinfer.models.layer import Layer
+from batchinfer.models.tensors import Matrix, Stack
 
 ARCHITECTURES = ("GraniteMoeForCausalLM",)
 DEFAULTS = granite.DEFAULTS | {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 11008}

@@ -4,7 +4,8 @@ from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import granitemoe, llama
 from batchinfer.models.families.mixtures import block
 from batchinfer.models.families.variations import fused_block, with_multipliers
-from batchinfer.models.layer import FeedForward, Layer
+from batchinfer.models.feed_forward import FeedForward
+from batchinfer.models.layer import Layer
 
 ARCHITECTURES = ("GraniteMoeSharedForCausalLM",)
 DEFAULTS = granitemoe.DEFAULTS | {"shared_intermediate_size": 0}

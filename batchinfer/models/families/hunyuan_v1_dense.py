@@ -5,7 +5,8 @@ from typing import Any
 
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
-from batchinfer.models.layer import Layer, Norm
+from batchinfer.models.layer import Layer
+from batchinfer.models.tensors import Norm
 
 ARCHITECTURES = ("HunYuanDenseV1ForCausalLM",)
 DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-5, "attention_bias": False}

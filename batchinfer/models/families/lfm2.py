@@ -5,7 +5,9 @@ from typing import Any
 
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
-from batchinfer.models.layer import Ends, Layer, Matrix, Norm, ShortConvolution, Vectors
+from batchinfer.models.layer import Ends, Layer
+from batchinfer.models.mixer import ShortConvolution
+from batchinfer.models.tensors import Matrix, Norm, Vectors
 
 ARCHITECTURES = ("Lfm2ForCausalLM",)
 DEFAULTS: dict[str, Any] = {

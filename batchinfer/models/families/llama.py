@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from batchinfer.models.config_file import ConfigFile
-from batchinfer.models.layer import LAYERS, Attention, Ends, FeedForward, Layer, Matrix, Norm
+from batchinfer.models.feed_forward import FeedForward
+from batchinfer.models.layer import LAYERS, Ends, Layer
+from batchinfer.models.mixer import Attention
 from batchinfer.models.rope import Rope, read_rope
+from batchinfer.models.tensors import Matrix, Norm
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 DEFAULTS: dict[str, Any] = {"attention_bias": False, "mlp_bias": False}

@@ -5,7 +5,8 @@ from typing import Any
 
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
-from batchinfer.models.layer import Layer, QueryGrowth
+from batchinfer.models.layer import Layer
+from batchinfer.models.mixer import QueryGrowth
 from batchinfer.models.rope import RopeFields, read_rope
 
 ARCHITECTURES = ("Ministral3ForCausalLM",)

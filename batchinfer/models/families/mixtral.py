@@ -5,7 +5,9 @@ from typing import Any
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
 from batchinfer.models.families.mixtures import W1_W3_W2, chosen_experts, number_of_experts, with_experts
-from batchinfer.models.layer import Layer, Matrix, Router
+from batchinfer.models.feed_forward import Router
+from batchinfer.models.layer import Layer
+from batchinfer.models.tensors import Matrix
 
 ARCHITECTURES = ("MixtralForCausalLM",)
 DEFAULTS: dict[str, Any] = {

@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 from batchinfer.models.config_file import ConfigFile
-from batchinfer.models.layer import Experts, FeedForward, Layer, Matrix, Router, Stack
+from batchinfer.models.feed_forward import Experts, FeedForward, Router
+from batchinfer.models.layer import Layer
+from batchinfer.models.tensors import Matrix, Stack
 
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 W1_W3_W2 = ("w1", "w3", "w2")

@@ -6,7 +6,8 @@ from typing import Any
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
 from batchinfer.models.families.variations import layer_norm, with_layer_norms
-from batchinfer.models.layer import Ends, Layer, Norm
+from batchinfer.models.layer import Ends, Layer
+from batchinfer.models.tensors import Norm
 
 ARCHITECTURES = ("OlmoForCausalLM",)
 DEFAULTS: dict[str, Any] = {"attention_bias": False, "clip_qkv": None}

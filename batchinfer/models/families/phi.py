@@ -14,8 +14,9 @@ from batchinfer.models.families.variations import (
     with_names,
     without_gate,
 )
-from batchinfer.models.layer import Ends, Layer, Norm
+from batchinfer.models.layer import Ends, Layer
 from batchinfer.models.rope import RopeFields, read_rope
+from batchinfer.models.tensors import Norm
 
 ARCHITECTURES = ("PhiForCausalLM",)
 DEFAULTS: dict[str, Any] = {

@@ -6,8 +6,10 @@ from typing import Any
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
 from batchinfer.models.families.gemma import around_one
-from batchinfer.models.layer import Attention, Ends, GatedDeltaNet, Layer, Matrix, Norm, Vectors
+from batchinfer.models.layer import Ends, Layer
+from batchinfer.models.mixer import Attention, GatedDeltaNet
 from batchinfer.models.rope import RopeFields, read_rope
+from batchinfer.models.tensors import Matrix, Norm, Vectors
 
 ARCHITECTURES = ("Qwen3_5ForCausalLM",)
 DEFAULTS: dict[str, Any] = {

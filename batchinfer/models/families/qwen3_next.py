@@ -5,7 +5,9 @@ from typing import Any
 
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import qwen3_5_text
-from batchinfer.models.layer import GatedDeltaNet, Layer, Matrix
+from batchinfer.models.layer import Layer
+from batchinfer.models.mixer import GatedDeltaNet
+from batchinfer.models.tensors import Matrix
 
 ARCHITECTURES = ("Qwen3NextForCausalLM",)
 DEFAULTS: dict[str, Any] = qwen3_5_text.DEFAULTS | {

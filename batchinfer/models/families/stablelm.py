@@ -11,8 +11,9 @@ from batchinfer.models.families.variations import (
     with_layer_norms,
     with_output_bias,
 )
-from batchinfer.models.layer import Layer, Norm
+from batchinfer.models.layer import Layer
 from batchinfer.models.rope import RopeFields, read_rope
+from batchinfer.models.tensors import Norm
 
 ARCHITECTURES = ("StableLmForCausalLM",)
 DEFAULTS: dict[str, Any] = {

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
-from batchinfer.models.layer import Ends, Experts, FeedForward, Layer, Matrix, Norm
+from batchinfer.models.feed_forward import Experts, FeedForward
+from batchinfer.models.layer import Ends, Layer
 from batchinfer.models.rope import no_rope
+from batchinfer.models.tensors import Matrix, Norm
 
 
 def with_fused_qkv(layer: Layer, name: str = "self_attn.qkv_proj") -> Layer:
