@@ -15,7 +15,7 @@ _LARGEST = {
     "n_shared_experts": 1 << 10, "num_shared_experts": 1 << 10, "moe_num_shared_experts": 1 << 10,
     "moe_intermediate_size": 1 << 19, "shared_expert_intermediate_size": 1 << 19, "decoder_sparse_step": 1 << 10,
     "moe_layer_interval": 1 << 10, "first_k_dense_replace": 1 << 10, "max_window_layers": 1 << 10,
-    "rotary_dim": 1 << 10,
+    "rotary_dim": 1 << 10, "num_dense_layers": 1 << 10,
     "global_head_dim": 1 << 10, "num_global_key_value_heads": 1 << 10, "num_kv_shared_layers": 1 << 10,
     "vocab_size_per_layer_input": 1 << 22, "hidden_size_per_layer_input": 1 << 17,
     "conv_L_cache": 1 << 10, "block_ff_dim": 1 << 19, "block_multiple_of": 1 << 19, "full_attention_interval": 1 << 10,

@@ -63,6 +63,7 @@ WRAPPERS = {
         "Qwen2_5_VLForConditionalGeneration", (("qwen2_5_vl_text", "qwen2"), ("qwen2_5_vl", "qwen2"))
     ),
     "qwen3_5": Wrapper("Qwen3_5ForConditionalGeneration", (("qwen3_5_text", "qwen3_5_text"),)),
+    "qwen3_5_moe": Wrapper("Qwen3_5MoeForConditionalGeneration", (("qwen3_5_moe_text", "qwen3_5_moe_text"),)),
     "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", (("qwen3_vl_text", "qwen3"),)),
 }
 """The wrappers by the `model_type` of `config.json`."""

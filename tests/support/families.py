@@ -146,6 +146,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2, not adjusted": (
         "lfm2", {"full_attn_idxs": [0, 2], "conv_L_cache": 4, "block_auto_adjust_ff_dim": False},
     ),
+    "lfm2_moe": (
+        "lfm2_moe",
+        {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1, "num_experts": 6,
+         "num_experts_per_tok": 2, "moe_intermediate_size": 32, "routed_scaling_factor": 1.5},
+    ),
+    "lfm2_moe, no bias": (
+        "lfm2_moe",
+        {"layer_types": ["full_attention", "conv", "conv"], "num_dense_layers": 0, "num_experts": 6,
+         "num_experts_per_tok": 2, "moe_intermediate_size": 32, "use_expert_bias": False, "norm_topk_prob": False},
+    ),
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "mellum": (
         "mellum",
@@ -198,7 +208,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         QWEN_3_5 | {"attention_bias": True, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     ),
     "qwen3_5_text, by turns": ("qwen3_5_text", QWEN_3_5 | {"full_attention_interval": 2, "num_hidden_layers": 4}),
+    "qwen3_5_moe_text": (
+        "qwen3_5_moe_text",
+        QWEN_3_5 | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+         "shared_expert_intermediate_size": 64,
+         "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
     "qwen3_next": (
+        "qwen3_next",
+        QWEN_3_5 | {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [1],
+         "shared_expert_intermediate_size": 64,
+         "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
+    "qwen3_next, no experts": (
         "qwen3_next",
         QWEN_3_5 | {"num_experts": 0, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     ),

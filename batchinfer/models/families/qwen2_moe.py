@@ -25,15 +25,24 @@ def layers(config: ConfigFile) -> list[Layer]:
     window, most, count = qwen2.window(config), config.whole("max_window_layers"), config.size("num_hidden_layers")
     types = ["sliding_attention" if window and i % 2 == 0 and i < most else "full_attention" for i in range(count)]
     described = llama.layers(config, window=window, types=types, qkv_bias=config.flag("qkv_bias"))
-    hidden = config.size("hidden_size")
-    shared = block("mlp.shared_expert", hidden, config.size("shared_expert_intermediate_size"))
-    gate = Matrix("mlp.shared_expert_gate", 1, hidden)
-    experts, inner = number_of_experts(config, 60), config.size("moe_intermediate_size")
-    chooses = router(config, experts)
+    chooses = router(config, number_of_experts(config, 60))
     return [
-        with_experts(layer, chooses, experts, inner, shared=shared, shared_gate=gate) if sparse else layer
+        with_shared_expert(layer, config, chooses) if sparse else layer
         for layer, sparse in zip(described, with_mixture(config), strict=True)
     ]
+
+
+def with_shared_expert(layer: Layer, config: ConfigFile, router: Router) -> Layer:
+    """Replace a layer's feed-forward block by experts, and one behind a gate that all tokens share."""
+    hidden = layer.block.up.columns
+    return with_experts(
+        layer,
+        router,
+        router.matrix.rows,
+        config.size("moe_intermediate_size"),
+        shared=block("mlp.shared_expert", hidden, config.size("shared_expert_intermediate_size")),
+        shared_gate=Matrix("mlp.shared_expert_gate", 1, hidden),
+    )
 
 
 def router(config: ConfigFile, experts: int) -> Router:

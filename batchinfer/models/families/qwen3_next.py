@@ -1,29 +1,34 @@
-"""Qwen3-Next (Qwen Team 2025): Qwen3.5 with the matrices of a DeltaNet packed by heads of keys. Without experts."""
+"""Qwen3-Next (Qwen Team 2025): Qwen3.5 with the matrices of a DeltaNet packed by heads of keys, and with experts."""
 
 from dataclasses import replace
 from typing import Any
 
 from batchinfer.models.config_file import ConfigFile
-from batchinfer.models.families import qwen3_5_text
+from batchinfer.models.families import qwen2_moe, qwen3_5_text
+from batchinfer.models.families.mixtures import number_of_experts
 from batchinfer.models.layer import Layer
 from batchinfer.models.mixer import GatedDeltaNet
 from batchinfer.models.tensors import Matrix
 
 ARCHITECTURES = ("Qwen3NextForCausalLM",)
 DEFAULTS: dict[str, Any] = qwen3_5_text.DEFAULTS | {
-    "num_key_value_heads": 2, "num_experts": 512, "decoder_sparse_step": 1, "mlp_only_layers": None,
+    "num_key_value_heads": 2, "num_experts": 512, "num_experts_per_tok": 10, "norm_topk_prob": True,
+    "decoder_sparse_step": 1, "mlp_only_layers": None, "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512, "intermediate_size": 5632,
 }  # fmt: skip
 FIXED, ends = qwen3_5_text.FIXED, qwen3_5_text.ends
 
 
 def layers(config: ConfigFile) -> list[Layer]:
-    """Describe the layers that `config.json` asks for. Raises `ValueError` for layers with experts."""
-    experts, every = config.get("num_experts"), config.size("decoder_sparse_step", 1)
-    dense = config.get("mlp_only_layers") or []
+    """Describe the layers that `config.json` asks for."""
     described = qwen3_5_text.hybrid(config, _packed(qwen3_5_text.delta_net(config)))
-    if experts and any(i not in dense and (i + 1) % every == 0 for i in range(len(described))):
-        raise ValueError(f"config.json: num_experts is {experts}; layers with experts are not supported in qwen3_next")
-    return described
+    if not config.whole("num_experts"):
+        return described
+    router = qwen2_moe.router(config, number_of_experts(config, 512))
+    return [
+        qwen2_moe.with_shared_expert(layer, config, router) if sparse else layer
+        for layer, sparse in zip(described, qwen2_moe.with_mixture(config), strict=True)
+    ]
 
 
 def _packed(shape: GatedDeltaNet) -> GatedDeltaNet:
