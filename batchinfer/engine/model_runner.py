@@ -124,8 +124,8 @@ class ModelRunner:
         The CPU's attention does not count what it reads: (0, 0).
         """
         read = unshared = 0
-        for layer in self.decoder.config.layers:
-            plan, a_key = batch.attention[layer.attention.shape], layer.attention.kv_bytes(self.kv_dtype.itemsize)
+        for attention in self.decoder.config.attentions:
+            plan, a_key = batch.attention[attention.shape], attention.kv_bytes(self.kv_dtype.itemsize)
             if isinstance(plan, AttentionPlan):
                 read += a_key * plan.keys_read
                 unshared += a_key * plan.keys_unshared

@@ -239,7 +239,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 QUICK = [case for case in CASES if "," not in case]
 """One case of each family."""
 
-RECURRENT = ["lfm2", "qwen3_5_text", "qwen3_next"]
+RECURRENT = ["lfm2", "lfm2_moe", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"]
 """The families with layers that keep a state; no GPU has kernels for them yet."""
 
 

@@ -16,10 +16,10 @@ DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5, "attention_bias": True, "sliding_window": 128,
     "rope_theta": 150000.0, "num_experts": None, "num_local_experts": None, "num_experts_per_tok": 4,
     "intermediate_size": 2880,
-    "rope_parameters": {
-        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
-        "original_max_position_embeddings": 4096,
-    },
+}  # fmt: skip
+_YARN = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
 }  # fmt: skip
 # Hub files have swiglu_limit and say experts_per_token too, for other engines.
 FIXED: dict[str, Any] = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}
@@ -28,6 +28,8 @@ ends = llama.ends
 
 def layers(config: ConfigFile) -> list[Layer]:
     """Describe the layers that `config.json` asks for."""
+    if not config.get("rope_parameters") and not config.get("rope_scaling"):
+        config = config.changed(rope_parameters=_YARN)
     types = [FULL if i % 2 else SLIDING for i in range(config.size("num_hidden_layers"))]
     described = llama.layers(config, window=config.size_or_none("sliding_window"), types=types)
     count, hidden, name = number_of_experts(config, 128), config.size("hidden_size"), "mlp.experts"

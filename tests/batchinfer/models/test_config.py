@@ -54,7 +54,7 @@ SCALINGS: list[dict[str, Any]] = [
 def test_rope_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> None:
     parameters = {**scaling, "rope_theta": 500000.0}
     oracle = transformers.LlamaConfig(**{**BASE, "rope_parameters": parameters})
-    ours = parse(rope_parameters=parameters).attention.rope
+    ours = parse(rope_parameters=parameters).attentions[0].rope
     if scaling["rope_type"] == "default":
         expected = 1.0 / 500000.0 ** (torch.arange(0, 16, 2).float() / 16)
         factor = 1.0
@@ -68,7 +68,7 @@ def test_rope_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> 
 def test_rope_scaling_as_older_checkpoints_write_it(scaling: dict[str, Any]) -> None:
     older = {("type" if k == "rope_type" else k): v for k, v in scaling.items()}
     new = parse(rope_parameters={**scaling, "rope_theta": 500000.0})
-    assert parse(rope_scaling=older, rope_theta=500000.0).attention.rope == new.attention.rope
+    assert parse(rope_scaling=older, rope_theta=500000.0).attentions[0].rope == new.attentions[0].rope
 
 
 def test_windows_by_family() -> None:
@@ -91,10 +91,10 @@ def test_rope_parameters_and_rope_scaling_must_say_the_same() -> None:
     with pytest.raises(ValueError, match="which say different things"):
         parse(rope_parameters={**YARN, "rope_theta": 5e5}, rope_scaling=YARN)
     both = parse(rope_parameters={**YARN, "rope_theta": 5e5}, rope_scaling=YARN, rope_theta=5e5)
-    assert both.attention.rope == parse(rope_scaling=YARN, rope_theta=5e5).attention.rope
+    assert both.attentions[0].rope == parse(rope_scaling=YARN, rope_theta=5e5).attentions[0].rope
     assert (
-        parse(rope_parameters=YARN, rope_scaling=None).attention.rope
-        == parse(rope_parameters=YARN, rope_scaling={}).attention.rope
+        parse(rope_parameters=YARN, rope_scaling=None).attentions[0].rope
+        == parse(rope_parameters=YARN, rope_scaling={}).attentions[0].rope
     )
 
 
@@ -102,14 +102,14 @@ def test_original_positions_beside_rope_come_first() -> None:
     parameters = {**YARN, "rope_theta": 5e5}
     oracle = transformers.LlamaConfig(**{**BASE, "rope_parameters": parameters, "original_max_position_embeddings": 64})
     expected, _ = ROPE_INIT_FUNCTIONS["yarn"](oracle, torch.device("cpu"))
-    ours = parse(rope_parameters=parameters, original_max_position_embeddings=64).attention.rope
+    ours = parse(rope_parameters=parameters, original_max_position_embeddings=64).attentions[0].rope
     torch.testing.assert_close(ours.frequencies(), expected, rtol=1e-6, atol=0)
 
 
 def test_a_head_dim_that_is_not_hidden_over_heads() -> None:
-    assert parse(head_dim=32).attention.head_dim == 32
-    assert parse().attention.head_dim == 16
-    assert parse(model_type="qwen3").attention.head_dim == 128
+    assert parse(head_dim=32).attentions[0].head_dim == 32
+    assert parse().attentions[0].head_dim == 16
+    assert parse(model_type="qwen3").attentions[0].head_dim == 128
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,7 @@ NOT_COMPARED = {
     "gemma4_unified_text": {"num_hidden_layers"},
     "granitemoehybrid": {"layers_block_type", "num_local_experts"},
     "helium": {"head_dim"},
+    "qwen3_5_moe_text": {"linear_num_key_heads"},
     "qwen3_5_text": {"linear_num_key_heads"},
     "qwen3_next": {"linear_num_key_heads", "num_experts"},
     "exaone_moe": {"n_group"},
@@ -124,6 +125,8 @@ EXPERTS: dict[str, dict[str, int]] = {
     "minimax_m2": {"num_local_experts": 8},
     "olmoe": {"num_experts": 8},
     "qwen3_moe": {"num_experts": 8},
+    "qwen3_5_moe_text": {"num_experts": 8},
+    "qwen3_next": {"num_experts": 10},
 }
 
 
