@@ -30,9 +30,9 @@ tests compare its logits with those of transformers in float32, for prompts of 1
 difference as a share of the largest logit; the tests allow 1e-4. Every family runs in floating point, `w8a8-int8` and
 4 bits, and `batchinfer quantize` takes it; methods that scale channels need a norm or a matrix that takes up the
 scales, which arcee, exaone4, gemma4, gpt_neox, jais2, nemotron, olmo, olmo2, olmo3, phi, starcoder2, mixtures of
-experts and layers that keep a state lack. Experts that are stored in one tensor (gpt_oss, granitemoe) are not quantized
-by it. A GPU's kernels ran in Triton's interpreter, not on a device; layers that keep a state (lfm2, qwen3_5, qwen3_next)
-have none, and a GPU refuses them by name, as it does experts in 4 bits.
+experts and layers that keep a state lack. It does not take experts that are stored in one tensor (gpt_oss, granitemoe).
+A GPU's kernels ran in Triton's interpreter, not on a device; layers that keep a state (lfm2, qwen3_5, qwen3_next) have
+none, and a GPU refuses them by name, as it does experts in 4 bits.
 
 What is not listed is refused by name.
 """

@@ -14,6 +14,7 @@ from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.registry import Format
 from batchinfer.host.files import Checksums, read_object, refuse_pointer
 from batchinfer.models.config import ModelConfig
+from batchinfer.models.fused_experts import expert_part
 from batchinfer.models.stored_layer import unstacked
 from batchinfer.models.tensors import Matrix, Stack
 from batchinfer.models.wrappers import Prefixes
@@ -84,6 +85,7 @@ class SafetensorsWeights:
         self.left_aside = self.prefixes.beside + left_aside
         self.checksums = Checksums(self.files.values())
         self.taken: set[str] = set()
+        self._experts: dict[str, int] = {}  # tensor of all experts -> number of those that were taken
 
     def drop(self, name: str) -> None:
         """Count a tensor as used without reading it; it may be missing."""
@@ -152,12 +154,19 @@ class SafetensorsWeights:
         default, any floating-point type).
         """
         name = self.prefixes.stored(name)
-        path = self._file(name)
-        self.taken.add(name)
+        part = expert_part(name, self.files)
+        stored = name if part is None else part.tensor
+        path = self._file(stored)
+        self.taken.add(stored)
         try:
             with safe_open(path, "pt") as file:
-                tensor: Tensor = file.get_tensor(name).clone()
-        except (SafetensorError, OSError) as error:
+                if part is None:
+                    tensor: Tensor = file.get_tensor(name).clone()
+                else:
+                    expert = file.get_slice(stored)[part.expert]
+                    self._experts[stored] = max(self._experts.get(stored, 0), part.expert + 1)
+                    tensor = expert[part.rows(len(expert))].clone()
+        except (SafetensorError, OSError, IndexError) as error:
             raise ValueError(f"{path}: tensor {name} cannot be read: {str(error)[:300]}") from None
         if tuple(tensor.shape) != shape:
             raise ValueError(
@@ -174,6 +183,9 @@ class SafetensorsWeights:
     def finish(self) -> None:
         """Raise `ValueError` if a checksum is wrong, or if a tensor was not used: the config may not fit the model."""
         self.checksums.check()
+        for name, experts in self._experts.items():
+            if (held := self.shape(name)[0]) != experts:
+                raise ValueError(f"tensor {name} holds {held} experts; config.json asks for {experts}")
         # Older checkpoints contain the rotary frequencies, which follow from config.json.
         left = {n for n in self.files.keys() - self.taken if not n.endswith("rotary_emb.inv_freq")}
         left = {name for name in left if not name.startswith(self.left_aside)}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engines import assert_logits_of_transformers, engine_of
+from families import made
 from safetensors.torch import load_file, save_file
 
 from batchinfer.models.config import read_model_config
@@ -135,3 +136,41 @@ def test_integers_are_not_weights(tmp_path: Path) -> None:
     weights = SafetensorsWeights(folder_with(tmp_path, a=torch.ones(2, dtype=torch.int32)))
     with pytest.raises(ValueError, match="a is int32; expected floating point"):
         weights.take("a", (2,))
+
+
+def fused(model: Path, folder: Path, experts: int) -> Path:
+    """The same checkpoint with its experts in two tensors of a layer, as Qwen3.5's are published."""
+    tensors = load_file(model / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for at in {name.partition(".experts.")[0] for name in tensors if ".experts." in name}:
+        gate, up, down = (
+            torch.stack([tensors[f"{at}.experts.{i}.{part}_proj.weight"] for i in range(experts)])
+            for part in ("gate", "up", "down")
+        )
+        kept |= {f"{at}.experts.gate_up_proj": torch.cat([gate, up], 1), f"{at}.experts.down_proj": down}
+    folder.mkdir()
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    shutil.copy(model / "config.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", ["qwen3_5_moe_text", "qwen3_moe"])
+def test_experts_may_lie_in_two_tensors(make_model: Callable[..., Path], tmp_path: Path, case: str) -> None:
+    folder = fused(made(make_model, case), tmp_path / "fused", 6)
+    assert_logits_of_transformers(engine_of(folder), folder, 4)
+
+
+def test_experts_that_nobody_asked_for_are_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = fused(made(make_model, "qwen3_moe"), tmp_path / "fused", 6)
+    raw = json.loads((folder / "config.json").read_text())
+    for count, message in ((5, "holds 6 experts; config.json asks for 5"), (7, "cannot be read")):
+        (folder / "config.json").write_text(json.dumps(raw | {"num_local_experts": count}))
+        tensors = load_file(folder / "model.safetensors")
+        gates = {
+            name: t[:1].expand(count, -1).contiguous()
+            for name, t in tensors.items()
+            if name.endswith("mlp.gate.weight")
+        }
+        save_file(tensors | gates, folder / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            engine_of(folder)
