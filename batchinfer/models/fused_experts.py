@@ -1,7 +1,7 @@
 """Experts in two tensors, as transformers holds them in memory. Most checkpoints have modules for each; Qwen3.5 has not.
 
-`MODULE.experts.gate_up_proj` is [experts, 2 * inner, hidden], gate first; `MODULE.experts.down_proj` is [experts, hidden,
-inner].
+`MODULE.experts.gate_up_proj` is [experts, 2 * inner, hidden], gate first; `MODULE.experts.down_proj` is
+[experts, hidden, inner].
 """
 
 import re
