@@ -1,4 +1,4 @@
-"""Experts in two tensors, as transformers holds them in memory. Most checkpoints have modules for each; Qwen3.5 has not.
+"""Experts in two tensors, as transformers holds them in memory. Most checkpoints have modules for each, not Qwen3.5.
 
 `MODULE.experts.gate_up_proj` is [experts, 2 * inner, hidden], gate first; `MODULE.experts.down_proj` is
 [experts, hidden, inner].

@@ -49,10 +49,10 @@ class Paged:
         heads, head_dim = self.query.shape[1:]
         return tiling(head_dim, heads // self.kv_heads, self.query.dtype, self.kv, session.gpu)
 
-    def expected(self, window: int | None, softcap: float | None = None) -> Tensor:
+    def expected(self, window: int | None, softcap: float | None = None, sinks_H: Tensor | None = None) -> Tensor:
         """Return torch's own attention in float64, one sequence at a time: [T, heads, head_dim].
 
-        With a `softcap` c, scores s become c * tanh(s / c).
+        With a `softcap` c, scores s become c * tanh(s / c). `sinks` are scores that count and stand for no value.
         """
         assert self.known is not None
         b, block_size = self.batch, self.cache.block_size
@@ -67,11 +67,15 @@ class Paged:
             query = self.query[start:end].double().transpose(0, 1)
             group = len(query) // self.kv_heads
             key, value = (x.repeat_interleave(group, 0) for x in (key, value))
-            if softcap is None:
+            if softcap is None and sinks_H is None:
                 found = F.scaled_dot_product_attention(query[None], key[None], value[None], seen, scale=self.scale)[0]
             else:
-                scores = softcap * torch.tanh(query @ key.transpose(1, 2) * (self.scale / softcap))
-                found = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value
+                scores = query @ key.transpose(1, 2) * self.scale
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                weights = scores.masked_fill(~seen, float("-inf")).exp()
+                beside = 0.0 if sinks_H is None else sinks_H.double().exp()[:, None, None]
+                found = weights @ value / (weights.sum(-1, keepdim=True) + beside)
             out[start:end] = found.transpose(0, 1)
         return out
 

@@ -55,7 +55,7 @@ def run_types(session: Session) -> None:
 
 
 def run_windows(session: Session) -> None:
-    """Sliding windows, prefixes that several sequences share, and soft caps of scores."""
+    """Sliding windows, prefixes that several sequences share, soft caps of scores, and sinks."""
     from batchinfer.kernels.ragged_attention import SharedPrefix
 
     errors = Errors(session)
@@ -75,6 +75,7 @@ def run_windows(session: Session) -> None:
         for kv in session.pick((session.dtype, torch.int8), (session.dtype,)):
             for kind, found in session.pick(KINDS, FEW).items():
                 _modes(session, errors, kind, found, heads, session.dtype, kv, softcap=2.0)
+                _modes(session, errors, kind, found, heads, session.dtype, kv, sunk=True)
         session.say(f"heads of {head_dim}")
     errors.write()
 
@@ -101,13 +102,14 @@ def _modes(
     window: int | None = None,
     block_size: int = 32,
     softcap: float | None = None,
+    sunk: bool = False,
 ) -> None:
     """A batch with contexts whole, split, and split on the fixed grid."""
     types = f"queries in {name_of(query)}, cache in {name_of(kv)}"
     with session.case(f"attention, {kind}, heads {heads}, {types}, window {window}, soft cap {softcap}"):
         case = paged(session, rows, heads, query, kv, block_size)
         for mode in _planned(session):
-            _check(session, errors, kind, mode, case, window, softcap)
+            _check(session, errors, kind, mode, case, window, softcap, sunk)
 
 
 def _planned(session: Session) -> dict[str, int | None]:
@@ -124,6 +126,7 @@ def _check(
     case: Paged,
     window: int | None,
     softcap: float | None = None,
+    sunk: bool = False,
 ) -> None:
     from batchinfer.kernels.attention_triton import paged_attention
 
@@ -133,11 +136,12 @@ def _check(
     longest = int(case.batch.contexts.max()) if window is None else window
     if mode != "whole" and longest > session.pick(512, 64):
         assert plan.partials > 0, f"{kind}: nothing is split"
+    sinks = torch.linspace(-4, 4, case.query.shape[1], device=session.device) if sunk else None
     with poisoned():
-        found = paged_attention(case.query, case.cache, plan, case.scale, softcap)
+        found = paged_attention(case.query, case.cache, plan, case.scale, softcap, sinks)
     assert found.dtype == case.query.dtype
     types = f"{name_of(case.query.dtype)}, cache {name_of(case.kv)}"
-    capped = "" if softcap is None else ", soft cap"
+    capped = ("" if softcap is None else ", soft cap") + (", sinks" if sunk else "")
     seen = f", window {window}" if window else ", shared prefix" if case.batch.prefixes else ""
     kernel = f"attention, heads of {case.query.shape[2]}{seen}{capped}, {mode}"
-    errors.close(kernel, types, found, case.expected(window, softcap), TOLERANCE[found.dtype])
+    errors.close(kernel, types, found, case.expected(window, softcap, sinks), TOLERANCE[found.dtype])

@@ -71,6 +71,7 @@ KERNELS = Stage(
         "8-bit products": "right_products:run_eight_bits",
         "4-bit products": "right_products:run_four_bits",
         "4-bit products, types": "right_products:run_four_bits_of_other_types",
+        "experts": "right_experts:run",
         "sampling": "right_sampling:run",
         "batches of products": "right_batches:run_products",
         "batches of attention": "right_batches:run_attention",
