@@ -82,7 +82,7 @@ class _Decoder:
 class _Runner:
     """Stands for the model's runner on a GPU: everything that it does on the host, and nothing of the model."""
 
-    device_name, bytes_per_token, late, kv_dtype = "no device", 1, 1, torch.bfloat16
+    device_name, bytes_per_token, bytes_per_state, late, kv_dtype = "no device", 1, 0, 1, torch.bfloat16
     decoder = _Decoder
 
     def __init__(self, config: EngineConfig, model: ModelConfig) -> None:
@@ -94,7 +94,7 @@ class _Runner:
         self.attention_inputs = RaggedInputs({self.a.shape: tiles}, processors)
         self.steps = CudaGraphs(self._compute, torch.device("cpu"), most_recorded(config), self.notes)
 
-    def allocate(self, blocks: int, block_size: int) -> None:
+    def allocate(self, blocks: int, block_size: int, states: int) -> None:
         pass
 
     def kv_bytes_read(self, batch: Batch) -> tuple[int, int]:

@@ -169,6 +169,8 @@ def _of_type(scaling: ConfigFile, layer_type: str | None) -> ConfigFile:
 def _read(config: ConfigFile, scaling: ConfigFile, head_dim: int, fields: RopeFields) -> Rope:
     """Read one of the two objects; what it leaves out comes from the config."""
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if not isinstance(kind, str):
+        raise ValueError(f"{scaling.name}: rope_type is {kind!r}; it must be a string")
     kind = dict(fields.names).get(kind, kind)
     known = {
         "default": {"mrope_section", "mrope_interleaved"},  # positions of images; those of text are all alike

@@ -364,7 +364,7 @@ def test_items_cover_every_key_of_every_token_once() -> None:
         keys: dict[int, list[int]] = {row: [] for row in range(plan.tokens)}
         partials: dict[int, list[int]] = {row: [] for row in range(plan.tokens)}
         for tile, items in plan.launches:
-            assert items.shape[1] == ITEM and items[:, Column.COUNT].max() * 3 <= tile.rows
+            assert items.shape[1] == ITEM and (items[:, Column.COUNT] * 3 <= tile.rows).all()
             for row, count, _, start, end, position, partial, _ in items.tolist():
                 for i in range(count):
                     keys[row + i] += range(start, min(end, position + i + 1))

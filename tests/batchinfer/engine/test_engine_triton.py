@@ -21,6 +21,7 @@ from batchinfer.engine.request import FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.quantize import CalibrationRows, quantize
 from batchinfer.models.batch import Batch
+from batchinfer.models.feed_forward_weights import FeedForwardWeights
 
 
 def relative_error(engine: Engine, model: Path, lengths: tuple[int, ...]) -> float:
@@ -180,7 +181,8 @@ def test_a_shape_alone_is_run_with_noise_in_as_many_bits_as_it_says(
     assert all(len(ids) == 3 for ids in new.values())
     assert "linear_w4a16" in engine.stats().kernels
 
-    assert all(layer.down.nbytes < layer.down.operations_per_row for layer in engine.runner.decoder.layers)
+    blocks = [layer.feed_forward for layer in engine.runner.decoder.layers]
+    assert all(isinstance(b, FeedForwardWeights) and b.down.nbytes < b.down.operations_per_row for b in blocks)
 
 
 @pytest.mark.long(minutes=1)

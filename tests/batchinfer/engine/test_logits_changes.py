@@ -175,7 +175,7 @@ def test_a_row_that_was_preempted_goes_on_with_what_it_had(model: Path) -> None:
     for _ in range(6):
         engine.step()
     for place in np.flatnonzero(engine.table.active).tolist():
-        engine.scheduler.admission._preempt(place)
+        engine.scheduler.admission.preempt(place)
     found = {}
     while engine.unfinished:
         done = engine.step()
