@@ -184,7 +184,7 @@ def _attention_kernel(
     )  # fmt: skip
 
     if SINKS and partial < 0:  # where partials are merged, the sinks are counted then
-        b_total += tl.exp2(tl.load(p_sinks + o_head, m_m, 0.0) * LOG2_E - b_base)
+        b_total += tl.exp2(tl.load(p_sinks + i_kv * GROUP + tl.arange(0, BLOCK_M) % GROUP) * LOG2_E - b_base)
     b_total = tl.where(b_total == 0.0, 1.0, b_total)
     b_out = b_sum / b_total[:, None]
     if partial < 0:
