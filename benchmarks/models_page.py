@@ -42,7 +42,15 @@ def errors() -> dict[tuple[str, str], float]:
     """Run the tests; return the largest error by (test, family)."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [Path(sys.executable).with_name("pytest"), "-q", *TESTS, "-k", "logits_are or gpus_kernels"]
+        command = [
+            Path(sys.executable).with_name("pytest"),
+            "-q",
+            "-n",
+            "auto",
+            *TESTS,
+            "-k",
+            "logits_are or gpus_kernels",
+        ]
         subprocess.run([*command, f"--junitxml={report}"], cwd=ROOT, check=True, stdout=sys.stderr)
         found: dict[tuple[str, str], float] = {}
         for case in ET.parse(report).getroot().iter("testcase"):

@@ -57,6 +57,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         QWEN_VISION | {"out_hidden_size": 96, "intermediate_size": 64},
     ),
+    "qwen3_5_moe": (
+        {
+            "model_type": "qwen3_5_moe_text", "head_dim": 16, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2,
+            "layer_types": ["linear_attention", "linear_attention", "full_attention"], "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+            "rope_parameters": SECTIONS | {"mrope_interleaved": True, "partial_rotary_factor": 0.5},
+        },
+        QWEN_VISION | {"out_hidden_size": 96, "intermediate_size": 64},
+    ),
     "qwen3_vl": (
         {"head_dim": 16, "rope_parameters": SECTIONS | {"mrope_interleaved": True}},
         QWEN_VISION | {"out_hidden_size": 96, "intermediate_size": 64, "deepstack_visual_indexes": [0]},
