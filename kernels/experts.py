@@ -49,7 +49,7 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """Return (chosen experts int64 [T, k], their weights float32 [T, k]) of float32 logits.
 
-    `Router` in `models/layer.py` says what the arguments mean.
+    `Router` in `models/feed_forward.py` says what the arguments mean.
     """
     scores_TE = logits_TE.softmax(-1) if scores == "softmax" else logits_TE.sigmoid()
     ranks_TE = scores_TE if bias_E is None else scores_TE + bias_E

@@ -54,8 +54,9 @@ def expert_tiles(experts_Tk: Tensor, experts: int, many: bool) -> ExpertTiles:
     entries, device = experts_Tk.flatten(), experts_Tk.device
     order = entries.argsort(stable=True)
     counts = torch.zeros(experts, dtype=torch.int64, device=device).scatter_add_(0, entries, torch.ones_like(entries))
-    ends = ((counts + rows - 1) // rows * rows).cumsum(0)
-    firsts = ends - (counts + rows - 1) // rows * rows
+    padded = (counts + rows - 1) // rows * rows
+    ends = padded.cumsum(0)
+    firsts = ends - padded
     sorted_entries = entries[order]
     rank = torch.arange(chosen, device=device) - (counts.cumsum(0) - counts)[sorted_entries]
     row = firsts[sorted_entries] + rank

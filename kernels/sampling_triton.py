@@ -84,7 +84,7 @@ def _cut(
                         more, left = _listed_sums(keys, most, temperature, border + 1)
                     else:
                         more, left = _sums_from(p_row, vocab, most, temperature, border + 1, LANES)
-                    # Of the tokens that tie at the border of top-k, as many have a part in the mass as make k.
+                    # Tokens that tie at the border of top-k count in the mass only until there are k tokens.
                     tied = (k - more) * weight(number(border.to(tl.int32)), most, temperature, False)
                     rest = left + tied
                 wanted = top_p * rest

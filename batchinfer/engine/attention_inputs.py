@@ -71,7 +71,7 @@ class RaggedInputs:
         `processors` is how many the GPU has; None keeps a token's bits free of the batch.
         """
         self.tilings, self.processors = tilings, processors
-        # With a window, the sequences of a prefix would see different keys of it.
+        # Layers with a window share no prefix: its sequences would see different keys of it.
         self.prefixes = {
             shape: SharedPrefixes(shape.heads // shape.kv_heads, tiling, processors is None)
             for shape, tiling in tilings.items()

@@ -102,7 +102,7 @@ class Likeness:
 
     @cached_property
     def branches(self) -> dict[int, dict[int, int]]:
-        """Where later rows branch from the tiles that a row is the first to have: {row: {number of tiles: rows}}."""
+        """Count the rows that branch from each row's own tiles, those it is the first to have: {row: {tiles: rows}}."""
         found: dict[int, dict[int, int]] = {}
         path: list[int] = []  # rows with ever more tiles; a row's tiles are new in the last row that has fewer
         for row, depth in enumerate(self.tiles.tolist()):

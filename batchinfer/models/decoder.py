@@ -20,7 +20,7 @@ from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.feed_forward_weights import ExpertsWeights, FeedForwardWeights
 from batchinfer.models.layer import Layer
-from batchinfer.models.mixer import QueryGrowth
+from batchinfer.models.mixer import Attention, QueryGrowth
 from batchinfer.models.per_layer import PerLayerBlock, PerLayerEmbeddings
 from batchinfer.models.recurrent import RecurrentWeights
 
@@ -126,8 +126,10 @@ class Decoder:
         self.config, self.backend, self.stream = config, backend, stream
         self.embedding, self.layers, self.norm, self.head = embedding_VD, layers, norm_D, head
         self.per_layer = per_layer
-        self.ropes = list(dict.fromkeys(a.rope for a in config.attentions))
-        tables = [rope.tables(config.max_positions) for rope in self.ropes]
+        ropes = list(dict.fromkeys(a.rope for a in config.attentions))
+        mixers = enumerate(layer.mixer for layer in config.layers)
+        self.rope_of = {i: ropes.index(mixer.rope) for i, mixer in mixers if isinstance(mixer, Attention)}
+        tables = [rope.tables(config.max_positions) for rope in ropes]
         self.angles = [(cos.to(backend.device), sin.to(backend.device)) for cos, sin in tables]
         growing = {attention.query_growth for attention in config.attentions}
         self.growth = {g: g.factors(config.max_positions).to(backend.device) for g in growing if g is not None}
@@ -217,7 +219,7 @@ class Decoder:
         """
         layer, x = self.layers[i], x_TD
         if isinstance(cache, KVCache):
-            mixed = self._attend(layer, cache, self._into(x, y, layer.input_norm, layer.qkv.takes), batch, at)
+            mixed = self._attend(i, cache, self._into(x, y, layer.input_norm, layer.qkv.takes), batch, at)
         else:
             mixed = self._recur(layer, cache, x, y, batch)
         rows = batch.prompt_tokens + batch.query_tokens
@@ -239,16 +241,19 @@ class Decoder:
             y.values.mul_(layer.scalar)
         return x, y
 
-    def _attend(self, layer: LayerWeights, cache: KVCache, x: Rows, batch: Batch, at: TokenInputs) -> Tensor:
-        """Return the outputs of all heads of a layer, [T, heads * head_dim], for the rows x [T, D]."""
-        a = layer.shape.attention
-        qkv = layer.qkv(x).dense()
-        width = sum(matrix.rows for matrix in a.matrices)
-        gate = None if a.gate is None else qkv[:, width:]
-        qkv = qkv[:, :width]
+    def _attend(self, i: int, cache: KVCache, x: Rows, batch: Batch, at: TokenInputs) -> Tensor:
+        """Return the outputs of all heads of layer i, [T, heads * head_dim], for the rows x [T, D]."""
+        layer, a = self.layers[i], self.layers[i].shape.attention
+        qkv, gate = layer.qkv(x).dense(), None
+        if a.gate is not None:
+            qkv, gate = torch.split(qkv, [a.width, a.gate.rows], -1)
         if a.limit is not None:
             qkv.clamp_(-a.limit, a.limit)
-        query = self._store(layer, cache, qkv, at) if a.source is None else self._queries(layer, qkv, at)
+        angles = at.angles[self.rope_of[i]]
+        if a.source is None:
+            query = self._store(layer, cache, qkv, angles, at.cache_rows[a.kv_heads])
+        else:
+            query = self._queries(layer, qkv, angles)
         if a.query_growth is not None:
             query = (query * at.growth[a.query_growth]).to(query.dtype)
         seen = batch.attention[a.shape]
@@ -289,7 +294,9 @@ class Decoder:
             return y
         return self.backend.add_norm(y.dense(), None, norm_D, self.config.norm_eps, self.stream)
 
-    def _store(self, layer: LayerWeights, cache: KVCache, qkv_TX: Tensor, at: TokenInputs) -> Tensor:
+    def _store(
+        self, layer: LayerWeights, cache: KVCache, qkv_TX: Tensor, angles: tuple[Tensor, Tensor], rows: Tensor
+    ) -> Tensor:
         """Write keys and values of a layer to its cache; return the queries [T, heads, head_dim]."""
         eps = self.config.norm_eps
         a, norms = layer.shape.attention, layer.head_norms
@@ -298,19 +305,16 @@ class Decoder:
             parts = zip((query, key), norms, strict=True)
             whole = [self.backend.add_norm(part.contiguous(), None, norm, eps, self.stream) for part, norm in parts]
             qkv_TX, norms = torch.cat([*(part.dense() for part in whole), value], -1), ()
-        cos, sin = at.angles[self.ropes.index(a.rope)]
-        rows = at.cache_rows[a.kv_heads]
         pair = (norms[0], norms[1]) if norms else None
         return self.backend.rotate_and_store(
-            qkv_TX, cache, a.heads, cos, sin, rows, pair, a.value_norm, eps, a.normed_after_rope
+            qkv_TX, cache, a.heads, *angles, rows, pair, a.value_norm, eps, a.normed_after_rope
         )
 
-    def _queries(self, layer: LayerWeights, query_TX: Tensor, at: TokenInputs) -> Tensor:
+    def _queries(self, layer: LayerWeights, query_TX: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """Return the queries [T, heads, head_dim] of a layer that reads the keys and values of another layer."""
         a = layer.shape.attention
-        cos, sin = at.angles[self.ropes.index(a.rope)]
         norm = layer.head_norms[0] if layer.head_norms else None
-        return self.backend.rotate_queries(query_TX, a.heads, cos, sin, norm, self.config.norm_eps)
+        return self.backend.rotate_queries(query_TX, a.heads, *angles, norm, self.config.norm_eps)
 
     def logits(self, x_SD: Tensor, y: Rows | None) -> Tensor:
         """Return float32 logits [S, V] from the residual stream x and the last layer's output y."""

@@ -12,7 +12,7 @@ _WEIGHT = re.compile(r"(?P<experts>.+\.experts)\.(?P<number>\d+)\.(?P<part>gate|
 
 
 class ExpertPart(NamedTuple):
-    """Where a tensor of all experts holds the weight of one of them."""
+    """The place of one expert's weight in a tensor of all experts."""
 
     tensor: str
     expert: int

@@ -104,7 +104,7 @@ def stored_modules(model: ModelConfig) -> dict[str, str]:
             modules |= {"inp_gate": p.gate, "proj": p.projection, "post_norm": p.norm}
         modules |= dict(zip(("attn_q_norm", "attn_k_norm"), a.head_norms or (), strict=False))
         found = {stored: module for stored, module in modules.items() if module is not None}
-        # Where values are made by the matrix of keys, the name of keys comes last and is kept.
+        # If the matrix of keys makes the values too, it is found twice; the name of keys comes last and is kept.
         names |= {f"{layer.prefix}{module.name}": f"blk.{i}.{stored}" for stored, module in found.items()}
         if layer.scalar is not None:
             names[f"{layer.prefix}{layer.scalar}"] = f"blk.{i}.layer_output_scale"

@@ -83,7 +83,9 @@ class _Loader:
         self.inputs = InputRounding(scheme)
         self.four_bits = False
         self.unpacked: list[str] = []
-        self._stacks: dict[str, Tensor | QuantizedMatrix] = {}  # by name, of the layer that is being loaded
+        # By name, of the layer that is being loaded:
+        self._stacks: dict[str, Tensor | QuantizedMatrix] = {}
+        self._stacked_biases: dict[str, Tensor] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.weights.take(name, shape).to(self.backend.device)
@@ -101,7 +103,7 @@ class _Loader:
         def read(name: str, shape: tuple[int, ...]) -> Tensor:
             return self.tensor(f"{layer.prefix}{name}", shape)
 
-        self._stacks = {}
+        self._stacks, self._stacked_biases = {}, {}
         for beginning in layer.unread:
             self.weights.drop_all(f"{layer.prefix}{beginning}")
         a, f = layer.mixer, layer.feed_forward
@@ -218,17 +220,23 @@ class _Loader:
         return self.backend.linear_w8a8(values, scale, added, self.dtype)
 
     def _module(self, prefix: str, module: Matrix) -> Tensor | QuantizedMatrix:
-        """Read a module's weight [rows, columns]. That of a stack is read once for all of its experts."""
+        """Read a module's weight [rows, columns]; that of a stack is read once for all of its experts."""
         name, stack = f"{prefix}{module.name}", module.stack
         if stack is None:
             return self._checked(name, self.weights.matrix(name, (module.rows, module.columns)))
         if name not in self._stacks:
-            self._stacks[name] = self.weights.stack(prefix, module, stack)
-        return self._checked(name, self._stacks[name])
+            self._stacks[name] = self._checked(name, self.weights.stack(prefix, module, stack))
+        return self._stacks[name]
 
     def _bias(self, prefix: str, module: Matrix) -> Tensor:
+        """Read a module's bias [rows]; that of a stack is read once for all of its experts."""
         (_, (name, shape)) = module.tensors()
-        return self.tensor(f"{prefix}{name}", shape).flatten()
+        found = self._stacked_biases.get(name)
+        if found is None:
+            found = self.tensor(f"{prefix}{name}", shape).flatten()
+            if module.stack is not None:
+                self._stacked_biases[name] = found
+        return found
 
     def _checked(self, name: str, weight: Tensor | QuantizedMatrix) -> Tensor | QuantizedMatrix:
         weight = weight.to(self.backend.device)

@@ -4,6 +4,7 @@ This module does not import torch, except to compute factors.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from batchinfer.kernels.attention_shape import AttentionShape
@@ -61,7 +62,7 @@ class Attention:
         """The tensors that are neither matrices nor norms."""
         return () if self.sinks is None else (Vectors(self.sinks, (self.heads,)),)
 
-    @property
+    @cached_property
     def shape(self) -> AttentionShape:
         """What a step's inputs to attention depend on."""
         return AttentionShape(self.window, self.heads, self.kv_heads, self.head_dim)
@@ -70,7 +71,7 @@ class Attention:
         """Return the bytes of a token's keys and values, where a number takes `number`; 8-bit heads have a scale."""
         return 2 * self.kv_heads * (self.head_dim * number + (4 if number == 1 else 0))
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Size of what the layer's own matrices make of a token: of its queries, keys and values together."""
         return sum(matrix.rows for matrix in self.matrices)

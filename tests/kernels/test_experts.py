@@ -1,4 +1,4 @@
-"""Which experts a token goes to, beside transformers' routers; and the products of their rows, whoever shares them."""
+"""Compares the choice of experts with transformers' routers, and the products of rows alone and among others."""
 
 from typing import Any
 

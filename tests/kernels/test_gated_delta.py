@@ -58,7 +58,7 @@ def test_a_prompt_in_tiles_is_the_rule(shape: tuple[int, int, int, int], length:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_token_by_token_is_the_rule(shape: tuple[int, int, int, int]) -> None:
-    """Of two sequences, one of which leaves each state under another number, as drafts do."""
+    """Two sequences are computed; one leaves each state under another number, as drafts do."""
     tokens, matrices = drawn(12, shape), pool_of(9, shape)
     first, second = (rule(DeltaTokens(*(x[i::2] for x in vars(tokens).values()))) for i in (0, 1))
     steps = tuple(

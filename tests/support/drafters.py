@@ -38,3 +38,13 @@ class Adversary:
 
     def remember(self, done: Completions) -> None:
         pass
+
+
+class Poisoner(Adversary):
+    """Drafts as `Adversary`, and makes token 7, whose embedding the test spoils, the last of each draft."""
+
+    def draft(self, places: Ints, room: Ints, prompt_tokens: int, budget: int) -> Ints:
+        counts = super().draft(places, room, prompt_tokens, budget)
+        last = self.table.length[places] + counts - 1
+        self.table.tokens[places[counts > 0], last[counts > 0]] = 7
+        return counts

@@ -59,7 +59,7 @@ def run(engine: Engine, requests: Requests) -> dict[int, tuple[list[int], Finish
 
 
 def assert_blocks_are_free(engine: Engine) -> None:
-    """With no sequence left, every block of the pool is free and none is promised; nor is any state."""
+    """Check that no block and no state is in use or promised, once no sequence is left."""
     for manager in (engine.scheduler.manager, engine.scheduler.states):
         if manager is not None:
             free = manager._free[1:]

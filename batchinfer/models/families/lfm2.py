@@ -38,20 +38,12 @@ def ends(config: ConfigFile) -> Ends:
 
 def _kinds(config: ConfigFile) -> list[str]:
     """Return the type of each layer; `full_attn_idxs` names those with attention in older files."""
-    count, kinds = config.size("num_hidden_layers"), config.get("layer_types")
-    if kinds is None:
-        numbers = config.get("full_attn_idxs")
-        if numbers is not None and (
-            not isinstance(numbers, list) or any(type(number) is not int for number in numbers)
-        ):
-            raise ValueError(f"config.json: full_attn_idxs is {numbers!r}; it must be a list of layers' numbers")
-        kinds = ["full_attention" if numbers is None or i in numbers else "conv" for i in range(count)]
-    known = ("full_attention", "conv")
-    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in known for kind in kinds):
-        raise ValueError(f"config.json: layer_types must name full_attention or conv for {count} layers")
-    if "full_attention" not in kinds:
-        raise ValueError("config.json: layer_types has no full_attention; at least one layer must have it")
-    return kinds
+    numbers = config.get("full_attn_idxs")
+    if numbers is not None and (not isinstance(numbers, list) or any(type(number) is not int for number in numbers)):
+        raise ValueError(f"config.json: full_attn_idxs is {numbers!r}; it must be a list of layers' numbers")
+    count = config.size("num_hidden_layers")
+    default = ["full_attention" if numbers is None or i in numbers else "conv" for i in range(count)]
+    return llama.hybrid_kinds(config, default, "conv")
 
 
 def _inner(config: ConfigFile) -> int:

@@ -110,12 +110,25 @@ def head_dim_of_hidden(config: ConfigFile) -> int:
 
 def layer_types(config: ConfigFile, default: list[str], window: int | None) -> list[str]:
     """Return the type of each layer's attention: full_attention or sliding_attention."""
+    kinds = named_kinds(config, default, "sliding_attention")
+    if "sliding_attention" in kinds and window is None:
+        raise ValueError("config.json: layer_types has sliding_attention, but there is no sliding_window")
+    return kinds
+
+
+def named_kinds(config: ConfigFile, default: list[str], other: str) -> list[str]:
+    """Return the type of each layer, full_attention or `other`: `default` if the file does not have `layer_types`."""
     count, kinds = config.size("num_hidden_layers"), config.get("layer_types")
     if kinds is None:
         kinds = default
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in known for kind in kinds):
-        raise ValueError(f"config.json: layer_types must name full_attention or sliding_attention for {count} layers")
-    if "sliding_attention" in kinds and window is None:
-        raise ValueError("config.json: layer_types has sliding_attention, but there is no sliding_window")
+    if not isinstance(kinds, list) or len(kinds) != count or any(k not in ("full_attention", other) for k in kinds):
+        raise ValueError(f"config.json: layer_types must name full_attention or {other} for {count} layers")
+    return kinds
+
+
+def hybrid_kinds(config: ConfigFile, default: list[str], other: str) -> list[str]:
+    """Return the type of each layer, as `named_kinds`; at least one must have attention."""
+    kinds = named_kinds(config, default, other)
+    if "full_attention" not in kinds:
+        raise ValueError("config.json: layer_types has no full_attention; at least one layer must have it")
     return kinds

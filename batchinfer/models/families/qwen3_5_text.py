@@ -49,16 +49,10 @@ def ends(config: ConfigFile) -> Ends:
 
 def _kinds(config: ConfigFile) -> list[str]:
     """Return the type of each layer."""
-    count, kinds = config.size("num_hidden_layers"), config.get("layer_types")
-    if kinds is None:
-        every = config.size("full_attention_interval", 4)
-        kinds = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
-    known = ("full_attention", "linear_attention")
-    if not isinstance(kinds, list) or len(kinds) != count or any(kind not in known for kind in kinds):
-        raise ValueError(f"config.json: layer_types must name full_attention or linear_attention for {count} layers")
-    if "full_attention" not in kinds:
-        raise ValueError("config.json: layer_types has no full_attention; at least one layer must have it")
-    return kinds
+    every = config.size("full_attention_interval", 4)
+    count = config.size("num_hidden_layers")
+    default = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(count)]
+    return llama.hybrid_kinds(config, default, "linear_attention")
 
 
 def _around_one(layer: Layer) -> Layer:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from drafters import Adversary
+from drafters import Adversary, Poisoner
 from engines import IdsAsText, engine_of, prompts_of, run, tokens
 
 from batchinfer.engine.config import Speculation
@@ -302,13 +302,6 @@ def test_a_draft_that_is_not_finite_spoils_nothing(make_model: Callable[..., Pat
     requests = Requests.of(prompts, SamplingParams(max_tokens=50, ignore_eos=True))
     truth = {row: done for row, done in run(off(model), requests).items() if 7 not in done[0]}
     assert len(truth) > 5
-
-    class Poisoner(Adversary):
-        def draft(self, places: Ints, room: Ints, prompt_tokens: int, budget: int) -> Ints:
-            counts = super().draft(places, room, prompt_tokens, budget)
-            last = self.table.length[places] + counts - 1
-            self.table.tokens[places[counts > 0], last[counts > 0]] = 7
-            return counts
 
     rows = sorted(truth)
     requests = requests.take(np.array(rows))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from drafters import Adversary
+from drafters import Adversary, Poisoner
 from engines import IdsAsText, assert_blocks_are_free, engine_of, prompts_of, run, tokens
 from families import made
 from safetensors.torch import load_file, save_file
@@ -21,7 +21,6 @@ from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.formats.scheme import weight_scheme
 from batchinfer.kernels.grain import TILE
-from batchinfer.kernels.ragged import Ints
 from batchinfer.kernels.state_pool import StateTiles
 from batchinfer.quantize.methods import method
 from batchinfer.quantize.walk import Quantizer
@@ -151,13 +150,6 @@ def test_a_draft_that_is_not_finite_is_taken_back(model: Path) -> None:
     truth = {row: done for row, done in run(engine_of(model), requests).items() if 7 not in done[0]}
     assert len(truth) > 5
 
-    class Poisoner(Adversary):
-        def draft(self, places: Ints, room: Ints, prompt_tokens: int, budget: int) -> Ints:
-            counts = super().draft(places, room, prompt_tokens, budget)
-            last = self.table.length[places] + counts - 1
-            self.table.tokens[places[counts > 0], last[counts > 0]] = 7
-            return counts
-
     engine = engine_of(model)
     engine.runner.decoder.embedding[7] = float("nan")
     engine.drafter = Poisoner(engine, truth, 1.0, 9)  # type: ignore[assignment]
@@ -283,7 +275,7 @@ def test_four_bits_are_multiplied_as_if_they_were_expanded(model: Path, tmp_path
 
 
 def test_rates_may_stay_in_floating_point_beside_eight_bits(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    """As published checkpoints have them: the products of one input then take rows of two types."""
+    """Published checkpoints do that; the products of one input then take rows of two types."""
     original = made(make_model, "qwen3_5_text", **SMALL)
     model = quantized(original, tmp_path / "out", "w8a8-int8")
     for path in model.glob("*.safetensors"):

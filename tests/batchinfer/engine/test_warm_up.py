@@ -50,7 +50,7 @@ def test_a_ragged_job_compiles_next_to_nothing(
 
 
 def test_nor_does_its_draft_model(make_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of another size than the target, so that its norms, products and activations are programs of their own: five."""
+    """The draft model has another size than the target: its norms, products and activations are five programs more."""
     monkeypatch.setenv("BATCHINFER_KERNELS", "triton")
     sizes = {"max_model_len": 512, "max_num_batched_tokens": 512, "max_num_seqs": 6, "kv_cache_tokens": 8192}
     draft = make_model("qwen2", **SHAPE | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1})

@@ -113,7 +113,7 @@ NOT_COMPARED = {
     # These have no default.
     "dots1": {"n_group", "n_routed_experts", "n_shared_experts", "num_experts_per_tok"},
 }
-# So many experts that a token may choose as many of them as transformers' default says.
+# Numbers of experts that allow transformers' default number of chosen ones.
 EXPERTS: dict[str, dict[str, int]] = {
     "dots1": {"n_routed_experts": 16},
     "ernie4_5_moe": {"moe_num_experts": 7},

@@ -11,7 +11,7 @@ from engines import assert_logits_of_transformers, engine_of
 
 from batchinfer.models.config import parse_model_config
 
-# As LFM2's files have them; those of the second line are read by no code.
+# Fields of LFM2's older files; no code reads those of the second line.
 OLDER = {
     "block_ff_dim": 288, "block_multiple_of": 16, "full_attn_idxs": [1], "tie_embedding": False, "rope_theta": 5e5,
     "block_dim": 96, "conv_dim": 96, "conv_dim_out": 96, "num_heads": 6, "block_norm_eps": 1e-2,
