@@ -1,9 +1,12 @@
 """Rows of any lengths, laid end to end in one array: row i is `values[offsets[i]:offsets[i + 1]]`. Free of torch."""
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
+Number = TypeVar("Number", bound=np.generic)
 
 
 def offsets_of(lengths: Ints) -> Ints:
@@ -24,7 +27,7 @@ def indices_within(lengths: Ints) -> Ints:
     return ranges(np.zeros_like(lengths), lengths)[0]
 
 
-def take_ragged(values: NDArray[np.int32], offsets: Ints, index: Ints) -> tuple[NDArray[np.int32], Ints]:
+def take_ragged(values: NDArray[Number], offsets: Ints, index: Ints) -> tuple[NDArray[Number], Ints]:
     """Pick rows by index: (values, offsets) of `[values[offsets[i]:offsets[i + 1]] for i in index]`."""
     places, out = ranges(offsets[:-1][index], np.diff(offsets)[index])
     return values[places], out

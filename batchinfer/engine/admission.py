@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.engine.block_manager import BlockManager
+from batchinfer.engine.label_scoring import LabelScoring
 from batchinfer.engine.output_lengths import OutputLengths
 from batchinfer.engine.prefix_tree import Likeness, PrefixTree, SharedTile, likeness
 from batchinfer.engine.request import Requests
@@ -41,14 +42,16 @@ class Admission:
         share: bool,
         lengths: OutputLengths | None,
         states: BlockManager | None = None,
+        ends: tuple[int, ...] = (),
     ) -> None:
-        """Make an empty queue for the sequences of `table`.
+        """Make an empty queue for the sequences of `table`; any of the tokens `ends` may end an answer.
 
         With `share`, the common start of neighbouring rows' prompts is computed once. If `lengths` is None, all blocks
         that a row may ever need are promised, and no row is preempted. `states` manages the states of sequences, if the
         model has them.
         """
         self._table, self._manager, self.lengths, self._states = table, manager, lengths, states
+        self.labels = LabelScoring(table, manager, states, ends)
         self._tree = PrefixTree(manager, table.block_size, states)
         self._share = share
         self._waiting: deque[tuple[Requests, Likeness, int]] = deque()  # and number of rows admitted
@@ -73,7 +76,8 @@ class Admission:
         self._waiting.clear()
         self._preempted.clear()
         for place in np.flatnonzero(self._table.active).tolist():
-            self.finish(place, spoiled=True)
+            if self._table.request[place] is not None:  # its forks end with a row
+                self.finish(place, spoiled=True)
         self.wiped.append(self._tree.drop())
         self.waiting_rows, self.admitted = 0, []
 
@@ -94,17 +98,25 @@ class Admission:
             self.waiting_rows -= 1
         return places
 
+    def _has_places(self, requests: Requests, i: int) -> bool:
+        """Return whether places are free for row i and all its forks."""
+        free = int((~self._table.active).sum()) - self.labels.unmade
+        return free >= self.labels.places(requests, i)
+
     def _admit_next(self, place: int) -> bool:
         if not self._waiting:
             return False
         requests, alike, i = self._waiting[0]
+        if not self._has_places(requests, i):
+            return False
         before, after = int(alike.tiles[i]), int(alike.tiles[i + 1 :][:1].sum())
         template = self._template if before else self._templates if after else -1
         per_tile = TILE // self._table.block_size
         need = self._need(requests, i, template, 0) - before * per_tile
         if not self._manager.promise(need):
             return False
-        branches = self._promise_states({} if self._states is None else alike.branches.get(i, {}))
+        forks = self.labels.places(requests, i) - 1
+        branches = self._promise_states({} if self._states is None else alike.branches.get(i, {}), forks)
         if branches is None:
             self._manager.release(np.empty(0, np.int64), need)
             return False
@@ -125,14 +137,14 @@ class Admission:
             self._waiting.popleft()
         return True
 
-    def _promise_states(self, branches: dict[int, int]) -> dict[int, int] | None:
-        """Promise a row its state, and snapshots at these `branches`; return those that get one. None: it must wait.
+    def _promise_states(self, branches: dict[int, int], forks: int) -> dict[int, int] | None:
+        """Promise a row and its forks their states, and snapshots at these `branches`; return those that get one.
 
-        If no row runs, none frees states: the row then takes no snapshots.
+        None: it must wait. If no row runs, none frees states: the row then takes no snapshots.
         """
-        if self._states is None or self._states.promise(1 + len(branches)):
+        if self._states is None or self._states.promise(1 + forks + len(branches)):
             return branches
-        return {} if not self._table.active.any() and self._states.promise(1) else None
+        return {} if not self._table.active.any() and self._states.promise(1 + forks) else None
 
     def _go_on(self, place: int, shared: int) -> int:
         """Let a row that shares so many tiles begin from the last snapshot among them; return the tiles before that."""
@@ -160,10 +172,12 @@ class Admission:
     def _readmit(self, place: int) -> bool:
         """Admit the first preempted row. Tiles that it shared may be gone, so it computes its whole prompt itself."""
         row = self._preempted[0]
+        if not self._has_places(row.requests, row.i):
+            return False
         need = self._need(row.requests, row.i, row.template, len(row.generated))
         if not self._manager.promise(need):
             return False
-        if self._states is not None and not self._states.promise(1):
+        if self._states is not None and not self._states.promise(self.labels.places(row.requests, row.i)):
             self._manager.release(np.empty(0, np.int64), need)
             return False
         self._begin(place, self._preempted.popleft(), [], need)
@@ -179,9 +193,13 @@ class Admission:
             table.state[place] = self._states.take(1)[0]
         table.epoch[place] = self._epochs
         self._epochs += 1
+        if row.requests.choices is not None:
+            self.labels.begin(place, row.requests, row.i)
 
     def _need(self, requests: Requests, i: int, template: int, generated: int) -> int:
         """Return the blocks that a row is expected to need for its prompt and all new tokens."""
+        if requests.choices is not None:
+            return self.labels.blocks(requests, i)
         most = requests.params[requests.param_index[i]].max_tokens
         prompt = int(requests.offsets[i + 1] - requests.offsets[i])
         return self._table.blocks_for(prompt + self._expected(template, generated, most))
@@ -205,7 +223,7 @@ class Admission:
         for i in np.flatnonzero(blocks > table.own_from[decoding] + table.promised[decoding]).tolist():
             place = int(decoding[i])
             while table.active[place] and not self._promise_more(place, int(blocks[i])):
-                running = decoding[table.active[decoding]]
+                running = decoding[table.active[decoding] & ~table.scored[decoding]]
                 self.preempt(int(running[table.epoch[running].argmax()]))
                 if self.lengths is not None:
                     self.lengths.grow()
@@ -241,13 +259,19 @@ class Admission:
         if spoiled:
             for tile in table.tiles[place]:
                 tile.spoiled = True
-            self.wiped.append(table.blocks[place, table.own_from[place] : table.block_count[place]].copy())
-        elif self.lengths is not None:
+            for part in (place, *self.labels.forks(place)):
+                self.wiped.append(table.blocks[part, table.own_from[part] : table.block_count[part]].copy())
+        elif self.lengths is not None and not table.scored[place]:
             new = int(table.length[place] - table.prompt_length[place])
             self.lengths.observe(int(table.template[place]), new)
         self._release(place)
 
     def _release(self, place: int) -> None:
+        for fork in self.labels.end(place):
+            if self._states is not None:
+                self._states.release(self._table.state[[fork]], 1)
+            promised = int(self._table.promised[fork])
+            self._manager.release(self._table.remove(fork), promised)
         tiles, promised = self._table.tiles[place], int(self._table.promised[place])
         if self._states is not None:
             self._let_go(place)

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 class BlockManager:
-    """Manages blocks 1 to `blocks` - 1 of a pool; block 0 takes the writes of padding and belongs to no sequence.
+    """Manages the blocks of a pool from 1 on; block 0 takes the writes of padding and belongs to no sequence.
 
     A sequence is admitted with a promise of blocks, and takes them as it grows; promised blocks never run out. The
     lowest free blocks are taken first, so that blocks in use lie close together.
@@ -17,7 +17,8 @@ class BlockManager:
     def __init__(self, blocks: int) -> None:
         self._free = np.ones(blocks, np.bool_)
         self._free[0] = False
-        self._unpromised = blocks - 1
+        self.blocks = blocks - 1  # that sequences may have
+        self._unpromised = self.blocks
 
     @property
     def unpromised(self) -> int:

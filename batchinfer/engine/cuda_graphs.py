@@ -19,8 +19,9 @@ from batchinfer.engine.step_shape import StepShape, doubled, largest_count, padd
 from batchinfer.engine.transfer import Transfer
 from batchinfer.models.batch import Batch
 
-Compute = Callable[[Batch], tuple[Tensor, Tensor]]
-"""Computes a batch whose tensors are on the device; returns (token ids [r] int64, finite [r] bool) there."""
+Compute = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
+"""Computes a batch whose tensors are on the device; returns (token ids [r] int64, finite [r] bool, scores [m] float32)
+there."""
 
 MOST_TOKENS = 1024
 """Steps with more tokens are not recorded, because they compute for longer than launching takes. Unmeasured."""
@@ -68,12 +69,13 @@ class CudaGraphs:
         self.recordings: dict[StepShape, Recording] = {}  # those replayed last come last
         self.met: Counter[StepShape] = Counter()  # how often each shape came
         self.buffer = torch.empty(0, dtype=torch.uint8, device=device)
+        self._no_scores = torch.empty(0, device=device)
         self.replays = self.recorded = self.launched = 0  # number of steps without prompt tokens
         if device.type == "cuda":
             self.graph_memory = torch.cuda.graph_pool_handle()
 
-    def run(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Start a step; return (token ids [r], finite [r]), tensors on the device that the step fills later."""
+    def run(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Start a step; return (token ids [r], finite [r], scores [m]), tensors on the device that it fills later."""
         if batch.prompt_tokens:
             return self.compute(self.transfer.send(batch))
         recording = self._recording_for(batch)
@@ -83,7 +85,7 @@ class CudaGraphs:
         self.transfer.copy(partial(recording.inputs.write, batch), recording.buffer)
         recording.replay()
         rows = len(batch.places)
-        return recording.tokens[:rows], recording.finite[:rows]
+        return recording.tokens[:rows], recording.finite[:rows], self._no_scores
 
     def keep_within(self, nbytes: int, step_bytes: int) -> None:
         """Record only steps that fit in `nbytes`, where one of `most_tokens` tokens takes `step_bytes` to compute."""
@@ -93,8 +95,8 @@ class CudaGraphs:
     def _recording_for(self, batch: Batch) -> Recording | None:
         """Return the recording of the step's shape, made now if there is none; None if it is not to be recorded."""
         tokens = padded_count(batch.query_tokens)
-        # How many logits change differs from step to step, so that such steps never have the same shape twice.
-        if batch.changes is not None or not self.recording:
+        # How many logits change or are scored differs from step to step: such steps never have the same shape twice.
+        if batch.changes is not None or batch.labels is not None or not self.recording:
             return None
         if tokens > self.most_tokens:
             self._note_large_steps()
@@ -152,13 +154,13 @@ class CudaGraphs:
             self.compute(there)  # before recording, because kernels are compiled at their first call
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.graph_memory):
-                tokens, finite = self.compute(there)
+                tokens, finite, _ = self.compute(there)
             return Recording(inputs, buffer, graph.replay, tokens, finite)
         # On the CPU, for tests: the same code without a graph.
         tokens, finite = (torch.empty(shape.tokens, dtype=kind) for kind in (torch.int64, torch.bool))
 
         def replay() -> None:
-            for into, new in zip((tokens, finite), self.compute(there), strict=True):
+            for into, new in zip((tokens, finite), self.compute(there), strict=False):
                 into.copy_(new)
 
         return Recording(inputs, buffer, replay, tokens, finite)

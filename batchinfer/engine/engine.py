@@ -8,6 +8,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.block_manager import BlockManager
@@ -20,7 +21,7 @@ from batchinfer.engine.model_runner import ModelRunner, measure_peak
 from batchinfer.engine.new_tokens import NewTokens
 from batchinfer.engine.output_lengths import OutputLengths
 from batchinfer.engine.pool_size import Room, is_out_of_memory, pool_blocks, pool_states
-from batchinfer.engine.request import Completions, FinishReason, Requests, RowError
+from batchinfer.engine.request import NO_SCORES, Completions, FinishReason, Requests, RowError, Scores
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
@@ -33,6 +34,7 @@ from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig, read_model_config
 from batchinfer.text.tokenizer import Tokenizer
 
+NO_TOKENS = np.empty(0, np.int32)
 NOT_FINITE = RowError("not_finite", "the model computed values that are not finite for this row")
 NOT_FINITE_OR_BANNED = RowError(
     NOT_FINITE.code, "the model computed values that are not finite for this row, or every token is banned from it"
@@ -99,13 +101,13 @@ class Engine:
 
     def add(self, requests: Requests) -> None:
         """Queue requests. Raises `ValueError` naming a row whose prompt and new tokens do not fit the context."""
-        lengths = np.diff(requests.offsets)
-        most = np.array([p.max_tokens for p in requests.params], np.int64)[requests.param_index]
+        lengths, most = np.diff(requests.offsets), requests.most_new_tokens
         for i in np.flatnonzero((lengths < 1) | (lengths + most > self.table.max_tokens))[:1]:
             raise ValueError(
                 f"row {requests.rows[i]} has {lengths[i]} prompt tokens and max_tokens {most[i]}; there must be a "
                 f"prompt, and both together must be at most max_model_len {self.table.max_tokens}"
             )
+        self.scheduler.labels.refuse_unfit(requests)
         if self.runner.late:
             self._note_slower_steps(requests.params)
         self.scheduler.add(requests)
@@ -184,10 +186,13 @@ class Engine:
     def _end(self, step: _Step) -> Completions:
         """Wait for a step, append what it sampled, and return the rows that ended."""
         batch = step.batch
-        new_tokens = self.scheduler.update(batch, *step.sampled.wait())
+        tokens, finite, scores = step.sampled.wait()
+        new_tokens = self.scheduler.update(batch, tokens, finite)
         if new_tokens.spoiled is not None:
             self.runner.clear_slots(new_tokens.spoiled)
         done = self._finished(new_tokens)
+        if batch.labels is not None:
+            done |= self.scheduler.labels.update(batch.labels, scores)
         completions = self._completions(done) if done else Completions.none()
         for place, reason in done.items():
             self.scheduler.finish(place, reason is FinishReason.ERROR)
@@ -258,7 +263,8 @@ class Engine:
         table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
         manager = BlockManager(blocks)
         kept = BlockManager(states) if states else None
-        admission = Admission(table, manager, config.prefix_sharing, lengths, kept)
+        ends = tuple(self.tokenizer.eos_ids)
+        admission = Admission(table, manager, config.prefix_sharing, lengths, kept, ends)
         grain, inputs = self.runner.decoder.row_grain, self.runner.attention_inputs
         budget, eos_ids = config.max_num_batched_tokens, np.array(self.tokenizer.eos_ids, np.int64)
         return table, Scheduler(table, manager, admission, inputs, budget, grain, eos_ids, kept)
@@ -336,9 +342,10 @@ class Engine:
         return list(stopped)
 
     def _completions(self, done: dict[int, FinishReason]) -> Completions:
-        places = list(done)
+        places, scored = list(done), self.table.scored[list(done)].any()
         failed = [p for p in places if done[p] is FinishReason.ERROR]
-        new = [self.table.generated(p) if p not in failed else np.empty(0, np.int32) for p in places]
+        found = [(NO_TOKENS, NO_SCORES) if done[p] is FinishReason.ERROR else self._found(p) for p in places]
+        new = [tokens for tokens, _ in found]
         self._stats.completion_tokens += sum(map(len, new))
         return Completions(
             rows=self.table.row[places],
@@ -349,7 +356,14 @@ class Engine:
                 int(self.table.row[p]): NOT_FINITE_OR_BANNED if self.table.changes_logits[p] else NOT_FINITE
                 for p in failed
             },
+            scores=Scores.of([scores for _, scores in found]) if scored else None,
         )
+
+    def _found(self, place: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Return the new tokens of a row, and the scores of its labels if it has any."""
+        if self.table.scored[place]:
+            return self.scheduler.labels.result(place)
+        return self.table.generated(place), NO_SCORES
 
     def _count(self, batch: Batch, seconds: float) -> None:
         stats = self._stats
@@ -365,7 +379,7 @@ class Engine:
         read, unshared = self.runner.kv_bytes_read(batch)
         stats.kv_bytes_read += read
         stats.kv_bytes_unshared += unshared
-        stats.operations += tokens * self._operations_per_token + len(batch.sequences) * self._operations_per_logits
+        stats.operations += tokens * self._operations_per_token + batch.logits_rows * self._operations_per_logits
 
 
 def _step_bytes(runner: ModelRunner, config: EngineConfig) -> int:

@@ -26,6 +26,7 @@ from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
+from batchinfer.kernels.scores import log_probabilities
 from batchinfer.kernels.state_pool import StatePool
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
@@ -160,17 +161,22 @@ class ModelRunner:
             return Sampled.fetch(*self._sample(batch))
         return Sampled.fetch(*self.steps.run(batch))
 
-    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Compute a step on the device; tokens that only the device knows are filled in there."""
         if len(rows := batch.late_rows):
             known = batch.late_places < 0  # in a recorded step, which has all rows here
             batch.tokens[rows] = torch.where(known, batch.tokens[rows], self.newest[batch.late_places])
-        tokens, finite = self._sample(batch)
+        tokens, finite, scores = self._sample(batch)
         self.newest[batch.places] = tokens
-        return tokens, finite
+        return tokens, finite, scores
 
-    def _sample(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits = self.decoder.forward(batch, self.caches)[: len(batch.places)]
+    def _sample(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (token ids [r], whether their logits were finite [r], log-probabilities of scored tokens [m])."""
+        logits = self.decoder.forward(batch, self.caches)
+        scores = torch.empty(0, device=logits.device)
+        if batch.labels is not None:
+            scores = log_probabilities(logits[len(batch.places) : batch.logits_rows], batch.labels.scored)
+        logits = logits[: len(batch.places)]
         if len(batch.copies):
             for kv in self.kv_caches:
                 kv.copy(batch.copied, batch.copies)
@@ -180,7 +186,7 @@ class ModelRunner:
                     cache.copy(batch.states.copied, batch.states.copies)
         if batch.changes is not None:
             change_logits(logits, batch.changes)
-        return self.backend.sample(logits, batch.sampling)
+        return *self.backend.sample(logits, batch.sampling), scores
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:

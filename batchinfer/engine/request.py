@@ -6,12 +6,13 @@ Free of torch: the parent process of a job imports this module.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.engine.sampling_params import SamplingParams
-from batchinfer.kernels.ragged import offsets_of, take_ragged
+from batchinfer.kernels.ragged import offsets_of, ranges, take_ragged
 
 
 class FinishReason(IntEnum):
@@ -31,8 +32,48 @@ class RowError:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """The labels that each of n rows chooses from: row i has the labels `rows[i]` to `rows[i + 1]`, one or more.
+
+    Label j's tokens, one or more, are `token_ids[offsets[j]:offsets[j + 1]]`: those behind its row's prompt.
+    """
+
+    token_ids: NDArray[np.int32]  # [offsets[-1]]
+    offsets: NDArray[np.int64]  # [labels + 1]
+    rows: NDArray[np.int64]  # [n + 1]
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[Sequence[int]]]) -> "Choices":
+        """Make choices from lists of labels, which are lists of token ids."""
+        labels = [label for row in rows for label in row]
+        flat = np.fromiter((token for label in labels for token in label), np.int32)
+        counts = np.array([len(row) for row in rows], np.int64)
+        return Choices(flat, offsets_of(np.array([len(label) for label in labels], np.int64)), offsets_of(counts))
+
+    def take(self, index: NDArray[np.int64]) -> "Choices":
+        """Return the choices of the rows at `index`, in that order."""
+        labels, rows = ranges(self.rows[:-1][index], np.diff(self.rows)[index])
+        token_ids, offsets = take_ragged(self.token_ids, self.offsets, labels)
+        return Choices(token_ids, offsets, rows)
+
+    @property
+    def longest(self) -> NDArray[np.int64]:
+        """Tokens of each row's longest label [n]."""
+        longest: NDArray[np.int64] = np.maximum.reduceat(np.diff(self.offsets), self.rows[:-1])
+        return longest
+
+    def of_row(self, i: int) -> tuple[tuple[int, ...], ...]:
+        """Return the labels of row i, each as its token ids."""
+        bounds = self.offsets[self.rows[i] : self.rows[i + 1] + 1].tolist()
+        return tuple(tuple(self.token_ids[a:b].tolist()) for a, b in pairwise(bounds))
+
+
+@dataclass(frozen=True)
 class Requests:
-    """n tokenized rows. Row i's prompt is `token_ids[offsets[i]:offsets[i + 1]]`, never empty."""
+    """n tokenized rows. Row i's prompt is `token_ids[offsets[i]:offsets[i + 1]]`, never empty.
+
+    With `choices`, nothing is generated: each row's labels get their log-probabilities.
+    """
 
     rows: NDArray[np.int64]  # [n] row numbers in the input, each once
     token_ids: NDArray[np.int32]  # [offsets[-1]]
@@ -40,9 +81,17 @@ class Requests:
     seeds: NDArray[np.uint64]  # [n] random seeds; used only if temperature > 0
     params: tuple[SamplingParams, ...]  # the different ones among all rows
     param_index: NDArray[np.int32]  # [n] into params
+    choices: Choices | None = None  # None: every row generates tokens
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def most_new_tokens(self) -> NDArray[np.int64]:
+        """The most tokens that may follow each prompt [n]: `max_tokens`, or the longest label."""
+        if self.choices is None:
+            return np.array([params.max_tokens for params in self.params], np.int64)[self.param_index]
+        return self.choices.longest
 
     @staticmethod
     def of(prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None = None) -> "Requests":
@@ -56,18 +105,45 @@ class Requests:
     def take(self, index: NDArray[np.int64]) -> "Requests":
         """Return the requests at `index`, in that order."""
         token_ids, offsets = take_ragged(self.token_ids, self.offsets, index)
-        return Requests(self.rows[index], token_ids, offsets, self.seeds[index], self.params, self.param_index[index])
+        choices = None if self.choices is None else self.choices.take(index)
+        seeds, param_index = self.seeds[index], self.param_index[index]
+        return Requests(self.rows[index], token_ids, offsets, seeds, self.params, param_index, choices)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Numbers of n rows: row i's are `values[offsets[i]:offsets[i + 1]]`."""
+
+    values: NDArray[np.float32]  # [offsets[-1]]
+    offsets: NDArray[np.int64]  # [n + 1]
+
+    @staticmethod
+    def of(rows: Sequence[NDArray[np.float32]]) -> "Scores":
+        """Join the numbers of rows, [any] each."""
+        return Scores(np.concatenate([NO_SCORES, *rows]), offsets_of(np.array([len(row) for row in rows], np.int64)))
+
+    def take(self, index: NDArray[np.int64]) -> "Scores":
+        """Return the numbers of the rows at `index`, in that order."""
+        return Scores(*take_ragged(self.values, self.offsets, index))
+
+
+NO_SCORES = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
 class Completions:
-    """n finished rows. Row i's new tokens are `token_ids[offsets[i]:offsets[i + 1]]`, the end-of-text id included."""
+    """n finished rows. Row i's new tokens are `token_ids[offsets[i]:offsets[i + 1]]`, the end-of-text id included.
+
+    A row with choices has the tokens of its likeliest label, and a score for each label: the log-probability that the
+    model answers with the label's tokens and then ends. A row that failed has no scores.
+    """
 
     rows: NDArray[np.int64]  # [n]
     token_ids: NDArray[np.int32]  # [offsets[-1]]
     offsets: NDArray[np.int64]  # [n + 1]
     finish_reasons: NDArray[np.int8]  # [n] FinishReason
     errors: dict[int, RowError] = field(default_factory=dict)  # by row number, for rows that ended with ERROR
+    scores: Scores | None = None  # None: no row has any
 
     @staticmethod
     def none() -> "Completions":
@@ -89,4 +165,4 @@ class Completions:
         failed = np.flatnonzero(reasons == FinishReason.ERROR)
         sources = self.rows[index[failed]].tolist()
         errors = {row: self.errors[source] for row, source in zip(rows[failed].tolist(), sources, strict=True)}
-        return Completions(rows, token_ids, offsets, reasons, errors)
+        return Completions(rows, token_ids, offsets, reasons, errors, self.scores and self.scores.take(index))

@@ -16,6 +16,7 @@ from batchinfer.engine.admission import Admission
 from batchinfer.engine.attention_inputs import AttentionInputs
 from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.draft_states import DraftStates
+from batchinfer.engine.label_scoring import LabelScoring
 from batchinfer.engine.logits_changes import logits_changes
 from batchinfer.engine.new_tokens import NewTokens, verify_drafts
 from batchinfer.engine.request import Requests
@@ -25,7 +26,7 @@ from batchinfer.engine.step_policy import chunk_end, decoding, padded_logits
 from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.sampling import SamplingBatch
-from batchinfer.models.batch import Batch, PromptChunk, Queries, as_tensor
+from batchinfer.models.batch import Batch, LabelStep, PromptChunk, Queries, as_tensor
 
 NOBODY = np.empty(0, np.int64)
 
@@ -66,6 +67,7 @@ class Scheduler:
         self.states = states  # None if the model has none
         self.draft_states = None if states is None else DraftStates(table, states)
         self.admission = admission
+        self.labels: LabelScoring = admission.labels
         self.attention = attention
         self.eos_ids = eos_ids
         self.budget = max_num_batched_tokens
@@ -74,7 +76,7 @@ class Scheduler:
     @property
     def unfinished(self) -> int:
         """Number of rows that wait or run."""
-        return self.admission.waiting_rows + int(self.table.active.sum())
+        return self.admission.waiting_rows + self.table.rows
 
     def add(self, requests: Requests) -> None:
         """Queue requests, in their order."""
@@ -91,10 +93,12 @@ class Scheduler:
         if not chunks and not len(queries):
             return None
         self._take_blocks(chunks, queries)
-        batch = self._batch(chunks, queries)
+        labels = self.labels.step(chunks, queries, sum(c.end - c.start for c in chunks))
+        batch = self._batch(chunks, queries, labels)
         for c in chunks:
             self._computed(c, True)
         self.table.computed[queries.places] += queries.counts - queries.drafts
+        self.labels.go_on()
         self.prefilling = [
             place for place in self.prefilling if self.table.computed[place] < self.table.prefill_end[place]
         ]
@@ -102,6 +106,7 @@ class Scheduler:
 
     def withdraw(self, batch: Batch) -> None:
         """Take back the newest step, which was not computed after all; its sequences keep their blocks."""
+        self.labels.withdraw()
         for c in batch.chunks:
             self._computed(c, False)
         withdrawn = [place for c in batch.chunks for place in (c.place, *c.twins)]
@@ -112,7 +117,8 @@ class Scheduler:
             for c in batch.chunks:
                 self.table.computed[c.place] = self.table.begins[c.place]
             for place in batch.queries.places[batch.queries.drafts == 0].tolist():
-                self.admission.preempt(place)
+                if self.table.active[place]:  # with a row, its forks end
+                    self.admission.preempt(self.labels.begin_again(place) if self.table.scored[place] else place)
             self.draft_states.drop()
 
     def _computed(self, chunk: PromptChunk, done: bool) -> None:
@@ -129,7 +135,7 @@ class Scheduler:
         running = np.flatnonzero(table.active & decoding(table.computed, table.prefill_end, table.end))
         # In order of admission: sequences that begin alike are neighbours, as `SharedPrefixes` needs them.
         running = running[: self.budget - used]
-        places = running[np.argsort(table.epoch[running])]
+        places = running[np.argsort(table.epoch[running], kind="stable")]
         more = np.maximum(table.length[places] - table.computed[places], 1) - 1
         room = self.budget - used - len(places)
         counts = np.ones_like(places)
@@ -190,7 +196,7 @@ class Scheduler:
             table.blocks[np.repeat(places, need - have), index] = self.manager.take(int(offsets[-1]))
             table.block_count[places] = need
 
-    def _batch(self, chunks: list[PromptChunk], queries: Queries) -> Batch:
+    def _batch(self, chunks: list[PromptChunk], queries: Queries, labels: LabelStep | None) -> Batch:
         table = self.table
         query_places, query_positions = queries.all_places, queries.positions
         places, positions = query_places, query_positions
@@ -202,16 +208,17 @@ class Scheduler:
         last = [c for c in chunks if c.end == table.prefill_end[c.place] == table.length[c.place]]
         # A sequence that is recomputed knows the token after each of its tokens, except after the newest.
         known = table.length[query_places]
-        newest = np.flatnonzero(query_positions >= known - 1)
-        first_sampled = [c.row + c.end - c.start - 1 for c in last for _ in (c.place, *c.twins)]
-        sampled = np.concatenate([np.array(first_sampled, np.int64), prompt_tokens + newest])
+        newest = np.flatnonzero((query_positions >= known - 1) & ~table.scored[query_places])
+        first = [(c, place) for c in last for place in (c.place, *c.twins) if not table.scored[place]]
+        first_sampled = [c.row + c.end - c.start - 1 for c, _ in first]
+        scored = NOBODY if labels is None else labels.rows
+        sampled = np.concatenate([np.array(first_sampled, np.int64), prompt_tokens + newest, scored])
         late = np.flatnonzero(query_positions >= known)
         if queries.drafts.any():
             late = NOBODY
-        first_places = [place for c in last for place in (c.place, *c.twins)]
-        sequences = np.concatenate([np.array(first_places, np.int64), query_places[newest]])
-        copied, copies = self._copies(chunks)
-        next_positions = positions[sampled] + 1
+        sequences = np.concatenate([np.array([place for _, place in first], np.int64), query_places[newest]])
+        copied, copies = self._copies(chunks, labels)
+        next_positions = positions[sampled[: len(sequences)]] + 1
         return Batch(
             tokens=_padded(table.tokens[places, positions], size),
             positions=_padded(positions, size),
@@ -229,17 +236,20 @@ class Scheduler:
             sequences=sequences,
             epochs=table.epoch[sequences],
             prompt_tokens=prompt_tokens,
-            states=None if self.states is None else state_inputs(table, chunks, queries, prompt_tokens),
+            states=None if self.states is None else state_inputs(table, chunks, queries, prompt_tokens, labels),
             changes=logits_changes(table, sequences, next_positions, self.eos_ids),
+            labels=labels,
         )
 
-    def _copies(self, chunks: list[PromptChunk]) -> tuple[Ints, Ints]:
-        """Return (blocks at the ends of prompts, blocks of twins that they are copied to)."""
+    def _copies(self, chunks: list[PromptChunk], labels: LabelStep | None) -> tuple[Ints, Ints]:
+        """Return (last blocks, blocks of twins and forks that they are copied to)."""
         table, pairs = self.table, [(NOBODY, NOBODY)]
         for c in chunks:
             for twin in c.twins:
                 own = slice(int(table.own_from[twin]), table.blocks_for(c.end))
                 pairs.append((table.blocks[c.place, own], table.blocks[twin, own]))
+        if labels is not None:
+            pairs.append((labels.copies.blocks, labels.copies.into))
         copied, copies = zip(*pairs, strict=True)
         return np.concatenate(copied), np.concatenate(copies)
 

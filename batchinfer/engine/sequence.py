@@ -55,6 +55,12 @@ class SequenceTable:
         self.changes_logits = np.zeros(capacity, np.bool_)
         self.bans = np.zeros(capacity, np.bool_)  # True: changes them by bans, maybe among other things
         self.reads_tokens = np.zeros(capacity, np.bool_)  # True: the changes of its logits depend on its tokens
+        self.scored = np.zeros(capacity, np.bool_)  # True: its tokens are known, and get log-probabilities
+
+    @property
+    def rows(self) -> int:
+        """Number of rows that run; the forks of scored rows are not counted."""
+        return sum(request is not None for request in self.request)
 
     def blocks_for(self, tokens: int) -> int:
         """Return the number of blocks that hold `tokens` tokens."""
@@ -88,6 +94,22 @@ class SequenceTable:
         self.stops[place] = bool(params.stop or params.stop_token_ids)
         self.changes_logits[place], self.bans[place] = params.changes_logits, params.bans
         self.reads_tokens[place] = params.reads_tokens
+        self.scored[place] = False
+
+    def fork(self, place: int, source: int, start: int) -> None:
+        """Put into a free place a scored sequence that has the tokens before `start` of the one at `source`.
+
+        It reads those of its blocks that are full, and owns none yet.
+        """
+        full = start // self.block_size
+        self.active[place] = self.scored[place] = self.undrafted[place] = True
+        self.row[place], self.epoch[place] = self.row[source], self.epoch[source]
+        self.prompt_length[place] = self.prompt_length[source]
+        self.prefill_end[place] = self.computed[place] = self.begins[place] = start
+        self.twin_of[place] = self.template[place] = -1
+        self.stops[place] = self.changes_logits[place] = self.bans[place] = self.reads_tokens[place] = False
+        self.blocks[place, :full] = self.blocks[source, :full]
+        self.block_count[place] = self.own_from[place] = full
 
     def share(self, place: int, tiles: list[SharedTile]) -> None:
         """Let the sequence at `place` begin with these shared tiles."""

@@ -8,13 +8,18 @@ from batchinfer.engine.sequence import SequenceTable
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints, offsets_of
 from batchinfer.kernels.state_pool import PromptTile, StateBatch, StateTokens, by_index
-from batchinfer.models.batch import PromptChunk, Queries, as_tensor
+from batchinfer.models.batch import LabelStep, PromptChunk, Queries, as_tensor
 
 
-def state_inputs(table: SequenceTable, chunks: list[PromptChunk], queries: Queries, prompt_tokens: int) -> StateBatch:
+def state_inputs(
+    table: SequenceTable, chunks: list[PromptChunk], queries: Queries, prompt_tokens: int, labels: LabelStep | None
+) -> StateBatch:
     """Return the states of a step: `chunks` of prompts, then the tokens of `queries` behind `prompt_tokens` others."""
     twins = [(table.state[c.place], table.state[twin]) for c in chunks for twin in c.twins]
     copied, copies = np.array(twins, np.int64).reshape(-1, 2).T
+    if labels is not None:
+        copied = np.concatenate([copied, labels.copies.states])
+        copies = np.concatenate([copies, labels.copies.into_states])
     return StateBatch(
         by_index(tile for c in chunks for tile in _tiles(table, c)),
         tuple(_tokens(table, queries, prompt_tokens)),

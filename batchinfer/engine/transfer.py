@@ -72,23 +72,24 @@ class Sampled:
 
     tokens: Tensor  # [r] int64
     finite: Tensor  # [r] bool
+    scores: Tensor  # [m] float32, log-probabilities of scored tokens
     there: torch.cuda.Event | None  # happens when they arrive; None: they have
 
     @classmethod
-    def fetch(cls, tokens: Tensor, finite: Tensor) -> "Sampled":
-        """Begin to copy `tokens` and `finite` from their device."""
-        device = tokens.device
+    def fetch(cls, *found: Tensor) -> "Sampled":
+        """Begin to copy tokens, finite and scores from their device."""
+        device = found[0].device
         if device.type == "cpu":
-            return cls(tokens.clone(), finite.clone(), None)  # copied, because a replay overwrites these tensors
-        pinned = (torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in (tokens, finite))
-        tokens, finite = (p.copy_(t, non_blocking=True) for p, t in zip(pinned, (tokens, finite), strict=True))
-        return cls(tokens, finite, _event(device))
+            return cls(*(tensor.clone() for tensor in found), None)  # copied, because a replay overwrites these tensors
+        pinned = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in found]
+        copied = [into.copy_(tensor, non_blocking=True) for into, tensor in zip(pinned, found, strict=True)]
+        return cls(*copied, _event(device))
 
-    def wait(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """Wait for the step to end; return (token ids [r], finite [r])."""
+    def wait(self) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float32]]:
+        """Wait for the step to end; return (token ids [r], finite [r], scores [m])."""
         if self.there is not None:
             self.there.synchronize()
-        return self.tokens.numpy(), self.finite.numpy()
+        return self.tokens.numpy(), self.finite.numpy(), self.scores.numpy()
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:

@@ -5,7 +5,6 @@ A place is a sequence's row in the engine's sequence table.
 
 from dataclasses import dataclass
 from functools import cached_property
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.logits import LogitsChanges
 from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.sampling import SamplingBatch
+from batchinfer.kernels.scores import ScoredTokens
 from batchinfer.kernels.state_pool import StateBatch
 
 
@@ -62,6 +62,28 @@ class Queries:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Blocks and states that sequences which go on from others get copies of, after a step."""
+
+    blocks: Ints  # [c]
+    into: Ints  # [c] the blocks that they are copied to
+    states: Ints  # [f]
+    into_states: Ints  # [f]; arbitrary if the model has no states
+
+
+@dataclass(frozen=True)
+class LabelStep:
+    """What a step finds out of rows that choose from labels: the log-probabilities of m targets."""
+
+    rows: Ints  # [s] rows of the step whose logits are wanted
+    scored: ScoredTokens  # m tokens; their rows count from 0 to s - 1
+    owners: Ints  # [m] place of the row that each target belongs to
+    epochs: Ints  # [m] of these places when the step was scheduled
+    targets: Ints  # [m] number of each among its row's targets
+    copies: Copies
+
+
+@dataclass(frozen=True)
 class Batch:
     """One step of T tokens: chunks of prompts first, then decoded tokens and drafts, then padding."""
 
@@ -83,11 +105,17 @@ class Batch:
     prompt_tokens: int
     states: StateBatch | None = None  # of layers that keep states; None if the model has none
     changes: LogitsChanges | None = None  # of the logits of the first r rows of `sampled`; None if there are none
+    labels: LabelStep | None = None  # its s rows follow the first r of `sampled`; None if no row has choices
 
     @property
     def query_tokens(self) -> int:
         """Number of decoded tokens and drafts."""
         return len(self.queries)
+
+    @property
+    def logits_rows(self) -> int:
+        """Number of rows of logits, without padding."""
+        return len(self.sequences) + (0 if self.labels is None else len(self.labels.rows))
 
     @cached_property
     def drafted(self) -> int:

@@ -224,7 +224,7 @@ class Decoder:
             mixed = self._recur(layer, cache, x, y, batch)
         rows = batch.prompt_tokens + batch.query_tokens
         if i + 1 == len(self.layers):  # from here on only the sampled tokens are needed
-            x, mixed, rows = x[batch.sampled], mixed[batch.sampled], len(batch.sequences)
+            x, mixed, rows = x[batch.sampled], mixed[batch.sampled], batch.logits_rows
         y = self._normed(layer.output(self.backend.rows(mixed, layer.output.takes)), layer.attention_norm)
         rows, takes = rows if self.backend.spares_padding else len(x), layer.feed_forward.takes
         if layer.shape.parallel:
