@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from batchinfer.engine.request import Completions, FinishReason, RowError
 from batchinfer.errors import Refused
 from batchinfer.jobs.results.done import Done, completion_tokens, counts
+from batchinfer.jobs.results.job_columns import fields_of
+from batchinfer.jobs.results.label_columns import label_columns, label_fields
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.results.schema import SAMPLE, SAMPLES, part_schema
+from batchinfer.jobs.results.schema import RESULT_FIELDS, SAMPLE, SAMPLES, part_schema
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.text.stop import printed_answers
 from batchinfer.text.tokenizer import Tokenizer
@@ -28,6 +30,7 @@ class Results:
 
     def __init__(self, spec: JobSpec, tokenizer: Tokenizer, folder: RunFolder, done: Done) -> None:
         self._spec = spec
+        self._fields = fields_of(spec)
         self._tokenizer = tokenizer
         self.folder = folder
         self._finished: list[pa.RecordBatch] = []
@@ -58,11 +61,13 @@ class Results:
                 f"{self._spec.max_error_rate} allows; correct these rows, or give a higher rate"
             )
 
-    def add(self, completions: Completions, prompt_tokens: NDArray[np.int32]) -> None:
+    def add(
+        self, completions: Completions, prompt_tokens: NDArray[np.int32], labels: list[list[str]] | None = None
+    ) -> None:
         """Take finished rows from the engine, with all computed samples of each.
 
-        `prompt_tokens` [n] are the prompt lengths of the n samples. A row's own columns are those of its first sample,
-        or of its first failed sample if any failed.
+        `prompt_tokens` [n] are the prompt lengths of the n samples, and `labels` [n] what each row chose from. A row's
+        own columns are those of its first sample, or of its first failed sample if any failed.
         """
         answers = self._answers(completions)
         failed = (completions.finish_reasons == FinishReason.ERROR).reshape(-1, self._spec.computed_samples)
@@ -71,8 +76,10 @@ class Results:
         errors: list[RowError | None] = [None] * len(rows)
         for i in np.flatnonzero(failed.any(axis=1)).tolist():
             errors[i] = completions.errors[int(rows[i])]
-        samples = samples_of(answers, failed, self._spec.n) if self._spec.n > 1 else None
-        self._collect(rows, answers.take(pa.array(own)), pa.array(prompt_tokens[own]), errors, samples)
+        asked = [samples_of(answers, failed, self._spec.n)] if self._spec.n > 1 else []
+        if completions.scores is not None and labels is not None:
+            asked = label_columns(label_fields(self._spec), completions.scores, labels) + asked
+        self._collect(rows, answers.take(pa.array(own)), pa.array(prompt_tokens[own]), errors, asked)
 
     def _answers(self, completions: Completions) -> pa.StructArray:
         """Return the samples' columns [n], as `SAMPLE`; a failed sample has no text."""
@@ -90,7 +97,8 @@ class Results:
         unknown = pa.nulls(n, pa.int32())
         answers = answers_of(pa.nulls(n, pa.string()), np.full(n, FinishReason.ERROR, np.int8), unknown)
         rows = np.fromiter(errors, np.int64, n)
-        self._collect(rows, answers, unknown, list(errors.values()), pa.nulls(n, SAMPLES.type))
+        asked = [pa.nulls(n, field.type) for field in self._fields[len(RESULT_FIELDS) :]]
+        self._collect(rows, answers, unknown, list(errors.values()), asked)
 
     def _collect(
         self,
@@ -98,14 +106,13 @@ class Results:
         answers: pa.StructArray,
         prompt_tokens: pa.Array,
         errors: list[RowError | None] | list[RowError],
-        samples: pa.Array | None,
+        asked: list[pa.Array],
     ) -> None:
         texts, reasons, tokens = answers.flatten()
         codes = pa.array([error and error.code for error in errors], pa.string())
         messages = pa.array([error and error.message for error in errors], pa.string())
-        columns = [pa.array(rows), texts, reasons, prompt_tokens, tokens, codes, messages, samples]
-        schema = part_schema(self._spec.n)
-        batch = pa.RecordBatch.from_arrays(columns[: len(schema)], schema=schema)
+        columns = [pa.array(rows), texts, reasons, prompt_tokens, tokens, codes, messages, *asked]
+        batch = pa.RecordBatch.from_arrays(columns, schema=part_schema(self._fields))
         self._finished.append(batch)
         self._uncommitted += len(rows) * self._spec.n
         self.by_reason.update(counts(reasons))

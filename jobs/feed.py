@@ -170,7 +170,8 @@ class Loop:
 
     def _complete(self, completions: Completions) -> None:
         prompt_tokens = self._in_flight.prompt_tokens(completions.rows)
-        self._results.add(completions, prompt_tokens)
+        labels = self._in_flight.labels(completions.rows)
+        self._results.add(completions, prompt_tokens, labels)
         samples = np.arange(self._spec.computed_samples)
         indices, followers = self._windows.followers.take(completions.rows[:: len(samples)])
         theirs = (indices[:, None] * len(samples) + samples).reshape(-1, len(samples))
@@ -178,7 +179,8 @@ class Loop:
         # A row may have a million duplicates. They are written a few at a time, so that commits keep their usual size.
         for some in cut(tokens, FOLLOWERS, FOLLOWERS_TOKENS):
             given = completions.given_to(np.repeat(followers[some], len(samples)), theirs[some].ravel())
-            self._results.add(given, prompt_tokens[theirs[some].ravel()])
+            index = theirs[some].ravel()
+            self._results.add(given, prompt_tokens[index], labels and [labels[i] for i in index.tolist()])
             self.duplicates += len(followers[some])
             self._results.commit_if_due()
         self._end(set(completions.rows.tolist()))

@@ -12,7 +12,9 @@ from typing import Any
 from batchinfer import __version__
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.flag import flags_of
 from batchinfer.host.files import sha256
+from batchinfer.jobs.label_flags import LabelFlags
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.input_file import InputFile
 
@@ -49,6 +51,8 @@ def fingerprints(
         "allow_special_tokens": spec.allow_special_tokens,
         "id_column": spec.id_column,
     }
+    if spec.chooses:
+        template |= {name: getattr(spec, name) for name in flags_of(LabelFlags)}
     if spec.tools_column is not None:
         template |= {"tools_column": spec.tools_column, "tool_template": tool_template}
     # Read in another way, the same bytes are another table. Rows set aside for an incremental run are not CSV.

@@ -29,6 +29,7 @@ from batchinfer.jobs.progress import Progress
 from batchinfer.jobs.report import SCHEMA_VERSION, Forecast, Report, rates, read_report, versions
 from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.durable import write_json
+from batchinfer.jobs.results.job_columns import fields_of
 from batchinfer.jobs.results.output_writer import digest_of
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.results.valid_text import with_valid_text
@@ -106,7 +107,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         batches = table.batches(job.kept, max(1, MERGE_ROWS // spec.n))
         replaced: Counter[str] = Counter()
         valid = with_valid_text(progress.merging(batches), replaced)
-        merged = folder.merge(input_columns, valid, table.num_rows, spec.n)
+        merged = folder.merge(input_columns, valid, table.num_rows, fields_of(spec))
         stats = replace(stats, notes=stats.notes + _replaced(replaced))
     except EngineFailed:
         raise  # the folder is kept, since the engine's log is in it

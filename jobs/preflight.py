@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from batchinfer.engine.config import EngineConfig
+from batchinfer.engine.config import EngineConfig, Speculation
 from batchinfer.engine.drafts.draft_folder import resolve_draft_model
 from batchinfer.engine.generation_config import GenerationConfig, Settings
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.errors import Refused, UsageError
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of, refuse_old_gpu
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.log import say
 from batchinfer.jobs.results.formats import format_of
-from batchinfer.jobs.results.schema import result_fields
+from batchinfer.jobs.results.job_columns import fields_of
 from batchinfer.jobs.rows.prompts import PromptSource, verbatim_columns
 from batchinfer.jobs.rows.template_check import check_template
 from batchinfer.jobs.rows.windows import Prompts
@@ -63,7 +64,9 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     known = known_moment(spec)
     tokenizer = _load_tokenizer(model, tokenizer_folder, shape.vocab_size, known or now())
     named = spec.tokenizer or spec.model
-    speculation = resolve_draft_model(spec.speculation, named, tokenizer, config.max_model_len)
+    # Rows that choose from labels know all their tokens.
+    wanted = Speculation("off") if spec.chooses else spec.speculation
+    speculation = resolve_draft_model(wanted, named, tokenizer, config.max_model_len)
     config = replace(config, speculation=speculation)
     spec, settings, lines = _resolved_sampling(spec, model, shape.vocab_size, tokenizer)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
@@ -94,7 +97,7 @@ def _refuse_on_gpu(model: Path, shape: ModelConfig) -> None:
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
     kept = table.schema.names if spec.columns is None else list(spec.columns)
     table.check(kept)
-    clash = [field.name for field in result_fields(spec.n) if field.name in kept]
+    clash = [field.name for field in fields_of(spec) if field.name in kept]
     if clash:
         raise Refused(
             f"{spec.inputs[0]} has a column {clash[0]!r}, which the output adds itself; rename it, or name the "
@@ -137,9 +140,10 @@ def _resolved_sampling(
         field, _, rest = str(error).partition(" ")
         raise UsageError(f"--{field.replace('_', '-')} {rest}") from error
     try:
-        params, settings = GenerationConfig.read(model, spec.generation_config).applied_to(
-            spec.sampling, spec.sampling_given
-        )
+        # The probabilities of labels are those that the model computes.
+        choice = "none" if spec.chooses else spec.generation_config
+        sampling = SamplingParams(max_tokens=1) if spec.chooses else spec.sampling
+        params, settings = GenerationConfig.read(model, choice).applied_to(sampling, spec.sampling_given)
     except ValueError as error:
         raise Refused(f"model {error}") from error
     sampling, lines = in_token_ids(params, tokenizer)
@@ -165,6 +169,13 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": spec.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[device],
         # Incremental runs must all compute in the same way, even those with few rows.
-        "expected_batch": max_num_seqs if spec.incremental else min(max_num_seqs, rows * spec.computed_samples),
+        "expected_batch": _expected_batch(spec, max_num_seqs, rows),
     }
     return EngineConfig(**given | resolved)
+
+
+def _expected_batch(spec: JobSpec, most: int, rows: int) -> int:
+    """Return how many sequences usually run, at most `most`; a row that chooses from labels may take one for each."""
+    if spec.incremental or spec.choices_column is not None:
+        return most
+    return min(most, rows * spec.computed_samples * max(1, len(spec.choices)))

@@ -9,10 +9,11 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import UsageError
 from batchinfer.flag import problems
 from batchinfer.jobs.flags import JobFlags
+from batchinfer.jobs.label_flags import LabelFlags
 
 
 @dataclass(frozen=True)
-class JobSpec(JobFlags):
+class JobSpec(JobFlags, LabelFlags):
     """A job's flags and settings. Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -35,6 +36,7 @@ class JobSpec(JobFlags):
         _check_lengths(self)
         _check_shard(self)
         _check_canary(self)
+        _check_labels(self)
         _check_incremental(self)
 
     @property
@@ -107,6 +109,22 @@ def _check_shard(job: JobSpec) -> None:
 def _check_canary(job: JobSpec) -> None:
     if job.canary_reference is not None and not job.canary:
         raise UsageError("--canary-reference needs --canary N, with the number of rows to compare")
+
+
+def _check_labels(job: JobSpec) -> None:
+    if job.choices and job.choices_column is not None:
+        raise UsageError(
+            "--choices gives every row the same labels, --choices-column each its own; leave one of them out"
+        )
+    if job.choice_probabilities and not job.chooses:
+        raise UsageError(
+            "--choice-probabilities needs --choices or --choices-column; give one of them, or leave it out"
+        )
+    if not job.chooses:
+        return
+    given = [f"--{name.replace('_', '-')}" for name in job.sampling_given]
+    for flag in [*given, *(["--n"] if job.n > 1 else []), *(["--canary"] if job.canary else [])]:
+        raise UsageError(f"{flag} is for answers that are generated, and rows choose from labels; leave it out")
 
 
 def _check_incremental(job: JobSpec) -> None:

@@ -16,7 +16,6 @@ from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.label_tree import LabelTree, Segment
 from batchinfer.engine.request import FinishReason, Requests
 from batchinfer.engine.sequence import SequenceTable
-from batchinfer.kernels.ragged import Ints
 from batchinfer.kernels.scores import ScoredTokens
 from batchinfer.models.batch import Copies, LabelStep, PromptChunk, Queries, as_tensor
 
@@ -205,7 +204,10 @@ class LabelScoring:
         column = (start // table.block_size)[unfilled]
         source = np.array(sources, np.int64)
         return Copies(
-            table.blocks[source[unfilled], column], table.blocks[at[unfilled], column], table.state[source], table.state[at]
+            table.blocks[source[unfilled], column],
+            table.blocks[at[unfilled], column],
+            table.state[source],
+            table.state[at],
         )
 
     def go_on(self) -> None:
@@ -253,7 +255,7 @@ class LabelScoring:
         return done
 
     def result(self, place: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Return the likeliest label of a row that has all its log-probabilities, as token ids, and those of all labels.
+        """Return the likeliest label of a row that has all scores, as token ids, and the scores of all its labels.
 
         Of labels that are equally likely, the first is taken.
         """

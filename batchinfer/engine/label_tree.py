@@ -104,4 +104,5 @@ class LabelTree:
         for i, before in enumerate(self.parent.tolist()):
             total[i] = total[before] + found[i]
         ends = found[count:].reshape(len(self.labels), -1).astype(np.float64)
-        return (total[self.last] + np.logaddexp.reduce(ends, axis=1)).astype(np.float32)
+        scores: NDArray[np.float32] = (total[self.last] + np.logaddexp.reduce(ends, axis=1)).astype(np.float32)
+        return scores

@@ -35,26 +35,42 @@ class RowError:
 class Choices:
     """The labels that each of n rows chooses from: row i has the labels `rows[i]` to `rows[i + 1]`, one or more.
 
-    Label j's tokens, one or more, are `token_ids[offsets[j]:offsets[j + 1]]`: those behind its row's prompt.
+    Label j's tokens, one or more, are `token_ids[offsets[j]:offsets[j + 1]]`: those behind its row's prompt. Its text,
+    which the engine does not read, is `texts[text_offsets[j]:text_offsets[j + 1]]`.
     """
 
     token_ids: NDArray[np.int32]  # [offsets[-1]]
     offsets: NDArray[np.int64]  # [labels + 1]
     rows: NDArray[np.int64]  # [n + 1]
+    texts: NDArray[np.uint8]  # [text_offsets[-1]] UTF-8
+    text_offsets: NDArray[np.int64]  # [labels + 1]
 
     @staticmethod
-    def of(rows: Sequence[Sequence[Sequence[int]]]) -> "Choices":
-        """Make choices from lists of labels, which are lists of token ids."""
+    def of(rows: Sequence[Sequence[Sequence[int]]], texts: Sequence[Sequence[str]] | None = None) -> "Choices":
+        """Make choices from lists of labels, which are lists of token ids; their texts are empty if none are given."""
         labels = [label for row in rows for label in row]
-        flat = np.fromiter((token for label in labels for token in label), np.int32)
-        counts = np.array([len(row) for row in rows], np.int64)
-        return Choices(flat, offsets_of(np.array([len(label) for label in labels], np.int64)), offsets_of(counts))
+        named = [b"" for _ in labels] if texts is None else [text.encode() for row in texts for text in row]
+        return Choices(
+            np.fromiter((token for label in labels for token in label), np.int32),
+            offsets_of(np.array([len(label) for label in labels], np.int64)),
+            offsets_of(np.array([len(row) for row in rows], np.int64)),
+            np.frombuffer(b"".join(named), np.uint8),
+            offsets_of(np.array([len(text) for text in named], np.int64)),
+        )
 
     def take(self, index: NDArray[np.int64]) -> "Choices":
         """Return the choices of the rows at `index`, in that order."""
         labels, rows = ranges(self.rows[:-1][index], np.diff(self.rows)[index])
-        token_ids, offsets = take_ragged(self.token_ids, self.offsets, labels)
-        return Choices(token_ids, offsets, rows)
+        ids, texts = (
+            take_ragged(self.token_ids, self.offsets, labels),
+            take_ragged(self.texts, self.text_offsets, labels),
+        )
+        return Choices(*ids, rows, *texts)
+
+    def texts_of(self, i: int) -> list[str]:
+        """Return the texts of row i's labels."""
+        bounds = self.text_offsets[self.rows[i] : self.rows[i + 1] + 1].tolist()
+        return [self.texts[a:b].tobytes().decode() for a, b in pairwise(bounds)]
 
     @property
     def longest(self) -> NDArray[np.int64]:

@@ -76,14 +76,15 @@ class Sampled:
     there: torch.cuda.Event | None  # happens when they arrive; None: they have
 
     @classmethod
-    def fetch(cls, *found: Tensor) -> "Sampled":
-        """Begin to copy tokens, finite and scores from their device."""
-        device = found[0].device
-        if device.type == "cpu":
-            return cls(*(tensor.clone() for tensor in found), None)  # copied, because a replay overwrites these tensors
-        pinned = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in found]
-        copied = [into.copy_(tensor, non_blocking=True) for into, tensor in zip(pinned, found, strict=True)]
-        return cls(*copied, _event(device))
+    def fetch(cls, tokens: Tensor, finite: Tensor, scores: Tensor) -> "Sampled":
+        """Begin to copy `tokens`, `finite` and `scores` from their device."""
+        device = tokens.device
+        if device.type == "cpu":  # copied, because a replay overwrites these tensors
+            return cls(tokens.clone(), finite.clone(), scores.clone(), None)
+        found = (tokens, finite, scores)
+        pinned = (torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in found)
+        tokens, finite, scores = (p.copy_(t, non_blocking=True) for p, t in zip(pinned, found, strict=True))
+        return cls(tokens, finite, scores, _event(device))
 
     def wait(self) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float32]]:
         """Wait for the step to end; return (token ids [r], finite [r], scores [m])."""

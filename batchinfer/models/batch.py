@@ -5,6 +5,7 @@ A place is a sequence's row in the engine's sequence table.
 
 from dataclasses import dataclass
 from functools import cached_property
+
 import numpy as np
 import torch
 from numpy.typing import NDArray

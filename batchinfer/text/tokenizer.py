@@ -159,7 +159,7 @@ class Tokenizer:
 
         With `allow_special_tokens`, the text of a control token in a prompt becomes that token.
         """
-        encode = self._encode_rendered if allow_special_tokens else self._encode_plain
+        encode = self._encode_rendered if allow_special_tokens else self.encode_plain
         return _in_chunks(texts, encode, self._prefix, self._suffix)
 
     @cached_property
@@ -206,11 +206,21 @@ class Tokenizer:
         rows = [flat[start:stop] for start, stop in pairwise(bounds)]
         return self._backend.decode_batch(rows, skip_special_tokens=False)
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the text of some tokens, special ones included."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the tokens that no other token may span: texts are cut at them first."""
+        return frozenset(self._backend.get_added_tokens_decoder())
+
     def words(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the token ids of each text, at the start of a text and behind a space; control tokens are plain text
         in it."""
         both = [spaced for text in texts for spaced in (text.lstrip(), f" {text.lstrip()}")]
-        return [tuple(row) for row in self._encode_plain(both) if row]
+        return [tuple(row) for row in self.encode_plain(both) if row]
 
     def unprinted_in(self, text: str) -> dict[str, int]:
         """Return the tokens whose text is somewhere in `text` and which answers are printed without, with their ids."""
@@ -221,7 +231,8 @@ class Tokenizer:
         self._backend.encode_special_tokens = not control
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _encode_plain(self, texts: list[str]) -> list[list[int]]:
+    def encode_plain(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of texts, without marks of their ends; control tokens in them are plain text."""
         rows = self._encode(texts, control=False)
         for i, text in enumerate(texts if self._words else ()):
             segments = self._cut(text)

@@ -84,3 +84,14 @@ class InFlight:
             mine, indices = sent.find(rows)
             found[mine] = np.diff(sent.requests.offsets)[indices]
         return found
+
+    def labels(self, rows: NDArray[np.int64]) -> list[list[str]] | None:
+        """Return the labels of each of these rows; None if rows do not choose."""
+        found: dict[int, list[str]] = {}
+        for sent in self._sent:
+            choices = sent.requests.choices
+            if choices is None:
+                return None
+            mine, indices = sent.find(rows)
+            found |= {place: choices.texts_of(i) for place, i in zip(mine.tolist(), indices.tolist(), strict=True)}
+        return [found[place] for place in range(len(rows))]

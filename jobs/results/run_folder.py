@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from batchinfer.jobs.results.output_writer import (
     remove_left,
 )
 from batchinfer.jobs.results.parts_in_order import PartsInOrder
-from batchinfer.jobs.results.schema import PARQUET, ROW, part_schema, result_fields
+from batchinfer.jobs.results.schema import PARQUET, RESULT_FIELDS, ROW, part_schema
 from batchinfer.jobs.results.schema_notes import with_notes
 
 ROW_GROUP_BYTES = 1 << 18  # size of a part's row groups; the merge holds one of each part at a time
@@ -231,32 +231,36 @@ class RunFolder:
         write_json(self.manifest, manifest)
 
     def merge(
-        self, schema: pa.Schema, batches: Iterable[tuple[int, pa.RecordBatch]], num_rows: int, samples: int = 1
+        self,
+        schema: pa.Schema,
+        batches: Iterable[tuple[int, pa.RecordBatch]],
+        num_rows: int,
+        results: Sequence[pa.Field] = RESULT_FIELDS,
     ) -> Path:
         """Write the input's kept columns beside the results, in input order. Returns the path of the new file or
         folder.
 
         `batches` are (first ordinal, columns of `schema`), in order; what the schema's metadata notes about columns is
-        kept. `samples` is the number of samples for each row.
+        kept. `results` are the job's result columns.
         Memory holds one batch, and a row group of each part that overlaps it. Raises `Refused` if the input is not the
         one that was run.
         """
         aside = self.temporary / f"merged{self.output.suffix}"
         listed = [(self.parts / part.name, part.first_row) for part in self._listed]
-        parts = PartsInOrder(listed, part_schema(samples))
-        merged_schema = with_notes([*schema, *result_fields(samples)], schema.metadata, num_rows)
+        parts = PartsInOrder(listed, part_schema(results))
+        merged_schema = with_notes(list(schema), schema.metadata, num_rows, results)
         end = 0
         with OutputWriter(self.output, aside, merged_schema) as writer:
             for first, batch in batches:
                 end = first + len(batch)
-                results = parts.take(first, end)
-                if results is None:
+                found = parts.take(first, end)
+                if found is None:
                     raise Refused(
                         f"the input changed during the run: rows {first} to {end - 1} do not match the results; run "
                         "the job anew with "
                         "--overwrite"
                     )
-                writer.write(pa.Table.from_arrays([*batch.columns, *results.columns[1:]], schema=merged_schema))
+                writer.write(pa.Table.from_arrays([*batch.columns, *found.columns[1:]], schema=merged_schema))
             if end != num_rows:
                 raise Refused(
                     f"the input changed during the run: it had {num_rows} rows, now it has {end}; run the job anew "

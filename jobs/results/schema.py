@@ -1,5 +1,9 @@
-"""The result columns. Parts have them after the row's ordinal, the output has them after the input's columns."""
+"""The result columns. Parts have them after the row's ordinal, the output has them after the input's columns.
 
+Every job has `RESULT_FIELDS`. Columns that a job asks for stand behind these, and `samples` is always the last.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -25,14 +29,19 @@ COUNTED = ["finish_reason", "prompt_tokens", "completion_tokens", "error_code"]
 PARQUET: dict[str, Any] = {"write_page_checksum": True, "compression": "zstd"}
 
 
-def result_fields(samples: int) -> list[pa.Field]:
-    """Return the result columns of a job with this number of samples for each row."""
-    return [*RESULT_FIELDS, SAMPLES] if samples > 1 else RESULT_FIELDS
+def result_fields(samples: int, asked: Sequence[pa.Field] = ()) -> list[pa.Field]:
+    """Return the result columns of a job with this number of samples for each row, and with the columns `asked`."""
+    return [*RESULT_FIELDS, *asked, *([SAMPLES] if samples > 1 else [])]
 
 
-def part_schema(samples: int) -> pa.Schema:
-    """Return the columns of the parts of a job with this number of samples for each row."""
-    return PART_SCHEMA.append(SAMPLES) if samples > 1 else PART_SCHEMA
+def part_schema(fields: Sequence[pa.Field]) -> pa.Schema:
+    """Return the columns of the parts of a job with these result columns."""
+    return pa.schema([PART_SCHEMA.field(0), *fields])
+
+
+def is_part(schema: pa.Schema) -> bool:
+    """Return whether a part may have these columns."""
+    return bool(pa.schema(list(schema)[: len(PART_SCHEMA)]).equals(PART_SCHEMA))
 
 
 def has_samples(schema: pa.Schema) -> bool:

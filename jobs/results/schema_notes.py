@@ -9,10 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchinfer.jobs.results.schema import RESULT_FIELDS, SAMPLES
-
 PANDAS, DATASETS = b"pandas", b"huggingface"  # the keys of their notes, which are JSON
-_RESULTS = {field.name: field.type for field in [*RESULT_FIELDS, SAMPLES]}
 # pandas' note that the columns' names are text.
 _TEXT_NAMES = {
     "name": None,
@@ -40,20 +37,23 @@ def common_notes(schemas: Iterable[pa.Schema], without: Collection[str]) -> Note
     )
 
 
-def with_notes(fields: Sequence[pa.Field], notes: Notes | None, num_rows: int | None = None) -> pa.Schema:
-    """Return a schema of these fields with the notes about them; result columns among them get notes too.
+def with_notes(
+    fields: Sequence[pa.Field], notes: Notes | None, num_rows: int | None = None, results: Sequence[pa.Field] = ()
+) -> pa.Schema:
+    """Return a schema of these fields and of `results` behind them, with the notes about the fields, and new notes
+    about the results.
 
     pandas' index may be a range, which is kept if it is as long as `num_rows`.
     """
-    names = [field.name for field in fields]
+    names = [field.name for field in (*fields, *results)]
     given = notes or {}
     made = _made(
         {
-            PANDAS: lambda: _pandas_about(names, json.loads(given[PANDAS]), num_rows),
-            DATASETS: lambda: _features_about(names, json.loads(given[DATASETS])),
+            PANDAS: lambda: _pandas_about(names, json.loads(given[PANDAS]), num_rows, results),
+            DATASETS: lambda: _features_about(names, json.loads(given[DATASETS]), results),
         }
     )
-    return pa.schema(list(fields), made)
+    return pa.schema([*fields, *results], made)
 
 
 def _made(notes: dict[bytes, Callable[[], Any]]) -> Notes:
@@ -86,8 +86,10 @@ def _common(notes: list[dict[str, Any]], without: Collection[str]) -> dict[str, 
     }
 
 
-def _pandas_about(names: list[str], notes: dict[str, Any], num_rows: int | None) -> dict[str, Any]:
-    known = {name: _pandas_note(name, kind) for name, kind in _RESULTS.items()} | _by_name(notes)
+def _pandas_about(
+    names: list[str], notes: dict[str, Any], num_rows: int | None, results: Sequence[pa.Field]
+) -> dict[str, Any]:
+    known = {field.name: _pandas_note(field.name, field.type) for field in results} | _by_name(notes)
     columns = {name: known[name] for name in names if name in known}
     index = [
         each
@@ -114,7 +116,7 @@ def _by_name(notes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pandas_note(name: str, kind: pa.DataType) -> dict[str, Any]:
-    types = {pa.string(): ("unicode", "object"), pa.int32(): ("int32", "int32")}
+    types = {pa.string(): ("unicode", "object"), pa.int32(): ("int32", "int32"), pa.float64(): ("float64", "float64")}
     pandas_type, numpy_type = types.get(kind, ("object", "object"))
     return {
         "name": name,
@@ -125,8 +127,8 @@ def _pandas_note(name: str, kind: pa.DataType) -> dict[str, Any]:
     }
 
 
-def _features_about(names: list[str], notes: dict[str, Any]) -> dict[str, Any]:
-    known = {name: _feature(kind) for name, kind in _RESULTS.items()} | notes["info"]["features"]
+def _features_about(names: list[str], notes: dict[str, Any], results: Sequence[pa.Field]) -> dict[str, Any]:
+    known = {field.name: _feature(field.type) for field in results} | notes["info"]["features"]
     return {"info": {"features": {name: known[name] for name in names if name in known}}}
 
 
@@ -136,4 +138,4 @@ def _feature(kind: pa.DataType) -> dict[str, Any]:
         return {"feature": _feature(kind.value_type), "_type": "List"}
     if pa.types.is_struct(kind):
         return {field.name: _feature(field.type) for field in kind}
-    return {"dtype": str(kind), "_type": "Value"}
+    return {"dtype": "float64" if pa.types.is_float64(kind) else str(kind), "_type": "Value"}

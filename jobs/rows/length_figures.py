@@ -28,8 +28,7 @@ class LengthFigures:
     @staticmethod
     def of(prompts: StoredRequests, order: NDArray[np.int64], block_size: int) -> "LengthFigures":
         """Return the figures of one window, whose rows at the indices `order` run, in that order."""
-        limits = np.array([params.max_tokens for params in prompts.params], np.int64)[prompts.param_index]
-        blocks = -(-(prompts.lengths + limits)[order] // block_size)
+        blocks = prompts.most_blocks(order, block_size)
         shared = shared_tiles(prompts, order)
         joins = shared > 0  # belongs to the group of the row before it
         groups = int(joins.sum() - (joins[1:] & joins[:-1]).sum())

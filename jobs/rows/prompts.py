@@ -22,6 +22,7 @@ from batchinfer.engine.prompts import (
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.rows.conversations import check_messages_column, check_tools_column, read_messages, read_tools
+from batchinfer.jobs.rows.labels import LabelSource
 from batchinfer.jobs.rows.text_columns import check_types, good_texts, is_text, text_column
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text, id_bytes
@@ -69,7 +70,8 @@ class PromptSource:
         if spec.id_column is not None:
             check_types(file, schema, [spec.id_column], _is_id, "text or an integer")
             names.append(spec.id_column)
-        self.columns = list(dict.fromkeys(names))
+        self._labels = LabelSource(spec, tokenizer, max_model_len, schema) if spec.chooses else None
+        self.columns = list(dict.fromkeys([*names, *(self._labels.columns if self._labels else [])]))
         if spec.renders_chats and tokenizer.template is None:
             raise Refused(
                 f"{spec.tokenizer or spec.model} has no chat template; give plain prompts with --prompt-column, or a "
@@ -99,6 +101,8 @@ class PromptSource:
 
         sampling = self._spec.sampling
         requests = requests_that_fit(indices, token_ids, offsets, sampling, self._max_model_len, errors)
+        if self._labels is not None:
+            requests = self._labels.choosing(requests, batch, errors)
         seeds = self._seeds(requests, batch) if sampling.temperature > 0 else requests.seeds
         by_row = {first_row + index: error for index, error in sorted(errors.items())}
         return replace(requests, rows=first_row + requests.rows, seeds=seeds), by_row

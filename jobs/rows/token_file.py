@@ -6,14 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from batchinfer.engine.request import Requests
+from batchinfer.engine.request import Choices, Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.results.durable import naming
-from batchinfer.kernels.ragged import ranges
+from batchinfer.kernels.ragged import Ints, offsets_of, ranges
 
-SCHEMA = pa.schema([pa.field("token_ids", pa.large_list(pa.int32()), nullable=False)])
+LABEL = pa.struct([pa.field("token_ids", pa.list_(pa.int32())), pa.field("text", pa.string())])
+SCHEMA = pa.schema(
+    [
+        pa.field("token_ids", pa.large_list(pa.int32()), nullable=False),
+        pa.field("labels", pa.list_(LABEL)),  # null if rows do not choose
+    ]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +34,7 @@ class StoredRequests:
     seeds: NDArray[np.uint64]  # [n]
     params: tuple[SamplingParams, ...]  # without repetitions
     param_index: NDArray[np.int32]  # [n] into params
+    labels: pa.ChunkedArray | None = None  # [n] lists of `LABEL`, mapped from a file; None if rows do not choose
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -42,6 +50,7 @@ class StoredRequests:
             requests.seeds,
             requests.params,
             requests.param_index,
+            None if requests.choices is None else pa.chunked_array([in_arrow(requests.choices)]),
         )
 
     def prompts(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -52,7 +61,29 @@ class StoredRequests:
     def take(self, index: NDArray[np.int64]) -> Requests:
         """Return the requests at the indices, in this order, in memory."""
         token_ids, offsets = self.prompts(index)
-        return Requests(self.rows[index], token_ids, offsets, self.seeds[index], self.params, self.param_index[index])
+        choices = None if self.labels is None else from_arrow(self.labels.take(pa.array(index)).combine_chunks())
+        seeds, param_index = self.seeds[index], self.param_index[index]
+        return Requests(self.rows[index], token_ids, offsets, seeds, self.params, param_index, choices)
+
+    def most_blocks(self, index: Ints, size: int) -> Ints:
+        """Return the most blocks of `size` tokens that the rows at the indices [m] may need [m]."""
+        if self.labels is None:
+            new = np.array([params.max_tokens for params in self.params], np.int64)[self.param_index[index]]
+            return _in_blocks(self.lengths[index] + new, size)
+        labels = self.labels.take(pa.array(index)).combine_chunks()
+        longest = pc.max(pc.list_value_length(pc.struct_field(labels.flatten(), 0))).as_py()
+        forks: Ints = pc.list_value_length(labels).to_numpy() - 1
+        # A fork has a copy of the block that its label begins in.
+        return _in_blocks(self.lengths[index] + longest, size) + forks * (1 + int(-(-(longest - 1) // size)))
+
+    def label_sets(self) -> Ints:
+        """Return a number for each row [n]; rows with the same number choose from the same texts, in the same order."""
+        if self.labels is None:
+            return np.zeros(len(self), np.int64)
+        # No text holds a NUL character.
+        joined = [_joined(chunk) for chunk in self.labels.chunks]
+        sets: Ints = pa.chunked_array(joined).combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+        return sets
 
 
 class TokenFile:
@@ -65,16 +96,20 @@ class TokenFile:
         self._slices: list[Requests] = []  # without their token ids
         self._params: dict[SamplingParams, int] = {}
         self._param_index: list[NDArray[np.int32]] = []
+        self._chooses = False
         self.rows = self.tokens = 0
 
     def append(self, requests: Requests) -> None:
         """Append a slice of rows, with greater ordinals than all rows before."""
         prompts = pa.LargeListArray.from_arrays(requests.offsets, requests.token_ids)
+        choices = requests.choices
+        labels = pa.nulls(len(requests), SCHEMA.field(1).type) if choices is None else in_arrow(choices)
         with naming(self._path):
-            self._writer.write_batch(pa.RecordBatch.from_arrays([prompts], schema=SCHEMA))
+            self._writer.write_batch(pa.RecordBatch.from_arrays([prompts, labels], schema=SCHEMA))
         indices = [self._params.setdefault(params, len(self._params)) for params in requests.params]
         self._param_index.append(np.array(indices, np.int32)[requests.param_index])
-        self._slices.append(replace(requests, token_ids=np.zeros(0, np.int32)))
+        self._chooses = choices is not None
+        self._slices.append(replace(requests, token_ids=np.zeros(0, np.int32), choices=None))
         self.rows += len(requests)
         self.tokens += len(requests.token_ids)
 
@@ -88,9 +123,11 @@ class TokenFile:
         self._path.unlink()
         whole = mapped.read_buffer()
         batches = pa.ipc.open_file(mapped)
-        starts = []
+        starts, labels = [], []
         for i, requests in enumerate(self._slices):
-            token_ids = batches.get_batch(i).column(0).values
+            batch = batches.get_batch(i)
+            token_ids = batch.column(0).values
+            labels.append(batch.column(1))
             starts.append((token_ids.buffers()[1].address - whole.address) // 4 + requests.offsets[:-1])
         return StoredRequests(
             np.concatenate([requests.rows for requests in self._slices]),
@@ -100,6 +137,7 @@ class TokenFile:
             np.concatenate([requests.seeds for requests in self._slices]),
             tuple(self._params),
             np.concatenate(self._param_index),
+            pa.chunked_array(labels) if self._chooses else None,
         )
 
     def close(self) -> None:
@@ -107,6 +145,40 @@ class TokenFile:
         with suppress(OSError):  # closing writes the buffered rest, which fails again
             self._writer.close()
         self._path.unlink(missing_ok=True)
+
+
+def in_arrow(choices: Choices) -> pa.ListArray:
+    """Return the choices of n rows as lists [n] of `LABEL`."""
+    ids = pa.ListArray.from_arrays(choices.offsets.astype(np.int32), choices.token_ids)
+    bounds, texts = choices.text_offsets.astype(np.int32), choices.texts
+    named = pa.StringArray.from_buffers(len(ids), pa.py_buffer(bounds), pa.py_buffer(texts.tobytes()))
+    return pa.ListArray.from_arrays(
+        choices.rows.astype(np.int32), pa.StructArray.from_arrays([ids, named], fields=list(LABEL))
+    )
+
+
+def from_arrow(labels: pa.ListArray) -> Choices:
+    """Return lists [n] of `LABEL` as choices, in memory."""
+    ids, texts = labels.flatten().flatten()
+    lengths = pc.binary_length(texts).to_numpy(zero_copy_only=False).astype(np.int64)
+    return Choices(
+        ids.flatten().to_numpy(),
+        offsets_of(pc.list_value_length(ids).to_numpy(zero_copy_only=False).astype(np.int64)),
+        offsets_of(pc.list_value_length(labels).to_numpy(zero_copy_only=False).astype(np.int64)),
+        np.frombuffer("".join(texts.to_pylist()).encode(), np.uint8),
+        offsets_of(lengths),
+    )
+
+
+def _in_blocks(tokens: Ints, size: int) -> Ints:
+    blocks: Ints = -(-tokens // size)
+    return blocks
+
+
+def _joined(labels: pa.ListArray) -> pa.StringArray:
+    """Return the texts of each list as one."""
+    texts = pa.ListArray.from_arrays(labels.offsets, pc.struct_field(labels.values, 1))
+    return pc.binary_join(texts, "\0")
 
 
 def cut(lengths: NDArray[np.int64], most_rows: int, most_tokens: int) -> list[slice]:

@@ -84,7 +84,19 @@ def prompts() -> list[list[int]]:
 
 def test_the_scores_are_those_of_transformers(model: Path) -> None:
     asked = prompts()
-    labels = [LABELS, LABELS, SHARED_START, [[9]], LABELS, SHARED_START, LABELS, *[LABELS] * 3, SHARED_START, LABELS[:2], LABELS]
+    labels = [
+        LABELS,
+        LABELS,
+        SHARED_START,
+        [[9]],
+        LABELS,
+        SHARED_START,
+        LABELS,
+        *[LABELS] * 3,
+        SHARED_START,
+        LABELS[:2],
+        LABELS,
+    ]
     assert len(labels) == len(asked)
     found = scored(engine_of(model, **ends()), requests_of(asked, labels))
     for row, expected in enumerate(by_transformers(model, asked, labels)):
@@ -124,7 +136,12 @@ def test_rows_that_generate_and_rows_that_choose_do_not_disturb_each_other(llama
     asked = prompts()
     choosing = requests_of(asked, [LABELS] * len(asked))
     plain = Requests.of(asked, SamplingParams(max_tokens=20, ignore_eos=True))
-    plain = Requests(plain.rows + 100, *[getattr(plain, name) for name in ("token_ids", "offsets", "seeds")], plain.params, plain.param_index)
+    plain = Requests(
+        plain.rows + 100,
+        *[getattr(plain, name) for name in ("token_ids", "offsets", "seeds")],
+        plain.params,
+        plain.param_index,
+    )
     alone = scored(engine_of(llama, **ends()), choosing)
     engine = engine_of(llama, **{**ends(), "speculation": Speculation("ngram")})
     expected = {row: c.tokens_of(i) for c in engine.generate(plain) for i, row in enumerate(c.rows.tolist())}
@@ -167,7 +184,9 @@ def test_a_step_that_memory_does_not_hold_comes_again(model: Path, monkeypatch: 
 
 def test_a_row_with_more_labels_than_places_is_refused(llama: Path) -> None:
     engine = engine_of(llama, **ends(max_num_seqs=4))
-    with pytest.raises(ValueError, match=r"row 0 chooses from labels that need 5 sequences side by side .* there are 4"):
+    with pytest.raises(
+        ValueError, match=r"row 0 chooses from labels that need 5 sequences side by side .* there are 4"
+    ):
         engine.add(requests_of([[3]], [[[n] for n in range(20, 25)]]))
 
 

@@ -1,0 +1,12 @@
+"""The result columns of a job, by its flags."""
+
+import pyarrow as pa
+
+from batchinfer.jobs.results.label_columns import label_fields
+from batchinfer.jobs.results.schema import result_fields
+from batchinfer.jobs.spec import JobSpec
+
+
+def fields_of(spec: JobSpec) -> list[pa.Field]:
+    """Return the columns that the job writes beside the input's."""
+    return result_fields(spec.n, label_fields(spec))
