@@ -69,7 +69,10 @@ class Results:
         `prompt_tokens` [n] are the prompt lengths of the n samples, and `labels` [n] what each row chose from. A row's
         own columns are those of its first sample, or of its first failed sample if any failed.
         """
-        answers = self._answers(completions)
+        chosen: list[pa.Array] = []
+        if completions.scores is not None and labels is not None:
+            chosen = label_columns(label_fields(self._spec), completions.scores, labels)
+        answers = self._answers(completions, chosen[0] if chosen else None)
         failed = (completions.finish_reasons == FinishReason.ERROR).reshape(-1, self._spec.computed_samples)
         own = np.arange(failed.size)[:: failed.shape[1]] + failed.argmax(axis=1)
         rows = completions.rows[own]
@@ -77,19 +80,21 @@ class Results:
         for i in np.flatnonzero(failed.any(axis=1)).tolist():
             errors[i] = completions.errors[int(rows[i])]
         asked = [samples_of(answers, failed, self._spec.n)] if self._spec.n > 1 else []
-        if completions.scores is not None and labels is not None:
-            asked = label_columns(label_fields(self._spec), completions.scores, labels) + asked
-        self._collect(rows, answers.take(pa.array(own)), pa.array(prompt_tokens[own]), errors, asked)
+        self._collect(rows, answers.take(pa.array(own)), pa.array(prompt_tokens[own]), errors, chosen + asked)
 
-    def _answers(self, completions: Completions) -> pa.StructArray:
-        """Return the samples' columns [n], as `SAMPLE`; a failed sample has no text."""
+    def _answers(self, completions: Completions, choices: pa.Array | None) -> pa.StructArray:
+        """Return the samples' columns [n], as `SAMPLE`; a failed sample has no text. Rows that choose have `choices`."""
+        lengths = np.diff(completions.offsets).astype(np.int32)
+        self.new_tokens.update(lengths.tolist())
+        texts = self._texts(completions) if choices is None else choices
+        return answers_of(texts, completions.finish_reasons, pa.array(lengths))
+
+    def _texts(self, completions: Completions) -> pa.Array:
         ends = self._spec.sampling.stop, self._spec.sampling.stop_token_ids
         texts: list[str | None] = [*printed_answers(self._tokenizer, completions.token_ids, completions.offsets, *ends)]
         for i in np.flatnonzero(completions.finish_reasons == FinishReason.ERROR).tolist():
             texts[i] = None
-        lengths = np.diff(completions.offsets).astype(np.int32)
-        self.new_tokens.update(lengths.tolist())
-        return answers_of(pa.array(texts, pa.string()), completions.finish_reasons, pa.array(lengths))
+        return pa.array(texts, pa.string())
 
     def refuse(self, errors: dict[int, RowError]) -> None:
         """Take rows that failed without an answer, by ordinal. Their token counts are null."""
