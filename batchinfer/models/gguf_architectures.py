@@ -49,14 +49,6 @@ def _granite(entries: Entries) -> dict[str, Any]:
     return {}
 
 
-def _granite_hybrid(entries: Entries) -> dict[str, Any]:
-    return {
-        "position_embedding_type": "rope" if entries.flag("rope.scaling.finetuned", True) else "nope",
-        "layer_types": _kinds(entries, "full_attention", "mamba"),
-        "shared_intermediate_size": entries.inner("ffn_down_shexp") or entries.inner("ffn_down"),
-    }
-
-
 def _gemma2(entries: Entries) -> dict[str, Any]:
     return {
         "sliding_window": entries.number("attention.sliding_window", 4096),
@@ -191,8 +183,7 @@ ARCHITECTURES = {
     "glm4moe": Architecture("glm4_moe", same=("solar_open",), scores=SIGMOID, normalized=False),
     "gpt-oss": Architecture("gpt_oss", fields=_gpt_oss, every=2, scores=SOFTMAX_OF_CHOSEN),
     "gptneox": Architecture("gpt_neox", fields=_gpt_neox),
-    "granite": Architecture("granite", fields=_granite, interleaved=True),
-    "granitehybrid": Architecture("granitemoehybrid", fields=_granite_hybrid, interleaved=True),
+    "granite": Architecture("granite", same=("granitemoehybrid",), fields=_granite, interleaved=True),
     "granitemoe": Architecture(
         "granite", {"expert_count": "granitemoeshared"}, ("granitemoe",), fields=_granite, interleaved=True
     ),

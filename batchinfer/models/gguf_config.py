@@ -1,7 +1,7 @@
 """Making a checkpoint's `config.json` from a GGUF model. This module does not import torch.
 
-`_FIELDS` says of a field of `config.json` what in the file it is taken from. A model gets those that its family reads,
-and on top what its architecture alone knows.
+`_FACTS` says of fields of `config.json` what in the file they are taken from: fields in one line mean the same in
+different families. A model gets those that its family reads, and on top what its architecture alone knows.
 """
 
 from collections.abc import Callable
@@ -14,70 +14,59 @@ from batchinfer.models.gguf_entries import Entries, shown
 from batchinfer.models.gguf_rope import rope_parameters
 
 _RMS_NORM, _LAYER_NORM = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
-_FIELDS: dict[str, Callable[[Entries, Architecture], Any]] = {
-    "vocab_size": lambda e, a: e.file.tensors["token_embd.weight"].shape[0],
-    "hidden_size": lambda e, a: e.size("embedding_length"),
-    "intermediate_size": lambda e, a: e.inner("ffn_down") or e.inner("ffn_down_exps"),
-    "num_hidden_layers": lambda e, a: e.layers,
-    "num_attention_heads": lambda e, a: e.size("attention.head_count"),
-    "num_key_value_heads": lambda e, a: e.number("attention.head_count_kv", e.size("attention.head_count")),
-    "head_dim": lambda e, a: e.head_dim,
-    "max_position_embeddings": lambda e, a: e.number("context_length"),
-    "rms_norm_eps": lambda e, a: None if e.has(_LAYER_NORM) else e.number(_RMS_NORM),
-    "layer_norm_eps": lambda e, a: e.number(_LAYER_NORM),
-    "norm_epsilon": lambda e, a: e.number(_LAYER_NORM),
-    "norm_eps": lambda e, a: e.number(_LAYER_NORM if e.has(_LAYER_NORM) else _RMS_NORM),
-    "tie_word_embeddings": lambda e, a: "output.weight" not in e.file.tensors,
-    # Biases and norms of heads: what is stored is there.
-    "attention_bias": lambda e, a: e.biased("attn_q") or e.biased("attn_qkv"),
-    "qkv_bias": lambda e, a: e.biased("attn_q") or e.biased("attn_qkv"),
-    "use_qkv_bias": lambda e, a: e.biased("attn_q") or e.biased("attn_qkv"),
-    "use_bias": lambda e, a: e.biased("attn_q") or e.biased("attn_qkv"),
-    "attention_out_bias": lambda e, a: e.biased("attn_output"),
-    "mlp_bias": lambda e, a: e.biased("ffn_up"),
-    "qk_layernorm": lambda e, a: any(e.having("attn_q_norm.weight")),
-    "use_qk_norm": lambda e, a: any(e.having("attn_q_norm.weight")),
-    "sliding_window": lambda e, a: e.number_or_none("attention.sliding_window"),
-    "attention_multiplier": lambda e, a: e.number("attention.scale", e.head_dim**-0.5),
-    "embedding_multiplier": lambda e, a: e.number("embedding_scale", 1.0),
-    "residual_multiplier": lambda e, a: e.number("residual_scale", 1.0),
-    "logits_scaling": lambda e, a: e.number("logit_scale", 1.0),
-    "logit_scale": lambda e, a: e.number("logit_scale", 1.0),
-    "attn_logit_softcapping": lambda e, a: e.number_or_none("attn_logit_softcapping"),
-    "final_logit_softcapping": lambda e, a: e.number_or_none("final_logit_softcapping"),
-    "clip_qkv": lambda e, a: e.number_or_none("attention.clamp_kqv"),
-    # Experts. The sizes of blocks are those of the tensors: not all files say them.
-    **dict.fromkeys(
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
-        lambda e, a: e.number("expert_count", 0),
+Fact = Callable[[Entries], Any]
+_FACTS: tuple[tuple[str, Fact], ...] = (
+    ("vocab_size", lambda e: e.file.tensors["token_embd.weight"].shape[0]),
+    ("hidden_size", lambda e: e.size("embedding_length")),
+    ("num_hidden_layers", lambda e: e.layers),
+    ("num_attention_heads", lambda e: e.size("attention.head_count")),
+    ("num_key_value_heads", lambda e: e.number("attention.head_count_kv", e.size("attention.head_count"))),
+    ("head_dim", lambda e: e.head_dim),
+    ("max_position_embeddings", lambda e: e.number("context_length")),
+    ("tie_word_embeddings", lambda e: "output.weight" not in e.file.tensors),
+    ("rms_norm_eps", lambda e: None if e.has(_LAYER_NORM) else e.number(_RMS_NORM)),
+    ("layer_norm_eps norm_epsilon", lambda e: e.number(_LAYER_NORM)),
+    ("norm_eps", lambda e: e.number(_LAYER_NORM if e.has(_LAYER_NORM) else _RMS_NORM)),
+    ("sliding_window", lambda e: e.number_or_none("attention.sliding_window")),
+    ("attention_multiplier", lambda e: e.number("attention.scale", e.head_dim**-0.5)),
+    ("embedding_multiplier", lambda e: e.number("embedding_scale", 1.0)),
+    ("residual_multiplier", lambda e: e.number("residual_scale", 1.0)),
+    ("logits_scaling logit_scale", lambda e: e.number("logit_scale", 1.0)),
+    ("attn_logit_softcapping", lambda e: e.number_or_none("attn_logit_softcapping")),
+    ("final_logit_softcapping", lambda e: e.number_or_none("final_logit_softcapping")),
+    ("clip_qkv", lambda e: e.number_or_none("attention.clamp_kqv")),
+    # Biases and norms of heads: those that are stored.
+    ("attention_bias qkv_bias use_qkv_bias use_bias", lambda e: e.biased("attn_q") or e.biased("attn_qkv")),
+    ("attention_out_bias", lambda e: e.biased("attn_output")),
+    ("mlp_bias", lambda e: e.biased("ffn_up")),
+    ("qk_layernorm use_qk_norm", lambda e: any(e.having("attn_q_norm.weight"))),
+    # Feed-forward blocks have the sizes of their tensors: not all files say them.
+    ("intermediate_size", lambda e: e.inner("ffn_down") or e.inner("ffn_down_exps")),
+    ("moe_intermediate_size", lambda e: e.inner("ffn_down_exps")),
+    ("shared_expert_intermediate_size shared_intermediate_size", lambda e: e.inner("ffn_down_shexp")),
+    (
+        "n_shared_experts num_shared_experts moe_num_shared_experts",
+        lambda e: e.inner("ffn_down_shexp") // max(1, e.inner("ffn_down_exps")),
     ),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k"), lambda e, a: e.number("expert_used_count", 0)),
-    "moe_intermediate_size": lambda e, a: e.inner("ffn_down_exps"),
-    "shared_expert_intermediate_size": lambda e, a: e.inner("ffn_down_shexp"),
-    "shared_intermediate_size": lambda e, a: e.inner("ffn_down_shexp"),
-    **dict.fromkeys(
-        ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
-        lambda e, a: e.inner("ffn_down_shexp") // max(1, e.inner("ffn_down_exps")),
-    ),
-    "norm_topk_prob": lambda e, a: e.flag("expert_weights_norm", a.normalized),
-    "routed_scaling_factor": lambda e, a: e.number_or_none("expert_weights_scale") or 1.0,
-    "n_group": lambda e, a: e.number_or_none("expert_group_count") or 1,
-    "topk_group": lambda e, a: e.number_or_none("expert_group_used_count") or 1,
-    "use_expert_bias": lambda e, a: any(e.having("exp_probs_b.bias")),
-    # Which layers have experts: what is stored is there.
-    "first_k_dense_replace": lambda e, a: _first_mixture(e),
-    "num_dense_layers": lambda e, a: _first_mixture(e),
-    "mlp_only_layers": lambda e, a: [i for i, mixture in enumerate(_mixtures(e)) if not mixture],
-    "mlp_layer_types": lambda e, a: ["sparse" if mixture else "dense" for mixture in _mixtures(e)],
+    # Layers with experts: those where they are stored.
+    ("first_k_dense_replace num_dense_layers", lambda e: [*_mixtures(e), True].index(True)),
+    ("mlp_only_layers", lambda e: [i for i, mixture in enumerate(_mixtures(e)) if not mixture]),
+    ("mlp_layer_types", lambda e: ["sparse" if mixture else "dense" for mixture in _mixtures(e)]),
+    ("num_experts num_local_experts n_routed_experts moe_num_experts", lambda e: e.number("expert_count", 0)),
+    ("num_experts_per_tok moe_k", lambda e: e.number("expert_used_count", 0)),
+    ("routed_scaling_factor", lambda e: e.number_or_none("expert_weights_scale") or 1.0),
+    ("n_group", lambda e: e.number_or_none("expert_group_count") or 1),
+    ("topk_group", lambda e: e.number_or_none("expert_group_used_count") or 1),
+    ("use_expert_bias", lambda e: any(e.having("exp_probs_b.bias"))),
     # Gated DeltaNets and short convolutions.
-    "linear_conv_kernel_dim": lambda e, a: e.size("ssm.conv_kernel"),
-    "linear_key_head_dim": lambda e, a: e.size("ssm.state_size"),
-    "linear_num_key_heads": lambda e, a: e.size("ssm.group_count"),
-    "linear_num_value_heads": lambda e, a: e.size("ssm.time_step_rank"),
-    "linear_value_head_dim": lambda e, a: e.size("ssm.inner_size") // e.size("ssm.time_step_rank"),
-    "conv_L_cache": lambda e, a: e.size("shortconv.l_cache"),
-}  # fmt: skip
-
+    ("linear_conv_kernel_dim", lambda e: e.size("ssm.conv_kernel")),
+    ("linear_key_head_dim", lambda e: e.size("ssm.state_size")),
+    ("linear_num_key_heads", lambda e: e.size("ssm.group_count")),
+    ("linear_num_value_heads", lambda e: e.size("ssm.time_step_rank")),
+    ("linear_value_head_dim", lambda e: e.size("ssm.inner_size") // e.size("ssm.time_step_rank")),
+    ("conv_L_cache", lambda e: e.size("shortconv.l_cache")),
+)
+_FIELDS = {name: fact for names, fact in _FACTS for name in names.split()}
 _OF_ALL = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
@@ -119,16 +108,27 @@ def config_of(entries: Entries) -> dict[str, Any]:
     config: dict[str, Any] = {"model_type": name, "dtype": _dtype(entries.file)}
     for key in dict.fromkeys((*_OF_ALL, *known)):
         if key in _FIELDS and key not in own:
-            config[key] = _FIELDS[key](entries, architecture)
+            config[key] = _FIELDS[key](entries)
+    if "norm_topk_prob" in known:
+        config["norm_topk_prob"] = entries.flag("expert_weights_norm", architecture.normalized)
     if architecture.every:
         config["layer_types"] = _layer_types(entries, architecture.every)
     if "rope_parameters" not in own:
         partial = not {"partial_rotary_factor", "rotary_pct"}.isdisjoint(known)
         config["rope_parameters"] = rope_parameters(entries, partial)
-    fixed = _NEUTRAL | {"expert_weights_norm": architecture.normalized}
-    entries.refuse_others({key: value for key, value in fixed.items() if key not in entries.read})
-    entries.refuse_others({"attention.value_length": entries.head_dim, "expert_gating_func": architecture.scores})
+    _refuse_other_models(entries, architecture)
     return config | own
+
+
+def _refuse_other_models(entries: Entries, architecture: Architecture) -> None:
+    """Raise `ValueError` for an entry that asks for another computation."""
+    size = entries.head_dim
+    as_usual = {
+        "attention.key_length_swa": size, "rope.freq_base_swa": entries.number("rope.freq_base", 10000.0),
+        "expert_weights_norm": architecture.normalized,
+    }  # fmt: skip
+    unread = {key: value for key, value in (_NEUTRAL | as_usual).items() if key not in entries.read}
+    entries.refuse_others(unread | {"attention.value_length": size, "expert_gating_func": architecture.scores})
 
 
 def _layer_types(entries: Entries, every: int) -> list[str]:
@@ -145,8 +145,3 @@ def _dtype(file: GGUFParts) -> str:
 def _mixtures(entries: Entries) -> list[bool]:
     """Return whether each layer has experts."""
     return entries.having("ffn_gate_inp.weight")
-
-
-def _first_mixture(entries: Entries) -> int:
-    """Return the number of layers before the first that has experts."""
-    return [*_mixtures(entries), True].index(True)
