@@ -121,6 +121,8 @@ class Entries:
 
     def rope_numbers(self, tensor: str) -> list[float]:
         """Return the numbers of a tensor by which rotary embedding divides."""
+        if tensor not in self.file.tensors:
+            raise ValueError(f"{self.file.path} has no tensor {tensor}")
         stored = self.file.tensors[tensor]
         if stored.type != "F32":
             raise ValueError(f"{self.file.path}: tensor {tensor} is {stored.type}; expected F32")

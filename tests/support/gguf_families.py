@@ -2,8 +2,12 @@
 
 from typing import Any
 
-from families import CASES, LONG, YARN
+from families import ALTERNATING, CASES, LONG, YARN
 
+PROPORTIONAL = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+}  # fmt: skip
 ADAPTED: dict[str, dict[str, Any]] = {
     "arcee": {},
     "cohere": {"tie_word_embeddings": True},
@@ -19,6 +23,8 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "gemma": {},
     "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 32},
     "gemma3_text": {"query_pre_attn_scalar": 32, "num_hidden_layers": 7, "layer_types": None},
+    "gemma4_text": {"rope_parameters": PROPORTIONAL, "attention_k_eq_v": False, "num_global_key_value_heads": None},
+    "gemma4_text, like 31B": {"rope_parameters": PROPORTIONAL, "layer_types": ALTERNATING, "attention_bias": False},
     "glm": {},
     "glm4": {},
     "glm4_moe": {},

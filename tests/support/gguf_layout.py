@@ -56,6 +56,20 @@ def laid_out(model: Path, config: dict[str, Any]) -> Iterator[tuple[str, Values]
             yield found, np.ascontiguousarray(part)
 
 
+def with_joined(tensors: dict[str, Values]) -> dict[str, Values]:
+    """Store queries, keys and values as one, and gate and up of experts, as the converter does if it is asked to."""
+    made = dict(tensors)
+    for parts, name, axis in (
+        ("attn_q attn_k attn_v", "attn_qkv", 0),
+        ("ffn_gate_exps ffn_up_exps", "ffn_gate_up_exps", 1),
+    ):
+        first, *others = parts.split()
+        for found in [tensor for tensor in tensors if f".{first}." in tensor]:
+            together = [made.pop(found.replace(first, part)) for part in (first, *others)]
+            made[found.replace(first, name)] = np.concatenate(together, 0 if found.endswith(".bias") else axis)
+    return made
+
+
 def _stacked(tensors: dict[str, Values]) -> dict[str, Values]:
     """The tensors of experts, and of the norms of heads, as one for all."""
     made: dict[str, Any] = {}

@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import tokenizers
 from gguf import GGMLQuantizationType as Q
-from gguf_layout import architecture_of, config_of, divisors_of, entries_of, laid_out
+from gguf_layout import architecture_of, config_of, divisors_of, entries_of, laid_out, with_joined
 from gguf_texts import TEXTS
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -68,21 +68,27 @@ def write_model(
     pre: str = "gpt-2",
     tensors_a_file: int = 0,
     expanded: bool = False,
-    **divisors: np.ndarray,
+    joined: bool = False,
+    changes: dict[str, Any] | None = None,
+    **more: np.ndarray,
 ) -> None:
     """A checkpoint of transformers as the format's own converter lays it out; in one file unless told otherwise.
 
     Matrices are quantized, but not those that decide which experts compute, and those of convolutions; of a kind
-    "Q8_0, MXFP4" the second one is for experts. With `expanded`, the numbers that they stand for are stored instead.
+    "Q8_0, MXFP4" the second one is for experts. With `expanded`, the numbers that they stand for are stored instead;
+    with `joined`, matrices with the same input as one. `changes` are entries that differ, without those that are None,
+    and `more` are further tensors.
     """
     usual, _, of_experts = kind.partition(", ")
     config = config_of(model)
     architecture = architecture_of(config)
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_file)
-    for key, value in entries_of(config).items():
-        add_entry(writer, f"{architecture}.{key}", value)
+    for key, value in {**entries_of(config), **(changes or {})}.items():
+        if value is not None:
+            add_entry(writer, f"{architecture}.{key}", value)
     add_byte_level(writer, byte_level(pre), pre)
-    for name, values in laid_out(model, config):
+    tensors = dict(laid_out(model, config))
+    for name, values in (with_joined(tensors) if joined else tensors).items():
         own = Q[of_experts if of_experts and name.endswith("_exps.weight") else usual]
         if own == Q.F32 or values.ndim == 1 or name.endswith(".bias") or re.search("conv|gate_inp", name):
             writer.add_tensor(name, values)
@@ -92,7 +98,7 @@ def write_model(
             writer.add_tensor(name, gguf.quants.dequantize(quantized, own))
         else:
             writer.add_tensor(name, quantized, raw_dtype=own)
-    for name, value in {**divisors_of(config), **divisors}.items():
+    for name, value in {**divisors_of(config), **more}.items():
         writer.add_tensor(f"{name}.weight", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
