@@ -17,7 +17,7 @@ from pathlib import Path
 from conditions import conditions
 
 from batchinfer.models.config import FAMILIES
-from batchinfer.models.gguf_config import ARCHITECTURES
+from batchinfer.models.gguf_architectures import ARCHITECTURES
 from batchinfer.models.wrappers import WRAPPERS
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def errors() -> dict[tuple[str, str], float]:
 def page() -> str:
     """Return the page."""
     found = errors()
-    in_gguf = {architecture.family for architecture in ARCHITECTURES.values()} | {"mistral"}
+    in_gguf = set[str]().union(*(architecture.families for architecture in ARCHITECTURES.values()))
     ran = conditions()
     by = f"Printed by `python benchmarks/models_page.py`. {ran['machine']}; {ran['versions']}, transformers "
     by += f"{version('transformers')}; {ran['commit']}; {ran['date']}.\n"

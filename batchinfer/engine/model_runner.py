@@ -60,8 +60,8 @@ class ModelRunner:
         self.scheme: QuantScheme = scheme(config.quantization, bool(made_for & self.backend.eight_bits))
         _check_scheme(self.scheme, self.backend)
         self.dtype = _dtype(config, model.dtype, self.backend)
-        weights = _weights(config, model, self.dtype, self.backend.device)
-        model = with_stored_head(model, weights).within(config.max_model_len)
+        weights, model = _weights(config, model, self.dtype, self.backend.device)
+        model = model.within(config.max_model_len)
         path = FourBitPath.choose(config, self.scheme, self.dtype, self.backend)
         loaded = load_decoder(model, self.scheme, self.dtype, weights, self.backend, path.packed)
         self.decoder = loaded.decoder
@@ -211,12 +211,17 @@ class ModelRunner:
         return sum(cache.nbytes for cache in dict.fromkeys(self.caches))
 
 
-def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> WeightSource:
+def _weights(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> tuple[WeightSource, ModelConfig]:
+    """Return where weights are read, and the model as it is stored there."""
     if config.random_weights:
-        return RandomWeights(dtype, device, model.form)
+        return RandomWeights(dtype, device, model.form), model
     if files := weight_files(config.model):
-        return GGUFWeights(files, model)
-    return SafetensorsWeights(config.model, model.form, model.wrapped, model.ends.left_aside)
+        stored = GGUFWeights(files, model)
+        return stored, stored.model
+    weights = SafetensorsWeights(config.model, model.form, model.wrapped, model.ends.left_aside)
+    return weights, with_stored_head(model, weights)
 
 
 def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None, eight_bits: bool) -> str:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from batchinfer.formats.gguf_file import TYPES
 from batchinfer.formats.gguf_parts import GGUFParts, part_files, part_names
-from batchinfer.models.gguf_config import Entries
+from batchinfer.models.gguf_config import config_of, entries_of
 from batchinfer.models.gguf_tokenizer import end_of_text_ids, tokenizer_files
 
 _WEIGHTS = "model.gguf"
@@ -31,7 +31,7 @@ def unpack_gguf(path: Path, folder: Path, tokenizer: bool = True) -> None:
     """
     paths = part_files(path)
     file = GGUFParts(paths)
-    entries = Entries.of(file)
+    entries = entries_of(file)
     refusals, files = [], {}
     try:
         files = tokenizer_files(file) if tokenizer else {}
@@ -41,7 +41,7 @@ def unpack_gguf(path: Path, folder: Path, tokenizer: bool = True) -> None:
         refusals.append(_types(file))
     if refusals:
         raise ValueError("; and ".join(refusals))
-    files["config.json"] = entries.config()
+    files["config.json"] = config_of(entries)
     eos_ids = end_of_text_ids(file)
     files["generation_config.json"] = {"eos_token_id": eos_ids} if eos_ids else {}
     links = [_WEIGHTS] if len(paths) == 1 else part_names(f"model-00001-of-{len(paths):05}.gguf")

@@ -1,127 +1,149 @@
-"""Reading weights from GGUF files by their Hugging Face names."""
+"""Reading weights from GGUF files."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from batchinfer.formats.gguf_file import StoredTensor
 from batchinfer.formats.gguf_numbers import dequantize
 from batchinfer.formats.gguf_parts import GGUFParts
 from batchinfer.host.files import Checksums
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.gguf_config import ARCHITECTURES, Entries
-from batchinfer.models.tensors import Matrix, Norm, Stack
+from batchinfer.models.gguf_architectures import ARCHITECTURES
+from batchinfer.models.gguf_config import entries_of
+from batchinfer.models.gguf_layout import expert_tensor, in_gguf
+from batchinfer.models.gguf_rope import TENSORS as ROPE
+from batchinfer.models.mixer import GatedDeltaNet
+from batchinfer.models.tensors import Matrix, Stack
 from batchinfer.models.weights import refuse_not_finite
+
+Change = Callable[[Tensor], Tensor]
 
 
 class GGUFWeights:
-    """A `WeightSource` over a model's GGUF files, in order: every tensor is dequantized when it is read."""
+    """A `WeightSource` over a model's GGUF files, in order: every tensor is dequantized when it is read.
+
+    `model` is the config with the names and forms that tensors have in these files, by which they are read.
+    """
 
     def __init__(self, files: list[Path], model: ModelConfig) -> None:
         self.file = GGUFParts(files)
         self.checksums = Checksums(files)
-        self.stored = stored_modules(model)
-        # Some architectures order the rows of q and k so that rotary embedding pairs neighbours; here it pairs halves.
-        architecture = ARCHITECTURES[Entries.of(self.file).name]
-        self.interleaved = _rotated(model) if architecture.interleaved else {}
-        # GGUF files hold whole weights of norms, where Gemma's checkpoints hold their distance from 1.
-        self.added = {f"{at}{norm.name}.weight": norm.added for at, norm in _norms(model)}
+        entries = entries_of(self.file)
+        architecture = ARCHITECTURES[entries.name]
+        self.model = in_gguf(model, self.file.tensors, architecture.interleaved)
+        self.changes = _changes(self.model, architecture.tiled)
         kinds = sorted({tensor.type for tensor in self.file.tensors.values()} - {"F32"})
         self.stored_as = f"GGUF, {', '.join(kinds)}" if kinds else None
-        # RoPE's divisors are in the config already.
-        self.taken = {"rope_freqs.weight"}
+        self.taken = set(ROPE)  # they are in the config already
+        self._experts: dict[str, int] = {}  # tensor of all experts -> number of those that were taken
+        for i in range(entries.layers, entries.all_layers):
+            self.drop_all(f"blk.{i}.")
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Return a tensor: float32 if it is quantized, else in its own floating-point type.
+        """Return a tensor, or that of one expert: float32 if it is quantized, else in its own floating-point type.
 
         Raises `ValueError` if it is missing or damaged, or has another shape.
         """
-        stored = self.file.tensors.get(self._stored_name(name))
-        if stored is None:
-            raise ValueError(f"{self.file.path} has no tensor {self._stored_name(name)} (for {name})")
+        expert = expert_tensor(name)
+        stored = self._stored(name if expert is None else expert[0])
         self.taken.add(stored.name)
-        if stored.shape != shape:
+        data, found = self.file.read(stored), stored.shape
+        if expert is not None:
+            count, number = stored.shape[0], expert[1]
+            if number >= count:
+                raise ValueError(
+                    f"{self.file.path}: tensor {stored.name} holds {count} experts; expert_count is larger"
+                )
+            self._experts[stored.name] = max(self._experts.get(stored.name, 0), number + 1)
+            data, found = data.reshape(count, -1)[number], found[1:]
+        # A dimension of 1 is stored in some files and left out in others.
+        if [n for n in found if n != 1] != [n for n in shape if n != 1]:
+            of = "" if expert is None else " for each expert"
             raise ValueError(
-                f"{self.file.path}: tensor {stored.name} has shape {list(stored.shape)}; its hyperparameters ask for "
+                f"{self.file.path}: tensor {stored.name} has shape {list(found)}{of}; its hyperparameters ask for "
                 f"{list(shape)}"
             )
-        tensor = dequantize(self.file.read(stored), stored.type, shape)
+        tensor = dequantize(data, stored.type, shape)
         refuse_not_finite(tensor, f"{self.file.path}: tensor {stored.name}")
-        if added := self.added.get(name):
-            tensor = tensor - added
-        heads = self.interleaved.get(name.rpartition(".")[0])
-        return tensor if heads is None else _halves(tensor, heads)
+        return self.changes[name](tensor) if name in self.changes else tensor
+
+    def _stored(self, name: str) -> StoredTensor:
+        if name not in self.file.tensors:
+            raise ValueError(f"{self.file.path} has no tensor {name}")
+        return self.file.tensors[name]
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Tensor:
         """Return a module's weight [N, K]."""
         return self.take(f"{module}.weight", shape)
 
     def stack(self, prefix: str, module: Matrix, stack: Stack) -> Tensor:
-        """Return the weight [N, K] of a module that holds the matrices of all experts, one below the other."""
-        return self.take(f"{prefix}{module.name}.weight", stack.weight_shape(module.rows, module.columns)).flatten(0, 1)
-
-    def has_own_head(self, config: ModelConfig) -> bool:
-        """Return False: the config was made from this file, and ties the head only if the file has none."""
-        return False
+        """Raise `AssertionError`: each expert is read by itself."""
+        raise AssertionError(f"{prefix}{module.name} is not read as a whole")
 
     def drop(self, name: str) -> None:
         """Count a tensor as used without reading it; it may be missing."""
-        self.taken.add(self._stored_name(name))
+        self.taken.add(name)
 
     def drop_all(self, beginning: str) -> None:
-        """Count all tensors of a module as used; there may be none."""
-        stored = self.stored.get(beginning.removesuffix("."))
-        self.taken.update(name for name in self.file.tensors if stored and name.startswith(f"{stored}."))
-
-    def _stored_name(self, name: str) -> str:
-        if name in self.stored:  # a tensor by itself, which belongs to no module
-            return f"{self.stored[name]}.weight"
-        module, _, end = name.rpartition(".")
-        return f"{self.stored[module]}.{end}"
+        """Count all tensors whose names begin like this as used; there may be none."""
+        self.taken.update(name for name in self.file.tensors if name.startswith(beginning))
 
     def finish(self) -> None:
         """Raise `ValueError` if a tensor was not used or the file's checksum is wrong."""
         self.checksums.check()
+        for name, experts in self._experts.items():
+            if (held := self.file.tensors[name].shape[0]) != experts:
+                raise ValueError(f"{self.file.path}: tensor {name} holds {held} experts; expert_count is {experts}")
         if left := sorted(self.file.tensors.keys() - self.taken):
             raise ValueError(
                 f"{self.file.path} has {len(left)} tensors that the model does not use: {', '.join(left[:5])}"
             )
 
 
-def stored_modules(model: ModelConfig) -> dict[str, str]:
-    """Return the name that GGUF files use for each module of a checkpoint."""
-    names = {model.embedding.name: "token_embd", model.norm.name: "output_norm", model.head.name: "output"}
-    if (made := model.ends.per_layer) is not None:
-        names |= {made.table.name: "per_layer_token_embd", made.projection.name: "per_layer_model_proj"}
-        names[made.norm.name] = "per_layer_proj_norm"
-    for i, layer in enumerate(model.layers):
-        a, f, p = layer.attention, layer.block, layer.per_layer
-        modules: dict[str, Matrix | Norm | None] = {
-            "attn_norm": layer.input_norm, "attn_q": a.q, "attn_v": a.v, "attn_k": a.k, "attn_output": a.output,
-            "post_attention_norm": layer.attention_norm, "post_ffw_norm": layer.mlp_output_norm,
-            "ffn_norm": layer.mlp_norm, "ffn_gate": f.gate, "ffn_up": f.up, "ffn_down": f.down,
-        }  # fmt: skip
-        if p is not None:
-            modules |= {"inp_gate": p.gate, "proj": p.projection, "post_norm": p.norm}
-        modules |= dict(zip(("attn_q_norm", "attn_k_norm"), a.head_norms or (), strict=False))
-        found = {stored: module for stored, module in modules.items() if module is not None}
-        # If the matrix of keys makes the values too, it is found twice; the name of keys comes last and is kept.
-        names |= {f"{layer.prefix}{module.name}": f"blk.{i}.{stored}" for stored, module in found.items()}
-        if layer.scalar is not None:
-            names[f"{layer.prefix}{layer.scalar}"] = f"blk.{i}.layer_output_scale"
-    return names
+def _changes(model: ModelConfig, tiled: bool) -> dict[str, Change]:
+    """Return by name what makes the numbers that the description means of those in the file."""
+    found: dict[str, Change] = {}
+    norms = [("", model.norm), *((layer.prefix, norm) for layer in model.layers for norm in layer.norms)]
+    for at, norm in norms:
+        if norm.added:  # files hold whole weights
+            found[f"{at}{norm.name}.weight"] = _less(norm.added)
+    for layer in model.layers:
+        if isinstance(layer.mixer, GatedDeltaNet):
+            changes = _delta_net_changes(layer.mixer, tiled)
+            found |= {f"{layer.prefix}{name}": change for name, change in changes.items()}
+    return found
 
 
-def _norms(model: ModelConfig) -> list[tuple[str, Norm]]:
-    """Return all norms, with the beginning of their names."""
-    return [("", model.norm), *((layer.prefix, norm) for layer in model.layers for norm in layer.norms)]
+def _less(number: float) -> Change:
+    return lambda x: x - number
 
 
-def _rotated(model: ModelConfig) -> dict[str, int]:
-    """Return the modules to which rotary embedding applies (q and k of every layer), with their number of heads."""
-    layers = [(layer.prefix, layer.attention) for layer in model.layers]
-    return {f"{at}{m.name}": heads for at, a in layers for m, heads in ((a.q, a.heads), (a.k, a.kv_heads))}
+def _in_order(rows: Tensor) -> Change:
+    return lambda x: x[rows]
 
 
-def _halves(rows: Tensor, heads: int) -> Tensor:
-    """Reorder the rows [heads * d, ...] of each head: first the even ones, then the odd ones."""
-    return rows.view(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+def _delta_net_changes(mixer: GatedDeltaNet, tiled: bool) -> dict[str, Change]:
+    """Return the changes of a DeltaNet's tensors.
+
+    Files hold the decay's factor, not its logarithm. If they are `tiled`, head i of the values belongs to head
+    i % key_heads of the keys, so that heads are reordered here wherever values come in or go out.
+    """
+
+    def logarithm(factor: Tensor) -> Tensor:
+        return (-factor).log()
+
+    if not tiled:
+        return {"ssm_a": logarithm}
+    shared = mixer.heads // mixer.key_heads
+    heads = torch.arange(mixer.heads).view(shared, mixer.key_heads).t().flatten()
+    values = (heads[:, None] * mixer.value_dim + torch.arange(mixer.value_dim)).flatten()
+    keys = 2 * mixer.key_heads * mixer.key_dim
+    channels = torch.cat([torch.arange(keys), keys + values])
+    by_head = ("ssm_beta.weight", "ssm_alpha.weight", "ssm_dt.bias")
+    orders = {"attn_qkv.weight": channels, "ssm_conv1d.weight": channels, "attn_gate.weight": values}
+    orders |= dict.fromkeys(by_head, heads)
+    changes = {name: _in_order(order) for name, order in orders.items()}
+    return changes | {"ssm_a": lambda x: logarithm(x[heads]), "ssm_out.weight": lambda x: x[:, values]}

@@ -48,16 +48,12 @@ class WeightSource(Protocol):
         """Count all tensors whose names begin like this as used without reading them; there may be none."""
         ...
 
-    def has_own_head(self, config: ModelConfig) -> bool:
-        """Return whether the tensors hold a head, and it is another matrix than the embedding."""
-        ...
-
     def finish(self) -> None:
         """Raise `ValueError` if a tensor was not used or a file's checksum is wrong."""
         ...
 
 
-def with_stored_head(config: ModelConfig, weights: WeightSource) -> ModelConfig:
+def with_stored_head(config: ModelConfig, weights: "SafetensorsWeights") -> ModelConfig:
     """Return the config with the head that is stored: the tensors decide, whatever `tie_word_embeddings` says."""
     if not config.tied or not weights.has_own_head(config):
         return config
@@ -109,7 +105,10 @@ class SafetensorsWeights:
         return self.prefixes.stored(name) in self.files
 
     def has_own_head(self, config: ModelConfig) -> bool:
-        """Compare the head with the embedding, a slice of both at a time."""
+        """Return whether the tensors hold a head, and it is another matrix than the embedding.
+
+        They are compared a slice at a time.
+        """
         modules = (config.head.name, config.embedding.name)
         head, embedding = (self.prefixes.stored(f"{module}.weight") for module in modules)
         if not self.has(head) or not self.has(embedding):
@@ -233,10 +232,6 @@ class RandomWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return (): a format that asks for a stored shape gets a scalar."""
         return ()
-
-    def has_own_head(self, config: ModelConfig) -> bool:
-        """Return False: the config decides."""
-        return False
 
     def drop(self, name: str) -> None:
         """Do nothing."""

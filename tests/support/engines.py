@@ -85,14 +85,19 @@ def assert_logits_of_transformers(model: Path) -> None:
 
 def compare_logits(engine: Engine, oracle: Any, prompts: list[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
     """(ours, the oracle's) logits [V] of the first and the second new token of each prompt."""
+    for known, ours in logits_of(engine, prompts):
+        with torch.no_grad():
+            yield ours, oracle(torch.from_numpy(known)[None]).logits[0, -1]
+
+
+def logits_of(engine: Engine, prompts: list[list[int]]) -> Iterator[tuple[Any, Tensor]]:
+    """(known tokens, logits [V] of the next one), for the first and the second new token of each prompt."""
     engine.add(Requests.of(prompts, SamplingParams(max_tokens=2, ignore_eos=True)))
     while (batch := engine.scheduler.schedule()) is not None:
         with torch.inference_mode():
             logits = engine.runner.decoder.forward(batch, engine.runner.caches)[: len(batch.sequences)]
         for place, ours in zip(batch.sequences.tolist(), logits, strict=True):
-            known = engine.table.tokens[place, : engine.table.length[place]].astype(np.int64)
-            with torch.no_grad():
-                yield ours, oracle(torch.from_numpy(known)[None]).logits[0, -1]
+            yield engine.table.tokens[place, : engine.table.length[place]].astype(np.int64), ours
         engine.scheduler.update(batch, logits.argmax(-1).numpy())
         for place in batch.sequences.tolist():
             if engine.table.length[place] == engine.table.end[place]:

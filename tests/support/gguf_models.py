@@ -1,6 +1,7 @@
 """Checkpoints of transformers as GGUF files, written by the format's own library."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import gguf
 import numpy as np
 import tokenizers
 from gguf import GGMLQuantizationType as Q
+from gguf_layout import architecture_of, config_of, divisors_of, entries_of, laid_out, with_joined
 from gguf_texts import TEXTS
-from safetensors.torch import load_file
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 
@@ -52,104 +53,52 @@ def byte_level(pre: str) -> tokenizers.Tokenizer:
     return train(cut, normalizers.NFC() if pre == "qwen2" else None)
 
 
-NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-AROUND = {
-    "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
-    "post_feedforward_layernorm": "post_ffw_norm",
-    "per_layer_input_gate": "inp_gate", "per_layer_projection": "proj", "post_per_layer_input_norm": "post_norm",
-    "model.embed_tokens_per_layer": "per_layer_token_embd", "model.per_layer_projection_norm": "per_layer_proj_norm",
-    "model.per_layer_model_projection": "per_layer_model_proj", "layer_scalar": "layer_output_scale",
-}  # fmt: skip
-"""Names in a layer that has norms on both sides of its blocks, and of what Gemma 4 has beside them."""
-ADDED = ("gemma", "gemma2", "gemma3_text")
-"""Families whose checkpoints hold the distance from 1 of the weights of norms."""
-
-
-def add_gemma4(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
-    windows = [kind == "sliding_attention" for kind in config["layer_types"]]
-    own, count = config["per_layer_config"], config["num_hidden_layers"]
-    full = next(iter(own.values()))
-    writer.add_key_length(full["head_dim"])
-    writer.add_value_length(full["head_dim"])
-    writer.add_rope_dimension_count(full["head_dim"])
-    writer.add_key_length_swa(config["head_dim"])
-    writer.add_value_length_swa(config["head_dim"])
-    writer.add_rope_dimension_count_swa(config["head_dim"])
-    writer.add_rope_freq_base_swa(config["rope_parameters"]["sliding_attention"]["rope_theta"])
-    writer.add_sliding_window_pattern(windows)
-    writer.add_shared_kv_layers(config["num_kv_shared_layers"])
-    writer.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
-    if config["final_logit_softcapping"]:
-        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
-    usual, heads = config["intermediate_size"], config["num_key_value_heads"]
-    if config["use_double_wide_mlp"]:
-        first = count - config["num_kv_shared_layers"]
-        writer.add_feed_forward_length([usual if i < first else 2 * usual for i in range(count)])
-    if "num_key_value_heads" in full:
-        writer.add_head_count_kv([heads if window else full["num_key_value_heads"] for window in windows])
-    part = config["rope_parameters"]["full_attention"]["partial_rotary_factor"]
-    half = full["head_dim"] // 2
-    turned = int(half * part)
-    writer.add_tensor("rope_freqs.weight", np.array([1.0] * turned + [1e30] * (half - turned), np.float32))
+def add_entry(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    else:
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](key, value)
 
 
 def write_model(
-    path: Path, model: Path, kind: str, pre: str = "gpt-2", tensors_a_file: int = 0, **divisors: np.ndarray
+    path: Path,
+    model: Path,
+    kind: str,
+    pre: str = "gpt-2",
+    tensors_a_file: int = 0,
+    expanded: bool = False,
+    joined: bool = False,
+    changes: dict[str, Any] | None = None,
+    **more: np.ndarray,
 ) -> None:
-    """A checkpoint of transformers as the format's own converter lays it out; in one file unless told otherwise."""
-    config = json.loads((model / "config.json").read_text())
-    family = config["model_type"]
-    architecture = {"mistral": "llama", "gemma3_text": "gemma3", "gemma4_text": "gemma4"}.get(family, family)
+    """A checkpoint of transformers as the format's own converter lays it out; in one file unless told otherwise.
+
+    Matrices are quantized, but not those that decide which experts compute, and those of convolutions; of a kind
+    "Q8_0, MXFP4" the second one is for experts. With `expanded`, the numbers that they stand for are stored instead;
+    with `joined`, matrices with the same input as one. `changes` are entries that differ, without those that are None,
+    and `more` are further tensors.
+    """
+    usual, _, of_experts = kind.partition(", ")
+    config = config_of(model)
+    architecture = architecture_of(config)
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_file)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    rope = config["rope_parameters"]
-    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
-    if family in ("gemma2", "gemma3_text", "gemma4_text"):
-        writer.add_sliding_window(config["sliding_window"])
-    if family == "gemma2":
-        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
-        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
-    if family == "granite":
-        writer.add_attention_scale(config["attention_multiplier"])
-        writer.add_embedding_scale(config["embedding_multiplier"])
-        writer.add_residual_scale(config["residual_multiplier"])
-        writer.add_logit_scale(config["logits_scaling"])
-    if family == "gemma4_text":
-        add_gemma4(writer, config)
-    elif config.get("head_dim"):
-        writer.add_key_length(config["head_dim"])
+    for key, value in {**entries_of(config), **(changes or {})}.items():
+        if value is not None:
+            add_entry(writer, f"{architecture}.{key}", value)
     add_byte_level(writer, byte_level(pre), pre)
-    names = NAMES | AROUND if family in ("gemma2", "gemma3_text", "gemma4_text") else NAMES
-    for name, tensor in load_file(model / "model.safetensors").items():
-        name = f"{name}.weight" if name.endswith("layer_scalar") else name
-        module, _, end = name.rpartition(".")
-        rest = module.removeprefix("model.layers.").partition(".")
-        stored = (
-            f"blk.{rest[0]}.{names[rest[2]]}.{end}" if module.startswith("model.layers.") else f"{names[module]}.{end}"
-        )
-        values = tensor.float().numpy() + (family in ADDED and module.endswith("norm"))
-        heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
-        if heads and family in ("granite", "llama", "mistral", "smollm3"):
-            rows = values.reshape(config[heads], 2, -1, *values.shape[1:])
-            values = rows.swapaxes(1, 2).reshape(values.shape)
-        if values.ndim == 1 or kind == "F32":
-            writer.add_tensor(stored, values)
+    tensors = dict(laid_out(model, config))
+    for name, values in (with_joined(tensors) if joined else tensors).items():
+        own = Q[of_experts if of_experts and name.endswith("_exps.weight") else usual]
+        if own == Q.F32 or values.ndim == 1 or name.endswith(".bias") or re.search("conv|gate_inp", name):
+            writer.add_tensor(name, values)
+            continue
+        quantized = gguf.quants.quantize(values, own)
+        if expanded:
+            writer.add_tensor(name, gguf.quants.dequantize(quantized, own))
         else:
-            writer.add_tensor(stored, gguf.quants.quantize(values, Q[kind]), raw_dtype=Q[kind])
-    for name, value in divisors.items():
+            writer.add_tensor(name, quantized, raw_dtype=own)
+    for name, value in {**divisors_of(config), **more}.items():
         writer.add_tensor(f"{name}.weight", value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -300,7 +300,7 @@ def test_headers_of_gguf(data: st.DataObject, gguf_file: bytes, tmp_path: Path) 
     def use() -> None:
         unpack_gguf(path, tmp_path / "folder")
         weights = GGUFWeights([path], read_model_config(tmp_path / "folder"))
-        weights.take("model.norm.weight", (96,))
+        weights.take("output_norm.weight", (96,))
         use_tokenizer(tmp_path / "folder")
 
     refused_or_right(use, tmp_path)
