@@ -210,7 +210,7 @@ def _weights(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, devic
         return RandomWeights(dtype, device, model.form)
     if files := weight_files(config.model):
         return GGUFWeights(files, model)
-    return SafetensorsWeights(config.model, model.form, model.wrapped, model.ends.left_aside)
+    return SafetensorsWeights(config.model, model)
 
 
 def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None, eight_bits: bool) -> str:

@@ -9,7 +9,7 @@ from batchinfer.formats.gguf_parts import GGUFParts
 from batchinfer.host.files import Checksums
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.gguf_config import ARCHITECTURES, Entries
-from batchinfer.models.tensors import Matrix, Norm, Stack
+from batchinfer.models.tensors import Matrix, Norm
 from batchinfer.models.weights import refuse_not_finite
 
 
@@ -54,10 +54,6 @@ class GGUFWeights:
     def matrix(self, module: str, shape: tuple[int, int]) -> Tensor:
         """Return a module's weight [N, K]."""
         return self.take(f"{module}.weight", shape)
-
-    def stack(self, prefix: str, module: Matrix, stack: Stack) -> Tensor:
-        """Return the weight [N, K] of a module that holds the matrices of all experts, one below the other."""
-        return self.take(f"{prefix}{module.name}.weight", stack.weight_shape(module.rows, module.columns)).flatten(0, 1)
 
     def has_own_head(self, config: ModelConfig) -> bool:
         """Return False: the config was made from this file, and ties the head only if the file has none."""

@@ -83,9 +83,6 @@ class _Loader:
         self.inputs = InputRounding(scheme)
         self.four_bits = False
         self.unpacked: list[str] = []
-        # By name, of the layer that is being loaded:
-        self._stacks: dict[str, Tensor | QuantizedMatrix] = {}
-        self._stacked_biases: dict[str, Tensor] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.weights.take(name, shape).to(self.backend.device)
@@ -103,7 +100,6 @@ class _Loader:
         def read(name: str, shape: tuple[int, ...]) -> Tensor:
             return self.tensor(f"{layer.prefix}{name}", shape)
 
-        self._stacks, self._stacked_biases = {}, {}
         for beginning in layer.unread:
             self.weights.drop_all(f"{layer.prefix}{beginning}")
         a, f = layer.mixer, layer.feed_forward
@@ -192,8 +188,10 @@ class _Loader:
     def _product(self, prefix: str, matrices: tuple[Matrix, ...]) -> Product:
         """Make one product of matrices that have the same input, by stacking their rows."""
         modules = {matrix.name: matrix.module for matrix in matrices}
-        weights = {name: self._module(prefix, module) for name, module in modules.items()}
-        biases = {name: self._bias(prefix, module) for name, module in modules.items() if module.bias}
+        weights = {name: self._weight(f"{prefix}{name}", module) for name, module in modules.items()}
+        biases = {
+            name: self.tensor(f"{prefix}{name}.bias", (module.rows,)) for name, module in modules.items() if module.bias
+        }
         assert len(biases) in (0, len(modules)), "either all matrices of a product have a bias, or none"
         added = torch.cat([bias_of(m, biases[m.name]) for m in matrices]).to(self.dtype) if biases else None
         names = ", ".join(f"{prefix}{name}" for name in modules)
@@ -219,27 +217,9 @@ class _Loader:
         values, scale = (torch.cat(column) for column in zip(*rounded, strict=True))
         return self.backend.linear_w8a8(values, scale, added, self.dtype)
 
-    def _module(self, prefix: str, module: Matrix) -> Tensor | QuantizedMatrix:
-        """Read a module's weight [rows, columns]; that of a stack is read once for all of its experts."""
-        name, stack = f"{prefix}{module.name}", module.stack
-        if stack is None:
-            return self._checked(name, self.weights.matrix(name, (module.rows, module.columns)))
-        if name not in self._stacks:
-            self._stacks[name] = self._checked(name, self.weights.stack(prefix, module, stack))
-        return self._stacks[name]
-
-    def _bias(self, prefix: str, module: Matrix) -> Tensor:
-        """Read a module's bias [rows]; that of a stack is read once for all of its experts."""
-        (_, (name, shape)) = module.tensors()
-        found = self._stacked_biases.get(name)
-        if found is None:
-            found = self.tensor(f"{prefix}{name}", shape).flatten()
-            if module.stack is not None:
-                self._stacked_biases[name] = found
-        return found
-
-    def _checked(self, name: str, weight: Tensor | QuantizedMatrix) -> Tensor | QuantizedMatrix:
-        weight = weight.to(self.backend.device)
+    def _weight(self, name: str, module: Matrix) -> Tensor | QuantizedMatrix:
+        """Read a module's weight [rows, columns]."""
+        weight = self.weights.matrix(name, (module.rows, module.columns)).to(self.backend.device)
         if _four_bits(weight):
             self.four_bits = True
         elif self.scheme.weight_bits == 4 and not (isinstance(weight, QuantizedMatrix) and weight.bits == 4):
