@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 from conditions import conditions
-from random_checkpoint import write_random_checkpoint
+from random_checkpoint import stored_bytes, write_random_checkpoint
 
 HERE = Path(__file__).resolve().parent
 SHAPE = HERE / "shapes" / "llama-852m" / "config.json"
@@ -28,7 +28,7 @@ def main() -> None:
     figures: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as name:
         model = write_random_checkpoint(SHAPE, Path(name) / "model")
-        megabytes = (model / "model.safetensors").stat().st_size / 1e6
+        megabytes = stored_bytes(model) / 1e6
         for scheme, method in RUNS:
             output = Path(name) / f"{scheme}-{method}"
             command = [Path(sys.executable).with_name("batchinfer"), "quantize", model, "-o", output]

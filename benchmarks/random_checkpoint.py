@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -14,16 +15,32 @@ TOKENIZER = HERE.parent / "examples" / "stdlib" / "target"
 
 
 def write_random_checkpoint(shape: Path, folder: Path) -> Path:
-    """Into `folder`, one file of bfloat16 weights for `shape`, and its config.json."""
+    """Into `folder`, bfloat16 weights for `shape`, a file for each layer, and its config.json.
+
+    Memory holds one layer at a time.
+    """
     torch.manual_seed(0)
-    # Noise that is as large as keeps activations at their size from layer to layer.
-    tensors = {
-        name: torch.ones(size) if len(size) == 1 else (torch.randn(size) / size[1] ** 0.5).bfloat16()
-        for name, size in parse_model_config(json.loads(shape.read_text())).tensors()
-    }
     folder.mkdir()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    weight_map: dict[str, str] = {}
+    config = parse_model_config(json.loads(shape.read_text()))
+    prefixes = tuple(layer.prefix for layer in config.layers)
+    by_layer = groupby(config.tensors(), lambda entry: next(filter(entry[0].startswith, prefixes), None))
+    for number, (_, sizes) in enumerate(by_layer):
+        # Noise that is as large as keeps activations at their size from layer to layer.
+        tensors = {
+            name: torch.ones(size) if len(size) == 1 else torch.randn(size).div_(size[1] ** 0.5).bfloat16()
+            for name, size in sizes
+        }
+        file = f"model-{number:05}.safetensors"
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     shutil.copy(shape, folder / "config.json")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / name, folder)
     return folder
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of a checkpoint's files of weights."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

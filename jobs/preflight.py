@@ -13,7 +13,7 @@ from batchinfer.engine.generation_config import GenerationConfig, Settings
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.errors import Refused, UsageError
-from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of, refuse_old_gpu
+from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of, gpu_capability, refuse_old_gpu
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.log import say
 from batchinfer.jobs.results.formats import format_of
@@ -25,6 +25,7 @@ from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import check_ids
 from batchinfer.jobs.tables.table import Table
 from batchinfer.jobs.template_date import known_moment, moment_of_prompts, notes_about, now
+from batchinfer.kernels.gpu import eight_bits
 from batchinfer.models.config import ModelConfig, read_model_config, read_shape
 from batchinfer.models.gguf_folder import weight_files
 from batchinfer.models.hub import TOKENIZER_FILES, resolve_model
@@ -88,10 +89,17 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     return Preflight(spec, settings, table, kept, config, tokenizer, tokenizer_folder, source, digests, shape, notes)
 
 
-def _refuse_on_gpu(model: Path, shape: ModelConfig) -> None:
+def _refuse_on_gpu(spec: JobSpec, model: Path, shape: ModelConfig) -> None:
+    """Raise `ValueError` if a GPU has no kernel for the layers or for the weights as the checkpoint stores them."""
     shape.refuse_on_gpu()
-    if not weight_files(model):
-        read_model_config(model).refuse_on_gpu()
+    if weight_files(model):
+        return
+    config = read_model_config(model)
+    config.refuse_on_gpu()
+    if config.form is not None and not spec.random_weights:
+        from batchinfer.models.experts_on_gpu import refuse_experts_on_gpu
+
+        refuse_experts_on_gpu(model, config, spec.quantization, eight_bits(gpu_capability()))
 
 
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
@@ -157,7 +165,7 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
     if device == "cuda":
         try:
             refuse_old_gpu()
-            _refuse_on_gpu(model, shape)
+            _refuse_on_gpu(spec, model, shape)
         except ValueError as error:
             raise Refused(str(error)) from error
     max_num_seqs = spec.max_num_seqs or MAX_NUM_SEQS[device]

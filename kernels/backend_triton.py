@@ -32,7 +32,7 @@ class TritonBackend:
         self.kernels = dict.fromkeys(("norm", "activation", "kv_cache", "attention", "sampling"), "triton")
         self.gpu = gpu_of(device)
         self.many_expert_rows = deterministic  # whether tiles of experts' rows have one size, the larger one
-        self.eight_bits = frozenset({"int8", "fp8"} if self.gpu.has_float8 else {"int8"})
+        self.eight_bits = self.gpu.eight_bits
 
     def stream(self, dtype: torch.dtype, quantized: bool) -> torch.dtype:
         return dtype

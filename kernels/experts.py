@@ -13,6 +13,16 @@ from batchinfer.kernels.grain import MIN_ROWS
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
 
+FOUR_BITS = (
+    "the experts' weights are in 4 bits, which have no kernel on a GPU yet; take --quantization w8a8-int8 or none, or "
+    "--device cpu"
+)
+DIFFERENT_INPUTS = (
+    "the experts of a layer round their inputs differently, which has no kernel on a GPU; take --quantization none or "
+    "--device cpu"
+)
+"""What a GPU's kernel refuses, as users read it."""
+
 
 @dataclass(frozen=True)
 class ExpertRows:

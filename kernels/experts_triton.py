@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from batchinfer.kernels.experts import ExpertRows
+from batchinfer.kernels.experts import DIFFERENT_INPUTS, FOUR_BITS, ExpertRows
 from batchinfer.kernels.float8_inputs import Float8InputProduct, InputScales
 from batchinfer.kernels.gpu import Gpu
 from batchinfer.kernels.product import Product
@@ -137,10 +137,7 @@ def by_expert(products: list[Product]) -> StackedProduct:
     ways = {way for p in products if isinstance(p, Float8InputProduct) for way in p.scales}
     inner = [p.product if isinstance(p, Float8InputProduct) else p for p in products]
     if len(ways) > 1 or (ways and not all(isinstance(p, Float8InputProduct) for p in products)):
-        raise ValueError(
-            "the experts of a layer round their inputs differently, which has no kernel on a GPU; take --quantization "
-            "none or --device cpu"
-        )
+        raise ValueError(DIFFERENT_INPUTS)
     inputs = next(iter(ways), None)
     dense = [p for p in inner if isinstance(p, DenseProduct)]
     if len(dense) == len(inner):
@@ -150,10 +147,7 @@ def by_expert(products: list[Product]) -> StackedProduct:
     if len(eight) == len(inner):
         scale = torch.stack([p.scale for p in eight])
         return StackedProduct(_stacked(eight), scale, _stacked_bias(eight), eight[0].out, inputs)
-    raise ValueError(
-        "the experts' weights are in 4 bits, which have no kernel on a GPU yet; take --quantization w8a8-int8 or none, "
-        "or --device cpu"
-    )
+    raise ValueError(FOUR_BITS)
 
 
 def _stacked(products: Sequence[DenseProduct | EightBitProduct]) -> Tensor:

@@ -6,6 +6,8 @@ from functools import cached_property
 LEAST_CAPABILITY = (8, 0)
 """Older GPUs have no bfloat16, too little shared memory, and no int8 product that Triton compiles."""
 
+LEAST_WITH_FLOAT8 = (8, 9)
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -19,11 +21,21 @@ class Gpu:
     @cached_property
     def has_float8(self) -> bool:
         """Whether its matrix units multiply float8."""
-        return self.capability >= (8, 9)
+        return self.capability >= LEAST_WITH_FLOAT8
+
+    @property
+    def eight_bits(self) -> frozenset[str]:
+        """The types of 8-bit rows that it multiplies."""
+        return eight_bits(self.capability)
 
 
 INTERPRETED = Gpu("Triton's interpreter", (9, 0), 4, 227 << 10)
 """Stands for the GPU in Triton's interpreter. Four multiprocessors are enough that small tests split their work."""
+
+
+def eight_bits(capability: tuple[int, int] | None) -> frozenset[str]:
+    """Return the types of 8-bit rows that a GPU multiplies; all of them if its capability is not known."""
+    return frozenset({"int8", "fp8"} if capability is None or capability >= LEAST_WITH_FLOAT8 else {"int8"})
 
 
 def refuse_old(name: str, capability: tuple[int, int]) -> None:

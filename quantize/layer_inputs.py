@@ -217,8 +217,8 @@ def _product(
     matrices: tuple[Matrix, ...], tensors: dict[str, Tensor], dtype: torch.dtype
 ) -> Callable[[Tensor], Tensor]:
     """Return the product of matrices that share an input, with the layer's present tensors."""
-    weights = [weight_of(matrix, tensors[matrix.weight_name]).to(dtype) for matrix in matrices]
-    biases = [bias_of(m, tensors[m.bias_name]).to(dtype) for m in matrices if m.bias]
+    weights = [weight_of(matrix, tensors[f"{matrix.name}.weight"]).to(dtype) for matrix in matrices]
+    biases = [bias_of(m, tensors[f"{m.name}.bias"]).to(dtype) for m in matrices if m.bias]
     return partial(linear, weight_NK=torch.cat(weights), bias_N=torch.cat(biases) if biases else None)
 
 

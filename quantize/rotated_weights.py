@@ -15,7 +15,7 @@ from torch import Tensor
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.feed_forward import FeedForward
 from batchinfer.models.mixer import Attention
-from batchinfer.models.weights import SafetensorsWeights
+from batchinfer.quantize.expanded_weights import NamedWeights
 from batchinfer.quantize.rotation import rotation
 
 
@@ -25,7 +25,7 @@ class RotatedWeights:
     A tied head becomes a matrix of its own, because the final norm's gains are moved into it.
     """
 
-    def __init__(self, weights: SafetensorsWeights, config: ModelConfig, seed: int) -> None:
+    def __init__(self, weights: NamedWeights, config: ModelConfig, seed: int) -> None:
         _refuse_other_layers(config)
         self.weights, self.config = weights, config
         self.hidden = rotation(config.hidden_size, seed)

@@ -28,12 +28,14 @@ from torch import Tensor
 from batchinfer import __version__
 from batchinfer.formats.compressed_tensors_writer import quantization_config, stored_tensors
 from batchinfer.formats.matrix import QuantizedMatrix
+from batchinfer.formats.mxfp4 import MXFP4
 from batchinfer.formats.scheme import WeightScheme
 from batchinfer.host.files import write_checksums
-from batchinfer.models.config import read_model_config
+from batchinfer.models.config import language_model_fields, read_model_config
 from batchinfer.models.feed_forward import Experts
 from batchinfer.models.weights import SafetensorsWeights, tensor_names, with_stored_head
 from batchinfer.quantize.channel_scales import channel_makers, scale_channels
+from batchinfer.quantize.expanded_weights import ExpandedWeights, NamedWeights
 from batchinfer.quantize.inputs import Inputs
 from batchinfer.quantize.layer_inputs import Calibration
 from batchinfer.quantize.methods import Method
@@ -41,7 +43,7 @@ from batchinfer.quantize.rotated_weights import RotatedWeights
 
 _COPIED = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "*.jinja", "additional_chat_templates/*.jinja",
+    "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json",
 )  # fmt: skip
 _CALIBRATION = "calibration"
 STATE = "quantize.json"
@@ -83,17 +85,10 @@ class Quantizer:
         rotation: int | None = None,
     ) -> None:
         named = read_model_config(model)
-        if named.form is not None:
+        if named.form is not None and not isinstance(named.form, MXFP4):
             raise ValueError(f"{model} is quantized already ({named.form.name}); take its floating-point one")
-        if named.wrapped:
-            raise ValueError(f"{model} wraps a language model; save that alone with transformers, and quantize it")
         for layer in named.layers:
             for matrix in layer.matrices:
-                if matrix.stack is not None:
-                    raise ValueError(
-                        f"{layer.prefix}{matrix.name} holds the matrices of all experts in one tensor, which is not "
-                        "quantized yet; run the model with --quantization w8a8-int8, which rounds them at load"
-                    )
                 if scheme.group_size and matrix.columns % scheme.group_size:
                     raise ValueError(
                         f"--group-size {scheme.group_size} does not divide the {matrix.columns} columns of "
@@ -105,10 +100,11 @@ class Quantizer:
             raise ValueError(f"{model}: dtype is {named.dtype!r}; it must be one of {', '.join(DTYPES)}")
         self.model, self.output, self.method = model, output, method
         self.scheme = replace(scheme, scale_type=named.dtype)
-        weights = SafetensorsWeights(model)
-        self.config = c = with_stored_head(named, weights)
+        stored = SafetensorsWeights(model, named)
+        self.checksums = stored.checksums
+        self.config = c = with_stored_head(named, stored)
+        weights = stored if named.form is None else ExpandedWeights(stored, getattr(torch, c.dtype))
         self.weights = weights if rotation is None else RotatedWeights(weights, c, rotation)
-        self.checksums = weights.checksums
         self.untied = named.tied and (rotation is not None or not c.tied)
         self._check(weights, sequences)
         stamp = {
@@ -156,7 +152,7 @@ class Quantizer:
                 continue
             prefix = "" if layer < 0 else layers[layer].prefix
             tensors = {name.removeprefix(prefix): self.weights.read(name) for name in group}
-            report = LayerReport(layer, {}, list(self.config.notes), resumed=False)
+            report = LayerReport(layer, {}, self._notes(), resumed=False)
             if layer >= 0:
                 report = self._layer(layer, tensors)
             elif self.calibration is not None:
@@ -242,7 +238,7 @@ class Quantizer:
             self._unlock()
             raise ValueError(f"another run quantizes into {self.output}; wait for it, or take another folder") from None
 
-    def _check(self, weights: SafetensorsWeights, sequences: list[NDArray[np.int32]] | None) -> None:
+    def _check(self, weights: NamedWeights, sequences: list[NDArray[np.int32]] | None) -> None:
         """Check the tensors' shapes from the files' headers, and the token ids, before the long run begins."""
         for name, shape in self.config.tensors():
             if weights.shape(name) != shape:
@@ -266,6 +262,10 @@ class Quantizer:
         p = self.config.ends.per_layer
         before = [] if p is None else [p.projection.name]
         return [*sorted({self.config.head.name, "lm_head"}), *chooses, *before]
+
+    def _notes(self) -> list[str]:
+        alone = ["the language model is written alone, for text"] if self.config.wrapped else []
+        return [*self.config.notes, *alone]
 
     def _file(self, layer: int) -> str:
         return f"model-{layer + 2:05}-of-{self.files:05}.safetensors"
@@ -308,7 +308,7 @@ class Quantizer:
                 target = self.output / source.relative_to(self.model)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, target)
-        config = json.loads((self.model / "config.json").read_text())
+        config = language_model_fields(json.loads((self.model / "config.json").read_text()))
         config["quantization_config"] = quantization_config(self.scheme, self._unquantized())
         if self.untied:
             config["tie_word_embeddings"] = False

@@ -220,7 +220,7 @@ def _weights(
     if files := weight_files(config.model):
         stored = GGUFWeights(files, model)
         return stored, stored.model
-    weights = SafetensorsWeights(config.model, model.form, model.wrapped, model.ends.left_aside)
+    weights = SafetensorsWeights(config.model, model)
     return weights, with_stored_head(model, weights)
 
 

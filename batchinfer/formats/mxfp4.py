@@ -1,10 +1,10 @@
-"""MXFP4 as gpt-oss is published: the matrices of all experts in two tensors, in blocks of 32 numbers of 4 bits.
+"""MXFP4 as gpt-oss is published: the matrices of experts in blocks of 32 numbers of 4 bits.
 
-`MODULE_blocks` is uint8 [experts, N, K / 32, 16], the first number in the low half; `MODULE_scales` is uint8
-[experts, N, K / 32], the exponent of a power of two plus 127. All else is in floating point.
+`MODULE_blocks` is uint8 [N, K / 32, 16], the first number in the low half; `MODULE_scales` is uint8 [N, K / 32], the
+exponent of a power of two plus 127. They are parts of tensors of all experts (`models/fused_experts.py`). All else is
+in floating point.
 """
 
-from math import prod
 from typing import Any
 
 import torch
@@ -29,20 +29,17 @@ class MXFP4:
         refuse_unknown(config, {"modules_to_not_convert", "dequantize"})
 
     def matrix(self, module: str, shape: tuple[int, int], tensors: Tensors) -> QuantizedMatrix | None:
-        """Return the weight [N, K] of all experts together, or None for a module that is not quantized.
+        """Return an expert's weight [N, K], or None for a module that is not quantized.
 
         Raises `ValueError` if its tensors are damaged.
         """
         name = f"{module}_blocks"
         if not tensors.has(name):
             return None
-        stored = tensors.shape(name)
         rows, columns = shape
-        if columns % BLOCK or len(stored) != 4 or stored[2:] != (columns // BLOCK, 16) or prod(stored[:2]) != rows:
-            raise ValueError(
-                f"tensor {name} has shape {list(stored)}; config.json asks for {rows} rows of {columns} numbers in "
-                f"blocks of {BLOCK}"
-            )
-        values = unpack(tensors.take(name, stored, torch.uint8).view(rows, columns // 2), 4, 1)
-        scale = powers_of_two(f"{module}_scales", stored[:3], tensors).view(rows, -1)
+        if columns % BLOCK:
+            raise ValueError(f"{module} has {columns} columns, which blocks of {BLOCK} do not fill")
+        blocks = tensors.take(name, (rows, columns // BLOCK, 16), torch.uint8)
+        values = unpack(blocks.view(rows, columns // 2), 4, 1)
+        scale = powers_of_two(f"{module}_scales", (rows, columns // BLOCK), tensors)
         return QuantizedMatrix(values, scale, (1, BLOCK), 4, code_book=E2M1)

@@ -51,17 +51,24 @@ def cuda_devices(library: str = "libcuda.so.1") -> int:
 
 def refuse_old_gpu(library: str = "libcuda.so.1") -> None:
     """Raise `ValueError` if the first GPU is too old for the kernels; without a CUDA driver, do nothing."""
+    capability = gpu_capability(library)
+    if capability is not None:
+        refuse_old(_gpu_name(library), capability)
+
+
+def gpu_capability(library: str = "libcuda.so.1") -> tuple[int, int] | None:
+    """Return the compute capability of the first GPU, or None if there is no CUDA driver that tells it."""
     if not cuda_devices(library):
-        return
+        return None
     driver, device, found = ctypes.CDLL(library), ctypes.c_int(0), ctypes.c_int(0)
     numbers = []
     for attribute in (COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR):
         if driver.cuDeviceGet(ctypes.byref(device), 0) or driver.cuDeviceGetAttribute(
             ctypes.byref(found), attribute, device
         ):
-            return
+            return None
         numbers.append(found.value)
-    refuse_old(_gpu_name(library), (numbers[0], numbers[1]))
+    return numbers[0], numbers[1]
 
 
 def device_name(device: str) -> str:

@@ -72,6 +72,8 @@ from batchinfer.models.families import (
     starcoder2,
     vaultgemma,
 )
+from batchinfer.models.feed_forward import Experts
+from batchinfer.models.fused_experts import QWEN_3_5, FusedExperts
 from batchinfer.models.known_fields import read_fields
 from batchinfer.models.layer import Ends, Layer
 from batchinfer.models.mixer import Attention, GatedDeltaNet, ShortConvolution
@@ -238,6 +240,12 @@ class ModelConfig:
         """The mixer of each layer that keeps a state."""
         return tuple(layer.mixer for layer in self.layers if not isinstance(layer.mixer, Attention))
 
+    @property
+    def fused_experts(self) -> FusedExperts:
+        """How the checkpoint may hold experts, other than by modules."""
+        found = (layer.feed_forward.fused for layer in self.layers if isinstance(layer.feed_forward, Experts))
+        return next(found, QWEN_3_5)
+
     def refuse_on_gpu(self) -> None:
         """Raise `ValueError` if the layers, or the format of their weights, run on a CPU alone."""
         if self.recurrent:
@@ -342,6 +350,12 @@ def parse_model_config(raw: dict[str, Any]) -> ModelConfig:
         wrapped=wrapped,
         notes=tuple(notes),
     )
+
+
+def language_model_fields(raw: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a language model by itself: of what a wrapper holds, if `config.json` is that of one."""
+    fields = text_fields(raw)
+    return fields if fields is raw else {**fields, "architectures": [_family(fields).ARCHITECTURES[0]]}
 
 
 def stored_dtype(raw: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ This module does not import torch.
 
 from dataclasses import dataclass
 
+from batchinfer.models.fused_experts import QWEN_3_5, FusedExperts
 from batchinfer.models.tensors import Matrix
 
 
@@ -65,6 +66,7 @@ class Experts:
     experts: tuple[FeedForward, ...]  # all of one shape
     shared: FeedForward | None = None
     shared_gate: Matrix | None = None  # [1, D]: the shared expert's output is multiplied by the sigmoid of its product
+    fused: FusedExperts = QWEN_3_5  # how a checkpoint may hold the experts, other than by modules
 
     @property
     def products(self) -> dict[str, tuple[Matrix, ...]]:

@@ -16,7 +16,6 @@ from batchinfer.models.gguf_config import entries_of
 from batchinfer.models.gguf_layout import expert_tensor, in_gguf
 from batchinfer.models.gguf_rope import TENSORS as ROPE
 from batchinfer.models.mixer import GatedDeltaNet
-from batchinfer.models.tensors import Matrix, Stack
 from batchinfer.models.weights import refuse_not_finite
 
 Change = Callable[[Tensor], Tensor]
@@ -78,10 +77,6 @@ class GGUFWeights:
     def matrix(self, module: str, shape: tuple[int, int]) -> Tensor:
         """Return a module's weight [N, K]."""
         return self.take(f"{module}.weight", shape)
-
-    def stack(self, prefix: str, module: Matrix, stack: Stack) -> Tensor:
-        """Raise `AssertionError`: each expert is read by itself."""
-        raise AssertionError(f"{prefix}{module.name} is not read as a whole")
 
     def drop(self, name: str) -> None:
         """Count a tensor as used without reading it; it may be missing."""

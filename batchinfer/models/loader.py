@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from batchinfer.formats.matrix import QuantizedMatrix, quantize_channels
+from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.scheme import QuantScheme
 from batchinfer.kernels.backend import Backend
 from batchinfer.kernels.float8_inputs import InputScales
-from batchinfer.kernels.linear_w4a16 import GRAIN, GROUPS
 from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.product import Product
 from batchinfer.models.config import ModelConfig
@@ -26,6 +25,7 @@ from batchinfer.models.per_layer import PerLayerEmbeddings
 from batchinfer.models.recurrent import recurrent_weights
 from batchinfer.models.stored_layer import bias_of, norm_weights, weight_of
 from batchinfer.models.tensors import Matrix, Norm
+from batchinfer.models.weight_forms import eight_bits, expanded, four_bits, rounded, stacked
 from batchinfer.models.weights import WeightSource
 
 
@@ -83,9 +83,6 @@ class _Loader:
         self.inputs = InputRounding(scheme)
         self.four_bits = False
         self.unpacked: list[str] = []
-        # By name, of the layer that is being loaded:
-        self._stacks: dict[str, Tensor | QuantizedMatrix] = {}
-        self._stacked_biases: dict[str, Tensor] = {}
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self.weights.take(name, shape).to(self.backend.device)
@@ -103,7 +100,6 @@ class _Loader:
         def read(name: str, shape: tuple[int, ...]) -> Tensor:
             return self.tensor(f"{layer.prefix}{name}", shape)
 
-        self._stacks, self._stacked_biases = {}, {}
         for beginning in layer.unread:
             self.weights.drop_all(f"{layer.prefix}{beginning}")
         a, f = layer.mixer, layer.feed_forward
@@ -185,20 +181,22 @@ class _Loader:
         bias = self.tensor(f"{head.name}.bias", (head.rows,)).to(self.dtype) if head.bias else None
         kind = self._eight_bits(weight) if self.scheme.head or self.scheme.as_stored else None
         if kind is not None:
-            return self.backend.linear_w8a8(*_rounded(weight, kind), bias, self.dtype)
+            return self.backend.linear_w8a8(*rounded(weight, kind), bias, self.dtype)
         product = self._floating([self._kept(weight)], bias, head.name)
         return self.inputs.product(product, [self.inputs.scales(weight)], [head.rows])
 
     def _product(self, prefix: str, matrices: tuple[Matrix, ...]) -> Product:
         """Make one product of matrices that have the same input, by stacking their rows."""
         modules = {matrix.name: matrix.module for matrix in matrices}
-        weights = {name: self._module(prefix, module) for name, module in modules.items()}
-        biases = {name: self._bias(prefix, module) for name, module in modules.items() if module.bias}
+        weights = {name: self._weight(f"{prefix}{name}", module) for name, module in modules.items()}
+        biases = {
+            name: self.tensor(f"{prefix}{name}.bias", (module.rows,)) for name, module in modules.items() if module.bias
+        }
         assert len(biases) in (0, len(modules)), "either all matrices of a product have a bias, or none"
         added = torch.cat([bias_of(m, biases[m.name]) for m in matrices]).to(self.dtype) if biases else None
         names = ", ".join(f"{prefix}{name}" for name in modules)
         floats: list[Tensor | QuantizedMatrix] = []
-        rounded: list[tuple[Tensor, Tensor]] = []
+        eight: list[tuple[Tensor, Tensor]] = []
         scales: list[InputScales | None] = []
         for matrix in matrices:
             weight = weight_of(matrix, weights[matrix.name])
@@ -207,8 +205,8 @@ class _Loader:
                 scales.append(self.inputs.scales(weight))
             else:
                 self.inputs.in_eight_bits(weight)
-                rounded.append(_rounded(weight, kind))
-        if len({values.dtype for values, _ in rounded}) + bool(floats) > 1:
+                eight.append(rounded(weight, kind))
+        if len({values.dtype for values, _ in eight}) + bool(floats) > 1:
             raise ValueError(
                 f"{names}: some are quantized for 8-bit inputs and some are not, or for inputs of another "
                 "type; they share an input, so they must agree"
@@ -216,31 +214,13 @@ class _Loader:
         if floats:
             product = self._floating(floats, added, names)
             return self.inputs.product(product, scales, [matrix.rows for matrix in matrices])
-        values, scale = (torch.cat(column) for column in zip(*rounded, strict=True))
+        values, scale = (torch.cat(column) for column in zip(*eight, strict=True))
         return self.backend.linear_w8a8(values, scale, added, self.dtype)
 
-    def _module(self, prefix: str, module: Matrix) -> Tensor | QuantizedMatrix:
-        """Read a module's weight [rows, columns]; that of a stack is read once for all of its experts."""
-        name, stack = f"{prefix}{module.name}", module.stack
-        if stack is None:
-            return self._checked(name, self.weights.matrix(name, (module.rows, module.columns)))
-        if name not in self._stacks:
-            self._stacks[name] = self._checked(name, self.weights.stack(prefix, module, stack))
-        return self._stacks[name]
-
-    def _bias(self, prefix: str, module: Matrix) -> Tensor:
-        """Read a module's bias [rows]; that of a stack is read once for all of its experts."""
-        (_, (name, shape)) = module.tensors()
-        found = self._stacked_biases.get(name)
-        if found is None:
-            found = self.tensor(f"{prefix}{name}", shape).flatten()
-            if module.stack is not None:
-                self._stacked_biases[name] = found
-        return found
-
-    def _checked(self, name: str, weight: Tensor | QuantizedMatrix) -> Tensor | QuantizedMatrix:
-        weight = weight.to(self.backend.device)
-        if _four_bits(weight):
+    def _weight(self, name: str, module: Matrix) -> Tensor | QuantizedMatrix:
+        """Read a module's weight [rows, columns]."""
+        weight = self.weights.matrix(name, (module.rows, module.columns)).to(self.backend.device)
+        if four_bits(weight):
             self.four_bits = True
         elif self.scheme.weight_bits == 4 and not (isinstance(weight, QuantizedMatrix) and weight.bits == 4):
             raise ValueError(
@@ -251,61 +231,16 @@ class _Loader:
 
     def _kept(self, weight: Tensor | QuantizedMatrix) -> Tensor | QuantizedMatrix:
         """Return the weight unchanged if it may stay in 4 bits, else dequantized to `dtype`."""
-        return weight if self.packed and _four_bits(weight) else _expanded(weight).to(self.dtype)
+        return weight if self.packed and four_bits(weight) else expanded(weight).to(self.dtype)
 
     def _floating(self, weights: list[Tensor | QuantizedMatrix], bias: Tensor | None, names: str) -> Product:
         """Make a product for floating-point rows: with all weights in 4 bits, or with all dequantized."""
-        if (stacked := _stacked(weights)) is not None:
-            return self.backend.linear_w4a16(*stacked, bias, self.dtype)
+        if (found := stacked(weights)) is not None:
+            return self.backend.linear_w4a16(*found, bias, self.dtype)
         if any(isinstance(weight, QuantizedMatrix) for weight in weights):
             self.unpacked.append(names)
-        expanded = [_expanded(weight).to(self.dtype) for weight in weights]
-        return self.backend.linear(expanded[0] if len(expanded) == 1 else torch.cat(expanded), bias)
+        floats = [expanded(weight).to(self.dtype) for weight in weights]
+        return self.backend.linear(floats[0] if len(floats) == 1 else torch.cat(floats), bias)
 
     def _eight_bits(self, weight: Tensor | QuantizedMatrix) -> str | None:
-        """Return "int8" or "fp8" if the weight's product takes 8-bit rows of this type, else None."""
-        if not self.scheme.as_stored:
-            return self.scheme.activations if self.scheme.quantized else None
-        if not isinstance(weight, QuantizedMatrix) or weight.activations not in self.backend.eight_bits:
-            return None
-        # Rounding other weights to float8 by channel would lose more than the 8-bit product gains.
-        if weight.activations == "fp8" and (weight.inputs.group or weight.by_channel(torch.float8_e4m3fn) is None):
-            return None
-        return weight.activations
-
-
-def _rounded(weight: Tensor | QuantizedMatrix, kind: str) -> tuple[Tensor, Tensor]:
-    """Return (values [N, K] in int8 or float8_e4m3fn, per-channel scales [N]).
-
-    Weights that are stored in this form are unchanged; others are rounded to it.
-    """
-    dtype = torch.int8 if kind == "int8" else torch.float8_e4m3fn
-    stored = weight.by_channel(dtype) if isinstance(weight, QuantizedMatrix) else None
-    return quantize_channels(_expanded(weight), dtype) if stored is None else stored
-
-
-def _four_bits(weight: Tensor | QuantizedMatrix) -> bool:
-    """Return whether the weight is of whole numbers of 4 bits, for floating-point inputs."""
-    return (
-        isinstance(weight, QuantizedMatrix)
-        and weight.bits == 4
-        and weight.code_book is None
-        and weight.activations == "float"
-    )
-
-
-def _stacked(weights: list[Tensor | QuantizedMatrix]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Stack weights to (values, scale, zero point) for `LinearW4A16`; None if it cannot take them as one matrix."""
-    matrices = [weight for weight in weights if isinstance(weight, QuantizedMatrix)]
-    groups = [found for matrix in matrices if (found := matrix.by_group(GROUPS)) is not None]
-    if len(groups) < len(weights) or len({scale.shape[1] for scale, _ in groups}) > 1:
-        return None
-    values = torch.cat([matrix.values for matrix in matrices])
-    if len(values) % GRAIN:
-        return None
-    scale, zero_point = (torch.cat(column) for column in zip(*groups, strict=True))
-    return values, scale, zero_point
-
-
-def _expanded(weight: Tensor | QuantizedMatrix) -> Tensor:
-    return weight.dequantize() if isinstance(weight, QuantizedMatrix) else weight
+        return eight_bits(weight, self.scheme, self.backend.eight_bits)

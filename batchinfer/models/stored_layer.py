@@ -8,7 +8,7 @@ from torch import Tensor
 
 from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.kernels.norm import LayerNorm, NormWeights
-from batchinfer.models.tensors import Matrix, Norm, Stack
+from batchinfer.models.tensors import Matrix, Norm
 
 Weight = TypeVar("Weight", Tensor, QuantizedMatrix, Tensor | QuantizedMatrix)
 
@@ -21,11 +21,6 @@ def weight_of(matrix: Matrix, module: Weight) -> Weight:
     if matrix.factor == 1.0:
         return weight
     return (weight.float() if isinstance(weight, Tensor) else weight) * matrix.factor
-
-
-def unstacked(stack: Stack, weight_EXX: Tensor) -> Tensor:
-    """Return the rows of all experts' matrices [experts * rows, columns], from the tensor that holds them."""
-    return (weight_EXX.transpose(1, 2) if stack.transposed else weight_EXX).flatten(0, 1)
 
 
 def bias_of(matrix: Matrix, module_bias: Tensor) -> Tensor:

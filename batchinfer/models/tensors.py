@@ -55,8 +55,6 @@ class Matrix:
     factor: float = 1.0  # the product is multiplied by it
     order: tuple[int, ...] | None = None
     """Order of the rows within each head: row i of a head is the head's row `order[i]` in the checkpoint."""
-    stack: "Stack | None" = None
-    """How the modules of several experts, one below the other in `module_rows`, are stored as one tensor."""
     head_rows: int | None = None
     """Rows of the module from one head to the next; None: as many as `order` names. A module may hold, for each head,
     its rows and then those of something else."""
@@ -74,43 +72,18 @@ class Matrix:
     @property
     def module(self) -> "Matrix":
         """The matrix that the checkpoint stores, of which this one is all or a part."""
-        return Matrix(self.name, self.stored_rows, self.columns, self.bias, stack=self.stack)
+        return Matrix(self.name, self.stored_rows, self.columns, self.bias)
 
     @property
     def stored_otherwise(self) -> bool:
         """Whether the module in the checkpoint is another matrix than this one."""
         return self.stored_rows != self.rows or self.factor != 1.0 or self.order is not None
 
-    @property
-    def weight_name(self) -> str:
-        """Name of the weight's tensor, without the layer's prefix."""
-        return self.name if self.stack is not None and self.stack.bare else f"{self.name}.weight"
-
-    @property
-    def bias_name(self) -> str:
-        """Name of the bias's tensor, without the layer's prefix."""
-        return f"{self.name}_bias" if self.stack is not None and self.stack.bare else f"{self.name}.bias"
-
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield (name, shape) of the module's tensors as a floating-point checkpoint stores them."""
-        rows, stack = self.stored_rows, self.stack
-        yield self.weight_name, (rows, self.columns) if stack is None else stack.weight_shape(rows, self.columns)
+        yield f"{self.name}.weight", (self.stored_rows, self.columns)
         if self.bias:
-            yield self.bias_name, (rows,) if stack is None else (stack.experts, rows // stack.experts)
-
-
-@dataclass(frozen=True)
-class Stack:
-    """The form of a tensor with the matrices of all experts: [experts, rows, columns], or transposed ones."""
-
-    experts: int
-    transposed: bool = False  # [experts, columns, rows]
-    bare: bool = False  # the tensors' names are the module's, and its name with _bias
-
-    def weight_shape(self, rows: int, columns: int) -> tuple[int, int, int]:
-        """Return the shape of the tensor that holds so many rows, those of all experts together."""
-        each = rows // self.experts
-        return (self.experts, columns, each) if self.transposed else (self.experts, each, columns)
+            yield f"{self.name}.bias", (self.stored_rows,)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,7 @@ from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.registry import Format
 from batchinfer.host.files import Checksums, read_object, refuse_pointer
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.fused_experts import expert_part
-from batchinfer.models.stored_layer import unstacked
-from batchinfer.models.tensors import Matrix, Stack
+from batchinfer.models.fused_experts import QWEN_3_5, ExpertPart
 from batchinfer.models.wrappers import Prefixes
 
 ROWS = 1024  # of a matrix, compared at a time
@@ -34,10 +32,6 @@ class WeightSource(Protocol):
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
         """Return a module's weight [N, K], quantized if it is stored so."""
-        ...
-
-    def stack(self, prefix: str, module: Matrix, stack: Stack) -> Tensor | QuantizedMatrix:
-        """Return the weight [N, K] of a module that holds the matrices of all experts, one below the other."""
         ...
 
     def drop(self, name: str) -> None:
@@ -66,19 +60,18 @@ def with_stored_head(config: ModelConfig, weights: "SafetensorsWeights") -> Mode
 class SafetensorsWeights:
     """The `*.safetensors` files of a checkpoint's folder, in one file or in shards.
 
-    `form` is the format of its quantized matrices; None for floating-point ones. `wrapped` says that the checkpoint
-    holds more than a language model, whose tensors are found by their names in such a model. Tensors whose names begin
-    with one of `left_aside` are not needed.
+    `config` says in which format matrices are quantized, whether the checkpoint holds more than a language model, which
+    tensors are not needed, and how experts may be fused. Without one, tensors are in floating point and have the names
+    that files give them. All tensors are found by the names that layers describe, whatever the files call them.
     """
 
-    def __init__(
-        self, model: Path, form: Format | None = None, wrapped: bool = False, left_aside: tuple[str, ...] = ()
-    ) -> None:
-        self.form = form
-        self.stored_as = None if form is None else form.name
+    def __init__(self, model: Path, config: ModelConfig | None = None) -> None:
+        self.form = None if config is None else config.form
+        self.stored_as = None if self.form is None else self.form.name
         self.files = _locate(model)
-        self.prefixes = Prefixes.of(self.files) if wrapped else Prefixes()
-        self.left_aside = self.prefixes.beside + left_aside
+        self.prefixes = Prefixes.of(self.files) if config is not None and config.wrapped else Prefixes()
+        self.left_aside = self.prefixes.beside + (() if config is None else config.ends.left_aside)
+        self.fused = QWEN_3_5 if config is None else config.fused_experts
         self.checksums = Checksums(self.files.values())
         self.taken: set[str] = set()
         self._experts: dict[str, int] = {}  # tensor of all experts -> number of those that were taken
@@ -93,8 +86,9 @@ class SafetensorsWeights:
         self.taken.update(name for name in self.files if name.startswith(stored))
 
     def names(self) -> list[str]:
-        """Return the names of all tensors, sorted."""
-        return sorted(self.files)
+        """Return the names of the language model's tensors, sorted; those of each expert where experts are fused."""
+        own = (name for name in self.files if not name.startswith(self.prefixes.beside))
+        return sorted(self.prefixes.plain(part) for name in own for part in self._parts(name))
 
     def read(self, name: str) -> Tensor:
         """Return a floating-point tensor of any shape."""
@@ -102,7 +96,8 @@ class SafetensorsWeights:
 
     def has(self, name: str) -> bool:
         """Return whether there is a tensor of this name."""
-        return self.prefixes.stored(name) in self.files
+        name = self.prefixes.stored(name)
+        return name in self.files or self.fused.part(name, self.files) is not None
 
     def has_own_head(self, config: ModelConfig) -> bool:
         """Return whether the tensors hold a head, and it is another matrix than the embedding.
@@ -123,9 +118,15 @@ class SafetensorsWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the tensor's shape from the file's header. Raises `ValueError` if it is missing."""
-        name = self.prefixes.stored(name)
-        with safe_open(self._file(name), "pt") as file:
-            return tuple(file.get_slice(name).get_shape())
+        stored, part = self._place(name)
+        with safe_open(self._file(stored), "pt") as file:
+            shape = file.get_slice(stored).get_shape()
+        if part is None:
+            return tuple(shape)
+        try:
+            return tuple(part.of(torch.empty(shape, device="meta")[part.expert]).shape)
+        except (IndexError, RuntimeError):
+            raise ValueError(f"tensor {stored} has shape {shape}, in which there is no {name}") from None
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Tensor | QuantizedMatrix:
         """Return a module's weight [N, K], quantized if it is stored so, else in floating point."""
@@ -133,13 +134,17 @@ class SafetensorsWeights:
         stored = None if self.form is None else self.form.matrix(module, shape, self)
         return self.take(f"{module}.weight", shape) if stored is None else stored
 
-    def stack(self, prefix: str, module: Matrix, stack: Stack) -> Tensor | QuantizedMatrix:
-        """Return the weight [N, K] of all experts' matrices, quantized if it is stored so, else in floating point."""
-        name, shape = self.prefixes.stored(f"{prefix}{module.name}"), (module.rows, module.columns)
-        stored = None if self.form is None else self.form.matrix(name, shape, self)
-        if stored is not None:
-            return stored
-        return unstacked(stack, self.take(f"{prefix}{module.weight_name}", stack.weight_shape(*shape)))
+    def _place(self, name: str) -> tuple[str, ExpertPart | None]:
+        """Return the name in the file of a tensor, or that of the fused experts that it is a part of, and the part."""
+        name = self.prefixes.stored(name)
+        part = self.fused.part(name, self.files)
+        return (name, None) if part is None else (part.tensor, part)
+
+    def _parts(self, name: str) -> list[str]:
+        """Return the names of the tensors that a tensor of the files holds."""
+        if not (around := self.fused.around(name)):
+            return [name]
+        return [f"{before}{i}{behind}" for i in range(*self.shape(name)[:1] or (0,)) for before, behind in around]
 
     def _file(self, name: str) -> Path:
         if name not in self.files:
@@ -152,20 +157,17 @@ class SafetensorsWeights:
         Raises `ValueError` if the tensor is missing or damaged, or has another shape or none of these types (by
         default, any floating-point type).
         """
-        name = self.prefixes.stored(name)
-        part = expert_part(name, self.files)
-        stored = name if part is None else part.tensor
+        stored, part = self._place(name)
         path = self._file(stored)
         self.taken.add(stored)
         try:
             with safe_open(path, "pt") as file:
                 if part is None:
-                    tensor: Tensor = file.get_tensor(name).clone()
+                    tensor: Tensor = file.get_tensor(stored).clone()
                 else:
-                    expert = file.get_slice(stored)[part.expert]
                     self._experts[stored] = max(self._experts.get(stored, 0), part.expert + 1)
-                    tensor = expert[part.rows(len(expert))].clone()
-        except (SafetensorError, OSError, IndexError) as error:
+                    tensor = part.of(file.get_slice(stored)[part.expert]).clone(memory_format=torch.contiguous_format)
+        except (SafetensorError, OSError, IndexError, RuntimeError) as error:
             raise ValueError(f"{path}: tensor {name} cannot be read: {str(error)[:300]}") from None
         if tuple(tensor.shape) != shape:
             raise ValueError(
@@ -267,10 +269,6 @@ class RandomWeights:
         self._asked = shape
         quantized = None if self.form is None else self.form.matrix(module, shape, self)
         return self.take(f"{module}.weight", shape) if quantized is None else quantized
-
-    def stack(self, prefix: str, module: Matrix, stack: Stack) -> Tensor:
-        """Return a random weight [N, K] in floating point."""
-        return self.take(f"{prefix}{module.weight_name}", (module.rows, module.columns))
 
     def finish(self) -> None:
         """Do nothing: no tensor can be left over."""

@@ -48,6 +48,13 @@ class Prefixes:
                 return prefix + name.removeprefix(plain)
         return name
 
+    def plain(self, name: str) -> str:
+        """Return the name in a language model of a tensor in the file."""
+        for plain, prefix in (("model.", self.base), ("lm_head.", self.head)):
+            if name.startswith(prefix):
+                return plain + name.removeprefix(prefix)
+        return name
+
 
 WRAPPERS = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", (("gemma3_text", "gemma3_text"),)),
@@ -67,7 +74,7 @@ WRAPPERS = {
     "qwen3_vl": Wrapper("Qwen3VLForConditionalGeneration", (("qwen3_vl_text", "qwen3"),)),
 }
 """The wrappers by the `model_type` of `config.json`."""
-_OF_THE_WHOLE = ("quantization_config", "dtype", "torch_dtype")
+_OF_THE_WHOLE = ("quantization_config", "dtype", "torch_dtype", "eos_token_id")
 _ROPES = ("rope_parameters", "rope_scaling")
 _OTHER_PARTS = {"vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"}
 _OTHER_PARTS |= {"vision_token_id"}

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from measured_devices import SHAPE
 from quantized_models import FORMATS
+from safetensors.torch import save_file
 from stub_jobs import STUB, make_model, prompts, spec, write
 
 from batchinfer.engine.config import FEW_ROWS
@@ -82,3 +84,47 @@ def test_layers_without_a_kernel_for_a_gpu_are_refused_before_the_job(tmp_path: 
     preflight(spec(model, path, device="cpu"))
     with pytest.raises(Refused, match="layers of short convolutions, for which there is no kernel on a GPU yet"):
         preflight(spec(model, path, device="cuda"))
+
+
+def with_two_experts(model: Path, form: str) -> None:
+    """Write a mixture's config.json, and the tensors of the two experts that are read, each with inputs of its own."""
+    config, write_matrix = FORMATS[form]
+    fields = {
+        "model_type": "qwen3_moe", "hidden_size": 64, "head_dim": 16, "num_attention_heads": 4,
+        "moe_intermediate_size": 64, "num_experts": 2, "num_experts_per_tok": 1, "num_key_value_heads": 4,
+    }  # fmt: skip
+    raw = json.loads((model / "config.json").read_text()) | fields
+    (model / "config.json").write_text(json.dumps({**raw, "quantization_config": config}))
+    tensors = {}
+    for name in (f"model.layers.0.mlp.experts.{i}.{part}_proj" for i in range(2) for part in ("gate", "up", "down")):
+        stored, _ = write_matrix(torch.randn(64, 64))
+        if ".experts.1." in name and "input_scale" in stored:
+            stored["input_scale"] *= 2
+        tensors |= {f"{name}.{kind}": tensor.contiguous() for kind, tensor in stored.items()}
+    save_file(tensors, model / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("form", "capability", "words"),
+    [
+        ("pack", None, "the experts' weights are in 4 bits, which have no kernel on a GPU yet"),
+        ("fp8-static", (8, 0), "the experts of a layer round their inputs differently, which has no kernel on a GPU"),
+        ("fp8-static", (9, 0), None),
+        ("fp8-block", (8, 0), None),
+        ("int", (8, 0), None),
+    ],
+)
+def test_experts_without_a_kernel_for_a_gpu_are_refused_before_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, capability: tuple[int, int] | None, words: str | None
+) -> None:
+    monkeypatch.setattr("batchinfer.jobs.preflight.gpu_capability", lambda: capability)
+    model, path = make_model(tmp_path, **SHAPE), write(tmp_path / "in.parquet", prompt=prompts(1))
+    with_two_experts(model, form)
+    preflight(spec(model, path, device="cpu"))
+    for quantization in ("none", "w8a8-int8"):
+        preflight(spec(model, path, device="cuda", quantization=quantization))
+    if words is None:
+        preflight(spec(model, path, device="cuda"))
+    else:
+        with pytest.raises(Refused, match=f"model.layers.0.: {words}"):
+            preflight(spec(model, path, device="cuda"))

@@ -51,12 +51,13 @@ def oracle_of(model: Path) -> Any:
 
 
 def tensors_of(model: Path, layer: int) -> dict[str, Tensor]:
-    weights, prefix = SafetensorsWeights(model), read_model_config(model).layers[layer].prefix
+    weights, prefix = SafetensorsWeights(model, read_model_config(model)), read_model_config(model).layers[layer].prefix
     return {name.removeprefix(prefix): weights.read(name) for name in weights.names() if name.startswith(prefix)}
 
 
 def begun(model: Path, folder: Path) -> Calibration:
-    config, weights = read_model_config(model), SafetensorsWeights(model)
+    config = read_model_config(model)
+    weights = SafetensorsWeights(model, config)
     calibration = Calibration(config, sequences(), torch.float32, folder)
     prefixes = tuple(layer.prefix for layer in config.layers)
     calibration.begin({name: weights.read(name) for name in weights.names() if not name.startswith(prefixes)})

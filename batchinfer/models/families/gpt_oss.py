@@ -6,10 +6,11 @@ from typing import Any
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.families import llama
 from batchinfer.models.families.gemma3_text import FULL, SLIDING
-from batchinfer.models.families.mixtures import chosen_experts, number_of_experts, stacked_experts
-from batchinfer.models.feed_forward import Experts, Router
+from batchinfer.models.families.mixtures import chosen_experts, number_of_experts, with_experts
+from batchinfer.models.feed_forward import Router
+from batchinfer.models.fused_experts import FusedExperts
 from batchinfer.models.layer import Layer
-from batchinfer.models.tensors import Matrix, Stack
+from batchinfer.models.tensors import Matrix
 
 ARCHITECTURES = ("GptOssForCausalLM",)
 DEFAULTS: dict[str, Any] = {
@@ -32,21 +33,16 @@ def layers(config: ConfigFile) -> list[Layer]:
         config = config.changed(rope_parameters=_YARN)
     types = [FULL if i % 2 else SLIDING for i in range(config.size("num_hidden_layers"))]
     described = llama.layers(config, window=config.size_or_none("sliding_window"), types=types)
-    count, hidden, name = number_of_experts(config, 128), config.size("hidden_size"), "mlp.experts"
+    count, hidden, inner = number_of_experts(config, 128), config.size("hidden_size"), config.size("intermediate_size")
     router = Router(Matrix("mlp.router", count, hidden, bias=True), chosen_experts(config, count))
-    experts = stacked_experts(
-        count,
-        hidden,
-        config.size("intermediate_size"),
-        f"{name}.gate_up_proj",
-        f"{name}.down_proj",
-        Stack(count, transposed=True, bare=True),
-        bias=True,
-        step=2,
-        activation="clamped_swiglu",
+    fused = FusedExperts(alternating=True, transposed=True)
+    with_sinks = [_clamped_with_sinks(layer) for layer in described]
+    return [with_experts(layer, router, count, inner, bias=True, fused=fused) for layer in with_sinks]
+
+
+def _clamped_with_sinks(layer: Layer) -> Layer:
+    return replace(
+        layer,
+        mixer=replace(layer.attention, sinks="self_attn.sinks"),
+        feed_forward=replace(layer.block, activation="clamped_swiglu"),
     )
-    with_sinks = [replace(layer.attention, sinks="self_attn.sinks") for layer in described]
-    return [
-        replace(layer, mixer=attention, feed_forward=Experts(router, experts))
-        for layer, attention in zip(described, with_sinks, strict=True)
-    ]

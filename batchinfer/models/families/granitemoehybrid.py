@@ -37,4 +37,4 @@ def _with_experts(layer: Layer, config: ConfigFile) -> Layer:
     assert shared is not None
     if not config.whole("num_local_experts"):
         return replace(layer, feed_forward=shared)
-    return granitemoe.with_stacked_experts(layer, config, shared)
+    return granitemoe.with_fused_experts(layer, config, shared)

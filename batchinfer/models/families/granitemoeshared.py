@@ -16,7 +16,7 @@ ends = granitemoe.ends
 def layers(config: ConfigFile) -> list[Layer]:
     """Describe the layers that `config.json` asks for."""
     described = [
-        granitemoe.with_stacked_experts(layer, config, shared(layer, config))
+        granitemoe.with_fused_experts(layer, config, shared(layer, config))
         for layer in llama.layers(config.changed(layer_types=None))
     ]
     return with_multipliers(described, config, config.number("attention_multiplier"))

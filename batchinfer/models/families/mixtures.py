@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from batchinfer.models.config_file import ConfigFile
 from batchinfer.models.feed_forward import Experts, FeedForward, Router
+from batchinfer.models.fused_experts import QWEN_3_5, FusedExperts
 from batchinfer.models.layer import Layer
-from batchinfer.models.tensors import Matrix, Stack
+from batchinfer.models.tensors import Matrix
 
 GATE_UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 W1_W3_W2 = ("w1", "w3", "w2")
@@ -21,11 +22,16 @@ def with_experts(
     names: tuple[str, str, str] = GATE_UP_DOWN,
     shared: FeedForward | None = None,
     shared_gate: Matrix | None = None,
+    bias: bool = False,
+    fused: FusedExperts = QWEN_3_5,
 ) -> Layer:
-    """Replace a layer's feed-forward block by so many experts of size `inner`, each with modules of its own."""
+    """Replace a layer's feed-forward block by so many experts of size `inner`.
+
+    Each is described by modules of its own; a checkpoint may hold them `fused`.
+    """
     hidden, f = layer.block.up.columns, layer.block
-    found = tuple(block(f"{name}.experts.{i}", hidden, inner, names, f.activation) for i in range(experts))
-    return replace(layer, feed_forward=Experts(router, found, shared, shared_gate))
+    found = tuple(block(f"{name}.experts.{i}", hidden, inner, names, f.activation, bias) for i in range(experts))
+    return replace(layer, feed_forward=Experts(router, found, shared, shared_gate, fused))
 
 
 def block(
@@ -44,36 +50,6 @@ def block(
         down=Matrix(down, hidden, inner, bias),
         activation=activation,
     )
-
-
-def stacked_experts(
-    experts: int,
-    hidden: int,
-    inner: int,
-    gate_up: str,
-    down: str,
-    stack: Stack,
-    *,
-    bias: bool = False,
-    step: int = 1,
-    activation: str = "silu",
-) -> tuple[FeedForward, ...]:
-    """Describe experts whose matrices are stored as two tensors, gate and up in one of them.
-
-    The rows of gate and up alternate if `step` is 2, and those of up follow those of gate if it is 1.
-    """
-
-    def expert(i: int) -> FeedForward:
-        first, second = 2 * inner * i, 2 * inner * i + (1 if step == 2 else inner)
-        rows = 2 * inner * experts
-        return FeedForward(
-            gate=Matrix(gate_up, inner, hidden, bias, first, rows, step, stack=stack),
-            up=Matrix(gate_up, inner, hidden, bias, second, rows, step, stack=stack),
-            down=Matrix(down, hidden, inner, bias, hidden * i, hidden * experts, stack=stack),
-            activation=activation,
-        )
-
-    return tuple(expert(i) for i in range(experts))
 
 
 def number_of_experts(config: ConfigFile, default: int) -> int:

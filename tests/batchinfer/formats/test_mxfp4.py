@@ -1,16 +1,26 @@
 """gpt-oss's MXFP4 beside transformers' own reader, and damaged tensors of it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from engines import compare_logits, engine_of
+from families import made
+from fused_experts import write
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from batchinfer.formats.mxfp4 import MXFP4
 from batchinfer.formats.registry import checkpoint_format, refuse_on_gpu
+from batchinfer.formats.scheme import weight_scheme
+from batchinfer.quantize.methods import method
+from batchinfer.quantize.walk import Quantizer
 
 MODULE = "model.layers.0.mlp.experts.down_proj"
 
@@ -46,22 +56,23 @@ def test_numbers_are_those_of_transformers() -> None:
     expected = convert_moe_packed_tensors(*(tensor.clone() for tensor in tensors.values()), dtype=torch.float32)
     assert expected.shape == (3, 96, 8)  # transformers multiplies from the other side
     form = checkpoint_format({"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
-    found = form.matrix(MODULE, (24, 96), Stored(tensors))
-    assert found is not None and form.matrix("lm_head", (24, 96), Stored(tensors)) is None
-    assert found.dequantize().view(3, 8, 96).equal(expected.transpose(1, 2))
+    for expert, numbers in enumerate(expected):
+        stored = Stored({name: tensor[expert] for name, tensor in tensors.items()})
+        found = form.matrix(MODULE, (8, 96), stored)
+        assert found is not None and form.matrix("lm_head", (8, 96), stored) is None
+        assert found.dequantize().equal(numbers.t())
 
 
-@pytest.mark.parametrize("shape", [(24, 64), (25, 96), (24, 95)])
-def test_other_shapes_are_refused(shape: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"down_proj_blocks has shape \[3, 8, 3, 16\]; config.json asks for"):
-        MXFP4({}).matrix(MODULE, shape, Stored(packed()))
+def test_blocks_that_do_not_fill_the_columns_are_refused() -> None:
+    with pytest.raises(ValueError, match="down_proj has 95 columns, which blocks of 32 do not fill"):
+        MXFP4({}).matrix(MODULE, (8, 95), Stored(packed()))
 
 
 def test_a_scale_that_is_no_number_is_refused() -> None:
-    tensors = packed()
-    tensors[f"{MODULE}_scales"][1, 2, 0] = 255
+    tensors = {name: tensor[1] for name, tensor in packed().items()}
+    tensors[f"{MODULE}_scales"][2, 0] = 255
     with pytest.raises(ValueError, match="_scales has a scale that is not a number"):
-        MXFP4({}).matrix(MODULE, (24, 96), Stored(tensors))
+        MXFP4({}).matrix(MODULE, (8, 96), Stored(tensors))
 
 
 def test_it_is_refused_on_a_gpu() -> None:
@@ -69,36 +80,59 @@ def test_it_is_refused_on_a_gpu() -> None:
         refuse_on_gpu(MXFP4({}))
 
 
-def test_a_model_computes_with_it_what_it_computes_with_its_numbers(
-    make_model: Callable[..., Path], tmp_path: Path
-) -> None:
-    import json
-
-    from engines import compare_logits, engine_of
-    from families import CASES
-    from safetensors.torch import load_file, save_file
-    from transformers import AutoModelForCausalLM
-
-    family, changes = CASES["gpt_oss"]
-    model = make_model(family, tie_word_embeddings=False, pad_token_id=None, **changes)
+@pytest.fixture
+def published(make_model: Callable[..., Path], tmp_path: Path) -> tuple[Path, Path]:
+    """(gpt-oss as it is published, the same in floating point, as transformers expands it)."""
+    model = made(make_model, "gpt_oss")
     tensors = load_file(model / "model.safetensors")
-    names = [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]
-    published: dict[str, Any] = dict(tensors)
-    for name in names:
+    stored: dict[str, Any] = dict(tensors)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         experts, columns, rows = tensors[name].shape
         parts = packed(experts, rows, columns)
         blocks, scales = (tensor for tensor in parts.values())
         scales.sub_(8)  # numbers of about 0.1
-        tensors[name] = convert_moe_packed_tensors(blocks.clone(), scales.clone(), dtype=torch.float32).contiguous()
-        del published[name]
-        published |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
-    for folder, found in ((tmp_path / "numbers", tensors), (tmp_path / "mxfp4", published)):
-        folder.mkdir()
-        save_file(found, folder / "model.safetensors", {"format": "pt"})
-        (folder / "config.json").write_bytes((model / "config.json").read_bytes())
+        tensors[name] = convert_moe_packed_tensors(blocks.clone(), scales.clone(), dtype=torch.float32)
+        del stored[name]
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    plain, folder = (write(found, tmp_path / name, model) for name, found in (("plain", tensors), ("mxfp4", stored)))
     raw = json.loads((model / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
-    (tmp_path / "mxfp4" / "config.json").write_text(json.dumps(raw))
-    oracle = AutoModelForCausalLM.from_pretrained(tmp_path / "numbers", dtype=torch.float32).eval()
-    engine = engine_of(tmp_path / "mxfp4", quantization="none")
-    for ours, expected in compare_logits(engine, oracle, [list(range(2, 90))]):
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder, plain
+
+
+def test_a_model_computes_with_it_what_it_computes_with_its_numbers(published: tuple[Path, Path]) -> None:
+    model, plain = published
+    oracle = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    for ours, expected in compare_logits(engine_of(model, quantization="none"), oracle, [list(range(2, 90))]):
         assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_quantizing_it_is_quantizing_its_numbers(published: tuple[Path, Path], tmp_path: Path) -> None:
+    sequences = [np.arange(2, 90, dtype=np.int32)]
+    found = []
+    for model in published:
+        output = tmp_path / f"{model.name}-quantized"
+        quantizer = Quantizer(model, output, weight_scheme("w4a16", 32), method("gptq"), sequences)
+        assert len(list(quantizer.run())) == 4
+        quantizer.finish("# A card\n")
+        assert json.loads((output / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized"
+        found.append({name: t for file in output.glob("*.safetensors") for name, t in load_file(file).items()})
+    ours, expected = found
+    assert ours.keys() == expected.keys() and "model.layers.0.mlp.experts.3.up_proj.weight_packed" in ours
+    assert all(tensor.equal(expected[name]) for name, tensor in ours.items())
+
+
+def test_damaged_blocks_are_refused(published: tuple[Path, Path], tmp_path: Path) -> None:
+    model, _ = published
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.1.mlp.experts.gate_up_proj_blocks"
+    for change, words in (
+        (tensors[name][:3], "cannot be read"),
+        (tensors[name][..., :2, :], r"experts.0.gate_proj_blocks has shape \[64, 2, 16\]; config.json asks for"),
+        (torch.zeros((), dtype=torch.uint8), "cannot be read"),
+    ):
+        save_file({**tensors, name: change.contiguous()}, model / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=words):
+            engine_of(model)
+        with pytest.raises(ValueError, match=r"tensor model\.layers\.1\.mlp\.experts"):
+            Quantizer(model, tmp_path / "out", weight_scheme("w4a16", 32), method("rtn"))

@@ -9,10 +9,14 @@ import pytest
 import torch
 from engines import assert_logits_of_transformers, engine_of
 from families import made
+from fused_experts import fused, write
 from safetensors.torch import load_file, save_file
 
+from batchinfer.formats.scheme import weight_scheme
 from batchinfer.models.config import read_model_config
 from batchinfer.models.weights import SafetensorsWeights, with_stored_head
+from batchinfer.quantize.methods import method
+from batchinfer.quantize.walk import Quantizer
 
 
 def folder_with(tmp_path: Path, **tensors: torch.Tensor) -> Path:
@@ -138,30 +142,31 @@ def test_integers_are_not_weights(tmp_path: Path) -> None:
         weights.take("a", (2,))
 
 
-def fused(model: Path, folder: Path, experts: int) -> Path:
+def with_fused_experts(model: Path, folder: Path) -> Path:
     """The same checkpoint with its experts in two tensors of a layer, as Qwen3.5's are published."""
-    tensors = load_file(model / "model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
-    for at in {name.partition(".experts.")[0] for name in tensors if ".experts." in name}:
-        gate, up, down = (
-            torch.stack([tensors[f"{at}.experts.{i}.{part}_proj.weight"] for i in range(experts)])
-            for part in ("gate", "up", "down")
-        )
-        kept |= {f"{at}.experts.gate_up_proj": torch.cat([gate, up], 1), f"{at}.experts.down_proj": down}
-    folder.mkdir()
-    save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    shutil.copy(model / "config.json", folder)
-    return folder
+    return write(fused(load_file(model / "model.safetensors"), "qwen3_5"), folder, model)
 
 
 @pytest.mark.parametrize("case", ["qwen3_5_moe_text", "qwen3_moe"])
 def test_experts_may_lie_in_two_tensors(make_model: Callable[..., Path], tmp_path: Path, case: str) -> None:
-    folder = fused(made(make_model, case), tmp_path / "fused", 6)
+    folder = with_fused_experts(made(make_model, case), tmp_path / "fused")
     assert_logits_of_transformers(folder)
 
 
+def test_quantizing_fused_experts_is_quantizing_each_by_itself(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = made(make_model, "qwen3_5_moe_text")
+    outputs = []
+    for source in (model, with_fused_experts(model, tmp_path / "fused")):
+        outputs.append(tmp_path / f"{len(outputs)}-quantized")
+        quantizer = Quantizer(source, outputs[-1], weight_scheme("w4a16", 32), method("rtn-mse"))
+        assert len(list(quantizer.run())) == 4
+        quantizer.finish("# A card\n")
+    found = [{file.name: file.read_bytes() for file in output.glob("*.safetensors")} for output in outputs]
+    assert len(found[0]) == 4 and found[0] == found[1]
+
+
 def test_experts_that_nobody_asked_for_are_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    folder = fused(made(make_model, "qwen3_moe"), tmp_path / "fused", 6)
+    folder = with_fused_experts(made(make_model, "qwen3_moe"), tmp_path / "fused")
     raw = json.loads((folder / "config.json").read_text())
     for count, message in ((5, "holds 6 experts; config.json asks for 5"), (7, "cannot be read")):
         (folder / "config.json").write_text(json.dumps(raw | {"num_local_experts": count}))

@@ -13,7 +13,11 @@ from engines import EDGES, compare_logits, engine_of
 from families import GEMMA_4, SHARING
 from safetensors.torch import load_file, save_file
 
+from batchinfer.engine.engine import Engine
+from batchinfer.formats.scheme import weight_scheme
 from batchinfer.models.config import parse_model_config, read_model_config
+from batchinfer.quantize.methods import method
+from batchinfer.quantize.walk import Quantizer
 from batchinfer.text.tokenizer_files import end_of_text_ids
 
 TEXT = {
@@ -101,7 +105,12 @@ def wrapped(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def largest_error(model: Path, original: Path) -> float:
     oracle = transformers.AutoModelForImageTextToText.from_pretrained(original, dtype=torch.float32).eval()
-    pairs = list(compare_logits(engine_of(model), oracle, EDGES))
+    return error_of(engine_of(model), oracle)
+
+
+def error_of(engine: Engine, oracle: Any) -> float:
+    """The largest difference from transformers' logits, as a share of the largest logit."""
+    pairs = list(compare_logits(engine, oracle, EDGES))
     ours, expected = (torch.stack(column) for column in zip(*pairs, strict=True))
     return float((ours - expected).abs().max() / expected.abs().max())
 
@@ -117,6 +126,26 @@ def test_logits_are_those_of_transformers(
     assert error <= 1e-4
     assert any("wraps a language model" in note for note in read_model_config(model).notes)
     assert end_of_text_ids(model) == (1,)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_language_model_is_quantized_alone(wrapped: Callable[..., Path], tmp_path: Path, case: str) -> None:
+    """transformers reads what is written as a model for text, and computes the same from it, near the original."""
+    original, output = wrapped(case), tmp_path / "out"
+    quantizer = Quantizer(original, output, weight_scheme("w8a16", 16), method("rtn"))
+    notes = [note for report in quantizer.run() for note in report.notes]
+    quantizer.finish("# A card\n")
+    assert "the language model is written alone, for text" in notes
+    assert not read_model_config(output).wrapped and end_of_text_ids(output) == (1,)
+    oracle, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        output, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    engine = engine_of(output, quantization="none")
+    assert error_of(engine, oracle.eval()) <= 1e-4
+    whole = transformers.AutoModelForImageTextToText.from_pretrained(original, dtype=torch.float32).eval()
+    ours, expected = (torch.stack(column) for column in zip(*compare_logits(engine, whole, EDGES), strict=True))
+    assert torch.cosine_similarity(ours, expected).median() > 0.99 and not ours.equal(expected)
 
 
 NAMES = {
