@@ -96,9 +96,12 @@ class Mixture:
 
     def products(self, counts: list[tuple[int, int]]) -> Callable[[], object]:
         """Make the experts' products of these many tokens, with nothing around them."""
-        grain, work = self.block.experts[0].gate_up.row_grain, []
+        from batchinfer.kernels.grain import expert_size  # which an older checkout may lack
+
+        work = []
         for expert, count in counts:
-            of, rows = self.block.experts[expert], -(-count // grain) * grain
+            of = self.block.experts[expert]
+            rows = expert_size(count, of.gate_up.row_grain, of.gate_up.least_rows)
             for product, columns in ((of.gate_up, SHAPE["hidden_size"]), (of.down, SHAPE["moe_intermediate_size"])):
                 work.append((product, rows_of(self.do, rows, columns, product.takes)))
         return lambda: [product(x) for product, x in work]
@@ -122,6 +125,23 @@ def milliseconds(call: Callable[[], object]) -> float:
     started = time.thread_time_ns()
     call()
     return (time.thread_time_ns() - started) / 1e6
+
+
+def blocks(kind: str, rows: list[int], turns: int) -> dict[int, list[float]]:
+    """Return for each number of tokens the milliseconds of the block in each turn."""
+    mixture, found = Mixture(kind), dict[int, list[float]]()
+    source = torch.ones(COPIED, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    allocator.keep_freed_memory()
+    with torch.inference_mode():
+        for tokens in rows:
+            taken = []
+            for _ in range(turns + 2):
+                x = mixture.inputs(tokens)
+                target.copy_(source)  # so that no weights are in the cache
+                taken.append(milliseconds(lambda x=x, tokens=tokens: mixture.block(mixture.do, Rows(x), tokens)))
+            found[tokens] = taken[2:]
+    return found
 
 
 def measure(kind: str, rows: list[int], turns: int, profile: bool) -> dict[int, list[dict[str, float]]]:
@@ -208,7 +228,7 @@ def beside(other: str, args: argparse.Namespace) -> None:
             runs.append(json.loads(done.stdout))
         for kind, figures in runs[0].items():
             for tokens in figures:
-                pair = [statistics.median(turn["block"] for turn in run[kind][tokens]) for run in runs]
+                pair = [statistics.median(run[kind][tokens]) for run in runs]
                 ratios.setdefault((kind, tokens), []).append((pair[0], pair[1]))
     print("| weights | tokens | this, ms | other, ms | ratio (least to most) |\n|---|---:|---:|---:|---:|")
     for (kind, tokens), pairs in ratios.items():
@@ -237,9 +257,10 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     rows = [int(count) for count in args.rows.split(",")]
-    found = {kind: measure(kind, rows, args.turns, args.profile) for kind in args.kinds.split(",")}
+    kinds = args.kinds.split(",")
     if args.json:
-        return print(json.dumps(found))
+        return print(json.dumps({kind: blocks(kind, rows, args.turns) for kind in kinds}))
+    found = {kind: measure(kind, rows, args.turns, args.profile) for kind in kinds}
     made = page(found, args.turns, ran)
     print(made)
     if args.write:
