@@ -239,6 +239,7 @@ def _report(
         rows_per_second=(results.rows - done.count) / generating if generating > 0 else 0.0,
         kv_bytes_read=stats.kv_bytes_read,
         kv_bytes_unshared=stats.kv_bytes_unshared,
+        experts_touched=stats.experts_touched / max(stats.expert_layers, 1),
         operations=stats.operations,
         peak_operations_per_second=stats.peak_operations_per_second,
         percent_of_peak=100 * stats.operations / ideal if ideal > 0 else None,

@@ -73,6 +73,7 @@ class Outlook:
     most_new_tokens: int
     kv_cache: str  # type of keys and values
     kv_cache_bytes: int  # most that are in use at the same time
+    state_bytes: int  # of the rows side by side, in layers that keep a state; snapshots may take as much again
     step_sizes: dict[str, int]  # tokens of a step, with padding -> number of steps, by the central estimate
     operations: float  # if each row generates all tokens that it may
     kv_bytes_read: float
@@ -107,6 +108,7 @@ class Outlook:
             ),
             ("new tokens", f"{self.most_new_tokens:,} at most"),
             ("KV cache", f"{in_bytes(self.kv_cache_bytes)} in {self.kv_cache} at its fullest"),
+            *([("  states", self._states())] if self.state_bytes else []),
             ("steps", f"{sum(self.step_sizes.values()):,}"),
             ("  tokens: steps", most_frequent(self.step_sizes)),
             ("operations", f"{self.operations:.3g} with all new tokens; KV read {in_bytes(self.kv_bytes_read)}"),
@@ -137,6 +139,10 @@ class Outlook:
             ]
             lines.append(("drafts pay", "; ".join(shares)))
         return lines
+
+    def _states(self) -> str:
+        beside = ", and up to as much again for what rows share" if self.shared_tokens else ""
+        return f"{in_bytes(self.state_bytes)} of the rows side by side{beside}"
 
 
 def plan(spec: JobSpec) -> Outlook:
@@ -232,10 +238,12 @@ def _demands(
     """Return new tokens, memory and operations of the rows that run, as if no prompt were shared; zeros if no row can
     run. They do not depend on the device's speed."""
     if job is None:
-        return {"most_new_tokens": 0, "kv_cache_bytes": 0, "operations": 0.0, "kv_bytes_read": 0.0}
+        names = ("most_new_tokens", "kv_cache_bytes", "state_bytes", "operations", "kv_bytes_read")
+        return dict.fromkeys(names, 0)
     lengths = np.arange(len(job.shape.lengths))
     most = np.maximum(job.shape.most_tokens(lengths), 0)
-    model = CostModel.of(job.model, kv_bytes=KV_CACHE_BYTES.get(setting.kv_cache, UNKNOWN_KV_BYTES))
+    kv_bytes = KV_CACHE_BYTES.get(setting.kv_cache, UNKNOWN_KV_BYTES)
+    model = CostModel.of(job.model, kv_bytes, setting.stream_bytes)
     total = int(most @ job.shape.lengths)
     tokens = samples * figures.kv_cache_tokens(-(-config.max_num_seqs // samples))
     each = [
@@ -245,6 +253,7 @@ def _demands(
     return {
         "most_new_tokens": total,
         "kv_cache_bytes": tokens * model.kv_bytes_per_token,
+        "state_bytes": min(config.usual_batch, job.shape.rows) * model.state_bytes,
         "operations": sum(rows * model.operations(requests) for requests, rows in each),
         "kv_bytes_read": sum(rows * model.bytes_read(requests) for requests, rows in each),
     }

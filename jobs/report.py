@@ -87,6 +87,7 @@ class Report:
     prompt_tokens_shared: int = 0  # not computed, since they were computed for another row
     kv_bytes_read: int = 0  # bytes of keys and values that attention read, in all layers; 0 on the CPU: not counted
     kv_bytes_unshared: int = 0  # what it would have read if every row had read the prefix it shares by itself
+    experts_touched: float = 0.0  # experts of a layer that a step touched, in the mean; 0 on a GPU: not counted
     # How steps without prompt tokens ran on a GPU: replayed, recorded, launched (kernel by kernel) -> number of steps
     gpu_steps: dict[str, int] = field(default_factory=dict)
     # Input column -> number of its values that are not UTF-8 and have U+FFFD in place of their bytes in the output
@@ -130,6 +131,7 @@ class Report:
             *([("keys and values", self._reads())] if self.kv_bytes_read else []),
             ("steps", f"{self.steps:,}, preemptions {self.preemptions:,}"),
             *([("  decoding", _on_gpu(self.gpu_steps))] if any(self.gpu_steps.values()) else []),
+            *([("  experts", f"{self.experts_touched:,.1f} of a layer touched")] if self.experts_touched else []),
             ("  tokens: steps", most_frequent(self.step_sizes)),
             ("prompt lengths", most_frequent(self.buckets)),
             ("padding", f"{_percent(self.padded_tokens, computed + self.padded_tokens)} of the tokens computed"),

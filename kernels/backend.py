@@ -1,5 +1,6 @@
 """`Backend`: the operations of a decoder on one kind of device. The model's own code is the same for all devices."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -60,8 +61,18 @@ class Backend(Protocol):
         """
         ...
 
-    def expert_rows(self, experts_Tk: Tensor, experts: int) -> ExpertRows:
-        """Sort tokens into rows for `product_by_expert`, by the k of all `experts` chosen for each, int64 [T, k]."""
+    def expert_rows(self, experts_Tk: Tensor, experts: int, products: Sequence[Product]) -> ExpertRows:
+        """Sort tokens into rows for `product_by_expert`, by the k of all `experts` chosen for each, int64 [T, k].
+
+        Their numbers are such that no row's bits depend on others in the `products` of one of the experts.
+        """
+        ...
+
+    def weighted_sum(self, parts: list[Tensor], weights_Tk: Tensor, places_Tk: Tensor) -> Tensor:
+        """Return the weighted sum of each token's rows, float32 [T, D], in the order in which experts were chosen.
+
+        The rows [M, D] are those of all `parts`; `places` are their numbers.
+        """
         ...
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, norm_D: NormWeights, eps: float, takes: torch.dtype) -> Rows:

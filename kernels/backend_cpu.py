@@ -1,12 +1,15 @@
 """`CpuBackend`: torch's operations, in shapes that are fast on a CPU and keep a row's bits."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from batchinfer.kernels.activation import activate, activate_quantize
 from batchinfer.kernels.attention import TiledBatch, attention
 from batchinfer.kernels.backend import AttentionBatch
-from batchinfer.kernels.experts import ExpertRows, ProductByExpert, ProductBySpan, expert_spans
+from batchinfer.kernels.experts import ExpertRows, ProductByExpert
+from batchinfer.kernels.experts_cpu import ProductBySpan, WeightedSum, expert_spans
 from batchinfer.kernels.kv_cache import KVCache, cache_rows, rotate
 from batchinfer.kernels.linear import Linear
 from batchinfer.kernels.linear_w4a16 import LinearW4A16
@@ -31,6 +34,8 @@ class CpuBackend:
 
     def __init__(self) -> None:
         self.kernels: dict[str, str] = {}
+        self._sum = WeightedSum()
+        self.expert_layers = self.experts_touched = 0  # mixtures computed so far, and experts that had rows in them
 
     def stream(self, dtype: torch.dtype, quantized: bool) -> torch.dtype:
         return torch.float32 if quantized else dtype
@@ -59,8 +64,15 @@ class CpuBackend:
     def product_by_expert(self, products: list[Product]) -> ProductByExpert:
         return ProductBySpan(products)
 
-    def expert_rows(self, experts_Tk: Tensor, experts: int) -> ExpertRows:
-        return expert_spans(experts_Tk)
+    def expert_rows(self, experts_Tk: Tensor, experts: int, products: Sequence[Product]) -> ExpertRows:
+        row_grain, least = (max(getattr(p, name) for p in products) for name in ("row_grain", "least_rows"))
+        spans = expert_spans(experts_Tk, experts, row_grain, least)
+        self.expert_layers += 1
+        self.experts_touched += len(spans.spans)
+        return spans
+
+    def weighted_sum(self, parts: list[Tensor], weights_Tk: Tensor, places_Tk: Tensor) -> Tensor:
+        return self._sum(parts, weights_Tk, places_Tk)
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, norm_D: NormWeights, eps: float, takes: torch.dtype) -> Rows:
         if y is not None:

@@ -1,5 +1,7 @@
 """`TritonBackend`: Triton kernels and library products on a GPU, or on the CPU in Triton's interpreter."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from batchinfer.kernels import activation_triton, experts_triton, norm_triton, r
 from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.attention_triton import paged_attention
 from batchinfer.kernels.backend import AttentionBatch
-from batchinfer.kernels.experts import ExpertRows, ProductByExpert
+from batchinfer.kernels.experts import ExpertRows, ProductByExpert, weighted_sum
 from batchinfer.kernels.gpu_triton import gpu_of
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.kv_cache_triton import rotate_and_store, rotate_queries
@@ -64,8 +66,12 @@ class TritonBackend:
         self.many_expert_rows |= experts_triton.takes_many(product.weight.dtype, self.gpu)
         return product
 
-    def expert_rows(self, experts_Tk: Tensor, experts: int) -> ExpertRows:
+    def expert_rows(self, experts_Tk: Tensor, experts: int, products: Sequence[Product]) -> ExpertRows:
         return experts_triton.expert_tiles(experts_Tk, experts, self.many_expert_rows)
+
+    def weighted_sum(self, parts: list[Tensor], weights_Tk: Tensor, places_Tk: Tensor) -> Tensor:
+        (y_MD,) = parts
+        return weighted_sum(y_MD, weights_Tk, places_Tk)
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, norm_D: NormWeights, eps: float, takes: torch.dtype) -> Rows:
         return norm_triton.add_norm(x_MD, None if y is None else y.values, norm_D, eps, _out(takes, x_MD))

@@ -3,14 +3,13 @@
 Shapes: T tokens, E experts, k of them chosen for a token, M rows in the order of their experts.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from batchinfer.kernels.grain import MIN_ROWS
-from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
 
 FOUR_BITS = (
@@ -31,12 +30,10 @@ class ExpertRows:
     tokens: Tensor  # [M] int64, the token of each row; any token for padding
     places: Tensor  # [T, k] int64, the row of each token's j-th expert
 
-
-@dataclass(frozen=True)
-class ExpertSpans(ExpertRows):
-    """Rows of which the host knows where those of an expert lie."""
-
-    spans: list[tuple[int, int, int]]  # (expert, first row, end) of each expert that has rows, with its padding
+    @property
+    def parts(self) -> "Sequence[ExpertRows]":
+        """The same rows in parts, to be computed one after the other; their `places` are those of the whole."""
+        return (self,)
 
 
 class ProductByExpert(Protocol):
@@ -73,41 +70,6 @@ def route(
     if normalized:
         weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True)
     return experts_Tk, weights_Tk * factor
-
-
-def expert_spans(experts_Tk: Tensor) -> ExpertSpans:
-    """Sort tokens by expert. Each expert's rows are padded to a multiple of `MIN_ROWS`: so no row's bits depend on
-    which other tokens share its expert."""
-    entries = experts_Tk.flatten()
-    order = entries.argsort(stable=True)
-    row_of, tokens, spans = torch.empty_like(entries), [], []
-    first = taken = 0
-    for expert, count in enumerate(torch.bincount(entries).tolist()):
-        if count:
-            mine = order[taken : taken + count]
-            row_of[mine] = torch.arange(first, first + count)
-            padding = -count % MIN_ROWS
-            tokens += [mine.div(experts_Tk.shape[1], rounding_mode="floor"), mine.new_zeros(padding)]
-            spans.append((expert, first, first + count + padding))
-            first, taken = first + count + padding, taken + count
-    return ExpertSpans(torch.cat(tokens), row_of.view_as(experts_Tk), spans)
-
-
-class ProductBySpan:
-    """The products of all experts, one after the other."""
-
-    def __init__(self, products: list[Product]) -> None:
-        self.products = products
-
-    def __call__(self, x: Rows, at: ExpertRows) -> Rows:
-        assert isinstance(at, ExpertSpans)
-        parts = [self.products[expert](_span(x, first, end)) for expert, first, end in at.spans]
-        scales = [part.scale for part in parts if part.scale is not None]
-        return Rows(torch.cat([part.values for part in parts]), torch.cat(scales) if scales else None)
-
-
-def _span(x: Rows, first: int, end: int) -> Rows:
-    return Rows(x.values[first:end], None if x.scale is None else x.scale[first:end])
 
 
 def weighted_sum(y_MD: Tensor, weights_Tk: Tensor, places_Tk: Tensor) -> Tensor:

@@ -78,6 +78,11 @@ class Float8InputProduct:
         return self.product.row_grain
 
     @property
+    def least_rows(self) -> int:
+        """The fewest input rows with which a row's bits are its own."""
+        return self.product.least_rows
+
+    @property
     def operations_per_row(self) -> int:
         """Number of multiplications and additions for one input row."""
         return self.product.operations_per_row

@@ -11,6 +11,16 @@ MIN_ROWS = 8
 """The fewest rows of a product. With fewer, oneDNN and MKL take other kernels, which add in another order."""
 
 
+def expert_size(rows: int, row_grain: int, least_rows: int) -> int:
+    """Return the number of an expert's rows with padding: a multiple of `row_grain`, or a power of two below it.
+
+    With padding they are `least_rows` or more. Most experts of a small step have one row or two.
+    """
+    if rows < row_grain:
+        return max(least_rows, 1 << (rows - 1).bit_length())
+    return -(-rows // row_grain) * row_grain
+
+
 def padded_size(tokens: int, row_grain: int) -> int:
     """Return the number of a step's tokens with padding: a multiple of `row_grain`, or of 32 above 128 tokens.
 

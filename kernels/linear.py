@@ -18,7 +18,7 @@ class Linear:
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None = None) -> None:
         self.weight = weight_NK
         self.bias = bias_N
-        self.row_grain = MIN_ROWS
+        self.row_grain = self.least_rows = MIN_ROWS
         widened = multiplied_in(weight_NK.dtype) != weight_NK.dtype
         self.path = f"{str(weight_NK.dtype).removeprefix('torch.')}, widened to float32" if widened else "cpu"
         self._least_rows = least_rows_in_bfloat16() if weight_NK.dtype == torch.bfloat16 else 1

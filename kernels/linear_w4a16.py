@@ -31,7 +31,7 @@ class LinearW4A16:
     """
 
     takes = torch.bfloat16
-    row_grain = 1
+    row_grain = least_rows = 1
 
     def __init__(
         self, values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor, bias_N: Tensor | None = None

@@ -22,7 +22,8 @@ class LinearW8A8:
     """
 
     takes = torch.uint8
-    row_grain = MIN_ROWS
+    row_grain = MIN_ROWS  # not for the bits: oneDNN makes a kernel for each new number of rows
+    least_rows = 1
 
     def __init__(self, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None) -> None:
         self.shape = (weight_NK.shape[0], weight_NK.shape[1])

@@ -17,7 +17,12 @@ class Product(Protocol):
 
     @property
     def row_grain(self) -> int:
-        """Row grain: the number of input rows must be a multiple of it."""
+        """Row grain: a step's number of input rows must be a multiple of it."""
+        ...
+
+    @property
+    def least_rows(self) -> int:
+        """The fewest input rows with which a row's bits are those that it has among others."""
         ...
 
     @property

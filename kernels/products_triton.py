@@ -24,7 +24,7 @@ class DenseProduct:
     With `deterministic`, a row's bits do not depend on the rows beside it.
     """
 
-    row_grain = 1
+    row_grain = least_rows = 1
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, deterministic: bool) -> None:
         self.weight, self.bias, self.deterministic = weight_NK, bias_N, deterministic
@@ -55,7 +55,7 @@ class EightBitProduct:
     The result is in `out`.
     """
 
-    row_grain = 1
+    row_grain = least_rows = 1
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class EightBitProduct:
 class FourBitProduct:
     """The product of floating-point rows with weights that stay in 4 bits in memory."""
 
-    row_grain = 1
+    row_grain = least_rows = 1
     path = "triton"
 
     def __init__(

@@ -20,6 +20,11 @@ class Rows(NamedTuple):
         """Return `values * scale` for floating-point values. This overwrites `values`: do not use them afterwards."""
         return self.values if self.scale is None else self.values.mul_(self.scale)
 
+    def at(self, rows_m: Tensor) -> "Rows":
+        """Return copies of the rows of these numbers, int64 [m]."""
+        scale = None if self.scale is None else self.scale.index_select(0, rows_m)
+        return Rows(self.values.index_select(0, rows_m), scale)
+
 
 _TO_LOW_BYTE = 1.5 * 2.0**23 + 128.0
 """Adding this to a small float32 leaves, in the lowest byte of the bits, the number rounded half to even plus 128."""

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,17 @@ def _drawn(top_k: int, top_p: float) -> SamplingParams:
     return SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.7, top_k=top_k, top_p=top_p)
 
 
+# A small Qwen3.5, for layers that keep a state. The states are as large as those of its real models, so that they come
+# from memory in each layer.
+WITH_STATES = {
+    "model_type": "qwen3_5_text", "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16, "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+    "vocab_size": 2048, "max_position_embeddings": 2048,
+}  # fmt: skip
+
+
 # Rows that run together: lengths of prompts in tokens, how they are answered, and the name of that kind of sampling.
 Workload = tuple[list[int], SamplingParams, str]
 
@@ -57,6 +69,10 @@ BY_ROWS: list[Workload] = [
     *(([1] * count, _greedy(4), "greedy") for count in (1, 8, 16, 32, 64)),
 ]
 BY_CONTEXT: list[Workload] = [(lengths, _greedy(4), "greedy") for lengths in ([1000], [480] * 4, [96] * 32)]
+STATES: list[Workload] = [
+    *((lengths, _greedy(1), "greedy") for lengths in ([8], [64], [256], [512], [64] * 8)),
+    *(([1] * count, _greedy(4), "greedy") for count in (1, 8, 24)),
+]
 # Answers are long enough that in the end all rows decode side by side.
 MANY_KEYS: list[Workload] = [([480] * 24, _greedy(26), "greedy")]
 # With random weights all tokens are about equally likely. top_k leaves as few as filters leave with a trained model.
@@ -94,11 +110,14 @@ def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
     say("timing reads of memory")
     memory = measure_memory(device)
     with tempfile.TemporaryDirectory() as folder:
-        models = [_write_shape(Path(folder) / str(i), shape) for i, shape in enumerate(SHAPES)]
+        models = [_write_shape(Path(folder) / str(i), _plain_shape(shape)) for i, shape in enumerate(SHAPES)]
+        with_states = _write_shape(Path(folder) / "states", WITH_STATES)
         for name, products in PRODUCTS.items():
             say(f"timing steps in {name}")
             measured, longer = [], list[float]()
-            for model, kv_cache, workloads in _plan(models, products.kv_cache(device)):
+            automatic = products.kv_cache(device)
+            states = [(with_states, automatic, STATES)] if device == "cpu" else []  # a GPU has no kernels for them
+            for model, kv_cache, workloads in [*states, *_plan(models, automatic)]:
                 engine = _engine(model, device, products, kv_cache)
                 shape = engine.runner.decoder.config
                 weights = Weights(products.layer_bytes, products.head_bytes, memory.cache_bytes)
@@ -128,9 +147,9 @@ def _plan(models: list[Path], automatic: str) -> Iterator[tuple[Path, str, list[
     yield models[-1], automatic, BY_ROWS
 
 
-def _write_shape(folder: Path, shape: tuple[int, ...]) -> Path:
+def _plain_shape(shape: tuple[int, ...]) -> dict[str, Any]:
     hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary = shape
-    config = {
+    return {
         "model_type": "llama",
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -141,6 +160,9 @@ def _write_shape(folder: Path, shape: tuple[int, ...]) -> Path:
         "vocab_size": vocabulary,
         "max_position_embeddings": 2048,
     }
+
+
+def _write_shape(folder: Path, config: dict[str, Any]) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -13,14 +13,19 @@ from numpy.typing import NDArray
 
 from batchinfer.kernels.grain import TILE
 from batchinfer.models.config import ModelConfig
-from batchinfer.models.feed_forward import FeedForward
+from batchinfer.models.feed_forward import Experts, FeedForward
 from batchinfer.models.layer import Layer
+from batchinfer.models.mixer import GatedDeltaNet
 
 Floats = NDArray[np.float64]
 
 ROWS = (8, 16, 32, 64, 128, 256, 512)
 """Numbers of rows of a product for which the seconds per weight are fitted. They are interpolated in between, constant
 below the first, and proportional to the rows above the last."""
+
+
+CONVOLVED = 2
+"""Numbers that pass through norms and activations in the time of one that a convolution multiplies by a tap."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +83,18 @@ class Weights:
         return float(np.clip(nbytes / self.cache_bytes - 0.5, 0.0, 1.0))
 
 
+def weights_per_token(model: ModelConfig) -> int:
+    """Return the number of elements of the matrices that a token is multiplied by, without the head's."""
+    made = 0 if model.ends.per_layer is None else model.ends.per_layer.projection.size
+    of_layers = (
+        sum(matrix.size for found in layer.mixer.products.values() for matrix in found)
+        + layer.feed_forward.weights_per_token
+        + (0 if layer.per_layer is None else layer.per_layer.weights_per_token)
+        for layer in model.layers
+    )
+    return made + sum(of_layers)
+
+
 def layer_weights(model: ModelConfig) -> int:
     """Return the number of elements of all matrices but the head's."""
     made = 0 if model.ends.per_layer is None else model.ends.per_layer.projection.size
@@ -103,6 +120,7 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
     heads, width = sum(a.heads for a in shapes), sum(a.heads * a.head_dim for a in shapes)
     kv = sum(a.kv_heads * a.head_dim for a in shapes)
     stored = sum(a.kv_heads * a.head_dim for a in shapes if a.source is None)
+    moved += (TILE * w.tiles + w.decoding) * sum(CONVOLVED * m.length * m.channels for m in model.recurrent)
     named = {
         "step": np.ones(len(w)),
         "layer": np.full(len(w), float(len(layers))),
@@ -122,6 +140,12 @@ def quantities(work: Work, model: ModelConfig, weights: Weights, kv_cache: str, 
         f"decoding key in {kv_cache}": kv * w.decode_keys,
         f"stored key in {kv_cache}": stored * w.tokens,
     }
+    if deltas := [mixer for mixer in model.recurrent if isinstance(mixer, GatedDeltaNet)]:
+        named |= {
+            "part of states": len(deltas) * (w.tile_positions + (w.decoding > 0)),
+            "tile's multiplication with states": sum(m.tile_multiplications for m in deltas) * w.tiles,
+            "decoding state number": sum(m.state_numbers[1] for m in deltas) * w.decoding,
+        }
     if sampling != "greedy":
         named[f"{sampling} logit"] = model.vocab_size * w.sampled
     by_rows = np.sum([part * _shares(rows) for part, rows in products], axis=0)
@@ -155,10 +179,16 @@ def _products(work: Work, model: ModelConfig) -> list[tuple[Floats, Floats]]:
             found.append((layers * f.weights_per_token * ones, rows))
             continue
         chosen = f.router.chosen
-        touched = len(f.experts) * (1 - (1 - chosen / len(f.experts)) ** rows)
+        touched = experts_touched(f, rows)
         found.append((layers * touched * f.experts[0].weights_per_token, rows * chosen / np.maximum(touched, 1e-9)))
         found.append((layers * (f.weights_per_token - chosen * f.experts[0].weights_per_token) * ones, rows))
     return found
+
+
+def experts_touched(mixture: Experts, rows: Floats) -> Floats:
+    """Return how many experts `rows` [n] tokens are expected to touch, [n], if each chooses evenly by itself."""
+    experts = len(mixture.experts)
+    return np.asarray(experts * (1 - (1 - mixture.router.chosen / experts) ** rows), np.float64)
 
 
 def _shares(rows: Floats) -> Floats:

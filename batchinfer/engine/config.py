@@ -136,6 +136,8 @@ class EngineStats:
     decode_seconds: float = 0.0
     kv_bytes_read: int = 0  # bytes of keys and values that attention read; counted on a GPU only
     kv_bytes_unshared: int = 0  # what it would have read if every sequence had read its prefix itself
+    expert_layers: int = 0  # mixtures of experts that steps computed, one for each layer; counted on a CPU only
+    experts_touched: int = 0  # experts whose weights they read
     operations: int = 0  # integer and floating-point operations of all matrix products, without padding
     peak_operations_per_second: float = 0.0  # measured on this device with the scheme's product; 4-bit weights expanded
     weight_bytes: int = 0
@@ -151,7 +153,7 @@ class EngineStats:
 _COUNTED = (
     *("steps", "prompt_tokens", "completion_tokens", "padded_tokens", "operations"),
     *("shared_tokens", "preemptions", "drafted", "accepted", "kv_bytes_read", "kv_bytes_unshared"),
-    *("replayed_steps", "recorded_steps", "launched_steps"),
+    *("replayed_steps", "recorded_steps", "launched_steps", "expert_layers", "experts_touched"),
     *("load_seconds", "prefill_seconds", "decode_seconds"),
 )
 _PEAKS = ("peak_memory_bytes", "peak_device_bytes")

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.block_manager import BlockManager
-from batchinfer.engine.config import BLOCK_SIZES, LEAST_BATCHED_TOKENS, LEAST_GPU_SHARE, EngineConfig, EngineStats
-from batchinfer.engine.cuda_graphs import MOST_RECORDINGS, RECORDING_BYTES
+from batchinfer.engine.check_settings import check_settings
+from batchinfer.engine.config import EngineConfig, EngineStats
 from batchinfer.engine.drafts.draft_model import DraftModel, load_draft_model
 from batchinfer.engine.drafts.gate import Gate
-from batchinfer.engine.largest_step import largest_step, probe_blocks
+from batchinfer.engine.endings import endings
+from batchinfer.engine.measured_room import room_for_keys
 from batchinfer.engine.model_runner import ModelRunner, measure_peak
-from batchinfer.engine.new_tokens import NewTokens
 from batchinfer.engine.output_lengths import OutputLengths
 from batchinfer.engine.pool_size import Room, is_out_of_memory, pool_blocks, pool_states
 from batchinfer.engine.request import NO_SCORES, Completions, FinishReason, Requests, RowError, Scores
@@ -31,7 +31,7 @@ from batchinfer.engine.warm_up import warm_up
 from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.models.batch import Batch
-from batchinfer.models.config import ModelConfig, read_model_config
+from batchinfer.models.config import read_model_config
 from batchinfer.text.tokenizer import Tokenizer
 
 NO_TOKENS = np.empty(0, np.int32)
@@ -65,13 +65,13 @@ class Engine:
         """Load the model. Raises `ValueError` naming a setting, field or tensor that does not fit."""
         started = time.perf_counter()
         model = read_model_config(config.model)
-        _check(config, model, tokenizer)
+        check_settings(config, model, tokenizer)
         self.tokenizer = tokenizer
         try:
             self.runner = ModelRunner(config, model)
             draft_runner = load_draft_model(config)
             self._runners = [runner for runner in (draft_runner, self.runner) if runner is not None]
-            room = self._room(config).limited(config.kv_cache_memory_bytes)
+            room = room_for_keys(self.runner, self._runners, config).limited(config.kv_cache_memory_bytes)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -91,7 +91,8 @@ class Engine:
         for runner in self._runners:
             runner.allocate(blocks, config.block_size, states)
         if config.device != "cpu":
-            self._warm_up(config)
+            for runner in self._runners:
+                warm_up(runner, config, runner.row_steps)
         lengths = OutputLengths(config.max_model_len) if config.learned_admission else None
         self.table, self.scheduler = self._scheduler(config, blocks, states, lengths)
         self.drafter = self._gate(config, draft_runner, blocks)
@@ -190,7 +191,7 @@ class Engine:
         new_tokens = self.scheduler.update(batch, tokens, finite)
         if new_tokens.spoiled is not None:
             self.runner.clear_slots(new_tokens.spoiled)
-        done = self._finished(new_tokens)
+        done = endings(self.table, new_tokens, self.scheduler.eos_ids, self.tokenizer)
         if batch.labels is not None:
             done |= self.scheduler.labels.update(batch.labels, scores)
         completions = self._completions(done) if done else Completions.none()
@@ -237,16 +238,13 @@ class Engine:
             steps = self.runner.steps
             stats.replayed_steps, stats.recorded_steps = steps.replays, steps.recorded
             stats.launched_steps = steps.launched
+        stats.expert_layers, stats.experts_touched = self.runner.experts_touched
         stats.weight_bytes = self.runner.decoder.weight_bytes
         stats.kv_cache_bytes = self.runner.kv_cache_bytes
         stats.peak_memory_bytes = peak_memory_bytes()
         stats.peak_device_bytes = self.runner.peak_device_bytes
         stats.kernels = {op: path for runner in self._runners for op, path in runner.backend.kernels.items()}
         return stats
-
-    def _warm_up(self, config: EngineConfig) -> None:
-        for runner in self._runners:
-            warm_up(runner, config, runner.row_steps)
 
     def _states(self, config: EngineConfig, room: Room) -> tuple[Room, int]:
         """Return the room that is left beside the model's states, and their number; 0 if it has none."""
@@ -276,70 +274,6 @@ class Engine:
         padded = padded_count if self.runner.late else partial(padded_size, row_grain=grain)
         model = None if runner is None else DraftModel(runner, config, self.table, blocks, self.runner)
         return Gate(self.table, config.speculation, padded, model, self.runner.late > 0, self._stats.notes)
-
-    def _room(self, config: EngineConfig) -> Room:
-        """Return the memory for keys and values; on a GPU, what is left after running the largest possible step."""
-        if config.device == "cpu":
-            return Room.on_cpu()
-        activations = _step_bytes(self.runner, config)
-        rows = min(config.max_num_seqs, config.usual_batch, self.runner.steps.most_tokens)
-        decoding = replace(config, max_num_seqs=rows, max_num_batched_tokens=rows)  # one token of each sequence
-        steps = {r: _step_bytes(r, decoding) * r.steps.most_tokens // rows for r in self._runners}
-        torch.cuda.empty_cache()
-        free, total = torch.cuda.mem_get_info()
-        wanted = {r: step_bytes + MOST_RECORDINGS * RECORDING_BYTES for r, step_bytes in steps.items()}
-        together = sum(wanted.values())
-        room = Room.on_device(total, free, activations, together, config.gpu_memory_utilization)
-        for runner, step_bytes in steps.items():
-            runner.steps.keep_within(room.recordings * wanted[runner] // together, step_bytes)
-        return room
-
-    def _finished(self, new_tokens: NewTokens) -> dict[int, FinishReason]:
-        """Return the sequences, by place, that end with these tokens, and why they end.
-
-        Tokens behind a stop string are dropped. Reasons are added in order of rank: the last one wins.
-        """
-        table, places = self.table, new_tokens.places
-        stopped = self._stopped(new_tokens)
-        newest = table.tokens[places, table.length[places] - 1]
-        ended = (newest[:, None] == self.scheduler.eos_ids).any(1) & ~table.ignore_eos[places]
-        done = {int(p): FinishReason.LENGTH for p in places[table.length[places] >= table.end[places]]}
-        done |= dict.fromkeys(stopped, FinishReason.STOP)
-        done |= {int(p): FinishReason.STOP for p in places[ended]}
-        done |= {int(p): FinishReason.ERROR for p in places[~new_tokens.finite]}
-        return done
-
-    def _stopped(self, new_tokens: NewTokens) -> list[int]:
-        """Return the places in which a new token is a stop token or completes a stop string.
-
-        That token becomes their last one.
-        """
-        table = self.table
-        if not table.stops[new_tokens.places].any():
-            return []
-        candidates = [
-            (place, length)
-            for place, count in zip(new_tokens.places.tolist(), new_tokens.counts.tolist(), strict=True)
-            if table.stops[place]
-            for length in range(int(table.length[place]) - count + 1, int(table.length[place]) + 1)
-        ]
-        # A token is one byte or more, so a stop string spans at most as many tokens as bytes; 8 more give context.
-        longest = [max((len(stop.encode()) + 8 for stop in table.params[p].stop), default=0) for p, _ in candidates]
-        tails = [
-            table.tokens[p, max(int(table.prompt_length[p]), length - most) : length]
-            for (p, length), most in zip(candidates, longest, strict=True)
-        ]
-        if not tails:
-            return []
-        texts = self.tokenizer.decode_batch(np.concatenate(tails), np.cumsum([0, *map(len, tails)]))
-        stopped: dict[int, int] = {}
-        for (place, length), text in zip(candidates, texts, strict=True):
-            params, token = table.params[place], int(table.tokens[place, length - 1])
-            if token in params.stop_token_ids or any(stop in text for stop in params.stop):
-                stopped.setdefault(place, length)
-        for place, length in stopped.items():
-            table.length[place] = length
-        return list(stopped)
 
     def _completions(self, done: dict[int, FinishReason]) -> Completions:
         places, scored = list(done), self.table.scored[list(done)].any()
@@ -380,39 +314,3 @@ class Engine:
         stats.kv_bytes_read += read
         stats.kv_bytes_unshared += unshared
         stats.operations += tokens * self._operations_per_token + batch.logits_rows * self._operations_per_logits
-
-
-def _step_bytes(runner: ModelRunner, config: EngineConfig) -> int:
-    """Return the bytes of a GPU's memory that the largest step takes beside weights, keys and values."""
-    runner.allocate(probe_blocks(config), config.block_size)
-    batch = largest_step(config, runner.attention_inputs, runner.decoder.row_grain)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    runner.launch(batch).wait()
-    peak = torch.cuda.max_memory_allocated() - before
-    runner.caches.clear()
-    return peak
-
-
-def _check(config: EngineConfig, model: ModelConfig, tokenizer: Tokenizer) -> None:
-    if config.block_size not in BLOCK_SIZES:
-        raise ValueError(f"block_size is {config.block_size}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
-    if config.max_num_batched_tokens < LEAST_BATCHED_TOKENS:
-        raise ValueError(
-            f"max_num_batched_tokens is {config.max_num_batched_tokens}; it must be at least {LEAST_BATCHED_TOKENS}"
-        )
-    if not LEAST_GPU_SHARE <= config.gpu_memory_utilization <= 1:
-        raise ValueError(
-            f"gpu_memory_utilization is {config.gpu_memory_utilization}; it must be from {LEAST_GPU_SHARE} to 1"
-        )
-    if config.max_num_seqs < 1:
-        raise ValueError(f"max_num_seqs is {config.max_num_seqs}; it must be at least 1")
-    if not 2 <= config.max_model_len <= model.max_positions:
-        raise ValueError(
-            f"max_model_len is {config.max_model_len}; it must be from 2 to {model.max_positions} for this model"
-        )
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}: they do not belong "
-            "together"
-        )

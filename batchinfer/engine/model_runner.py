@@ -133,6 +133,12 @@ class ModelRunner:
         return read, unshared
 
     @property
+    def experts_touched(self) -> tuple[int, int]:
+        """The mixtures of experts that were computed, and the experts touched in them; (0, 0) on a GPU: not counted."""
+        backend = self.backend
+        return (backend.expert_layers, backend.experts_touched) if isinstance(backend, CpuBackend) else (0, 0)
+
+    @property
     def peak_device_bytes(self) -> int:
         """Most bytes of a GPU's memory taken so far, weights and KV cache included; 0 on the CPU."""
         return torch.cuda.max_memory_reserved() if self.backend.device.type == "cuda" else 0

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from batchinfer.kernels.backend import Backend
-from batchinfer.kernels.experts import ProductByExpert, route, weighted_sum
+from batchinfer.kernels.experts import ExpertRows, ProductByExpert, route
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
 from batchinfer.models.feed_forward import Experts, FeedForward
@@ -85,16 +86,28 @@ class ExpertsWeights:
         experts, weights = route(
             logits[:rows], r.chosen, r.scores, r.normalized, r.factor, self.bias, r.groups, r.chosen_groups
         )
-        chosen = do.expert_rows(experts, len(self.experts))
-        first = self.experts[0]
-        inputs = do.rows(x_TD[chosen.tokens], first.takes)
-        inner = activated(do, first.shape, self.gate_up(inputs, chosen), first.down.takes)
-        out = torch.zeros(x_TD.shape, device=do.device)
-        out[:rows] = weighted_sum(self.down(inner, chosen).dense(), weights, chosen.places)
+        inputs = self._inputs(do, x_TD)
+        at = do.expert_rows(experts, len(self.experts), self.experts[0].products)
+        made = [self._outputs(do, inputs[self.experts[0].takes].at(part.tokens), part) for part in at.parts]
+        total = do.weighted_sum(made, weights, at.places)
+        out = F.pad(total, (0, 0, 0, len(x_TD) - rows))
         if self.shared is not None:
-            shared = self.shared(do, do.rows(x_TD, self.shared.takes), rows).dense()
+            shared = self.shared(do, inputs[self.shared.takes], rows).dense()
             out += shared if gate is None else shared * gate
         return Rows(out.to(self.takes))
+
+    def _inputs(self, do: Backend, x_TD: Tensor) -> dict[torch.dtype, Rows]:
+        """Return the rows for the products of experts, and of the shared one, by the type that they take.
+
+        x may be overwritten.
+        """
+        kinds = {block.takes for block in (self.experts[0], self.shared) if block is not None}
+        return {kind: do.rows(x_TD if len(kinds) == 1 else x_TD.clone(), kind) for kind in kinds}
+
+    def _outputs(self, do: Backend, x: Rows, at: ExpertRows) -> Tensor:
+        """Return the outputs [M, D] of the experts for their rows [M, D]."""
+        first = self.experts[0]
+        return self.down(activated(do, first.shape, self.gate_up(x, at), first.down.takes), at).dense()
 
 
 def activated(do: Backend, shape: FeedForward, inner: Rows, takes: torch.dtype) -> Rows:

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from batchinfer.kernels.attention_shape import AttentionShape
+from batchinfer.kernels.grain import TILE
 from batchinfer.models.rope import Rope
 from batchinfer.models.tensors import Matrix, Norm, Vectors
 
@@ -115,6 +116,11 @@ class ShortConvolution:
         return self.taps.shape[0]
 
     @property
+    def state_numbers(self) -> tuple[int, int]:
+        """Numbers of a sequence's state: the last inputs of the convolution, and sums over all positions (none)."""
+        return (self.length - 1) * self.channels, 0
+
+    @property
     def products(self) -> dict[str, tuple[Matrix, ...]]:
         """Matrices of each matrix product, as `Layer.products`."""
         return {"qkv": self.bcx, "output": (self.output,)}
@@ -159,6 +165,17 @@ class GatedDeltaNet:
         return self.taps.shape[0]
 
     @property
+    def state_numbers(self) -> tuple[int, int]:
+        """Numbers of a sequence's state: the last inputs of the convolution, and sums over all positions."""
+        return (self.length - 1) * self.channels, self.heads * self.key_dim * self.value_dim
+
+    @property
+    def tile_multiplications(self) -> int:
+        """Number of multiplications of a tile of a prompt: with the state, and of its tokens with each other."""
+        k, v = self.key_dim, self.value_dim
+        return self.heads * TILE * (3 * k * v + TILE * (2 * k + 3 * v // 2))
+
+    @property
     def products(self) -> dict[str, tuple[Matrix, ...]]:
         """Matrices of each matrix product, as `Layer.products`.
 
@@ -179,3 +196,9 @@ class GatedDeltaNet:
 
 Mixer = Attention | ShortConvolution | GatedDeltaNet
 """What mixes positions in a layer. All but attention keep a state of fixed size for each sequence."""
+
+
+def state_bytes(mixer: ShortConvolution | GatedDeltaNet, number: int) -> int:
+    """Return the bytes of a sequence's state, where an input of the convolution takes `number`; sums are float32."""
+    inputs, sums = mixer.state_numbers
+    return number * inputs + 4 * sums

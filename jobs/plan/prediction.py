@@ -77,6 +77,11 @@ class Setting:
     products: str
     kv_cache: str
 
+    @property
+    def stream_bytes(self) -> int:
+        """Bytes of a number of the residual stream, on a CPU: of a quantized model it is float32."""
+        return 2 if self.products in ("bfloat16", "float16") else 4
+
     @classmethod
     def of(cls, config: EngineConfig) -> "Setting":
         """Return the setting that the engine resolves from this config. Raises `Refused` for a model without

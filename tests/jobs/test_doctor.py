@@ -142,6 +142,9 @@ def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str
 def test_measuring_keeps_what_it_finds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Real engines and real steps, of the smallest shape alone and one kind of products."""
     monkeypatch.setattr(calibrate, "SHAPES", ((64, 96, 2, 4, 2, 16, 256), (64, 96, 3, 4, 2, 16, 256)))
+    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
+    few = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "hidden_size": 64}
+    monkeypatch.setattr(calibrate, "WITH_STATES", calibrate.WITH_STATES | heads | few)
     monkeypatch.setattr(calibrate, "PRODUCTS", {"w8a8-int8": PRODUCTS["w8a8-int8"]})
     monkeypatch.setattr(calibrate, "KV_CACHES", ("float32", "int8"))
     monkeypatch.setattr(calibrate, "REPEAT_SECONDS", 0.0)
@@ -153,7 +156,8 @@ def test_measuring_keeps_what_it_finds(capsys: pytest.CaptureFixture[str], monke
     assert why is None and cost is not None
     assert set(cost.steps) == {"w8a8-int8"}
     seconds = cost.steps["w8a8-int8"].seconds
-    assert {"filtered logit", "drawn logit", "decoding key in int8", "weight by 512 rows"} <= set(seconds)
+    assert {"filtered logit", "drawn logit", "decoding key in int8", "weight by 512 rows",
+            "decoding state number"} <= set(seconds)  # fmt: skip
     assert sum(seconds.values()) > 0 and cost.start_seconds > 0
     assert "w8a8-int8 products" in out and str(key.path) in out
     assert json.loads(key.path.read_text())["measured_on"]["batchinfer"]

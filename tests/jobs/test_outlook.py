@@ -262,3 +262,20 @@ def test_a_table_of_several_windows_is_planned_to_its_end(model: Path, monkeypat
     assert (halves.duplicates, halves.duplicate_tokens) == (0, 0)
     assert (halves.shared_tokens, halves.groups, halves.grouped_rows) == (2 * shared_tokens(FILLED), 4, 12)
     assert halves.kv_cache_bytes == 2 * whole.kv_cache_bytes
+
+
+def test_states_of_the_rows_that_run_at_once(model: Path) -> None:
+    """Two of three layers keep the last two inputs of 64 channels, in bfloat16; no more rows than places."""
+    config = json.loads((model / "config.json").read_text())
+    changed = {"model_type": "lfm2", "num_hidden_layers": 3, "full_attn_idxs": [0], "conv_L_cache": 3}
+    (model / "config.json").write_text(json.dumps({**config, **changed}))
+    a_state = 2 * 2 * 64 * 2
+    assert planned(model, APART).state_bytes == 6 * a_state
+    found = planned(model, FILLED, max_num_seqs=4)
+    assert found.state_bytes == 4 * a_state
+    assert re.search(r"\n  states +0 MB of the rows side by side, and up to as much again for what", found.text(None))
+
+
+def test_a_model_without_states_has_no_line_of_them(model: Path) -> None:
+    found = planned(model, FILLED)
+    assert found.state_bytes == 0 and "side by side\n" not in found.text(None)

@@ -155,6 +155,12 @@ def test_what_attention_read_stands_beside_what_it_would_have_read_without_share
     assert "keys and values    1.20 TB read, 2.10 TB without shared prefixes\n" in shared.table()
 
 
+def test_the_experts_that_a_step_touched_are_said_of_mixtures() -> None:
+    assert "experts" not in REPORT.table()
+    assert "\n  experts " in replace(REPORT, experts_touched=61.25).table()
+    assert "61.2 of a layer touched" in replace(REPORT, experts_touched=61.25).table()
+
+
 def test_how_steps_ran_on_a_gpu_is_said_where_one_was_used() -> None:
     assert "replayed" not in REPORT.table()
     steps = {"replayed": 1549, "recorded": 25, "launched": 3}

@@ -37,3 +37,32 @@ def test_the_852m_shape() -> None:
     path = SHAPE_852M
     model = CostModel.of(parse_model_config(json.loads(path.read_text())), 2)
     assert model.linear_parameters + 2 * model.head_parameters == pytest.approx(852e6, rel=2e-3)
+
+
+QWEN3_30B_A3B = {
+    "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144,
+    "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+    "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def test_of_a_mixture_the_experts_that_a_token_chooses_compute() -> None:
+    """Its name says it: 3.3 of 30.5 thousand million parameters are active, with the embedding's 0.3 among them."""
+    model = CostModel.of(parse_model_config(QWEN3_30B_A3B), 2)
+    assert model.linear_parameters + 2 * model.head_parameters == pytest.approx(3.3e9, rel=0.02)
+
+
+def test_a_state_of_qwen_3_5() -> None:
+    """Of 32 heads of values of 128 x 128 in float32, and three inputs of 8,192 channels, in each of 24 layers."""
+    shape = {
+        "model_type": "qwen3_5_text", "vocab_size": 248320, "hidden_size": 4096, "intermediate_size": 12288,
+        "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256,
+        "linear_num_key_heads": 16, "linear_num_value_heads": 32, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "max_position_embeddings": 4096,
+    }  # fmt: skip
+    model = CostModel.of(parse_model_config(shape), 2, stream_bytes=2)
+    assert model.state_bytes == 24 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)
+    assert model.state_sums == 24 * 32 * 128 * 128
+    without = CostModel(model.linear_parameters, model.head_parameters, model.query_numbers, 0, 0)
+    more = model.operations(Requests(64, 1)) - without.operations(Requests(64, 1))
+    assert more == 2 * model.tile_multiplications + 6 * model.state_sums

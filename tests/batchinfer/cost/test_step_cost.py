@@ -1,10 +1,29 @@
 """What a step is made of, and the constants that are fitted to steps."""
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from engines import engine_of
 
-from batchinfer.cost.step_cost import PRODUCTS, ROWS, StepCost, Weights, Work, nonnegative_least_squares, quantities
+from batchinfer.cost.step_cost import (
+    CONVOLVED,
+    PRODUCTS,
+    ROWS,
+    StepCost,
+    Weights,
+    Work,
+    experts_touched,
+    nonnegative_least_squares,
+    quantities,
+)
+from batchinfer.kernels.backend_cpu import CpuBackend
+from batchinfer.kernels.grain import padded_size
+from batchinfer.kernels.rows import Rows
 from batchinfer.models.config import parse_model_config
+from batchinfer.models.feed_forward_weights import ExpertsWeights
 
 SHAPES = [(256, 768, 2, 8, 4, 32, 2048), (640, 1728, 4, 10, 5, 64, 6144), (1536, 4096, 3, 16, 4, 96, 10240)]
 MODELS = [
@@ -127,3 +146,52 @@ def test_of_a_mixture_those_experts_count_that_are_touched() -> None:
     by_rows = np.array([counted[f"weight by {n} rows"] for n in ROWS])
     assert by_rows[:, 0].tolist() == pytest.approx([other + 2 * 4 * expert, 0, 0, 0, 0, 0, 0])
     assert by_rows[-1, 1] == pytest.approx(8 * other + 2 * 32 * expert)  # 4,096 rows, and 512 for each expert
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16, 60, 200])
+def test_random_tokens_touch_as_many_experts_as_are_expected(make_model: Callable[..., Path], tokens: int) -> None:
+    """Count what a block of 32 experts, of which each token takes 4, computes of random tokens and of padding."""
+    engine = engine_of(make_model("qwen3_moe", num_experts=32, num_experts_per_tok=4, moe_intermediate_size=16))
+    block, counts = engine.runner.decoder.layers[0].feed_forward, engine.runner.backend
+    assert isinstance(block, ExpertsWeights) and isinstance(counts, CpuBackend)
+    for _ in range(40):
+        block(counts, Rows(torch.randn(padded_size(tokens, 8), 96)), tokens)
+    expected = experts_touched(block.shape, np.array([float(tokens)]))[0]
+    assert counts.expert_layers == 40
+    assert counts.experts_touched / 40 == pytest.approx(expected, rel=0.04)
+
+
+LINEAR = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 512,
+}  # fmt: skip
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 32,
+}  # fmt: skip
+
+
+def test_states_are_counted_by_tiles_and_by_decoding_sequences() -> None:
+    model = parse_model_config({"model_type": "qwen3_5_text", **LINEAR, **DELTA})
+    none, some = np.zeros(2), np.array([0.0, 3.0])
+    work = Work(np.array([128.0, 8.0]), np.ones(2), some, some * 32, 3 - some, none, np.array([2.0, 0.0]))
+    counted = quantities(work, model, WEIGHTS, "float32", "greedy")
+    # Three layers: 4 heads of 16 x 32. Of 64 tokens: 3 products with the state, and triangles of keys, scores, values.
+    assert counted["decoding state number"].tolist() == [0, 3 * 3 * 4 * 16 * 32]
+    assert counted["part of states"].tolist() == [3 * 2, 3 * 1]
+    a_tile = 4 * (3 * 64 * 16 * 32 + 64 * 64 * 16 * 2 + 64 * 64 * 32 * 3 // 2)
+    assert counted["tile's multiplication with states"].tolist() == [3 * 3 * a_tile, 0]
+
+
+def test_a_model_without_states_asks_for_no_constants_of_them() -> None:
+    """A device that was measured without them goes on predicting."""
+    plain = quantities(random_work(2), MODELS[0], WEIGHTS, "float32", "greedy")
+    short = parse_model_config({"model_type": "lfm2", **LINEAR, "full_attn_idxs": [0], "head_dim": None})
+    assert quantities(random_work(2), short, WEIGHTS, "float32", "greedy").keys() == plain.keys()
+
+
+def test_a_convolution_passes_numbers_of_whole_tiles_and_of_decoding_sequences() -> None:
+    short = parse_model_config({"model_type": "lfm2", **LINEAR, "full_attn_idxs": [0], "conv_L_cache": 3})
+    zero, tiles, decoding = np.zeros(2), np.array([2.0, 0.0]), np.array([0.0, 5.0])
+    with_them = Work(zero, zero, decoding, zero, tiles, zero, zero)
+    moved = quantities(with_them, short, WEIGHTS, "float32", "greedy")["number"]
+    assert moved.tolist() == [3 * 2 * CONVOLVED * 3 * 64 * 64, 3 * 5 * CONVOLVED * 3 * 64]

@@ -22,6 +22,7 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.formats.scheme import weight_scheme
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.state_pool import StateTiles
+from batchinfer.models.mixer import state_bytes
 from batchinfer.quantize.methods import method
 from batchinfer.quantize.walk import Quantizer
 
@@ -206,6 +207,14 @@ def test_rows_that_are_dropped_leave_nothing_behind(model: Path, steps: int) -> 
     engine.drop()
     assert_blocks_are_free(engine)
     assert tokens(engine, requests) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "number"), [({}, 4), ({"dtype": "bfloat16"}, 2), ({"quantization": "w8a8-int8"}, 4)]
+)
+def test_a_state_takes_what_plans_count(model: Path, settings: dict[str, Any], number: int) -> None:
+    runner = engine_of(model, **settings).runner
+    assert runner.bytes_per_state == sum(state_bytes(mixer, number) for mixer in runner.decoder.config.recurrent) > 0
 
 
 def test_memory_for_states_is_counted(make_model: Callable[..., Path]) -> None:
