@@ -118,6 +118,11 @@ def _check_incremental(job: JobSpec) -> None:
     for flag, wanted in against.items():
         if wanted:
             raise UsageError(f"--incremental adds to the earlier output; leave {flag} out")
+    if job.sample is not None:
+        raise UsageError(
+            f"--incremental with --sample {job.sample} would add rows each time, since a table that has grown has "
+            "another sample; leave one of them out"
+        )
 
 
 def _check_suffix(output: Path) -> None:

@@ -249,6 +249,8 @@ class RunFolder:
         with OutputWriter(self.output, aside, merged_schema) as writer:
             for first, batch in batches:
                 end = first + len(batch)
+                if not len(batch):
+                    continue
                 results = parts.take(first, end)
                 if results is None:
                     raise Refused(
