@@ -1,4 +1,4 @@
-"""A selection takes the rows that DuckDB takes, from files of every format; a sample is fair, and the same each time."""
+"""A selection takes the rows that DuckDB takes, in every format; a sample is fair, and the same each time."""
 
 import csv
 import json
