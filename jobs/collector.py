@@ -12,7 +12,8 @@ from batchinfer.engine.request import Completions, FinishReason, RowError
 from batchinfer.errors import Refused
 from batchinfer.jobs.results.done import Done, completion_tokens, counts
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.results.schema import SAMPLE, SAMPLES, part_schema
+from batchinfer.jobs.results.schema import KEY, SAMPLE, SAMPLES, part_schema
+from batchinfer.jobs.rows.answer_keys import Keys
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.text.stop import printed_answers
 from batchinfer.text.tokenizer import Tokenizer
@@ -40,6 +41,8 @@ class Results:
         self.completion_tokens = done.completion_tokens
         # Completion tokens of a sample -> how many samples of this run have them
         self.new_tokens: Counter[int] = Counter()
+        # Of this run's rows those whose answers earlier jobs have computed: rows, prompt_tokens, completion_tokens
+        self.reused: Counter[str] = Counter()
 
     @property
     def rows(self) -> int:
@@ -58,11 +61,11 @@ class Results:
                 f"{self._spec.max_error_rate} allows; correct these rows, or give a higher rate"
             )
 
-    def add(self, completions: Completions, prompt_tokens: NDArray[np.int32]) -> None:
+    def add(self, completions: Completions, prompt_tokens: NDArray[np.int32], keys: Keys) -> None:
         """Take finished rows from the engine, with all computed samples of each.
 
-        `prompt_tokens` [n] are the prompt lengths of the n samples. A row's own columns are those of its first sample,
-        or of its first failed sample if any failed.
+        `prompt_tokens` [n] are the prompt lengths of the n samples, `keys` [rows] the rows' answer keys. A row's own
+        columns are those of its first sample, or of its first failed sample if any failed.
         """
         answers = self._answers(completions)
         failed = (completions.finish_reasons == FinishReason.ERROR).reshape(-1, self._spec.computed_samples)
@@ -72,7 +75,8 @@ class Results:
         for i in np.flatnonzero(failed.any(axis=1)).tolist():
             errors[i] = completions.errors[int(rows[i])]
         samples = samples_of(answers, failed, self._spec.n) if self._spec.n > 1 else None
-        self._collect(rows, answers.take(pa.array(own)), pa.array(prompt_tokens[own]), errors, samples)
+        known = pa.FixedSizeBinaryArray.from_buffers(KEY.type, len(keys), [None, pa.py_buffer(keys.tobytes())])
+        self._collect(rows, known, answers.take(pa.array(own)), pa.array(prompt_tokens[own]), errors, samples)
 
     def _answers(self, completions: Completions) -> pa.StructArray:
         """Return the samples' columns [n], as `SAMPLE`; a failed sample has no text."""
@@ -90,11 +94,22 @@ class Results:
         unknown = pa.nulls(n, pa.int32())
         answers = answers_of(pa.nulls(n, pa.string()), np.full(n, FinishReason.ERROR, np.int8), unknown)
         rows = np.fromiter(errors, np.int64, n)
-        self._collect(rows, answers, unknown, list(errors.values()), pa.nulls(n, SAMPLES.type))
+        self._collect(rows, pa.nulls(n, KEY.type), answers, unknown, list(errors.values()), pa.nulls(n, SAMPLES.type))
+
+    def take_over(self, batch: pa.RecordBatch) -> None:
+        """Take rows with the answers that an earlier job has computed, as `Reuse` gives them."""
+        before = self.prompt_tokens, self.completion_tokens
+        self._keep(batch)
+        self.reused += Counter(
+            rows=len(batch),
+            prompt_tokens=self.prompt_tokens - before[0],
+            completion_tokens=self.completion_tokens - before[1],
+        )
 
     def _collect(
         self,
         rows: NDArray[np.int64],
+        keys: pa.Array,
         answers: pa.StructArray,
         prompt_tokens: pa.Array,
         errors: list[RowError | None] | list[RowError],
@@ -103,14 +118,17 @@ class Results:
         texts, reasons, tokens = answers.flatten()
         codes = pa.array([error and error.code for error in errors], pa.string())
         messages = pa.array([error and error.message for error in errors], pa.string())
-        columns = [pa.array(rows), texts, reasons, prompt_tokens, tokens, codes, messages, samples]
+        columns = [pa.array(rows), keys, texts, reasons, prompt_tokens, tokens, codes, messages, samples]
         schema = part_schema(self._spec.n)
         batch = pa.RecordBatch.from_arrays(columns[: len(schema)], schema=schema)
+        self._keep(batch)
+
+    def _keep(self, batch: pa.RecordBatch) -> None:
         self._finished.append(batch)
-        self._uncommitted += len(rows) * self._spec.n
-        self.by_reason.update(counts(reasons))
-        self.by_error.update(error.code for error in errors if error is not None)
-        self.prompt_tokens += pc.sum(prompt_tokens).as_py() or 0
+        self._uncommitted += len(batch) * self._spec.n
+        self.by_reason.update(counts(batch["finish_reason"]))
+        self.by_error.update(counts(batch["error_code"]))
+        self.prompt_tokens += pc.sum(batch["prompt_tokens"]).as_py() or 0
         self.completion_tokens += completion_tokens(batch)
 
     def commit_if_due(self) -> None:

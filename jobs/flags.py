@@ -326,6 +326,15 @@ class JobFlags:
             "Job",
         ),
     ] = False
+    reuse: Annotated[
+        tuple[Path, ...],
+        Flag(
+            "Take the answers of rows with equal prompts, sampling and model from this output of an earlier job, with "
+            "its run folder beside it; may be repeated.",
+            "Job",
+            "OUT",
+        ),
+    ] = ()
     metrics_textfile: Annotated[
         Path | None,
         Flag(

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from batchinfer.errors import Refused
 from batchinfer.host.files import sha256
-from batchinfer.jobs.results.schema import ROW, SAMPLES, counted, has_samples, part_schema
+from batchinfer.jobs.results.schema import ROW, SAMPLES, counted, has_samples, keyless, part_schema
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def read_part(path: Path) -> tuple[pa.Table, dict[str, str]]:
     damaged."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-            if not any(file.schema_arrow.equals(part_schema(samples)) for samples in (1, 2)):
+            schemas = [part_schema(samples) for samples in (1, 2)]
+            if not any(file.schema_arrow.equals(schema) for schema in (*schemas, *map(keyless, schemas))):
                 raise OSError(f"part {path} is damaged: its columns are not those of a part; {REMEDY}")
             metadata = (file.schema_arrow.metadata or {}).get(b"batchinfer", b"{}")
             table = file.read([ROW, *counted(file.schema_arrow)], use_threads=False)

@@ -31,7 +31,7 @@ from batchinfer.jobs.results.output_writer import (
     remove_left,
 )
 from batchinfer.jobs.results.parts_in_order import PartsInOrder
-from batchinfer.jobs.results.schema import PARQUET, ROW, part_schema, result_fields
+from batchinfer.jobs.results.schema import PARQUET, ROW, keyless, part_schema, result_fields
 from batchinfer.jobs.results.schema_notes import with_notes
 
 ROW_GROUP_BYTES = 1 << 18  # size of a part's row groups; the merge holds one of each part at a time
@@ -243,7 +243,7 @@ class RunFolder:
         """
         aside = self.temporary / f"merged{self.output.suffix}"
         listed = [(self.parts / part.name, part.first_row) for part in self._listed]
-        parts = PartsInOrder(listed, part_schema(samples))
+        parts = PartsInOrder(listed, keyless(part_schema(samples)))
         merged_schema = with_notes([*schema, *result_fields(samples)], schema.metadata, num_rows)
         end = 0
         with OutputWriter(self.output, aside, merged_schema) as writer:

@@ -13,7 +13,10 @@ RESULT_FIELDS = [
     pa.field("error_code", pa.string()),
     pa.field("error_message", pa.string()),
 ]
-PART_SCHEMA = pa.schema([pa.field(ROW, pa.int64(), nullable=False), *RESULT_FIELDS])
+# Only in parts: a digest of what a row's answer depends on besides the job (rows/answer_keys.py); null if the row
+# did not run.
+KEY = pa.field("key", pa.binary(16))
+PART_SCHEMA = pa.schema([pa.field(ROW, pa.int64(), nullable=False), KEY, *RESULT_FIELDS])
 # With several samples a row, this column lists them all, or is null if the row failed. The other columns are those of
 # the first sample.
 SAMPLE = pa.struct([RESULT_FIELDS[0], RESULT_FIELDS[1], RESULT_FIELDS[3]])
@@ -33,6 +36,11 @@ def result_fields(samples: int) -> list[pa.Field]:
 def part_schema(samples: int) -> pa.Schema:
     """Return the columns of the parts of a job with this number of samples for each row."""
     return PART_SCHEMA.append(SAMPLES) if samples > 1 else PART_SCHEMA
+
+
+def keyless(schema: pa.Schema) -> pa.Schema:
+    """Return the columns of a part without the key, which parts of earlier versions do not have."""
+    return schema.remove(schema.get_field_index(KEY.name))
 
 
 def has_samples(schema: pa.Schema) -> bool:
