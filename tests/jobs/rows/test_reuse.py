@@ -1,4 +1,4 @@
-"""Answers of earlier jobs: the output is that of a job that computes them, and none is taken that it would not compute."""
+"""Answers of earlier jobs: the output is that of a job that computes them; none is taken of another job."""
 
 import json
 import shutil
@@ -15,6 +15,7 @@ from stub_jobs import ENGINES, STUB, counts, limit, make_model, prompts, recount
 
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused, UsageError
+from batchinfer.jobs.collector import Results
 from batchinfer.jobs.incremental import run_new_rows
 from batchinfer.jobs.job import run
 from batchinfer.jobs.merge_shards import merge_shards
@@ -121,10 +122,9 @@ def test_drawn_answers_are_reused_for_the_same_seed_alone(
     assert (report.rows_reused, report.rows_computed) == (20, 10)
     run(spec(model, after, output=tmp_path / "computed.parquet", **fields), engine("Draws"))
     assert pq.read_table(tmp_path / "out.parquet").equals(pq.read_table(tmp_path / "computed.parquet"))
+    another = spec(model, after, output=tmp_path / "x.parquet", reuse=(tmp_path / "old.parquet",), seed=1, **fields)
     with pytest.raises(Refused, match=r"old\.parquet was computed with another sampling"):
-        run(
-            spec(model, after, output=tmp_path / "x.parquet", reuse=(tmp_path / "old.parquet",), seed=1, **fields), STUB
-        )
+        run(another, STUB)
 
 
 def test_rows_that_failed_are_computed(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
@@ -277,16 +277,15 @@ def test_the_output_itself_is_refused(tmp_path: Path, model: Path) -> None:
 def test_many_rows_with_one_answer_are_taken_in_bounded_batches(
     tmp_path: Path, model: Path, old: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = []
+    sizes: list[int] = []
     monkeypatch.setattr("batchinfer.jobs.rows.reuse.TAKEN_ROWS", 100)
-    take_over = "batchinfer.jobs.collector.Results.take_over"
-    original = __import__("batchinfer.jobs.collector", fromlist=["Results"]).Results.take_over
+    take_over = Results.take_over
 
-    def counted(self: Any, batch: pa.RecordBatch) -> None:
+    def counted(self: Results, batch: pa.RecordBatch) -> None:
         sizes.append(len(batch))
-        original(self, batch)
+        take_over(self, batch)
 
-    monkeypatch.setattr(take_over, counted)
+    monkeypatch.setattr(Results, "take_over", counted)
     job: JobSpec = spec(model, write(tmp_path / "in.parquet", prompt=prompts(1) * 350), reuse=(old,))
     assert run(job, STUB).rows_reused == 350
     assert sizes == [100, 100, 100, 50]
