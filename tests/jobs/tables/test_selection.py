@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,11 @@ def test_a_sample_is_one_of_all_with_equal_chances() -> None:
         assert len(found) == ways and all(len(rows) == count for rows in found)
         spread = (draws / ways * (1 - 1 / ways)) ** 0.5
         assert all(abs(times - draws / ways) < 5.9 * spread for times in found.values())
+
+
+def test_a_larger_sample_contains_the_smaller_one_up_to_half_of_the_rows() -> None:
+    samples = [set(sample(1000, count, 7).nonzero()[0].tolist()) for count in (1, 10, 100, 499, 500)]
+    assert all(smaller < larger for smaller, larger in pairwise(samples))
 
 
 def test_samples_are_the_same_in_every_version() -> None:
