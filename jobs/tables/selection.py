@@ -41,7 +41,7 @@ class Selection:
         """Return the table with the selected rows only; `table` has all rows of its files.
 
         Reads the columns of the condition once, and stops at the limit unless there is a sample. The result holds a bit
-        for each row of the files, and choosing takes up to four bytes for each. Raises as `Condition.read` does, and
+        for each row of the files, and choosing takes up to three bytes for each. Raises as `Condition.read` does, and
         `Refused` if a file is damaged.
         """
         if self.takes_all:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchinfer.errors import Refused
+from batchinfer.jobs.tables import selection
 from batchinfer.jobs.tables.json_lines import indices_not_text
 from batchinfer.jobs.tables.selection import Selection, digest, sample
 from batchinfer.jobs.tables.table import Table
@@ -192,3 +194,16 @@ def test_a_file_that_changed_after_the_choice_is_refused(tmp_path: Path, left: i
     pq.write_table(pa.table({"i": range(left)}), path)
     with pytest.raises(Refused, match="changed while it was read: it had 100 rows"):
         read(selected, ["i"], 64 if left == 5 else 77)
+
+
+def test_a_choice_takes_a_bit_of_each_row_and_three_bytes_while_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "DRAWN_ROWS", 1 << 12)  # of which a few numbers of 8 bytes are in memory
+    rows = 1 << 20
+    tracemalloc.start()
+    try:
+        chosen = Selection(None, rows * 7 // 10, 10, 0).of(Table((), pa.schema([]), rows)).chosen
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert chosen is not None and chosen.nbytes == rows // 8
+    assert peak < 3.3 * rows

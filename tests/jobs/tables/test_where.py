@@ -2,6 +2,7 @@
 
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from operator import eq, ge, gt, le, lt, ne
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,14 @@ def selects(expression: str, kind: pa.DataType, values: list[Any]) -> list[bool]
     batch = pa.record_batch([pa.array(values, kind)], ["x"])
     held: list[bool] = Condition.read(expression, batch.schema, FILE).holds(batch).to_pylist()
     return held
+
+
+@pytest.mark.parametrize("sign", ["==", "!=", "<", "<=", ">", ">="])
+def test_a_literal_may_stand_on_either_side(sign: str) -> None:
+    values = [1, 2, 3]
+    compare = {"==": eq, "!=": ne, "<": lt, "<=": le, ">": gt, ">=": ge}[sign]
+    assert selects(f"x {sign} 2", pa.int64(), values) == [compare(x, 2) for x in values]
+    assert selects(f"2 {sign} x", pa.int64(), values) == [compare(2, x) for x in values]
 
 
 BERLIN = pa.timestamp("us", "Europe/Berlin")
