@@ -14,7 +14,8 @@ from batchinfer.jobs.results.done import Done, completion_tokens, counts
 from batchinfer.jobs.results.job_columns import fields_of
 from batchinfer.jobs.results.label_columns import label_columns, label_fields
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.results.schema import RESULT_FIELDS, SAMPLE, SAMPLES, part_schema
+from batchinfer.jobs.results.schema import KEY, RESULT_FIELDS, SAMPLE, SAMPLES, part_schema
+from batchinfer.jobs.rows.answer_keys import Keys
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.text.stop import printed_answers
 from batchinfer.text.tokenizer import Tokenizer
@@ -43,6 +44,8 @@ class Results:
         self.completion_tokens = done.completion_tokens
         # Completion tokens of a sample -> how many samples of this run have them
         self.new_tokens: Counter[int] = Counter()
+        # Of this run's rows those whose answers earlier jobs have computed: rows, prompt_tokens, completion_tokens
+        self.reused: Counter[str] = Counter()
 
     @property
     def rows(self) -> int:
@@ -62,12 +65,17 @@ class Results:
             )
 
     def add(
-        self, completions: Completions, prompt_tokens: NDArray[np.int32], labels: list[list[str]] | None = None
+        self,
+        completions: Completions,
+        prompt_tokens: NDArray[np.int32],
+        keys: Keys,
+        labels: list[list[str]] | None = None,
     ) -> None:
         """Take finished rows from the engine, with all computed samples of each.
 
-        `prompt_tokens` [n] are the prompt lengths of the n samples, and `labels` [n] what each row chose from. A row's
-        own columns are those of its first sample, or of its first failed sample if any failed.
+        `prompt_tokens` [n] are the prompt lengths of the n samples, `keys` [rows] the rows' answer keys, and `labels`
+        [n] what each row chose from. A row's own columns are those of its first sample, or of its first failed sample
+        if any failed.
         """
         chosen: list[pa.Array] = []
         if completions.scores is not None and labels is not None:
@@ -80,7 +88,9 @@ class Results:
         for i in np.flatnonzero(failed.any(axis=1)).tolist():
             errors[i] = completions.errors[int(rows[i])]
         asked = [samples_of(answers, failed, self._spec.n)] if self._spec.n > 1 else []
-        self._collect(rows, answers.take(pa.array(own)), pa.array(prompt_tokens[own]), errors, chosen + asked)
+        known = pa.FixedSizeBinaryArray.from_buffers(KEY.type, len(keys), [None, pa.py_buffer(keys.tobytes())])
+        lengths = pa.array(prompt_tokens[own])
+        self._collect(rows, known, answers.take(pa.array(own)), lengths, errors, chosen + asked)
 
     def _answers(self, completions: Completions, choices: pa.Array | None) -> pa.StructArray:
         """Return the samples' columns [n], as `SAMPLE`: of rows that choose, `choices`. Failed samples have no text."""
@@ -103,11 +113,22 @@ class Results:
         answers = answers_of(pa.nulls(n, pa.string()), np.full(n, FinishReason.ERROR, np.int8), unknown)
         rows = np.fromiter(errors, np.int64, n)
         asked = [pa.nulls(n, field.type) for field in self._fields[len(RESULT_FIELDS) :]]
-        self._collect(rows, answers, unknown, list(errors.values()), asked)
+        self._collect(rows, pa.nulls(n, KEY.type), answers, unknown, list(errors.values()), asked)
+
+    def take_over(self, batch: pa.RecordBatch) -> None:
+        """Take rows with the answers that an earlier job has computed, as `Reuse` gives them."""
+        before = self.prompt_tokens, self.completion_tokens
+        self._keep(batch)
+        self.reused += Counter(
+            rows=len(batch),
+            prompt_tokens=self.prompt_tokens - before[0],
+            completion_tokens=self.completion_tokens - before[1],
+        )
 
     def _collect(
         self,
         rows: NDArray[np.int64],
+        keys: pa.Array,
         answers: pa.StructArray,
         prompt_tokens: pa.Array,
         errors: list[RowError | None] | list[RowError],
@@ -116,13 +137,15 @@ class Results:
         texts, reasons, tokens = answers.flatten()
         codes = pa.array([error and error.code for error in errors], pa.string())
         messages = pa.array([error and error.message for error in errors], pa.string())
-        columns = [pa.array(rows), texts, reasons, prompt_tokens, tokens, codes, messages, *asked]
-        batch = pa.RecordBatch.from_arrays(columns, schema=part_schema(self._fields))
+        columns = [pa.array(rows), keys, texts, reasons, prompt_tokens, tokens, codes, messages, *asked]
+        self._keep(pa.RecordBatch.from_arrays(columns, schema=part_schema(self._fields)))
+
+    def _keep(self, batch: pa.RecordBatch) -> None:
         self._finished.append(batch)
-        self._uncommitted += len(rows) * self._spec.n
-        self.by_reason.update(counts(reasons))
-        self.by_error.update(error.code for error in errors if error is not None)
-        self.prompt_tokens += pc.sum(prompt_tokens).as_py() or 0
+        self._uncommitted += len(batch) * self._spec.n
+        self.by_reason.update(counts(batch["finish_reason"]))
+        self.by_error.update(counts(batch["error_code"]))
+        self.prompt_tokens += pc.sum(batch["prompt_tokens"]).as_py() or 0
         self.completion_tokens += completion_tokens(batch)
 
     def commit_if_due(self) -> None:

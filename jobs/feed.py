@@ -76,16 +76,19 @@ class Loop:
         while self._windows.reading:
             self._progress.tick()
             self._check(interruption)
-            self._read()
-            self._results.commit_if_due()
+            self._read(interruption)
+        if self._windows.over:  # without the engine: no row is left that can run
+            self._results.commit()
+            return replace(self._engine.stats, notes=["no row had to be computed, so that no model was loaded"])
         for note in told_alike(self._spec, self._windows.figures):  # at once: the job may run for days
             say(note)
+        say(f"loading {self._spec.model}")
         self._engine.load(replace(load, config=replace(load.config, kv_cache_tokens=self._cache_tokens(load.config))))
         while not self._engine.finished:
             self._progress.tick()
             self._check(interruption)
             if self._windows.reading:
-                self._read()
+                self._read(interruption)
             try:
                 self._step()
             except EngineFailed as error:
@@ -108,9 +111,15 @@ class Loop:
         self._take(0.0 if self._windows.reading else POLL_SECONDS)
         self._engine.check(self._in_flight)
 
-    def _read(self) -> None:
+    def _read(self, interruption: Interruption) -> None:
         if errors := self._windows.read():
             self._results.refuse(errors)
+        self._results.commit_if_due()
+        for batch in self._windows.take_reused():
+            self._results.take_over(batch)
+            self._results.commit_if_due()
+            self._progress.tick()
+            self._check(interruption)
 
     def _cache_tokens(self, config: EngineConfig) -> int:
         """Return how many tokens the KV cache must hold.
@@ -170,8 +179,9 @@ class Loop:
 
     def _complete(self, completions: Completions) -> None:
         prompt_tokens = self._in_flight.prompt_tokens(completions.rows)
+        keys = self._in_flight.answer_keys(completions.rows[:: self._spec.computed_samples])
         labels = self._in_flight.labels(completions.rows)
-        self._results.add(completions, prompt_tokens, labels)
+        self._results.add(completions, prompt_tokens, keys, labels)
         samples = np.arange(self._spec.computed_samples)
         indices, followers = self._windows.followers.take(completions.rows[:: len(samples)])
         theirs = (indices[:, None] * len(samples) + samples).reshape(-1, len(samples))
@@ -180,7 +190,8 @@ class Loop:
         for some in cut(tokens, FOLLOWERS, FOLLOWERS_TOKENS):
             given = completions.given_to(np.repeat(followers[some], len(samples)), theirs[some].ravel())
             index = theirs[some].ravel()
-            self._results.add(given, prompt_tokens[index], labels and [labels[i] for i in index.tolist()])
+            chosen = labels and [labels[i] for i in index.tolist()]
+            self._results.add(given, prompt_tokens[index], keys[indices[some]], chosen)
             self.duplicates += len(followers[some])
             self._results.commit_if_due()
         self._end(set(completions.rows.tolist()))

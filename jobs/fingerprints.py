@@ -31,14 +31,15 @@ def fingerprints(
     columns: list[str],
     moment: datetime | None = None,
     tool_template: str = "",
+    chosen: str = "",
 ) -> dict[str, str]:
     """Return the fingerprints by name: a sha256 each for columns, input, model, tokenizer, template, sampling,
     quantization and engine; the shard; the delimiter and the encoding of CSV files if they are not a comma and UTF-8;
-    and the `moment` that the chat template writes into prompts, if it does.
+    the selection of rows, if there is one; and the `moment` that the chat template writes into prompts, if it does.
 
-    `tool_template` is the source of the chat template for conversations with tools. Input files are read completely,
-    and columns that their folders give count too. Of weights, which are large and differ everywhere if they differ at
-    all, 64 samples of each file are read.
+    `chosen` is a digest of the selected rows. `tool_template` is the source of the chat template for conversations with
+    tools. Input files are read completely, and columns that their folders give count too. Of weights, which are large
+    and differ everywhere if they differ at all, 64 samples of each file are read.
     """
     weights = sorted([*model.glob("*.safetensors"), *model.glob("*.gguf")])
     configs = sorted(model.glob("*config.json"))
@@ -51,8 +52,6 @@ def fingerprints(
         "allow_special_tokens": spec.allow_special_tokens,
         "id_column": spec.id_column,
     }
-    if spec.chooses:
-        template |= {name: getattr(spec, name) for name in flags_of(LabelFlags)}
     if spec.tools_column is not None:
         template |= {"tools_column": spec.tools_column, "tool_template": tool_template}
     # Read in another way, the same bytes are another table. Rows set aside for an incremental run are not CSV.
@@ -60,8 +59,10 @@ def fingerprints(
     unusual = {name: given for name, (given, usual) in csv.items() if given not in (None, usual)}
     # Each part of an incremental job has a moment of its own.
     template_date = {} if moment is None or spec.adds_file else {"template_date": moment.isoformat()}
+    selection = [spec.where, spec.sample, spec.limit]
     return {
         **({} if spec.adds_file else unusual),
+        **({} if selection == [None, None, None] else {"selection": _digest([*selection, chosen])}),
         **template_date,
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
@@ -70,7 +71,13 @@ def fingerprints(
         "tokenizer": tokenizer,
         "template": _digest(template),
         "sampling": _digest(
-            {**_chosen(spec.sampling), "n": spec.n, "seed": spec.seed, "max_model_len": config.max_model_len}
+            {
+                **_chosen(spec.sampling),
+                **({name: getattr(spec, name) for name in flags_of(LabelFlags)} if spec.chooses else {}),
+                "n": spec.n,
+                "seed": spec.seed,
+                "max_model_len": config.max_model_len,
+            }
         ),
         "quantization": _digest(
             [spec.quantization, spec.kv_cache_dtype, spec.dtype, spec.random_weights, config.few_rows]

@@ -78,6 +78,27 @@ class JobFlags:
             kind=ENCODING,
         ),
     ] = None
+    where: Annotated[
+        str | None,
+        Flag(
+            "Answer only the rows for which this expression over columns is true, as in "
+            "'lang == \"de\" and length(review) > 20'; a comparison with null is not true.",
+            "Input",
+            "EXPRESSION",
+        ),
+    ] = None
+    sample: Annotated[
+        int | None,
+        Flag(
+            "Answer only N rows, drawn at random by --seed from those that --where leaves; all if there are no more.",
+            "Input",
+            at_least=1,
+        ),
+    ] = None
+    limit: Annotated[
+        int | None,
+        Flag("Answer only the first N rows of those that --where and --sample leave.", "Input", at_least=1),
+    ] = None
     shard: Annotated[
         tuple[int, int] | None,
         Flag(
@@ -306,6 +327,15 @@ class JobFlags:
             "Job",
         ),
     ] = False
+    reuse: Annotated[
+        tuple[Path, ...],
+        Flag(
+            "Take the answers of rows with equal prompts, sampling and model from this output of an earlier job, with "
+            "its run folder beside it; may be repeated.",
+            "Job",
+            "OUT",
+        ),
+    ] = ()
     metrics_textfile: Annotated[
         Path | None,
         Flag(

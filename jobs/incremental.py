@@ -31,7 +31,7 @@ from batchinfer.jobs.results.run_folder import RunFolder, incremental_files, row
 from batchinfer.jobs.results.schema_notes import with_notes
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text, check_ids
-from batchinfer.jobs.tables.json_lines import indices_not_text
+from batchinfer.jobs.tables.json_lines import indices_not_text, only
 from batchinfer.jobs.tables.table import Table
 
 BATCH_ROWS = 8192
@@ -108,6 +108,8 @@ def _run_of(spec: JobSpec, job: Preflight, part: Path, until: float | None) -> J
         inputs=(rows_of(part),),
         csv_delimiter=None,
         csv_encoding=None,
+        where=None,
+        limit=None,
         output=part,
         columns=tuple(job.kept),
         time_limit=left,
@@ -157,10 +159,7 @@ def _set_aside_new_rows(job: Preflight, spec: JobSpec, target: Path) -> bool:
         for _, batch in job.table.batches(_columns(job), BATCH_ROWS):
             batch = _as_stored(batch, spec.prompt_column)
             new = ~_among(row_keys(batch, job.source.columns), seen)
-            # pyarrow filters no string views, so neighbours that are new are cut out instead.
-            edges = np.flatnonzero(np.diff(new, prepend=False, append=False)).reshape(-1, 2)
-            runs = [pa.record_batch(batch.slice(a, b - a).columns, schema) for a, b in edges.tolist()]
-            writer.write(pa.Table.from_batches(runs, schema))
+            writer.write(pa.Table.from_batches([pa.record_batch(only(batch, new).columns, schema)], schema))
             count += int(new.sum())
     if not count and incremental_files(spec.output):
         aside.unlink()

@@ -36,6 +36,7 @@ from batchinfer.jobs.results.valid_text import with_valid_text
 from batchinfer.jobs.rows.duplicates import told_alike
 from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.prompts import PromptSource
+from batchinfer.jobs.rows.reuse import Reuse
 from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec
 
@@ -78,6 +79,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         with Interruption() as interruption:
             canary = run_canary(comparison, interruption)
 
+    reuse = Reuse.of(spec.reuse, digests, fields_of(spec))
     done = folder.open(resolved, digests, table.num_rows, spec.overwrite, spec.retry_errors)
     results = Results(spec, job.tokenizer, folder, done)
     metrics.begin(results, table.num_rows)
@@ -88,11 +90,17 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     stats, generating, duplicates = EngineStats(notes=notes), 0.0, 0
     try:
         windows = Windows(
-            table, source, spec.block_size, done.rows, folder.temporary, spec.deduplicate, spec.computed_samples
+            table,
+            source,
+            spec.block_size,
+            done.rows,
+            folder.temporary,
+            spec.deduplicate,
+            spec.computed_samples,
+            reuse=reuse,
         )
         progress = Progress(results, table.num_rows, metrics)
         if not done.complete:
-            say(f"loading {spec.model}")
             deadline = None if spec.time_limit is None else started + spec.time_limit
             with Interruption(deadline) as interruption:
                 start_worker = partial(Worker, folder.log, run_engine, engine)
@@ -192,8 +200,9 @@ def _report(
     canary: Canary | None,
     digest: str,
 ) -> Report:
-    new_input = results.prompt_tokens - done.prompt_tokens
-    new_output = results.completion_tokens - done.completion_tokens
+    new_rows = results.rows - done.count - results.reused["rows"]
+    new_input = results.prompt_tokens - done.prompt_tokens - results.reused["prompt_tokens"]
+    new_output = results.completion_tokens - done.completion_tokens - results.reused["completion_tokens"]
     tokens = {
         "prefill": stats.prompt_tokens,
         "decode": stats.completion_tokens,
@@ -212,7 +221,8 @@ def _report(
         rows_ok=results.rows - results.failed,
         rows_failed=results.failed,
         rows_resumed=done.count,
-        rows_computed=results.rows - done.count,
+        rows_reused=results.reused["rows"],
+        rows_computed=new_rows,
         rows_duplicate=duplicates,
         rows_by_finish_reason=dict(results.by_reason),
         rows_by_error=dict(results.by_error),
@@ -236,7 +246,7 @@ def _report(
         generate_seconds=generating,
         wall_seconds=wall,
         tokens_per_second=rates(tokens, seconds),
-        rows_per_second=(results.rows - done.count) / generating if generating > 0 else 0.0,
+        rows_per_second=new_rows / generating if generating > 0 else 0.0,
         kv_bytes_read=stats.kv_bytes_read,
         kv_bytes_unshared=stats.kv_bytes_unshared,
         experts_touched=stats.experts_touched / max(stats.expert_layers, 1),

@@ -21,9 +21,11 @@ from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost
 from batchinfer.jobs.plan.histogram import bars
 from batchinfer.jobs.plan.prediction import Job, JobShape, Prediction, Setting
 from batchinfer.jobs.preflight import Preflight, preflight
+from batchinfer.jobs.results.job_columns import fields_of
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.rows.duplicates import told_alike
 from batchinfer.jobs.rows.length_figures import LengthFigures
+from batchinfer.jobs.rows.reuse import Reuse
 from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec
 
@@ -59,6 +61,7 @@ class Outlook:
     device: str
     rows: int
     rows_done: int  # done by an earlier run
+    rows_reused: int  # with answers that earlier jobs have computed
     rows_to_run: int
     rows_failing: dict[str, Failing]  # by error_code
     duplicates: int  # rows that get the result of another row
@@ -96,6 +99,7 @@ class Outlook:
             ("device", self.device),
             ("rows", f"{self.rows:,}; {self.rows_to_run:,} of them can run"),
             *([("  done before", f"{self.rows_done:,}")] if self.rows_done else []),
+            *([("  reused", f"{self.rows_reused:,} have answers in earlier outputs")] if self.rows_reused else []),
             *[(f"  {code}", f"{f.rows:,} rows, first row {f.first}") for code, f in self.rows_failing.items()],
             (
                 "prompt tokens",
@@ -152,7 +156,8 @@ def plan(spec: JobSpec) -> Outlook:
     spec = job.spec
     done = _done(spec, job)
     with TemporaryDirectory(prefix="batchinfer-plan-") as folder:
-        windows = Windows(job.table, job.source, spec.block_size, done, Path(folder))
+        reuse = Reuse.of(spec.reuse, job.fingerprints, fields_of(spec))
+        windows = Windows(job.table, job.source, spec.block_size, done, Path(folder), reuse=reuse)
         failing = _read(windows)
     shape = JobShape.of(windows.figures, spec.sampling, job.config.max_model_len, spec.computed_samples)
     key = DeviceKey.of(job.config.device)
@@ -183,6 +188,7 @@ def plan(spec: JobSpec) -> Outlook:
         device=f"{key.device}, {key.cores} cores" if job.config.device == "cpu" else key.device,
         rows=job.table.num_rows,
         rows_done=int(done.sum()),
+        rows_reused=windows.rows_reused,
         rows_to_run=windows.figures.rows,
         rows_failing=failing,
         kv_cache=setting.kv_cache,

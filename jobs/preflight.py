@@ -23,6 +23,7 @@ from batchinfer.jobs.rows.template_check import check_template
 from batchinfer.jobs.rows.windows import Prompts
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import check_ids
+from batchinfer.jobs.tables.selection import Selection, digest
 from batchinfer.jobs.tables.table import Table
 from batchinfer.jobs.template_date import known_moment, moment_of_prompts, notes_about, now
 from batchinfer.kernels.gpu import eight_bits
@@ -54,7 +55,8 @@ class Preflight:
 
 def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
     """Check a job. Raises `Refused` if the data or the model do not fit, and `UsageError` if flags do not."""
-    whole = Table.open(spec.inputs, spec.csv_delimiter, spec.csv_encoding, verbatim_columns(spec))
+    selection = Selection(spec.where, spec.sample, spec.limit, spec.seed)
+    whole = selection.of(Table.open(spec.inputs, spec.csv_delimiter, spec.csv_encoding, verbatim_columns(spec)))
     table = whole if spec.shard is None else whole.shard(*spec.shard)
     kept = _kept_columns(spec, table)
     format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))
@@ -77,15 +79,15 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     moment = moment_of_prompts(spec, templates, known)
     for template in templates:
         check_template(template, named)
-    notes = [*whole.notes, *lines, *notes_about(spec, moment)]
+    notes = [*whole.notes, *selection.note(whole), *lines, *notes_about(spec, moment)]
     if spec.tools_column is not None and templates and not templates[-1].reads_tools:
         notes.append(f"the chat template of {named} never reads tools: --tools-column {spec.tools_column} is in vain")
     for note in (*shape.notes, *notes):
         say(note)
     # An incremental job's input may change. Its runs read the new rows from a file in which they were set aside.
-    inputs = () if spec.adds_file else whole.files
+    inputs, chosen = ((), "") if spec.adds_file else (whole.files, digest(whole))
     tool_template = templates[-1].source if templates else ""
-    digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept, moment, tool_template)
+    digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept, moment, tool_template, chosen)
     return Preflight(spec, settings, table, kept, config, tokenizer, tokenizer_folder, source, digests, shape, notes)
 
 

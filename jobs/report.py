@@ -83,6 +83,7 @@ class Report:
     command: str
     canary: Canary | None = None
     predicted: Forecast | None = None  # None if the device was not measured
+    rows_reused: int = 0  # with answers that earlier jobs have computed
     output_sha256: str = ""  # digest of the output; for a folder, of its files' names and digests
     prompt_tokens_shared: int = 0  # not computed, since they were computed for another row
     kv_bytes_read: int = 0  # bytes of keys and values that attention read, in all layers; 0 on the CPU: not counted
@@ -107,6 +108,7 @@ class Report:
             ("device", self.device),
             ("rows", f"{self.rows:,} ({self.rows_ok:,} ok, {self.rows_failed:,} failed)"),
             *([("  done before", f"{self.rows_resumed:,}")] if self.rows_resumed else []),
+            *([("  reused", f"{self.rows_reused:,} rows")] if self.rows_reused else []),
             *([("  duplicates", f"{self.rows_duplicate:,} rows")] if self.rows_duplicate else []),
             *[(f"  {code}", f"{count:,} rows") for code, count in self.rows_by_error.items()],
             ("prompt tokens", f"{self.prompt_tokens:,} ({sources})"),

@@ -86,6 +86,8 @@ def _check_files(job: JobSpec) -> None:
     folders = [path for path in job.inputs if os.path.isdir(path)]
     if any(output.startswith(f"{os.path.realpath(path)}{os.sep}") for path in folders):
         raise UsageError(f"--output {job.output} is in an input folder; choose another folder")
+    if any(os.path.realpath(path) == output for path in job.reuse):
+        raise UsageError(f"--reuse {job.output} is the --output itself; leave it out: the same command goes on with it")
     if job.columns is not None and not job.columns:
         raise UsageError("--columns is empty; name one input column or more, or leave it out to keep all")
     if job.metrics_textfile is not None and job.metrics_textfile.suffix != ".prom":
@@ -136,6 +138,11 @@ def _check_incremental(job: JobSpec) -> None:
     for flag, wanted in against.items():
         if wanted:
             raise UsageError(f"--incremental adds to the earlier output; leave {flag} out")
+    if job.sample is not None:
+        raise UsageError(
+            f"--incremental with --sample {job.sample} would add rows each time, since a table that has grown has "
+            "another sample; leave one of them out"
+        )
 
 
 def _check_suffix(output: Path) -> None:

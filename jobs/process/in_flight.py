@@ -6,6 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.engine.request import Requests
+from batchinfer.jobs.results.schema import KEY
+from batchinfer.jobs.rows.answer_keys import Keys, answer_keys
 
 
 @dataclass
@@ -76,6 +78,14 @@ class InFlight:
         if alone:
             rests = [rest.take(np.flatnonzero(np.isin(rest.rows, alone))) for rest in rests]
         return [rest for rest in rests if len(rest)]
+
+    def answer_keys(self, rows: NDArray[np.int64]) -> Keys:
+        """Return the answer keys of these rows [n]."""
+        found = np.zeros(len(rows), f"S{KEY.type.byte_width}")
+        for sent in self._sent:
+            mine, indices = sent.find(rows)
+            found[mine] = answer_keys(sent.requests.take(indices))
+        return found
 
     def prompt_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
         """Return the lengths of these rows' prompts [n]."""

@@ -16,7 +16,7 @@ class PartsInOrder:
     counts."""
 
     def __init__(self, parts: list[tuple[Path, int]], schema: pa.Schema) -> None:
-        """`parts` has (path, first ordinal) of each part, by part number; `schema` is the schema of all."""
+        """`parts` has (path, first ordinal) of each part, by part number; `schema` has the columns that are read."""
         self._schema = schema
         numbered = [(number, path, first) for number, (path, first) in enumerate(parts)]
         self._later = sorted(numbered, key=lambda part: part[2], reverse=True)
@@ -71,6 +71,7 @@ class _Cursor:
             with pq.ParquetFile(
                 self._path, metadata=self._metadata, page_checksum_verification=True, pre_buffer=False
             ) as file:
-                return file.read_row_group(group, use_threads=False).replace_schema_metadata(None)
+                columns = self._table.schema.names
+                return file.read_row_group(group, columns, use_threads=False).replace_schema_metadata(None)
         except (OSError, pa.ArrowException) as error:
             raise OSError(f"part {self._path} is damaged: {error}; {REMEDY}") from error

@@ -31,7 +31,7 @@ from batchinfer.jobs.results.output_writer import (
     remove_left,
 )
 from batchinfer.jobs.results.parts_in_order import PartsInOrder
-from batchinfer.jobs.results.schema import PARQUET, RESULT_FIELDS, ROW, part_schema
+from batchinfer.jobs.results.schema import PARQUET, RESULT_FIELDS, ROW, keyless, part_schema
 from batchinfer.jobs.results.schema_notes import with_notes
 
 ROW_GROUP_BYTES = 1 << 18  # size of a part's row groups; the merge holds one of each part at a time
@@ -247,12 +247,14 @@ class RunFolder:
         """
         aside = self.temporary / f"merged{self.output.suffix}"
         listed = [(self.parts / part.name, part.first_row) for part in self._listed]
-        parts = PartsInOrder(listed, part_schema(results))
+        parts = PartsInOrder(listed, keyless(part_schema(results)))
         merged_schema = with_notes(list(schema), schema.metadata, num_rows, results)
         end = 0
         with OutputWriter(self.output, aside, merged_schema) as writer:
             for first, batch in batches:
                 end = first + len(batch)
+                if not len(batch):
+                    continue
                 found = parts.take(first, end)
                 if found is None:
                     raise Refused(

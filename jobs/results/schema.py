@@ -17,7 +17,10 @@ RESULT_FIELDS = [
     pa.field("error_code", pa.string()),
     pa.field("error_message", pa.string()),
 ]
-PART_SCHEMA = pa.schema([pa.field(ROW, pa.int64(), nullable=False), *RESULT_FIELDS])
+# Only in parts: a digest of what a row's answer depends on besides the job (rows/answer_keys.py); null if the row
+# did not run.
+KEY = pa.field("key", pa.binary(16))
+PART_SCHEMA = pa.schema([pa.field(ROW, pa.int64(), nullable=False), KEY, *RESULT_FIELDS])
 # With several samples a row, this column lists them all, or is null if the row failed. The other columns are those of
 # the first sample.
 SAMPLE = pa.struct([RESULT_FIELDS[0], RESULT_FIELDS[1], RESULT_FIELDS[3]])
@@ -36,12 +39,18 @@ def result_fields(samples: int, asked: Sequence[pa.Field] = ()) -> list[pa.Field
 
 def part_schema(fields: Sequence[pa.Field]) -> pa.Schema:
     """Return the columns of the parts of a job with these result columns."""
-    return pa.schema([PART_SCHEMA.field(0), *fields])
+    return pa.schema([*list(PART_SCHEMA)[:2], *fields])
 
 
 def is_part(schema: pa.Schema) -> bool:
-    """Return whether a part may have these columns."""
-    return bool(pa.schema(list(schema)[: len(PART_SCHEMA)]).equals(PART_SCHEMA))
+    """Return whether a part may have these columns; those of earlier versions have no key."""
+    begins = (pa.schema(list(schema)[: len(known)]).equals(known) for known in (PART_SCHEMA, keyless(PART_SCHEMA)))
+    return any(begins)
+
+
+def keyless(schema: pa.Schema) -> pa.Schema:
+    """Return the columns of a part without the key, which parts of earlier versions do not have."""
+    return schema.remove(schema.get_field_index(KEY.name))
 
 
 def has_samples(schema: pa.Schema) -> bool:

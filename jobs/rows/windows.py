@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.jobs.rows.duplicates import Followers, leaders
 from batchinfer.jobs.rows.length_figures import LengthFigures
+from batchinfer.jobs.rows.reuse import Reuse
 from batchinfer.jobs.rows.run_order import depth_first
 from batchinfer.jobs.rows.token_file import StoredRequests, TokenFile, cut
 from batchinfer.jobs.tables.table import Table
+from batchinfer.kernels.ragged import Ints
 
 
 class Prompts(Protocol):
@@ -66,13 +69,16 @@ class Windows:
         deduplicate: bool = True,
         samples: int = 1,
         limits: Limits = LIMITS,
+        reuse: Reuse | None = None,
     ) -> None:
-        """`done` [rows of the table] says which rows need not run. Of every other row, `samples` samples are computed.
-        Files of token ids are written in `folder`, and none is left there."""
+        """`done` [rows of the table] says which rows need not run, and `reuse` has answers of others. Of every row that
+        is left, `samples` samples are computed. Files of token ids are written in `folder`, and none is left there."""
         self._prompts, self._done, self._samples, self._limits = prompts, done, samples, limits
         self._batches = table.batches(prompts.columns, max(1, limits.slice_rows // samples))
         self._path = folder / "prompts.arrow"
         self._deduplicate = deduplicate
+        self._reuse = reuse
+        self._reused: list[tuple[Ints, Ints]] = []  # rows and the places of their answers, not taken yet
         self._file: TokenFile | None = None  # for the window that is being read
         self._waiting: _Window | None = None
         self._sending: _Window | None = None
@@ -80,6 +86,7 @@ class Windows:
         self.rows_read = 0
         self.figures = LengthFigures(block_size, *np.zeros((3, 1), np.int64))  # of all windows read so far
         self.followers = Followers()  # duplicates of their rows
+        self.rows_reused = 0
         self.seconds = 0.0  # spent reading, tokenizing and ordering
 
     @property
@@ -115,9 +122,18 @@ class Windows:
             return None
         return self._sending.prompts.take(self._sending.chunks.popleft())
 
+    def take_reused(self) -> Iterator[pa.RecordBatch]:
+        """Yield the rows with reused answers, in batches of a part's columns: nothing before there are enough of them,
+        since each part of an earlier job is read once for all."""
+        enough = sum(len(rows) for rows, _ in self._reused) >= self._limits.window_rows
+        if self._reuse is not None and self._reused and (enough or not self.reading):
+            rows, places = map(np.concatenate, zip(*self._reused, strict=True))
+            self._reused = []
+            yield from self._reuse.answers(rows, places)
+
     def pass_over(self) -> None:
-        """Drop the window that waits, if there is one, without sending it."""
-        self._waiting, self.followers = None, Followers()
+        """Drop the window that waits, if there is one, without sending it, and the rows with reused answers."""
+        self._waiting, self.followers, self._reused = None, Followers(), []
 
     def close(self) -> None:
         """Remove the file of token ids."""
@@ -138,6 +154,12 @@ class Windows:
         if done.any():
             requests = requests.take(np.flatnonzero(~self._done[requests.rows]))
             errors = {row: error for row, error in errors.items() if not self._done[row]}
+        if self._reuse is not None:
+            places = self._reuse.places(requests)
+            found = np.flatnonzero(places >= 0)
+            self._reused.append((requests.rows[found], places[found]))
+            self.rows_reused += len(found)
+            requests = requests.take(np.flatnonzero(places < 0))
         if len(requests):
             self._file = self._file or TokenFile(self._path)
             self._file.append(requests)

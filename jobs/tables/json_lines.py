@@ -8,8 +8,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from batchinfer.errors import Refused
 from batchinfer.host.files import KeyTwice, keys_once
@@ -217,8 +219,18 @@ def indices_not_text(batch: pa.RecordBatch, column: str) -> list[int]:
 
 def cut(batch: pa.RecordBatch, start: int, end: int) -> pa.RecordBatch:
     """Return rows `start` to `end - 1` of a batch, with its metadata adjusted."""
-    cut = batch.slice(start, end - start)
+    rows = np.arange(len(batch))
+    return only(batch, (start <= rows) & (rows < end))
+
+
+def only(batch: pa.RecordBatch, chosen: NDArray[np.bool_]) -> pa.RecordBatch:
+    """Return the chosen rows of a batch [rows], with its metadata adjusted."""
+    # pyarrow filters no string views, so neighbours that are chosen are cut out and joined.
+    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False)).reshape(-1, 2)
+    runs = [batch.slice(start, end - start) for start, end in edges.tolist()]
+    kept = pa.concat_batches(runs) if len(runs) > 1 else runs[0] if runs else batch.slice(0, 0)
     if (stored := (batch.schema.metadata or {}).get(_NOT_TEXT)) is None:
-        return cut
-    indices = {name: [i - start for i in found if start <= i < end] for name, found in json.loads(stored).items()}
-    return cut.replace_schema_metadata({_NOT_TEXT: json.dumps(indices)})
+        return kept
+    places = np.cumsum(chosen) - 1
+    indices = {name: [int(places[i]) for i in found if chosen[i]] for name, found in json.loads(stored).items()}
+    return kept.replace_schema_metadata({_NOT_TEXT: json.dumps(indices)})

@@ -11,7 +11,7 @@ from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.tables.csv import UTF_8, Csv, another_delimiter
 from batchinfer.jobs.tables.folders import files_in, typed
 from batchinfer.jobs.tables.input_file import InputFile, TableFormat
-from batchinfer.jobs.tables.json_lines import JsonLines, cut
+from batchinfer.jobs.tables.json_lines import JsonLines, cut, only
 from batchinfer.jobs.tables.parquet import Parquet
 from batchinfer.jobs.tables.unify import promotions, unify
 
@@ -21,13 +21,14 @@ MAX_ROWS = 1 << 31  # each row takes some bytes of memory: whether it is done, a
 
 @dataclass(frozen=True)
 class Table:
-    """Input files as one table. Its rows are numbered from 0 across the files."""
+    """Input files as one table, or the rows of it that are chosen. Its rows are numbered from 0 across the files."""
 
     files: tuple[InputFile, ...]
     schema: pa.Schema
     num_rows: int
     notes: tuple[str, ...] = ()  # what of a file's columns is not as in the file
-    skipped: int | None = None  # in a shard: number of rows before its first
+    chosen: pa.BooleanArray | None = None  # [rows of the files] which of them the table has, in bits; None: all
+    skipped: int | None = None  # in a shard: number of rows of the table before its first
 
     @staticmethod
     def open(
@@ -77,6 +78,10 @@ class Table:
         first, end = (self.num_rows * i // count for i in (index, index + 1))
         return replace(self, num_rows=end - first, skipped=first)
 
+    def only(self, chosen: pa.BooleanArray) -> "Table":
+        """Return the table of the rows that are chosen [rows of the table]; the table has all rows of its files."""
+        return replace(self, num_rows=chosen.true_count, chosen=chosen)
+
     def check(self, columns: Sequence[str]) -> None:
         """Raise `Refused`, naming file and column, if a column is missing."""
         for name in columns:
@@ -85,22 +90,48 @@ class Table:
     def batches(self, columns: Sequence[str] | None, rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
         """Yield (ordinal of the first row, batch) for all rows, with these columns or, for None, all columns.
 
-        A batch has at most `rows` rows and about `BATCH_BYTES` bytes. Raises `Refused` if a file is damaged.
+        A batch has at most `rows` rows and about `BATCH_BYTES` bytes. It may have none, so that who reads it does not
+        wait for the next row that is chosen. Raises `Refused` if a file is damaged.
         """
         names = self.schema.names if columns is None else list(columns)
         self.check(names)
         fields = [self.schema.field(name) for name in names]
         first = -(self.skipped or 0)
+        for batch in self._chosen(fields, rows):
+            if self.skipped is None:
+                yield first, batch
+            elif first >= self.num_rows:
+                return
+            elif first + batch.num_rows > 0:
+                start = max(0, -first)
+                yield first + start, cut(batch, start, min(batch.num_rows, self.num_rows - first))
+            first += batch.num_rows
+
+    def _chosen(self, fields: Sequence[pa.Field], rows: int) -> Iterator[pa.RecordBatch]:
+        """Yield the rows that are chosen. Files without any are not read, and no file is read beyond the last one."""
+        first = 0
         for file in self.files:
-            for batch in file.batches(fields, rows):
-                if self.skipped is None:
-                    yield first, batch
-                elif first >= self.num_rows:
-                    return
-                elif first + batch.num_rows > 0:
-                    start = max(0, -first)
-                    yield first + start, cut(batch, start, min(batch.num_rows, self.num_rows - first))
-                first += batch.num_rows
+            if self.chosen is None:
+                yield from file.batches(fields, rows)
+            else:
+                yield from _only(file, fields, rows, self.chosen.slice(first, file.num_rows))
+            first += file.num_rows
+
+
+def _only(file: InputFile, fields: Sequence[pa.Field], rows: int, chosen: pa.BooleanArray) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a file that are chosen [rows of the file]."""
+    left, first = chosen.true_count, 0
+    for batch in file.batches(fields, rows) if left else ():
+        kept = chosen.slice(first, len(batch))
+        if len(kept) < len(batch):
+            break
+        left -= kept.true_count
+        yield batch if kept.true_count == len(batch) else only(batch, kept.to_numpy(zero_copy_only=False))
+        first += len(batch)
+        if not left:
+            return
+    if left:
+        raise Refused(f"{file.path} changed while it was read: it had {file.num_rows:,} rows; give the command again")
 
 
 def find_field(schema: pa.Schema, name: str, path: Path) -> pa.Field:

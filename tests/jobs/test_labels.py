@@ -167,7 +167,7 @@ def test_labels_written_as_json_keep_spaces_and_commas(model: Path, tmp_path: Pa
 def test_a_job_with_other_labels_is_another_job(model: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["It is"]}), tmp_path / "in.parquet")
     run(job(model, tmp_path, choices=("a", "b")))
-    with pytest.raises(Refused, match="template"):
+    with pytest.raises(Refused, match="sampling"):
         run(job(model, tmp_path, choices=("b", "a")))
 
 

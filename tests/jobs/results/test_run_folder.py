@@ -20,7 +20,7 @@ from batchinfer.errors import Interrupted, Refused
 from batchinfer.jobs.results import durable, parquet, run_folder
 from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.results.schema import PART_SCHEMA, RESULT_FIELDS
+from batchinfer.jobs.results.schema import KEY, PART_SCHEMA, RESULT_FIELDS
 
 INPUT_SCHEMA = pa.schema([("id", pa.string()), ("score", pa.float64())])
 
@@ -40,6 +40,7 @@ def finished(rows: list[int], text: str = "answer") -> pa.RecordBatch:
     n = len(rows)
     columns = [
         pa.array(rows, pa.int64()),
+        pa.array([b"%016d" % row for row in rows], KEY.type),
         pa.array([f"{text} {row}" for row in rows]),
         pa.array(["stop" if row % 2 else "length" for row in rows]),
         pa.array([row + 1 for row in rows], pa.int32()),
@@ -161,7 +162,8 @@ def test_a_flipped_bit_in_a_part_is_noticed(tmp_path: Path) -> None:
     folder.commit([finished(list(range(1000)))])
     part = folder.path / "parts" / "part-000001.parquet"
     data = bytearray(part.read_bytes())
-    data[len(data) // 4] ^= 1
+    text = pq.read_metadata(part).row_group(0).column(PART_SCHEMA.get_field_index("generated_text"))
+    data[text.data_page_offset + text.total_compressed_size // 2] ^= 1
     part.write_bytes(data)
     with pytest.raises(OSError, match=r"part-000001\.parquet is damaged"):
         folder.merge(INPUT_SCHEMA, inputs(1000, 100), 1000)
@@ -209,7 +211,7 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path) -> None:
 def failed(rows: list[int]) -> pa.RecordBatch:
     batch = finished(rows)
     n = len(rows)
-    columns = [*batch.columns[:1], pa.nulls(n, pa.string()), pa.array(["error"] * n), *batch.columns[3:5]]
+    columns = [*batch.columns[:2], pa.nulls(n, pa.string()), pa.array(["error"] * n), *batch.columns[4:6]]
     columns += [pa.array(["too_long"] * n), pa.array(["the prompt is too long"] * n)]
     return pa.RecordBatch.from_arrays(columns, schema=PART_SCHEMA)
 

@@ -70,6 +70,7 @@ def finished(rows: list[int], failed: list[int]) -> pa.RecordBatch:
     n = len(rows)
     columns = {
         "row": rows,
+        "key": [None if row in failed else b"%016d" % row for row in rows],
         "generated_text": [None if row in failed else f"answer {row}" for row in rows],
         "finish_reason": ["error" if row in failed else "stop" for row in rows],
         "prompt_tokens": [row + 1 for row in rows],
