@@ -91,8 +91,7 @@ class Engine:
         for runner in self._runners:
             runner.allocate(blocks, config.block_size, states)
         if config.device != "cpu":
-            for runner in self._runners:
-                warm_up(runner, config, runner.row_steps)
+            self._warm_up(config)
         lengths = OutputLengths(config.max_model_len) if config.learned_admission else None
         self.table, self.scheduler = self._scheduler(config, blocks, states, lengths)
         self.drafter = self._gate(config, draft_runner, blocks)
@@ -245,6 +244,10 @@ class Engine:
         stats.peak_device_bytes = self.runner.peak_device_bytes
         stats.kernels = {op: path for runner in self._runners for op, path in runner.backend.kernels.items()}
         return stats
+
+    def _warm_up(self, config: EngineConfig) -> None:
+        for runner in self._runners:
+            warm_up(runner, config, runner.row_steps)
 
     def _states(self, config: EngineConfig, room: Room) -> tuple[Room, int]:
         """Return the room that is left beside the model's states, and their number; 0 if it has none."""
