@@ -1,6 +1,8 @@
 """Answers of earlier jobs: the output is that of a job that computes them; none is taken of another job."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -287,6 +289,20 @@ def test_what_gives_no_answers_is_refused_in_one_line(
     found, line = call(capsys, *arguments)
     assert (found, said in line) == (code, True), line
     assert not (tmp_path / "out.run").exists()
+
+
+def test_an_output_that_may_only_be_read_gives_answers(
+    tmp_path: Path, model: Path, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = os.open
+
+    def denied(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & os.O_RDWR and str(old.parent) in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_file(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", denied)
+    assert plan(spec(model, new_table(tmp_path), reuse=(old,), device="cpu")).rows_reused == N // 2 + 3
 
 
 def test_the_output_itself_is_refused(tmp_path: Path, model: Path) -> None:
