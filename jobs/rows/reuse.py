@@ -87,7 +87,7 @@ def _parts_of(given: Path, output: Path, fingerprints: Mapping[str, str]) -> lis
     try:
         before = json.loads((folder.path / "run.json").read_text("utf-8"))["fingerprints"]
         _refuse_others(output, before, fingerprints)
-        if RunFolder(given).taken or folder.taken:
+        if _at_work(RunFolder(given)) or _at_work(folder):
             raise Refused(f"--reuse {given}: a run is at work on it; try again when that has ended")
         if not is_there(output):
             raise Refused(f"--reuse {output}: there is no such output, or it is not complete; {remedy}")
@@ -97,6 +97,13 @@ def _parts_of(given: Path, output: Path, fingerprints: Mapping[str, str]) -> lis
         raise Refused(f"--reuse {output}: there is no {error.filename}; {remedy}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise Refused(f"--reuse {output}: {folder.path} is damaged; leave this output out") from error
+
+
+def _at_work(folder: RunFolder) -> bool:
+    try:
+        return folder.taken
+    except PermissionError:  # who may only read cannot lock; a complete output is whole all the same
+        return False
 
 
 def _refuse_others(source: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:

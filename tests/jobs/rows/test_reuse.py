@@ -1,6 +1,8 @@
 """Answers of earlier jobs: the output is that of a job that computes them; none is taken of another job."""
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +22,10 @@ from batchinfer.jobs.incremental import run_new_rows
 from batchinfer.jobs.job import run
 from batchinfer.jobs.merge_shards import merge_shards
 from batchinfer.jobs.outlook import plan
+from batchinfer.jobs.preflight import preflight
 from batchinfer.jobs.results.durable import lock
 from batchinfer.jobs.results.schema import KEY, keyless
+from batchinfer.jobs.rows.answer_keys import answer_keys
 from batchinfer.jobs.rows.windows import Limits
 from batchinfer.jobs.spec import JobSpec, sharded
 from batchinfer.jobs.verify import verify
@@ -132,6 +136,25 @@ def test_rows_that_failed_are_computed(tmp_path: Path, model: Path, engine: Call
     run(spec(model, path, output=tmp_path / "old.parquet"), engine("Fails"))
     report = run(spec(model, path, reuse=(tmp_path / "old.parquet",)), STUB)
     assert (report.rows_reused, report.rows_computed, report.rows_failed) == (5, 5, 0)
+
+
+@pytest.mark.parametrize(("n", "sampling"), [(1, COLD), (3, WARM)])
+def test_each_row_has_the_key_of_its_own_prompt_duplicates_too(
+    tmp_path: Path, model: Path, engine: Callable[[str], str], n: int, sampling: SamplingParams
+) -> None:
+    texts = np.random.default_rng(0).permutation(prompts(40) * 3).tolist()
+    job = spec(model, write(tmp_path / "in.parquet", prompt=[*texts, None]), n=n, sampling=sampling)
+    run(job, engine("Slow"))
+    parts = [pq.read_table(part) for part in (tmp_path / "out.run" / "parts").iterdir()]
+    keys = {row["row"]: row["key"] for part in parts for row in part.to_pylist()}
+    checked = preflight(job)
+    ((first, batch),) = checked.table.batches(["prompt"], 1000)
+    requests, _ = checked.source.tokenize(first, batch)
+    expected = dict(
+        zip(requests.rows.tolist(), (bytes(key).ljust(16, b"\0") for key in answer_keys(requests)), strict=True)
+    )
+    assert keys.pop(120) is None
+    assert keys == expected and len({*keys.values()}) == 40
 
 
 def test_growing_outputs_shards_and_json_lines_give_answers(tmp_path: Path, model: Path) -> None:
@@ -266,6 +289,20 @@ def test_what_gives_no_answers_is_refused_in_one_line(
     found, line = call(capsys, *arguments)
     assert (found, said in line) == (code, True), line
     assert not (tmp_path / "out.run").exists()
+
+
+def test_an_output_that_may_only_be_read_gives_answers(
+    tmp_path: Path, model: Path, old: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_file = os.open
+
+    def denied(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & os.O_RDWR and str(old.parent) in str(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open_file(path, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", denied)
+    assert plan(spec(model, new_table(tmp_path), reuse=(old,), device="cpu")).rows_reused == N // 2 + 3
 
 
 def test_the_output_itself_is_refused(tmp_path: Path, model: Path) -> None:
