@@ -34,6 +34,7 @@ from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_
 from batchinfer.kernels.ragged import take_ragged
 from batchinfer.models.config import read_shape
 from batchinfer.models.hub import resolve_model
+from batchinfer.text.chat_arguments import Arguments, problem_with
 from batchinfer.text.stop import printed_answers
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 
@@ -80,11 +81,13 @@ class LLM:
         speculation: Speculation | None = None,
         template_date: datetime | None = None,
         generation_config: str = "auto",
+        chat_template: str | Path | None = None,
     ) -> None:
         """Load a model: a folder, a GGUF file, or the name of a model on the Hub.
 
         The arguments are the flags of `batchinfer run`, with the same defaults. The chat template takes
-        `template_date` for now, or the moment of this call. What `generation_config` takes over from the checkpoint
+        `template_date` for now, or the moment of this call; the one in the file `chat_template` takes the place of the
+        checkpoint's. What `generation_config` takes over from the checkpoint
         goes into the fields of a call's `SamplingParams` that have their defaults; what was applied and what was not is
         in `stats().notes`. Raises `ValueError` naming a wrong argument, and `batchinfer.errors.Refused` saying what is
         wrong with the model.
@@ -97,11 +100,13 @@ class LLM:
         _check_kinds(int | None, "a whole number, or None", max_model_len=max_model_len, max_num_seqs=max_num_seqs)
         _check_kinds(int | None, "a whole number, or None", max_num_batched_tokens=max_num_batched_tokens)
         _check_kinds(datetime | None, "a datetime, or None", template_date=template_date)
+        _check_kinds(str | Path | None, "a path, or None", chat_template=chat_template)
         if generation_config not in CHOICES:
             raise ValueError(f"generation_config is {generation_config!r}; it must be one of {', '.join(CHOICES)}")
         folder, found = resolve_model(str(model), revision), device_of(device)
         shape = read_shape(folder)
-        self.tokenizer = Tokenizer.load(folder, moment=template_date)
+        template = None if chat_template is None else Path(chat_template)
+        self.tokenizer = Tokenizer.load(folder, moment=template_date, chat_template=template)
         length = shape.max_positions if max_model_len is None else max_model_len
         seqs = MAX_NUM_SEQS[found] if max_num_seqs is None else max_num_seqs
         tokens = MAX_NUM_BATCHED_TOKENS[found] if max_num_batched_tokens is None else max_num_batched_tokens
@@ -132,9 +137,11 @@ class LLM:
         *,
         seed: int = 0,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Arguments | None = None,
     ) -> list[Completion]:
         """Return the completions of all prompts, in their order. See `stream` for arguments and errors."""
-        return sorted(self.stream(prompts, params, seed=seed, tools=tools), key=lambda completion: completion.index)
+        found = self.stream(prompts, params, seed=seed, tools=tools, chat_template_kwargs=chat_template_kwargs)
+        return sorted(found, key=lambda completion: completion.index)
 
     def stream(
         self,
@@ -143,14 +150,16 @@ class LLM:
         *,
         seed: int = 0,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Arguments | None = None,
     ) -> Iterator[Completion]:
         """Yield completions as prompts end, each with the `index` of its prompt.
 
         A prompt is a text, a list of token ids, or a list of messages: dicts with role and content, which the
-        checkpoint's chat template turns into text. `tools`, a list of JSON schemas, are offered to each conversation. A
-        prompt that cannot run gives a completion with an error. Above temperature 0, `seed` and the prompt's tokens
-        determine the random draws. Raises `ValueError` naming a wrong argument. Closing the iterator drops the prompts
-        that have not ended.
+        checkpoint's chat template turns into text. `tools`, a list of JSON schemas, are offered to each conversation,
+        and `chat_template_kwargs` are further variables for the template, as {"enable_thinking": False}. A prompt that
+        cannot run gives a completion with an error. Above temperature 0, `seed` and the prompt's tokens determine the
+        random draws. Raises `ValueError` naming a wrong argument. Closing the iterator drops the prompts that have not
+        ended.
         """
         params = SamplingParams() if params is None else params
         _check_kinds(SamplingParams, "SamplingParams", params=params)
@@ -163,7 +172,9 @@ class LLM:
         if any(isinstance(prompt, Mapping | Integral) for prompt in prompts):
             raise ValueError("prompts is a single conversation or one row of token ids; it must be a list of them")
         errors: Errors = {}
-        requests = self._requests(prompts, params, _read_tools(tools), errors)
+        if chat_template_kwargs is not None and (problem := problem_with(chat_template_kwargs)) is not None:
+            raise ValueError(f"chat_template_kwargs {problem}")
+        requests = self._requests(prompts, params, _read_tools(tools), chat_template_kwargs or {}, errors)
         if params.temperature > 0:
             requests = replace(requests, seeds=row_seeds(seed, keys_by_tokens(requests)))
         return self._run(requests, errors, params)
@@ -188,7 +199,12 @@ class LLM:
         self._notes = list(dict.fromkeys([*self._notes, *lines]))
 
     def _requests(
-        self, prompts: Sequence[Prompt], params: SamplingParams, tools: Tools | None, errors: Errors
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        tools: Tools | None,
+        arguments: Arguments,
+        errors: Errors,
     ) -> Requests:
         """Return requests for the prompts that can run; errors for the others are added to `errors`."""
         texts: dict[int, str] = {}
@@ -211,7 +227,7 @@ class LLM:
             (list(given), np.concatenate([NOTHING, *given.values()]), np.cumsum([0, *map(len, given.values())])),
         ]
         if chats:
-            encoded.append((list(chats), *self._encode_chats(chats, tools, errors)))
+            encoded.append((list(chats), *self._encode_chats(chats, tools, arguments, errors)))
         indices = np.concatenate([np.array(of, np.int64) for of, _, _ in encoded])
         lengths = np.concatenate([np.diff(offsets) for _, _, offsets in encoded])
         token_ids = np.concatenate([ids for _, ids, _ in encoded])
@@ -220,7 +236,7 @@ class LLM:
         return requests_that_fit(indices[order], token_ids, offsets, params, self._max_model_len, errors)
 
     def _encode_chats(
-        self, chats: dict[int, Conversation], tools: Tools | None, errors: Errors
+        self, chats: dict[int, Conversation], tools: Tools | None, arguments: Arguments, errors: Errors
     ) -> tuple[TokenIds, Offsets]:
         if self.tokenizer.template is None:
             raise ValueError(
@@ -229,8 +245,10 @@ class LLM:
         template = self.tokenizer.template if tools is None else self.tokenizer.tool_template
         if tools is not None and template is not None and not template.reads_tools:
             self._note("the model's chat template never reads tools: those that were given are in vain")
-        indices, offered = np.array(list(chats), np.int64), [tools] * len(chats)
-        return encode_chats(self.tokenizer, indices, list(chats.values()), errors, offered)
+        if template is not None and (unread := [name for name in arguments if name not in template.reads]):
+            self._note(f"the model's chat template never reads {', '.join(unread)} of chat_template_kwargs")
+        indices, offered, each = np.array(list(chats), np.int64), [tools] * len(chats), [arguments] * len(chats)
+        return encode_chats(self.tokenizer, indices, list(chats.values()), errors, offered, False, each)
 
     def _run(self, requests: Requests, errors: Errors, params: SamplingParams) -> Iterator[Completion]:
         if self._engine.unfinished:

@@ -51,6 +51,7 @@ def fingerprints(
     }
     if spec.tools_column is not None:
         template |= {"tools_column": spec.tools_column, "tool_template": tool_template}
+    template |= _of_chats(spec, tool_template)
     # Read in another way, the same bytes are another table. Rows set aside for an incremental run are not CSV.
     csv = {"csv_delimiter": (spec.csv_delimiter, ","), "csv_encoding": (spec.csv_encoding, "utf-8")}
     unusual = {name: given for name, (given, usual) in csv.items() if given not in (None, usual)}
@@ -73,6 +74,18 @@ def fingerprints(
         ),
         "engine": _digest([__version__, config.device, config.deterministic]),
     }
+
+
+def _of_chats(spec: JobSpec, tool_template: str) -> dict[str, Any]:
+    """Return what `ChatFlags` add to the digest of the template, files by their content: nothing without them."""
+    files = {"chat_template": spec.chat_template, "tools": spec.tools}
+    found: dict[str, Any] = {name: sha256(file) for name, file in files.items() if file is not None}
+    values = {
+        "chat_template_kwargs": spec.chat_template_kwargs,
+        "chat_template_kwargs_column": spec.chat_template_kwargs_column,
+        "tool_template": None if spec.tools is None else tool_template,
+    }
+    return found | {name: value for name, value in values.items() if value is not None}
 
 
 def _of_input(file: InputFile) -> Any:

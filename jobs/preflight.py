@@ -14,6 +14,7 @@ from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.errors import Refused, UsageError
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of, refuse_old_gpu
 from batchinfer.jobs.fingerprints import fingerprints
+from batchinfer.jobs.given_in_vain import given_in_vain
 from batchinfer.jobs.log import say
 from batchinfer.jobs.results.formats import format_of
 from batchinfer.jobs.results.schema import result_fields
@@ -61,7 +62,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
     config = _engine_config(spec, model, shape, whole.num_rows)
     known = known_moment(spec)
-    tokenizer = _load_tokenizer(model, tokenizer_folder, shape.vocab_size, known or now())
+    tokenizer = _load_tokenizer(model, tokenizer_folder, shape.vocab_size, known or now(), spec.chat_template)
     named = spec.tokenizer or spec.model
     speculation = resolve_draft_model(spec.speculation, named, tokenizer, config.max_model_len)
     config = replace(config, speculation=speculation)
@@ -72,10 +73,9 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     templates = _chat_templates(spec, tokenizer, tokenizer_folder or model)
     moment = moment_of_prompts(spec, templates, known)
     for template in templates:
-        check_template(template, named)
-    notes = [*whole.notes, *lines, *notes_about(spec, moment)]
-    if spec.tools_column is not None and templates and not templates[-1].reads_tools:
-        notes.append(f"the chat template of {named} never reads tools: --tools-column {spec.tools_column} is in vain")
+        by_row = spec.chat_template_kwargs_column is not None
+        check_template(template, str(spec.chat_template or named), spec.chat_template_kwargs or {}, by_row)
+    notes = [*whole.notes, *lines, *notes_about(spec, moment), *given_in_vain(spec, templates, table.schema)]
     for note in (*shape.notes, *notes):
         say(note)
     # An incremental job's input may change. Its runs read the new rows from a file in which they were set aside.
@@ -103,11 +103,17 @@ def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
     return kept
 
 
-def _load_tokenizer(model: Path, folder: Path | None, size: int, moment: datetime) -> Tokenizer:
+def _load_tokenizer(
+    model: Path, folder: Path | None, size: int, moment: datetime, chat_template: Path | None
+) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.load(model, folder, moment)
+        tokenizer = Tokenizer.load(model, folder, moment, chat_template)
     except ValueError as error:
         raise Refused(f"tokenizer: {error}") from error
+    except OSError as error:
+        if chat_template is None or error.filename != str(chat_template):
+            raise
+        raise Refused(f"--chat-template {chat_template}: {error.strerror}; correct the path") from error
     if tokenizer.vocab_size > size:
         raise Refused(
             f"{(folder or model) / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, but vocab_size is {size} in "
@@ -121,7 +127,8 @@ def _chat_templates(spec: JobSpec, tokenizer: Tokenizer, folder: Path) -> list[C
     if tokenizer.template is None or not spec.renders_chats:
         return []
     try:
-        tool_template = None if spec.tools_column is None else tokenizer.tool_template
+        offers_tools = spec.tools is not None or spec.tools_column is not None
+        tool_template = tokenizer.tool_template if offers_tools else None
     except ValueError as error:
         raise Refused(f"tokenizer: {folder}: {error}") from error
     return [tokenizer.template] if tool_template in (None, tokenizer.template) else [tokenizer.template, tool_template]

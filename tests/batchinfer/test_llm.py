@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from chat_models import CHATML, LLAMA_2, LLAMA_3, save
+from chat_models import CHATML, HYBRID, LLAMA_2, LLAMA_3, save
 from engines import assert_blocks_are_free
 from repository import TARGET
 
@@ -117,6 +117,26 @@ def test_messages_are_rendered_as_by_transformers(llm: LLM, theirs: Any, monkeyp
     assert completion.prompt_tokens > len(
         theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
     )
+
+
+def test_a_template_of_ones_own_gets_arguments(folder: Path, tmp_path: Path, llm: LLM) -> None:
+    (tmp_path / "own.jinja").write_text(HYBRID)
+    own = LLM(folder, device="cpu", max_num_seqs=4, chat_template=tmp_path / "own.jinja")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    lengths = []
+    for arguments in ({}, {"enable_thinking": False}):
+        (found,) = own.generate([TALK], GREEDY, chat_template_kwargs=arguments)
+        ids = theirs.apply_chat_template(
+            TALK, chat_template=HYBRID, add_generation_prompt=True, return_dict=False, **arguments
+        )
+        lengths.append(found.prompt_tokens)
+        assert found.prompt_tokens == len(ids)
+    assert lengths[0] < lengths[1]
+    assert not any("chat_template_kwargs" in note for note in own.stats().notes)
+    llm.generate([TALK], GREEDY, chat_template_kwargs={"enable_thinking": False})
+    assert any("never reads enable_thinking" in note for note in llm.stats().notes)
+    with pytest.raises(ValueError, match="chat_template_kwargs has 'tools', a name that is reserved"):
+        llm.generate([TALK], chat_template_kwargs={"tools": []})
 
 
 def test_tools_are_for_every_conversation(folder: Path, tmp_path: Path, llm: LLM) -> None:
