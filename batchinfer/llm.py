@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchinfer.engine.config import EngineConfig, EngineStats, Speculation
 from batchinfer.engine.drafts.draft_folder import resolve_draft_model
@@ -22,6 +23,7 @@ from batchinfer.engine.prompts import (
     check_messages,
     check_tools,
     encode_chats,
+    ends_of,
     keys_by_tokens,
     requests_that_fit,
     row_seeds,
@@ -34,9 +36,12 @@ from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_
 from batchinfer.kernels.ragged import take_ragged
 from batchinfer.models.config import read_shape
 from batchinfer.models.hub import resolve_model
+from batchinfer.text import reasoning, tool_calls
+from batchinfer.text.answer_formats import reasoning_format_of, tool_format_of
+from batchinfer.text.answers import AnswerParser
 from batchinfer.text.chat_arguments import Arguments, problem_with
-from batchinfer.text.stop import printed_answers
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
+from batchinfer.text.tool_calls import ToolCall
 
 NOTHING = np.empty(0, np.int32)
 
@@ -53,6 +58,8 @@ class Completion:
     finish_reason: str  # stop, length or error
     prompt_tokens: int  # 0 where the prompt was not run
     error: RowError | None = None  # why there is no text: a code in snake_case, and a message
+    reasoning: str | None = None  # what the model thought before it answered
+    tool_calls: list[ToolCall] | None = None  # each with name and arguments
 
 
 class LLM:
@@ -82,6 +89,8 @@ class LLM:
         template_date: datetime | None = None,
         generation_config: str = "auto",
         chat_template: str | Path | None = None,
+        reasoning_parser: str = "auto",
+        tool_parser: str = "auto",
     ) -> None:
         """Load a model: a folder, a GGUF file, or the name of a model on the Hub.
 
@@ -101,8 +110,9 @@ class LLM:
         _check_kinds(int | None, "a whole number, or None", max_num_batched_tokens=max_num_batched_tokens)
         _check_kinds(datetime | None, "a datetime, or None", template_date=template_date)
         _check_kinds(str | Path | None, "a path, or None", chat_template=chat_template)
-        if generation_config not in CHOICES:
-            raise ValueError(f"generation_config is {generation_config!r}; it must be one of {', '.join(CHOICES)}")
+        _check_choice("reasoning_parser", reasoning_parser, ("auto", "none", *reasoning.FORMATS))
+        _check_choice("tool_parser", tool_parser, ("auto", "none", *tool_calls.FORMATS))
+        _check_choice("generation_config", generation_config, CHOICES)
         folder, found = resolve_model(str(model), revision), device_of(device)
         shape = read_shape(folder)
         template = None if chat_template is None else Path(chat_template)
@@ -127,6 +137,7 @@ class LLM:
         self._generation_config = GenerationConfig.read(folder, generation_config)
         self._engine = Engine(config, self.tokenizer)
         self._max_model_len = length
+        self._reasoning_parser, self._tool_parser = reasoning_parser, tool_parser
         self._notes: list[str] = []  # of the checkpoint's settings, of stop texts, and of tools given in vain
         self._rows = 0  # row numbers used so far: each call takes new ones
 
@@ -177,7 +188,7 @@ class LLM:
         requests = self._requests(prompts, params, _read_tools(tools), chat_template_kwargs or {}, errors)
         if params.temperature > 0:
             requests = replace(requests, seeds=row_seeds(seed, keys_by_tokens(requests)))
-        return self._run(requests, errors, params)
+        return self._run(requests, errors, params, self._parser(tools is not None))
 
     def stats(self) -> EngineStats:
         """Return the engine's counts so far, the kernels that it uses, and notes about slower paths taken, the
@@ -194,6 +205,16 @@ class LLM:
         params, lines = in_token_ids(params, self.tokenizer)
         self._note(*settings.lines(), *lines)
         return params
+
+    def _parser(self, offers_tools: bool) -> AnswerParser:
+        """Return the parser of answers; 'auto' is what the chat template shows."""
+        thinking, calling = self._reasoning_parser, self._tool_parser
+        template = self.tokenizer.tool_template if offers_tools else self.tokenizer.template
+        if thinking == "auto":
+            thinking = "none" if template is None else reasoning_format_of(template, {}) or "none"
+        if calling == "auto":
+            calling = "none" if template is None or not offers_tools else tool_format_of(template) or "none"
+        return AnswerParser(self.tokenizer, *(None if name == "none" else name for name in (thinking, calling)))
 
     def _note(self, *lines: str) -> None:
         self._notes = list(dict.fromkeys([*self._notes, *lines]))
@@ -250,38 +271,54 @@ class LLM:
         indices, offered, each = np.array(list(chats), np.int64), [tools] * len(chats), [arguments] * len(chats)
         return encode_chats(self.tokenizer, indices, list(chats.values()), errors, offered, False, each)
 
-    def _run(self, requests: Requests, errors: Errors, params: SamplingParams) -> Iterator[Completion]:
+    def _run(
+        self, requests: Requests, errors: Errors, params: SamplingParams, parser: AnswerParser
+    ) -> Iterator[Completion]:
         if self._engine.unfinished:
             raise ValueError("another stream of this LLM is under way: end it, or close() it, before the next")
         first = self._rows
-        lengths = dict(zip(requests.rows.tolist(), np.diff(requests.offsets).tolist(), strict=True))
-        self._rows += 1 + max(lengths, default=0)
+        lengths = np.diff(requests.offsets).tolist()
+        places = {row: i for i, row in enumerate(requests.rows.tolist())}
+        self._rows += 1 + max(places, default=0)
         try:
             self._engine.add(replace(requests, rows=first + requests.rows))
             for index, error in sorted(errors.items()):
                 yield Completion(index, None, [], FinishReason.ERROR.name.lower(), 0, error)
             while self._engine.unfinished:
                 done = self._engine.step()
-                for completion in self._completions(done, first, params):
-                    yield replace(completion, prompt_tokens=lengths[completion.index])
+                ended = [places[row - first] for row in done.rows.tolist()]
+                ends = ends_of(requests, np.array(ended, np.int64))
+                for i, completion in zip(ended, self._completions(done, first, params, parser, ends), strict=True):
+                    yield replace(completion, prompt_tokens=lengths[i])
         finally:
             if self._engine.unfinished:
                 self._engine.drop()
 
-    def _completions(self, done: Completions, first: int, params: SamplingParams) -> Iterator[Completion]:
-        ends = params.stop, params.stop_token_ids
-        texts = printed_answers(self.tokenizer, done.token_ids, done.offsets, *ends)
-        for i, (row, text) in enumerate(zip(done.rows.tolist(), texts, strict=True)):
+    def _completions(
+        self,
+        done: Completions,
+        first: int,
+        params: SamplingParams,
+        parser: AnswerParser,
+        ends: NDArray[np.int32],
+    ) -> Iterator[Completion]:
+        found = parser.parse(done.token_ids, done.offsets, ends, params.stop, params.stop_token_ids)
+        for i, row in enumerate(done.rows.tolist()):
             error = done.errors.get(row)
-            answer = None if error is not None else text
-            reason = FinishReason(done.finish_reasons[i]).name.lower()
-            yield Completion(row - first, answer, done.tokens_of(i), reason, 0, error)
+            answer = None if error is not None else found.texts[i]
+            reason, tokens = FinishReason(done.finish_reasons[i]).name.lower(), done.tokens_of(i)
+            yield Completion(row - first, answer, tokens, reason, 0, error, found.reasoning[i], found.tool_calls[i])
 
 
 def _check_kinds(kind: Any, wanted: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name} is {value!r:.50}; it must be {wanted}")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 def _read(prompt: Any, vocabulary: int) -> str | TokenIds | Conversation:

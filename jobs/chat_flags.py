@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from batchinfer.errors import UsageError
 from batchinfer.flag import Flag, Kind
 from batchinfer.host.files import keys_once
+from batchinfer.text import reasoning, tool_calls
 from batchinfer.text.chat_arguments import problem_with
 
 
@@ -51,3 +52,39 @@ class ChatFlags:
     tools: Annotated[
         Path | None, Flag("Offer every chat the tools in this JSON file, a list of JSON schemas.", "Prompt")
     ] = None
+    reasoning_parser: Annotated[
+        str,
+        Flag(
+            "Put what a model thinks before it answers into a column 'reasoning', and only the answer into "
+            "'generated_text'. 'auto' tells by the chat template whether and how the model thinks.",
+            "Output",
+            "NAME",
+            choices=("auto", "none", *reasoning.FORMATS),
+        ),
+    ] = "auto"
+    tool_parser: Annotated[
+        str,
+        Flag(
+            "Put the tool calls of answers into a column 'tool_calls', each with name and arguments. 'auto' tells by "
+            "the chat template how the model writes them, if tools are offered.",
+            "Output",
+            "NAME",
+            choices=("auto", "none", *tool_calls.FORMATS),
+        ),
+    ] = "auto"
+
+    @property
+    def reasoning_format(self) -> str | None:
+        """The format of thinking in answers, once 'auto' is resolved; None if it stays in their text."""
+        return None if self.reasoning_parser in ("auto", "none") else self.reasoning_parser
+
+    @property
+    def tool_format(self) -> str | None:
+        """The format of tool calls in answers, once 'auto' is resolved; None if they stay in their text."""
+        return None if self.tool_parser in ("auto", "none") else self.tool_parser
+
+    @property
+    def parsed(self) -> tuple[str, ...]:
+        """The columns of what is taken out of the answers' text."""
+        formats = {"reasoning": self.reasoning_format, "tool_calls": self.tool_format}
+        return tuple(name for name, form in formats.items() if form is not None)

@@ -12,9 +12,9 @@ from batchinfer.engine.request import Completions, FinishReason, RowError
 from batchinfer.errors import Refused
 from batchinfer.jobs.results.done import Done, completion_tokens, counts
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.results.schema import SAMPLE, SAMPLES, part_schema
+from batchinfer.jobs.results.schema import PARSED_FIELDS, ROW, SAMPLES, part_schema, sample_type
 from batchinfer.jobs.spec import JobSpec
-from batchinfer.text.stop import printed_answers
+from batchinfer.text.answers import AnswerParser
 from batchinfer.text.tokenizer import Tokenizer
 
 REASONS = pa.array([reason.name.lower() for reason in FinishReason])
@@ -28,7 +28,7 @@ class Results:
 
     def __init__(self, spec: JobSpec, tokenizer: Tokenizer, folder: RunFolder, done: Done) -> None:
         self._spec = spec
-        self._tokenizer = tokenizer
+        self._parser = AnswerParser(tokenizer, spec.reasoning_format, spec.tool_format)
         self.folder = folder
         self._finished: list[pa.RecordBatch] = []
         self._uncommitted = 0
@@ -40,6 +40,8 @@ class Results:
         self.completion_tokens = done.completion_tokens
         # Completion tokens of a sample -> how many samples of this run have them
         self.new_tokens: Counter[int] = Counter()
+        # Answers of this run with text that looks like a tool call and does not parse
+        self.unparsed_tool_calls = 0
 
     @property
     def rows(self) -> int:
@@ -58,13 +60,13 @@ class Results:
                 f"{self._spec.max_error_rate} allows; correct these rows, or give a higher rate"
             )
 
-    def add(self, completions: Completions, prompt_tokens: NDArray[np.int32]) -> None:
+    def add(self, completions: Completions, prompt_tokens: NDArray[np.int32], ends: NDArray[np.int32]) -> None:
         """Take finished rows from the engine, with all computed samples of each.
 
-        `prompt_tokens` [n] are the prompt lengths of the n samples. A row's own columns are those of its first sample,
-        or of its first failed sample if any failed.
+        `prompt_tokens` [n] are the prompt lengths of the n samples, and `ends` [n, END_TOKENS] the prompts' last tokens
+        (`ends_of`). A row's own columns are those of its first sample, or of its first failed sample if any failed.
         """
-        answers = self._answers(completions)
+        answers = self._answers(completions, ends)
         failed = (completions.finish_reasons == FinishReason.ERROR).reshape(-1, self._spec.computed_samples)
         own = np.arange(failed.size)[:: failed.shape[1]] + failed.argmax(axis=1)
         rows = completions.rows[own]
@@ -74,23 +76,38 @@ class Results:
         samples = samples_of(answers, failed, self._spec.n) if self._spec.n > 1 else None
         self._collect(rows, answers.take(pa.array(own)), pa.array(prompt_tokens[own]), errors, samples)
 
-    def _answers(self, completions: Completions) -> pa.StructArray:
-        """Return the samples' columns [n], as `SAMPLE`; a failed sample has no text."""
-        ends = self._spec.sampling.stop, self._spec.sampling.stop_token_ids
-        texts: list[str | None] = [*printed_answers(self._tokenizer, completions.token_ids, completions.offsets, *ends)]
+    def _answers(self, completions: Completions, ends: NDArray[np.int32]) -> pa.StructArray:
+        """Return the samples' columns [n], of `sample_type`; a failed sample has no text."""
+        stop, stop_token_ids = self._spec.sampling.stop, self._spec.sampling.stop_token_ids
+        found = self._parser.parse(completions.token_ids, completions.offsets, ends, stop, stop_token_ids)
+        texts: list[str | None] = [*found.texts]
         for i in np.flatnonzero(completions.finish_reasons == FinishReason.ERROR).tolist():
             texts[i] = None
         lengths = np.diff(completions.offsets).astype(np.int32)
         self.new_tokens.update(lengths.tolist())
-        return answers_of(pa.array(texts, pa.string()), completions.finish_reasons, pa.array(lengths))
+        self.unparsed_tool_calls += len(found.unparsed)
+        reasoning, tool_calls = PARSED_FIELDS
+        calls = [None if each is None else [call._asdict() for call in each] for each in found.tool_calls]
+        return self._struct({
+            "generated_text": pa.array(texts, pa.string()),
+            "finish_reason": names_of(completions.finish_reasons),
+            "completion_tokens": pa.array(lengths),
+            reasoning.name: pa.array(found.reasoning, reasoning.type),
+            tool_calls.name: pa.array(calls, tool_calls.type),
+        })  # fmt: skip
+
+    def _struct(self, columns: dict[str, pa.Array]) -> pa.StructArray:
+        fields = list(sample_type(self._spec.parsed))
+        return pa.StructArray.from_arrays([columns[field.name] for field in fields], fields=fields)
 
     def refuse(self, errors: dict[int, RowError]) -> None:
         """Take rows that failed without an answer, by ordinal. Their token counts are null."""
         n = len(errors)
-        unknown = pa.nulls(n, pa.int32())
-        answers = answers_of(pa.nulls(n, pa.string()), np.full(n, FinishReason.ERROR, np.int8), unknown)
+        answers = {field.name: pa.nulls(n, field.type) for field in sample_type(self._spec.parsed)}
+        answers["finish_reason"] = names_of(np.full(n, FinishReason.ERROR, np.int8))
         rows = np.fromiter(errors, np.int64, n)
-        self._collect(rows, answers, unknown, list(errors.values()), pa.nulls(n, SAMPLES.type))
+        samples = pa.nulls(n, pa.list_(sample_type(self._spec.parsed)))
+        self._collect(rows, self._struct(answers), pa.nulls(n, pa.int32()), list(errors.values()), samples)
 
     def _collect(
         self,
@@ -100,15 +117,18 @@ class Results:
         errors: list[RowError | None] | list[RowError],
         samples: pa.Array | None,
     ) -> None:
-        texts, reasons, tokens = answers.flatten()
-        codes = pa.array([error and error.code for error in errors], pa.string())
-        messages = pa.array([error and error.message for error in errors], pa.string())
-        columns = [pa.array(rows), texts, reasons, prompt_tokens, tokens, codes, messages, samples]
-        schema = part_schema(self._spec.n)
-        batch = pa.RecordBatch.from_arrays(columns[: len(schema)], schema=schema)
+        columns = dict(zip(answers.type.names, answers.flatten(), strict=True)) | {
+            ROW: pa.array(rows),
+            "prompt_tokens": prompt_tokens,
+            "error_code": pa.array([error and error.code for error in errors], pa.string()),
+            "error_message": pa.array([error and error.message for error in errors], pa.string()),
+            SAMPLES: samples,
+        }
+        schema = part_schema(self._spec.n, self._spec.parsed)
+        batch = pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
         self._finished.append(batch)
         self._uncommitted += len(rows) * self._spec.n
-        self.by_reason.update(counts(reasons))
+        self.by_reason.update(counts(columns["finish_reason"]))
         self.by_error.update(error.code for error in errors if error is not None)
         self.prompt_tokens += pc.sum(prompt_tokens).as_py() or 0
         self.completion_tokens += completion_tokens(batch)
@@ -140,10 +160,9 @@ def samples_of(answers: pa.StructArray, failed: NDArray[np.bool_], n: int) -> pa
     index = np.arange(failed.size).reshape(failed.shape)[good][:, np.arange(n) % failed.shape[1]]
     offsets = np.append(0, np.cumsum(n * good))
     values = answers.take(pa.array(index.ravel()))
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, SAMPLES.type, mask=pa.array(~good))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, pa.list_(answers.type), mask=pa.array(~good))
 
 
-def answers_of(texts: pa.Array, reasons: NDArray[np.int8], tokens: pa.Array) -> pa.StructArray:
-    """Join texts, `FinishReason` values and token counts, [n] each, into an array of `SAMPLE`."""
-    names = pa.DictionaryArray.from_arrays(pa.array(reasons), REASONS).dictionary_decode()
-    return pa.StructArray.from_arrays([texts, names, tokens], fields=list(SAMPLE))
+def names_of(reasons: NDArray[np.int8]) -> pa.Array:
+    """Return the names of `FinishReason` values [n]."""
+    return pa.DictionaryArray.from_arrays(pa.array(reasons), REASONS).dictionary_decode()

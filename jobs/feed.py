@@ -170,7 +170,8 @@ class Loop:
 
     def _complete(self, completions: Completions) -> None:
         prompt_tokens = self._in_flight.prompt_tokens(completions.rows)
-        self._results.add(completions, prompt_tokens)
+        ends = self._in_flight.prompt_ends(completions.rows)
+        self._results.add(completions, prompt_tokens, ends)
         samples = np.arange(self._spec.computed_samples)
         indices, followers = self._windows.followers.take(completions.rows[:: len(samples)])
         theirs = (indices[:, None] * len(samples) + samples).reshape(-1, len(samples))
@@ -178,7 +179,7 @@ class Loop:
         # A row may have a million duplicates. They are written a few at a time, so that commits keep their usual size.
         for some in cut(tokens, FOLLOWERS, FOLLOWERS_TOKENS):
             given = completions.given_to(np.repeat(followers[some], len(samples)), theirs[some].ravel())
-            self._results.add(given, prompt_tokens[theirs[some].ravel()])
+            self._results.add(given, prompt_tokens[theirs[some].ravel()], ends[theirs[some].ravel()])
             self.duplicates += len(followers[some])
             self._results.commit_if_due()
         self._end(set(completions.rows.tolist()))

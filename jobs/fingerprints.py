@@ -32,7 +32,7 @@ def fingerprints(
 ) -> dict[str, str]:
     """Return the fingerprints by name: a sha256 each for columns, input, model, tokenizer, template, sampling,
     quantization and engine; the shard; the delimiter and the encoding of CSV files if they are not a comma and UTF-8;
-    and the `moment` that the chat template writes into prompts, if it does.
+    the `moment` that the chat template writes into prompts, if it does; and the parsers of answers, if there are any.
 
     `tool_template` is the source of the chat template for conversations with tools. Input files are read completely,
     and columns that their folders give count too. Of weights, which are large and differ everywhere if they differ at
@@ -60,6 +60,7 @@ def fingerprints(
     return {
         **({} if spec.adds_file else unusual),
         **template_date,
+        **{name: form for name, form in _parsers(spec).items() if form is not None},
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
         "input": _digest([_of_input(file) for file in inputs]),
@@ -86,6 +87,10 @@ def _of_chats(spec: JobSpec, tool_template: str) -> dict[str, Any]:
         "tool_template": None if spec.tools is None else tool_template,
     }
     return found | {name: value for name, value in values.items() if value is not None}
+
+
+def _parsers(spec: JobSpec) -> dict[str, str | None]:
+    return {"reasoning_parser": spec.reasoning_format, "tool_parser": spec.tool_format}
 
 
 def _of_input(file: InputFile) -> Any:

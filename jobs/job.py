@@ -106,7 +106,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         batches = table.batches(job.kept, max(1, MERGE_ROWS // spec.n))
         replaced: Counter[str] = Counter()
         valid = with_valid_text(progress.merging(batches), replaced)
-        merged = folder.merge(input_columns, valid, table.num_rows, spec.n)
+        merged = folder.merge(input_columns, valid, table.num_rows, spec.n, spec.parsed)
         stats = replace(stats, notes=stats.notes + _replaced(replaced))
     except EngineFailed:
         raise  # the folder is kept, since the engine's log is in it
@@ -126,7 +126,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     report = _report(
         spec, results, done, duplicates, windows.figures, stats, phases, generating, wall, canary, digest_of(merged)
     )
-    report = replace(report, replaced_text=dict(replaced))
+    report = replace(report, replaced_text=dict(replaced), unparsed_tool_calls=results.unparsed_tool_calls)
     if engine == TORCH_ENGINE and results.new_tokens:
         report = replace(report, predicted=_forecast(spec, config, windows.figures, results))
     report = replace(report, generation_config=asdict(job.generation_config))

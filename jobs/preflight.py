@@ -13,6 +13,7 @@ from batchinfer.engine.generation_config import GenerationConfig, Settings
 from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.errors import Refused, UsageError
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of, refuse_old_gpu
+from batchinfer.jobs.answer_parsers import with_parsers
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.given_in_vain import given_in_vain
 from batchinfer.jobs.log import say
@@ -75,7 +76,11 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     for template in templates:
         by_row = spec.chat_template_kwargs_column is not None
         check_template(template, str(spec.chat_template or named), spec.chat_template_kwargs or {}, by_row)
-    notes = [*whole.notes, *lines, *notes_about(spec, moment), *given_in_vain(spec, templates, table.schema)]
+    before = spec
+    spec, parsers = with_parsers(spec, templates)
+    _refuse_clash(spec, before, kept)
+    vain = given_in_vain(spec, templates, table.schema)
+    notes = [*whole.notes, *lines, *notes_about(spec, moment), *vain, *parsers]
     for note in (*shape.notes, *notes):
         say(note)
     # An incremental job's input may change. Its runs read the new rows from a file in which they were set aside.
@@ -94,13 +99,21 @@ def _refuse_on_gpu(model: Path, shape: ModelConfig) -> None:
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
     kept = table.schema.names if spec.columns is None else list(spec.columns)
     table.check(kept)
-    clash = [field.name for field in result_fields(spec.n) if field.name in kept]
+    _refuse_clash(spec, spec, kept)
+    return kept
+
+
+def _refuse_clash(spec: JobSpec, given: JobSpec, kept: list[str]) -> None:
+    """Raise `Refused` if a kept column has the name of a result. `given` is the job as the user gave it."""
+    clash = [field.name for field in result_fields(spec.n, spec.parsed) if field.name in kept]
     if clash:
+        parsers = {"reasoning": given.reasoning_parser, "tool_calls": given.tool_parser}
+        flag = "--reasoning-parser" if clash[0] == "reasoning" else "--tool-parser"
+        without = f", or leave it in generated_text with {flag} none" if parsers.get(clash[0]) == "auto" else ""
         raise Refused(
             f"{spec.inputs[0]} has a column {clash[0]!r}, which the output adds itself; rename it, or name the "
-            "columns to keep with --columns"
+            f"columns to keep with --columns{without}"
         )
-    return kept
 
 
 def _load_tokenizer(
@@ -127,8 +140,7 @@ def _chat_templates(spec: JobSpec, tokenizer: Tokenizer, folder: Path) -> list[C
     if tokenizer.template is None or not spec.renders_chats:
         return []
     try:
-        offers_tools = spec.tools is not None or spec.tools_column is not None
-        tool_template = tokenizer.tool_template if offers_tools else None
+        tool_template = tokenizer.tool_template if spec.offers_tools else None
     except ValueError as error:
         raise Refused(f"tokenizer: {folder}: {error}") from error
     return [tokenizer.template] if tool_template in (None, tokenizer.template) else [tokenizer.template, tool_template]

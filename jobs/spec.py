@@ -50,6 +50,11 @@ class JobSpec(JobFlags, ChatFlags):
         return self.chat or self.messages_column is not None
 
     @property
+    def offers_tools(self) -> bool:
+        """True if chats are offered tools."""
+        return self.tools is not None or self.tools_column is not None
+
+    @property
     def computed_samples(self) -> int:
         """Number of samples of each row that are computed: one at temperature 0, since all are the same then."""
         return self.n if self.sampling.temperature > 0 else 1

@@ -19,6 +19,7 @@ from batchinfer.text.chat_arguments import Arguments, problem_with
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 
 MAX_PROMPT_BYTES = 4 << 20  # tokenizing takes more than 100 times the memory of the text
+END_TOKENS = 24  # more than the longest opening tag and the space behind it, a token for each character
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 Indices = NDArray[np.int64]  # of prompts, in the list of prompts that are tokenized together
@@ -159,6 +160,16 @@ def _clip(sampling: SamplingParams, room: NDArray[np.int64]) -> tuple[tuple[Samp
     index = np.zeros(len(room), np.int32)
     index[tight] = 1 + found
     return (sampling, *(replace(sampling, max_tokens=int(tokens)) for tokens in rooms)), index
+
+
+def ends_of(requests: Requests, indices: Indices) -> NDArray[np.int32]:
+    """Return the last tokens of the prompts at `indices` [m] of the requests: [m, END_TOKENS], padded in front with -1.
+
+    They tell whether a prompt opens the thinking that an answer begins with.
+    """
+    places = requests.offsets[indices + 1][:, None] + np.arange(-END_TOKENS, 0)
+    within = places >= requests.offsets[indices][:, None]
+    return np.where(within, requests.token_ids[np.where(within, places, 0)], np.int32(-1))
 
 
 def row_seeds(seed: int, keys: Iterable[bytes]) -> NDArray[np.uint64]:

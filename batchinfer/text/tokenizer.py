@@ -36,6 +36,7 @@ from batchinfer.text.tokenizer_files import (
 from batchinfer.text.tracked import Tracked, leaves
 
 TokenIds = NDArray[np.int32]  # the rows' token ids, one row after the other
+NOTHING: TokenIds = np.empty(0, np.int32)
 Offsets = NDArray[np.int64]  # row i is token_ids[offsets[i]:offsets[i + 1]]
 
 # Characters encoded at once. The limit bounds memory: the library takes about 100 bytes a token while it encodes.
@@ -213,14 +214,26 @@ class Tokenizer:
                 errors[i] = error
         return *_in_chunks(texts, self._encode_chats, [], []), errors
 
-    def decode_batch(self, token_ids: TokenIds, offsets: Offsets) -> list[str]:
-        """Return each row's text, without special tokens, end-of-text and ids beyond the vocabulary."""
+    def decode_batch(self, token_ids: TokenIds, offsets: Offsets, also: TokenIds = NOTHING) -> list[str]:
+        """Return each row's text, without special tokens, end-of-text and ids beyond the vocabulary; tokens in `also`
+        have their text in any case."""
         # Models with a padded vocabulary have ids that the library does not know, and skips.
         keep = self._printed[np.minimum(token_ids, self.vocab_size - 1)]
+        if len(also):
+            keep |= np.isin(token_ids, also)
         bounds = np.concatenate([[0], np.cumsum(keep)])[offsets].tolist()
         flat = token_ids[keep].tolist()
         rows = [flat[start:stop] for start, stop in pairwise(bounds)]
         return self._backend.decode_batch(rows, skip_special_tokens=False)
+
+    @property
+    def added_tokens(self) -> dict[str, int]:
+        """Id of every token that is found in texts as a whole, by its text: control tokens and the like."""
+        return {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
+
+    def prints(self, token_id: int) -> bool:
+        """Tell whether answers are printed with this token's text."""
+        return bool(self._printed[token_id])
 
     def words(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the token ids of each text, at the start of a text and behind a space; control tokens are plain text
@@ -230,8 +243,7 @@ class Tokenizer:
 
     def unprinted_in(self, text: str) -> dict[str, int]:
         """Return the tokens whose text is somewhere in `text` and which answers are printed without, with their ids."""
-        added = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
-        return {content: i for content, i in added.items() if content in text and not self._printed[i]}
+        return {content: i for content, i in self.added_tokens.items() if content in text and not self._printed[i]}
 
     def _encode(self, texts: list[str], control: bool) -> list[list[int]]:
         self._backend.encode_special_tokens = not control

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from batchinfer.engine.prompts import END_TOKENS, ends_of
 from batchinfer.engine.request import Requests
 
 
@@ -83,4 +84,12 @@ class InFlight:
         for sent in self._sent:
             mine, indices = sent.find(rows)
             found[mine] = np.diff(sent.requests.offsets)[indices]
+        return found
+
+    def prompt_ends(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Return the last tokens of these rows' prompts [n, END_TOKENS], as `ends_of` gives them."""
+        found = np.full((len(rows), END_TOKENS), -1, np.int32)
+        for sent in self._sent:
+            mine, indices = sent.find(rows)
+            found[mine] = ends_of(sent.requests, indices)
         return found

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from batchinfer.errors import Refused
 from batchinfer.host.files import sha256
-from batchinfer.jobs.results.schema import ROW, SAMPLES, counted, has_samples, part_schema
+from batchinfer.jobs.results.schema import ROW, SAMPLES, counted, has_samples, is_of_part
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def read_part(path: Path) -> tuple[pa.Table, dict[str, str]]:
     damaged."""
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-            if not any(file.schema_arrow.equals(part_schema(samples)) for samples in (1, 2)):
+            if not is_of_part(file.schema_arrow):
                 raise OSError(f"part {path} is damaged: its columns are not those of a part; {REMEDY}")
             metadata = (file.schema_arrow.metadata or {}).get(b"batchinfer", b"{}")
             table = file.read([ROW, *counted(file.schema_arrow)], use_threads=False)
@@ -127,8 +127,8 @@ def completion_tokens(results: pa.Table | pa.RecordBatch) -> int:
     """Sum the completion tokens over all samples of all rows; a row without samples counts its own."""
     if not has_samples(results.schema):
         return pc.sum(results["completion_tokens"]).as_py() or 0
-    without = results["completion_tokens"].filter(pc.is_null(results[SAMPLES.name]))
-    of_samples = pc.struct_field(pc.list_flatten(results[SAMPLES.name]), "completion_tokens")
+    without = results["completion_tokens"].filter(pc.is_null(results[SAMPLES]))
+    of_samples = pc.struct_field(pc.list_flatten(results[SAMPLES]), "completion_tokens")
     return (pc.sum(without).as_py() or 0) + (pc.sum(of_samples).as_py() or 0)
 
 

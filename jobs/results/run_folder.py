@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -231,20 +231,25 @@ class RunFolder:
         write_json(self.manifest, manifest)
 
     def merge(
-        self, schema: pa.Schema, batches: Iterable[tuple[int, pa.RecordBatch]], num_rows: int, samples: int = 1
+        self,
+        schema: pa.Schema,
+        batches: Iterable[tuple[int, pa.RecordBatch]],
+        num_rows: int,
+        samples: int = 1,
+        parsed: Collection[str] = (),
     ) -> Path:
         """Write the input's kept columns beside the results, in input order. Returns the path of the new file or
         folder.
 
         `batches` are (first ordinal, columns of `schema`), in order; what the schema's metadata notes about columns is
-        kept. `samples` is the number of samples for each row.
+        kept. `samples` is the number of samples for each row, and `parsed` names the parsed columns.
         Memory holds one batch, and a row group of each part that overlaps it. Raises `Refused` if the input is not the
         one that was run.
         """
         aside = self.temporary / f"merged{self.output.suffix}"
         listed = [(self.parts / part.name, part.first_row) for part in self._listed]
-        parts = PartsInOrder(listed, part_schema(samples))
-        merged_schema = with_notes([*schema, *result_fields(samples)], schema.metadata, num_rows)
+        parts = PartsInOrder(listed, part_schema(samples, parsed))
+        merged_schema = with_notes([*schema, *result_fields(samples, parsed)], schema.metadata, num_rows)
         end = 0
         with OutputWriter(self.output, aside, merged_schema) as writer:
             for first, batch in batches:

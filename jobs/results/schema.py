@@ -1,5 +1,6 @@
 """The result columns. Parts have them after the row's ordinal, the output has them after the input's columns."""
 
+from collections.abc import Collection
 from typing import Any
 
 import pyarrow as pa
@@ -13,26 +14,42 @@ RESULT_FIELDS = [
     pa.field("error_code", pa.string()),
     pa.field("error_message", pa.string()),
 ]
-PART_SCHEMA = pa.schema([pa.field(ROW, pa.int64(), nullable=False), *RESULT_FIELDS])
-# With several samples a row, this column lists them all, or is null if the row failed. The other columns are those of
-# the first sample.
-SAMPLE = pa.struct([RESULT_FIELDS[0], RESULT_FIELDS[1], RESULT_FIELDS[3]])
-SAMPLES = pa.field("samples", pa.list_(SAMPLE))
-SAMPLE_TOKENS = (
-    f"{SAMPLES.name}.list.element.completion_tokens"  # Parquet's name for the samples' column of completion tokens
-)
+# What is taken out of the text, in jobs whose answers are parsed; it stands behind the text.
+TOOL_CALL = pa.struct([pa.field("name", pa.string()), pa.field("arguments", pa.string())])
+PARSED_FIELDS = [pa.field("reasoning", pa.string()), pa.field("tool_calls", pa.list_(TOOL_CALL))]
+SAMPLES = "samples"
+# Parquet's name for the samples' column of completion tokens
+SAMPLE_TOKENS = f"{SAMPLES}.list.element.completion_tokens"
 COUNTED = ["finish_reason", "prompt_tokens", "completion_tokens", "error_code"]
 PARQUET: dict[str, Any] = {"write_page_checksum": True, "compression": "zstd"}
 
 
-def result_fields(samples: int) -> list[pa.Field]:
-    """Return the result columns of a job with this number of samples for each row."""
-    return [*RESULT_FIELDS, SAMPLES] if samples > 1 else RESULT_FIELDS
+def result_fields(samples: int, parsed: Collection[str] = ()) -> list[pa.Field]:
+    """Return the result columns of a job with this number of samples for each row and these parsed columns.
+
+    With several samples a row, the last column lists them all, or is null if the row failed. The other columns are
+    those of the first sample.
+    """
+    text, *others = RESULT_FIELDS
+    fields = [text, *(field for field in PARSED_FIELDS if field.name in parsed), *others]
+    return [*fields, pa.field(SAMPLES, pa.list_(sample_type(parsed)))] if samples > 1 else fields
 
 
-def part_schema(samples: int) -> pa.Schema:
-    """Return the columns of the parts of a job with this number of samples for each row."""
-    return PART_SCHEMA.append(SAMPLES) if samples > 1 else PART_SCHEMA
+def sample_type(parsed: Collection[str] = ()) -> pa.StructType:
+    """Return the type of a sample, in a job with these parsed columns."""
+    unlike = ("prompt_tokens", "error_code", "error_message")
+    return pa.struct([field for field in result_fields(1, parsed) if field.name not in unlike])
+
+
+def part_schema(samples: int, parsed: Collection[str] = ()) -> pa.Schema:
+    """Return the columns of the parts of a job with this number of samples for each row and these parsed columns."""
+    return pa.schema([pa.field(ROW, pa.int64(), nullable=False), *result_fields(samples, parsed)])
+
+
+def is_of_part(schema: pa.Schema) -> bool:
+    """Return whether a schema is that of a part."""
+    parsed = [field.name for field in PARSED_FIELDS if field.name in schema.names]
+    return any(schema.equals(part_schema(samples, parsed)) for samples in (1, 2))
 
 
 def has_samples(schema: pa.Schema) -> bool:
@@ -40,7 +57,7 @@ def has_samples(schema: pa.Schema) -> bool:
 
     That is the last column. An input column of the same name would stand before the results.
     """
-    return bool(schema.names[-1] == SAMPLES.name)
+    return bool(schema.names[-1] == SAMPLES)
 
 
 def counted(schema: pa.Schema) -> list[str]:

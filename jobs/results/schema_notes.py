@@ -9,10 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchinfer.jobs.results.schema import RESULT_FIELDS, SAMPLES
+from batchinfer.jobs.results.schema import PARSED_FIELDS, RESULT_FIELDS, SAMPLES
 
 PANDAS, DATASETS = b"pandas", b"huggingface"  # the keys of their notes, which are JSON
-_RESULTS = {field.name: field.type for field in [*RESULT_FIELDS, SAMPLES]}
+_RESULTS = {*(field.name for field in [*RESULT_FIELDS, *PARSED_FIELDS]), SAMPLES}
 # pandas' note that the columns' names are text.
 _TEXT_NAMES = {
     "name": None,
@@ -45,12 +45,11 @@ def with_notes(fields: Sequence[pa.Field], notes: Notes | None, num_rows: int | 
 
     pandas' index may be a range, which is kept if it is as long as `num_rows`.
     """
-    names = [field.name for field in fields]
     given = notes or {}
     made = _made(
         {
-            PANDAS: lambda: _pandas_about(names, json.loads(given[PANDAS]), num_rows),
-            DATASETS: lambda: _features_about(names, json.loads(given[DATASETS])),
+            PANDAS: lambda: _pandas_about(fields, json.loads(given[PANDAS]), num_rows),
+            DATASETS: lambda: _features_about(fields, json.loads(given[DATASETS])),
         }
     )
     return pa.schema(list(fields), made)
@@ -86,9 +85,10 @@ def _common(notes: list[dict[str, Any]], without: Collection[str]) -> dict[str, 
     }
 
 
-def _pandas_about(names: list[str], notes: dict[str, Any], num_rows: int | None) -> dict[str, Any]:
-    known = {name: _pandas_note(name, kind) for name, kind in _RESULTS.items()} | _by_name(notes)
-    columns = {name: known[name] for name in names if name in known}
+def _pandas_about(fields: Sequence[pa.Field], notes: dict[str, Any], num_rows: int | None) -> dict[str, Any]:
+    known = {field.name: _pandas_note(field.name, field.type) for field in fields if field.name in _RESULTS}
+    known |= _by_name(notes)
+    columns = {field.name: known[field.name] for field in fields if field.name in known}
     index = [
         each
         for each in notes["index_columns"]
@@ -125,9 +125,10 @@ def _pandas_note(name: str, kind: pa.DataType) -> dict[str, Any]:
     }
 
 
-def _features_about(names: list[str], notes: dict[str, Any]) -> dict[str, Any]:
-    known = {name: _feature(kind) for name, kind in _RESULTS.items()} | notes["info"]["features"]
-    return {"info": {"features": {name: known[name] for name in names if name in known}}}
+def _features_about(fields: Sequence[pa.Field], notes: dict[str, Any]) -> dict[str, Any]:
+    known = {field.name: _feature(field.type) for field in fields if field.name in _RESULTS}
+    known |= notes["info"]["features"]
+    return {"info": {"features": {field.name: known[field.name] for field in fields if field.name in known}}}
 
 
 def _feature(kind: pa.DataType) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from chat_models import CHATML, HYBRID, LLAMA_2, LLAMA_3, save
+from chat_models import CHATML, HYBRID, LLAMA_2, LLAMA_3, OPENED, save
 from engines import assert_blocks_are_free
 from repository import TARGET
 
@@ -137,6 +137,23 @@ def test_a_template_of_ones_own_gets_arguments(folder: Path, tmp_path: Path, llm
     assert any("never reads enable_thinking" in note for note in llm.stats().notes)
     with pytest.raises(ValueError, match="chat_template_kwargs has 'tools', a name that is reserved"):
         llm.generate([TALK], chat_template_kwargs={"tools": []})
+
+
+def test_thinking_that_the_prompt_opens_is_no_answer(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(OPENED)
+    own = LLM(folder, device="cpu", max_num_seqs=4, chat_template=tmp_path / "own.jinja")
+    thinking, closed = (
+        own.generate([TALK, "Hello"], GREEDY, chat_template_kwargs=arguments) for arguments in ({}, {"thinking": False})
+    )
+    assert thinking[0].text == "" and thinking[0].reasoning
+    assert closed[0].text and closed[0].reasoning is None
+    assert thinking[1] == closed[1] and thinking[1].text and thinking[1].reasoning is None
+    whole = LLM(
+        folder, device="cpu", max_num_seqs=4, chat_template=tmp_path / "own.jinja", reasoning_parser="none"
+    ).generate([TALK], GREEDY)
+    assert whole[0].text and whole[0].reasoning is None and whole[0].token_ids == thinking[0].token_ids
+    with pytest.raises(ValueError, match="reasoning_parser is 'x'; it must be one of auto, none, harmony"):
+        LLM(folder, reasoning_parser="x")
 
 
 def test_tools_are_for_every_conversation(folder: Path, tmp_path: Path, llm: LLM) -> None:

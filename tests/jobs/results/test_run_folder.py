@@ -20,7 +20,7 @@ from batchinfer.errors import Interrupted, Refused
 from batchinfer.jobs.results import durable, parquet, run_folder
 from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.results.schema import PART_SCHEMA, RESULT_FIELDS
+from batchinfer.jobs.results.schema import RESULT_FIELDS, part_schema
 
 INPUT_SCHEMA = pa.schema([("id", pa.string()), ("score", pa.float64())])
 
@@ -47,7 +47,7 @@ def finished(rows: list[int], text: str = "answer") -> pa.RecordBatch:
         pa.nulls(n, pa.string()),
         pa.nulls(n, pa.string()),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=PART_SCHEMA)
+    return pa.RecordBatch.from_arrays(columns, schema=part_schema(1))
 
 
 def inputs(n: int, rows: int) -> list[tuple[int, pa.RecordBatch]]:
@@ -211,7 +211,7 @@ def failed(rows: list[int]) -> pa.RecordBatch:
     n = len(rows)
     columns = [*batch.columns[:1], pa.nulls(n, pa.string()), pa.array(["error"] * n), *batch.columns[3:5]]
     columns += [pa.array(["too_long"] * n), pa.array(["the prompt is too long"] * n)]
-    return pa.RecordBatch.from_arrays(columns, schema=PART_SCHEMA)
+    return pa.RecordBatch.from_arrays(columns, schema=part_schema(1))
 
 
 def test_rows_that_failed_run_again_if_asked_and_the_later_result_counts(tmp_path: Path) -> None:

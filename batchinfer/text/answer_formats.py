@@ -1,0 +1,42 @@
+"""Telling by a chat template how its model's answers hold thinking and tool calls."""
+
+from batchinfer.text import reasoning, tool_calls
+from batchinfer.text.chat import ChatError, ChatTemplate
+from batchinfer.text.chat_arguments import Arguments
+
+# With some of these, a template shows whether it knows thinking: it opens it, closes it, or tells the model its tags.
+_TRIALS: tuple[Arguments, ...] = (
+    {},
+    {"enable_thinking": True},
+    {"enable_thinking": False},
+    {"thinking": True},
+    {"thinking": False},
+    {"thinking_budget": 0},
+)
+
+
+def reasoning_format_of(template: ChatTemplate, arguments: Arguments) -> str | None:
+    """Return the name of the format in which the model of a chat template thinks; None if it writes no prompt, with
+    `arguments` and with thinking on or off, from which that could be told."""
+    texts = [text for trial in _TRIALS if (text := _prompt(template, {**arguments, **trial})) is not None]
+    names = (name for name, form in reasoning.FORMATS.items() if form.is_written_by(template.source, texts))
+    return next(names, None)
+
+
+def closes_thinking(template: ChatTemplate, arguments: Arguments, name: str) -> bool:
+    """Tell whether prompts with these arguments end with thinking that is over, in the reasoning format `name`."""
+    prompt = _prompt(template, arguments)
+    return prompt is not None and reasoning.FORMATS[name].is_closed_by(prompt)
+
+
+def tool_format_of(template: ChatTemplate) -> str | None:
+    """Return the name of the format in which the model of a chat template calls tools, or None."""
+    names = (name for name, form in tool_calls.FORMATS.items() if form.is_written_by(template.source))
+    return next(names, None)
+
+
+def _prompt(template: ChatTemplate, arguments: Arguments) -> str | None:
+    try:
+        return template.render([{"role": "user", "content": "Hello"}], None, arguments)
+    except ChatError:
+        return None
