@@ -37,7 +37,7 @@ from batchinfer.kernels.ragged import take_ragged
 from batchinfer.models.config import read_shape
 from batchinfer.models.hub import resolve_model
 from batchinfer.text import reasoning, tool_calls
-from batchinfer.text.answer_formats import reasoning_format_of, tool_format_of
+from batchinfer.text.answer_formats import reasoning_format_of, thinking_tags, tool_format_of
 from batchinfer.text.answers import AnswerParser
 from batchinfer.text.chat_arguments import Arguments, problem_with
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
@@ -203,18 +203,30 @@ class LLM:
         given = [f.name for f in fields(SamplingParams) if getattr(params, f.name) != getattr(default, f.name)]
         params, settings = self._generation_config.applied_to(params, given)
         params, lines = in_token_ids(params, self.tokenizer)
+        if params.max_thinking_tokens:
+            params = replace(params, thinking_tags=self._thinking_tags())
         self._note(*settings.lines(), *lines)
         return params
 
+    def _thinking_tags(self) -> tuple[int, int]:
+        try:
+            return thinking_tags(self.tokenizer, self._reasoning_format())
+        except ValueError as error:
+            raise ValueError(f"max_thinking_tokens {error}") from error
+
+    def _reasoning_format(self) -> str | None:
+        """Return the name of the format of thinking; 'auto' is what the chat template shows."""
+        if self._reasoning_parser == "auto":
+            template = self.tokenizer.template
+            return None if template is None else reasoning_format_of(template, {})
+        return None if self._reasoning_parser == "none" else self._reasoning_parser
+
     def _parser(self, offers_tools: bool) -> AnswerParser:
-        """Return the parser of answers; 'auto' is what the chat template shows."""
-        thinking, calling = self._reasoning_parser, self._tool_parser
-        template = self.tokenizer.tool_template if offers_tools else self.tokenizer.template
-        if thinking == "auto":
-            thinking = "none" if template is None else reasoning_format_of(template, {}) or "none"
+        calling: str | None = self._tool_parser
         if calling == "auto":
-            calling = "none" if template is None or not offers_tools else tool_format_of(template) or "none"
-        return AnswerParser(self.tokenizer, *(None if name == "none" else name for name in (thinking, calling)))
+            template = self.tokenizer.tool_template if offers_tools else None
+            calling = None if template is None else tool_format_of(template)
+        return AnswerParser(self.tokenizer, self._reasoning_format(), None if calling == "none" else calling)
 
     def _note(self, *lines: str) -> None:
         self._notes = list(dict.fromkeys([*self._notes, *lines]))

@@ -3,16 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from batchinfer.errors import UsageError
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.text import reasoning
-from batchinfer.text.answer_formats import closes_thinking, reasoning_format_of, tool_format_of
+from batchinfer.text.answer_formats import closes_thinking, reasoning_format_of, thinking_tags, tool_format_of
 from batchinfer.text.chat import ChatTemplate
+from batchinfer.text.tokenizer import Tokenizer
 
 
-def with_parsers(spec: JobSpec, templates: Sequence[ChatTemplate]) -> tuple[JobSpec, list[str]]:
+def with_parsers(spec: JobSpec, templates: Sequence[ChatTemplate], tokenizer: Tokenizer) -> tuple[JobSpec, list[str]]:
     """Return the job with the parsers that 'auto' stands for, and notes for the log and the report.
 
-    `templates` are the chat templates of the job, the one for tools last.
+    `templates` are the chat templates of the job, the one for tools last. Raises `UsageError` for --max-thinking-tokens
+    where there are no tags to close thinking by.
     """
     notes = []
     if spec.reasoning_parser == "auto":
@@ -21,6 +24,12 @@ def with_parsers(spec: JobSpec, templates: Sequence[ChatTemplate]) -> tuple[JobS
     if spec.tool_parser == "auto":
         name, said = _tool_parser(spec, templates)
         spec, notes = replace(spec, tool_parser=name), notes + said
+    if spec.sampling.max_thinking_tokens:
+        try:
+            tags = thinking_tags(tokenizer, spec.reasoning_format)
+        except ValueError as error:
+            raise UsageError(f"--max-thinking-tokens {error}") from error
+        spec = replace(spec, sampling=replace(spec.sampling, thinking_tags=tags))
     return spec, notes
 
 

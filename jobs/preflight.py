@@ -68,7 +68,6 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     speculation = resolve_draft_model(spec.speculation, named, tokenizer, config.max_model_len)
     config = replace(config, speculation=speculation)
     spec, settings, lines = _resolved_sampling(spec, model, shape.vocab_size, tokenizer)
-    source = prompts(spec, tokenizer, config.max_model_len, table.schema)
     if spec.id_column is not None:
         check_ids(whole, spec.id_column)
     templates = _chat_templates(spec, tokenizer, tokenizer_folder or model)
@@ -77,8 +76,9 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
         by_row = spec.chat_template_kwargs_column is not None
         check_template(template, str(spec.chat_template or named), spec.chat_template_kwargs or {}, by_row)
     before = spec
-    spec, parsers = with_parsers(spec, templates)
+    spec, parsers = with_parsers(spec, templates, tokenizer)
     _refuse_clash(spec, before, kept)
+    source = prompts(spec, tokenizer, config.max_model_len, table.schema)
     vain = given_in_vain(spec, templates, table.schema)
     notes = [*whole.notes, *lines, *notes_about(spec, moment), *vain, *parsers]
     for note in (*shape.notes, *notes):

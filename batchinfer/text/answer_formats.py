@@ -3,6 +3,7 @@
 from batchinfer.text import reasoning, tool_calls
 from batchinfer.text.chat import ChatError, ChatTemplate
 from batchinfer.text.chat_arguments import Arguments
+from batchinfer.text.tokenizer import Tokenizer
 
 # With some of these, a template shows whether it knows thinking: it opens it, closes it, or tells the model its tags.
 _TRIALS: tuple[Arguments, ...] = (
@@ -27,6 +28,22 @@ def closes_thinking(template: ChatTemplate, arguments: Arguments, name: str) -> 
     """Tell whether prompts with these arguments end with thinking that is over, in the reasoning format `name`."""
     prompt = _prompt(template, arguments)
     return prompt is not None and reasoning.FORMATS[name].is_closed_by(prompt)
+
+
+def thinking_tags(tokenizer: Tokenizer, name: str | None) -> tuple[int, int]:
+    """Return the ids of the tags that open and close thinking in a reasoning format, for --max-thinking-tokens.
+
+    Raises `ValueError`, worded to follow the flag, if there is no format, or one whose tags are not one token each.
+    """
+    form = None if name is None else reasoning.FORMATS[name]
+    if form is None:
+        raise ValueError(
+            "needs a model that thinks, which the chat template does not show; name its --reasoning-parser"
+        )
+    tokens = tokenizer.added_tokens
+    if not isinstance(form, reasoning.Tags) or not {form.opening[0], form.closing[0]} <= tokens.keys():
+        raise ValueError(f"needs thinking tags that are a token each, which those of {name} are not here; leave it out")
+    return tokens[form.opening[0]], tokens[form.closing[0]]
 
 
 def tool_format_of(template: ChatTemplate) -> str | None:

@@ -139,7 +139,7 @@ def test_a_template_of_ones_own_gets_arguments(folder: Path, tmp_path: Path, llm
         llm.generate([TALK], chat_template_kwargs={"tools": []})
 
 
-def test_thinking_that_the_prompt_opens_is_no_answer(folder: Path, tmp_path: Path) -> None:
+def test_thinking_that_the_prompt_opens_is_no_answer(folder: Path, tmp_path: Path, llm: LLM) -> None:
     (tmp_path / "own.jinja").write_text(OPENED)
     own = LLM(folder, device="cpu", max_num_seqs=4, chat_template=tmp_path / "own.jinja")
     thinking, closed = (
@@ -152,6 +152,12 @@ def test_thinking_that_the_prompt_opens_is_no_answer(folder: Path, tmp_path: Pat
         folder, device="cpu", max_num_seqs=4, chat_template=tmp_path / "own.jinja", reasoning_parser="none"
     ).generate([TALK], GREEDY)
     assert whole[0].text and whole[0].reasoning is None and whole[0].token_ids == thinking[0].token_ids
+    short = own.generate([TALK], SamplingParams(max_tokens=12, ignore_eos=True, max_thinking_tokens=4))
+    closing = own.tokenizer.added_tokens["</think>"]
+    assert short[0].token_ids[:5] == [*thinking[0].token_ids[:4], closing]
+    assert short[0].reasoning and short[0].text and short[0].reasoning in str(thinking[0].reasoning)
+    with pytest.raises(ValueError, match="max_thinking_tokens needs a model that thinks"):
+        llm.generate([TALK], SamplingParams(max_thinking_tokens=4))
     with pytest.raises(ValueError, match="reasoning_parser is 'x'; it must be one of auto, none, harmony"):
         LLM(folder, reasoning_parser="x")
 

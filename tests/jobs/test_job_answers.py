@@ -12,13 +12,15 @@ import polars
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 from stub_jobs import make_model, spec, write
 
 from batchinfer.engine.sampling_params import SamplingParams
-from batchinfer.errors import Interrupted, Refused
+from batchinfer.errors import Interrupted, Refused, UsageError
 from batchinfer.jobs.incremental import run_new_rows
 from batchinfer.jobs.job import run
 from batchinfer.jobs.merge_shards import merge_shards
+from batchinfer.jobs.preflight import preflight
 from batchinfer.jobs.report import Report, read_report
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.spec import JobSpec, sharded
@@ -244,6 +246,25 @@ def test_a_rows_own_arguments_say_whether_its_prompt_opens_the_thinking(
     run(made, engine("Says"))
     found = pq.read_table(made.output).select(["reasoning", "generated_text"]).to_pylist()
     assert [tuple(row.values()) for row in found] == [("cut in it", ""), (None, "cut in it"), ("cut in it", "")]
+
+
+def test_thinking_is_closed_by_the_tags_of_the_model(tmp_path: Path) -> None:
+    path, model = write(tmp_path / "in.parquet", prompt=["a"]), make_chat(tmp_path / "chat", OPEN)
+    made = spec(model, path, chat=True, sampling=SamplingParams(max_tokens=9, max_thinking_tokens=3))
+    with pytest.raises(UsageError, match="--max-thinking-tokens needs thinking tags that are a token each"):
+        preflight(made)
+    backend = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    backend.add_tokens(["<think>", "</think>"])
+    backend.save(str(model / "tokenizer.json"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": backend.get_vocab_size()}))
+    found = preflight(made)
+    assert found.spec.sampling.thinking_tags == tuple(map(backend.token_to_id, ("<think>", "</think>")))
+    assert found.source.tokenize(0, pa.record_batch({"prompt": ["a"]}))[0].params == (found.spec.sampling,)
+    with pytest.raises(UsageError, match="--max-thinking-tokens needs a model that thinks"):
+        preflight(replace(made, reasoning_parser="none"))
+    other = preflight(replace(made, sampling=SamplingParams(max_tokens=9))).fingerprints
+    assert [name for name in other if other[name] != found.fingerprints[name]] == ["sampling"]
 
 
 def test_an_input_column_of_the_name_is_refused_with_the_remedy(
