@@ -79,7 +79,7 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     spec, parsers = with_parsers(spec, templates, tokenizer)
     _refuse_clash(spec, before, kept)
     source = prompts(spec, tokenizer, config.max_model_len, table.schema)
-    vain = given_in_vain(spec, templates, table.schema)
+    vain = given_in_vain(spec, templates, table)
     notes = [*whole.notes, *lines, *notes_about(spec, moment), *vain, *parsers]
     for note in (*shape.notes, *notes):
         say(note)
