@@ -156,7 +156,7 @@ def test_thinking_that_the_prompt_opens_is_no_answer(folder: Path, tmp_path: Pat
     closing = own.tokenizer.added_tokens["</think>"]
     assert short[0].token_ids[:5] == [*thinking[0].token_ids[:4], closing]
     assert short[0].reasoning and short[0].text and short[0].reasoning in str(thinking[0].reasoning)
-    with pytest.raises(ValueError, match="max_thinking_tokens needs a model that thinks"):
+    with pytest.raises(ValueError, match="max_thinking_tokens needs a --reasoning-parser"):
         llm.generate([TALK], SamplingParams(max_thinking_tokens=4))
     with pytest.raises(ValueError, match="reasoning_parser is 'x'; it must be one of auto, none, harmony"):
         LLM(folder, reasoning_parser="x")

@@ -261,7 +261,7 @@ def test_thinking_is_closed_by_the_tags_of_the_model(tmp_path: Path) -> None:
     found = preflight(made)
     assert found.spec.sampling.thinking_tags == tuple(map(backend.token_to_id, ("<think>", "</think>")))
     assert found.source.tokenize(0, pa.record_batch({"prompt": ["a"]}))[0].params == (found.spec.sampling,)
-    with pytest.raises(UsageError, match="--max-thinking-tokens needs a model that thinks"):
+    with pytest.raises(UsageError, match="--max-thinking-tokens needs a --reasoning-parser"):
         preflight(replace(made, reasoning_parser="none"))
     other = preflight(replace(made, sampling=SamplingParams(max_tokens=9))).fingerprints
     assert [name for name in other if other[name] != found.fingerprints[name]] == ["sampling"]
