@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchinfer.engine.config import EngineConfig, EngineStats, Speculation
 from batchinfer.engine.drafts.draft_folder import resolve_draft_model
@@ -22,6 +23,7 @@ from batchinfer.engine.prompts import (
     check_messages,
     check_tools,
     encode_chats,
+    ends_of,
     keys_by_tokens,
     requests_that_fit,
     row_seeds,
@@ -34,8 +36,12 @@ from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_
 from batchinfer.kernels.ragged import take_ragged
 from batchinfer.models.config import read_shape
 from batchinfer.models.hub import resolve_model
-from batchinfer.text.stop import printed_answers
+from batchinfer.text import reasoning, tool_calls
+from batchinfer.text.answer_formats import reasoning_format_of, thinking_tags, tool_format_of
+from batchinfer.text.answers import AnswerParser
+from batchinfer.text.chat_arguments import Arguments, problem_with
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
+from batchinfer.text.tool_calls import ToolCall
 
 NOTHING = np.empty(0, np.int32)
 
@@ -52,6 +58,8 @@ class Completion:
     finish_reason: str  # stop, length or error
     prompt_tokens: int  # 0 where the prompt was not run
     error: RowError | None = None  # why there is no text: a code in snake_case, and a message
+    reasoning: str | None = None  # what the model thought before it answered
+    tool_calls: list[ToolCall] | None = None  # each with name and arguments
 
 
 class LLM:
@@ -80,11 +88,15 @@ class LLM:
         speculation: Speculation | None = None,
         template_date: datetime | None = None,
         generation_config: str = "auto",
+        chat_template: str | Path | None = None,
+        reasoning_parser: str = "auto",
+        tool_parser: str = "auto",
     ) -> None:
         """Load a model: a folder, a GGUF file, or the name of a model on the Hub.
 
         The arguments are the flags of `batchinfer run`, with the same defaults. The chat template takes
-        `template_date` for now, or the moment of this call. What `generation_config` takes over from the checkpoint
+        `template_date` for now, or the moment of this call; the one in the file `chat_template` takes the place of the
+        checkpoint's. What `generation_config` takes over from the checkpoint
         goes into the fields of a call's `SamplingParams` that have their defaults; what was applied and what was not is
         in `stats().notes`. Raises `ValueError` naming a wrong argument, and `batchinfer.errors.Refused` saying what is
         wrong with the model.
@@ -97,11 +109,14 @@ class LLM:
         _check_kinds(int | None, "a whole number, or None", max_model_len=max_model_len, max_num_seqs=max_num_seqs)
         _check_kinds(int | None, "a whole number, or None", max_num_batched_tokens=max_num_batched_tokens)
         _check_kinds(datetime | None, "a datetime, or None", template_date=template_date)
-        if generation_config not in CHOICES:
-            raise ValueError(f"generation_config is {generation_config!r}; it must be one of {', '.join(CHOICES)}")
+        _check_kinds(str | Path | None, "a path, or None", chat_template=chat_template)
+        _check_choice("reasoning_parser", reasoning_parser, ("auto", "none", *reasoning.FORMATS))
+        _check_choice("tool_parser", tool_parser, ("auto", "none", *tool_calls.FORMATS))
+        _check_choice("generation_config", generation_config, CHOICES)
         folder, found = resolve_model(str(model), revision), device_of(device)
         shape = read_shape(folder)
-        self.tokenizer = Tokenizer.load(folder, moment=template_date)
+        template = None if chat_template is None else Path(chat_template)
+        self.tokenizer = Tokenizer.load(folder, moment=template_date, chat_template=template)
         length = shape.max_positions if max_model_len is None else max_model_len
         seqs = MAX_NUM_SEQS[found] if max_num_seqs is None else max_num_seqs
         tokens = MAX_NUM_BATCHED_TOKENS[found] if max_num_batched_tokens is None else max_num_batched_tokens
@@ -122,6 +137,7 @@ class LLM:
         self._generation_config = GenerationConfig.read(folder, generation_config)
         self._engine = Engine(config, self.tokenizer)
         self._max_model_len = length
+        self._reasoning_parser, self._tool_parser = reasoning_parser, tool_parser
         self._notes: list[str] = []  # of the checkpoint's settings, of stop texts, and of tools given in vain
         self._rows = 0  # row numbers used so far: each call takes new ones
 
@@ -132,9 +148,11 @@ class LLM:
         *,
         seed: int = 0,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Arguments | None = None,
     ) -> list[Completion]:
         """Return the completions of all prompts, in their order. See `stream` for arguments and errors."""
-        return sorted(self.stream(prompts, params, seed=seed, tools=tools), key=lambda completion: completion.index)
+        found = self.stream(prompts, params, seed=seed, tools=tools, chat_template_kwargs=chat_template_kwargs)
+        return sorted(found, key=lambda completion: completion.index)
 
     def stream(
         self,
@@ -143,14 +161,16 @@ class LLM:
         *,
         seed: int = 0,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Arguments | None = None,
     ) -> Iterator[Completion]:
         """Yield completions as prompts end, each with the `index` of its prompt.
 
         A prompt is a text, a list of token ids, or a list of messages: dicts with role and content, which the
-        checkpoint's chat template turns into text. `tools`, a list of JSON schemas, are offered to each conversation. A
-        prompt that cannot run gives a completion with an error. Above temperature 0, `seed` and the prompt's tokens
-        determine the random draws. Raises `ValueError` naming a wrong argument. Closing the iterator drops the prompts
-        that have not ended.
+        checkpoint's chat template turns into text. `tools`, a list of JSON schemas, are offered to each conversation,
+        and `chat_template_kwargs` are further variables for the template, as {"enable_thinking": False}. A prompt that
+        cannot run gives a completion with an error. Above temperature 0, `seed` and the prompt's tokens determine the
+        random draws. Raises `ValueError` naming a wrong argument. Closing the iterator drops the prompts that have not
+        ended.
         """
         params = SamplingParams() if params is None else params
         _check_kinds(SamplingParams, "SamplingParams", params=params)
@@ -163,10 +183,12 @@ class LLM:
         if any(isinstance(prompt, Mapping | Integral) for prompt in prompts):
             raise ValueError("prompts is a single conversation or one row of token ids; it must be a list of them")
         errors: Errors = {}
-        requests = self._requests(prompts, params, _read_tools(tools), errors)
+        if chat_template_kwargs is not None and (problem := problem_with(chat_template_kwargs)) is not None:
+            raise ValueError(f"chat_template_kwargs {problem}")
+        requests = self._requests(prompts, params, _read_tools(tools), chat_template_kwargs or {}, errors)
         if params.temperature > 0:
             requests = replace(requests, seeds=row_seeds(seed, keys_by_tokens(requests)))
-        return self._run(requests, errors, params)
+        return self._run(requests, errors, params, self._parser(tools is not None))
 
     def stats(self) -> EngineStats:
         """Return the engine's counts so far, the kernels that it uses, and notes about slower paths taken, the
@@ -181,14 +203,41 @@ class LLM:
         given = [f.name for f in fields(SamplingParams) if getattr(params, f.name) != getattr(default, f.name)]
         params, settings = self._generation_config.applied_to(params, given)
         params, lines = in_token_ids(params, self.tokenizer)
+        if params.max_thinking_tokens:
+            params = replace(params, thinking_tags=self._thinking_tags())
         self._note(*settings.lines(), *lines)
         return params
+
+    def _thinking_tags(self) -> tuple[int, int]:
+        try:
+            return thinking_tags(self.tokenizer, self._reasoning_format())
+        except ValueError as error:
+            raise ValueError(f"max_thinking_tokens {error}") from error
+
+    def _reasoning_format(self) -> str | None:
+        """Return the name of the format of thinking; 'auto' is what the chat template shows."""
+        if self._reasoning_parser == "auto":
+            template = self.tokenizer.template
+            return None if template is None else reasoning_format_of(template, {})
+        return None if self._reasoning_parser == "none" else self._reasoning_parser
+
+    def _parser(self, offers_tools: bool) -> AnswerParser:
+        calling: str | None = self._tool_parser
+        if calling == "auto":
+            template = self.tokenizer.tool_template if offers_tools else None
+            calling = None if template is None else tool_format_of(template)
+        return AnswerParser(self.tokenizer, self._reasoning_format(), None if calling == "none" else calling)
 
     def _note(self, *lines: str) -> None:
         self._notes = list(dict.fromkeys([*self._notes, *lines]))
 
     def _requests(
-        self, prompts: Sequence[Prompt], params: SamplingParams, tools: Tools | None, errors: Errors
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        tools: Tools | None,
+        arguments: Arguments,
+        errors: Errors,
     ) -> Requests:
         """Return requests for the prompts that can run; errors for the others are added to `errors`."""
         texts: dict[int, str] = {}
@@ -211,7 +260,7 @@ class LLM:
             (list(given), np.concatenate([NOTHING, *given.values()]), np.cumsum([0, *map(len, given.values())])),
         ]
         if chats:
-            encoded.append((list(chats), *self._encode_chats(chats, tools, errors)))
+            encoded.append((list(chats), *self._encode_chats(chats, tools, arguments, errors)))
         indices = np.concatenate([np.array(of, np.int64) for of, _, _ in encoded])
         lengths = np.concatenate([np.diff(offsets) for _, _, offsets in encoded])
         token_ids = np.concatenate([ids for _, ids, _ in encoded])
@@ -220,7 +269,7 @@ class LLM:
         return requests_that_fit(indices[order], token_ids, offsets, params, self._max_model_len, errors)
 
     def _encode_chats(
-        self, chats: dict[int, Conversation], tools: Tools | None, errors: Errors
+        self, chats: dict[int, Conversation], tools: Tools | None, arguments: Arguments, errors: Errors
     ) -> tuple[TokenIds, Offsets]:
         if self.tokenizer.template is None:
             raise ValueError(
@@ -229,41 +278,59 @@ class LLM:
         template = self.tokenizer.template if tools is None else self.tokenizer.tool_template
         if tools is not None and template is not None and not template.reads_tools:
             self._note("the model's chat template never reads tools: those that were given are in vain")
-        indices, offered = np.array(list(chats), np.int64), [tools] * len(chats)
-        return encode_chats(self.tokenizer, indices, list(chats.values()), errors, offered)
+        if template is not None and (unread := [name for name in arguments if name not in template.reads]):
+            self._note(f"the model's chat template never reads {', '.join(unread)} of chat_template_kwargs")
+        indices, offered, each = np.array(list(chats), np.int64), [tools] * len(chats), [arguments] * len(chats)
+        return encode_chats(self.tokenizer, indices, list(chats.values()), errors, offered, False, each)
 
-    def _run(self, requests: Requests, errors: Errors, params: SamplingParams) -> Iterator[Completion]:
+    def _run(
+        self, requests: Requests, errors: Errors, params: SamplingParams, parser: AnswerParser
+    ) -> Iterator[Completion]:
         if self._engine.unfinished:
             raise ValueError("another stream of this LLM is under way: end it, or close() it, before the next")
         first = self._rows
-        lengths = dict(zip(requests.rows.tolist(), np.diff(requests.offsets).tolist(), strict=True))
-        self._rows += 1 + max(lengths, default=0)
+        lengths = np.diff(requests.offsets).tolist()
+        places = {row: i for i, row in enumerate(requests.rows.tolist())}
+        self._rows += 1 + max(places, default=0)
         try:
             self._engine.add(replace(requests, rows=first + requests.rows))
             for index, error in sorted(errors.items()):
                 yield Completion(index, None, [], FinishReason.ERROR.name.lower(), 0, error)
             while self._engine.unfinished:
                 done = self._engine.step()
-                for completion in self._completions(done, first, params):
-                    yield replace(completion, prompt_tokens=lengths[completion.index])
+                ended = [places[row - first] for row in done.rows.tolist()]
+                ends = ends_of(requests, np.array(ended, np.int64))
+                for i, completion in zip(ended, self._completions(done, first, params, parser, ends), strict=True):
+                    yield replace(completion, prompt_tokens=lengths[i])
         finally:
             if self._engine.unfinished:
                 self._engine.drop()
 
-    def _completions(self, done: Completions, first: int, params: SamplingParams) -> Iterator[Completion]:
-        ends = params.stop, params.stop_token_ids
-        texts = printed_answers(self.tokenizer, done.token_ids, done.offsets, *ends)
-        for i, (row, text) in enumerate(zip(done.rows.tolist(), texts, strict=True)):
+    def _completions(
+        self,
+        done: Completions,
+        first: int,
+        params: SamplingParams,
+        parser: AnswerParser,
+        ends: NDArray[np.int32],
+    ) -> Iterator[Completion]:
+        found = parser.parse(done.token_ids, done.offsets, ends, params.stop, params.stop_token_ids)
+        for i, row in enumerate(done.rows.tolist()):
             error = done.errors.get(row)
-            answer = None if error is not None else text
-            reason = FinishReason(done.finish_reasons[i]).name.lower()
-            yield Completion(row - first, answer, done.tokens_of(i), reason, 0, error)
+            answer = None if error is not None else found.texts[i]
+            reason, tokens = FinishReason(done.finish_reasons[i]).name.lower(), done.tokens_of(i)
+            yield Completion(row - first, answer, tokens, reason, 0, error, found.reasoning[i], found.tool_calls[i])
 
 
 def _check_kinds(kind: Any, wanted: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name} is {value!r:.50}; it must be {wanted}")
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
 def _read(prompt: Any, vocabulary: int) -> str | TokenIds | Conversation:

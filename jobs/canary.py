@@ -189,7 +189,7 @@ def compare(pipe: Any, comparison: Comparison) -> None:
     figures = LengthFigures.of(StoredRequests.of(requests), np.arange(len(requests)), spec.block_size)
     tokens = figures.kv_cache_tokens(comparison.config.max_num_seqs)
     try:
-        tokenizer = Tokenizer.load(comparison.config.model, comparison.tokenizer)
+        tokenizer = Tokenizer.load(comparison.config.model, comparison.tokenizer, chats=False)
         engine, reference = (
             own_engine(replace(config, kv_cache_tokens=tokens), tokenizer)
             for config in (comparison.config, comparison.reference)

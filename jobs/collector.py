@@ -12,12 +12,12 @@ from batchinfer.engine.request import Completions, FinishReason, RowError
 from batchinfer.errors import Refused
 from batchinfer.jobs.results.done import Done, completion_tokens, counts
 from batchinfer.jobs.results.job_columns import fields_of
-from batchinfer.jobs.results.label_columns import label_columns, label_fields
+from batchinfer.jobs.results.label_columns import CHOICE, label_columns, label_fields
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.results.schema import KEY, RESULT_FIELDS, SAMPLE, SAMPLES, part_schema
+from batchinfer.jobs.results.schema import KEY, PARSED_FIELDS, ROW, SAMPLES, part_schema, sample_type
 from batchinfer.jobs.rows.answer_keys import Keys
 from batchinfer.jobs.spec import JobSpec
-from batchinfer.text.stop import printed_answers
+from batchinfer.text.answers import AnswerParser
 from batchinfer.text.tokenizer import Tokenizer
 
 REASONS = pa.array([reason.name.lower() for reason in FinishReason])
@@ -32,7 +32,7 @@ class Results:
     def __init__(self, spec: JobSpec, tokenizer: Tokenizer, folder: RunFolder, done: Done) -> None:
         self._spec = spec
         self._fields = fields_of(spec)
-        self._tokenizer = tokenizer
+        self._parser = AnswerParser(tokenizer, spec.reasoning_format, spec.tool_format)
         self.folder = folder
         self._finished: list[pa.RecordBatch] = []
         self._uncommitted = 0
@@ -46,6 +46,8 @@ class Results:
         self.new_tokens: Counter[int] = Counter()
         # Of this run's rows those whose answers earlier jobs have computed: rows, prompt_tokens, completion_tokens
         self.reused: Counter[str] = Counter()
+        # Answers of this run with text that looks like a tool call and does not parse
+        self.unparsed_tool_calls = 0
 
     @property
     def rows(self) -> int:
@@ -68,52 +70,68 @@ class Results:
         self,
         completions: Completions,
         prompt_tokens: NDArray[np.int32],
+        ends: NDArray[np.int32],
         keys: Keys,
         labels: list[list[str]] | None = None,
     ) -> None:
         """Take finished rows from the engine, with all computed samples of each.
 
-        `prompt_tokens` [n] are the prompt lengths of the n samples, `keys` [rows] the rows' answer keys, and `labels`
-        [n] what each row chose from. A row's own columns are those of its first sample, or of its first failed sample
-        if any failed.
+        `prompt_tokens` [n] are the prompt lengths of the n samples, `ends` [n, END_TOKENS] the prompts' last tokens
+        (`ends_of`), `keys` [rows] the rows' answer keys, and `labels` [n] what each row chose from. A row's own columns
+        are those of its first sample, or of its first failed sample if any failed.
         """
-        chosen: list[pa.Array] = []
+        asked: dict[str, pa.Array] = {}
         if completions.scores is not None and labels is not None:
-            chosen = label_columns(label_fields(self._spec), completions.scores, labels)
-        answers = self._answers(completions, chosen[0] if chosen else None)
+            fields = label_fields(self._spec)
+            columns = label_columns(fields, completions.scores, labels)
+            asked = {field.name: column for field, column in zip(fields, columns, strict=True)}
+        answers = self._answers(completions, ends, asked.get(CHOICE[0].name))
         failed = (completions.finish_reasons == FinishReason.ERROR).reshape(-1, self._spec.computed_samples)
         own = np.arange(failed.size)[:: failed.shape[1]] + failed.argmax(axis=1)
         rows = completions.rows[own]
         errors: list[RowError | None] = [None] * len(rows)
         for i in np.flatnonzero(failed.any(axis=1)).tolist():
             errors[i] = completions.errors[int(rows[i])]
-        asked = [samples_of(answers, failed, self._spec.n)] if self._spec.n > 1 else []
+        if self._spec.n > 1:
+            asked[SAMPLES] = samples_of(answers, failed, self._spec.n)
         known = pa.FixedSizeBinaryArray.from_buffers(KEY.type, len(keys), [None, pa.py_buffer(keys.tobytes())])
         lengths = pa.array(prompt_tokens[own])
-        self._collect(rows, known, answers.take(pa.array(own)), lengths, errors, chosen + asked)
+        self._collect(rows, known, answers.take(pa.array(own)), lengths, errors, asked)
 
-    def _answers(self, completions: Completions, choices: pa.Array | None) -> pa.StructArray:
-        """Return the samples' columns [n], as `SAMPLE`: of rows that choose, `choices`. Failed samples have no text."""
-        lengths = np.diff(completions.offsets).astype(np.int32)
-        self.new_tokens.update(lengths.tolist())
-        texts = self._texts(completions) if choices is None else choices
-        return answers_of(texts, completions.finish_reasons, pa.array(lengths))
-
-    def _texts(self, completions: Completions) -> pa.Array:
-        ends = self._spec.sampling.stop, self._spec.sampling.stop_token_ids
-        texts: list[str | None] = [*printed_answers(self._tokenizer, completions.token_ids, completions.offsets, *ends)]
+    def _answers(self, completions: Completions, ends: NDArray[np.int32], choices: pa.Array | None) -> pa.StructArray:
+        """Return the samples' columns [n], of `sample_type`; a failed sample has no text. Rows that choose have
+        `choices`."""
+        stop, stop_token_ids = self._spec.sampling.stop, self._spec.sampling.stop_token_ids
+        found = self._parser.parse(completions.token_ids, completions.offsets, ends, stop, stop_token_ids)
+        texts: list[str | None] = [*found.texts]
         for i in np.flatnonzero(completions.finish_reasons == FinishReason.ERROR).tolist():
             texts[i] = None
-        return pa.array(texts, pa.string())
+        lengths = np.diff(completions.offsets).astype(np.int32)
+        self.new_tokens.update(lengths.tolist())
+        self.unparsed_tool_calls += len(found.unparsed)
+        reasoning, tool_calls = PARSED_FIELDS
+        calls = [None if each is None else [call._asdict() for call in each] for each in found.tool_calls]
+        return self._struct({
+            "generated_text": pa.array(texts, pa.string()) if choices is None else choices,
+            "finish_reason": names_of(completions.finish_reasons),
+            "completion_tokens": pa.array(lengths),
+            reasoning.name: pa.array(found.reasoning, reasoning.type),
+            tool_calls.name: pa.array(calls, tool_calls.type),
+        })  # fmt: skip
+
+    def _struct(self, columns: dict[str, pa.Array]) -> pa.StructArray:
+        fields = list(sample_type(self._spec.parsed))
+        return pa.StructArray.from_arrays([columns[field.name] for field in fields], fields=fields)
 
     def refuse(self, errors: dict[int, RowError]) -> None:
         """Take rows that failed without an answer, by ordinal. Their token counts are null."""
         n = len(errors)
-        unknown = pa.nulls(n, pa.int32())
-        answers = answers_of(pa.nulls(n, pa.string()), np.full(n, FinishReason.ERROR, np.int8), unknown)
+        answers = {field.name: pa.nulls(n, field.type) for field in sample_type(self._spec.parsed)}
+        answers["finish_reason"] = names_of(np.full(n, FinishReason.ERROR, np.int8))
         rows = np.fromiter(errors, np.int64, n)
-        asked = [pa.nulls(n, field.type) for field in self._fields[len(RESULT_FIELDS) :]]
-        self._collect(rows, pa.nulls(n, KEY.type), answers, unknown, list(errors.values()), asked)
+        unknown = {field.name: pa.nulls(n, field.type) for field in self._fields}
+        lengths = pa.nulls(n, pa.int32())
+        self._collect(rows, pa.nulls(n, KEY.type), self._struct(answers), lengths, list(errors.values()), unknown)
 
     def take_over(self, batch: pa.RecordBatch) -> None:
         """Take rows with the answers that an earlier job has computed, as `Reuse` gives them."""
@@ -132,13 +150,18 @@ class Results:
         answers: pa.StructArray,
         prompt_tokens: pa.Array,
         errors: list[RowError | None] | list[RowError],
-        asked: list[pa.Array],
+        asked: dict[str, pa.Array],
     ) -> None:
-        texts, reasons, tokens = answers.flatten()
-        codes = pa.array([error and error.code for error in errors], pa.string())
-        messages = pa.array([error and error.message for error in errors], pa.string())
-        columns = [pa.array(rows), keys, texts, reasons, prompt_tokens, tokens, codes, messages, *asked]
-        self._keep(pa.RecordBatch.from_arrays(columns, schema=part_schema(self._fields)))
+        columns = asked | dict(zip(answers.type.names, answers.flatten(), strict=True))
+        columns |= {
+            ROW: pa.array(rows),
+            KEY.name: keys,
+            "prompt_tokens": prompt_tokens,
+            "error_code": pa.array([error and error.code for error in errors], pa.string()),
+            "error_message": pa.array([error and error.message for error in errors], pa.string()),
+        }
+        schema = part_schema(self._fields)
+        self._keep(pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema))
 
     def _keep(self, batch: pa.RecordBatch) -> None:
         self._finished.append(batch)
@@ -175,10 +198,9 @@ def samples_of(answers: pa.StructArray, failed: NDArray[np.bool_], n: int) -> pa
     index = np.arange(failed.size).reshape(failed.shape)[good][:, np.arange(n) % failed.shape[1]]
     offsets = np.append(0, np.cumsum(n * good))
     values = answers.take(pa.array(index.ravel()))
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, SAMPLES.type, mask=pa.array(~good))
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, pa.list_(answers.type), mask=pa.array(~good))
 
 
-def answers_of(texts: pa.Array, reasons: NDArray[np.int8], tokens: pa.Array) -> pa.StructArray:
-    """Join texts, `FinishReason` values and token counts, [n] each, into an array of `SAMPLE`."""
-    names = pa.DictionaryArray.from_arrays(pa.array(reasons), REASONS).dictionary_decode()
-    return pa.StructArray.from_arrays([texts, names, tokens], fields=list(SAMPLE))
+def names_of(reasons: NDArray[np.int8]) -> pa.Array:
+    """Return the names of `FinishReason` values [n]."""
+    return pa.DictionaryArray.from_arrays(pa.array(reasons), REASONS).dictionary_decode()

@@ -179,9 +179,10 @@ class Loop:
 
     def _complete(self, completions: Completions) -> None:
         prompt_tokens = self._in_flight.prompt_tokens(completions.rows)
+        ends = self._in_flight.prompt_ends(completions.rows)
         keys = self._in_flight.answer_keys(completions.rows[:: self._spec.computed_samples])
         labels = self._in_flight.labels(completions.rows)
-        self._results.add(completions, prompt_tokens, keys, labels)
+        self._results.add(completions, prompt_tokens, ends, keys, labels)
         samples = np.arange(self._spec.computed_samples)
         indices, followers = self._windows.followers.take(completions.rows[:: len(samples)])
         theirs = (indices[:, None] * len(samples) + samples).reshape(-1, len(samples))
@@ -191,7 +192,7 @@ class Loop:
             given = completions.given_to(np.repeat(followers[some], len(samples)), theirs[some].ravel())
             index = theirs[some].ravel()
             chosen = labels and [labels[i] for i in index.tolist()]
-            self._results.add(given, prompt_tokens[index], keys[indices[some]], chosen)
+            self._results.add(given, prompt_tokens[index], ends[index], keys[indices[some]], chosen)
             self.duplicates += len(followers[some])
             self._results.commit_if_due()
         self._end(set(completions.rows.tolist()))

@@ -35,7 +35,8 @@ def fingerprints(
 ) -> dict[str, str]:
     """Return the fingerprints by name: a sha256 each for columns, input, model, tokenizer, template, sampling,
     quantization and engine; the shard; the delimiter and the encoding of CSV files if they are not a comma and UTF-8;
-    the selection of rows, if there is one; and the `moment` that the chat template writes into prompts, if it does.
+    the selection of rows, if there is one; the `moment` that the chat template writes into prompts, if it does; and the
+    parsers of answers, if there are any.
 
     `chosen` is a digest of the selected rows. `tool_template` is the source of the chat template for conversations with
     tools. Input files are read completely, and columns that their folders give count too. Of weights, which are large
@@ -54,6 +55,7 @@ def fingerprints(
     }
     if spec.tools_column is not None:
         template |= {"tools_column": spec.tools_column, "tool_template": tool_template}
+    template |= _of_chats(spec, tool_template)
     # Read in another way, the same bytes are another table. Rows set aside for an incremental run are not CSV.
     csv = {"csv_delimiter": (spec.csv_delimiter, ","), "csv_encoding": (spec.csv_encoding, "utf-8")}
     unusual = {name: given for name, (given, usual) in csv.items() if given not in (None, usual)}
@@ -64,6 +66,7 @@ def fingerprints(
         **({} if spec.adds_file else unusual),
         **({} if selection == [None, None, None] else {"selection": _digest([*selection, chosen])}),
         **template_date,
+        **{name: form for name, form in _parsers(spec).items() if form is not None},
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
         "input": _digest([_of_input(file) for file in inputs]),
@@ -84,6 +87,22 @@ def fingerprints(
         ),
         "engine": _digest([__version__, config.device, config.deterministic]),
     }
+
+
+def _of_chats(spec: JobSpec, tool_template: str) -> dict[str, Any]:
+    """Return what `ChatFlags` add to the digest of the template, files by their content: nothing without them."""
+    files = {"chat_template": spec.chat_template, "tools": spec.tools}
+    found: dict[str, Any] = {name: sha256(file) for name, file in files.items() if file is not None}
+    values = {
+        "chat_template_kwargs": spec.chat_template_kwargs,
+        "chat_template_kwargs_column": spec.chat_template_kwargs_column,
+        "tool_template": None if spec.tools is None else tool_template,
+    }
+    return found | {name: value for name, value in values.items() if value is not None}
+
+
+def _parsers(spec: JobSpec) -> dict[str, str | None]:
+    return {"reasoning_parser": spec.reasoning_format, "tool_parser": spec.tool_format}
 
 
 def _of_input(file: InputFile) -> Any:

@@ -141,7 +141,8 @@ def _job_value(folder: Path, flag: Flag | None, value: Any) -> Any:
         texts = list(map(str, texts))
         return [str(folder / text) for text in texts] if flag.is_path else texts
     if flag is not None and flag.table and isinstance(value, dict):
-        model = {"model": _located(folder, value["model"])} if "model" in value else {}
+        # A kind parses objects without paths.
+        model = {"model": _located(folder, value["model"])} if "model" in value and flag.kind is None else {}
         return json.dumps({**value, **model}, default=str)
     if flag is not None and flag.type is datetime and isinstance(value, date):  # TOML has dates of its own
         return value.isoformat()

@@ -14,6 +14,7 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.flag import Flag, flags_of
 from batchinfer.formats.scheme import QUANTIZATIONS
 from batchinfer.host.device import DEVICES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
+from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flag_values import DELIMITER, ENCODING, MOMENT, NAMES, NUMBER_OR_AUTO, SHARD, TIME
 from batchinfer.jobs.label_flags import LabelFlags
 from batchinfer.jobs.speculation import SpeculationFlags
@@ -351,5 +352,11 @@ class JobFlags:
     overwrite: Annotated[bool, Flag("Replace an earlier output and its run folder.", "Output")] = False
 
 
-FLAGS = {**flags_of(SamplingParams), **flags_of(JobFlags), **flags_of(LabelFlags), **flags_of(SpeculationFlags)}
+FLAGS = {
+    **flags_of(SamplingParams),
+    **flags_of(JobFlags),
+    **flags_of(ChatFlags),
+    **flags_of(LabelFlags),
+    **flags_of(SpeculationFlags),
+}
 """All flags of `batchinfer run`, by field."""

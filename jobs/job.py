@@ -135,7 +135,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     report = _report(
         spec, results, done, duplicates, windows.figures, stats, phases, generating, wall, canary, digest_of(merged)
     )
-    report = replace(report, replaced_text=dict(replaced))
+    report = replace(report, replaced_text=dict(replaced), unparsed_tool_calls=results.unparsed_tool_calls)
     if engine == TORCH_ENGINE and results.new_tokens:
         report = replace(report, predicted=_forecast(spec, config, windows.figures, results))
     report = replace(report, generation_config=asdict(job.generation_config))

@@ -14,7 +14,9 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.errors import Refused, UsageError
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of, gpu_capability, refuse_old_gpu
+from batchinfer.jobs.answer_parsers import with_parsers
 from batchinfer.jobs.fingerprints import fingerprints
+from batchinfer.jobs.given_in_vain import given_in_vain
 from batchinfer.jobs.log import say
 from batchinfer.jobs.results.formats import format_of
 from batchinfer.jobs.results.job_columns import fields_of
@@ -65,23 +67,26 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
     config = _engine_config(spec, model, shape, whole.num_rows)
     known = known_moment(spec)
-    tokenizer = _load_tokenizer(model, tokenizer_folder, shape.vocab_size, known or now())
+    tokenizer = _load_tokenizer(model, tokenizer_folder, shape.vocab_size, known or now(), spec.chat_template)
     named = spec.tokenizer or spec.model
     # Rows that choose from labels know all their tokens.
     wanted = Speculation("off") if spec.chooses else spec.speculation
     speculation = resolve_draft_model(wanted, named, tokenizer, config.max_model_len)
     config = replace(config, speculation=speculation)
     spec, settings, lines = _resolved_sampling(spec, model, shape.vocab_size, tokenizer)
-    source = prompts(spec, tokenizer, config.max_model_len, table.schema)
     if spec.id_column is not None:
         check_ids(whole, spec.id_column)
     templates = _chat_templates(spec, tokenizer, tokenizer_folder or model)
     moment = moment_of_prompts(spec, templates, known)
     for template in templates:
-        check_template(template, named)
-    notes = [*whole.notes, *selection.note(whole), *lines, *notes_about(spec, moment)]
-    if spec.tools_column is not None and templates and not templates[-1].reads_tools:
-        notes.append(f"the chat template of {named} never reads tools: --tools-column {spec.tools_column} is in vain")
+        by_row = spec.chat_template_kwargs_column is not None
+        check_template(template, str(spec.chat_template or named), spec.chat_template_kwargs or {}, by_row)
+    before = spec
+    spec, parsers = with_parsers(spec, templates, tokenizer)
+    _refuse_clash(spec, before, kept)
+    source = prompts(spec, tokenizer, config.max_model_len, table.schema)
+    vain = given_in_vain(spec, templates, table)
+    notes = [*whole.notes, *selection.note(whole), *lines, *notes_about(spec, moment), *vain, *parsers]
     for note in (*shape.notes, *notes):
         say(note)
     # An incremental job's input may change. Its runs read the new rows from a file in which they were set aside.
@@ -107,20 +112,34 @@ def _refuse_on_gpu(spec: JobSpec, model: Path, shape: ModelConfig) -> None:
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
     kept = table.schema.names if spec.columns is None else list(spec.columns)
     table.check(kept)
-    clash = [field.name for field in fields_of(spec) if field.name in kept]
-    if clash:
-        raise Refused(
-            f"{spec.inputs[0]} has a column {clash[0]!r}, which the output adds itself; rename it, or name the "
-            "columns to keep with --columns"
-        )
+    _refuse_clash(spec, spec, kept)
     return kept
 
 
-def _load_tokenizer(model: Path, folder: Path | None, size: int, moment: datetime) -> Tokenizer:
+def _refuse_clash(spec: JobSpec, given: JobSpec, kept: list[str]) -> None:
+    """Raise `Refused` if a kept column has the name of a result. `given` is the job as the user gave it."""
+    clash = [field.name for field in fields_of(spec) if field.name in kept]
+    if clash:
+        parsers = {"reasoning": given.reasoning_parser, "tool_calls": given.tool_parser}
+        flag = "--reasoning-parser" if clash[0] == "reasoning" else "--tool-parser"
+        without = f", or leave it in generated_text with {flag} none" if parsers.get(clash[0]) == "auto" else ""
+        raise Refused(
+            f"{spec.inputs[0]} has a column {clash[0]!r}, which the output adds itself; rename it, or name the "
+            f"columns to keep with --columns{without}"
+        )
+
+
+def _load_tokenizer(
+    model: Path, folder: Path | None, size: int, moment: datetime, chat_template: Path | None
+) -> Tokenizer:
     try:
-        tokenizer = Tokenizer.load(model, folder, moment)
+        tokenizer = Tokenizer.load(model, folder, moment, chat_template)
     except ValueError as error:
         raise Refused(f"tokenizer: {error}") from error
+    except OSError as error:
+        if chat_template is None or error.filename != str(chat_template):
+            raise
+        raise Refused(f"--chat-template {chat_template}: {error.strerror}; correct the path") from error
     if tokenizer.vocab_size > size:
         raise Refused(
             f"{(folder or model) / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, but vocab_size is {size} in "
@@ -134,7 +153,7 @@ def _chat_templates(spec: JobSpec, tokenizer: Tokenizer, folder: Path) -> list[C
     if tokenizer.template is None or not spec.renders_chats:
         return []
     try:
-        tool_template = None if spec.tools_column is None else tokenizer.tool_template
+        tool_template = tokenizer.tool_template if spec.offers_tools else None
     except ValueError as error:
         raise Refused(f"tokenizer: {folder}: {error}") from error
     return [tokenizer.template] if tool_template in (None, tokenizer.template) else [tokenizer.template, tool_template]

@@ -95,6 +95,7 @@ class Report:
     replaced_text: dict[str, int] = field(default_factory=dict)
     # Settings in the checkpoint's generation_config.json: those that were applied, and the others by the reason
     generation_config: dict[str, dict[str, Any]] = field(default_factory=dict)
+    unparsed_tool_calls: int = 0  # answers of this run whose text looks like a tool call and does not parse
 
     def table(self) -> str:
         """Return the report as aligned lines, without colour."""
@@ -113,6 +114,7 @@ class Report:
             *[(f"  {code}", f"{count:,} rows") for code, count in self.rows_by_error.items()],
             ("prompt tokens", f"{self.prompt_tokens:,} ({sources})"),
             ("completion tokens", f"{self.completion_tokens:,}"),
+            *([("unparsed calls", self._unparsed())] if self.unparsed_tool_calls else []),
             *([("drafts", f"{self.drafted:,} drafted, {right}")] if self.drafted else []),
             (
                 "wall time",
@@ -143,6 +145,13 @@ class Report:
         ]
         width = max(len(name) for name, _ in lines)
         return "\n".join(printable(f"{name:<{width}}  {value}".rstrip()) for name, value in lines)
+
+    def _unparsed(self) -> str:
+        one = self.unparsed_tool_calls == 1
+        return (
+            f"{self.unparsed_tool_calls:,} {'answer has' if one else 'answers have'} what looks like a tool call and "
+            "does not parse; it is in generated_text"
+        )
 
     def _reads(self) -> str:
         read, unshared = in_bytes(self.kv_bytes_read), in_bytes(self.kv_bytes_unshared)

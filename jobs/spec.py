@@ -8,12 +8,13 @@ from batchinfer.engine.config import Speculation
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import UsageError
 from batchinfer.flag import problems
+from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flags import JobFlags
 from batchinfer.jobs.label_flags import LabelFlags
 
 
 @dataclass(frozen=True)
-class JobSpec(JobFlags, LabelFlags):
+class JobSpec(JobFlags, ChatFlags, LabelFlags):
     """A job's flags and settings. Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -51,6 +52,11 @@ class JobSpec(JobFlags, LabelFlags):
         return self.chat or self.messages_column is not None
 
     @property
+    def offers_tools(self) -> bool:
+        """True if chats are offered tools."""
+        return self.tools is not None or self.tools_column is not None
+
+    @property
     def computed_samples(self) -> int:
         """Number of samples of each row that are computed: one at temperature 0, since all are the same then."""
         return self.n if self.sampling.temperature > 0 else 1
@@ -70,10 +76,19 @@ def _check_prompt_source(job: JobSpec) -> None:
 def _check_chat(job: JobSpec) -> None:
     if job.chat and job.messages_column is not None:
         raise UsageError("--chat wraps a plain prompt, but --messages-column has whole chats; leave one of them out")
-    if job.system_prompt is not None and not job.renders_chats:
-        raise UsageError("--system-prompt needs --chat or --messages-column; give one of them, or leave it out")
-    if job.tools_column is not None and not job.renders_chats:
-        raise UsageError("--tools-column needs --chat or --messages-column; give one of them, or leave it out")
+    for_chats = {
+        "--system-prompt": job.system_prompt,
+        "--tools-column": job.tools_column,
+        "--tools": job.tools,
+        "--chat-template": job.chat_template,
+        "--chat-template-kwargs": job.chat_template_kwargs,
+        "--chat-template-kwargs-column": job.chat_template_kwargs_column,
+    }
+    for flag, value in for_chats.items():
+        if value is not None and not job.renders_chats:
+            raise UsageError(f"{flag} needs --chat or --messages-column; give one of them, or leave it out")
+    if job.tools is not None and job.tools_column is not None:
+        raise UsageError("--tools offers every chat the same tools, --tools-column each its own; leave one of them out")
 
 
 def _check_files(job: JobSpec) -> None:

@@ -1,4 +1,4 @@
-"""Changing logits before tokens are chosen from them: penalties on some tokens, and bans.
+"""Changing logits before tokens are chosen from them: penalties on some tokens, bans, and tokens that must come.
 
 Only the logits concerned are touched, by torch's operations on every device: they are a small part of what a step reads
 of its logits anyway. Each logit is changed by itself, so that a row's bits do not depend on the rows beside it.
@@ -14,7 +14,8 @@ NEVER = float("-inf")
 
 @dataclass(frozen=True)
 class LogitsChanges:
-    """What changes in a step's logits [r, V]: n penalized ones, each named once, and b banned ones.
+    """What changes in a step's logits [r, V]: n penalized ones, each named once, and b banned ones; in f rows, all but
+    one are banned.
 
     A positive logit is divided by its factor and another one multiplied; then `subtracted` is subtracted.
     """
@@ -25,6 +26,8 @@ class LogitsChanges:
     subtracted: Tensor  # [n] float32, 0 is off
     banned_rows: Tensor  # [b] int64
     banned_ids: Tensor  # [b] int64
+    forced_rows: Tensor  # [f] int64, each once
+    forced_ids: Tensor  # [f] int64
 
     def within(self, vocabulary: int) -> "LogitsChanges":
         """Leave out the token ids that a model with this vocabulary lacks."""
@@ -41,3 +44,8 @@ def change_logits(logits_rV: Tensor, changes: LogitsChanges) -> None:
     old = logits_rV[at]
     logits_rV[at] = torch.where(old < 0, old * changes.factors, old / changes.factors) - changes.subtracted
     logits_rV[changes.banned_rows, changes.banned_ids] += NEVER
+    if len(changes.forced_rows):
+        forced = changes.forced_rows, changes.forced_ids
+        kept = logits_rV[forced]
+        logits_rV[changes.forced_rows] += NEVER
+        logits_rV[forced] = kept

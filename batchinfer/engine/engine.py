@@ -41,8 +41,8 @@ NOT_FINITE_OR_BANNED = RowError(
 )
 UNRECORDED = "steps with penalties or bans were launched kernel by kernel on the GPU, not as recorded graphs"
 WAITING = (
-    "penalties, --no-repeat-ngram-size and bad words of several tokens look at a row's tokens: on the GPU each such "
-    "step waited for the one before it"
+    "penalties, --no-repeat-ngram-size, --max-thinking-tokens and bad words of several tokens look at a row's tokens: "
+    "on the GPU each such step waited for the one before it"
 )
 
 

@@ -1,7 +1,7 @@
 """What a step's sequences change in the model's logits: from their sampling params and the tokens that they have.
 
 The meanings are those of transformers' processors, and the order of their effects too: the repetition penalty, then
-what the presence and frequency penalties subtract, then bans.
+what the presence and frequency penalties subtract, then bans. Last comes the tag that closes a model's thinking.
 """
 
 import numpy as np
@@ -29,6 +29,7 @@ def logits_changes(table: SequenceTable, places: Ints, positions: Ints, eos_ids:
         return None
     rows, ids, factors, subtracted = _penalties(table, places, positions)
     banning = np.flatnonzero(table.bans[places])
+    closing = _closing(table, places, positions)
     banned = [_banned(table, int(places[i]), int(positions[i]), eos_ids) for i in banning.tolist()]
     return LogitsChanges(
         rows=as_tensor(rows),
@@ -37,7 +38,24 @@ def logits_changes(table: SequenceTable, places: Ints, positions: Ints, eos_ids:
         subtracted=as_tensor(subtracted),
         banned_rows=as_tensor(np.repeat(banning, np.array([len(ids) for ids in banned], np.int64))),
         banned_ids=as_tensor(np.concatenate([NO_IDS, *banned])),
+        forced_rows=as_tensor(np.array(list(closing), np.int64)),
+        forced_ids=as_tensor(np.array(list(closing.values()), np.int64)),
     )
+
+
+def _closing(table: SequenceTable, places: Ints, positions: Ints) -> dict[int, int]:
+    """Return the rows whose answer has as many tokens as it may think, and still thinks: the id of the closing tag by
+    row."""
+    due = positions - table.prompt_length[places] == table.thinking_end[places]
+    found = {}
+    for i in np.flatnonzero(due).tolist():
+        place = int(places[i])
+        opening, closing = table.params[place].thinking_tags
+        tags = table.tokens[place, : positions[i]]
+        tags = tags[(tags == opening) | (tags == closing)]
+        if len(tags) and tags[-1] == opening:
+            found[i] = closing
+    return found
 
 
 def _penalties(table: SequenceTable, places: Ints, positions: Ints) -> tuple[Ints, Ints, Floats, Floats]:

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.text.chat_arguments import Arguments, problem_with
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 
 MAX_PROMPT_BYTES = 4 << 20  # tokenizing takes more than 100 times the memory of the text
+END_TOKENS = 24  # more than the longest opening tag and the space behind it, a token for each character
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 Indices = NDArray[np.int64]  # of prompts, in the list of prompts that are tokenized together
@@ -87,6 +89,12 @@ def check_tools(tools: Any) -> None:
         raise BadPrompt("bad_tools", "the tools are no list of objects")
 
 
+def check_arguments(arguments: Any) -> None:
+    """Raise `BadPrompt` unless `arguments` is None or an object of arguments for a chat template."""
+    if arguments is not None and (problem := problem_with(arguments)) is not None:
+        raise BadPrompt("bad_chat_template_kwargs", f"the value {problem}")
+
+
 def size_errors(nbytes: NDArray[np.int64]) -> Errors:
     """Return errors for the plain prompts that are empty or too large; `nbytes` [n] are their sizes in bytes."""
     errors = dict.fromkeys(np.flatnonzero(nbytes == 0).tolist(), RowError("empty_prompt", "the prompt is empty"))
@@ -103,15 +111,17 @@ def encode_chats(
     errors: Errors,
     tools: list[Tools | None] | None = None,
     allow_special_tokens: bool = False,
+    arguments: list[Arguments] | None = None,
 ) -> tuple[TokenIds, Offsets]:
-    """Return the token ids of n conversations, each with its tools or None, and their offsets [n + 1].
+    """Return the token ids of n conversations, each with its tools or None and its arguments for the chat template, and
+    their offsets [n + 1].
 
     A conversation for which the chat template fails has no tokens, and an error at its index in `indices` [n]. With
     `allow_special_tokens`, the text of a control token in a message becomes that token.
     """
-    token_ids, offsets, failed = tokenizer.encode_chats(conversations, tools, allow_special_tokens)
-    for i, message in failed.items():
-        errors[int(indices[i])] = RowError("template_error", message)
+    token_ids, offsets, failed = tokenizer.encode_chats(conversations, tools, allow_special_tokens, arguments)
+    for i, error in failed.items():
+        errors[int(indices[i])] = RowError(error.code, str(error))
     return token_ids, offsets
 
 
@@ -150,6 +160,16 @@ def _clip(sampling: SamplingParams, room: NDArray[np.int64]) -> tuple[tuple[Samp
     index = np.zeros(len(room), np.int32)
     index[tight] = 1 + found
     return (sampling, *(replace(sampling, max_tokens=int(tokens)) for tokens in rooms)), index
+
+
+def ends_of(requests: Requests, indices: Indices) -> NDArray[np.int32]:
+    """Return the last tokens of the prompts at `indices` [m] of the requests: [m, END_TOKENS], padded in front with -1.
+
+    They tell whether a prompt opens the thinking that an answer begins with.
+    """
+    places = requests.offsets[indices + 1][:, None] + np.arange(-END_TOKENS, 0)
+    within = places >= requests.offsets[indices][:, None]
+    return np.where(within, requests.token_ids[np.where(within, places, 0)], np.int32(-1))
 
 
 def row_seeds(seed: int, keys: Iterable[bytes]) -> NDArray[np.uint64]:

@@ -87,6 +87,16 @@ class SamplingParams:
             off=0,
         ),
     ] = 0
+    max_thinking_tokens: Annotated[
+        int,
+        Flag(
+            "Close a model's thinking by its own tag if it still thinks after N tokens of the answer.",
+            "Sampling",
+            at_least=0,
+            at_most=MAX_INT32,
+            off=0,
+        ),
+    ] = 0
     repetition_penalty: Annotated[
         float,
         Flag(
@@ -140,15 +150,16 @@ class SamplingParams:
         tuple[int, ...], Flag("Begin no answer with a token with one of these ids.", "Sampling", kind=TOKEN_IDS)
     ] = ()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # as `bad_words`, in token ids; the engine reads only these
+    thinking_tags: tuple[int, ...] = ()  # ids of the opening and the closing tag, for `max_thinking_tokens`
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "min_tokens", "no_repeat_ngram_size"):
+        for name in ("max_tokens", "top_k", "min_tokens", "no_repeat_ngram_size", "max_thinking_tokens"):
             self._check_kind(name, Integral, "a whole number")
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             self._check_kind(name, Real, "a number")
         for name in ("stop", "bad_words"):
             self._set(name, _texts(name, getattr(self, name)))
-        for name in ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens"):
+        for name in ("stop_token_ids", "suppress_tokens", "begin_suppress_tokens", "thinking_tags"):
             self._set(name, _ids(name, getattr(self, name)))
         words = self.bad_words_ids
         if isinstance(words, str) or not isinstance(words, Iterable):
@@ -183,12 +194,13 @@ class SamplingParams:
     @property
     def changes_logits(self) -> bool:
         """True if tokens are chosen from other logits than the model's own."""
-        return self.penalizes or self.bans
+        return self.penalizes or self.bans or self.max_thinking_tokens > 0
 
     @property
     def reads_tokens(self) -> bool:
         """True if the changes of a token's logits depend on the tokens before it, and not only on its position."""
-        return self.penalizes or self.no_repeat_ngram_size > 0 or any(len(word) > 1 for word in self.bad_words_ids)
+        words = any(len(word) > 1 for word in self.bad_words_ids)
+        return self.penalizes or words or self.no_repeat_ngram_size > 0 or self.max_thinking_tokens > 0
 
 
 def _texts(name: str, texts: Any) -> tuple[str, ...]:

@@ -48,6 +48,7 @@ class SequenceTable:
         self.repetition_penalty = np.ones(capacity, np.float32)
         self.presence_penalty = np.zeros(capacity, np.float32)
         self.frequency_penalty = np.zeros(capacity, np.float32)
+        self.thinking_end = np.full(capacity, -1, np.int64)  # new tokens after which thinking is closed; -1 if never
         self.ignore_eos = np.zeros(capacity, np.bool_)
         self.undrafted = np.zeros(capacity, np.bool_)  # True: gets no drafts, as earlier ones were not finite
         self.params = [SamplingParams()] * capacity
@@ -89,6 +90,7 @@ class SequenceTable:
         self.repetition_penalty[place] = params.repetition_penalty
         self.presence_penalty[place] = params.presence_penalty
         self.frequency_penalty[place] = params.frequency_penalty
+        self.thinking_end[place] = params.max_thinking_tokens or -1
         self.ignore_eos[place] = params.ignore_eos
         self.params[place] = params
         self.stops[place] = bool(params.stop or params.stop_token_ids)

@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from batchinfer.text.chat import ChatError, ChatTemplate, Message, Tool
+from batchinfer.text.chat_arguments import Arguments
 
 # Encloses a part's number in a trial. It is a noncharacter: no template strips it as a space, and Python escapes it
 # where it prints a list. So a template that merely prints the list does not seem to read it.
 _MARK = "\ufdd2"
 
 
-def fit_parts(template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool] | None) -> list[Message]:
+def fit_parts(
+    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool] | None, arguments: Arguments
+) -> list[Message]:
     """Return the messages with their content in the form that the template reads.
 
     A list of parts {"type": "text", "text": ...} stays one if the template writes the text of each part. If it writes
@@ -19,7 +22,7 @@ def fit_parts(template: ChatTemplate, messages: Sequence[Message], tools: Sequen
     """
     if not any(isinstance(message.get("content"), list) for message in messages):
         return list(messages)
-    written = _trial(template, messages, tools)
+    written = _trial(template, messages, tools, arguments)
     return [
         {**message, "content": _fit(i, message["content"], written)}
         if isinstance(message.get("content"), list)
@@ -28,7 +31,9 @@ def fit_parts(template: ChatTemplate, messages: Sequence[Message], tools: Sequen
     ]
 
 
-def _trial(template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool] | None) -> str:
+def _trial(
+    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool] | None, arguments: Arguments
+) -> str:
     """Return what the template writes with a number in place of each part's text, or nothing if it fails."""
     numbered = []
     for i, message in enumerate(messages):
@@ -37,7 +42,7 @@ def _trial(template: ChatTemplate, messages: Sequence[Message], tools: Sequence[
             message = {**message, "content": parts}
         numbered.append(message)
     try:
-        return template.render(numbered, tools)
+        return template.render(numbered, tools, arguments)
     except ChatError:
         return ""
 

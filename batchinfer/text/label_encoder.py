@@ -25,7 +25,7 @@ class LabelEncoder:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._added = np.zeros(tokenizer.vocab_size, np.bool_)
-        self._added[list(tokenizer.added_ids)] = True
+        self._added[list(tokenizer.added_tokens.values())] = True
         self._kept: dict[tuple[Label, tuple[str, ...]], tuple[Label, ...]] = {}
         self._before = "\n", tuple(tokenizer.encode_plain(["\n"])[0])
 

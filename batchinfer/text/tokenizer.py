@@ -20,7 +20,8 @@ from tokenizers import AddedToken
 
 from batchinfer.kernels.ragged import ranges
 from batchinfer.text.added_tokens import add_tokens, tokens_outside
-from batchinfer.text.chat import ChatError, ChatTemplate, Message, Tool
+from batchinfer.text.chat import NO_ARGUMENTS, ChatError, ChatTemplate, Message, Tool
+from batchinfer.text.chat_arguments import Arguments
 from batchinfer.text.content_parts import fit_parts
 from batchinfer.text.control_tokens import ControlTokens, one_of
 from batchinfer.text.tokenizer_files import (
@@ -28,12 +29,14 @@ from batchinfer.text.tokenizer_files import (
     named_tokens,
     read_bytes,
     read_json,
+    read_template,
     template_sources,
     tokenizer_config,
 )
 from batchinfer.text.tracked import Tracked, leaves
 
 TokenIds = NDArray[np.int32]  # the rows' token ids, one row after the other
+NOTHING: TokenIds = np.empty(0, np.int32)
 Offsets = NDArray[np.int64]  # row i is token_ids[offsets[i]:offsets[i + 1]]
 
 # Characters encoded at once. The limit bounds memory: the library takes about 100 bytes a token while it encodes.
@@ -106,11 +109,18 @@ class Tokenizer:
         self._words = one_of(words) if words else None
 
     @staticmethod
-    def load(model_dir: Path, tokenizer_dir: Path | None = None, moment: datetime | None = None) -> "Tokenizer":
+    def load(
+        model_dir: Path,
+        tokenizer_dir: Path | None = None,
+        moment: datetime | None = None,
+        chat_template: Path | None = None,
+        chats: bool = True,
+    ) -> "Tokenizer":
         """Load the tokenizer from a checkpoint's folder. The chat template takes `moment` for now.
 
-        With `tokenizer_dir`, everything but the end-of-text ids comes from that folder. Raises `ValueError` naming the
-        file that is missing or wrong.
+        With `tokenizer_dir`, everything but the end-of-text ids comes from that folder. The template in the file
+        `chat_template` takes the place of all the checkpoint's own. Without `chats`, no template is compiled. Raises
+        `ValueError` naming the file that is missing or wrong.
         """
         folder = tokenizer_dir or model_dir
         file = folder / "tokenizer.json"
@@ -130,19 +140,23 @@ class Tokenizer:
         if eos_ids is None:
             eos_id = backend.token_to_id(named.get("eos_token", ""))
             eos_ids = () if eos_id is None else (eos_id,)
-        sources = template_sources(folder, config)
-        source = sources.get("default")
+        own = template_sources(folder, config)
+        sources = own if chat_template is None else {"default": read_template(chat_template)}
+        source = sources.get("default") if chats else None
+        if chat_template is not None and not sources["default"].strip():
+            raise ValueError(f"{chat_template} is empty; expected a chat template")
         try:
             template = None if source is None else ChatTemplate.compile(source, named, moment)
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}") from error
+            raise ValueError(f"{chat_template or folder}: {error}") from error
         for text in left_out:
             if source is not None and any(name in source for name in (text, *(k for k in named if named[k] == text))):
                 raise ValueError(
-                    f"{folder}: the chat template writes {text[:50]!a}, a token beyond the model's vocab_size {size}"
+                    f"{chat_template or folder}: the chat template writes {text[:50]!a}, a token beyond the model's "
+                    f"vocab_size {size}"
                 )
         digest = hashlib.sha256(data)
-        digest.update(json.dumps([eos_ids, named, source], sort_keys=True).encode())
+        digest.update(json.dumps([eos_ids, named, own.get("default")], sort_keys=True).encode())
         if (added := _added(backend)) != in_file:
             digest.update(added.encode())
         bos_id = backend.token_to_id(named.get("bos_token", ""))
@@ -175,32 +189,38 @@ class Tokenizer:
         conversations: Sequence[Sequence[Message]],
         tools: Sequence[Sequence[Tool] | None] | None = None,
         allow_special_tokens: bool = False,
-    ) -> tuple[TokenIds, Offsets, dict[int, str]]:
+        arguments: Sequence[Arguments] | None = None,
+    ) -> tuple[TokenIds, Offsets, dict[int, ChatError]]:
         """Encode conversations, up to where the assistant's turn begins: (token ids, offsets, errors).
 
-        `tools` has the tools of each conversation, or None for one without. `errors` gives, by the index of a
-        conversation, why it could not be rendered; its row has no tokens. With `allow_special_tokens`, the text of a
-        control token in a message becomes that token. Raises `ValueError` if the checkpoint has no chat template.
+        `tools` has the tools of each conversation, or None for one without, and `arguments` what else its template is
+        given. `errors` gives, by the index of a conversation, why it could not be rendered; its row has no tokens. With
+        `allow_special_tokens`, the text of a control token in a message becomes that token. Raises `ValueError` if the
+        checkpoint has no chat template.
         """
         if self.template is None:
             raise ValueError("the checkpoint has no chat template")
         texts, errors = [], {}
-        none: list[Sequence[Tool] | None] = [None] * len(conversations)
-        for i, (messages, offered) in enumerate(zip(conversations, tools or none, strict=True)):
+        n = len(conversations)
+        chats = zip(conversations, tools or [None] * n, arguments or [NO_ARGUMENTS] * n, strict=True)
+        for i, (messages, offered, given) in enumerate(chats):
             template = self.template if offered is None or self.tool_template is None else self.tool_template
             try:
-                fitted = fit_parts(template, messages, offered)
-                text = template.render(fitted, offered)
-                texts.append(text if allow_special_tokens else self._follow(template, fitted, offered, text))
+                fitted = fit_parts(template, messages, offered, given)
+                text = template.render(fitted, offered, given)
+                texts.append(text if allow_special_tokens else self._follow(template, fitted, offered, given, text))
             except ChatError as error:
                 texts.append("")
-                errors[i] = str(error)
+                errors[i] = error
         return *_in_chunks(texts, self._encode_chats, [], []), errors
 
-    def decode_batch(self, token_ids: TokenIds, offsets: Offsets) -> list[str]:
-        """Return each row's text, without special tokens, end-of-text and ids beyond the vocabulary."""
+    def decode_batch(self, token_ids: TokenIds, offsets: Offsets, also: TokenIds = NOTHING) -> list[str]:
+        """Return each row's text, without special tokens, end-of-text and ids beyond the vocabulary; tokens in `also`
+        have their text in any case."""
         # Models with a padded vocabulary have ids that the library does not know, and skips.
         keep = self._printed[np.minimum(token_ids, self.vocab_size - 1)]
+        if len(also):
+            keep |= np.isin(token_ids, also)
         bounds = np.concatenate([[0], np.cumsum(keep)])[offsets].tolist()
         flat = token_ids[keep].tolist()
         rows = [flat[start:stop] for start, stop in pairwise(bounds)]
@@ -212,9 +232,13 @@ class Tokenizer:
         return text
 
     @property
-    def added_ids(self) -> frozenset[int]:
-        """Ids of the tokens that no other token may span: texts are cut at them first."""
-        return frozenset(self._backend.get_added_tokens_decoder())
+    def added_tokens(self) -> dict[str, int]:
+        """Id of every token that is found in texts as a whole, by its text: control tokens and the like."""
+        return {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
+
+    def prints(self, token_id: int) -> bool:
+        """Tell whether answers are printed with this token's text."""
+        return bool(self._printed[token_id])
 
     def words(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Return the token ids of each text, at the start of a text and behind a space; control tokens are plain text
@@ -224,8 +248,7 @@ class Tokenizer:
 
     def unprinted_in(self, text: str) -> dict[str, int]:
         """Return the tokens whose text is somewhere in `text` and which answers are printed without, with their ids."""
-        added = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items()}
-        return {content: i for content, i in added.items() if content in text and not self._printed[i]}
+        return {content: i for content, i in self.added_tokens.items() if content in text and not self._printed[i]}
 
     def _encode(self, texts: list[str], control: bool) -> list[list[int]]:
         self._backend.encode_special_tokens = not control
@@ -249,12 +272,18 @@ class Tokenizer:
         return [row[n:] if row[:n] == self._prefix else row for row in rows]
 
     def _follow(
-        self, template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Tool] | None, text: str
+        self,
+        template: ChatTemplate,
+        messages: Sequence[Message],
+        tools: Sequence[Tool] | None,
+        arguments: Arguments,
+        text: str,
     ) -> str:
-        """Return the rendered text, tracked if a control token in it may come from messages and tools alone."""
-        held = "\n".join(map(str, leaves([messages, tools])))
+        """Return the rendered text, tracked if a control token in it may come from messages, tools and arguments
+        alone."""
+        held = "\n".join(map(str, leaves([messages, tools, arguments])))
         followed = template.makes_characters or self._control.may_come_from(held)
-        return template.follow(messages, tools, text) if followed else text
+        return template.follow(messages, tools, arguments, text) if followed else text
 
     def _encode_chats(self, texts: list[str]) -> list[list[int]]:
         tracked = {i: self._control.cut(text) for i, text in enumerate(texts) if isinstance(text, Tracked)}

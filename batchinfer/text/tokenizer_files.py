@@ -58,7 +58,7 @@ def template_sources(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if (usual := folder / "chat_template.jinja").is_file():
         files.setdefault("default", usual)
     if files:
-        return {name: _read_template(files[name]) for name in ("default", "tool_use") if name in files}
+        return {name: read_template(files[name]) for name in ("default", "tool_use") if name in files}
     entry = config.get("chat_template") or read_json(folder / "chat_template.json").get("chat_template")
     named = entry if isinstance(entry, list) else [{"name": "default", "template": entry}] if entry else []
     sources = {}
@@ -73,7 +73,8 @@ def template_sources(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     return sources
 
 
-def _read_template(file: Path) -> str:
+def read_template(file: Path) -> str:
+    """Return the source of the chat template in a file. Raises `ValueError` if it is not UTF-8."""
     try:
         return read_bytes(file).decode()
     except UnicodeDecodeError as error:

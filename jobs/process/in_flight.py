@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from batchinfer.engine.prompts import END_TOKENS, ends_of
 from batchinfer.engine.request import Requests
 from batchinfer.jobs.results.schema import KEY
 from batchinfer.jobs.rows.answer_keys import Keys, answer_keys
@@ -105,3 +106,11 @@ class InFlight:
             mine, indices = sent.find(rows)
             found |= {place: choices.texts_of(i) for place, i in zip(mine.tolist(), indices.tolist(), strict=True)}
         return [found[place] for place in range(len(rows))]
+
+    def prompt_ends(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Return the last tokens of these rows' prompts [n, END_TOKENS], as `ends_of` gives them."""
+        found = np.full((len(rows), END_TOKENS), -1, np.int32)
+        for sent in self._sent:
+            mine, indices = sent.find(rows)
+            found[mine] = ends_of(sent.requests, indices)
+        return found

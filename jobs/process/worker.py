@@ -152,7 +152,7 @@ def run_engine(pipe: "Connection[Message, Command]", engine_name: str) -> None:
     make_engine = pkgutil.resolve_name(engine_name)  # imported here, while the parent still tokenizes
     order: Any = pipe.recv()
     try:
-        engine: Engine = make_engine(order.config, Tokenizer.load(order.config.model, order.tokenizer))
+        engine: Engine = make_engine(order.config, Tokenizer.load(order.config.model, order.tokenizer, chats=False))
     except (ValueError, OSError) as error:
         traceback.print_exc()
         pipe.send(Fault(str(error), refused=True))

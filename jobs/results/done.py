@@ -127,8 +127,8 @@ def completion_tokens(results: pa.Table | pa.RecordBatch) -> int:
     """Sum the completion tokens over all samples of all rows; a row without samples counts its own."""
     if not has_samples(results.schema):
         return pc.sum(results["completion_tokens"]).as_py() or 0
-    without = results["completion_tokens"].filter(pc.is_null(results[SAMPLES.name]))
-    of_samples = pc.struct_field(pc.list_flatten(results[SAMPLES.name]), "completion_tokens")
+    without = results["completion_tokens"].filter(pc.is_null(results[SAMPLES]))
+    of_samples = pc.struct_field(pc.list_flatten(results[SAMPLES]), "completion_tokens")
     return (pc.sum(without).as_py() or 0) + (pc.sum(of_samples).as_py() or 0)
 
 

@@ -9,4 +9,4 @@ from batchinfer.jobs.spec import JobSpec
 
 def fields_of(spec: JobSpec) -> list[pa.Field]:
     """Return the columns that the job writes beside the input's."""
-    return result_fields(spec.n, label_fields(spec))
+    return result_fields(spec.n, spec.parsed, label_fields(spec))

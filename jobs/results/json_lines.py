@@ -29,7 +29,7 @@ import pyarrow.compute as pc
 
 from batchinfer.errors import Refused
 from batchinfer.host.files import keys_once
-from batchinfer.jobs.results.schema import COUNTED, RESULT_FIELDS, SAMPLE, SAMPLES
+from batchinfer.jobs.results.schema import COUNTED, SAMPLES, result_fields
 
 SLICE_ROWS = 1024  # most rows that are Python objects at a time
 SLICE_BYTES = 1 << 22  # most bytes of them
@@ -72,7 +72,7 @@ class JsonLines:
 
     @staticmethod
     def results(path: Path) -> Iterator[pa.Table]:
-        types = {field.name: field.type for field in [*RESULT_FIELDS, SAMPLES]}
+        types = {field.name: field.type for field in result_fields(2)}
         with path.open("rb") as file:
             number = 0
             while rows := [_counted(path, number + i, line) for i, line in enumerate(islice(file, SLICE_ROWS), 1)]:
@@ -89,9 +89,9 @@ def _counted(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
         counted = {name: row[name] for name in COUNTED}
-        if next(reversed(row)) == SAMPLES.name:
-            tokens = SAMPLE[2].name
-            counted[SAMPLES.name] = row[SAMPLES.name] and [{tokens: one[tokens]} for one in row[SAMPLES.name]]
+        if next(reversed(row)) == SAMPLES:
+            tokens = "completion_tokens"
+            counted[SAMPLES] = row[SAMPLES] and [{tokens: one[tokens]} for one in row[SAMPLES]]
         return counted
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise Refused(f"{path} is damaged: line {number} is not a row of an output: {error}") from error

@@ -1,9 +1,10 @@
 """The result columns. Parts have them after the row's ordinal, the output has them after the input's columns.
 
-Every job has `RESULT_FIELDS`. Columns that a job asks for stand behind these, and `samples` is always the last.
+Every job has `RESULT_FIELDS`. Columns that are parsed out of the text stand behind it, and others that a job asks for
+behind all of these; `samples` is always the last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -20,31 +21,43 @@ RESULT_FIELDS = [
 # Only in parts: a digest of what a row's answer depends on besides the job (rows/answer_keys.py); null if the row
 # did not run.
 KEY = pa.field("key", pa.binary(16))
-PART_SCHEMA = pa.schema([pa.field(ROW, pa.int64(), nullable=False), KEY, *RESULT_FIELDS])
-# With several samples a row, this column lists them all, or is null if the row failed. The other columns are those of
-# the first sample.
-SAMPLE = pa.struct([RESULT_FIELDS[0], RESULT_FIELDS[1], RESULT_FIELDS[3]])
-SAMPLES = pa.field("samples", pa.list_(SAMPLE))
-SAMPLE_TOKENS = (
-    f"{SAMPLES.name}.list.element.completion_tokens"  # Parquet's name for the samples' column of completion tokens
-)
+# What is taken out of the text, in jobs whose answers are parsed; it stands behind the text.
+TOOL_CALL = pa.struct([pa.field("name", pa.string()), pa.field("arguments", pa.string())])
+PARSED_FIELDS = [pa.field("reasoning", pa.string()), pa.field("tool_calls", pa.list_(TOOL_CALL))]
+SAMPLES = "samples"
+# Parquet's name for the samples' column of completion tokens
+SAMPLE_TOKENS = f"{SAMPLES}.list.element.completion_tokens"
 COUNTED = ["finish_reason", "prompt_tokens", "completion_tokens", "error_code"]
 PARQUET: dict[str, Any] = {"write_page_checksum": True, "compression": "zstd"}
 
 
-def result_fields(samples: int, asked: Sequence[pa.Field] = ()) -> list[pa.Field]:
-    """Return the result columns of a job with this number of samples for each row, and with the columns `asked`."""
-    return [*RESULT_FIELDS, *asked, *([SAMPLES] if samples > 1 else [])]
+def result_fields(samples: int = 1, parsed: Collection[str] = (), asked: Sequence[pa.Field] = ()) -> list[pa.Field]:
+    """Return the result columns of a job with this number of samples for each row, these parsed columns, and the
+    columns `asked`.
+
+    With several samples a row, the last column lists them all, or is null if the row failed. The other columns are
+    those of the first sample.
+    """
+    text, *others = RESULT_FIELDS
+    fields = [text, *(field for field in PARSED_FIELDS if field.name in parsed), *others, *asked]
+    return [*fields, pa.field(SAMPLES, pa.list_(sample_type(parsed)))] if samples > 1 else fields
 
 
-def part_schema(fields: Sequence[pa.Field]) -> pa.Schema:
+def sample_type(parsed: Collection[str] = ()) -> pa.StructType:
+    """Return the type of a sample, in a job with these parsed columns."""
+    unlike = ("prompt_tokens", "error_code", "error_message")
+    return pa.struct([field for field in result_fields(1, parsed) if field.name not in unlike])
+
+
+def part_schema(results: Sequence[pa.Field] = RESULT_FIELDS) -> pa.Schema:
     """Return the columns of the parts of a job with these result columns."""
-    return pa.schema([*list(PART_SCHEMA)[:2], *fields])
+    return pa.schema([pa.field(ROW, pa.int64(), nullable=False), KEY, *results])
 
 
 def is_part(schema: pa.Schema) -> bool:
     """Return whether a part may have these columns; those of earlier versions have no key."""
-    begins = (pa.schema(list(schema)[: len(known)]).equals(known) for known in (PART_SCHEMA, keyless(PART_SCHEMA)))
+    whole = part_schema(result_fields(1, [field.name for field in PARSED_FIELDS if field.name in schema.names]))
+    begins = (pa.schema(list(schema)[: len(known)]).equals(known) for known in (whole, keyless(whole)))
     return any(begins)
 
 
@@ -58,7 +71,7 @@ def has_samples(schema: pa.Schema) -> bool:
 
     That is the last column. An input column of the same name would stand before the results.
     """
-    return bool(schema.names[-1] == SAMPLES.name)
+    return bool(schema.names[-1] == SAMPLES)
 
 
 def counted(schema: pa.Schema) -> list[str]:

@@ -1,4 +1,4 @@
-"""Reading conversations, and the tools that they may use, from columns of structs or of JSON; or a row's error."""
+"""Reading conversations, their tools, and arguments for their template from columns or files; or a row's error."""
 
 import json
 from collections.abc import Callable
@@ -8,11 +8,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchinfer.engine.prompts import BadPrompt, Conversation, Errors, Tools, check_messages, check_tools, size_errors
+from batchinfer.engine.prompts import (
+    BadPrompt,
+    Conversation,
+    Errors,
+    Tools,
+    check_arguments,
+    check_messages,
+    check_tools,
+    size_errors,
+)
 from batchinfer.errors import Refused
 from batchinfer.jobs.rows.text_columns import invalid_utf8, is_text
 from batchinfer.jobs.tables.ids import as_text
 from batchinfer.jobs.tables.table import find_field
+from batchinfer.text.chat_arguments import Arguments
 
 
 def check_messages_column(file: Path, schema: pa.Schema, name: str) -> None:
@@ -45,6 +55,36 @@ def check_tools_column(file: Path, schema: pa.Schema, name: str) -> None:
         )
 
 
+def check_arguments_column(file: Path, schema: pa.Schema, name: str) -> None:
+    """Raise `Refused`, naming the type that was found, unless the column can hold arguments for a chat template."""
+    kind = find_field(schema, name, file).type
+    is_map = pa.types.is_map(kind) and is_text(kind.key_type)
+    if not (is_text(kind) or is_map or pa.types.is_struct(kind)) or _has_nanoseconds(kind):
+        raise Refused(
+            f"{file}: column {name!r} is {kind}; expected structs, or maps with text as keys, without times in "
+            "nanoseconds, or JSON objects as text"
+        )
+
+
+def read_tools_file(file: Path) -> Tools:
+    """Return the tools in a JSON file. Raises `Refused`, naming the file, if it holds no list of tools."""
+    try:
+        tools = _parse_json(file.read_text("utf-8"), "tools")
+        check_tools(tools)
+        if not tools:
+            raise BadPrompt("bad_tools", "there is no tool in it")
+    except UnicodeDecodeError as error:
+        raise Refused(f"--tools {file} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise Refused(f"--tools {file}: {error.strerror}; correct the path") from error
+    except BadPrompt as error:
+        raise Refused(
+            f"--tools {file}: {error.row_error.message}; give a JSON list of schemas, as "
+            '[{"type": "function", "function": {"name": ..., "parameters": ...}}]'
+        ) from error
+    return list(tools)
+
+
 def read_messages(batch: pa.RecordBatch, name: str, errors: Errors) -> dict[int, Conversation]:
     """Return the conversations by index. New errors are added to `errors`."""
     return _read(batch.column(name), name, "messages", check_messages, errors)
@@ -52,11 +92,26 @@ def read_messages(batch: pa.RecordBatch, name: str, errors: Errors) -> dict[int,
 
 def read_tools(batch: pa.RecordBatch, name: str, errors: Errors) -> dict[int, Tools | None]:
     """Return the tools by index; a null and an empty text are none. New errors are added to `errors`."""
-    column = batch.column(name)
-    if is_text(column.type):  # CSV has no nulls
-        column = as_text(column)
-        column = pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)
-    return _read(column, name, "tools", check_tools, errors)
+    return _read(_empty_as_null(batch.column(name)), name, "tools", check_tools, errors)
+
+
+def read_arguments(batch: pa.RecordBatch, name: str, errors: Errors) -> dict[int, Arguments]:
+    """Return the arguments for the chat template by index. A null and an empty text are none, and so is a null in a
+    struct or a map. New errors are added to `errors`."""
+    column = _empty_as_null(batch.column(name))
+    found = _read(column, name, "chat_template_kwargs", check_arguments, errors)
+    sparse = not is_text(column.type)  # all rows of a struct have the same fields
+    return {
+        index: {key: value for key, value in (given or {}).items() if not (sparse and value is None)}
+        for index, given in found.items()
+    }
+
+
+def _empty_as_null(column: pa.Array) -> pa.Array:
+    if not is_text(column.type):
+        return column
+    column = as_text(column)
+    return pc.if_else(pc.equal(column, ""), pa.scalar(None, column.type), column)  # CSV has no nulls
 
 
 def _read(column: pa.Array, name: str, what: str, check: Callable[[Any], None], errors: Errors) -> dict[int, Any]:
@@ -72,6 +127,8 @@ def _read(column: pa.Array, name: str, what: str, check: Callable[[Any], None], 
             continue
         try:
             value = stored.as_py()
+            if isinstance(stored, pa.MapScalar) and value is not None:
+                value = dict(value)
             if is_json and value is not None:
                 value = _parse_json(value, what)
             check(value)

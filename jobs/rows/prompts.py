@@ -21,12 +21,21 @@ from batchinfer.engine.prompts import (
 )
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.errors import Refused, UsageError
-from batchinfer.jobs.rows.conversations import check_messages_column, check_tools_column, read_messages, read_tools
+from batchinfer.jobs.rows.conversations import (
+    check_arguments_column,
+    check_messages_column,
+    check_tools_column,
+    read_arguments,
+    read_messages,
+    read_tools,
+    read_tools_file,
+)
 from batchinfer.jobs.rows.labels import LabelSource
 from batchinfer.jobs.rows.text_columns import check_types, good_texts, is_text, text_column
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text, id_bytes
 from batchinfer.jobs.tables.json_lines import indices_not_text
+from batchinfer.text.chat_arguments import Arguments
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 
 
@@ -36,7 +45,8 @@ def verbatim_columns(spec: JobSpec) -> list[str]:
     A prompt column has no other values than text. Raises `UsageError` for a wrong prompt template.
     """
     template = [] if spec.prompt_template is None else parse_template(spec.prompt_template)
-    names = [spec.messages_column, spec.tools_column, *(name for _, name in template)]
+    of_chats = spec.messages_column, spec.tools_column, spec.chat_template_kwargs_column
+    names = [*of_chats, *(name for _, name in template)]
     return [name for name in names if name is not None]
 
 
@@ -67,6 +77,10 @@ class PromptSource:
         if spec.tools_column is not None:
             check_tools_column(file, schema, spec.tools_column)
             names.append(spec.tools_column)
+        self._tools = None if spec.tools is None else read_tools_file(spec.tools)
+        if spec.chat_template_kwargs_column is not None:
+            check_arguments_column(file, schema, spec.chat_template_kwargs_column)
+            names.append(spec.chat_template_kwargs_column)
         if spec.id_column is not None:
             check_types(file, schema, [spec.id_column], _is_id, "text or an integer")
             names.append(spec.id_column)
@@ -74,8 +88,8 @@ class PromptSource:
         self.columns = list(dict.fromkeys([*names, *(self._labels.columns if self._labels else [])]))
         if spec.renders_chats and tokenizer.template is None:
             raise Refused(
-                f"{spec.tokenizer or spec.model} has no chat template; give plain prompts with --prompt-column, or a "
-                "tokenizer that has one with --tokenizer"
+                f"{spec.tokenizer or spec.model} has no chat template; give one with --chat-template, a tokenizer that "
+                "has one with --tokenizer, or plain prompts with --prompt-column"
             )
 
     def tokenize(self, first_row: int, batch: pa.RecordBatch) -> tuple[Requests, dict[int, RowError]]:
@@ -124,15 +138,22 @@ class PromptSource:
     def _encode(
         self, chats: dict[int, Conversation], batch: pa.RecordBatch, errors: Errors
     ) -> tuple[NDArray[np.int64], TokenIds, Offsets]:
-        """Return (indices, token ids, offsets) of the conversations, by index, that have good tools or none."""
-        tools: dict[int, Tools | None] = dict.fromkeys(chats)
-        if self._spec.tools_column is not None:
-            tools = read_tools(batch, self._spec.tools_column, errors)
-        both = [index for index in chats if index in tools]
-        indices = np.array(both, np.int64)
-        messages, offered = [chats[index] for index in both], [tools[index] for index in both]
-        special = self._spec.allow_special_tokens
-        return indices, *encode_chats(self._tokenizer, indices, messages, errors, offered, special)
+        """Return (indices, token ids, offsets) of the conversations, by index, whose tools and arguments are good."""
+        spec = self._spec
+        tools: dict[int, Tools | None] = dict.fromkeys(chats, self._tools)
+        if spec.tools_column is not None:
+            tools = read_tools(batch, spec.tools_column, errors)
+        common: Arguments = spec.chat_template_kwargs or {}
+        arguments = dict.fromkeys(chats, common)
+        if spec.chat_template_kwargs_column is not None:
+            given = read_arguments(batch, spec.chat_template_kwargs_column, errors)
+            arguments = {index: {**common, **own} for index, own in given.items()}
+        good = [index for index in chats if index in tools and index in arguments]
+        indices = np.array(good, np.int64)
+        messages, offered = [chats[index] for index in good], [tools[index] for index in good]
+        each = [arguments[index] for index in good]
+        special = spec.allow_special_tokens
+        return indices, *encode_chats(self._tokenizer, indices, messages, errors, offered, special, each)
 
     def _seeds(self, requests: Requests, batch: pa.RecordBatch) -> NDArray[np.uint64]:
         """Return the rows' random seeds: from the id column if there is one, else from the token ids. They never depend

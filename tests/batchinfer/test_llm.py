@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from chat_models import CHATML, LLAMA_2, LLAMA_3, save
+from chat_models import CHATML, HYBRID, LLAMA_2, LLAMA_3, OPENED, save
 from engines import assert_blocks_are_free
 from repository import TARGET
 
@@ -117,6 +117,49 @@ def test_messages_are_rendered_as_by_transformers(llm: LLM, theirs: Any, monkeyp
     assert completion.prompt_tokens > len(
         theirs.apply_chat_template(CHAT, add_generation_prompt=True, return_dict=False)
     )
+
+
+def test_a_template_of_ones_own_gets_arguments(folder: Path, tmp_path: Path, llm: LLM) -> None:
+    (tmp_path / "own.jinja").write_text(HYBRID)
+    own = LLM(folder, device="cpu", max_num_seqs=4, chat_template=tmp_path / "own.jinja")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    lengths = []
+    for arguments in ({}, {"enable_thinking": False}):
+        (found,) = own.generate([TALK], GREEDY, chat_template_kwargs=arguments)
+        ids = theirs.apply_chat_template(
+            TALK, chat_template=HYBRID, add_generation_prompt=True, return_dict=False, **arguments
+        )
+        lengths.append(found.prompt_tokens)
+        assert found.prompt_tokens == len(ids)
+    assert lengths[0] < lengths[1]
+    assert not any("chat_template_kwargs" in note for note in own.stats().notes)
+    llm.generate([TALK], GREEDY, chat_template_kwargs={"enable_thinking": False})
+    assert any("never reads enable_thinking" in note for note in llm.stats().notes)
+    with pytest.raises(ValueError, match="chat_template_kwargs has 'tools', a name that is reserved"):
+        llm.generate([TALK], chat_template_kwargs={"tools": []})
+
+
+def test_thinking_that_the_prompt_opens_is_no_answer(folder: Path, tmp_path: Path, llm: LLM) -> None:
+    (tmp_path / "own.jinja").write_text(OPENED)
+    own = LLM(folder, device="cpu", max_num_seqs=4, chat_template=tmp_path / "own.jinja")
+    thinking, closed = (
+        own.generate([TALK, "Hello"], GREEDY, chat_template_kwargs=arguments) for arguments in ({}, {"thinking": False})
+    )
+    assert thinking[0].text == "" and thinking[0].reasoning
+    assert closed[0].text and closed[0].reasoning is None
+    assert thinking[1] == closed[1] and thinking[1].text and thinking[1].reasoning is None
+    whole = LLM(
+        folder, device="cpu", max_num_seqs=4, chat_template=tmp_path / "own.jinja", reasoning_parser="none"
+    ).generate([TALK], GREEDY)
+    assert whole[0].text and whole[0].reasoning is None and whole[0].token_ids == thinking[0].token_ids
+    short = own.generate([TALK], SamplingParams(max_tokens=12, ignore_eos=True, max_thinking_tokens=4))
+    closing = own.tokenizer.added_tokens["</think>"]
+    assert short[0].token_ids[:5] == [*thinking[0].token_ids[:4], closing]
+    assert short[0].reasoning and short[0].text and short[0].reasoning in str(thinking[0].reasoning)
+    with pytest.raises(ValueError, match="max_thinking_tokens needs a --reasoning-parser"):
+        llm.generate([TALK], SamplingParams(max_thinking_tokens=4))
+    with pytest.raises(ValueError, match="reasoning_parser is 'x'; it must be one of auto, none, harmony"):
+        LLM(folder, reasoning_parser="x")
 
 
 def test_tools_are_for_every_conversation(folder: Path, tmp_path: Path, llm: LLM) -> None:

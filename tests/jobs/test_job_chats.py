@@ -66,7 +66,7 @@ def test_tools_that_a_template_never_reads_are_told(
     with pytest.raises(Refused, match="begun with another template"):
         run(replace(job, tools_column=None), STUB)
     (chat_model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ tools }}"}))
-    assert run(replace(job, overwrite=True), STUB).notes == []
+    assert not any("in vain" in note for note in run(replace(job, overwrite=True), STUB).notes)
 
 
 def test_the_template_for_tools_is_tried_before_the_job(tmp_path: Path, chat_model: Path) -> None:

@@ -7,7 +7,14 @@ import transformers
 from batchinfer.kernels.logits import LogitsChanges, change_logits
 
 
-def changes(rows: list[int], ids: list[int], factor: float, subtracted: list[float], banned: int) -> LogitsChanges:
+def changes(
+    rows: list[int],
+    ids: list[int],
+    factor: float,
+    subtracted: list[float],
+    banned: int,
+    forced: dict[int, int] | None = None,
+) -> LogitsChanges:
     return LogitsChanges(
         torch.tensor(rows),
         torch.tensor(ids),
@@ -15,6 +22,8 @@ def changes(rows: list[int], ids: list[int], factor: float, subtracted: list[flo
         torch.tensor(subtracted),
         torch.tensor([rows[0]]),
         torch.tensor([banned]),
+        torch.tensor([*(forced or {})], dtype=torch.int64),
+        torch.tensor([*(forced or {}).values()], dtype=torch.int64),
     )
 
 
@@ -40,6 +49,16 @@ def test_values_that_are_not_finite_are_not_hidden_by_a_ban() -> None:
         logits = torch.full((1, 4), value)
         change_logits(logits, changes([0], [0], 2.0, [0.5], 3))
         assert not logits[0, 3].isfinite() and logits[0, 3] != float("-inf")
+
+
+def test_a_forced_token_is_the_only_one_left_of_its_row() -> None:
+    logits, infinite = torch.tensor([[2.0, 1.0, 3.0]] * 3), float("-inf")
+    change_logits(logits, changes([2], [0], 2.0, [0.0], 1, forced={0: 1, 2: 0}))
+    assert logits.tolist() == [[infinite, 1.0, infinite], [2.0, 1.0, 3.0], [1.0, infinite, infinite]]
+    for value in (float("nan"), float("inf")):
+        logits = torch.tensor([[value, 1.0, 3.0]])
+        change_logits(logits, changes([0], [1], 1.0, [0.0], 2, forced={0: 1}))
+        assert not logits.max().isfinite()  # values that are not finite are not hidden
 
 
 def test_ids_beyond_the_vocabulary_are_left_out() -> None:

@@ -68,6 +68,23 @@ TOOLS = """{%- for message in messages %}
 {{ message | tojson(indent=2, sort_keys=true) }}<|im_end|>
 {%- endfor %}
 {%- if tools is none and not documents and unk_token is not defined %}<|im_start|>{% endif %}"""
+# Templates that read arguments: how models that think have them.
+HYBRID = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}"""
+OPENED = """{% if not thinking is defined %}{% set thinking = true %}{% endif %}{{ bos_token }}\
+{% for message in messages %}{{ '<|im_start|>' + message['role'] + message['content'] }}{% endfor %}\
+{{ '<|im_start|>assistant' }}{% if thinking %}{{ '<think>\\n' }}{% else %}{{ '</think>' }}{% endif %}"""
+NEEDY = """{%- macro say(text) %}{{ text }} in {{ language }}{{ style.tone | default('') }}{% endmacro %}
+{%- for message in messages %}{{- say(message.content) + '<|im_end|>' }}{%- endfor %}
+{%- for key in options | default({}) %}{{ key }}={{ options[key] | tojson }};{% endfor %}"""
+ARGUED = {"hybrid": HYBRID, "opened": OPENED, "needy": NEEDY}
 TEMPLATES = {"chatml": CHATML, "qwen": QWEN, "llama 2": LLAMA_2, "llama 3": LLAMA_3, "gemma": GEMMA, "tools": TOOLS}
 SPECIAL = [
     *("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),

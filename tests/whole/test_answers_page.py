@@ -1,35 +1,78 @@
-"""The commands on docs/answers.md print what the page says."""
+"""The examples of docs/answers.md run as they stand, one after the other, and print what the page says."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
+from chat_models import SPECIAL, TAGS, save
 from repository import ROOT
 
+from batchinfer.text import reasoning, tool_calls
+
 PAGE = (ROOT / "docs" / "answers.md").read_text()
-EXAMPLES = re.findall(r"```sh\n(.*?)```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
+EXAMPLE = re.compile(r"^```(sh|python)\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
+# A model that thinks unless it is told not to, and knows tools.
+TEMPLATE = """{%- if tools %}{{- '<tool_call>' + tools | tojson + '</tool_call>' }}{%- endif %}
+{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' }}{%- endfor %}
+{{- '<|im_start|>assistant\\n<think>\\n' }}{%- if enable_thinking is false %}{{- '\\n</think>\\n\\n' }}{%- endif %}"""
 
 
-def test_each_command_has_its_lines() -> None:
-    assert len(EXAMPLES) == PAGE.count("```sh") > 0
-
-
-@pytest.mark.parametrize(("commands", "lines"), EXAMPLES)
-def test_an_example_prints_its_lines(tmp_path: Path, commands: str, lines: str) -> None:
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    program = tmp_path / "batchinfer"
+@pytest.fixture(scope="module")
+def folder(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which all examples of the page have run."""
+    there = tmp_path_factory.mktemp("page")
+    shutil.copytree(make_model("llama", vocab_size=520, max_position_embeddings=1024), there / "model")
+    save(there / "model", TEMPLATE, special=SPECIAL, tags=[*TAGS, "<tool_call>", "</tool_call>"])
+    (there / "examples").symlink_to(ROOT / "examples")
+    program = there / "batchinfer"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m batchinfer "$@"\n')
     program.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-euc", commands], cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
-    printed = " ".join(done.stdout.split())
-    for line in lines.splitlines():
-        _, found, printed = printed.partition(line)
-        assert found, f"{line!r} is not printed there: {done.stdout}"
+    environment = {**os.environ, "PATH": f"{there}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    for language, code, lines in EXAMPLE.findall(PAGE):
+        command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, cwd=there, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        assert done.returncode == 0, f"{code}\n{done.stdout}"
+        printed = " ".join(done.stdout.split())
+        for line in lines.splitlines():
+            _, found, printed = printed.partition(line)
+            assert found, f"{line!r} is not printed there: {done.stdout}"
+    return there
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    assert all(row["error_code"] is None for row in found)
+    return found
+
+
+def test_all_blocks_of_code_are_examples() -> None:
+    assert len(EXAMPLE.findall(PAGE)) == PAGE.count("```sh") + PAGE.count("```python")
+    assert sum(bool(lines) for *_, lines in EXAMPLE.findall(PAGE)) == PAGE.count("```text")
+
+
+def test_examples_of_labels_give_what_the_page_says(folder: Path) -> None:
+    for row in rows(folder / "labels.parquet"):
+        assert row["choice"] == row["generated_text"] and row["choice"] in (" good", " bad", " not bad")
+        assert 0 < row["choice_mass"] < 1 and 1 / 3 <= row["choice_probability"] <= 1
+
+
+def test_chat_examples_give_what_the_page_says(folder: Path) -> None:
+    assert "reasoning" not in rows(folder / "quick.parquet")[0]
+    assert [row["reasoning"] is None for row in rows(folder / "mixed.parquet")] == [True, False, False]
+    for row in rows(folder / "thought.parquet"):
+        assert row["reasoning"] and row["generated_text"] and row["completion_tokens"] == 32
+    assert [row["tool_calls"] for row in rows(folder / "called.parquet")] == [None] * 3
+
+
+def test_the_page_names_all_formats() -> None:
+    named = set(re.findall(r"^\| `([a-z0-9-]+)` \|", PAGE, re.MULTILINE))
+    assert {*reasoning.FORMATS, *tool_calls.FORMATS} <= named

@@ -19,7 +19,7 @@ FLOORS = [
     ["engine"],  # and engine.drafts, a part of it
     ["cost", "quality", "llm"],
     ["quantize"],
-    ["jobs.amounts", "jobs.flag_values", "jobs.log", "jobs.speculation"],
+    ["jobs.amounts", "jobs.chat_flags", "jobs.flag_values", "jobs.log", "jobs.speculation"],
     ["jobs.flags"],
     ["jobs.results"],
     ["jobs.spec"],

@@ -26,7 +26,7 @@ def resolve_draft_model(speculation: Speculation, model: str, tokenizer: Tokeniz
             "layers are all of attention, or leave it out"
         )
     try:
-        drafts = Tokenizer.load(folder)
+        drafts = Tokenizer.load(folder, chats=False)
     except ValueError as error:
         raise Refused(f"{name}: {error}") from error
     if drafts.vocabulary != tokenizer.vocabulary:

@@ -277,14 +277,14 @@ def test_a_message_nested_beyond_all_reason_costs_its_row_at_most(pair: Pair) ->
 def test_the_time_is_the_same_in_both_texts() -> None:
     template = ChatTemplate.compile("{{ strftime_now('%H:%M:%S.%f') }}", {})
     text = template.render([user("<s>")])
-    assert template.follow([user("<s>")], None, text) == text
+    assert template.follow([user("<s>")], None, {}, text) == text
 
 
 def test_another_text_than_the_plain_one_is_an_error() -> None:
     source = "{{ messages[0].content.split }}"  # the address of a method
     template = ChatTemplate.compile(source, {})
     with pytest.raises(ChatError, match="--allow-special-tokens"):
-        template.follow([user("<s>")], None, template.render([user("<s>")]))
+        template.follow([user("<s>")], None, {}, template.render([user("<s>")]))
 
 
 # Random templates: messages have "<s>" only, the template has "[A]" only, so that each id tells where it comes from.
@@ -336,7 +336,7 @@ def test_any_template_renders_the_same_text_and_no_control_token_of_messages(
         return
     assume(" at 0x" not in text)  # an address
     assert text == pair.default(source, [user(content)], tokenize=False)
-    followed = template.follow([user(content)], None, text)
+    followed = template.follow([user(content)], None, {}, text)
     assert isinstance(followed, Tracked)
     for match in re.finditer("</?s>", followed):
         assert set(origin_of(followed)[slice(*match.span())]) == {MESSAGE[0]}

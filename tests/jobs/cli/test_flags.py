@@ -1,5 +1,6 @@
 """Every flag that is declared reaches the command line, the job file, the job, the checks and the help."""
 
+import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -35,6 +36,10 @@ WRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "metrics_textfile": ("x.prom", Path("x.prom"), {}),
     "system_prompt": ("Be brief.", "Be brief.", {"chat": True}),
     "tools_column": ("tools", "tools", {"chat": True}),
+    "tools": ("tools.json", Path("tools.json"), {"chat": True}),
+    "chat_template": ("t.jinja", Path("t.jinja"), {"chat": True}),
+    "chat_template_kwargs": ('{"a": [1, null]}', {"a": [1, None]}, {"chat": True}),
+    "chat_template_kwargs_column": ("kwargs", "kwargs", {"chat": True}),
     "canary_reference": ("other", "other", {"canary": 1}),
     "template_date": ("2026-11-28T09:30", datetime(2026, 11, 28, 9, 30), {}),
     "incremental": (True, True, {"id_column": "id"}),
@@ -72,7 +77,7 @@ def arguments(values: dict[str, Any]) -> list[str]:
 def toml(values: dict[str, Any]) -> str:
     """Values of fields as a job file."""
     text = {
-        field: str(value).lower() if isinstance(value, bool | int | float) else f'"{value}"'
+        field: str(value).lower() if isinstance(value, bool | int | float) else json.dumps(value)
         for field, value in values.items()
     }
     return "\n".join(f"{FLAGS[field].name.replace('_', '-')} = {value}" for field, value in text.items())

@@ -20,7 +20,7 @@ from batchinfer.errors import Interrupted, Refused
 from batchinfer.jobs.results import durable, parquet, run_folder
 from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.results.schema import KEY, PART_SCHEMA, RESULT_FIELDS
+from batchinfer.jobs.results.schema import KEY, RESULT_FIELDS, part_schema
 
 INPUT_SCHEMA = pa.schema([("id", pa.string()), ("score", pa.float64())])
 
@@ -48,7 +48,7 @@ def finished(rows: list[int], text: str = "answer") -> pa.RecordBatch:
         pa.nulls(n, pa.string()),
         pa.nulls(n, pa.string()),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=PART_SCHEMA)
+    return pa.RecordBatch.from_arrays(columns, schema=part_schema())
 
 
 def inputs(n: int, rows: int) -> list[tuple[int, pa.RecordBatch]]:
@@ -162,7 +162,7 @@ def test_a_flipped_bit_in_a_part_is_noticed(tmp_path: Path) -> None:
     folder.commit([finished(list(range(1000)))])
     part = folder.path / "parts" / "part-000001.parquet"
     data = bytearray(part.read_bytes())
-    text = pq.read_metadata(part).row_group(0).column(PART_SCHEMA.get_field_index("generated_text"))
+    text = pq.read_metadata(part).row_group(0).column(part_schema().get_field_index("generated_text"))
     data[text.data_page_offset + text.total_compressed_size // 2] ^= 1
     part.write_bytes(data)
     with pytest.raises(OSError, match=r"part-000001\.parquet is damaged"):
@@ -213,7 +213,7 @@ def failed(rows: list[int]) -> pa.RecordBatch:
     n = len(rows)
     columns = [*batch.columns[:2], pa.nulls(n, pa.string()), pa.array(["error"] * n), *batch.columns[4:6]]
     columns += [pa.array(["too_long"] * n), pa.array(["the prompt is too long"] * n)]
-    return pa.RecordBatch.from_arrays(columns, schema=PART_SCHEMA)
+    return pa.RecordBatch.from_arrays(columns, schema=part_schema())
 
 
 def test_rows_that_failed_run_again_if_asked_and_the_later_result_counts(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.durable import write_json
 from batchinfer.jobs.results.output_writer import digest_of, is_there
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.results.schema import PART_SCHEMA
+from batchinfer.jobs.results.schema import part_schema
 
 ROWS = 12
 INPUT = pa.schema([("id", pa.int64())])
@@ -78,7 +78,7 @@ def finished(rows: list[int], failed: list[int]) -> pa.RecordBatch:
         "error_code": ["not_finite" if row in failed else None for row in rows],
         "error_message": [None] * n,
     }
-    return pa.RecordBatch.from_pydict(columns, schema=PART_SCHEMA)
+    return pa.RecordBatch.from_pydict(columns, schema=part_schema())
 
 
 class Protocol(RuleBasedStateMachine):

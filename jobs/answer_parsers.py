@@ -1,0 +1,59 @@
+"""Choosing a job's parsers of answers, where its flags leave that to the chat template."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from batchinfer.errors import UsageError
+from batchinfer.jobs.spec import JobSpec
+from batchinfer.text import reasoning
+from batchinfer.text.answer_formats import closes_thinking, reasoning_format_of, thinking_tags, tool_format_of
+from batchinfer.text.chat import ChatTemplate
+from batchinfer.text.tokenizer import Tokenizer
+
+
+def with_parsers(spec: JobSpec, templates: Sequence[ChatTemplate], tokenizer: Tokenizer) -> tuple[JobSpec, list[str]]:
+    """Return the job with the parsers that 'auto' stands for, and notes for the log and the report.
+
+    `templates` are the chat templates of the job, the one for tools last. Raises `UsageError` for --max-thinking-tokens
+    where there are no tags to close thinking by.
+    """
+    notes: list[str] = []
+    if spec.chooses:  # nothing is generated
+        return replace(spec, reasoning_parser="none", tool_parser="none"), notes
+    if spec.reasoning_parser == "auto":
+        name, said = _reasoning_parser(spec, templates)
+        spec, notes = replace(spec, reasoning_parser=name), said
+    if spec.tool_parser == "auto":
+        name, said = _tool_parser(spec, templates)
+        spec, notes = replace(spec, tool_parser=name), notes + said
+    if spec.sampling.max_thinking_tokens:
+        try:
+            tags = thinking_tags(tokenizer, spec.reasoning_format)
+        except ValueError as error:
+            raise UsageError(f"--max-thinking-tokens {error}") from error
+        spec = replace(spec, sampling=replace(spec.sampling, thinking_tags=tags))
+    return spec, notes
+
+
+def _reasoning_parser(spec: JobSpec, templates: Sequence[ChatTemplate]) -> tuple[str, list[str]]:
+    if not templates:
+        return "none", []
+    template, arguments = templates[0], spec.chat_template_kwargs or {}
+    name = reasoning_format_of(template, arguments)
+    if name is None:
+        tags = [tag for tag in reasoning.FORMATS["think"].marks if tag in template.source]
+        hint = "the chat template knows thinking tags, but does not show whether the model thinks: if it does, give "
+        return "none", [f"{hint}--reasoning-parser think"] if tags else []
+    by = f"--reasoning-parser {name}, told by the chat template"
+    if spec.chat_template_kwargs_column is None and closes_thinking(template, arguments, name):
+        return "none", [f"answers have no thinking, since the prompts close it ({by})"]
+    return name, [f"thinking goes to the column 'reasoning' ({by})"]
+
+
+def _tool_parser(spec: JobSpec, templates: Sequence[ChatTemplate]) -> tuple[str, list[str]]:
+    if not templates or not spec.offers_tools or not templates[-1].reads_tools:
+        return "none", []
+    name = tool_format_of(templates[-1])
+    if name is None:
+        return "none", ["tool calls stay in generated_text: the chat template shows no format that is known"]
+    return name, [f"tool calls go to the column 'tool_calls' (--tool-parser {name}, told by the chat template)"]
