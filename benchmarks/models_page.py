@@ -32,7 +32,8 @@ difference as a share of the largest logit; the tests allow 1e-4. Every family r
 scales, which arcee, exaone4, gemma4, gpt_neox, jais2, nemotron, olmo, olmo2, olmo3, phi, starcoder2, mixtures of
 experts and layers that keep a state lack. It does not take experts that are stored in one tensor (gpt_oss, granitemoe).
 A GPU's kernels ran in Triton's interpreter, not on a device; layers that keep a state (lfm2, qwen3_5, qwen3_next) have
-none, and a GPU refuses them by name, as it does experts in 4 bits.
+none, and a GPU refuses them by name, as it does experts in 4 bits. The families that llama.cpp has are read from its
+GGUF files too.
 
 What is not listed is refused by name.
 """

@@ -95,7 +95,7 @@ def _gemma4(entries: Entries) -> dict[str, Any]:
         "num_kv_shared_layers": shared,
         "use_double_wide_mlp": inner != usual,
         "attention_k_eq_v": any(f"blk.{i}.attn_v.weight" not in tensors for i in storing),
-        "hidden_size_per_layer_input": entries.number("embedding_length_per_layer_input", 0),
+        "hidden_size_per_layer_input": 0 if per_layer is None else entries.size("embedding_length_per_layer_input"),
         "vocab_size_per_layer_input": None if per_layer is None else per_layer.shape[0],
         "enable_moe_block": bool(entries.number_or_none("expert_count")),
     }

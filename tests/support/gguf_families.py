@@ -25,6 +25,7 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "gemma3_text": {"query_pre_attn_scalar": 32, "num_hidden_layers": 7, "layer_types": None},
     "gemma4_text": {"rope_parameters": PROPORTIONAL, "attention_k_eq_v": False, "num_global_key_value_heads": None},
     "gemma4_text, like 31B": {"rope_parameters": PROPORTIONAL, "layer_types": ALTERNATING, "attention_bias": False},
+    "gemma4_unified_text": {"rope_parameters": PROPORTIONAL, "layer_types": ALTERNATING},
     "glm": {},
     "glm4": {},
     "glm4_moe": {},

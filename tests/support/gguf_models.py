@@ -9,7 +9,8 @@ import gguf
 import numpy as np
 import tokenizers
 from gguf import GGMLQuantizationType as Q
-from gguf_layout import architecture_of, config_of, divisors_of, entries_of, laid_out, with_joined
+from gguf_facts import architecture_of, config_of, divisors_of, entries_of
+from gguf_layout import laid_out, with_joined
 from gguf_texts import TEXTS
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -70,6 +71,7 @@ def write_model(
     expanded: bool = False,
     joined: bool = False,
     changes: dict[str, Any] | None = None,
+    architecture: str | None = None,
     **more: np.ndarray,
 ) -> None:
     """A checkpoint of transformers as the format's own converter lays it out; in one file unless told otherwise.
@@ -81,7 +83,7 @@ def write_model(
     """
     usual, _, of_experts = kind.partition(", ")
     config = config_of(model)
-    architecture = architecture_of(config)
+    architecture = architecture or architecture_of(config)
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=tensors_a_file)
     for key, value in {**entries_of(config), **(changes or {})}.items():
         if value is not None:

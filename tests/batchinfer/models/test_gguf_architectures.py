@@ -1,7 +1,7 @@
 """Every family that GGUF files hold: a file gives the logits that the checkpoint it was made of gives.
 
-`tests/support/gguf_layout.py` lays files out. llama.cpp's own converter made the same entries and tensors of the same
-checkpoints, and llama.cpp itself the same tokens.
+`tests/support/gguf_facts.py` and `gguf_layout.py` lay files out. llama.cpp's own converter made the same entries and
+tensors of the same checkpoints, and llama.cpp itself the same tokens.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from gguf_families import ADAPTED, gguf_case
 from gguf_models import write_model
 
 from batchinfer.models.config import read_model_config
+from batchinfer.models.gguf_architectures import ARCHITECTURES
 from batchinfer.models.gguf_folder import unpack_gguf
 
 
@@ -35,6 +36,22 @@ def assert_same_logits(model: Path, tmp_path: Path, **options: Any) -> None:
     for ours, expected in compare_logits(engine, oracle, prompts_of(3, 100)):
         torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
     assert not engine.stats().notes
+
+
+def test_each_family_that_files_hold_has_a_case() -> None:
+    found = set[str]().union(*(architecture.families for architecture in ARCHITECTURES.values()))
+    assert {gguf_case(case)[0] for case in ADAPTED} == found
+
+
+@pytest.mark.parametrize(
+    ("case", "architecture"), [("qwen2", "qwen2vl"), ("qwen3", "qwen3vl"), ("qwen3_moe", "qwen3vlmoe")]
+)
+def test_language_models_of_vision_models_are_read(
+    make_model: Callable[..., Path], tmp_path: Path, case: str, architecture: str
+) -> None:
+    family, fields = gguf_case(case)
+    sections = {"rope.dimension_sections": [4, 2, 2, 0]}
+    assert_same_logits(make_model(family, **fields), tmp_path, architecture=architecture, changes=sections)
 
 
 @pytest.mark.parametrize("case", ["qwen2_moe", "llama"])
