@@ -29,8 +29,11 @@ A family is a `model_type` of `config.json`. Each has a small random model whose
 tests compare its logits with those of transformers in float32, for prompts of 1 to 400 tokens. The error is the largest
 difference as a share of the largest logit; the tests allow 1e-4. Every family runs in floating point, `w8a8-int8` and
 4 bits, and `batchinfer quantize` takes it; methods that scale channels need a norm or a matrix that takes up the
-scales, which arcee, exaone4, gemma4, gpt_neox, jais2, nemotron, olmo, olmo2, olmo3, phi, starcoder2, mixtures of
-experts and layers that keep a state lack. It does not take experts that are stored in one tensor (gpt_oss, granitemoe).
+scales, which arcee, exaone4, flex_olmo, gemma4, gpt_neox, gpt_oss, jais2, nemotron, olmo, olmo2, olmo3, phi, starcoder2
+and layers that keep a state lack. Experts are written by modules of their own, whether a checkpoint has them so or all
+in one tensor, in MXFP4 too (gpt_oss). transformers reads such experts but for those of gpt_oss and granitemoe, and but
+for `w8a8-int8`; the others it would leave at random, and batchinfer reads all. Of a wrapper the language model is
+written alone, for text, and transformers reads it as such.
 A GPU's kernels ran in Triton's interpreter, not on a device; layers that keep a state (lfm2, qwen3_5, qwen3_next) have
 none, and a GPU refuses them by name, as it does experts in 4 bits. The families that llama.cpp has are read from its
 GGUF files too.

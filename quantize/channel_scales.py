@@ -7,35 +7,36 @@ import torch
 from torch import Tensor
 
 from batchinfer.formats.scheme import WeightScheme
-from batchinfer.models.feed_forward import Experts
+from batchinfer.models.feed_forward import Experts, FeedForward
 from batchinfer.models.layer import Layer
 from batchinfer.models.mixer import Attention
 from batchinfer.models.stored_layer import rows_of
 from batchinfer.models.tensors import Matrix, Norm
 from batchinfer.quantize.inputs import Inputs
-from batchinfer.quantize.layer_inputs import Calibration
+from batchinfer.quantize.layer_inputs import ROUTER, Calibration
 from batchinfer.quantize.scaling import search_scale
 
 
 def scale_channels(calibration: Calibration, number: int, tensors: dict[str, Tensor], scheme: WeightScheme) -> None:
     """Search scales on a layer's inputs in floating point, and put the scaled tensors into `tensors`.
 
-    The layer's output stays the same. Only its norms' weights are rounded, and the scales are adjusted to that.
+    The layer's output stays the same. Only its norms' weights are rounded, and the scales are adjusted to that. What
+    chooses experts takes the inputs of all experts: its scaled weights are in float32, and to be kept so.
     """
     layer = calibration.config.layers[number]
-    attention, makers = layer.attention, channel_makers(layer)
+    attention, makers, f = layer.attention, channel_makers(layer), layer.feed_forward
     takers: dict[Norm | Matrix, list[Matrix]] = {}
     for product, maker in makers.items():
-        takers.setdefault(maker, []).extend(layer.modules[product])
+        takers.setdefault(maker, []).extend(layer.modules.get(product, ()))
     scales: dict[Norm | Matrix, Tensor] = {}
     for product, count, chunks in calibration.stages(number, tensors):
         maker = makers[product]
         if maker not in scales:
-            inputs = Inputs(chunks, count, layer.products[product][0].columns, hessian=False)
+            inputs = Inputs(chunks, count, takers[maker][0].columns, hessian=False)
             weight = torch.cat([tensors[f"{matrix.name}.weight"] for matrix in takers[maker]])
             tied = _tied(attention) if product == "output" else torch.arange(weight.shape[1])
             scales[maker] = search_scale(weight, inputs, scheme, tied)
-        if product == "down":
+        if len(scales) == len(takers):
             break  # the layer's output is not needed yet
     for maker, scale in scales.items():
         made = tensors[f"{maker.name}.weight"]
@@ -53,7 +54,8 @@ def scale_channels(calibration: Calibration, number: int, tensors: dict[str, Ten
         if maker.bias:
             bias = tensors[f"{maker.name}.bias"].float()
             tensors[f"{maker.name}.bias"] = bias / (scale if isinstance(maker, Norm) else by_row)
-        for matrix in takers[maker]:
+        chooses = f.unquantized if isinstance(f, Experts) and maker == layer.mlp_norm else ()
+        for matrix in (*takers[maker], *chooses):
             tensors[f"{matrix.name}.weight"] = tensors[f"{matrix.name}.weight"].float() * scale
 
 
@@ -62,19 +64,18 @@ def channel_makers(layer: Layer) -> dict[str, Norm | Matrix]:
 
     Raises `ValueError` if a product has none.
     """
-    if isinstance(layer.feed_forward, Experts):
-        raise ValueError(
-            f"{layer.prefix}: the inputs of experts are those of their router too, so they are not scaled; take a "
-            "method that does not scale them, such as gptq"
-        )
-    a, f = layer.mixer, layer.block
+    a, f, between = layer.mixer, layer.feed_forward, _with_weight(layer.mlp_norm)
     keeps = isinstance(a, Attention) and a.limit is None and not a.value_norm and a.source is None and a.gate is None
     makers: dict[str, Norm | Matrix | None] = {
         "qkv": _with_weight(layer.input_norm),
         "output": a.v if isinstance(a, Attention) and keeps else None,
-        "gate_up": _with_weight(layer.mlp_norm),
-        "down": f.up if f.gate else None,
     }
+    if isinstance(f, FeedForward):
+        makers |= {"gate_up": between, "down": _up(f)}
+    else:
+        makers[ROUTER] = between
+        for of, block in f.blocks.items():
+            makers |= {f"{of} gate_up": between, f"{of} down": _up(block)}
     found = {product: maker for product, maker in makers.items() if maker is not None}
     if missing := sorted(makers.keys() - found.keys()):
         raise ValueError(
@@ -82,6 +83,11 @@ def channel_makers(layer: Layer) -> dict[str, Norm | Matrix]:
             "take a method that does not scale them, such as gptq"
         )
     return found
+
+
+def _up(block: FeedForward) -> Matrix | None:
+    """Return the matrix in which the inputs of `down` are linear."""
+    return block.up if block.gate is not None and block.activation != "clamped_swiglu" else None
 
 
 def _with_weight(norm: Norm | None) -> Norm | None:

@@ -31,6 +31,8 @@ from batchinfer.models.tensors import Matrix, Norm
 from batchinfer.quantize.activations import Activations
 from batchinfer.quantize.mixing import Mixing, norm_of
 
+ROUTER = "router"
+"""The stage of what chooses experts. It is not among a layer's `products`: it is never quantized."""
 CHUNK_TOKENS = 2048
 """Approximate number of tokens that are computed together; a chunk consists of whole sequences."""
 
@@ -38,7 +40,7 @@ CHUNK_TOKENS = 2048
 class Stage(NamedTuple):
     """A matrix product that calibration comes to."""
 
-    product: str  # its name in the layer's `products`
+    product: str  # its name in the layer's `products`, or `ROUTER`
     rows: int  # number of its inputs, which are fewer than the tokens if only some choose an expert
     inputs: Iterator[Tensor]  # in chunks [T, K]
 
@@ -166,7 +168,8 @@ class Calibration:
     def _experts(
         self, f: Experts, tensors: dict[str, Tensor], inputs: _Inputs
     ) -> Generator[Stage, None, Iterator[Tensor]]:
-        """Yield the products of each expert with the tokens that chose it; return the mixture's outputs in chunks."""
+        """Yield the router's product, whose inputs are all experts', and those of each expert with the tokens that
+        chose it; return the mixture's outputs in chunks."""
 
         def product(name: str) -> Callable[[Tensor], Tensor]:
             return _product(f.products[name], tensors, self.dtype)
@@ -174,6 +177,7 @@ class Calibration:
         def unquantized(matrix: Matrix) -> Callable[[Tensor], Tensor]:
             return _product((matrix,), tensors, torch.float32)
 
+        yield Stage(ROUTER, self.tokens, inputs())
         r = f.router
         bias = None if r.bias is None else tensors[r.bias].float().flatten()
         scores = map(unquantized(r.matrix), (x.float() for x in inputs()))

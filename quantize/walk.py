@@ -37,7 +37,7 @@ from batchinfer.models.weights import SafetensorsWeights, tensor_names, with_sto
 from batchinfer.quantize.channel_scales import channel_makers, scale_channels
 from batchinfer.quantize.expanded_weights import ExpandedWeights, NamedWeights
 from batchinfer.quantize.inputs import Inputs
-from batchinfer.quantize.layer_inputs import Calibration
+from batchinfer.quantize.layer_inputs import ROUTER, Calibration
 from batchinfer.quantize.methods import Method
 from batchinfer.quantize.rotated_weights import RotatedWeights
 
@@ -175,6 +175,9 @@ class Quantizer:
             matrices[module] = matrix
             report.errors[f"{where}{module}"] = error
             report.notes.extend(f"{where}{module}: {note}" for note in notes)
+        f = self.config.layers[layer].feed_forward
+        if self.method.scaled and isinstance(f, Experts):  # a router would choose other experts if it were rounded
+            kinds |= dict.fromkeys((f"{matrix.name}.weight" for matrix in f.unquantized), torch.float32)
         for name, tensor in list(tensors.items()):
             tensors[name] = tensor.to(kinds[name])
         for module, matrix in matrices.items():
@@ -203,6 +206,8 @@ class Quantizer:
             scale_channels(calibration, number, tensors, self.scheme)
         layer = self.config.layers[number]
         for product, rows, chunks in calibration.stages(number, tensors):
+            if product == ROUTER:
+                continue
             matrices = layer.modules[product]
             with _naming(f"{layer.prefix}{product}"):
                 inputs = Inputs(chunks, rows, matrices[0].columns, self.method.compensating)
@@ -264,8 +269,14 @@ class Quantizer:
         return [*sorted({self.config.head.name, "lm_head"}), *chooses, *before]
 
     def _notes(self) -> list[str]:
-        alone = ["the language model is written alone, for text"] if self.config.wrapped else []
-        return [*self.config.notes, *alone]
+        notes = list(self.config.notes)
+        if self.config.wrapped:
+            notes.append("the language model is written alone, for text")
+        mixture = any(isinstance(layer.feed_forward, Experts) for layer in self.config.layers)
+        integers = (self.scheme.bits, self.scheme.activations) == (8, "int8")
+        if mixture and (integers or self.config.fused_experts.only_form):
+            notes.append("batchinfer reads experts in this form, and transformers does not")
+        return notes
 
     def _file(self, layer: int) -> str:
         return f"model-{layer + 2:05}-of-{self.files:05}.safetensors"

@@ -69,12 +69,15 @@ class Experts:
     fused: FusedExperts = QWEN_3_5  # how a checkpoint may hold the experts, other than by modules
 
     @property
+    def blocks(self) -> dict[str, FeedForward]:
+        """The blocks by name, in the order of computing."""
+        blocks = {f"expert {i}": expert for i, expert in enumerate(self.experts)}
+        return blocks if self.shared is None else {**blocks, "shared expert": self.shared}
+
+    @property
     def products(self) -> dict[str, tuple[Matrix, ...]]:
         """Matrices of each matrix product, in the order of computing."""
-        blocks = {f"expert {i}": expert for i, expert in enumerate(self.experts)}
-        if self.shared is not None:
-            blocks["shared expert"] = self.shared
-        return {f"{of} {name}": found for of, block in blocks.items() for name, found in block.products.items()}
+        return {f"{of} {name}": found for of, block in self.blocks.items() for name, found in block.products.items()}
 
     @property
     def unquantized(self) -> tuple[Matrix, ...]:

@@ -53,6 +53,7 @@ class FusedExperts:
     down: str = "mlp.experts.down_proj"
     alternating: bool = False  # the rows of gate and up alternate; else those of up follow those of gate
     transposed: bool = False  # weights are [experts, columns, rows]
+    only_form: bool = False  # whether transformers reads this family's experts in no other form
 
     def part(self, name: str, names: Container[str]) -> ExpertPart | None:
         """Return where the tensors of these `names` hold an expert's tensor, or None if not in one of all experts."""

@@ -1,6 +1,7 @@
 """Calibration layer by layer, and models rewritten (scaled, rotated) without changing their output, by transformers."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -11,18 +12,21 @@ import pytest
 import torch
 import transformers
 from families import QUICK, RECURRENT, made
+from fused_experts import FUSED, fused
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from batchinfer.formats.scheme import weight_scheme
+from batchinfer.kernels.rows import quantize_rows
 from batchinfer.models.config import read_model_config
 from batchinfer.models.weights import SafetensorsWeights
 from batchinfer.quantize.channel_scales import scale_channels
-from batchinfer.quantize.layer_inputs import Calibration
+from batchinfer.quantize.layer_inputs import ROUTER, Calibration
 from batchinfer.quantize.methods import method
 from batchinfer.quantize.rotated_weights import RotatedWeights
 from batchinfer.quantize.rotation import rotation
+from batchinfer.quantize.rtn import round_to_nearest
 from batchinfer.quantize.walk import Quantizer
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
@@ -32,12 +36,6 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"sliding_window": 20}),
     ("hunyuan_v1_dense", {"head_dim": 16}),
 ]
-STACKED = ("gpt_oss", "granitemoe", "granitemoeshared")
-"""Families whose experts are stored in one tensor, which is not quantized."""
-MIXTURES = (
-    "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe", "mellum", "minimax_m2", "mixtral", "olmoe",
-    "lfm2_moe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "solar_open", *STACKED,
-)  # fmt: skip
 LENGTHS = (1, 30, 64, 7, 100)
 
 
@@ -81,7 +79,7 @@ def note_experts(name: str, seen: dict[str, list[Tensor]], experts: Any, inputs:
         seen.setdefault(f"{layer}.expert {i} down", []).append(torch.nn.functional.silu(gate) * up)
 
 
-@pytest.mark.parametrize("case", [case for case in QUICK if case not in STACKED])
+@pytest.mark.parametrize("case", [case for case in QUICK if case not in FUSED])
 def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
     make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
@@ -103,7 +101,7 @@ def test_every_matrix_sees_the_inputs_that_it_has_in_transformers(
     assert len(calibration.chunks) > 2 and calibration.tokens == sum(LENGTHS)
     for layer in range(3):
         stages = calibration.stages(layer, tensors_of(model, layer))
-        found = {product: torch.cat(list(pieces)) for product, _, pieces in stages}
+        found = {product: torch.cat(list(pieces)) for product, _, pieces in stages if product != ROUTER}
         products = calibration.config.layers[layer].products
         assert list(found) == list(products)
         for product, inputs in found.items():
@@ -138,6 +136,14 @@ def test_what_is_put_in_place_of_a_weight_is_computed_with(make_model: Callable[
     assert not inputs_of_down("self_attn.v_proj").equal(inputs_of_down("nothing"))
 
 
+def for_transformers(case: str, model: Path) -> Path:
+    """The same model, with its experts fused if transformers reads them in no other form."""
+    if case not in FUSED:
+        return model
+    found = fused(load_file(model / "model.safetensors"), FUSED[case])
+    return rewritten(model, model.with_name(f"{model.name}-fused"), found)
+
+
 def rewritten(model: Path, folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
     folder.mkdir(exist_ok=True)
     save_file({name: tensor.float().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -170,11 +176,12 @@ def test_rotations_turn_without_stretching_and_leave_no_large_entry(size: int) -
     assert size < 3 or not turned.equal(rotation(size, seed=2))
 
 
+NORM = "post_attention_layernorm.weight"
 UNSCALED = (
-    "arcee", "exaone4", "gemma4_text", "gemma4_unified_text", "gpt_neox", "jais2", "nemotron", "olmo", "olmo2", "olmo3",
-    "phi", "starcoder2", *RECURRENT,
+    "arcee", "exaone4", "flex_olmo", "gemma4_text", "gemma4_unified_text", "gpt_neox", "gpt_oss", "jais2", "nemotron",
+    "olmo", "olmo2", "olmo3", "phi", "starcoder2", *RECURRENT,
 )  # fmt: skip
-SCALED = [case for case in QUICK if case not in (*UNSCALED, *MIXTURES)]
+SCALED = [case for case in QUICK if case not in UNSCALED]
 """Families in which a norm or a matrix takes up the scales of every product's inputs."""
 
 
@@ -184,7 +191,7 @@ def test_folded_scales_change_nothing_but_the_channels(
     make_model: Callable[..., Path], tmp_path: Path, case: str, scheme: str
 ) -> None:
     original = made(make_model, case)
-    weights = SafetensorsWeights(original)
+    weights = SafetensorsWeights(original, read_model_config(original))
     tensors = {name: weights.read(name) for name in weights.names()}
     for name, tensor in tensors.items():
         if "layernorm" in name or "v_proj" in name or "up_proj" in name:
@@ -203,17 +210,61 @@ def test_folded_scales_change_nothing_but_the_channels(
     described = calibration.config.layers[0].attention
     assert moved >= {"input_layernorm.weight", f"{described.k.name}.weight", f"{described.v.name}.weight"}, moved
     twin = rewritten(model, tmp_path / "twin", tensors)
-    for ours, expected in zip(logits(twin), logits(model), strict=True):
+    loud, scaled = (for_transformers(case, folder) for folder in (model, twin))
+    for ours, expected in zip(logits(scaled), logits(loud), strict=True):
         torch.testing.assert_close(ours, expected, atol=2e-3, rtol=1e-3)
 
 
-def test_scales_of_experts_are_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the inputs of experts are those of their router too"):
-        model = made(make_model, "mixtral")
-        Quantizer(model, tmp_path / "out", weight_scheme("w4a16", 32), method("awq"), sequences())
+def with_loud_channels(model: Path, folder: Path) -> Path:
+    """The same model, with a few large inputs of its experts and routers."""
+    weights = SafetensorsWeights(model, read_model_config(model))
+    tensors = {name: weights.read(name) for name in weights.names()}
+    for name, tensor in tensors.items():
+        if name.endswith(NORM):
+            tensor[::24] *= 16
+    shutil.copytree(model, folder)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
-@pytest.mark.parametrize("case", [case for case in UNSCALED if case not in MIXTURES])
+def test_a_scaled_router_chooses_the_same_experts(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Its scaled weights are not rounded to the checkpoint's type."""
+    model = with_loud_channels(made(make_model, "qwen2_moe", dtype="bfloat16"), tmp_path / "loud")
+    output = tmp_path / "out"
+    quantizer = Quantizer(model, output, weight_scheme("w8a8-int8", None), method("smoothquant"), sequences())
+    assert len(list(quantizer.run())) == 4
+    quantizer.finish("# A card\n")
+    before = tensors_of(model, 0)
+    stored = load_file(output / "model-00002-of-00004.safetensors")
+    after = {name.removeprefix("model.layers.0."): tensor for name, tensor in stored.items()}
+    assert after[NORM].dtype == torch.bfloat16 and not after[NORM].equal(before[NORM])
+    x = torch.randn(50, len(after[NORM]))
+    for name in ("mlp.gate.weight", "mlp.shared_expert_gate.weight"):
+        expected, scaled = (x * found[NORM].float() @ found[name].float().t() for found in (before, after))
+        torch.testing.assert_close(scaled, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_scales_help_experts_with_a_few_large_inputs(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    calibration = begun(with_loud_channels(made(make_model, "mixtral"), tmp_path / "loud"), tmp_path)
+    tensors = tensors_of(tmp_path / "loud", 0)
+    names = [f"block_sparse_moe.experts.{i}.{part}.weight" for i in range(4) for part in ("w1", "w3")]
+    scheme = weight_scheme("w8a8-int8", None)
+
+    def error(mine: dict[str, Tensor]) -> float:
+        """Of the products of rounded inputs and rounded weights."""
+        x = torch.cat(next(list(inputs) for product, _, inputs in calibration.stages(0, mine) if product == ROUTER))
+        rows = quantize_rows(x.clone())
+        assert rows.scale is not None
+        rounded = (rows.values.float() - 128) * rows.scale
+        products = ((rounded @ round_to_nearest(mine[n], scheme).dequantize().t(), x @ mine[n].t()) for n in names)
+        return sum(float((found - expected).norm() / expected.norm()) for found, expected in products)
+
+    scaled = dict(tensors)
+    scale_channels(calibration, 0, scaled, scheme)
+    assert error(scaled) < 0.7 * error(tensors), (error(scaled), error(tensors))
+
+
+@pytest.mark.parametrize("case", UNSCALED)
 def test_scales_that_nothing_takes_up_are_refused(make_model: Callable[..., Path], tmp_path: Path, case: str) -> None:
     with pytest.raises(ValueError, match="nothing before it takes up the scales of its inputs; take a method that"):
         Quantizer(made(make_model, case), tmp_path / "out", weight_scheme("w4a16", 32), method("awq"), sequences())

@@ -84,6 +84,27 @@ def test_transformers_computes_from_it_what_we_do(
     assert note in engine_of(output).stats().notes[0]
 
 
+@pytest.mark.parametrize("scheme", ["w4a16", "w4a8", "w8a16", "w8a8-fp8", "w8a8-int8"])
+def test_transformers_reads_experts_unless_the_report_says_otherwise(
+    make_model: Callable[..., Path], tmp_path: Path, scheme: str
+) -> None:
+    fields = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32}
+    model = make_model("qwen3_moe", **fields)
+    reports = finished(
+        Quantizer(model, tmp_path / "out", weight_scheme(scheme, None if "w8" in scheme else 32), method("rtn"))
+    )
+    if "batchinfer reads experts in this form, and transformers does not" in reports[0].notes:
+        assert scheme == "w8a8-int8"
+        with pytest.raises(RuntimeError, match="automatic conversion of the weights"):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        return
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    for module in oracle.modules():
+        module.quantization_enabled = False
+    for ours, expected in compare_logits(engine_of(tmp_path / "out", quantization="none"), oracle, prompts_of(8, 100)):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_the_files_of_the_tokenizer_come_along(make_model: Callable[..., Path], tmp_path: Path) -> None:
     model, output = shutil.copytree(make_model("llama"), tmp_path / "model"), tmp_path / "out"
     beside = [Path("tokenizer.json"), Path("added_tokens.json"), Path("additional_chat_templates/default.jinja")]

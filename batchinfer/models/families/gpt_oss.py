@@ -35,7 +35,7 @@ def layers(config: ConfigFile) -> list[Layer]:
     described = llama.layers(config, window=config.size_or_none("sliding_window"), types=types)
     count, hidden, inner = number_of_experts(config, 128), config.size("hidden_size"), config.size("intermediate_size")
     router = Router(Matrix("mlp.router", count, hidden, bias=True), chosen_experts(config, count))
-    fused = FusedExperts(alternating=True, transposed=True)
+    fused = FusedExperts(alternating=True, transposed=True, only_form=True)
     with_sinks = [_clamped_with_sinks(layer) for layer in described]
     return [with_experts(layer, router, count, inner, bias=True, fused=fused) for layer in with_sinks]
 

@@ -26,5 +26,5 @@ def with_fused_experts(layer: Layer, config: ConfigFile, shared: FeedForward | N
     count, name = config.size("num_local_experts"), "block_sparse_moe"
     hidden, inner = config.size("hidden_size"), config.size("intermediate_size")
     router = Router(Matrix(f"{name}.router.layer", count, hidden), chosen_experts(config, count))
-    fused = FusedExperts(f"{name}.input_linear.weight", f"{name}.output_linear.weight")
+    fused = FusedExperts(f"{name}.input_linear.weight", f"{name}.output_linear.weight", only_form=True)
     return with_experts(layer, router, count, inner, name=name, shared=shared, fused=fused)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from engines import EDGES, TINY, compare_logits, engine_of, tokens
 from families import CASES, LONG, QUICK, RECURRENT, made
-from fused_experts import for_transformers
+from fused_experts import FUSED, for_transformers
 
 from batchinfer.engine.config import Speculation
 from batchinfer.engine.engine import Engine
@@ -142,7 +142,10 @@ def test_transformers_reads_what_is_quantized(make_model: Callable[..., Path], t
     model, output = made(make_model, case), tmp_path / "out"
     sequences = [np.array(prompt, np.int32) for prompt in EDGES[4:10]]
     quantizer = Quantizer(model, output, weight_scheme("w4a16", 32), method("gptq"), sequences)
-    errors = [error for report in quantizer.run() for error in report.errors.values()]
+    reports = list(quantizer.run())
+    errors = [error for report in reports for error in report.errors.values()]
+    unread = "batchinfer reads experts in this form, and transformers does not"
+    assert (unread in reports[0].notes) == (case in FUSED)
     quantizer.finish("# A card\n")
     assert 0 < max(errors) < 0.3
     oracle = for_transformers(case, output, tmp_path / "expanded")
