@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from batchinfer.errors import Refused
 from batchinfer.jobs.tables.table import Table
 from batchinfer.jobs.tables.where import Condition
 
@@ -42,7 +43,7 @@ class Selection:
 
         Reads the columns of the condition once, and stops at the limit unless there is a sample. The result holds a bit
         for each row of the files, and choosing takes up to three bytes for each. Raises as `Condition.read` does, and
-        `Refused` if a file is damaged.
+        `Refused` if a file is damaged or has changed.
         """
         if self.takes_all:
             return table
@@ -57,15 +58,18 @@ class Selection:
         condition = Condition.read(where, table.schema, table.paths[0])
         chosen = np.zeros(table.num_rows, np.bool_)
         enough = self.limit if self.sample is None else None
-        found = 0
+        found = end = 0
         for first, batch in table.batches(condition.columns, BATCH_ROWS):
+            end = first + len(batch)
+            if end > len(chosen):
+                break
             holds = condition.holds(batch)
-            if first + len(batch) > len(chosen):
-                break  # the file has grown since it was opened, which is found when its rows are read
-            chosen[first : first + len(batch)] = holds.to_numpy(zero_copy_only=False)
+            chosen[first:end] = holds.to_numpy(zero_copy_only=False)
             found += holds.true_count
             if enough is not None and found >= enough:
-                break
+                return chosen
+        if end != len(chosen):
+            raise Refused(f"{table.paths[0]}: the input changed while it was read; give the command again")
         return chosen
 
 

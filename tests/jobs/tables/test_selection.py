@@ -196,6 +196,16 @@ def test_a_file_that_changed_after_the_choice_is_refused(tmp_path: Path, left: i
         read(selected, ["i"], 64 if left == 5 else 77)
 
 
+@pytest.mark.parametrize("rows", [5, 200])
+def test_a_file_that_changed_before_the_choice_is_refused(tmp_path: Path, rows: int) -> None:
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"i": range(100)}), path)
+    table = Table.open([path])
+    pq.write_table(pa.table({"i": range(rows)}), path)
+    with pytest.raises(Refused, match="the input changed while it was read; give the command again"):
+        Selection("i >= 0", None, None, 0).of(table)
+
+
 def test_a_choice_takes_a_bit_of_each_row_and_three_bytes_while_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "DRAWN_ROWS", 1 << 12)  # of which a few numbers of 8 bytes are in memory
     rows = 1 << 20
