@@ -166,6 +166,11 @@ def plan(spec: JobSpec) -> Outlook:
     if missing is not None:
         notes.append(missing)
     notes += told_alike(spec, windows.figures)
+    if windows.figures.label_tokens:
+        notes.append(
+            f"the prediction leaves out the labels: {windows.figures.label_tokens:,} tokens behind "
+            f"{windows.figures.prompt_tokens:,} of the prompts"
+        )
     if spec.incremental:
         notes.append("the plan is for all rows, including those that earlier runs have done")
     simulated = Job(shape, job.config) if windows.figures.rows else None

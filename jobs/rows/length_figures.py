@@ -24,6 +24,7 @@ class LengthFigures:
     shared_tokens: int = 0  # tokens that a prompt shares with the prompt that runs before it
     groups: int = 0  # groups of two or more rows that run and have the same first tile
     grouped_rows: int = 0  # rows in these groups
+    label_tokens: int = 0  # tokens of all labels that the rows that run choose from
 
     @staticmethod
     def of(prompts: StoredRequests, order: NDArray[np.int64], block_size: int) -> "LengthFigures":
@@ -42,6 +43,7 @@ class LengthFigures:
             shared_tokens=TILE * int(shared.sum()),
             groups=groups,
             grouped_rows=groups + int(joins.sum()),
+            label_tokens=prompts.label_tokens(order),
         )
 
     def __add__(self, other: "LengthFigures") -> "LengthFigures":
@@ -57,6 +59,7 @@ class LengthFigures:
             self.shared_tokens + other.shared_tokens,
             self.groups + other.groups,
             self.grouped_rows + other.grouped_rows,
+            self.label_tokens + other.label_tokens,
         )
 
     @property

@@ -76,6 +76,13 @@ class StoredRequests:
         # A fork has a copy of the block that its label begins in.
         return _in_blocks(self.lengths[index] + longest, size) + forks * (1 + int(-(-(longest - 1) // size)))
 
+    def label_tokens(self, index: Ints) -> int:
+        """Return the number of tokens of all labels of the rows at the indices."""
+        if self.labels is None or not len(index):
+            return 0
+        labels = self.labels.take(pa.array(index)).combine_chunks()
+        return int(pc.sum(pc.list_value_length(pc.struct_field(labels.flatten(), 0))).as_py())
+
     def label_sets(self) -> Ints:
         """Return a number for each row [n]; rows with the same number choose from the same texts, in the same order."""
         if self.labels is None:

@@ -19,6 +19,7 @@ from command_line import call
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.job import run
 from batchinfer.jobs.merge_shards import merge_shards
+from batchinfer.jobs.outlook import plan
 from batchinfer.jobs.spec import JobSpec, sharded
 from batchinfer.jobs.verify import verify
 
@@ -169,6 +170,15 @@ def test_a_job_with_other_labels_is_another_job(model: Path, tmp_path: Path) -> 
     run(job(model, tmp_path, choices=("a", "b")))
     with pytest.raises(Refused, match="sampling"):
         run(job(model, tmp_path, choices=("b", "a")))
+
+
+def test_a_plan_counts_the_tokens_of_labels(model: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": ["It is", "x"]}), tmp_path / "in.parquet")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    labels = (" a", " the end")
+    expected = 2 * sum(len(tokenizer(label, add_special_tokens=False).input_ids) for label in labels)
+    notes = plan(job(model, tmp_path, choices=labels)).notes
+    assert [note for note in notes if f"leaves out the labels: {expected} tokens" in note]
 
 
 def test_usage_errors_name_the_flags() -> None:
