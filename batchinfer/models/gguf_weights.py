@@ -49,15 +49,7 @@ class GGUFWeights:
         expert = expert_tensor(name)
         stored = self._stored(name if expert is None else expert[0])
         self.taken.add(stored.name)
-        data, found = self.file.read(stored), stored.shape
-        if expert is not None:
-            count, number = stored.shape[0], expert[1]
-            if number >= count:
-                raise ValueError(
-                    f"{self.file.path}: tensor {stored.name} holds {count} experts; expert_count is larger"
-                )
-            self._experts[stored.name] = max(self._experts.get(stored.name, 0), number + 1)
-            data, found = data.reshape(count, -1)[number], found[1:]
+        found = stored.shape if expert is None else stored.shape[1:]
         # A dimension of 1 is stored in some files and left out in others.
         if [n for n in found if n != 1] != [n for n in shape if n != 1]:
             of = "" if expert is None else " for each expert"
@@ -65,6 +57,15 @@ class GGUFWeights:
                 f"{self.file.path}: tensor {stored.name} has shape {list(found)}{of}; its hyperparameters ask for "
                 f"{list(shape)}"
             )
+        data = self.file.read(stored)
+        if expert is not None:
+            count, number = stored.shape[0], expert[1]
+            if number >= count:
+                raise ValueError(
+                    f"{self.file.path}: tensor {stored.name} holds {count} experts; expert_count is larger"
+                )
+            self._experts[stored.name] = max(self._experts.get(stored.name, 0), number + 1)
+            data = data.reshape(count, -1)[number]
         tensor = dequantize(data, stored.type, shape)
         refuse_not_finite(tensor, f"{self.file.path}: tensor {stored.name}")
         return self.changes[name](tensor) if name in self.changes else tensor
