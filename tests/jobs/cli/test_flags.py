@@ -45,6 +45,7 @@ WRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "incremental": (True, True, {"id_column": "id"}),
     "resume": (False, False, {}),
     "inputs": ("other.parquet", (Path("other.parquet"),), {}),
+    "reuse": ("other.parquet", (Path("other.parquet"),), {}),
     "output": ("other.parquet", Path("other.parquet"), {}),
 }
 
@@ -94,7 +95,7 @@ def test_a_flag_is_in_the_job_from_the_command_line_and_the_file(field: str, tmp
     (tmp_path / "job.toml").write_text(toml(values))
     on_the_line, in_the_file = job_of(arguments(values)), job_of(["--config", str(tmp_path / "job.toml")])
     located = tmp_path / value if isinstance(value, Path) else value
-    located = tuple(tmp_path / path for path in value) if field == "inputs" else located
+    located = tuple(tmp_path / path for path in value) if field in ("inputs", "reuse") else located
     shard = "-1-of-3" if field == "shard" else ""
     assert (value_in(on_the_line, field), value_in(in_the_file, field)) == (value, located)
     assert value != value_in(job_of(arguments(NEEDED)), field)
