@@ -38,8 +38,7 @@ def thinking_tags(tokenizer: Tokenizer, name: str | None) -> tuple[int, int]:
     form = None if name is None else reasoning.FORMATS[name]
     if form is None:
         raise ValueError(
-            "needs a --reasoning-parser, which is none here, or none by the chat template; name the format in which "
-            "the model thinks, or leave it out"
+            "needs a --reasoning-parser, which the chat template does not show here; name it, or leave it out"
         )
     tokens = tokenizer.added_tokens
     if not isinstance(form, reasoning.Tags) or not {form.opening[0], form.closing[0]} <= tokens.keys():
