@@ -83,7 +83,7 @@ class Results:
         self._collect(rows, answers.take(pa.array(own)), pa.array(prompt_tokens[own]), errors, chosen + asked)
 
     def _answers(self, completions: Completions, choices: pa.Array | None) -> pa.StructArray:
-        """Return the samples' columns [n], as `SAMPLE`; a failed sample has no text. Rows that choose have `choices`."""
+        """Return the samples' columns [n], as `SAMPLE`; a failed one has no text. Rows that choose have `choices`."""
         lengths = np.diff(completions.offsets).astype(np.int32)
         self.new_tokens.update(lengths.tolist())
         texts = self._texts(completions) if choices is None else choices

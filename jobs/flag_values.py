@@ -141,7 +141,7 @@ def _job_value(folder: Path, flag: Flag | None, value: Any) -> Any:
         texts = list(map(str, texts))
         return [str(folder / text) for text in texts] if flag.is_path else texts
     if flag is not None and flag.table and isinstance(value, dict):
-        model = {"model": _located(folder, value["model"])} if "model" in value else {}
+        model = {"model": _located(folder, value["model"])} if "model" in value and not flag.names_file else {}
         return json.dumps({**value, **model}, default=str)
     if flag is not None and flag.type is datetime and isinstance(value, date):  # TOML has dates of its own
         return value.isoformat()
@@ -151,11 +151,12 @@ def _job_value(folder: Path, flag: Flag | None, value: Any) -> Any:
         return value
     if flag.is_path:
         return str(folder / str(value))
-    return _located(folder, value) if flag.names_model else value
+    return _located(folder, value) if flag.names_model or flag.names_file else value
 
 
 def _located(folder: Path, model: Any) -> Any:
-    """Return a model as a path relative to the job file's folder if that path exists, else as a name on the Hub."""
+    """Return a value as a path relative to the job file's folder if that path exists, else as it is: a name on the Hub,
+    or what a file would have."""
     if not isinstance(model, str | int | float):
         raise ValueError(f"a {type(model).__name__}; expected one value")
     return str(folder / str(model)) if os.path.exists(folder / str(model)) else model

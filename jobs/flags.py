@@ -18,7 +18,7 @@ from batchinfer.jobs.flag_values import DELIMITER, ENCODING, MOMENT, NAMES, NUMB
 from batchinfer.jobs.label_flags import LabelFlags
 from batchinfer.jobs.speculation import SpeculationFlags
 
-GROUPS = ("Input", "Prompt", "Labels", "Sampling", "Model", "Engine", "Job", "Output")
+GROUPS = ("Input", "Prompt", "Labels", "Structure", "Sampling", "Model", "Engine", "Job", "Output")
 MAX_SAMPLES = 128  # of a row, which are in memory together
 
 
