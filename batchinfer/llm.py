@@ -34,6 +34,7 @@ from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_
 from batchinfer.kernels.ragged import take_ragged
 from batchinfer.models.config import read_shape
 from batchinfer.models.hub import resolve_model
+from batchinfer.text.grammars import check_grammar, refuse_tokenizer
 from batchinfer.text.stop import printed_answers
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 
@@ -177,6 +178,12 @@ class LLM:
     def _resolved(self, params: SamplingParams) -> SamplingParams:
         """Return params with the checkpoint's settings, and with token ids for texts."""
         refuse_unknown_ids(params, self._engine.runner.decoder.config.vocab_size)
+        if params.structure is not None:
+            try:
+                check_grammar(params.structure)
+            except ValueError as error:
+                raise ValueError(f"{params.structure[0]} {error}") from error
+            refuse_tokenizer(self.tokenizer)
         default = SamplingParams()
         given = [f.name for f in fields(SamplingParams) if getattr(params, f.name) != getattr(default, f.name)]
         params, settings = self._generation_config.applied_to(params, given)

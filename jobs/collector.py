@@ -15,6 +15,7 @@ from batchinfer.jobs.results.job_columns import fields_of
 from batchinfer.jobs.results.label_columns import label_columns, label_fields
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.results.schema import RESULT_FIELDS, SAMPLE, SAMPLES, part_schema
+from batchinfer.jobs.results.structure_columns import structure_columns, structure_fields
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.text.stop import printed_answers
 from batchinfer.text.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ class Results:
     def __init__(self, spec: JobSpec, tokenizer: Tokenizer, folder: RunFolder, done: Done) -> None:
         self._spec = spec
         self._fields = fields_of(spec)
+        self._structured = structure_fields(spec, spec.sampling)
         self._tokenizer = tokenizer
         self.folder = folder
         self._finished: list[pa.RecordBatch] = []
@@ -79,8 +81,10 @@ class Results:
         errors: list[RowError | None] = [None] * len(rows)
         for i in np.flatnonzero(failed.any(axis=1)).tolist():
             errors[i] = completions.errors[int(rows[i])]
-        asked = [samples_of(answers, failed, self._spec.n)] if self._spec.n > 1 else []
-        self._collect(rows, answers.take(pa.array(own)), pa.array(prompt_tokens[own]), errors, chosen + asked)
+        first = answers.take(pa.array(own))
+        asked = chosen + structure_columns(self._structured, *first.flatten()[:2])
+        asked += [samples_of(answers, failed, self._spec.n)] if self._spec.n > 1 else []
+        self._collect(rows, first, pa.array(prompt_tokens[own]), errors, asked)
 
     def _answers(self, completions: Completions, choices: pa.Array | None) -> pa.StructArray:
         """Return the samples' columns [n], as `SAMPLE`; a failed one has no text. Rows that choose have `choices`."""

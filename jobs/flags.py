@@ -17,6 +17,7 @@ from batchinfer.host.device import DEVICES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
 from batchinfer.jobs.flag_values import DELIMITER, ENCODING, MOMENT, NAMES, NUMBER_OR_AUTO, SHARD, TIME
 from batchinfer.jobs.label_flags import LabelFlags
 from batchinfer.jobs.speculation import SpeculationFlags
+from batchinfer.jobs.structure_flags import StructureFlags
 
 GROUPS = ("Input", "Prompt", "Labels", "Structure", "Sampling", "Model", "Engine", "Job", "Output")
 MAX_SAMPLES = 128  # of a row, which are in memory together
@@ -321,5 +322,11 @@ class JobFlags:
     overwrite: Annotated[bool, Flag("Replace an earlier output and its run folder.", "Output")] = False
 
 
-FLAGS = {**flags_of(SamplingParams), **flags_of(JobFlags), **flags_of(LabelFlags), **flags_of(SpeculationFlags)}
+FLAGS = {
+    **flags_of(SamplingParams),
+    **flags_of(JobFlags),
+    **flags_of(LabelFlags),
+    **flags_of(StructureFlags),
+    **flags_of(SpeculationFlags),
+}
 """All flags of `batchinfer run`, by field."""

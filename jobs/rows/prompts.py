@@ -23,6 +23,7 @@ from batchinfer.engine.request import Requests, RowError
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.rows.conversations import check_messages_column, check_tools_column, read_messages, read_tools
 from batchinfer.jobs.rows.labels import LabelSource
+from batchinfer.jobs.rows.schemas import SchemaSource
 from batchinfer.jobs.rows.text_columns import check_types, good_texts, is_text, text_column
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text, id_bytes
@@ -36,7 +37,7 @@ def verbatim_columns(spec: JobSpec) -> list[str]:
     A prompt column has no other values than text. Raises `UsageError` for a wrong prompt template.
     """
     template = [] if spec.prompt_template is None else parse_template(spec.prompt_template)
-    names = [spec.messages_column, spec.tools_column, *(name for _, name in template)]
+    names = [spec.messages_column, spec.tools_column, spec.json_schema_column, *(name for _, name in template)]
     return [name for name in names if name is not None]
 
 
@@ -71,7 +72,10 @@ class PromptSource:
             check_types(file, schema, [spec.id_column], _is_id, "text or an integer")
             names.append(spec.id_column)
         self._labels = LabelSource(spec, tokenizer, max_model_len, schema) if spec.chooses else None
-        self.columns = list(dict.fromkeys([*names, *(self._labels.columns if self._labels else [])]))
+        column = spec.json_schema_column
+        self._schemas = None if column is None else SchemaSource(spec, column, schema)
+        names += [*(self._labels.columns if self._labels else []), *([] if column is None else [column])]
+        self.columns = list(dict.fromkeys(names))
         if spec.renders_chats and tokenizer.template is None:
             raise Refused(
                 f"{spec.tokenizer or spec.model} has no chat template; give plain prompts with --prompt-column, or a "
@@ -103,6 +107,8 @@ class PromptSource:
         requests = requests_that_fit(indices, token_ids, offsets, sampling, self._max_model_len, errors)
         if self._labels is not None:
             requests = self._labels.choosing(requests, batch, errors)
+        if self._schemas is not None:
+            requests = self._schemas.following(requests, batch, errors)
         seeds = self._seeds(requests, batch) if sampling.temperature > 0 else requests.seeds
         by_row = {first_row + index: error for index, error in sorted(errors.items())}
         return replace(requests, rows=first_row + requests.rows, seeds=seeds), by_row
