@@ -40,6 +40,7 @@ from batchinfer.text import reasoning, tool_calls
 from batchinfer.text.answer_formats import reasoning_format_of, thinking_tags, tool_format_of
 from batchinfer.text.answers import AnswerParser
 from batchinfer.text.chat_arguments import Arguments, problem_with
+from batchinfer.text.grammars import check_grammar, refuse_tokenizer
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 from batchinfer.text.tool_calls import ToolCall
 
@@ -199,6 +200,12 @@ class LLM:
     def _resolved(self, params: SamplingParams) -> SamplingParams:
         """Return params with the checkpoint's settings, and with token ids for texts."""
         refuse_unknown_ids(params, self._engine.runner.decoder.config.vocab_size)
+        if params.structure is not None:
+            try:
+                check_grammar(params.structure)
+            except ValueError as error:
+                raise ValueError(f"{params.structure[0]} {error}") from error
+            refuse_tokenizer(self.tokenizer)
         default = SamplingParams()
         given = [f.name for f in fields(SamplingParams) if getattr(params, f.name) != getattr(default, f.name)]
         params, settings = self._generation_config.applied_to(params, given)

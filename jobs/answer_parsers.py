@@ -18,8 +18,12 @@ def with_parsers(spec: JobSpec, templates: Sequence[ChatTemplate], tokenizer: To
     where there are no tags to close thinking by.
     """
     notes: list[str] = []
-    if spec.chooses:  # nothing is generated
-        return replace(spec, reasoning_parser="none", tool_parser="none"), notes
+    structured = spec.sampling.structure is not None or spec.json_schema_column is not None
+    if spec.chooses or structured:  # an answer has no room for thinking or calls, from its first token on
+        reasoning_parser, tool_parser = (
+            "none" if name == "auto" else name for name in (spec.reasoning_parser, spec.tool_parser)
+        )
+        spec = replace(spec, reasoning_parser=reasoning_parser, tool_parser=tool_parser)
     if spec.reasoning_parser == "auto":
         name, said = _reasoning_parser(spec, templates)
         spec, notes = replace(spec, reasoning_parser=name), said

@@ -15,6 +15,7 @@ from batchinfer.jobs.results.job_columns import fields_of
 from batchinfer.jobs.results.label_columns import CHOICE, label_columns, label_fields
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.results.schema import KEY, PARSED_FIELDS, ROW, SAMPLES, part_schema, sample_type
+from batchinfer.jobs.results.structure_columns import structure_columns, structure_fields
 from batchinfer.jobs.rows.answer_keys import Keys
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.text.answers import AnswerParser
@@ -33,6 +34,7 @@ class Results:
         self._spec = spec
         self._fields = fields_of(spec)
         self._parser = AnswerParser(tokenizer, spec.reasoning_format, spec.tool_format)
+        self._structured = structure_fields(spec, spec.sampling)
         self.folder = folder
         self._finished: list[pa.RecordBatch] = []
         self._uncommitted = 0
@@ -92,11 +94,15 @@ class Results:
         errors: list[RowError | None] = [None] * len(rows)
         for i in np.flatnonzero(failed.any(axis=1)).tolist():
             errors[i] = completions.errors[int(rows[i])]
+        first = answers.take(pa.array(own))
+        texts, reasons = (pc.struct_field(first, name) for name in ("generated_text", "finish_reason"))
+        properties = structure_columns(self._structured, texts, reasons)
+        asked |= {field.name: column for field, column in zip(self._structured, properties, strict=True)}
         if self._spec.n > 1:
             asked[SAMPLES] = samples_of(answers, failed, self._spec.n)
         known = pa.FixedSizeBinaryArray.from_buffers(KEY.type, len(keys), [None, pa.py_buffer(keys.tobytes())])
         lengths = pa.array(prompt_tokens[own])
-        self._collect(rows, known, answers.take(pa.array(own)), lengths, errors, asked)
+        self._collect(rows, known, first, lengths, errors, asked)
 
     def _answers(self, completions: Completions, ends: NDArray[np.int32], choices: pa.Array | None) -> pa.StructArray:
         """Return the samples' columns [n], of `sample_type`; a failed sample has no text. Rows that choose have

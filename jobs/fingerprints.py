@@ -16,6 +16,7 @@ from batchinfer.flag import flags_of
 from batchinfer.host.files import sha256
 from batchinfer.jobs.label_flags import LabelFlags
 from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.structure_flags import StructureFlags
 from batchinfer.jobs.tables.input_file import InputFile
 
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
@@ -53,6 +54,7 @@ def fingerprints(
         "allow_special_tokens": spec.allow_special_tokens,
         "id_column": spec.id_column,
     }
+    template |= {name: value for name in flags_of(StructureFlags) if (value := getattr(spec, name))}
     if spec.tools_column is not None:
         template |= {"tools_column": spec.tools_column, "tool_template": tool_template}
     template |= _of_chats(spec, tool_template)

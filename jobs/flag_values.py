@@ -152,11 +152,12 @@ def _job_value(folder: Path, flag: Flag | None, value: Any) -> Any:
         return value
     if flag.is_path:
         return str(folder / str(value))
-    return _located(folder, value) if flag.names_model else value
+    return _located(folder, value) if flag.names_model or flag.names_file else value
 
 
 def _located(folder: Path, model: Any) -> Any:
-    """Return a model as a path relative to the job file's folder if that path exists, else as a name on the Hub."""
+    """Return a value as a path relative to the job file's folder if that path exists, else as it is: a name on the Hub,
+    or what a file would have."""
     if not isinstance(model, str | int | float):
         raise ValueError(f"a {type(model).__name__}; expected one value")
     return str(folder / str(model)) if os.path.exists(folder / str(model)) else model

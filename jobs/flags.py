@@ -18,8 +18,9 @@ from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flag_values import DELIMITER, ENCODING, MOMENT, NAMES, NUMBER_OR_AUTO, SHARD, TIME
 from batchinfer.jobs.label_flags import LabelFlags
 from batchinfer.jobs.speculation import SpeculationFlags
+from batchinfer.jobs.structure_flags import StructureFlags
 
-GROUPS = ("Input", "Prompt", "Labels", "Sampling", "Model", "Engine", "Job", "Output")
+GROUPS = ("Input", "Prompt", "Labels", "Structure", "Sampling", "Model", "Engine", "Job", "Output")
 MAX_SAMPLES = 128  # of a row, which are in memory together
 
 
@@ -357,6 +358,7 @@ FLAGS = {
     **flags_of(JobFlags),
     **flags_of(ChatFlags),
     **flags_of(LabelFlags),
+    **flags_of(StructureFlags),
     **flags_of(SpeculationFlags),
 }
 """All flags of `batchinfer run`, by field."""

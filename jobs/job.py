@@ -232,6 +232,7 @@ def _report(
         completion_tokens=results.completion_tokens,
         drafted=stats.drafted,
         accepted=stats.accepted,
+        forced=stats.forced,
         steps=stats.steps,
         preemptions=stats.preemptions,
         gpu_steps={

@@ -33,6 +33,7 @@ from batchinfer.models.config import ModelConfig, read_model_config, read_shape
 from batchinfer.models.gguf_folder import weight_files
 from batchinfer.models.hub import TOKENIZER_FILES, resolve_model
 from batchinfer.text.chat import ChatTemplate
+from batchinfer.text.grammars import check_grammar, refuse_tokenizer
 from batchinfer.text.tokenizer import Tokenizer
 
 PromptsFactory = Callable[[JobSpec, Tokenizer, int, pa.Schema], Prompts]
@@ -57,6 +58,7 @@ class Preflight:
 
 def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Preflight:
     """Check a job. Raises `Refused` if the data or the model do not fit, and `UsageError` if flags do not."""
+    _check_structure(spec)
     selection = Selection(spec.where, spec.sample, spec.limit, spec.seed)
     whole = selection.of(Table.open(spec.inputs, spec.csv_delimiter, spec.csv_encoding, verbatim_columns(spec)))
     table = whole if spec.shard is None else whole.shard(*spec.shard)
@@ -69,6 +71,11 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     known = known_moment(spec)
     tokenizer = _load_tokenizer(model, tokenizer_folder, shape.vocab_size, known or now(), spec.chat_template)
     named = spec.tokenizer or spec.model
+    if spec.sampling.structure is not None or spec.json_schema_column is not None:
+        try:
+            refuse_tokenizer(tokenizer)
+        except ValueError as error:
+            raise Refused(f"tokenizer of {named}: {error}") from error
     # Rows that choose from labels know all their tokens.
     wanted = Speculation("off") if spec.chooses else spec.speculation
     speculation = resolve_draft_model(wanted, named, tokenizer, config.max_model_len)
@@ -94,6 +101,14 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     tool_template = templates[-1].source if templates else ""
     digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept, moment, tool_template, chosen)
     return Preflight(spec, settings, table, kept, config, tokenizer, tokenizer_folder, source, digests, shape, notes)
+
+
+def _check_structure(spec: JobSpec) -> None:
+    if (structure := spec.sampling.structure) is not None:
+        try:
+            check_grammar(structure)
+        except ValueError as error:
+            raise UsageError(f"--{structure[0].replace('_', '-')} {error}") from error
 
 
 def _refuse_on_gpu(spec: JobSpec, model: Path, shape: ModelConfig) -> None:

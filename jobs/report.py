@@ -85,6 +85,7 @@ class Report:
     predicted: Forecast | None = None  # None if the device was not measured
     rows_reused: int = 0  # with answers that earlier jobs have computed
     output_sha256: str = ""  # digest of the output; for a folder, of its files' names and digests
+    forced: int = 0  # completion tokens that were the only ones their grammars allowed
     prompt_tokens_shared: int = 0  # not computed, since they were computed for another row
     kv_bytes_read: int = 0  # bytes of keys and values that attention read, in all layers; 0 on the CPU: not counted
     kv_bytes_unshared: int = 0  # what it would have read if every row had read the prefix it shares by itself
@@ -116,6 +117,7 @@ class Report:
             ("completion tokens", f"{self.completion_tokens:,}"),
             *([("unparsed calls", self._unparsed())] if self.unparsed_tool_calls else []),
             *([("drafts", f"{self.drafted:,} drafted, {right}")] if self.drafted else []),
+            *([("forced tokens", f"{self.forced:,} taken without the model")] if self.forced else []),
             (
                 "wall time",
                 f"{in_seconds(self.wall_seconds)}, of which generating {in_seconds(self.generate_seconds)}",

@@ -11,10 +11,11 @@ from batchinfer.flag import problems
 from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flags import JobFlags
 from batchinfer.jobs.label_flags import LabelFlags
+from batchinfer.jobs.structure_flags import StructureFlags
 
 
 @dataclass(frozen=True)
-class JobSpec(JobFlags, ChatFlags, LabelFlags):
+class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags):
     """A job's flags and settings. Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -38,6 +39,7 @@ class JobSpec(JobFlags, ChatFlags, LabelFlags):
         _check_shard(self)
         _check_canary(self)
         _check_labels(self)
+        _check_structure(self)
         _check_incremental(self)
 
     @property
@@ -140,8 +142,29 @@ def _check_labels(job: JobSpec) -> None:
     if not job.chooses:
         return
     given = [f"--{name.replace('_', '-')}" for name in job.sampling_given]
+    given += ["--json-schema-column"] if job.json_schema_column is not None else []
     for flag in [*given, *(["--n"] if job.n > 1 else []), *(["--canary"] if job.canary else [])]:
         raise UsageError(f"{flag} is for answers that are generated, and rows choose from labels; leave it out")
+
+
+def _check_structure(job: JobSpec) -> None:
+    structure = job.sampling.structure
+    if job.output_columns and job.sampling.json_schema is None:
+        raise UsageError("--output-columns needs --json-schema, whose properties become columns; leave it out")
+    form = (job.json_schema_column and "json_schema_column") or (structure and structure[0])
+    if form and job.sampling.max_thinking_tokens:
+        raise UsageError(
+            f"--max-thinking-tokens closes thinking, and --{form.replace('_', '-')} leaves none; leave one of them out"
+        )
+    if job.json_schema_column is None:
+        return
+    if structure is not None:
+        raise UsageError(
+            f"--{structure[0].replace('_', '-')} gives every answer the same form, --json-schema-column each its own; "
+            "leave one of them out"
+        )
+    if job.sampling.ignore_eos:
+        raise UsageError("--ignore-eos goes on after the end of an answer, and a schema ends it; leave it out")
 
 
 def _check_incremental(job: JobSpec) -> None:

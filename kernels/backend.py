@@ -143,6 +143,13 @@ class Backend(Protocol):
         """
         ...
 
+    def allow(self, logits_rV: Tensor, bits_rW: Tensor) -> None:
+        """Ban, in place, the tokens whose bit is not set; the bits, int32 [r, V / 32], lie on the host.
+
+        The lowest bit of a row's first word is that of token 0.
+        """
+        ...
+
     def sample(self, logits_rV: Tensor, batch: SamplingBatch | None) -> tuple[Tensor, Tensor]:
         """Return (token ids int64 [r], finite bool [r]): sampled tokens, or the most likely ones if `batch` is None.
 

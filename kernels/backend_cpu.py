@@ -14,6 +14,7 @@ from batchinfer.kernels.kv_cache import KVCache, cache_rows, rotate
 from batchinfer.kernels.linear import Linear
 from batchinfer.kernels.linear_w4a16 import LinearW4A16
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
+from batchinfer.kernels.logits import allow_tokens
 from batchinfer.kernels.norm import NormWeights, norm, norm_quantize, rms_norm
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows, add_rows, quantize_rows
@@ -135,6 +136,10 @@ class CpuBackend:
     ) -> Tensor:
         assert isinstance(batch, TiledBatch)
         return attention(query_THd, cache, batch, scale, softcap, sinks_H)
+
+    def allow(self, logits_rV: Tensor, bits_rW: Tensor) -> None:
+        self.kernels["grammars"] = "torch"
+        allow_tokens(logits_rV, bits_rW)
 
     def sample(self, logits_rV: Tensor, batch: SamplingBatch | None) -> tuple[Tensor, Tensor]:
         return greedy(logits_rV) if batch is None else sample(logits_rV, batch)

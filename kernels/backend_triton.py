@@ -13,6 +13,7 @@ from batchinfer.kernels.experts import ExpertRows, ProductByExpert, weighted_sum
 from batchinfer.kernels.gpu_triton import gpu_of
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.kv_cache_triton import rotate_and_store, rotate_queries
+from batchinfer.kernels.logits_triton import allow_tokens
 from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.products_triton import DenseProduct, EightBitProduct, FourBitProduct
@@ -116,6 +117,11 @@ class TritonBackend:
     ) -> Tensor:
         assert isinstance(batch, AttentionPlan)
         return paged_attention(query_THd, cache, batch, scale, softcap, sinks_H)
+
+    def allow(self, logits_rV: Tensor, bits_rW: Tensor) -> None:
+        self.kernels["grammars"] = "triton"
+        pinned = bits_rW.pin_memory() if logits_rV.is_cuda else bits_rW
+        allow_tokens(logits_rV, pinned.to(logits_rV.device, non_blocking=True))
 
     def sample(self, logits_rV: Tensor, batch: SamplingBatch | None) -> tuple[Tensor, Tensor]:
         return greedy(logits_rV) if batch is None else sample(logits_rV, batch, self.gpu)

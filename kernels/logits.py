@@ -1,11 +1,13 @@
-"""Changing logits before tokens are chosen from them: penalties on some tokens, bans, and tokens that must come.
+"""Changing logits before tokens are chosen from them: penalties, bans, tokens that must come, and what grammars allow.
 
-Only the logits concerned are touched, by torch's operations on every device: they are a small part of what a step reads
-of its logits anyway. Each logit is changed by itself, so that a row's bits do not depend on the rows beside it.
+Penalties and bans touch only the logits concerned, by torch's operations on every device: they are a small part of what
+a step reads of its logits anyway. A grammar has a bit for each token. Each logit is changed by itself, so that a row's
+bits do not depend on the rows beside it.
 """
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,3 +51,9 @@ def change_logits(logits_rV: Tensor, changes: LogitsChanges) -> None:
         kept = logits_rV[forced]
         logits_rV[changes.forced_rows] += NEVER
         logits_rV[forced] = kept
+
+
+def allow_tokens(logits_rV: Tensor, bits_rW: Tensor) -> None:
+    """Ban, in place, the tokens whose bit is not set in `bits_rW`, int32 [r, V / 32]; the lowest bit comes first."""
+    unpacked = np.unpackbits(bits_rW.numpy().view(np.uint8), axis=1, count=logits_rV.shape[1], bitorder="little")
+    logits_rV.masked_fill_(torch.from_numpy(unpacked) == 0, NEVER)

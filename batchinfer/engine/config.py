@@ -84,6 +84,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None  # most bytes for keys and values; None: all that is left
     speculation: Speculation = field(default_factory=Speculation)
     prefix_sharing: bool = True  # compute the common start of neighbouring prompts once
+    forced_tokens: bool = True  # take a token without the model where a grammar allows no other; the same rows, sooner
     learned_admission: bool = True  # promise a row the blocks that similar rows took, not all that it may need at most
 
     @property
@@ -127,6 +128,7 @@ class EngineStats:
     preemptions: int = 0
     drafted: int = 0
     accepted: int = 0  # drafts that verification accepted
+    forced: int = 0  # tokens that were the only ones their grammars allowed, and were taken without the model
     replayed_steps: int = 0  # steps on a GPU without prompt tokens: as recorded before,
     recorded_steps: int = 0  # recorded for this one,
     launched_steps: int = 0  # and launched kernel by kernel
@@ -152,7 +154,7 @@ class EngineStats:
 
 _COUNTED = (
     *("steps", "prompt_tokens", "completion_tokens", "padded_tokens", "operations"),
-    *("shared_tokens", "preemptions", "drafted", "accepted", "kv_bytes_read", "kv_bytes_unshared"),
+    *("shared_tokens", "preemptions", "drafted", "accepted", "forced", "kv_bytes_read", "kv_bytes_unshared"),
     *("replayed_steps", "recorded_steps", "launched_steps", "expert_layers", "experts_touched"),
     *("load_seconds", "prefill_seconds", "decode_seconds"),
 )

@@ -96,7 +96,8 @@ class CudaGraphs:
         """Return the recording of the step's shape, made now if there is none; None if it is not to be recorded."""
         tokens = padded_count(batch.query_tokens)
         # How many logits change or are scored differs from step to step: such steps never have the same shape twice.
-        if batch.changes is not None or batch.labels is not None or not self.recording:
+        # What grammars allow is found only while a step runs.
+        if batch.changes is not None or batch.labels is not None or batch.allowed is not None or not self.recording:
             return None
         if tokens > self.most_tokens:
             self._note_large_steps()

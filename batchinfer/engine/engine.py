@@ -26,6 +26,7 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.step_shape import padded_count
+from batchinfer.engine.structures import Structures
 from batchinfer.engine.transfer import Sampled
 from batchinfer.engine.warm_up import warm_up
 from batchinfer.host.memory import peak_memory_bytes
@@ -39,10 +40,10 @@ NOT_FINITE = RowError("not_finite", "the model computed values that are not fini
 NOT_FINITE_OR_BANNED = RowError(
     NOT_FINITE.code, "the model computed values that are not finite for this row, or every token is banned from it"
 )
-UNRECORDED = "steps with penalties or bans were launched kernel by kernel on the GPU, not as recorded graphs"
+UNRECORDED = "steps with penalties, bans or grammars were launched kernel by kernel on the GPU, not as recorded graphs"
 WAITING = (
-    "penalties, --no-repeat-ngram-size, --max-thinking-tokens and bad words of several tokens look at a row's tokens: "
-    "on the GPU each such step waited for the one before it"
+    "penalties, --no-repeat-ngram-size, --max-thinking-tokens, bad words of several tokens and grammars look at a "
+    "row's tokens: on the GPU each such step waited for the one before it"
 )
 
 
@@ -94,6 +95,8 @@ class Engine:
             self._warm_up(config)
         lengths = OutputLengths(config.max_model_len) if config.learned_admission else None
         self.table, self.scheduler = self._scheduler(config, blocks, states, lengths)
+        self.structures = Structures(self.table, tokenizer, model.vocab_size, config.forced_tokens)
+        self.scheduler.structures = self.structures
         self.drafter = self._gate(config, draft_runner, blocks)
         self.steps: deque[_Step] = deque()  # launched and not ended, the oldest first
         self._settled = 0.0  # time at which the last step ended
@@ -108,12 +111,14 @@ class Engine:
                 f"prompt, and both together must be at most max_model_len {self.table.max_tokens}"
             )
         self.scheduler.labels.refuse_unfit(requests)
+        self.structures.prepare(requests)
         if self.runner.late:
             self._note_slower_steps(requests.params)
         self.scheduler.add(requests)
 
     def _note_slower_steps(self, params: tuple[SamplingParams, ...]) -> None:
-        slower = {UNRECORDED: any(p.changes_logits for p in params), WAITING: any(p.reads_tokens for p in params)}
+        changing = any(p.changes_logits or p.structure is not None for p in params)
+        slower = {UNRECORDED: changing, WAITING: any(p.reads_tokens for p in params)}
         self._stats.notes += [note for note, holds in slower.items() if holds and note not in self._stats.notes]
 
     @property
@@ -190,7 +195,9 @@ class Engine:
         new_tokens = self.scheduler.update(batch, tokens, finite)
         if new_tokens.spoiled is not None:
             self.runner.clear_slots(new_tokens.spoiled)
-        done = endings(self.table, new_tokens, self.scheduler.eos_ids, self.tokenizer)
+        extended = self.structures.extend(new_tokens)
+        done = endings(self.table, extended, self.scheduler.eos_ids, self.tokenizer)
+        done |= dict.fromkeys(self.structures.failed(extended.places), FinishReason.ERROR)
         if batch.labels is not None:
             done |= self.scheduler.labels.update(batch.labels, scores)
         completions = self._completions(done) if done else Completions.none()
@@ -238,6 +245,7 @@ class Engine:
             stats.replayed_steps, stats.recorded_steps = steps.replays, steps.recorded
             stats.launched_steps = steps.launched
         stats.expert_layers, stats.experts_touched = self.runner.experts_touched
+        stats.forced = self.structures.forced
         stats.weight_bytes = self.runner.decoder.weight_bytes
         stats.kv_cache_bytes = self.runner.kv_cache_bytes
         stats.peak_memory_bytes = peak_memory_bytes()
@@ -289,12 +297,13 @@ class Engine:
             token_ids=np.concatenate(new),
             offsets=np.cumsum([0, *map(len, new)]),
             finish_reasons=np.array([done[p] for p in places], np.int8),
-            errors={
-                int(self.table.row[p]): NOT_FINITE_OR_BANNED if self.table.changes_logits[p] else NOT_FINITE
-                for p in failed
-            },
+            errors={int(self.table.row[p]): self._error(p) for p in failed},
             scores=Scores.of([scores for _, scores in found]) if scored else None,
         )
+
+    def _error(self, place: int) -> RowError:
+        banned = NOT_FINITE_OR_BANNED if self.table.changes_logits[place] else NOT_FINITE
+        return self.structures.error(place) or banned
 
     def _found(self, place: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Return the new tokens of a row, and the scores of its labels if it has any."""

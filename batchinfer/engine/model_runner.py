@@ -192,6 +192,8 @@ class ModelRunner:
                     cache.copy(batch.states.copied, batch.states.copies)
         if batch.changes is not None:
             change_logits(logits, batch.changes)
+        if batch.allowed is not None:  # after the forward pass is launched: a GPU computes meanwhile
+            self.backend.allow(logits, batch.allowed())
         return *self.backend.sample(logits, batch.sampling), scores
 
     @torch.inference_mode()

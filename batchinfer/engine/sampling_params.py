@@ -1,8 +1,10 @@
 """`SamplingParams`: how tokens are sampled. Free of numpy, because the command line reads its flags from here."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Annotated, Any
 
 from batchinfer.errors import UsageError
@@ -21,7 +23,33 @@ def token_ids_of(flag: str, texts: Iterable[str]) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
+def schema_of(flag: str, text: str) -> str:
+    """Return a JSON object as it is written, or the text of the file that is named. Raises `UsageError`."""
+    if text.lstrip().startswith("{"):
+        return text
+    if not Path(text).is_file():
+        raise UsageError(f"{flag} is {text[:50]!r}, which is neither a JSON object nor a file; give one of the two")
+    return _read(flag, text)
+
+
+def grammar_of(flag: str, text: str) -> str:
+    """Return the text of the file that is named, or a grammar as it is written. Raises `UsageError`."""
+    if ":" not in text and not Path(text).is_file():
+        raise UsageError(f"{flag} is {text[:50]!r}, which is neither a grammar nor a file; give one of the two")
+    return _read(flag, text) if "\n" not in text and Path(text).is_file() else text
+
+
+def _read(flag: str, file: str) -> str:
+    try:
+        return Path(file).read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{flag} {file} cannot be read: {error}") from error
+
+
 TOKEN_IDS = Kind("ID,...", token_ids_of)
+SCHEMA = Kind("FILE|JSON", schema_of)
+GRAMMAR = Kind("FILE|GRAMMAR", grammar_of)
+STRUCTURES = ("json_schema", "regex", "grammar")
 
 
 @dataclass(frozen=True)
@@ -30,7 +58,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `stop` may be any collection of strings, and
     the fields of token ids any collections of whole numbers. Penalties and bans change the logits before temperature
-    and filters do. Raises `ValueError` naming field, value and bound.
+    and filters do. At most one of `json_schema` (also a dict), `regex` and `grammar` is given; what is in it is checked
+    where a tokenizer is at hand. Raises `ValueError` naming field, value and bound.
     """
 
     max_tokens: Annotated[
@@ -149,6 +178,29 @@ class SamplingParams:
     begin_suppress_tokens: Annotated[
         tuple[int, ...], Flag("Begin no answer with a token with one of these ids.", "Sampling", kind=TOKEN_IDS)
     ] = ()
+    json_schema: Annotated[
+        str | None,
+        Flag(
+            "Let every answer be JSON that this schema allows; a schema, or a file with one.",
+            "Structure",
+            kind=SCHEMA,
+            table=True,
+            names_file=True,
+        ),
+    ] = None
+    regex: Annotated[
+        str | None, Flag("Let every answer as a whole match this regular expression.", "Structure", "PATTERN")
+    ] = None
+    grammar: Annotated[
+        str | None,
+        Flag(
+            "Let every answer follow this grammar, in the form of Lark that llguidance reads; a grammar, or a file "
+            "with one.",
+            "Structure",
+            kind=GRAMMAR,
+            names_file=True,
+        ),
+    ] = None
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # as `bad_words`, in token ids; the engine reads only these
     thinking_tags: tuple[int, ...] = ()  # ids of the opening and the closing tag, for `max_thinking_tokens`
 
@@ -169,6 +221,7 @@ class SamplingParams:
             raise ValueError(f"{flag.name} {problem}")
         if len(self.stop) > MAX_STOP_STRINGS:
             raise ValueError(f"stop is {len(self.stop)} strings; it must be at most {MAX_STOP_STRINGS}")
+        self._check_structure()
         if not all(self.bad_words_ids):
             raise ValueError("bad_words_ids has an empty list; it must be lists of one token id or more")
 
@@ -179,6 +232,23 @@ class SamplingParams:
         value = getattr(self, name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}; it must be {wanted}")
+
+    def _check_structure(self) -> None:
+        if isinstance(self.json_schema, dict):
+            self._set("json_schema", json.dumps(self.json_schema))
+        given = [name for name in STRUCTURES if getattr(self, name) is not None]
+        for name in given:
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r:.50}; it must be a text")
+        if len(given) > 1:
+            raise ValueError(f"{given[0]} is given, and {given[1]} too; an answer follows one of them, leave one out")
+        if given and self.ignore_eos:
+            raise ValueError(f"ignore_eos is True, and {given[0]} says where an answer ends; leave one of them out")
+
+    @property
+    def structure(self) -> tuple[str, str] | None:
+        """The grammar that answers follow: the field that has it, and its text. None: they are free."""
+        return next(((name, text) for name in STRUCTURES if (text := getattr(self, name)) is not None), None)
 
     @property
     def penalizes(self) -> bool:
@@ -199,8 +269,9 @@ class SamplingParams:
     @property
     def reads_tokens(self) -> bool:
         """True if the changes of a token's logits depend on the tokens before it, and not only on its position."""
-        words = any(len(word) > 1 for word in self.bad_words_ids)
-        return self.penalizes or words or self.no_repeat_ngram_size > 0 or self.max_thinking_tokens > 0
+        longer = any(len(word) > 1 for word in self.bad_words_ids)
+        looks = self.no_repeat_ngram_size > 0 or self.max_thinking_tokens > 0
+        return self.penalizes or looks or longer or self.structure is not None
 
 
 def _texts(name: str, texts: Any) -> tuple[str, ...]:

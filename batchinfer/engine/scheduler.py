@@ -23,6 +23,7 @@ from batchinfer.engine.request import Requests
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.state_inputs import state_inputs
 from batchinfer.engine.step_policy import chunk_end, decoding, padded_logits
+from batchinfer.engine.structures import Structures
 from batchinfer.kernels.grain import TILE, padded_size
 from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.sampling import SamplingBatch
@@ -68,6 +69,7 @@ class Scheduler:
         self.draft_states = None if states is None else DraftStates(table, states)
         self.admission = admission
         self.labels: LabelScoring = admission.labels
+        self.structures: Structures | None = None  # set where answers may follow grammars
         self.attention = attention
         self.eos_ids = eos_ids
         self.budget = max_num_batched_tokens
@@ -154,6 +156,8 @@ class Scheduler:
             if self.draft_states is not None:
                 budget = min(budget, self.draft_states.most_drafts)
             drafts = drafter.draft(places, room, used, budget)
+            if self.structures is not None:
+                drafts = self.structures.within(places, drafts)
         counts = counts + drafts
         left = None if self.draft_states is None else self.draft_states.lend(places, counts, drafts)
         return Queries(places, table.computed[places], counts, drafts, left)
@@ -238,6 +242,7 @@ class Scheduler:
             prompt_tokens=prompt_tokens,
             states=None if self.states is None else state_inputs(table, chunks, queries, prompt_tokens, labels),
             changes=logits_changes(table, sequences, next_positions, self.eos_ids),
+            allowed=None if self.structures is None else self.structures.allowed(sequences),
             labels=labels,
         )
 

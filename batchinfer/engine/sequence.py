@@ -56,6 +56,7 @@ class SequenceTable:
         self.changes_logits = np.zeros(capacity, np.bool_)
         self.bans = np.zeros(capacity, np.bool_)  # True: changes them by bans, maybe among other things
         self.reads_tokens = np.zeros(capacity, np.bool_)  # True: the changes of its logits depend on its tokens
+        self.structured = np.zeros(capacity, np.bool_)  # True: its answer follows a grammar
         self.scored = np.zeros(capacity, np.bool_)  # True: its tokens are known, and get log-probabilities
 
     @property
@@ -96,6 +97,7 @@ class SequenceTable:
         self.stops[place] = bool(params.stop or params.stop_token_ids)
         self.changes_logits[place], self.bans[place] = params.changes_logits, params.bans
         self.reads_tokens[place] = params.reads_tokens
+        self.structured[place] = params.structure is not None
         self.scored[place] = False
 
     def fork(self, place: int, source: int, start: int) -> None:
@@ -110,6 +112,7 @@ class SequenceTable:
         self.prefill_end[place] = self.computed[place] = self.begins[place] = start
         self.twin_of[place] = self.template[place] = -1
         self.stops[place] = self.changes_logits[place] = self.bans[place] = self.reads_tokens[place] = False
+        self.structured[place] = False
         self.blocks[place, :full] = self.blocks[source, :full]
         self.block_count[place] = self.own_from[place] = full
 

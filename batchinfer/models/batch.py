@@ -3,6 +3,7 @@
 A place is a sequence's row in the engine's sequence table.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -106,6 +107,9 @@ class Batch:
     prompt_tokens: int
     states: StateBatch | None = None  # of layers that keep states; None if the model has none
     changes: LogitsChanges | None = None  # of the logits of the first r rows of `sampled`; None if there are none
+    # Finds which tokens grammars allow behind the first r rows of `sampled`: int32 [r, V / 32], a bit for each token.
+    # It is called while a GPU computes the logits. None if no row follows a grammar.
+    allowed: Callable[[], Tensor] | None = None
     labels: LabelStep | None = None  # its s rows follow the first r of `sampled`; None if no row has choices
 
     @property

@@ -168,6 +168,10 @@ class Tokenizer:
         """Id of every token, by its text."""
         return self._backend.get_vocab()
 
+    def as_json(self) -> str:
+        """Return the tokenizer as `tokenizer.json` has it, with the tokens that other files add."""
+        return self._backend.to_str()
+
     def encode_batch(self, texts: list[str], allow_special_tokens: bool = False) -> tuple[TokenIds, Offsets]:
         """Encode plain prompts. A beginning-of-text token is put first, exactly once, if this tokenizer adds one.
 

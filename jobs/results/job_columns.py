@@ -4,9 +4,10 @@ import pyarrow as pa
 
 from batchinfer.jobs.results.label_columns import label_fields
 from batchinfer.jobs.results.schema import result_fields
+from batchinfer.jobs.results.structure_columns import structure_fields
 from batchinfer.jobs.spec import JobSpec
 
 
 def fields_of(spec: JobSpec) -> list[pa.Field]:
-    """Return the columns that the job writes beside the input's."""
-    return result_fields(spec.n, spec.parsed, label_fields(spec))
+    """Return the columns that the job writes beside the input's. Raises `UsageError` if they do not fit together."""
+    return result_fields(spec.n, spec.parsed, [*label_fields(spec), *structure_fields(spec, spec.sampling)])

@@ -116,7 +116,12 @@ def _by_name(notes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pandas_note(name: str, kind: pa.DataType) -> dict[str, Any]:
-    types = {pa.string(): ("unicode", "object"), pa.int32(): ("int32", "int32"), pa.float64(): ("float64", "float64")}
+    types = {
+        pa.string(): ("unicode", "object"),
+        pa.bool_(): ("bool", "object"),  # with nulls
+        **{t: (str(t), str(t)) for t in (pa.int32(), pa.int64())},
+        pa.float64(): ("float64", "float64"),
+    }
     pandas_type, numpy_type = types.get(kind, ("object", "object"))
     return {
         "name": name,

@@ -31,6 +31,7 @@ from batchinfer.jobs.rows.conversations import (
     read_tools_file,
 )
 from batchinfer.jobs.rows.labels import LabelSource
+from batchinfer.jobs.rows.schemas import SchemaSource
 from batchinfer.jobs.rows.text_columns import check_types, good_texts, is_text, text_column
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text, id_bytes
@@ -46,7 +47,7 @@ def verbatim_columns(spec: JobSpec) -> list[str]:
     """
     template = [] if spec.prompt_template is None else parse_template(spec.prompt_template)
     of_chats = spec.messages_column, spec.tools_column, spec.chat_template_kwargs_column
-    names = [*of_chats, *(name for _, name in template)]
+    names = [*of_chats, spec.json_schema_column, *(name for _, name in template)]
     return [name for name in names if name is not None]
 
 
@@ -85,7 +86,10 @@ class PromptSource:
             check_types(file, schema, [spec.id_column], _is_id, "text or an integer")
             names.append(spec.id_column)
         self._labels = LabelSource(spec, tokenizer, max_model_len, schema) if spec.chooses else None
-        self.columns = list(dict.fromkeys([*names, *(self._labels.columns if self._labels else [])]))
+        column = spec.json_schema_column
+        self._schemas = None if column is None else SchemaSource(spec, column, schema)
+        names += [*(self._labels.columns if self._labels else []), *([] if column is None else [column])]
+        self.columns = list(dict.fromkeys(names))
         if spec.renders_chats and tokenizer.template is None:
             raise Refused(
                 f"{spec.tokenizer or spec.model} has no chat template; give one with --chat-template, a tokenizer that "
@@ -117,6 +121,8 @@ class PromptSource:
         requests = requests_that_fit(indices, token_ids, offsets, sampling, self._max_model_len, errors)
         if self._labels is not None:
             requests = self._labels.choosing(requests, batch, errors)
+        if self._schemas is not None:
+            requests = self._schemas.following(requests, batch, errors)
         seeds = self._seeds(requests, batch) if sampling.temperature > 0 else requests.seeds
         by_row = {first_row + index: error for index, error in sorted(errors.items())}
         return replace(requests, rows=first_row + requests.rows, seeds=seeds), by_row

@@ -15,6 +15,7 @@ from batchinfer.jobs.results.durable import naming
 from batchinfer.kernels.ragged import Ints, offsets_of, ranges
 
 LABEL = pa.struct([pa.field("token_ids", pa.list_(pa.int32())), pa.field("text", pa.string())])
+GRAMMAR_BYTES = 1024  # what a row's own params take beside their grammar's text
 SCHEMA = pa.schema(
     [
         pa.field("token_ids", pa.large_list(pa.int32()), nullable=False),
@@ -62,8 +63,12 @@ class StoredRequests:
         """Return the requests at the indices, in this order, in memory."""
         token_ids, offsets = self.prompts(index)
         choices = None if self.labels is None else from_arrow(self.labels.take(pa.array(index)).combine_chunks())
-        seeds, param_index = self.seeds[index], self.param_index[index]
-        return Requests(self.rows[index], token_ids, offsets, seeds, self.params, param_index, choices)
+        # Only the params that these rows have: each row may have a grammar of its own.
+        used, param_index = np.unique(self.param_index[index], return_inverse=True)
+        params = tuple(self.params[i] for i in used.tolist())
+        return Requests(
+            self.rows[index], token_ids, offsets, self.seeds[index], params, param_index.astype(np.int32), choices
+        )
 
     def most_blocks(self, index: Ints, size: int) -> Ints:
         """Return the most blocks of `size` tokens that the rows at the indices [m] may need [m]."""
@@ -105,6 +110,7 @@ class TokenFile:
         self._param_index: list[NDArray[np.int32]] = []
         self._chooses = False
         self.rows = self.tokens = 0
+        self.grammar_bytes = 0  # of the grammars of all rows, each counted once; they are in memory
 
     def append(self, requests: Requests) -> None:
         """Append a slice of rows, with greater ordinals than all rows before."""
@@ -113,6 +119,9 @@ class TokenFile:
         labels = pa.nulls(len(requests), SCHEMA.field(1).type) if choices is None else in_arrow(choices)
         with naming(self._path):
             self._writer.write_batch(pa.RecordBatch.from_arrays([prompts, labels], schema=SCHEMA))
+        for params in requests.params:
+            if params not in self._params and params.structure is not None:
+                self.grammar_bytes += GRAMMAR_BYTES + len(params.structure[1])
         indices = [self._params.setdefault(params, len(self._params)) for params in requests.params]
         self._param_index.append(np.array(indices, np.int32)[requests.param_index])
         self._chooses = choices is not None

@@ -38,6 +38,7 @@ class Limits:
     chunk_tokens: int = 1 << 22
     window_rows: int = 1 << 20  # a window is in a file of at most one gigabyte
     window_tokens: int = 1 << 28
+    window_grammar_bytes: int = 1 << 26  # of the different grammars of a window's rows, which are in memory
 
 
 LIMITS = Limits()
@@ -166,7 +167,9 @@ class Windows:
         return errors
 
     def _full(self, file: TokenFile) -> bool:
-        return file.rows >= self._limits.window_rows or file.tokens >= self._limits.window_tokens
+        limits = self._limits
+        full = file.rows >= limits.window_rows or file.tokens >= limits.window_tokens
+        return full or file.grammar_bytes >= limits.window_grammar_bytes
 
     def _ordered(self, prompts: StoredRequests) -> _Window:
         own = np.arange(len(prompts))
