@@ -1,5 +1,6 @@
 """A small model of each family that GGUF files hold, with what llama.cpp's converter keeps of its config."""
 
+from copy import deepcopy
 from typing import Any
 
 from families import ALTERNATING, CASES, LONG, YARN
@@ -80,9 +81,9 @@ ADAPTED: dict[str, dict[str, Any]] = {
 
 
 def gguf_case(case: str) -> tuple[str, dict[str, Any]]:
-    """The family, and the fields of its config."""
+    """The family, and the fields of its config: copies, because transformers changes lists that it is given."""
     family, fields = CASES[case]
-    changed = {"tie_word_embeddings": False, "pad_token_id": None, **fields, **ADAPTED[case]}
+    changed = deepcopy({"tie_word_embeddings": False, "pad_token_id": None, **fields, **ADAPTED[case]})
     return family, {key: _without_none(value) for key, value in changed.items() if key != "layer_types" or value}
 
 
