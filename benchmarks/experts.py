@@ -109,7 +109,7 @@ class Mixture:
     def dense_product(self, tokens: int) -> Callable[[], object]:
         """Make a dense product of as many operations as those of so many tokens."""
         operations = tokens * SHAPE["num_experts_per_tok"] * self.block.experts[0].operations_per_row
-        rows = max(8, operations // self.dense.operations_per_row)
+        rows = -(-operations // self.dense.operations_per_row // 8) * 8
         x = rows_of(self.do, rows, SHAPE["hidden_size"], self.dense.takes)
         return lambda: self.dense(x)
 
