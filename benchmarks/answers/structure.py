@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from batchinfer.text.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 TARGET = ROOT / "examples" / "stdlib" / "target"
 RESULTS = ROOT / "benchmarks" / "results" / "structure"
-ROWS, PROMPT, NEW = 64, 48, 64
+SIDE_BY_SIDE, PROMPT, NEW = (8, 64), 48, 64
 TEXT = {"type": "object", "properties": {"text": {"type": "string", "minLength": 3000}}, "required": ["text"]}
 RECORD = {
     "type": "object",
@@ -42,20 +43,15 @@ RECORD = {
     },
     "required": ["function", "description", "arguments", "kind", "deprecated"],
 }
-# Case -> params of its rows, whether forced tokens are taken without the model, and the case that it is set beside.
-CASES: dict[str, tuple[SamplingParams, bool, str]] = {
-    "free text": (SamplingParams(max_tokens=NEW, temperature=1.0, ignore_eos=True), False, "free text"),
-    "any text, by an expression": (
-        SamplingParams(max_tokens=NEW, temperature=1.0, regex="(?s:.){4000}"), False, "free text"
-    ),
-    "text in JSON": (
-        SamplingParams(max_tokens=NEW, temperature=1.0, json_schema=json.dumps(TEXT)), False, "free text"
-    ),
-    "records": (SamplingParams(max_tokens=200, temperature=1.0, json_schema=json.dumps(RECORD)), False, "free text"),
-    "records, forced tokens taken": (
-        SamplingParams(max_tokens=200, temperature=1.0, json_schema=json.dumps(RECORD)), True, "records"
-    ),
-}  # fmt: skip
+FREE, AS_LONG = "free text", "free text, as long as the records"
+# Case -> the field of `SamplingParams` with a grammar, whether forced tokens are taken without the model, and the case
+# that it is set beside.
+CASES: dict[str, tuple[dict[str, str], bool, str]] = {
+    "any text, by an expression": ({"regex": "(?s:.){4000}"}, False, FREE),
+    "text in JSON": ({"json_schema": json.dumps(TEXT)}, False, FREE),
+    "records": ({"json_schema": json.dumps(RECORD)}, False, AS_LONG),
+    "records, forced tokens taken": ({"json_schema": json.dumps(RECORD)}, True, AS_LONG),
+}
 
 
 def main() -> None:
@@ -65,56 +61,72 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     ran = conditions()
     tokenizer = Tokenizer.load(TARGET)
-    most = ROWS * 256
-    config = EngineConfig(TARGET, dtype="float32", max_model_len=256, max_num_seqs=ROWS, kv_cache_tokens=most)
-    engines = {
-        forces: own_engine(
-            EngineConfig(**{**vars(config), "forced_tokens": forces, "speculation": Speculation("off")}), tokenizer
-        )
-        for forces in (False, True)
-    }
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(8, tokenizer.vocab_size, (ROWS, PROMPT)).tolist()
-    seconds: dict[str, list[float]] = {case: [] for case in CASES}
-    tokens: dict[str, int] = {}
-    for turn in range(-1, repeats):  # the first one warms up
-        for case, (params, forces, _) in CASES.items():
-            took, tokens[case] = answer(engines[forces], Requests.of(prompts, params, seeds=range(ROWS)))
-            if turn >= 0:
-                seconds[case].append(took)
-        print(f"turn {turn + 1} of {repeats}", file=sys.stderr, flush=True)
-    rates = {case: [tokens[case] / took for took in seconds[case]] for case in CASES}
-    page = _page(rates, tokens, ran, repeats)
+    most = max(SIDE_BY_SIDE)
+    config = EngineConfig(
+        TARGET, dtype="float32", max_model_len=256, max_num_seqs=most, kv_cache_tokens=most * 256,
+        speculation=Speculation("off"),
+    )  # fmt: skip
+    engines = {forces: own_engine(replace(config, forced_tokens=forces), tokenizer) for forces in (False, True)}
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for rows in SIDE_BY_SIDE:
+        asked = _requests(engines[False], tokenizer, rows)
+        taken = seconds[str(rows)] = {case: [] for case in asked}
+        for turn in range(repeats):
+            for case, requests in asked.items():
+                forces = case in CASES and CASES[case][1]
+                taken[case].append(_answer(engines[forces], requests)[0])
+            print(f"{rows} rows, turn {turn + 1} of {repeats}", file=sys.stderr, flush=True)
     RESULTS.with_suffix(".json").write_text(
-        json.dumps({**ran, "repeats": repeats, "tokens": tokens, "seconds": seconds}, indent=2) + "\n"
+        json.dumps({**ran, "repeats": repeats, "seconds": seconds}, indent=2) + "\n"
     )
-    RESULTS.with_suffix(".md").write_text(page)
-    print(page)
+    RESULTS.with_suffix(".md").write_text(_page(seconds, ran, repeats))
+    print(RESULTS.with_suffix(".md").read_text())
 
 
-def answer(engine: Engine, requests: Requests) -> tuple[float, int]:
-    """Return (seconds, new tokens) of the rows' answers."""
-    started, before = time.perf_counter(), engine.stats().completion_tokens
-    for _ in engine.generate(requests):
-        pass
-    return time.perf_counter() - started, engine.stats().completion_tokens - before
+def _requests(engine: Engine, tokenizer: Tokenizer, rows: int) -> dict[str, Requests]:
+    """Return the requests of each case, all of which have been answered once."""
+    prompts = np.random.default_rng(0).integers(8, tokenizer.vocab_size, (rows, PROMPT)).tolist()
+    free = SamplingParams(max_tokens=NEW, temperature=1.0, ignore_eos=True)
+    params = {FREE: free}
+    for case, (grammar, _, _) in CASES.items():
+        longest = 200 if case.startswith("records") else NEW
+        params[case] = SamplingParams(max_tokens=longest, temperature=1.0, **grammar)  # type: ignore[arg-type]
+    asked = {case: Requests.of(prompts, each, seeds=range(rows)) for case, each in params.items()}
+    lengths = {case: _answer(engine, requests)[1] for case, requests in asked.items()}["records"]
+    different = sorted(set(lengths))
+    asked[AS_LONG] = replace(
+        asked[FREE],
+        params=tuple(replace(free, max_tokens=length) for length in different),
+        param_index=np.searchsorted(different, lengths).astype(np.int32),
+    )
+    return asked
 
 
-def _page(rates: dict[str, list[float]], tokens: dict[str, int], ran: dict[str, str], repeats: int) -> str:
+def _answer(engine: Engine, requests: Requests) -> tuple[float, list[int]]:
+    """Return (seconds, number of new tokens of each row)."""
+    started, lengths = time.perf_counter(), {}
+    for done in engine.generate(requests):
+        lengths |= dict(zip(done.rows.tolist(), np.diff(done.offsets).tolist(), strict=True))
+    return time.perf_counter() - started, [lengths[row] for row in requests.rows.tolist()]
+
+
+def _page(seconds: dict[str, dict[str, list[float]]], ran: dict[str, str], repeats: int) -> str:
     lines = [
         "# Answers that follow a grammar",
         "",
-        f"The demo model in float32, {ROWS} rows side by side with prompts of {PROMPT} tokens, at temperature 1. New "
-        f"tokens a second beside another case of the same turn: medians of {repeats} turns, (least to most). "
-        f"{', '.join(ran.values())}.",
+        f"The demo model in float32, prompts of {PROMPT} tokens, temperature 1. How fast the same number of tokens is "
+        f"generated, beside free text of the same lengths in the same turn: medians of {repeats} turns, (least to "
+        f"most). {', '.join(ran.values())}.",
         "",
-        "| answers | new tokens | rate | beside |",
-        "|---|---:|---:|---|",
+        f"| answers | {' | '.join(f'{rows} rows side by side' for rows in seconds)} |",
+        "|---|" + "---:|" * len(seconds),
     ]
     for case, (_, _, other) in CASES.items():
-        ratios = [ours / theirs for ours, theirs in zip(rates[case], rates[other], strict=True)]
-        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        lines.append(f"| {case} | {tokens[case]:,} | {'1' if case == other else spread} | {other} |")
+        cells = []
+        for taken in seconds.values():
+            ratios = [theirs / ours for ours, theirs in zip(taken[case], taken[other], strict=True)]
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        lines.append(f"| {case} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
