@@ -1,4 +1,4 @@
-# make demo | demo-reviews | test | test-long | test-real | check | bench | bench-offline | bench-drafts |
+# make demo | demo-reviews | test | test-long | test-real | check | bench | bench-offline | bench-drafts | bench-answers |
 # bench-prediction | chaos | compile-check | quantize-demo | reference: each makes $(VENV) where it is missing and
 # installs what it needs.
 # PIP_FLAGS goes to pip as it stands; pip's own PIP_* environment variables work too.
@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 WORKERS = -n auto --maxprocesses 8 --dist worksteal
 INSTALL = $(BIN)/python -m pip install $(PIP_FLAGS) --constraint constraints.txt
 
-.PHONY: demo demo-reviews test test-long test-real real-models check bench bench-offline bench-drafts bench-prediction chaos compile-check gpu-check quantize quantize-demo recipes reference
+.PHONY: demo demo-reviews test test-long test-real real-models check bench bench-offline bench-drafts bench-answers bench-prediction chaos compile-check gpu-check quantize quantize-demo recipes reference
 
 demo: demo/prompts.parquet
 	$(BIN)/batchinfer run --config examples/stdlib/job.toml --overwrite
@@ -65,6 +65,11 @@ bench-offline: $(VENV)/dev.stamp demo/prompts.parquet
 # What drafts are worth, the engines side by side in one process: for ratios near one.
 bench-drafts: $(VENV)/dev.stamp demo/prompts.parquet
 	$(BIN)/python benchmarks/offline/drafts.py
+
+# What forms of answers cost and save, the engines side by side in one process: for ratios near one.
+bench-answers: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/answers/labels.py --write
+	$(BIN)/python benchmarks/answers/structure.py
 
 # How long jobs take beside what was predicted; measures the device first.
 bench-prediction: $(VENV)/dev.stamp demo/prompts.parquet

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from batchinfer.engine.request import Completions, FinishReason, RowError
 from batchinfer.errors import Refused
+from batchinfer.jobs.job_columns import fields_of
 from batchinfer.jobs.results.done import Done, completion_tokens, counts
-from batchinfer.jobs.results.job_columns import fields_of
 from batchinfer.jobs.results.label_columns import CHOICE, label_columns, label_fields
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.results.schema import KEY, PARSED_FIELDS, ROW, SAMPLES, part_schema, sample_type

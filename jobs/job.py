@@ -17,6 +17,7 @@ from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
 from batchinfer.jobs.collector import Results
 from batchinfer.jobs.feed import Loop
+from batchinfer.jobs.job_columns import fields_of
 from batchinfer.jobs.log import say
 from batchinfer.jobs.metrics import Metrics
 from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost
@@ -29,7 +30,6 @@ from batchinfer.jobs.progress import Progress
 from batchinfer.jobs.report import SCHEMA_VERSION, Forecast, Report, rates, read_report, versions
 from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.durable import write_json
-from batchinfer.jobs.results.job_columns import fields_of
 from batchinfer.jobs.results.output_writer import digest_of
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.results.valid_text import with_valid_text

@@ -16,12 +16,12 @@ from batchinfer.cost.cost_model import CostModel, Requests
 from batchinfer.cost.step_cost import KV_CACHES, PRODUCTS, DeviceCost
 from batchinfer.engine.config import KV_CACHE_BYTES, EngineConfig
 from batchinfer.jobs.amounts import in_bytes, in_seconds, most_frequent
+from batchinfer.jobs.job_columns import fields_of
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost
 from batchinfer.jobs.plan.histogram import bars
 from batchinfer.jobs.plan.prediction import Job, JobShape, Prediction, Setting
 from batchinfer.jobs.preflight import Preflight, preflight
-from batchinfer.jobs.results.job_columns import fields_of
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.rows.duplicates import told_alike
 from batchinfer.jobs.rows.length_figures import LengthFigures

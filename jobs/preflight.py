@@ -17,9 +17,9 @@ from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_
 from batchinfer.jobs.answer_parsers import with_parsers
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.given_in_vain import given_in_vain
+from batchinfer.jobs.job_columns import fields_of
 from batchinfer.jobs.log import say
 from batchinfer.jobs.results.formats import format_of
-from batchinfer.jobs.results.job_columns import fields_of
 from batchinfer.jobs.rows.prompts import PromptSource, verbatim_columns
 from batchinfer.jobs.rows.template_check import check_template
 from batchinfer.jobs.rows.windows import Prompts

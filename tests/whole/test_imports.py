@@ -19,7 +19,10 @@ FLOORS = [
     ["engine"],  # and engine.drafts, a part of it
     ["cost", "quality", "llm"],
     ["quantize"],
-    ["jobs.amounts", "jobs.chat_flags", "jobs.flag_values", "jobs.log", "jobs.speculation"],
+    [
+        *("jobs.amounts", "jobs.chat_flags", "jobs.flag_values", "jobs.label_flags", "jobs.log", "jobs.speculation"),
+        "jobs.structure_flags",
+    ],
     ["jobs.flags"],
     ["jobs.results"],
     ["jobs.spec"],

@@ -65,7 +65,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def test_properties_become_columns(model: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": TEXTS}), tmp_path / "in.parquet")
-    sampling = SamplingParams(max_tokens=48, temperature=1.0, json_schema=json.dumps(RECORD))
+    sampling = SamplingParams(max_tokens=65, temperature=1.0, json_schema=json.dumps(RECORD))
     fields: dict[str, Any] = {"sampling": sampling, "output_columns": True}
     report = run(job(model, tmp_path, **fields))
     assert report.forced > 20 and report.rows_duplicate == 1 and report.rows_failed == 0
@@ -95,7 +95,7 @@ def test_properties_become_columns(model: Path, tmp_path: Path) -> None:
     with pytest.raises(Refused, match="template"):
         run(job(model, tmp_path, sampling))
     with pytest.raises(Refused, match="sampling"):
-        run(job(model, tmp_path, SamplingParams(max_tokens=48, temperature=1.0, regex="a"), output_columns=False))
+        run(job(model, tmp_path, SamplingParams(max_tokens=65, temperature=1.0, regex="a"), output_columns=False))
 
 
 @pytest.mark.parametrize("window", [LIMITS, Limits(slice_rows=2, window_grammar_bytes=1)])
