@@ -72,7 +72,8 @@ def main() -> None:
         asked = _requests(engines[False], tokenizer, rows)
         taken = seconds[str(rows)] = {case: [] for case in asked}
         for turn in range(repeats):
-            for case, requests in asked.items():
+            # There and back, so that no case always follows the same one.
+            for case, requests in list(asked.items())[:: 1 if turn % 2 else -1]:
                 forces = case in CASES and CASES[case][1]
                 taken[case].append(_answer(engines[forces], requests)[0])
             print(f"{rows} rows, turn {turn + 1} of {repeats}", file=sys.stderr, flush=True)
