@@ -13,6 +13,7 @@ import pytest
 from chat_models import CHATML, save
 from drafters import Adversary
 from engines import engine_of, prompts_of, run
+from gguf_models import write_model
 from schemas import SCHEMAS
 
 from batchinfer.engine.config import Speculation
@@ -225,3 +226,12 @@ def test_the_python_api(model: Path) -> None:
         SamplingParams(regex="a", ignore_eos=True)
     with pytest.raises(ValueError, match="grammar is 3; it must be a text"):
         SamplingParams(grammar=3)  # type: ignore[arg-type]
+
+
+def test_gguf_files_follow_grammars(make_model: Callable[..., Path], tmp_path: Path) -> None:
+    write_model(tmp_path / "m.gguf", make_model("llama", num_hidden_layers=1), "Q8_0")
+    llm = LLM(tmp_path / "m.gguf", device="cpu")
+    params = SamplingParams(max_tokens=90, temperature=1.0, json_schema=RECORD)
+    for found in llm.generate(["Hello", "x"], params):
+        assert found.finish_reason == "stop"
+        jsonschema.validate(json.loads(found.text or ""), RECORD)
