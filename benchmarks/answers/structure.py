@@ -2,8 +2,8 @@
 
     python benchmarks/answers/structure.py [--repeats N]
 
-The engines are in one process and run in turns, without speculation, so only their ratios mean something; above 1 is faster than free text. Writes
-`benchmarks/results/structure.json` and `.md`.
+The engines are in one process and run in turns, without speculation, so only their ratios mean something; above 1 is
+faster than free text. Writes `benchmarks/results/structure.json` and `.md`.
 """
 
 import argparse
