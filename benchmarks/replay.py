@@ -106,9 +106,9 @@ class _Runner:
         self.seconds += time.process_time() - began
         return Sampled.fetch(*sampled)
 
-    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         rows = len(batch.places)
-        return torch.full((rows,), TOKEN, dtype=torch.int64), torch.ones(rows, dtype=torch.bool)
+        return torch.full((rows,), TOKEN, dtype=torch.int64), torch.ones(rows, dtype=torch.bool), torch.empty(0)
 
 
 @dataclass(frozen=True)

@@ -188,9 +188,9 @@ def counting(most_tokens: int) -> tuple[CudaGraphs, list[int]]:
     """Steps that sample the places of their rows, and the sizes of those that were computed."""
     sizes: list[int] = []
 
-    def compute(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def compute(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         sizes.append(len(batch.tokens))
-        return batch.places + 0, batch.places >= 0
+        return batch.places + 0, batch.places >= 0, torch.empty(0)
 
     return CudaGraphs(compute, torch.device("cpu"), most_tokens, []), sizes
 
@@ -201,7 +201,7 @@ def test_a_shape_is_recorded_when_it_first_comes_and_those_replayed_last_are_kep
     monkeypatch.setattr("batchinfer.engine.cuda_graphs.MOST_RECORDINGS", 2)
     graphs, sizes = counting(1024)
     for rows in (9, 10, 3, 10, 20, 4, 9):
-        tokens, finite = graphs.run(decoding([70] * rows))
+        tokens, finite, _ = graphs.run(decoding([70] * rows))
         assert tokens.tolist() == list(range(3, 3 + rows)) and finite.all()
         assert len(graphs.recordings) <= 2
     assert sizes == [16, 16, 4, 16, 32, 4, 16]

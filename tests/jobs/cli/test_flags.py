@@ -42,6 +42,8 @@ WRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "chat_template_kwargs_column": ("kwargs", "kwargs", {"chat": True}),
     "canary_reference": ("other", "other", {"canary": 1}),
     "template_date": ("2026-11-28T09:30", datetime(2026, 11, 28, 9, 30), {}),
+    "choices": ("yes,no", ("yes", "no"), {}),
+    "choice_probabilities": (True, True, {"choices": "yes,no"}),
     "json_schema": ("{}", "{}", {}),
     "grammar": ("start: A", "start: A", {}),
     "output_columns": (True, True, {"json_schema": "{}"}),
