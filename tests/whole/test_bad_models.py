@@ -306,7 +306,9 @@ def test_a_template_that_burns_or_escapes_refuses_the_model(
     (model / "chat_template.jinja").write_text(template)
     path = write(tmp_path / "in.parquet", prompt=["Hello"])
     run(spec(model, path, overwrite=True), STUB)  # plain prompts do not go through it
-    with pytest.raises(Refused, match=f"{model}: the chat template {said}.*; take another one with --tokenizer"):
+    with pytest.raises(
+        Refused, match=f"{model}: the chat template {said}.*; take another one with --chat-template or --tokenizer"
+    ):
         run(spec(model, path, chat=True, overwrite=True), STUB)
 
 

@@ -300,7 +300,7 @@ def test_sampling_out_of_bounds_is_refused_as_a_flag_and_in_the_job_file(
         ("n = 1000000000", "--n is 1000000000; it must be from 1 to 128"),
         ("stop = [" + '"x",' * 10_000 + "]", "--stop is 10000 strings; it must be at most 64"),
         ('stop = ["x", ""]', "--stop is an empty string"),
-        ('regex = "("', "unknown key 'regex'"),
+        ('pattern = "("', "unknown key 'pattern'"),
     ],
 )
 def test_what_a_job_file_cannot_ask_for(
