@@ -169,6 +169,8 @@ def test_what_would_not_hold_is_refused(schema: dict[str, Any], said: str) -> No
         ("json_schema", '{"items":' * 9000 + "{}" + "}" * 9000, "nested too deeply"),
         ("json_schema", '{"title": "' + "a" * (1 << 18) + '"}', "longer than 262,144 bytes"),
         ("regex", "(a", "unclosed group"),
+        ("regex", "", "is empty"),
+        ("regex", "ab\\", "ends in a backslash"),
         ("regex", r"(a)\1", "backreferences are not supported"),
         ("regex", r"[^\s\S]", "allows no answer"),
         ("regex", "(a{1000}){1000}", "cannot be followed: lexer error"),
