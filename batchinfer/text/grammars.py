@@ -10,7 +10,7 @@ from functools import cache
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-from batchinfer.text.json_schema import read_schema
+from batchinfer.text.json_schema import ends_open, read_schema
 from batchinfer.text.tokenizer import Tokenizer
 
 MOST_BYTES = 1 << 18  # of a grammar's text
@@ -42,7 +42,7 @@ def compiled(grammar: Grammar) -> str:
     if kind == "regex":
         if not text:
             raise ValueError("is empty, and allows only an empty answer")
-        if (len(text) - len(text.rstrip("\\"))) % 2:  # llguidance would drop it
+        if ends_open(text):
             raise ValueError(r"ends in a backslash with nothing behind it; write \\ for a backslash")
         return LLMatcher.grammar_from_regex(text)
     if text.lstrip().startswith("{"):

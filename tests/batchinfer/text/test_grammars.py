@@ -153,6 +153,8 @@ def test_objects_have_the_keys_that_are_named(schema: dict[str, Any], closed: bo
         ({"items": [WHOLE]}, "has a list where a schema belongs, at #/items"),
         ({"required": "a"}, "has a text at #/required; expected a list"),
         ({"enum": 3}, "has a number at #/enum; expected a list"),
+        ({"items": {"pattern": "a\\"}}, "has a pattern at #/items that ends in a backslash"),
+        ({"patternProperties": {"a\\": WHOLE}}, "has a pattern at # that ends in a backslash"),
     ],
 )
 def test_what_would_not_hold_is_refused(schema: dict[str, Any], said: str) -> None:
