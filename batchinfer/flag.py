@@ -36,7 +36,7 @@ class Flag:
     positional: bool = False
     names_model: bool = False  # the value is a directory, a GGUF file, or a model on the Hub
     names_file: bool = False  # the value may be the name of a file that has it
-    table: bool = False  # written as JSON on the command line, and as JSON or a table in a job file
+    table: bool = False  # written as JSON on the command line, and as JSON or a table (a list if `many`) in a job file
     choices: tuple[Any, ...] = ()
     at_least: float | None = None
     above: float | None = None

@@ -189,7 +189,7 @@ class LLM:
         requests = self._requests(prompts, params, _read_tools(tools), chat_template_kwargs or {}, errors)
         if params.temperature > 0:
             requests = replace(requests, seeds=row_seeds(seed, keys_by_tokens(requests)))
-        return self._run(requests, errors, params, self._parser(tools is not None))
+        return self._run(requests, errors, params, self._parser(tools is not None, params.structure is not None))
 
     def stats(self) -> EngineStats:
         """Return the engine's counts so far, the kernels that it uses, and notes about slower paths taken, the
@@ -206,6 +206,9 @@ class LLM:
             except ValueError as error:
                 raise ValueError(f"{params.structure[0]} {error}") from error
             refuse_tokenizer(self.tokenizer)
+            if params.max_thinking_tokens:
+                form = params.structure[0]
+                raise ValueError(f"max_thinking_tokens closes thinking, and {form} leaves none; leave one of them out")
         default = SamplingParams()
         given = [f.name for f in fields(SamplingParams) if getattr(params, f.name) != getattr(default, f.name)]
         params, settings = self._generation_config.applied_to(params, given)
@@ -217,23 +220,26 @@ class LLM:
 
     def _thinking_tags(self) -> tuple[int, int]:
         try:
-            return thinking_tags(self.tokenizer, self._reasoning_format())
+            return thinking_tags(self.tokenizer, self._reasoning_format(self._reasoning_parser))
         except ValueError as error:
             raise ValueError(f"max_thinking_tokens {error}") from error
 
-    def _reasoning_format(self) -> str | None:
+    def _reasoning_format(self, parser: str) -> str | None:
         """Return the name of the format of thinking; 'auto' is what the chat template shows."""
-        if self._reasoning_parser == "auto":
+        if parser == "auto":
             template = self.tokenizer.template
             return None if template is None else reasoning_format_of(template, {})
-        return None if self._reasoning_parser == "none" else self._reasoning_parser
+        return None if parser == "none" else parser
 
-    def _parser(self, offers_tools: bool) -> AnswerParser:
-        calling: str | None = self._tool_parser
+    def _parser(self, offers_tools: bool, structured: bool) -> AnswerParser:
+        thinking, calling = (
+            "none" if structured and name == "auto" else name for name in (self._reasoning_parser, self._tool_parser)
+        )  # an answer that follows a form has no room for thinking or calls
+        called: str | None = None if calling == "none" else calling
         if calling == "auto":
             template = self.tokenizer.tool_template if offers_tools else None
-            calling = None if template is None else tool_format_of(template)
-        return AnswerParser(self.tokenizer, self._reasoning_format(), None if calling == "none" else calling)
+            called = None if template is None else tool_format_of(template)
+        return AnswerParser(self.tokenizer, self._reasoning_format(thinking), called)
 
     def _note(self, *lines: str) -> None:
         self._notes = list(dict.fromkeys([*self._notes, *lines]))
@@ -266,6 +272,8 @@ class LLM:
             (list(texts), *self.tokenizer.encode_batch(list(texts.values()))),
             (list(given), np.concatenate([NOTHING, *given.values()]), np.cumsum([0, *map(len, given.values())])),
         ]
+        if not chats and (tools is not None or arguments):
+            self._note("tools or chat_template_kwargs were given in vain: none of the prompts is a conversation")
         if chats:
             encoded.append((list(chats), *self._encode_chats(chats, tools, arguments, errors)))
         indices = np.concatenate([np.array(of, np.int64) for of, _, _ in encoded])

@@ -23,7 +23,10 @@ def with_parsers(spec: JobSpec, templates: Sequence[ChatTemplate], tokenizer: To
         reasoning_parser, tool_parser = (
             "none" if name == "auto" else name for name in (spec.reasoning_parser, spec.tool_parser)
         )
-        spec = replace(spec, reasoning_parser=reasoning_parser, tool_parser=tool_parser)
+        spec, notes = (
+            replace(spec, reasoning_parser=reasoning_parser, tool_parser=tool_parser),
+            _no_room(spec, templates),
+        )
     if spec.reasoning_parser == "auto":
         name, said = _reasoning_parser(spec, templates)
         spec, notes = replace(spec, reasoning_parser=name), said
@@ -37,6 +40,21 @@ def with_parsers(spec: JobSpec, templates: Sequence[ChatTemplate], tokenizer: To
             raise UsageError(f"--max-thinking-tokens {error}") from error
         spec = replace(spec, sampling=replace(spec.sampling, thinking_tags=tags))
     return spec, notes
+
+
+def _no_room(spec: JobSpec, templates: Sequence[ChatTemplate]) -> list[str]:
+    """Return a note if the model thinks, before answers that leave it no room for that."""
+    arguments = spec.chat_template_kwargs or {}
+    if not templates or spec.chat_template_kwargs_column is not None:
+        return []
+    name = reasoning_format_of(templates[0], arguments)
+    if name is None or closes_thinking(templates[0], arguments, name):
+        return []
+    answers = "labels" if spec.chooses else "answers that follow a form"
+    return [
+        f"the model thinks before it answers, as its chat template tells, and {answers} leave no room for that: tell "
+        """it not to, as with --chat-template-kwargs '{"enable_thinking": false}'"""
+    ]
 
 
 def _reasoning_parser(spec: JobSpec, templates: Sequence[ChatTemplate]) -> tuple[str, list[str]]:

@@ -139,6 +139,8 @@ def _job_value(folder: Path, flag: Flag | None, value: Any) -> Any:
         if not all(isinstance(text, kinds) and not isinstance(text, bool) for text in texts):
             raise ValueError(f"{value!r}; expected a text or a list of {named}")
         texts = list(map(str, texts))
+        if flag.table:  # nothing in a list is split at its commas
+            return [json.dumps(texts)] if isinstance(value, list) else texts
         return [str(folder / text) for text in texts] if flag.is_path else texts
     if flag is not None and flag.table and isinstance(value, dict):
         # A kind parses objects without paths.

@@ -43,6 +43,7 @@ class LabelFlags:
             "Answer each row with the likeliest of these labels, and say how likely it is.",
             "Labels",
             kind=Kind("LABEL,...", labels_of),
+            table=True,
         ),
     ] = ()
     choices_column: Annotated[

@@ -143,6 +143,7 @@ def _check_labels(job: JobSpec) -> None:
         return
     given = [f"--{name.replace('_', '-')}" for name in job.sampling_given]
     given += ["--json-schema-column"] if job.json_schema_column is not None else []
+    given += ["--draft-model"] if job.speculation.model is not None else []
     for flag in [*given, *(["--n"] if job.n > 1 else []), *(["--canary"] if job.canary else [])]:
         raise UsageError(f"{flag} is for answers that are generated, and rows choose from labels; leave it out")
 

@@ -96,7 +96,10 @@ def _manifest(folder: RunFolder) -> dict[str, Any]:
         manifest["parts"] = [Part(**part) for part in manifest["parts"]]
         return manifest
     except FileNotFoundError as error:
-        raise Refused(f"{folder.manifest} does not exist: the job is not complete; give its command again") from error
+        raise Refused(
+            f"{folder.manifest} does not exist: the job is not complete; give its command again; of merged shards, "
+            "verify the shards"
+        ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise Refused(f"{folder.manifest} is damaged: {error}; run the job anew with --overwrite") from error
 

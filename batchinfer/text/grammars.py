@@ -10,7 +10,7 @@ from functools import cache
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-from batchinfer.text.json_schema import read_schema
+from batchinfer.text.json_schema import ends_open, read_schema
 from batchinfer.text.tokenizer import Tokenizer
 
 MOST_BYTES = 1 << 18  # of a grammar's text
@@ -40,6 +40,10 @@ def compiled(grammar: Grammar) -> str:
     if kind == "json_schema":
         return LLMatcher.grammar_from_json_schema(read_schema(text), overrides=LAYOUT)  # type: ignore[arg-type]
     if kind == "regex":
+        if not text:
+            raise ValueError("is empty, and allows only an empty answer")
+        if ends_open(text):
+            raise ValueError(r"ends in a backslash with nothing behind it; write \\ for a backslash")
         return LLMatcher.grammar_from_regex(text)
     if text.lstrip().startswith("{"):
         raise ValueError("is JSON; give a schema with --json-schema, or a grammar in Lark's form")

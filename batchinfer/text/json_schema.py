@@ -106,9 +106,16 @@ def _check(path: str, schema: Schema) -> None:
         _expect(list, schema["required"], f"{path}/required")
         for name in schema["required"]:
             _expect(str, name, f"{path}/required")
+    if any(map(ends_open, _texts([schema.get("pattern"), *schema.get("patternProperties", ())]))):
+        raise ValueError(f"has a pattern at {path} that ends in a backslash with nothing behind it; complete it")
     written = [*schema.get("properties", ()), schema.get("const"), *schema.get("enum", ())]
     if any(_unwritable(text) for text in _texts(written)):
         raise ValueError(f"has a text at {path} with a control character that answers never hold; leave it out")
+
+
+def ends_open(pattern: str) -> bool:
+    """Return whether a regular expression ends in a backslash that escapes nothing; llguidance would drop it."""
+    return (len(pattern) - len(pattern.rstrip("\\"))) % 2 == 1
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from batchinfer.engine.config import FEW_ROWS
 from batchinfer.engine.request import Requests
 from batchinfer.errors import Refused
 from batchinfer.jobs.results.output_writer import is_there
@@ -24,6 +25,10 @@ from batchinfer.kernels.ragged import Ints
 
 # What may differ between two jobs: it decides which prompts and seeds there are, and those are in the keys.
 OF_ROWS = {"columns", "csv_delimiter", "csv_encoding", "input", "selection", "shard", "template", "template_date"}
+FULL_NAMES = {
+    "engine": "version, device or --deterministic",
+    "quantization": f"quantization, or number of rows (at most {FEW_ROWS}, or more)",
+}
 PART_BITS = 32  # a place is the part's number, and in the low bits the index of the row in it
 TAKEN_ROWS = 4096  # answers that are read at a time, at most,
 TAKEN_TOKENS = 1 << 20  # and their tokens
@@ -109,7 +114,7 @@ def _at_work(folder: RunFolder) -> bool:
 def _refuse_others(source: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     names = sorted({*before, *now} - OF_ROWS)
     if differing := [name for name in names if before.get(name) != now.get(name)]:
-        what = " and ".join("version, device or --deterministic" if name == "engine" else name for name in differing)
+        what = " and ".join(FULL_NAMES.get(name, name) for name in differing)
         raise Refused(
             f"--reuse: {source} was computed with another {what}, so its answers are not those of this job; leave it "
             "out, or give the flags of that job"
@@ -120,10 +125,16 @@ def _answered(part: Path, fingerprints: Mapping[str, str], results: Sequence[pa.
     """Return (keys, indices in the part) of the rows that did not fail."""
     with _reading(part), _open(part) as file:
         _refuse_others(part, json.loads((file.schema_arrow.metadata or {})[b"batchinfer"]), fingerprints)
-        if not file.schema_arrow.equals(part_schema(results)):
+        found, wanted = file.schema_arrow, part_schema(results)
+        if KEY.name not in found.names:
             raise Refused(
                 f"--reuse: {part} has no answer keys, since an earlier version of batchinfer wrote it; leave its "
                 "output out"
+            )
+        if not found.equals(wanted):
+            raise Refused(
+                f"--reuse: {part} has other result columns than this job: {sorted({*found.names} ^ {*wanted.names})}; "
+                "leave its output out, or give the flags of that job, as --output-columns"
             )
         table = file.read([KEY.name, "finish_reason"], use_threads=False)
     good = pc.and_(table[KEY.name].is_valid(), pc.not_equal(table["finish_reason"], "error")).to_numpy()

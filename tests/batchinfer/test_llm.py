@@ -156,6 +156,11 @@ def test_thinking_that_the_prompt_opens_is_no_answer(folder: Path, tmp_path: Pat
     closing = own.tokenizer.added_tokens["</think>"]
     assert short[0].token_ids[:5] == [*thinking[0].token_ids[:4], closing]
     assert short[0].reasoning and short[0].text and short[0].reasoning in str(thinking[0].reasoning)
+
+    (held,) = own.generate([TALK], SamplingParams(max_tokens=8, regex="[ab]{3}"))
+    assert held.text and set(held.text) <= set("ab") and held.reasoning is None, "a form leaves no room for thinking"
+    with pytest.raises(ValueError, match="max_thinking_tokens closes thinking, and regex leaves none"):
+        own.generate([TALK], SamplingParams(regex="a", max_thinking_tokens=2))
     with pytest.raises(ValueError, match="max_thinking_tokens needs a --reasoning-parser"):
         llm.generate([TALK], SamplingParams(max_thinking_tokens=4))
     with pytest.raises(ValueError, match="reasoning_parser is 'x'; it must be one of auto, none, harmony"):
@@ -177,6 +182,8 @@ def test_tools_are_for_every_conversation(folder: Path, tmp_path: Path, llm: LLM
     assert not any("tools" in note for note in reads.stats().notes)
     llm.generate([chat], GREEDY, tools=tools)
     assert any("never reads tools" in note for note in llm.stats().notes)
+    llm.generate(["x"], GREEDY, tools=tools)
+    assert any("in vain: none of the prompts is a conversation" in note for note in llm.stats().notes)
     for bad in ({}, "f", [3], 3, [{"name": "\ud800"}]):
         with pytest.raises(ValueError, match="tools is"):
             llm.generate([chat], tools=bad)  # type: ignore[arg-type]

@@ -237,6 +237,23 @@ def test_the_column_is_there_where_the_model_thinks(
     assert texts == (["b", "d"] if columns else ["a</think>b", "c</think>d"])
 
 
+@pytest.mark.parametrize(
+    ("template", "fields", "told"),
+    [
+        (OPEN, {"choices": ("a", "b")}, "and labels leave no room"),
+        (MAYBE, {"sampling": SamplingParams(regex="a")}, "and answers that follow a form leave no room"),
+        (MAYBE, {"choices": ("a", "b"), "chat_template_kwargs": {"enable_thinking": False}}, None),
+        (SAID, {"choices": ("a", "b")}, None),
+    ],
+)
+def test_answers_without_room_for_thinking_are_told_of(
+    tmp_path: Path, template: str, fields: dict[str, Any], told: str | None
+) -> None:
+    path = write(tmp_path / "in.parquet", prompt=["a"])
+    notes = preflight(spec(make_chat(tmp_path / "chat", template), path, chat=True, **fields)).notes
+    assert [told in note for note in notes] == [True] if told else not notes
+
+
 def test_a_rows_own_arguments_say_whether_its_prompt_opens_the_thinking(
     tmp_path: Path, engine: Callable[[str], str]
 ) -> None:

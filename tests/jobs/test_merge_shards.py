@@ -18,6 +18,7 @@ from batchinfer.jobs.job import run
 from batchinfer.jobs.merge_shards import merge_shards
 from batchinfer.jobs.spec import sharded
 from batchinfer.jobs.tables.table import Table
+from batchinfer.jobs.verify import verify
 
 N = 100
 
@@ -95,6 +96,15 @@ def test_holes_overlaps_and_strangers_are_named(tmp_path: Path, model: Path) -> 
     with pytest.raises(Refused, match=r"belongs to another job than .*: it has another sampling"):
         merge_shards(outputs[:3] + others, tmp_path / "all.parquet", overwrite=False)
     assert not (tmp_path / "all.parquet").exists()
+
+
+def test_verify_says_that_merged_shards_are_verified_one_by_one(tmp_path: Path, model: Path) -> None:
+    write(tmp_path / "in.parquet", prompt=prompts(N))
+    outputs = run_shards(tmp_path, model, 2)
+    merge_shards(outputs, tmp_path / "all.parquet", overwrite=False)
+    with pytest.raises(Refused, match="of merged shards, verify the shards"):
+        verify(tmp_path / "all.parquet")
+    assert all(verify(output) for output in outputs)
 
 
 def test_a_shard_that_is_damaged_or_unfinished_is_refused(tmp_path: Path, model: Path) -> None:

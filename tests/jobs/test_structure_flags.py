@@ -94,6 +94,9 @@ def test_properties_become_columns(model: Path, tmp_path: Path) -> None:
     assert rows_of(tmp_path / "out.parquet") == found
     with pytest.raises(Refused, match="template"):
         run(job(model, tmp_path, sampling))
+    other: dict[str, Any] = {"output": tmp_path / "other.parquet", "reuse": (tmp_path / "out.parquet",)}
+    with pytest.raises(Refused, match=r"other result columns than this job: \[.*'name'.*\]; .* as --output-columns"):
+        run(job(model, tmp_path, sampling, **other))
     with pytest.raises(Refused, match="sampling"):
         run(job(model, tmp_path, SamplingParams(max_tokens=65, temperature=1.0, regex="a"), output_columns=False))
 

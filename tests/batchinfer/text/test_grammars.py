@@ -153,6 +153,8 @@ def test_objects_have_the_keys_that_are_named(schema: dict[str, Any], closed: bo
         ({"items": [WHOLE]}, "has a list where a schema belongs, at #/items"),
         ({"required": "a"}, "has a text at #/required; expected a list"),
         ({"enum": 3}, "has a number at #/enum; expected a list"),
+        ({"items": {"pattern": "a\\"}}, "has a pattern at #/items that ends in a backslash"),
+        ({"patternProperties": {"a\\": WHOLE}}, "has a pattern at # that ends in a backslash"),
     ],
 )
 def test_what_would_not_hold_is_refused(schema: dict[str, Any], said: str) -> None:
@@ -169,6 +171,8 @@ def test_what_would_not_hold_is_refused(schema: dict[str, Any], said: str) -> No
         ("json_schema", '{"items":' * 9000 + "{}" + "}" * 9000, "nested too deeply"),
         ("json_schema", '{"title": "' + "a" * (1 << 18) + '"}', "longer than 262,144 bytes"),
         ("regex", "(a", "unclosed group"),
+        ("regex", "", "is empty"),
+        ("regex", "ab\\", "ends in a backslash"),
         ("regex", r"(a)\1", "backreferences are not supported"),
         ("regex", r"[^\s\S]", "allows no answer"),
         ("regex", "(a{1000}){1000}", "cannot be followed: lexer error"),

@@ -23,6 +23,7 @@ from batchinfer.jobs.speculation import SpeculationFlags
 NEEDED = {"inputs": "in.parquet", "output": "o.parquet", "model": "m"}
 SAMPLING = {field.name for field in fields(SamplingParams)}
 NOT_FIELDS = {field.name for field in fields(SpeculationFlags)}
+SCHEMA = '{"properties": {"a": {"type": "string"}}}'
 # How each flag is written, the value that it stands for, and the flags that it needs.
 WRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "shard": ("1/3", (1, 3), {}),
@@ -40,6 +41,11 @@ WRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "chat_template": ("t.jinja", Path("t.jinja"), {"chat": True}),
     "chat_template_kwargs": ('{"a": [1, null]}', {"a": [1, None]}, {"chat": True}),
     "chat_template_kwargs_column": ("kwargs", "kwargs", {"chat": True}),
+    "choices": ('[" a", "b,c"]', (" a", "b,c"), {}),
+    "choice_probabilities": (True, True, {"choices": "a,b"}),
+    "json_schema": (SCHEMA, SCHEMA, {}),
+    "grammar": ("start: /a/", "start: /a/", {}),
+    "output_columns": (True, True, {"json_schema": SCHEMA}),
     "canary_reference": ("other", "other", {"canary": 1}),
     "template_date": ("2026-11-28T09:30", datetime(2026, 11, 28, 9, 30), {}),
     "choices": ("yes,no", ("yes", "no"), {}),
@@ -87,6 +93,13 @@ def toml(values: dict[str, Any]) -> str:
         for field, value in values.items()
     }
     return "\n".join(f"{FLAGS[field].name.replace('_', '-')} = {value}" for field, value in text.items())
+
+
+def test_a_list_of_labels_in_a_file_keeps_spaces_and_commas(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(toml(NEEDED | {"choices": [" yes, it is", "[no"]}))
+    assert job_of(["--config", str(tmp_path / "job.toml")]).choices == (" yes, it is", "[no")
+    (tmp_path / "job.toml").write_text(toml(NEEDED | {"choices": "yes, no"}))
+    assert job_of(["--config", str(tmp_path / "job.toml")]).choices == ("yes", "no")
 
 
 def value_in(job: JobSpec, field: str) -> Any:

@@ -143,6 +143,7 @@ def test_a_column_that_holds_no_labels_is_refused(model: Path, tmp_path: Path) -
         (["--choice-probabilities"], "needs --choices or --choices-column"),
         (["--choices", "a,b", "--temperature", "1"], "--temperature is for answers that are generated"),
         (["--choices", "a,b", "--max-tokens", "3"], "--max-tokens is for answers that are generated"),
+        (["--choices", "a,b", "--draft-model", "m"], "--draft-model is for answers that are generated"),
         (["--choices", "a,b", "--n", "2"], "--n is for answers that are generated"),
         (["--choices", "a,b", "--max-num-seqs", "1"], "there are 2 labels; there must be at most 1"),
     ],

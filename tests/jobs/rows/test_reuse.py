@@ -202,7 +202,7 @@ def changed(folder: Path, model: Path) -> dict[str, dict[str, Any]]:
         "another model,": {"model": heavier},
         "model,": {"model": shorter},
         "quantization,": {"quantization": "w8a8-int8"},
-        "another quantization, so its answers": {"dtype": "float32"},
+        r"another quantization, or number of rows \(at most 4, or more\), so its answers": {"dtype": "float32"},
         "another sampling, so its answers": {"sampling": SamplingParams(max_tokens=9)},
         "version, device or --deterministic": {"deterministic": True},
     }
