@@ -14,7 +14,7 @@ from batchinfer.kernels.shipped_triton import Shipped
 
 MOST_COLUMNS = 16384
 """Longer rows are computed piece by piece: as a whole they would spill registers."""
-PIECE = 8192
+PIECE = 4096
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def _block(columns: int) -> int:
 
 
 def _warps(block: int) -> int:
-    return min(max(block // 1024, 1), 16)
+    return min(max(block // 512, 1), 16)
 
 
 _ACTIVATIONS = (

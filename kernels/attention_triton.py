@@ -273,7 +273,9 @@ def tiling(head_dim: int, group: int, query: torch.dtype, kv: torch.dtype, gpu: 
         keys = 32 if width <= (128 if roomy else 64) and kv not in MOST else 16
         few = many = same = (16, keys, 8, 200 if kv in MOST else 80)
     elif width > 256:  # the fewest keys that matrix units take: as many numbers as in twice as many keys of 256
-        few, many, same = (16, 16, 4, 255), (32, 16, 8, 255), (32, 16, 8, 255)
+        few, many, same = (16, 16, 8 if kv in MOST else 4, 255), (32, 16, 8, 255), (32, 16, 8, 255)
+        if kv in MOST and stages == 2:  # AMD's registers hold no more rows beside what is widened
+            few = many = same = (16, 16, 4, 255)
     else:
         keys = 8192 // width if roomy else 4096 // width
         # Masks of padded heads take registers, and so do large heads of 8 bits, and groups that are no power of two.

@@ -61,7 +61,7 @@ def add_norm(x_MD: Tensor, y_MD: Tensor | None, norm_D: NormWeights, eps: float,
 
 
 def _warps(block: int) -> int:
-    return min(max(block // 512, 1), 8 if block <= 8192 else 16)
+    return min(max(block // 256, 1), 8 if block <= 8192 else 16)
 
 
 def shipped(gpu: Gpu) -> list[Shipped]:
