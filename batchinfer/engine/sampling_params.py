@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from os.path import isfile  # unlike that of pathlib, it takes any text
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,16 +28,16 @@ def schema_of(flag: str, text: str) -> str:
     """Return a JSON object as it is written, or the text of the file that is named. Raises `UsageError`."""
     if text.lstrip().startswith("{"):
         return text
-    if not Path(text).is_file():
+    if not isfile(text):
         raise UsageError(f"{flag} is {text[:50]!r}, which is neither a JSON object nor a file; give one of the two")
     return _read(flag, text)
 
 
 def grammar_of(flag: str, text: str) -> str:
     """Return the text of the file that is named, or a grammar as it is written. Raises `UsageError`."""
-    if ":" not in text and not Path(text).is_file():
+    if ":" not in text and not isfile(text):
         raise UsageError(f"{flag} is {text[:50]!r}, which is neither a grammar nor a file; give one of the two")
-    return _read(flag, text) if "\n" not in text and Path(text).is_file() else text
+    return _read(flag, text) if "\n" not in text and isfile(text) else text
 
 
 def _read(flag: str, file: str) -> str:

@@ -177,6 +177,7 @@ NESTED = '{"properties": {"a": {"type": "object", "properties": {"b": {}}}}}'
     [
         (["--json-schema", "{"], "--json-schema is not JSON"),
         (["--json-schema", "nowhere.json"], "which is neither a JSON object nor a file"),
+        (["--json-schema", "1" * 300], "which is neither a JSON object nor a file"),
         (["--json-schema", '{"uniqueItems": true}'], "the keyword 'uniqueItems' at #/uniqueItems"),
         (["--regex", "(a"], "--regex cannot be followed: unclosed group"),
         (["--grammar", "nowhere"], "which is neither a grammar nor a file"),
