@@ -84,11 +84,11 @@ def decoding_engine(folder: Path, rows: int, temperature: float, steps: int) -> 
     engine = Engine(config, Ids())
     tokens, finite = torch.full((rows,), 7), torch.ones(rows, dtype=torch.bool)
 
-    def compute(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        count, no_scores = len(batch.places), torch.empty(0)
+    def compute(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, None]:
+        count = len(batch.places)
         if count > len(tokens):
-            return torch.full((count,), 7), torch.ones(count, dtype=torch.bool), no_scores
-        return tokens[:count], finite[:count], no_scores
+            return torch.full((count,), 7), torch.ones(count, dtype=torch.bool), None
+        return tokens[:count], finite[:count], None
 
     engine.runner.steps.compute = compute
     rng = np.random.default_rng(0)

@@ -17,11 +17,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from conditions import conditions
-from torch import Tensor
 
 from batchinfer.engine.attention_inputs import RaggedInputs
 from batchinfer.engine.config import EngineConfig, Speculation
-from batchinfer.engine.cuda_graphs import MOST_RECORDINGS, RECORDING_BYTES, CudaGraphs, most_recorded
+from batchinfer.engine.cuda_graphs import MOST_RECORDINGS, RECORDING_BYTES, CudaGraphs, Found, most_recorded
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
@@ -106,9 +105,9 @@ class _Runner:
         self.seconds += time.process_time() - began
         return Sampled.fetch(*sampled)
 
-    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _compute(self, batch: Batch) -> Found:
         rows = len(batch.places)
-        return torch.full((rows,), TOKEN, dtype=torch.int64), torch.ones(rows, dtype=torch.bool), torch.empty(0)
+        return torch.full((rows,), TOKEN, dtype=torch.int64), torch.ones(rows, dtype=torch.bool), None
 
 
 @dataclass(frozen=True)

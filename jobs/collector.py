@@ -46,7 +46,7 @@ class Results:
         self.completion_tokens = done.completion_tokens
         # Completion tokens of a sample -> how many samples of this run have them
         self.new_tokens: Counter[int] = Counter()
-        # Of this run's rows those whose answers earlier jobs have computed: rows, prompt_tokens, completion_tokens
+        # Counts the rows of this run that took answers of earlier jobs: rows, prompt_tokens, completion_tokens
         self.reused: Counter[str] = Counter()
         # Answers of this run with text that looks like a tool call and does not parse
         self.unparsed_tool_calls = 0

@@ -40,6 +40,7 @@ class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags):
         _check_canary(self)
         _check_labels(self)
         _check_structure(self)
+        _check_thinking(self)
         _check_incremental(self)
 
     @property
@@ -130,6 +131,21 @@ def _check_canary(job: JobSpec) -> None:
         raise UsageError("--canary-reference needs --canary N, with the number of rows to compare")
 
 
+def _check_thinking(job: JobSpec) -> None:
+    """Refuse what concerns thinking where labels or a form leave no room for it."""
+    names = ("choices", "choices_column", "json_schema_column")
+    forms = [*(name for name in names if getattr(job, name)), *(job.sampling.structure or ())[:1]]
+    if not forms:
+        return
+    form = f"--{forms[0].replace('_', '-')}"
+    if job.reasoning_parser not in ("auto", "none"):
+        raise UsageError(
+            f"--reasoning-parser {job.reasoning_parser} looks for thinking, and {form} leaves none; leave one out"
+        )
+    if job.sampling.max_thinking_tokens:
+        raise UsageError(f"--max-thinking-tokens closes thinking, and {form} leaves none; leave one of them out")
+
+
 def _check_labels(job: JobSpec) -> None:
     if job.choices and job.choices_column is not None:
         raise UsageError(
@@ -152,11 +168,6 @@ def _check_structure(job: JobSpec) -> None:
     structure = job.sampling.structure
     if job.output_columns and job.sampling.json_schema is None:
         raise UsageError("--output-columns needs --json-schema, whose properties become columns; leave it out")
-    form = (job.json_schema_column and "json_schema_column") or (structure and structure[0])
-    if form and job.sampling.max_thinking_tokens:
-        raise UsageError(
-            f"--max-thinking-tokens closes thinking, and --{form.replace('_', '-')} leaves none; leave one of them out"
-        )
     if job.json_schema_column is None:
         return
     if structure is not None:

@@ -98,16 +98,16 @@ class Admission:
             self.waiting_rows -= 1
         return places
 
-    def _has_places(self, requests: Requests, i: int) -> bool:
-        """Return whether places are free for row i and all its forks."""
-        free = int((~self._table.active).sum()) - self.labels.unmade
-        return free >= self.labels.places(requests, i)
+    def _has_places(self, count: int) -> bool:
+        """Return whether so many places are free, beside those that are promised to forks."""
+        return len(self._table.active) - int(self._table.active.sum()) - self.labels.unmade >= count
 
     def _admit_next(self, place: int) -> bool:
         if not self._waiting:
             return False
         requests, alike, i = self._waiting[0]
-        if not self._has_places(requests, i):
+        sequences = self.labels.places(requests, i)
+        if not self._has_places(sequences):
             return False
         before, after = int(alike.tiles[i]), int(alike.tiles[i + 1 :][:1].sum())
         template = self._template if before else self._templates if after else -1
@@ -115,8 +115,7 @@ class Admission:
         need = self._need(requests, i, template, 0) - before * per_tile
         if not self._manager.promise(need):
             return False
-        forks = self.labels.places(requests, i) - 1
-        branches = self._promise_states({} if self._states is None else alike.branches.get(i, {}), forks)
+        branches = self._promise_states({} if self._states is None else alike.branches.get(i, {}), sequences)
         if branches is None:
             self._manager.release(np.empty(0, np.int64), need)
             return False
@@ -137,14 +136,14 @@ class Admission:
             self._waiting.popleft()
         return True
 
-    def _promise_states(self, branches: dict[int, int], forks: int) -> dict[int, int] | None:
-        """Promise a row and its forks their states, and snapshots at these `branches`; return those that get one.
+    def _promise_states(self, branches: dict[int, int], sequences: int) -> dict[int, int] | None:
+        """Promise a row's sequences a state each, and snapshots at these `branches`; return those that get one.
 
         None: it must wait. If no row runs, none frees states: the row then takes no snapshots.
         """
-        if self._states is None or self._states.promise(1 + forks + len(branches)):
+        if self._states is None or self._states.promise(sequences + len(branches)):
             return branches
-        return {} if not self._table.active.any() and self._states.promise(1 + forks) else None
+        return {} if not self._table.active.any() and self._states.promise(sequences) else None
 
     def _go_on(self, place: int, shared: int) -> int:
         """Let a row that shares so many tiles begin from the last snapshot among them; return the tiles before that."""
@@ -172,12 +171,13 @@ class Admission:
     def _readmit(self, place: int) -> bool:
         """Admit the first preempted row. Tiles that it shared may be gone, so it computes its whole prompt itself."""
         row = self._preempted[0]
-        if not self._has_places(row.requests, row.i):
+        sequences = self.labels.places(row.requests, row.i)
+        if not self._has_places(sequences):
             return False
         need = self._need(row.requests, row.i, row.template, len(row.generated))
         if not self._manager.promise(need):
             return False
-        if self._states is not None and not self._states.promise(self.labels.places(row.requests, row.i)):
+        if self._states is not None and not self._states.promise(sequences):
             self._manager.release(np.empty(0, np.int64), need)
             return False
         self._begin(place, self._preempted.popleft(), [], need)

@@ -19,9 +19,10 @@ from batchinfer.engine.step_shape import StepShape, doubled, largest_count, padd
 from batchinfer.engine.transfer import Transfer
 from batchinfer.models.batch import Batch
 
-Compute = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
-"""Computes a batch whose tensors are on the device; returns (token ids [r] int64, finite [r] bool, scores [m] float32)
-there."""
+Found = tuple[Tensor, Tensor, Tensor | None]
+"""What a step finds, on the device: (token ids [r] int64, finite [r] bool, scores [m] float32 or None)."""
+Compute = Callable[[Batch], Found]
+"""Computes a batch whose tensors are on the device."""
 
 MOST_TOKENS = 1024
 """Steps with more tokens are not recorded, because they compute for longer than launching takes. Unmeasured."""
@@ -69,13 +70,12 @@ class CudaGraphs:
         self.recordings: dict[StepShape, Recording] = {}  # those replayed last come last
         self.met: Counter[StepShape] = Counter()  # how often each shape came
         self.buffer = torch.empty(0, dtype=torch.uint8, device=device)
-        self._no_scores = torch.empty(0, device=device)
         self.replays = self.recorded = self.launched = 0  # number of steps without prompt tokens
         if device.type == "cuda":
             self.graph_memory = torch.cuda.graph_pool_handle()
 
-    def run(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Start a step; return (token ids [r], finite [r], scores [m]), tensors on the device that it fills later."""
+    def run(self, batch: Batch) -> Found:
+        """Start a step; return what it finds, in tensors that it fills later."""
         if batch.prompt_tokens:
             return self.compute(self.transfer.send(batch))
         recording = self._recording_for(batch)
@@ -85,7 +85,7 @@ class CudaGraphs:
         self.transfer.copy(partial(recording.inputs.write, batch), recording.buffer)
         recording.replay()
         rows = len(batch.places)
-        return recording.tokens[:rows], recording.finite[:rows], self._no_scores
+        return recording.tokens[:rows], recording.finite[:rows], None
 
     def keep_within(self, nbytes: int, step_bytes: int) -> None:
         """Record only steps that fit in `nbytes`, where one of `most_tokens` tokens takes `step_bytes` to compute."""
@@ -161,7 +161,7 @@ class CudaGraphs:
         tokens, finite = (torch.empty(shape.tokens, dtype=kind) for kind in (torch.int64, torch.bool))
 
         def replay() -> None:
-            for into, new in zip((tokens, finite), self.compute(there), strict=False):
+            for into, new in zip((tokens, finite), self.compute(there)[:2], strict=True):
                 into.copy_(new)
 
         return Recording(inputs, buffer, replay, tokens, finite)

@@ -1,4 +1,4 @@
-"""Which sequences end with the tokens that a step has sampled, and why."""
+"""Find the sequences that end with the tokens that a step has sampled, and why they end."""
 
 import numpy as np
 

@@ -191,15 +191,14 @@ class Engine:
     def _end(self, step: _Step) -> Completions:
         """Wait for a step, append what it sampled, and return the rows that ended."""
         batch = step.batch
-        tokens, finite, scores = step.sampled.wait()
-        new_tokens = self.scheduler.update(batch, tokens, finite)
+        new_tokens = self.scheduler.update(batch, *step.sampled.wait())
         if new_tokens.spoiled is not None:
             self.runner.clear_slots(new_tokens.spoiled)
         extended = self.structures.extend(new_tokens)
         done = endings(self.table, extended, self.scheduler.eos_ids, self.tokenizer)
         done |= dict.fromkeys(self.structures.failed(extended.places), FinishReason.ERROR)
-        if batch.labels is not None:
-            done |= self.scheduler.labels.update(batch.labels, scores)
+        if batch.labels is not None and step.sampled.scores is not None:
+            done |= self.scheduler.labels.update(batch.labels, step.sampled.scores.numpy())
         completions = self._completions(done) if done else Completions.none()
         for place, reason in done.items():
             self.scheduler.finish(place, reason is FinishReason.ERROR)

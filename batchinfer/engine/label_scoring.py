@@ -52,17 +52,22 @@ class LabelScoring:
         self._rows: dict[int, _Row] = {}  # by place
         self._parts: dict[int, _Part] = {}  # by place
         self.unmade = 0  # forks of all rows that are promised and still to be made
-        # Of the newest step: the places whose segments it ends, with these, and the forks that were made.
-        self._parted: list[tuple[int, Segment]] = []
-        self._made: list[int] = []
+        self._parted: list[tuple[int, Segment]] = []  # places whose segments the newest step ends, with these
+        self._made: list[int] = []  # places of the forks that were made for the newest step
+
+    @property
+    def forks_running(self) -> int:
+        """Number of sequences that are forks of a row."""
+        return len(self._parts) - len(self._rows)
 
     def refuse_unfit(self, requests: Requests) -> None:
         """Raise `ValueError` naming a row whose labels need more places, blocks or states than there are."""
         for i in range(len(requests)) if requests.choices is not None else ():
-            kinds = [("sequences side by side (max_num_seqs)", self.places(requests, i), len(self._table.active))]
+            places = self.places(requests, i)
+            kinds = [("sequences side by side (max_num_seqs)", places, len(self._table.active))]
             kinds.append(("blocks of the KV cache", self.blocks(requests, i), self._manager.blocks))
             if self._states is not None:
-                kinds.append(("states", self.places(requests, i), self._states.blocks))
+                kinds.append(("states", places, self._states.blocks))
             for what, needed, there in kinds:
                 if needed > there:
                     raise ValueError(
@@ -129,8 +134,8 @@ class LabelScoring:
 
         Makes the forks that go on from what the step computes. Nothing else changes before `go_on`.
         """
-        computed = list(self._computed(chunks, queries, prompt_tokens))
         self._parted, self._made = [], []
+        computed = list(self._computed(chunks, queries, prompt_tokens)) if self._rows else []
         if not computed:
             return None
         places = np.array([place for place, _, _, _ in computed], np.int64)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from batchinfer.engine.attention_inputs import AttentionInputs, RaggedInputs, TiledInputs
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.cuda_graphs import CudaGraphs, most_recorded
+from batchinfer.engine.cuda_graphs import CudaGraphs, Found, most_recorded
 from batchinfer.engine.four_bit_path import FourBitPath
 from batchinfer.engine.pool_size import bytes_per_token
 from batchinfer.engine.transfer import Sampled
@@ -167,7 +167,7 @@ class ModelRunner:
             return Sampled.fetch(*self._sample(batch))
         return Sampled.fetch(*self.steps.run(batch))
 
-    def _compute(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _compute(self, batch: Batch) -> Found:
         """Compute a step on the device; tokens that only the device knows are filled in there."""
         if len(rows := batch.late_rows):
             known = batch.late_places < 0  # in a recorded step, which has all rows here
@@ -176,10 +176,9 @@ class ModelRunner:
         self.newest[batch.places] = tokens
         return tokens, finite, scores
 
-    def _sample(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return (token ids [r], whether their logits were finite [r], log-probabilities of scored tokens [m])."""
-        logits = self.decoder.forward(batch, self.caches)
-        scores = torch.empty(0, device=logits.device)
+    def _sample(self, batch: Batch) -> Found:
+        """Compute a step, and choose its tokens."""
+        logits, scores = self.decoder.forward(batch, self.caches), None
         if batch.labels is not None:
             scores = log_probabilities(logits[len(batch.places) : batch.logits_rows], batch.labels.scored)
         logits = logits[: len(batch.places)]

@@ -78,7 +78,7 @@ class Scheduler:
     @property
     def unfinished(self) -> int:
         """Number of rows that wait or run."""
-        return self.admission.waiting_rows + self.table.rows
+        return self.admission.waiting_rows + int(self.table.active.sum()) - self.labels.forks_running
 
     def add(self, requests: Requests) -> None:
         """Queue requests, in their order."""

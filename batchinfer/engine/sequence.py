@@ -59,11 +59,6 @@ class SequenceTable:
         self.structured = np.zeros(capacity, np.bool_)  # True: its answer follows a grammar
         self.scored = np.zeros(capacity, np.bool_)  # True: its tokens are known, and get log-probabilities
 
-    @property
-    def rows(self) -> int:
-        """Number of rows that run; the forks of scored rows are not counted."""
-        return sum(request is not None for request in self.request)
-
     def blocks_for(self, tokens: int) -> int:
         """Return the number of blocks that hold `tokens` tokens."""
         return -(-tokens // self.block_size)

@@ -38,7 +38,7 @@ class Structures:
     """Follows the sequences of a table whose params have a grammar."""
 
     def __init__(self, table: SequenceTable, tokenizer: Tokenizer, vocabulary: int, forces: bool) -> None:
-        """With `forces`, tokens that are the only ones allowed are taken without asking the model."""
+        """Make followers for `table`. With `forces`, a token is taken without the model if no other is allowed."""
         self._table, self._tokenizer, self._vocabulary, self._forces = table, tokenizer, vocabulary, forces
         self._tokens: LLTokenizer | None = None  # made for the first row that needs it, because that takes a second
         self._threads: LLExecutor | None = None
@@ -61,6 +61,8 @@ class Structures:
 
     def failed(self, places: Ints) -> list[int]:
         """Return those of `places` whose sequences cannot go on."""
+        if not self._errors:
+            return []
         return [place for place in places.tolist() if place in self._errors and self._table.structured[place]]
 
     def within(self, places: Ints, drafts: Ints) -> Ints:
@@ -106,8 +108,11 @@ class Structures:
 
     def extend(self, new: NewTokens) -> NewTokens:
         """Append to sequences that got new tokens those that their grammars force behind them; count these as new."""
+        following = np.flatnonzero(self._table.structured[new.places] & new.finite)
+        if not len(following):
+            return new
         counts = new.counts.copy()
-        for i in np.flatnonzero(self._table.structured[new.places] & new.finite).tolist():
+        for i in following.tolist():
             counts[i] += self._append_forced(int(new.places[i]))
         return replace(new, counts=counts)
 

@@ -72,25 +72,27 @@ class Sampled:
 
     tokens: Tensor  # [r] int64
     finite: Tensor  # [r] bool
-    scores: Tensor  # [m] float32, log-probabilities of scored tokens
+    scores: Tensor | None  # [m] float32, log-probabilities of scored tokens; None if the step has none
     there: torch.cuda.Event | None  # happens when they arrive; None: they have
 
     @classmethod
-    def fetch(cls, tokens: Tensor, finite: Tensor, scores: Tensor) -> "Sampled":
+    def fetch(cls, tokens: Tensor, finite: Tensor, scores: Tensor | None) -> "Sampled":
         """Begin to copy `tokens`, `finite` and `scores` from their device."""
-        device = tokens.device
-        if device.type == "cpu":  # copied, because a replay overwrites these tensors
-            return cls(tokens.clone(), finite.clone(), scores.clone(), None)
-        found = (tokens, finite, scores)
-        pinned = (torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in found)
-        tokens, finite, scores = (p.copy_(t, non_blocking=True) for p, t in zip(pinned, found, strict=True))
-        return cls(tokens, finite, scores, _event(device))
+        there = None if scores is None else _to_host(scores)
+        return cls(_to_host(tokens), _to_host(finite), there, _event(tokens.device))
 
-    def wait(self) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float32]]:
-        """Wait for the step to end; return (token ids [r], finite [r], scores [m])."""
+    def wait(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Wait for the step to end; return (token ids [r], finite [r])."""
         if self.there is not None:
             self.there.synchronize()
-        return self.tokens.numpy(), self.finite.numpy(), self.scores.numpy()
+        return self.tokens.numpy(), self.finite.numpy()
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """Begin to copy a tensor to the host; on the CPU it is copied too, because a replay overwrites it."""
+    if tensor.device.type == "cpu":
+        return tensor.clone()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _event(device: torch.device) -> torch.cuda.Event | None:

@@ -13,7 +13,7 @@ from batchinfer.models.feed_forward import Experts, FeedForward
 from batchinfer.models.layer import Layer
 from batchinfer.models.mixer import Attention, GatedDeltaNet, Mixer, ShortConvolution
 from batchinfer.models.per_layer import PerLayerBlock
-from batchinfer.models.tensors import Matrix, Norm
+from batchinfer.models.tensors import Matrix, Norm, joined
 
 
 def in_gguf(model: ModelConfig, names: Container[str], interleaved: bool) -> ModelConfig:
@@ -100,7 +100,7 @@ class _LayerInFile:
         k = _plain(a.k, "attn_k", order)
         v = _plain(a.v, "attn_k" if a.v.name == a.k.name != a.q.name else "attn_v")
         if self.has("attn_qkv"):
-            q, k, v = _joined("attn_qkv", q, k, v)
+            q, k, v = joined("attn_qkv", q, k, v)
         norms = a.head_norms
         if norms is not None:
             query, key = (replace(norm, modules=(), order=order) for norm in norms)
@@ -110,7 +110,7 @@ class _LayerInFile:
         return replace(a, q=q, k=k, v=v, gate=gate, output=output, head_norms=norms, sinks=sinks)
 
     def _delta_net(self, mixer: GatedDeltaNet) -> GatedDeltaNet:
-        q, k, v = _joined("attn_qkv", *(_plain(part, "attn_qkv") for part in mixer.qkv))
+        q, k, v = joined("attn_qkv", *(_plain(part, "attn_qkv") for part in mixer.qkv))
         if self.has("ssm_ba"):  # by heads of keys, as in checkpoints
             b, a = (replace(part, name="ssm_ba") for part in mixer.rates)
         else:
@@ -146,7 +146,7 @@ class _LayerInFile:
             gate = _plain(gate, f"ffn_gate{kind}{number}")
             if not self.has(f"ffn_gate{kind}"):
                 both = f"ffn_gate_up{kind}" if self.has(f"ffn_gate_up{kind}") else f"ffn_up{kind}"
-                gate, up = _joined(f"{both}{number}", gate, up)
+                gate, up = joined(f"{both}{number}", gate, up)
         return replace(f, gate=gate, up=up, down=_plain(f.down, f"ffn_down{kind}{number}"))
 
 
@@ -162,13 +162,3 @@ def _named(norm: Norm | None, name: str) -> Norm | None:
 def _plain(matrix: Matrix, name: str, order: tuple[int, ...] | None = None) -> Matrix:
     """Return the same matrix as a module of its own."""
     return Matrix(name, matrix.rows, matrix.columns, matrix.bias, factor=matrix.factor, order=order)
-
-
-def _joined(name: str, *matrices: Matrix) -> list[Matrix]:
-    """Store matrices as one module, one below the other."""
-    rows = sum(matrix.rows for matrix in matrices)
-    firsts = [sum(before.rows for before in matrices[:i]) for i in range(len(matrices))]
-    return [
-        replace(matrix, name=name, first=first, module_rows=rows)
-        for matrix, first in zip(matrices, firsts, strict=True)
-    ]

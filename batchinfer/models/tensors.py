@@ -4,7 +4,7 @@ This module does not import torch.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,16 @@ class Matrix:
         yield f"{self.name}.weight", (self.stored_rows, self.columns)
         if self.bias:
             yield f"{self.name}.bias", (self.stored_rows,)
+
+
+def joined(name: str, *matrices: Matrix) -> list[Matrix]:
+    """Return the matrices as parts of one module of this name, in which they lie one below the other."""
+    rows = sum(matrix.rows for matrix in matrices)
+    firsts = [sum(before.rows for before in matrices[:i]) for i in range(len(matrices))]
+    return [
+        replace(matrix, name=name, first=first, module_rows=rows)
+        for matrix, first in zip(matrices, firsts, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from batchinfer.text.chat import ChatError, ChatTemplate
 from batchinfer.text.chat_arguments import Arguments
 from batchinfer.text.tokenizer import Tokenizer
 
-# With some of these, a template shows whether it knows thinking: it opens it, closes it, or tells the model its tags.
+# Render chats with each of these: a template that knows thinking opens it, closes it, or tells the model its tags.
 _TRIALS: tuple[Arguments, ...] = (
     {},
     {"enable_thinking": True},

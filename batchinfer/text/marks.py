@@ -36,7 +36,7 @@ class Marks:
         token_ids, is_mark, offsets = token_ids[kept], is_mark[kept], np.append(0, np.cumsum(kept))[offsets]
         places = np.flatnonzero(is_mark)
         bounds = np.sort(np.concatenate([offsets[:-1], places, offsets[-1:]]))
-        # With its mark before it, a segment keeps the space that some decoders take from a text's start.
+        # Decode a segment with its mark before it: some decoders take the space from a text's start.
         texts = iter(self._tokenizer.decode_batch(token_ids, bounds, self._ids))
         answers = []
         for start, stop in pairwise(offsets.tolist()):

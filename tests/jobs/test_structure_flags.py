@@ -187,6 +187,7 @@ NESTED = '{"properties": {"a": {"type": "object", "properties": {"b": {}}}}}'
             ["--regex", "a", "--max-thinking-tokens", "3"],
             "closes thinking, and --regex leaves none",
         ),
+        (["--regex", "a", "--chat", "--reasoning-parser", "think"], "looks for thinking, and --regex leaves none"),
         (["--regex", "a", "--ignore-eos"], "says where an answer ends"),
         (["--json-schema-column", "c", "--ignore-eos"], "--ignore-eos goes on after the end of an answer"),
         (["--regex", "a", "--json-schema-column", "c"], "leave one of them out"),

@@ -251,7 +251,7 @@ def test_scales_help_experts_with_a_few_large_inputs(make_model: Callable[..., P
     scheme = weight_scheme("w8a8-int8", None)
 
     def error(mine: dict[str, Tensor]) -> float:
-        """Of the products of rounded inputs and rounded weights."""
+        """Return the error of the products of rounded inputs and rounded weights."""
         x = torch.cat(next(list(inputs) for product, _, inputs in calibration.stages(0, mine) if product == ROUTER))
         rows = quantize_rows(x.clone())
         assert rows.scale is not None

@@ -16,7 +16,7 @@ ARCHITECTURES = {
     "phi": "phi2", "qwen2_moe": "qwen2moe", "qwen3_5_moe_text": "qwen35moe", "qwen3_5_text": "qwen35",
     "qwen3_moe": "qwen3moe", "qwen3_next": "qwen3next", "solar_open": "glm4moe",
 }  # fmt: skip
-"""By family, where the names differ."""
+"""Names the architecture of each family whose name differs."""
 
 
 def architecture_of(config: dict[str, Any]) -> str:

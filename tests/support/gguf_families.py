@@ -77,7 +77,7 @@ ADAPTED: dict[str, dict[str, Any]] = {
     "stablelm, one block after the other": {},
     "starcoder2": {"sliding_window": None},
 }  # fmt: skip
-"""By the name of a case: the fields that differ there, because the converter has no entry for them."""
+"""Lists, by the name of a case, the fields that differ there, because the converter has no entry for them."""
 
 
 def gguf_case(case: str) -> tuple[str, dict[str, Any]]:

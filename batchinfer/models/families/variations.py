@@ -7,13 +7,13 @@ from batchinfer.models.families import llama
 from batchinfer.models.feed_forward import Experts, FeedForward
 from batchinfer.models.layer import Ends, Layer
 from batchinfer.models.rope import no_rope
-from batchinfer.models.tensors import Matrix, Norm
+from batchinfer.models.tensors import Norm, joined
 
 
 def with_fused_qkv(layer: Layer, name: str = "self_attn.qkv_proj") -> Layer:
     """Store the matrices q, k and v as one module, in this order."""
     a = layer.attention
-    q, k, v = _stacked(name, a.q, a.k, a.v)
+    q, k, v = joined(name, a.q, a.k, a.v)
     return replace(layer, mixer=replace(a, q=q, k=k, v=v))
 
 
@@ -37,7 +37,7 @@ def with_fused_gate_up(layer: Layer, name: str = "mlp.gate_up_proj") -> Layer:
 def fused_block(block: FeedForward, name: str) -> FeedForward:
     """Store the matrices gate and up of a block as one module, in this order."""
     assert block.gate is not None
-    gate, up = _stacked(name, block.gate, block.up)
+    gate, up = joined(name, block.gate, block.up)
     return replace(block, gate=gate, up=up)
 
 
@@ -168,15 +168,6 @@ def _multiplied(f: FeedForward | Experts, factor: float) -> FeedForward | Expert
         return replace(f, down=replace(f.down, factor=factor))
     shared = None if f.shared is None else replace(f.shared, down=replace(f.shared.down, factor=factor))
     return replace(f, router=replace(f.router, factor=f.router.factor * factor), shared=shared)
-
-
-def _stacked(name: str, *matrices: Matrix) -> list[Matrix]:
-    rows = sum(matrix.rows for matrix in matrices)
-    firsts = [sum(before.rows for before in matrices[:i]) for i in range(len(matrices))]
-    return [
-        replace(matrix, name=name, first=first, module_rows=rows)
-        for matrix, first in zip(matrices, firsts, strict=True)
-    ]
 
 
 def _ordered(norms: tuple[Norm, Norm], order: tuple[int, ...] | None) -> tuple[Norm, Norm]:

@@ -53,7 +53,7 @@ def test_of_a_mixture_the_experts_that_a_token_chooses_compute() -> None:
 
 
 def test_a_state_of_qwen_3_5() -> None:
-    """Of 32 heads of values of 128 x 128 in float32, and three inputs of 8,192 channels, in each of 24 layers."""
+    """A state has 32 heads of 128 x 128 in float32, and three inputs of 8,192 channels, in each of 24 layers."""
     shape = {
         "model_type": "qwen3_5_text", "vocab_size": 248320, "hidden_size": 4096, "intermediate_size": 12288,
         "num_hidden_layers": 32, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256,

@@ -12,7 +12,7 @@ from engines import engine_of, prompts_of, tokens
 from replay import JOBS, simulate
 
 from batchinfer.engine.config import EngineConfig, Speculation
-from batchinfer.engine.cuda_graphs import MOST_RECORDINGS, OFTEN, RECORDING_BYTES, CudaGraphs, most_recorded
+from batchinfer.engine.cuda_graphs import MOST_RECORDINGS, OFTEN, RECORDING_BYTES, CudaGraphs, Found, most_recorded
 from batchinfer.engine.pool_size import Room, bytes_per_token, pool_blocks
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
@@ -188,9 +188,9 @@ def counting(most_tokens: int) -> tuple[CudaGraphs, list[int]]:
     """Steps that sample the places of their rows, and the sizes of those that were computed."""
     sizes: list[int] = []
 
-    def compute(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def compute(batch: Batch) -> Found:
         sizes.append(len(batch.tokens))
-        return batch.places + 0, batch.places >= 0, torch.empty(0)
+        return batch.places + 0, batch.places >= 0, None
 
     return CudaGraphs(compute, torch.device("cpu"), most_tokens, []), sizes
 

@@ -150,7 +150,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_sample_is_one_of_all_with_equal_chances() -> None:
-    """Of 5 rows, 2 can be drawn in 10 ways. 5.9 standard deviations are off by chance once in a hundred million."""
+    """Two of 5 rows can be drawn in 10 ways. 5.9 standard deviations are off by chance once in a hundred million."""
     draws = 10_000
     for count, ways in ((2, 10), (3, 10), (4, 5)):
         found = Counter(tuple(sample(5, count, seed).nonzero()[0].tolist()) for seed in range(draws))
