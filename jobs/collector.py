@@ -16,7 +16,7 @@ from batchinfer.jobs.results.label_columns import CHOICE, label_columns, label_f
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.results.schema import KEY, PARSED_FIELDS, ROW, SAMPLES, part_schema, sample_type
 from batchinfer.jobs.results.structure_columns import structure_columns, structure_fields
-from batchinfer.jobs.rows.answer_keys import Keys
+from batchinfer.jobs.rows.asked import Asked
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.text.answers import AnswerParser
 from batchinfer.text.tokenizer import Tokenizer
@@ -68,26 +68,18 @@ class Results:
                 f"{self._spec.max_error_rate} allows; correct these rows, or give a higher rate"
             )
 
-    def add(
-        self,
-        completions: Completions,
-        prompt_tokens: NDArray[np.int32],
-        ends: NDArray[np.int32],
-        keys: Keys,
-        labels: list[list[str]] | None = None,
-    ) -> None:
-        """Take finished rows from the engine, with all computed samples of each.
+    def add(self, completions: Completions, asked: Asked) -> None:
+        """Take finished rows from the engine, with all computed samples of each, and what was asked of each row.
 
-        `prompt_tokens` [n] are the prompt lengths of the n samples, `ends` [n, END_TOKENS] the prompts' last tokens
-        (`ends_of`), `keys` [rows] the rows' answer keys, and `labels` [n] what each row chose from. A row's own columns
-        are those of its first sample, or of its first failed sample if any failed.
+        A row's own columns are those of its first sample, or of its first failed sample if any failed.
         """
-        asked: dict[str, pa.Array] = {}
-        if completions.scores is not None and labels is not None:
+        more: dict[str, pa.Array] = {}
+        if completions.scores is not None and asked.labels is not None:
             fields = label_fields(self._spec)
-            columns = label_columns(fields, completions.scores, labels)
-            asked = {field.name: column for field, column in zip(fields, columns, strict=True)}
-        answers = self._answers(completions, ends, asked.get(CHOICE[0].name))
+            columns = label_columns(fields, completions.scores, asked.labels)
+            more = {field.name: column for field, column in zip(fields, columns, strict=True)}
+        ends = None if asked.ends is None else np.repeat(asked.ends, self._spec.computed_samples, axis=0)
+        answers = self._answers(completions, ends, more.get(CHOICE[0].name))
         failed = (completions.finish_reasons == FinishReason.ERROR).reshape(-1, self._spec.computed_samples)
         own = np.arange(failed.size)[:: failed.shape[1]] + failed.argmax(axis=1)
         rows = completions.rows[own]
@@ -97,14 +89,15 @@ class Results:
         first = answers.take(pa.array(own))
         texts, reasons = (pc.struct_field(first, name) for name in ("generated_text", "finish_reason"))
         properties = structure_columns(self._structured, texts, reasons)
-        asked |= {field.name: column for field, column in zip(self._structured, properties, strict=True)}
+        more |= {field.name: column for field, column in zip(self._structured, properties, strict=True)}
         if self._spec.n > 1:
-            asked[SAMPLES] = samples_of(answers, failed, self._spec.n)
-        known = pa.FixedSizeBinaryArray.from_buffers(KEY.type, len(keys), [None, pa.py_buffer(keys.tobytes())])
-        lengths = pa.array(prompt_tokens[own])
-        self._collect(rows, known, first, lengths, errors, asked)
+            more[SAMPLES] = samples_of(answers, failed, self._spec.n)
+        keys = pa.FixedSizeBinaryArray.from_buffers(KEY.type, len(rows), [None, pa.py_buffer(asked.keys.tobytes())])
+        self._collect(rows, keys, first, pa.array(asked.prompt_tokens), errors, more)
 
-    def _answers(self, completions: Completions, ends: NDArray[np.int32], choices: pa.Array | None) -> pa.StructArray:
+    def _answers(
+        self, completions: Completions, ends: NDArray[np.int32] | None, choices: pa.Array | None
+    ) -> pa.StructArray:
         """Return the samples' columns [n], of `sample_type`; a failed sample has no text. Rows that choose have
         `choices`."""
         stop, stop_token_ids = self._spec.sampling.stop, self._spec.sampling.stop_token_ids
@@ -115,15 +108,17 @@ class Results:
         lengths = np.diff(completions.offsets).astype(np.int32)
         self.new_tokens.update(lengths.tolist())
         self.unparsed_tool_calls += len(found.unparsed)
-        reasoning, tool_calls = PARSED_FIELDS
-        calls = [None if each is None else [call._asdict() for call in each] for each in found.tool_calls]
-        return self._struct({
+        columns = {
             "generated_text": pa.array(texts, pa.string()) if choices is None else choices,
             "finish_reason": names_of(completions.finish_reasons),
             "completion_tokens": pa.array(lengths),
-            reasoning.name: pa.array(found.reasoning, reasoning.type),
-            tool_calls.name: pa.array(calls, tool_calls.type),
-        })  # fmt: skip
+        }
+        if self._spec.parsed:
+            reasoning, tool_calls = PARSED_FIELDS
+            calls = [None if each is None else [call._asdict() for call in each] for each in found.tool_calls]
+            columns[reasoning.name] = pa.array(found.reasoning, reasoning.type)
+            columns[tool_calls.name] = pa.array(calls, tool_calls.type)
+        return self._struct(columns)
 
     def _struct(self, columns: dict[str, pa.Array]) -> pa.StructArray:
         fields = list(sample_type(self._spec.parsed))
@@ -156,9 +151,9 @@ class Results:
         answers: pa.StructArray,
         prompt_tokens: pa.Array,
         errors: list[RowError | None] | list[RowError],
-        asked: dict[str, pa.Array],
+        more: dict[str, pa.Array],
     ) -> None:
-        columns = asked | dict(zip(answers.type.names, answers.flatten(), strict=True))
+        columns = more | dict(zip(answers.type.names, answers.flatten(), strict=True))
         columns |= {
             ROW: pa.array(rows),
             KEY.name: keys,

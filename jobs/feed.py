@@ -46,7 +46,7 @@ class Loop:
         self._results = results
         self._progress = progress
         self._engine = Supervisor(start_worker, spec.step_timeout)
-        self._in_flight = InFlight()
+        self._in_flight = InFlight(spec.reasoning_format is not None)
         self._total = total  # rows of the input
         self.generate_seconds = 0.0  # from when the engine was ready to its last row
         self.duplicates = 0  # rows that got the result of another row
@@ -178,21 +178,17 @@ class Loop:
                 self._progress.update(stats.prompt_tokens + stats.completion_tokens)
 
     def _complete(self, completions: Completions) -> None:
-        prompt_tokens = self._in_flight.prompt_tokens(completions.rows)
-        ends = self._in_flight.prompt_ends(completions.rows)
-        keys = self._in_flight.answer_keys(completions.rows[:: self._spec.computed_samples])
-        labels = self._in_flight.labels(completions.rows)
-        self._results.add(completions, prompt_tokens, ends, keys, labels)
         samples = np.arange(self._spec.computed_samples)
-        indices, followers = self._windows.followers.take(completions.rows[:: len(samples)])
+        rows = completions.rows[:: len(samples)]
+        asked = self._in_flight.asked(rows)
+        self._results.add(completions, asked)
+        indices, followers = self._windows.followers.take(rows)
         theirs = (indices[:, None] * len(samples) + samples).reshape(-1, len(samples))
         tokens = np.diff(completions.offsets)[theirs].sum(1)
         # A row may have a million duplicates. They are written a few at a time, so that commits keep their usual size.
         for some in cut(tokens, FOLLOWERS, FOLLOWERS_TOKENS):
             given = completions.given_to(np.repeat(followers[some], len(samples)), theirs[some].ravel())
-            index = theirs[some].ravel()
-            chosen = labels and [labels[i] for i in index.tolist()]
-            self._results.add(given, prompt_tokens[index], ends[index], keys[indices[some]], chosen)
+            self._results.add(given, asked.take(indices[some]))
             self.duplicates += len(followers[some])
             self._results.commit_if_due()
         self._end(set(completions.rows.tolist()))

@@ -37,14 +37,14 @@ class AnswerParser:
         self,
         token_ids: TokenIds,
         offsets: Offsets,
-        ends: NDArray[np.int32],
+        ends: NDArray[np.int32] | None,
         stop: tuple[str, ...],
         stop_token_ids: tuple[int, ...],
     ) -> Answers:
         """Parse n answers. Answer i is `token_ids[offsets[i]:offsets[i + 1]]`.
 
-        `ends` [n, END_TOKENS] has the last tokens of their prompts, padded in front with -1. Texts end at the first
-        stop string and are without stop tokens.
+        `ends` [n, END_TOKENS] has the last tokens of their prompts, padded in front with -1; without a reasoning format
+        it may be None. Texts end at the first stop string and are without stop tokens.
         """
         n = len(offsets) - 1
         if self._marks is None:
@@ -52,7 +52,7 @@ class AnswerParser:
                 printed_answers(self._tokenizer, token_ids, offsets, stop, stop_token_ids), [None] * n, [None] * n, []
             )
         found = Answers([], [], [], [])
-        opened = self._opened(ends)
+        opened = [False] * n if ends is None else self._opened(ends)
         for i, pieces in enumerate(self._marks.cut(token_ids, offsets, stop_token_ids)):
             thought: str | None = None
             calls: list[ToolCall] = []

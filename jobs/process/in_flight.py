@@ -5,10 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from batchinfer.engine.prompts import END_TOKENS, ends_of
 from batchinfer.engine.request import Requests
-from batchinfer.jobs.results.schema import KEY
-from batchinfer.jobs.rows.answer_keys import Keys, answer_keys
+from batchinfer.jobs.rows.asked import Asked
 
 
 @dataclass
@@ -34,7 +32,9 @@ class _Sent:
 class InFlight:
     """Keeps each chunk of rows from when it is sent to the engine until its last row has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, thinking: bool = False) -> None:
+        """Keep nothing yet; `thinking` says whether thinking is looked for in answers."""
+        self._thinking = thinking
         self._sent: list[_Sent] = []
         self._begun: set[int] = set()
 
@@ -80,37 +80,8 @@ class InFlight:
             rests = [rest.take(np.flatnonzero(np.isin(rest.rows, alone))) for rest in rests]
         return [rest for rest in rests if len(rest)]
 
-    def answer_keys(self, rows: NDArray[np.int64]) -> Keys:
-        """Return the answer keys of these rows [n]."""
-        found = np.zeros(len(rows), f"S{KEY.type.byte_width}")
-        for sent in self._sent:
-            mine, indices = sent.find(rows)
-            found[mine] = answer_keys(sent.requests.take(indices))
-        return found
-
-    def prompt_tokens(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Return the lengths of these rows' prompts [n]."""
-        found = np.zeros(len(rows), np.int32)
-        for sent in self._sent:
-            mine, indices = sent.find(rows)
-            found[mine] = np.diff(sent.requests.offsets)[indices]
-        return found
-
-    def labels(self, rows: NDArray[np.int64]) -> list[list[str]] | None:
-        """Return the labels of each of these rows; None if rows do not choose."""
-        found: dict[int, list[str]] = {}
-        for sent in self._sent:
-            choices = sent.requests.choices
-            if choices is None:
-                return None
-            mine, indices = sent.find(rows)
-            found |= {place: choices.texts_of(i) for place, i in zip(mine.tolist(), indices.tolist(), strict=True)}
-        return [found[place] for place in range(len(rows))]
-
-    def prompt_ends(self, rows: NDArray[np.int64]) -> NDArray[np.int32]:
-        """Return the last tokens of these rows' prompts [n, END_TOKENS], as `ends_of` gives them."""
-        found = np.full((len(rows), END_TOKENS), -1, np.int32)
-        for sent in self._sent:
-            mine, indices = sent.find(rows)
-            found[mine] = ends_of(sent.requests, indices)
-        return found
+    def asked(self, rows: NDArray[np.int64]) -> Asked:
+        """Return what the results of these rows, one or more in flight, take from their requests."""
+        found = [(sent, *sent.find(rows)) for sent in self._sent]
+        parts = [Asked.of(sent.requests.take(indices), self._thinking) for sent, _, indices in found if len(indices)]
+        return Asked.joined(parts).take(np.argsort(np.concatenate([mine for _, mine, _ in found])))

@@ -15,20 +15,21 @@ Keys = NDArray[np.bytes_]  # [n] digests
 def answer_keys(requests: Requests) -> Keys:
     """Return a digest for each row [n]: of its token ids, its params, its labels and, where tokens are drawn, its
     seed."""
-    size = KEY.type.byte_width
-    starts = [repr(params).encode() for params in requests.params]
-    sampled = [params.temperature > 0 for params in requests.params]
+    n, size, hashed = len(requests), KEY.type.byte_width, hashlib.blake2b
+    params, choices = requests.params, requests.choices
+    starts = [repr(each).encode() for each in params]
+    index = requests.param_index.tolist()
+    begins = [starts[i] for i in index]
+    if choices is not None:
+        begins = [begin + _joined(choices, i) for i, begin in enumerate(begins)]
+    drawn = np.array([each.temperature > 0 for each in params], np.bool_)[requests.param_index]
+    seeds = np.where(drawn, requests.seeds, np.uint64(0)).tolist()
     raw, bounds = requests.token_ids.astype("<i4").tobytes(), (4 * requests.offsets).tolist()
-    choices = requests.choices
-    labels = [b""] * len(requests) if choices is None else [_joined(choices, i) for i in range(len(requests))]
-    rows = zip(requests.param_index.tolist(), requests.seeds.tolist(), labels, pairwise(bounds), strict=True)
-    digests = (
-        hashlib.blake2b(
-            starts[i] + row_labels + b"%d" % (seed if sampled[i] else 0) + b"/" + raw[a:b], digest_size=size
-        ).digest()
-        for i, seed, row_labels, (a, b) in rows
-    )
-    return np.fromiter(digests, f"S{size}", len(requests))
+    digests = [
+        hashed(b"%b%d/%b" % (begin, seed, raw[a:b]), digest_size=size).digest()
+        for begin, seed, (a, b) in zip(begins, seeds, pairwise(bounds), strict=True)
+    ]
+    return np.frombuffer(b"".join(digests), f"S{size}", n)
 
 
 def _joined(choices: Choices, i: int) -> bytes:

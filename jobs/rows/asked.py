@@ -1,0 +1,51 @@
+"""`Asked`: what the results of rows take from their requests."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchinfer.engine.prompts import ends_of
+from batchinfer.engine.request import Requests
+from batchinfer.jobs.rows.answer_keys import Keys, answer_keys
+from batchinfer.kernels.ragged import Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """The columns of n rows."""
+
+    prompt_tokens: NDArray[np.int32]  # [n]
+    keys: Keys  # [n]
+    ends: NDArray[np.int32] | None  # [n, END_TOKENS] last tokens of the prompts; None if no thinking is looked for
+    labels: list[list[str]] | None  # [n] what each row chooses from; None if rows do not choose
+
+    @staticmethod
+    def of(requests: Requests, thinking: bool) -> "Asked":
+        """Take them from requests; `thinking` says whether thinking is looked for in their answers."""
+        n, choices = len(requests), requests.choices
+        return Asked(
+            np.diff(requests.offsets).astype(np.int32),
+            answer_keys(requests),
+            ends_of(requests, np.arange(n)) if thinking else None,
+            None if choices is None else [choices.texts_of(i) for i in range(n)],
+        )
+
+    @staticmethod
+    def joined(parts: Sequence["Asked"]) -> "Asked":
+        """Put the rows of all parts, one part or more of the same job, behind each other."""
+        ends = [part.ends for part in parts if part.ends is not None]
+        labels = [part.labels for part in parts if part.labels is not None]
+        return Asked(
+            np.concatenate([part.prompt_tokens for part in parts]),
+            np.concatenate([part.keys for part in parts]),
+            np.concatenate(ends) if ends else None,
+            [texts for part in labels for texts in part] if labels else None,
+        )
+
+    def take(self, index: Ints) -> "Asked":
+        """Return the rows at `index`, in that order."""
+        labels = None if self.labels is None else [self.labels[i] for i in index.tolist()]
+        ends = None if self.ends is None else self.ends[index]
+        return Asked(self.prompt_tokens[index], self.keys[index], ends, labels)
