@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from chat_models import CHATML, save
 from command_line import call
+from whole_jobs import assert_parts_make_the_whole
 
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused
 from batchinfer.jobs.job import run
-from batchinfer.jobs.merge_shards import merge_shards
 from batchinfer.jobs.results.structure_columns import structure_columns, structure_fields
 from batchinfer.jobs.rows.windows import LIMITS, Limits, Windows
-from batchinfer.jobs.spec import JobSpec, sharded
+from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.structure_flags import StructureFlags
 from batchinfer.jobs.verify import verify
 
@@ -79,19 +80,7 @@ def test_properties_become_columns(model: Path, tmp_path: Path) -> None:
         cut or jsonschema.validate(answer, RECORD)
     assert {row["finish_reason"] for row in found} == {"stop", "length"}
     verify(tmp_path / "out.parquet")
-
-    shards = [sharded(tmp_path / "out.parquet", i, 2) for i in range(2)]
-    for i in range(2):
-        run(job(model, tmp_path, output=shards[i], shard=(i, 2), **fields))
-    merge_shards(shards, tmp_path / "merged.parquet", overwrite=False)
-    assert rows_of(tmp_path / "merged.parquet") == found
-
-    parts = sorted((tmp_path / "out.run" / "parts").iterdir())
-    lost = pq.read_table(parts[-1])
-    parts[-1].unlink()
-    (tmp_path / "out.parquet").unlink()
-    assert run(job(model, tmp_path, **fields)).rows_computed == len(lost) > 0
-    assert rows_of(tmp_path / "out.parquet") == found
+    assert_parts_make_the_whole(partial(job, model, tmp_path, **fields), tmp_path / "out.parquet")
     with pytest.raises(Refused, match="template"):
         run(job(model, tmp_path, sampling))
     other: dict[str, Any] = {"output": tmp_path / "other.parquet", "reuse": (tmp_path / "out.parquet",)}

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ import torch
 import transformers
 from chat_models import CHATML, save
 from command_line import call
+from whole_jobs import assert_parts_make_the_whole
 
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.job import run
-from batchinfer.jobs.merge_shards import merge_shards
 from batchinfer.jobs.outlook import plan
-from batchinfer.jobs.spec import JobSpec, sharded
+from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.verify import verify
 
 TEXTS = ["Hello", "the user and the assistant", "日本語", "a model of the system " * 9, "Hello", "x", "the end"]
@@ -89,20 +90,7 @@ def test_labels_of_all_rows(model: Path, tmp_path: Path) -> None:
         assert sum(row["choice_probabilities"].values()) == pytest.approx(1)
         assert row["choice_probabilities"][row["choice"]] == row["choice_probability"]
     verify(tmp_path / "out.parquet")
-
-    shards = [sharded(tmp_path / "out.parquet", i, 2) for i in range(2)]
-    for i in range(2):
-        run(job(model, tmp_path, output=shards[i], shard=(i, 2), **fields))
-    merge_shards(shards, tmp_path / "merged.parquet", overwrite=False)
-    assert rows_of(tmp_path / "merged.parquet") == found
-
-    parts = sorted((tmp_path / "out.run" / "parts").iterdir())
-    lost = pq.read_table(parts[-1])
-    parts[-1].unlink()
-    (tmp_path / "out.parquet").unlink()
-    again = run(job(model, tmp_path, **fields))
-    assert again.rows_computed == len(lost) > 0
-    assert rows_of(tmp_path / "out.parquet") == found
+    assert_parts_make_the_whole(partial(job, model, tmp_path, **fields), tmp_path / "out.parquet")
 
 
 def test_labels_of_each_row(model: Path, tmp_path: Path) -> None:
