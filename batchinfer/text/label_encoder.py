@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from batchinfer.text.tokenizer import Tokenizer
 
 TAIL = 16  # most tokens of a prompt that a label's tokens are taken to depend on
+CHARACTER = 4  # most tokens that a character has, those of bytes: as many bytes as UTF-8 takes
 MOST_KEPT = 100_000  # results that are remembered
 
 Label = tuple[int, ...]
@@ -46,17 +47,16 @@ class LabelEncoder:
         return tuple(end[added[-1] + 1 :].tolist() if len(added) else end.tolist())
 
     def _behind(self, tail: Label, labels: Sequence[str]) -> tuple[Label, ...]:
-        text = self._tokenizer.text_of(tail)
-        # SentencePiece puts a space before a text, and takes one off when it decodes. A line break keeps both away.
-        for start, ids in (("", ()), self._before):
-            whole = [
-                tuple(row) for row in self._tokenizer.encode_plain([start + text, *(start + text + x for x in labels)])
-            ]
-            known = whole[0]
-            if known == (*ids, *tail) and all(
-                row[: len(known)] == known and len(row) > len(known) for row in whole[1:]
-            ):
-                return tuple(row[len(known) :] for row in whole[1:])
+        # A prompt that is cut within a character begins at the next one.
+        for end in (tail[first:] for first in range(min(CHARACTER, len(tail) + 1))):
+            text = self._tokenizer.text_of(end)
+            # SentencePiece puts a space before a text, and takes one off when it decodes. A line break keeps both away.
+            for start, ids in (("", ()), self._before):
+                known, *whole = (
+                    tuple(row) for row in self._tokenizer.encode_plain([start + text + x for x in ("", *labels)])
+                )
+                if known == (*ids, *end) and all(row[: len(known)] == known and len(row) > len(known) for row in whole):
+                    return tuple(row[len(known) :] for row in whole)
         return tuple(self._alone(label) for label in labels)
 
     def _alone(self, label: str) -> Label:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tokenizers
 from chat_models import CHATML, save
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from repository import TARGET
 
@@ -18,6 +18,7 @@ PROMPTS = [
     "<|im_start|>user\nIs it good?<|im_end|>\n<|im_start|>assistant\n",
     "the user and the assistant of the system model " * 8 + "said",
     "日本語",
+    "日本語" * 6,
     "",
 ]
 LABELS = ["positive", " negative", "日本", "system user", "42", " the"]
@@ -60,6 +61,7 @@ WORDS = st.lists(st.sampled_from(["the", "system", " user", "model", "\n", ":", 
 
 @settings(max_examples=60, deadline=None)
 @given(words=WORDS, label=st.sampled_from(LABELS))
+@example(["日本語"] * 2, " negative").via("the last 16 tokens begin within a character")
 def test_the_end_of_the_prompt_is_enough(words: list[str], label: str) -> None:
     encoder, prompt = LabelEncoder(Tokenizer.load(TARGET)), "".join(words)
     before, both = joined(TARGET, prompt, label)
