@@ -29,3 +29,8 @@ def padded_size(tokens: int, row_grain: int) -> int:
     """
     grain = row_grain if tokens <= 128 or row_grain == 1 else 32
     return -(-tokens // grain) * grain
+
+
+def padded_logits(rows: int) -> int:
+    """Return the rows of logits, padding included, that a step computes for `rows` wanted ones."""
+    return -(-rows // MIN_ROWS) * MIN_ROWS

@@ -20,6 +20,10 @@ class Rows(NamedTuple):
         """Return `values * scale` for floating-point values. This overwrites `values`: do not use them afterwards."""
         return self.values if self.scale is None else self.values.mul_(self.scale)
 
+    def between(self, begin: int, end: int | None = None) -> "Rows":
+        """Return a view of the rows [begin, end)."""
+        return Rows(self.values[begin:end], None if self.scale is None else self.scale[begin:end])
+
     def at(self, rows_m: Tensor) -> "Rows":
         """Return copies of the rows of these numbers, int64 [m]."""
         scale = None if self.scale is None else self.scale.index_select(0, rows_m)

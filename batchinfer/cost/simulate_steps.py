@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from batchinfer.cost.step_cost import Floats, Work
 from batchinfer.engine.config import EngineConfig
-from batchinfer.engine.step_policy import chunk_end, decoding, padded_logits, tiles_of
-from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_size
+from batchinfer.engine.step_policy import chunk_end, decoding, tiles_of
+from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_logits, padded_size
 from batchinfer.kernels.ragged import Ints
 
 MOST_TOGETHER = 1024  # steps counted at once; each has a row in a matrix of context lengths

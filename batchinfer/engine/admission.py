@@ -17,6 +17,7 @@ from batchinfer.engine.label_scoring import LabelScoring
 from batchinfer.engine.output_lengths import OutputLengths
 from batchinfer.engine.prefix_tree import Likeness, PrefixTree, SharedTile, likeness
 from batchinfer.engine.request import Requests
+from batchinfer.engine.score_demand import ScoreDemand, score_demand
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints
@@ -54,7 +55,7 @@ class Admission:
         self.labels = LabelScoring(table, manager, states, ends)
         self._tree = PrefixTree(manager, table.block_size, states)
         self._share = share
-        self._waiting: deque[tuple[Requests, Likeness, int]] = deque()  # and number of rows admitted
+        self._waiting: deque[tuple[Requests, Likeness, ScoreDemand | None, int]] = deque()  # and number of rows admitted
         self._preempted: deque[_Row] = deque()
         self._template = -1  # of the row that was admitted last
         self._last = -1, -1  # place and epoch of that row
@@ -68,7 +69,7 @@ class Admission:
         """Queue requests, in their order."""
         if len(requests):
             alike = likeness(requests) if self._share else Likeness.none(len(requests))
-            self._waiting.append((requests, alike, 0))
+            self._waiting.append((requests, alike, score_demand(requests, alike), 0))
             self.waiting_rows += len(requests)
 
     def drop(self) -> None:
@@ -105,7 +106,7 @@ class Admission:
     def _admit_next(self, place: int) -> bool:
         if not self._waiting:
             return False
-        requests, alike, i = self._waiting[0]
+        requests, alike, demand, i = self._waiting[0]
         sequences = self.labels.places(requests, i)
         if not self._has_places(sequences):
             return False
@@ -122,6 +123,12 @@ class Admission:
         tiles = self._tree.enter(before, after, branches)
         own = need - max(after - before, 0) * per_tile
         self._begin(place, _Row(requests, i, template, np.empty(0, np.int32)), tiles, own)
+        for tile in tiles[before:]:
+            tile.maker = int(self._table.epoch[place])
+        if demand is not None:
+            self._table.finds_from[place], self._table.likeliest[place] = demand.first[i], demand.likeliest
+            for depth, tokens in demand.continuations.get(i, {}).items():
+                tiles[depth - 1].continuations = tokens
         if self._states is not None:
             before = self._go_on(place, before)
         self._table.computed[place] = self._table.begins[place] = before * TILE
@@ -131,7 +138,7 @@ class Admission:
         self._templates += template == self._templates
         self.shared_tokens += before * TILE if twin < 0 else int(self._table.prompt_length[place])
         self.admitted.append(int(requests.rows[i]))
-        self._waiting[0] = (requests, alike, i + 1)
+        self._waiting[0] = (requests, alike, demand, i + 1)
         if i + 1 == len(requests):
             self._waiting.popleft()
         return True
@@ -200,6 +207,8 @@ class Admission:
         """Return the blocks that a row is expected to need for its prompt and all new tokens."""
         if requests.choices is not None:
             return self.labels.blocks(requests, i)
+        if requests.scored_from is not None:
+            return self._table.blocks_for(int(requests.offsets[i + 1] - requests.offsets[i]))
         most = requests.params[requests.param_index[i]].max_tokens
         prompt = int(requests.offsets[i + 1] - requests.offsets[i])
         return self._table.blocks_for(prompt + self._expected(template, generated, most))

@@ -17,10 +17,11 @@ from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.step_buffer import StepBuffer
 from batchinfer.engine.step_shape import StepShape, doubled, largest_count, padded_count
 from batchinfer.engine.transfer import Transfer
+from batchinfer.kernels.scores import StepScores
 from batchinfer.models.batch import Batch
 
-Found = tuple[Tensor, Tensor, Tensor | None]
-"""What a step finds, on the device: (token ids [r] int64, finite [r] bool, scores [m] float32 or None)."""
+Found = tuple[Tensor, Tensor, StepScores]
+"""What a step finds, on the device: (token ids [r] int64, finite [r] bool, log-probabilities)."""
 Compute = Callable[[Batch], Found]
 """Computes a batch whose tensors are on the device."""
 
@@ -85,7 +86,7 @@ class CudaGraphs:
         self.transfer.copy(partial(recording.inputs.write, batch), recording.buffer)
         recording.replay()
         rows = len(batch.places)
-        return recording.tokens[:rows], recording.finite[:rows], None
+        return recording.tokens[:rows], recording.finite[:rows], StepScores()
 
     def keep_within(self, nbytes: int, step_bytes: int) -> None:
         """Record only steps that fit in `nbytes`, where one of `most_tokens` tokens takes `step_bytes` to compute."""
@@ -97,7 +98,8 @@ class CudaGraphs:
         tokens = padded_count(batch.query_tokens)
         # How many logits change or are scored differs from step to step: such steps never have the same shape twice.
         # What grammars allow is found only while a step runs.
-        if batch.changes is not None or batch.labels is not None or batch.allowed is not None or not self.recording:
+        differing = batch.changes, batch.labels, batch.scoring, batch.allowed
+        if any(what is not None for what in differing) or not self.recording:
             return None
         if tokens > self.most_tokens:
             self._note_large_steps()

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,7 +21,7 @@ from batchinfer.engine.measured_room import room_for_keys
 from batchinfer.engine.model_runner import ModelRunner, measure_peak
 from batchinfer.engine.output_lengths import OutputLengths
 from batchinfer.engine.pool_size import Room, is_out_of_memory, pool_blocks, pool_states
-from batchinfer.engine.request import NO_SCORES, Completions, FinishReason, Requests, RowError, Scores
+from batchinfer.engine.request import NO_SCORES, Completions, FinishReason, Requests, RowError, Scores, TokenScores
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
@@ -40,7 +40,7 @@ NOT_FINITE = RowError("not_finite", "the model computed values that are not fini
 NOT_FINITE_OR_BANNED = RowError(
     NOT_FINITE.code, "the model computed values that are not finite for this row, or every token is banned from it"
 )
-UNRECORDED = "steps with penalties, bans or grammars were launched kernel by kernel on the GPU, not as recorded graphs"
+UNRECORDED = "steps with penalties, bans, grammars or log-probabilities were launched kernel by kernel on the GPU, not as recorded graphs"
 WAITING = (
     "penalties, --no-repeat-ngram-size, --max-thinking-tokens, bad words of several tokens and grammars look at a "
     "row's tokens: on the GPU each such step waited for the one before it"
@@ -117,7 +117,7 @@ class Engine:
         self.scheduler.add(requests)
 
     def _note_slower_steps(self, params: tuple[SamplingParams, ...]) -> None:
-        changing = any(p.changes_logits or p.structure is not None for p in params)
+        changing = any(p.changes_logits or p.structure is not None or p.wants_scores for p in params)
         slower = {UNRECORDED: changing, WAITING: any(p.reads_tokens for p in params)}
         self._stats.notes += [note for note, holds in slower.items() if holds and note not in self._stats.notes]
 
@@ -191,14 +191,16 @@ class Engine:
     def _end(self, step: _Step) -> Completions:
         """Wait for a step, append what it sampled, and return the rows that ended."""
         batch = step.batch
-        new_tokens = self.scheduler.update(batch, *step.sampled.wait())
+        new_tokens, scores = self.scheduler.update(batch, *step.sampled.wait()), step.sampled.scores
+        whole = {} if batch.scoring is None else self.scheduler.scores.update(batch.scoring, new_tokens, scores)
         if new_tokens.spoiled is not None:
             self.runner.clear_slots(new_tokens.spoiled)
         extended = self.structures.extend(new_tokens)
         done = endings(self.table, extended, self.scheduler.eos_ids, self.tokenizer)
         done |= dict.fromkeys(self.structures.failed(extended.places), FinishReason.ERROR)
-        if batch.labels is not None and step.sampled.scores is not None:
-            done |= self.scheduler.labels.update(batch.labels, step.sampled.scores.numpy())
+        done |= whole
+        if batch.labels is not None and scores.labels is not None:
+            done |= self.scheduler.labels.update(batch.labels, scores.labels.numpy())
         completions = self._completions(done) if done else Completions.none()
         for place, reason in done.items():
             self.scheduler.finish(place, reason is FinishReason.ERROR)
@@ -286,18 +288,26 @@ class Engine:
         return Gate(self.table, config.speculation, padded, model, self.runner.late > 0, self._stats.notes)
 
     def _completions(self, done: dict[int, FinishReason]) -> Completions:
-        places, scored = list(done), self.table.scored[list(done)].any()
+        table, scores, places = self.table, self.scheduler.scores, list(done)
         failed = [p for p in places if done[p] is FinishReason.ERROR]
         found = [(NO_TOKENS, NO_SCORES) if done[p] is FinishReason.ERROR else self._found(p) for p in places]
         new = [tokens for tokens, _ in found]
         self._stats.completion_tokens += sum(map(len, new))
+
+        def scored(wanted: bool, of: Callable[[int], TokenScores]) -> TokenScores | None:
+            if not wanted:
+                return None
+            return TokenScores.of([TokenScores.none() if p in failed else of(p) for p in places])
+
         return Completions(
-            rows=self.table.row[places],
+            rows=table.row[places],
             token_ids=np.concatenate(new),
             offsets=np.cumsum([0, *map(len, new)]),
             finish_reasons=np.array([done[p] for p in places], np.int8),
-            errors={int(self.table.row[p]): self._error(p) for p in failed},
-            scores=Scores.of([scores for _, scores in found]) if scored else None,
+            errors={int(table.row[p]): self._error(p) for p in failed},
+            scores=Scores.of([scores for _, scores in found]) if any(p in self.scheduler.labels for p in places) else None,
+            logprobs=scored(bool((table.logprobs[places] >= 0).any()), scores.of),
+            prompt_logprobs=scored(any(table.params[p].prompt_logprobs >= 0 for p in places), scores.of_prompt),
         )
 
     def _error(self, place: int) -> RowError:
@@ -305,10 +315,13 @@ class Engine:
         return self.structures.error(place) or banned
 
     def _found(self, place: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Return the new tokens of a row, and the scores of its labels if it has any."""
-        if self.table.scored[place]:
+        """Return the new tokens of a row, or those that were scored, and the scores of its labels if it has any."""
+        if place in self.scheduler.labels:
             return self.scheduler.labels.result(place)
-        return self.table.generated(place), NO_SCORES
+        tokens = self.table.generated(place)
+        if self.table.ends_with_prompt[place]:
+            tokens = self.table.tokens[place, self.table.scored_from[place] : self.table.length[place]]
+        return tokens, NO_SCORES
 
     def _count(self, batch: Batch, seconds: float) -> None:
         stats = self._stats

@@ -100,6 +100,10 @@ class LabelScoring:
         table.scored[place] = table.undrafted[place] = True
         table.end[place] = table.length[place] + 1
 
+    def __contains__(self, place: int) -> bool:
+        """Return whether the sequence at `place` is that of a row with choices."""
+        return place in self._rows
+
     def forks(self, place: int) -> list[int]:
         """Return the places of the forks of the row at `place`; none if it has no choices."""
         return self._rows[place].forks if place in self._rows else []
@@ -170,7 +174,7 @@ class LabelScoring:
         for c in chunks:
             if c.end == table.prefill_end[c.place]:
                 for place in (c.place, *c.twins):
-                    if table.scored[place]:
+                    if place in self._parts:
                         yield place, c.place, c.row + c.end - c.start - 1, 0
         places, positions = queries.all_places, queries.positions
         for i in np.flatnonzero(table.scored[places]).tolist():

@@ -22,17 +22,19 @@ from batchinfer.kernels.backend import Backend
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
 from batchinfer.kernels.kv_cache import KV_DTYPES, KVCache
+from batchinfer.kernels.grain import padded_logits
 from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
-from batchinfer.kernels.scores import log_probabilities
+from batchinfer.kernels.scores import ScoredTokens, StepScores, log_probabilities, with_likeliest
 from batchinfer.kernels.state_pool import StatePool
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.gguf_folder import weight_files
 from batchinfer.models.gguf_weights import GGUFWeights
 from batchinfer.models.loader import load_decoder
+from batchinfer.models.prompt_scores import known_log_probabilities
 from batchinfer.models.recurrent import state_shape
 from batchinfer.models.weights import RandomWeights, SafetensorsWeights, WeightSource, with_stored_head
 
@@ -178,10 +180,7 @@ class ModelRunner:
 
     def _sample(self, batch: Batch) -> Found:
         """Compute a step, and choose its tokens."""
-        logits, scores = self.decoder.forward(batch, self.caches), None
-        if batch.labels is not None:
-            scores = log_probabilities(logits[len(batch.places) : batch.logits_rows], batch.labels.scored)
-        logits = logits[: len(batch.places)]
+        logits, scores = self._logits(batch)
         if len(batch.copies):
             for kv in self.kv_caches:
                 kv.copy(batch.copied, batch.copies)
@@ -189,11 +188,31 @@ class ModelRunner:
             for cache in self.caches:
                 if isinstance(cache, StatePool):
                     cache.copy(batch.states.copied, batch.states.copies)
+        scoring = batch.scoring
+        own = None if scoring is None or not len(scoring.sampled) else logits[scoring.sampled_rows]
         if batch.changes is not None:
             change_logits(logits, batch.changes)
         if batch.allowed is not None:  # after the forward pass is launched: a GPU computes meanwhile
             self.backend.allow(logits, batch.allowed())
-        return *self.backend.sample(logits, batch.sampling), scores
+        tokens, finite = self.backend.sample(logits, batch.sampling)
+        if scoring is not None and own is not None:
+            chosen = ScoredTokens(torch.arange(len(own), device=own.device), tokens[scoring.sampled_rows])
+            scores = replace(scores, sampled=with_likeliest(own, chosen, min(scoring.likeliest, own.shape[1])))
+        return tokens, finite, scores
+
+    def _logits(self, batch: Batch) -> tuple[Tensor, StepScores]:
+        """Compute a step but the choice of tokens: return the logits [r, V] that these are sampled from, and the
+        log-probabilities of labels and of tokens of prompts."""
+        x, y = self.decoder.hidden(batch, self.caches)
+        first, scores = padded_logits(batch.first_rows), StepScores()
+        if batch.scoring is not None and len(batch.scoring.rows):
+            known = known_log_probabilities(self.decoder, x[first:], y.between(first), batch.scoring)
+            x, y, scores = x[:first], y.between(0, first), StepScores(known=known)
+        logits = self.decoder.logits(x, y)
+        if batch.labels is not None:
+            found = log_probabilities(logits[len(batch.places) : batch.first_rows], batch.labels.scored)
+            scores = replace(scores, labels=found)
+        return logits[: len(batch.places)], scores
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:

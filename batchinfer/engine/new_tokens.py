@@ -1,6 +1,6 @@
 """`NewTokens`: the tokens that a step has added to its sequences."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from batchinfer.kernels.ragged import Ints
 from batchinfer.kernels.speculative import Drafts, verify
 from batchinfer.models.batch import Batch
 
-
 @dataclass(frozen=True)
 class NewTokens:
     """The new tokens of g sequences; the tokens themselves are in the sequence table."""
@@ -21,6 +20,7 @@ class NewTokens:
     finite: NDArray[np.bool_]  # [g] whether the logits that they were sampled from were finite
     accepted: int = 0  # number of accepted drafts among them
     spoiled: Ints | None = None  # KV cache slots of drafts whose values are not finite
+    rows: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # [g] the row of logits that each sequence's first new token was sampled from
 
 
 def verify_drafts(
@@ -69,6 +69,7 @@ def verify_drafts(
         all_finite[kept],
         int(np.maximum(counts - 1, 0)[drafted].sum()),
         _spoiled_slots(table, batch, finite),
+        first[kept],
     )
 
 

@@ -18,6 +18,15 @@ from batchinfer.engine.request import Requests
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints, indices_within
 
+@dataclass(frozen=True)
+class TileScores:
+    """Log-probabilities that m positions of a tile predict, the last m: those of the tokens that follow them."""
+
+    values: NDArray[np.float32]  # [m]; the last one is that of the maker's own token
+    top_ids: NDArray[np.int32]  # [m, k]
+    top_values: NDArray[np.float32]  # [m, k]
+    behind: dict[int, np.float32]  # the last position's, by token: the continuations
+
 
 @dataclass(eq=False)
 class SharedTile:
@@ -30,6 +39,9 @@ class SharedTile:
     spoiled: bool = False  # may hold values that are not finite
     snapshot: int = 0  # the state behind it that later rows begin from; 0 if there is none
     readers: int = 0  # those rows, as long as their prompts are not computed
+    maker: int = -1  # epoch of the sequence that computes it for all
+    continuations: tuple[int, ...] = ()  # tokens behind it, of rows that share no more and want their log-probabilities
+    scores: "TileScores | None" = None  # log-probabilities that its maker has found
 
 
 class PrefixTree:

@@ -88,7 +88,8 @@ class Choices:
 class Requests:
     """n tokenized rows. Row i's prompt is `token_ids[offsets[i]:offsets[i + 1]]`, never empty.
 
-    With `choices`, nothing is generated: each row's labels get their log-probabilities.
+    With `choices`, nothing is generated: each row's labels get their log-probabilities. With `scored_from`, nothing is
+    generated either: each row's tokens from that position on get theirs, and as many likeliest ones as `logprobs` says.
     """
 
     rows: NDArray[np.int64]  # [n] row numbers in the input, each once
@@ -98,13 +99,16 @@ class Requests:
     params: tuple[SamplingParams, ...]  # the different ones among all rows
     param_index: NDArray[np.int32]  # [n] into params
     choices: Choices | None = None  # None: every row generates tokens
+    scored_from: NDArray[np.int64] | None = None  # [n], 1 or more and below the prompt's length
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def most_new_tokens(self) -> NDArray[np.int64]:
-        """The most tokens that may follow each prompt [n]: `max_tokens`, or the longest label."""
+        """The most tokens that may follow each prompt [n]: `max_tokens`, the longest label, or none."""
+        if self.scored_from is not None:
+            return np.zeros(len(self), np.int64)
         if self.choices is None:
             return np.array([params.max_tokens for params in self.params], np.int64)[self.param_index]
         return self.choices.longest
@@ -122,8 +126,23 @@ class Requests:
         """Return the requests at `index`, in that order."""
         token_ids, offsets = take_ragged(self.token_ids, self.offsets, index)
         choices = None if self.choices is None else self.choices.take(index)
+        scored_from = None if self.scored_from is None else self.scored_from[index]
         seeds, param_index = self.seeds[index], self.param_index[index]
-        return Requests(self.rows[index], token_ids, offsets, seeds, self.params, param_index, choices)
+        return Requests(self.rows[index], token_ids, offsets, seeds, self.params, param_index, choices, scored_from)
+
+    @property
+    def scores_prompts(self) -> bool:
+        """True if tokens of any prompt get log-probabilities."""
+        return self.scored_from is not None or any(params.prompt_logprobs >= 0 for params in self.params)
+
+    def prompt_scores(self, i: int) -> tuple[int, int]:
+        """Return which tokens of row i's prompt get log-probabilities, and how many likeliest tokens are wanted beside
+        each: (position of the first, the prompt's length if none does; number, at least 0)."""
+        params = self.params[self.param_index[i]]
+        if self.scored_from is not None:
+            return int(self.scored_from[i]), max(params.logprobs, 0)
+        length = int(self.offsets[i + 1] - self.offsets[i])
+        return 1 if params.prompt_logprobs >= 0 else length, max(params.prompt_logprobs, 0)
 
 
 @dataclass(frozen=True)
@@ -147,11 +166,51 @@ NO_SCORES = np.empty(0, np.float32)
 
 
 @dataclass(frozen=True)
+class TokenScores:
+    """Log-probabilities of tokens of n rows: row i has those from `offsets[i]` to `offsets[i + 1]`.
+
+    Beside each token stand the k likeliest ones in its place, the likeliest first; where a row asked for fewer, the
+    others have the id -1.
+    """
+
+    token_ids: NDArray[np.int32]  # [offsets[-1]]
+    values: NDArray[np.float32]  # [offsets[-1]]
+    top_ids: NDArray[np.int32]  # [offsets[-1], k]
+    top_values: NDArray[np.float32]  # [offsets[-1], k]
+    offsets: NDArray[np.int64]  # [n + 1]
+
+    @staticmethod
+    def none() -> "TokenScores":
+        """One row without tokens."""
+        ids, values = np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)
+        return TokenScores(ids.ravel(), values.ravel(), ids, values, np.zeros(2, np.int64))
+
+    @staticmethod
+    def of(parts: Sequence["TokenScores"]) -> "TokenScores":
+        """Join the rows of all parts, of one part or more."""
+        most = max(part.top_ids.shape[1] for part in parts)
+        wider = [(0, 0), (0, most)]
+        return TokenScores(
+            np.concatenate([part.token_ids for part in parts]),
+            np.concatenate([part.values for part in parts]),
+            np.concatenate([np.pad(part.top_ids, wider, constant_values=-1)[:, :most] for part in parts]),
+            np.concatenate([np.pad(part.top_values, wider)[:, :most] for part in parts]),
+            offsets_of(np.concatenate([np.diff(part.offsets) for part in parts])),
+        )
+
+    def take(self, index: NDArray[np.int64]) -> "TokenScores":
+        """Return the rows at `index`, in that order."""
+        at, offsets = ranges(self.offsets[:-1][index], np.diff(self.offsets)[index])
+        return TokenScores(self.token_ids[at], self.values[at], self.top_ids[at], self.top_values[at], offsets)
+
+
+@dataclass(frozen=True)
 class Completions:
     """n finished rows. Row i's new tokens are `token_ids[offsets[i]:offsets[i + 1]]`, the end-of-text id included.
 
     A row with choices has the tokens of its likeliest label, and a score for each label: the log-probability that the
-    model answers with the label's tokens and then ends. A row that failed has no scores.
+    model answers with the label's tokens and then ends. A row that generates nothing, since its own tokens are scored,
+    has these as its new tokens. A row that failed has no scores.
     """
 
     rows: NDArray[np.int64]  # [n]
@@ -160,6 +219,8 @@ class Completions:
     finish_reasons: NDArray[np.int8]  # [n] FinishReason
     errors: dict[int, RowError] = field(default_factory=dict)  # by row number, for rows that ended with ERROR
     scores: Scores | None = None  # None: no row has any
+    logprobs: TokenScores | None = None  # of the new tokens; a row that did not ask for them has none
+    prompt_logprobs: TokenScores | None = None  # of the prompt's tokens but the first
 
     @staticmethod
     def none() -> "Completions":
@@ -181,4 +242,5 @@ class Completions:
         failed = np.flatnonzero(reasons == FinishReason.ERROR)
         sources = self.rows[index[failed]].tolist()
         errors = {row: self.errors[source] for row, source in zip(rows[failed].tolist(), sources, strict=True)}
-        return Completions(rows, token_ids, offsets, reasons, errors, self.scores and self.scores.take(index))
+        scored = self.scores, self.logprobs, self.prompt_logprobs
+        return Completions(rows, token_ids, offsets, reasons, errors, *(each and each.take(index) for each in scored))

@@ -13,6 +13,7 @@ from batchinfer.flag import Flag, Kind, problems
 
 MAX_STOP_STRINGS = 64
 MAX_INT32 = 2**31 - 1
+MOST_LOGPROBS = 20  # likeliest tokens that are told of beside a token
 
 
 def token_ids_of(flag: str, texts: Iterable[str]) -> tuple[int, ...]:
@@ -202,11 +203,33 @@ class SamplingParams:
             names_file=True,
         ),
     ] = None
+    logprobs: Annotated[
+        int,
+        Flag(
+            "Write the log-probability of each token of an answer, and the N likeliest tokens in its place: those of "
+            "the model itself, before temperature, penalties, bans and grammars.",
+            "Scores",
+            at_least=-1,
+            at_most=MOST_LOGPROBS,
+            off=-1,
+        ),
+    ] = -1
+    prompt_logprobs: Annotated[
+        int,
+        Flag(
+            "Write the same of each token of a prompt but the first, which has nothing before it.",
+            "Scores",
+            at_least=-1,
+            at_most=MOST_LOGPROBS,
+            off=-1,
+        ),
+    ] = -1
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # as `bad_words`, in token ids; the engine reads only these
     thinking_tags: tuple[int, ...] = ()  # ids of the opening and the closing tag, for `max_thinking_tokens`
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "top_k", "min_tokens", "no_repeat_ngram_size", "max_thinking_tokens"):
+        counts = "max_tokens", "top_k", "min_tokens", "no_repeat_ngram_size", "max_thinking_tokens", "logprobs"
+        for name in (*counts, "prompt_logprobs"):
             self._check_kind(name, Integral, "a whole number")
         for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             self._check_kind(name, Real, "a number")
@@ -261,6 +284,11 @@ class SamplingParams:
         """True if some tokens may not come at some places."""
         listed = self.suppress_tokens or self.begin_suppress_tokens or self.bad_words_ids
         return bool(listed) or self.min_tokens > 0 or self.no_repeat_ngram_size > 0
+
+    @property
+    def wants_scores(self) -> bool:
+        """True if log-probabilities of tokens are wanted."""
+        return max(self.logprobs, self.prompt_logprobs) >= 0
 
     @property
     def changes_logits(self) -> bool:

@@ -22,9 +22,10 @@ from batchinfer.engine.new_tokens import NewTokens, verify_drafts
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.state_inputs import state_inputs
-from batchinfer.engine.step_policy import chunk_end, decoding, padded_logits
+from batchinfer.engine.step_policy import chunk_end, decoding
 from batchinfer.engine.structures import Structures
-from batchinfer.kernels.grain import TILE, padded_size
+from batchinfer.engine.token_scoring import TokenScoring
+from batchinfer.kernels.grain import TILE, padded_logits, padded_size
 from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.sampling import SamplingBatch
 from batchinfer.models.batch import Batch, LabelStep, PromptChunk, Queries, as_tensor
@@ -69,6 +70,7 @@ class Scheduler:
         self.draft_states = None if states is None else DraftStates(table, states)
         self.admission = admission
         self.labels: LabelScoring = admission.labels
+        self.scores = TokenScoring(table)
         self.structures: Structures | None = None  # set where answers may follow grammars
         self.attention = attention
         self.eos_ids = eos_ids
@@ -216,19 +218,22 @@ class Scheduler:
         first = [(c, place) for c in last for place in (c.place, *c.twins) if not table.scored[place]]
         first_sampled = [c.row + c.end - c.start - 1 for c, _ in first]
         scored = NOBODY if labels is None else labels.rows
-        sampled = np.concatenate([np.array(first_sampled, np.int64), prompt_tokens + newest, scored])
+        wanted = np.concatenate([np.array(first_sampled, np.int64), prompt_tokens + newest, scored])
+        sampled = _padded(wanted, padded_logits(len(wanted)))
         late = np.flatnonzero(query_positions >= known)
         if queries.drafts.any():
             late = NOBODY
         sequences = np.concatenate([np.array([place for _, place in first], np.int64), query_places[newest]])
         copied, copies = self._copies(chunks, labels)
-        next_positions = positions[sampled[: len(sequences)]] + 1
+        if (scoring := self.scores.step(chunks, sequences)) is not None:
+            sampled = torch.cat([sampled, _padded(scoring.rows, padded_logits(len(scoring.rows)))])
+        next_positions = positions[wanted[: len(sequences)]] + 1
         return Batch(
             tokens=_padded(table.tokens[places, positions], size),
             positions=_padded(positions, size),
             slots=_padded(table.slots(places, positions), size),
             attention=self.attention(table, chunks, query_places, query_positions),
-            sampled=_padded(sampled, padded_logits(len(sampled))),
+            sampled=sampled,
             sampling=self._sampling(sequences, next_positions),
             places=as_tensor(sequences),
             copied=as_tensor(copied),
@@ -244,6 +249,7 @@ class Scheduler:
             changes=logits_changes(table, sequences, next_positions, self.eos_ids),
             allowed=None if self.structures is None else self.structures.allowed(sequences),
             labels=labels,
+            scoring=scoring,
         )
 
     def _copies(self, chunks: list[PromptChunk], labels: LabelStep | None) -> tuple[Ints, Ints]:
@@ -282,22 +288,23 @@ class Scheduler:
             if self.draft_states is not None:
                 self.draft_states.keep(batch.queries, new)
             return new
-        places = batch.sequences
-        if not running.all():
-            places, tokens, finite = places[running], tokens[running], finite[running]
+        rows = np.flatnonzero(running)
+        places, tokens, finite = batch.sequences[rows], tokens[rows], finite[rows]
         table.tokens[places, table.length[places]] = tokens
         table.length[places] += 1
-        return NewTokens(places, np.ones_like(places), finite)
+        return NewTokens(places, np.ones_like(places), finite, rows=rows)
 
     def drop(self) -> None:
         """Forget all rows, waiting and running."""
         self.prefilling = []
+        self.scores.drop()
         if self.draft_states is not None:
             self.draft_states.drop()
         self.admission.drop()
 
     def finish(self, place: int, spoiled: bool = False) -> None:
         """Free a sequence's place and blocks; `spoiled` if it computed values that are not finite."""
+        self.scores.end(place)
         self.admission.finish(place, spoiled)
 
 

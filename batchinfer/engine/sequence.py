@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 from batchinfer.engine.prefix_tree import SharedTile
 from batchinfer.engine.request import Requests
-from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_params import MAX_INT32, SamplingParams
 from batchinfer.kernels.grain import TILE
 
 
@@ -58,6 +58,11 @@ class SequenceTable:
         self.reads_tokens = np.zeros(capacity, np.bool_)  # True: the changes of its logits depend on its tokens
         self.structured = np.zeros(capacity, np.bool_)  # True: its answer follows a grammar
         self.scored = np.zeros(capacity, np.bool_)  # True: its tokens are known, and get log-probabilities
+        self.ends_with_prompt = np.zeros(capacity, np.bool_)  # True: it is scored, and all its tokens are its prompt
+        self.logprobs = np.full(capacity, -1, np.int64)
+        self.scored_from = np.full(capacity, MAX_INT32, np.int64)  # its own first prompt token that is scored, and
+        self.finds_from = np.full(capacity, MAX_INT32, np.int64)  # the first of those that it finds, for others too
+        self.likeliest = np.zeros(capacity, np.int64)  # number of likeliest tokens found beside those of its prompt
 
     def blocks_for(self, tokens: int) -> int:
         """Return the number of blocks that hold `tokens` tokens."""
@@ -93,7 +98,14 @@ class SequenceTable:
         self.changes_logits[place], self.bans[place] = params.changes_logits, params.bans
         self.reads_tokens[place] = params.reads_tokens
         self.structured[place] = params.structure is not None
-        self.scored[place] = False
+        self.scored[place] = self.ends_with_prompt[place] = requests.scored_from is not None
+        self.logprobs[place] = params.logprobs
+        if requests.scored_from is not None:
+            self.end[place] = len(prompt) + 1  # nothing is decoded
+            self.logprobs[place] = max(params.logprobs, 0)
+        first, likeliest = requests.prompt_scores(i)
+        self.scored_from[place] = self.finds_from[place] = first
+        self.likeliest[place] = likeliest
 
     def fork(self, place: int, source: int, start: int) -> None:
         """Put into a free place a scored sequence that has the tokens before `start` of the one at `source`.
@@ -107,7 +119,8 @@ class SequenceTable:
         self.prefill_end[place] = self.computed[place] = self.begins[place] = start
         self.twin_of[place] = self.template[place] = -1
         self.stops[place] = self.changes_logits[place] = self.bans[place] = self.reads_tokens[place] = False
-        self.structured[place] = False
+        self.structured[place] = self.ends_with_prompt[place] = False
+        self.logprobs[place] = -1
         self.blocks[place, :full] = self.blocks[source, :full]
         self.block_count[place] = self.own_from[place] = full
 

@@ -6,7 +6,7 @@ Free of torch: the parent process of a job imports this module.
 import numpy as np
 from numpy.typing import NDArray
 
-from batchinfer.kernels.grain import MIN_ROWS, TILE
+from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints
 
 
@@ -31,8 +31,3 @@ def decoding(computed: Ints, prefill_end: Ints, end: Ints) -> NDArray[np.bool_]:
     """
     found: NDArray[np.bool_] = (computed >= prefill_end) & (computed + 1 < end)
     return found
-
-
-def padded_logits(rows: int) -> int:
-    """Return the rows of logits, padding included, that a step computes to sample `rows` tokens."""
-    return -(-rows // MIN_ROWS) * MIN_ROWS

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from batchinfer.kernels.scores import StepScores
 from batchinfer.models.batch import Batch
 
 ALIGNMENT = 16  # bytes; Triton compiles a kernel for pointers aligned like this, if its first pointers were
@@ -68,18 +69,18 @@ def view(buffer: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype
 
 @dataclass(frozen=True)
 class Sampled:
-    """The sampled tokens of a step, and whether their logits were finite, on their way to the host."""
+    """The sampled tokens of a step, whether their logits were finite, and log-probabilities, on their way to the host.
+    """
 
     tokens: Tensor  # [r] int64
     finite: Tensor  # [r] bool
-    scores: Tensor | None  # [m] float32, log-probabilities of scored tokens; None if the step has none
+    scores: StepScores
     there: torch.cuda.Event | None  # happens when they arrive; None: they have
 
     @classmethod
-    def fetch(cls, tokens: Tensor, finite: Tensor, scores: Tensor | None) -> "Sampled":
+    def fetch(cls, tokens: Tensor, finite: Tensor, scores: StepScores) -> "Sampled":
         """Begin to copy `tokens`, `finite` and `scores` from their device."""
-        there = None if scores is None else _to_host(scores)
-        return cls(_to_host(tokens), _to_host(finite), there, _event(tokens.device))
+        return cls(_to_host(tokens), _to_host(finite), with_tensors(scores, _to_host), _event(tokens.device))
 
     def wait(self) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Wait for the step to end; return (token ids [r], finite [r])."""

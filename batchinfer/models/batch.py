@@ -14,6 +14,7 @@ from torch import Tensor
 
 from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.kernels.backend import AttentionBatch
+from batchinfer.kernels.grain import padded_logits
 from batchinfer.kernels.logits import LogitsChanges
 from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.sampling import SamplingBatch
@@ -86,6 +87,35 @@ class LabelStep:
 
 
 @dataclass(frozen=True)
+class PromptSpan:
+    """Tokens [first, end) of a prompt whose log-probabilities a step finds, in n neighbouring rows of the wanted ones.
+
+    Behind tiles that later rows share, it finds those of the tokens with which these rows go on, too.
+    """
+
+    chunk: PromptChunk
+    first: int
+    end: int
+    row: int  # number of the first token's row among the p wanted rows
+    tiles: tuple[tuple[int, int, int], ...] = ()  # (index of the tile, its first of the m known tokens, and their end)
+
+
+@dataclass(frozen=True)
+class ScoringStep:
+    """The tokens whose log-probabilities a step finds: a sampled ones, and m known ones of prompts.
+
+    The first p known tokens are those that follow p rows of the step, one each.
+    """
+
+    sampled: Ints  # [a] rows of logits, ascending
+    sampled_rows: Tensor  # [a] int64, the same on the device, padded with row 0
+    rows: Ints  # [p] rows of the step that predict known tokens; their logits are computed behind all others
+    known: ScoredTokens  # m tokens; their rows count from 0 to p - 1
+    likeliest: int  # number of likeliest tokens that are wanted of each row
+    spans: tuple[PromptSpan, ...]  # of all chunks that have any, and of those that end a row that generates nothing
+
+
+@dataclass(frozen=True)
 class Batch:
     """One step of T tokens: chunks of prompts first, then decoded tokens and drafts, then padding."""
 
@@ -111,6 +141,8 @@ class Batch:
     # It is called while a GPU computes the logits. None if no row follows a grammar.
     allowed: Callable[[], Tensor] | None = None
     labels: LabelStep | None = None  # its s rows follow the first r of `sampled`; None if no row has choices
+    # Its p rows follow all others of `sampled`, behind padding of these. None: no log-probability of a token is wanted.
+    scoring: ScoringStep | None = None
 
     @property
     def query_tokens(self) -> int:
@@ -118,9 +150,15 @@ class Batch:
         return len(self.queries)
 
     @property
-    def logits_rows(self) -> int:
-        """Number of rows of logits, without padding."""
+    def first_rows(self) -> int:
+        """Number of rows of logits that tokens are sampled from or labels scored by, without padding."""
         return len(self.sequences) + (0 if self.labels is None else len(self.labels.rows))
+
+    @property
+    def logits_rows(self) -> int:
+        """Number of rows of logits; padding counts where other rows follow."""
+        known = 0 if self.scoring is None else len(self.scoring.rows)
+        return padded_logits(self.first_rows) + known if known else self.first_rows
 
     @cached_property
     def drafted(self) -> int:

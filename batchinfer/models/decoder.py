@@ -179,11 +179,16 @@ class Decoder:
 
     def forward(self, batch: Batch, caches: list[Cache]) -> Tensor:
         """Compute one step: store what the tokens leave, and return the sampled tokens' float32 logits [S, V]."""
+        return self.logits(*self.hidden(batch, caches))
+
+    def hidden(self, batch: Batch, caches: list[Cache]) -> tuple[Tensor, Rows]:
+        """Compute one step but its logits; return what `logits` takes, of the sampled tokens: two times [S, D]."""
         at = self.token_inputs(batch, caches)
         x, y = self.embed(batch), None
         for i, cache in enumerate(caches):
             x, y = self.layer(i, cache, x, y, batch, at)
-        return self.logits(x, y)
+        assert y is not None, "a model has a layer or more"
+        return x, y
 
     def embed(self, batch: Batch) -> Tensor:
         """Return the residual stream [T, D] before the first layer."""

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from batchinfer.engine.step_policy import chunk_end, decoding, padded_logits, tiles_of
+from batchinfer.engine.step_policy import chunk_end, decoding, tiles_of
+from batchinfer.kernels.grain import padded_logits
 
 
 @pytest.mark.parametrize(
