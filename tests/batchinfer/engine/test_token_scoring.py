@@ -3,12 +3,13 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from drafters import Adversary
 from engines import assert_blocks_are_free, engine_of, prompts_of
 from families import made
 from numpy.typing import NDArray
@@ -124,24 +125,16 @@ def test_rows_that_generate_nothing_have_those_of_their_own_tokens(model: Path) 
     assert engine.stats().prompt_tokens < sum(map(len, prompts)), "shared tiles are computed once"
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"max_num_seqs": 3},
-        {"max_num_batched_tokens": 64},
-        {"kv_cache_tokens": 640, "max_num_seqs": 4},
-        {"prefix_sharing": False},
-    ],
-)
-def test_a_rows_bits_do_not_depend_on_what_runs_beside_it(model: Path, settings: dict[str, Any]) -> None:
-    requests = Requests.of(tree_of_prompts(), replace(WANTED, max_tokens=40))
-    together = rows_of(engine_of(model, **settings), requests)
+def test_a_rows_bits_do_not_depend_on_what_runs_beside_it(model: Path) -> None:
+    requests = Requests.of(tree_of_prompts(), replace(WANTED, max_tokens=12))
     engine = engine_of(model, prefix_sharing=False, max_num_seqs=1)
-    for row in range(len(requests)):
-        expected = rows_of(engine, requests.take(np.array([row])))[row]
-        assert together[row][0] == expected[0]
-        assert_same(together[row][1], expected[1])
-        assert_same(together[row][2], expected[2])
+    alone = {row: rows_of(engine, requests.take(np.array([row])))[row] for row in range(len(requests))}
+    ways: list[dict[str, Any]] = [{"max_num_seqs": 3}, {"max_num_batched_tokens": 64}, {"kv_cache_tokens": 640}]
+    for settings in ways:
+        for row, found in rows_of(engine_of(model, **settings), requests).items():
+            assert found[0] == alone[row][0]
+            assert_same(found[1], alone[row][1])
+            assert_same(found[2], alone[row][2])
 
 
 def test_rows_that_want_more_than_the_maker_of_their_tiles(model: Path) -> None:
@@ -184,18 +177,27 @@ def test_rows_that_want_them_and_rows_that_do_not_share_tiles(model: Path) -> No
                 assert np.array_equal(tops, full_prompt.top_ids) if kind == 0 else (prompt.top_ids == -1).all()
 
 
-@pytest.mark.parametrize("method", ["ngram", "off"])
-def test_accepted_drafts_have_their_own(model: Path, method: str) -> None:
-    rng = np.random.default_rng(2)
-    prompts = [rng.integers(2, 320, 12).tolist() * 4 for _ in range(6)]
-    params = replace(WANTED, max_tokens=60)
-    engine = engine_of(model, speculation=Speculation(method))
-    found = rows_of(engine, Requests.of(prompts, params))
-    plain = rows_of(engine_of(model, speculation=Speculation("off")), Requests.of(prompts, params))
-    assert (engine.stats().accepted > 0) == (method == "ngram")
-    for row, (new, answer, _) in found.items():
+def test_accepted_drafts_have_their_own(model: Path) -> None:
+    requests = Requests.of(prompts_of(6, 70), replace(WANTED, max_tokens=20))
+    plain = rows_of(engine_of(model, speculation=Speculation("off")), requests)
+    engine = engine_of(model)
+    truth = {row: (new, FinishReason.LENGTH) for row, (new, _, _) in plain.items()}
+    engine.drafter = cast(Any, Adversary(engine, truth, share_right=0.7, longest=6))
+    for row, (new, answer, _) in rows_of(engine, requests).items():
         assert new == plain[row][0]
         assert_same(answer, plain[row][1])
+    assert 0 < engine.stats().accepted < engine.stats().drafted
+
+
+def test_drafts_from_the_row_itself_change_nothing(llama: Path) -> None:
+    prompts = [np.random.default_rng(n).integers(2, 320, 12).tolist() * 4 for n in range(6)]
+    requests = Requests.of(prompts, replace(WANTED, max_tokens=60))
+    plain = rows_of(engine_of(llama, speculation=Speculation("off")), requests)
+    engine = engine_of(llama, speculation=Speculation("ngram"))
+    for row, (new, answer, _) in rows_of(engine, requests).items():
+        assert new == plain[row][0]
+        assert_same(answer, plain[row][1])
+    assert engine.stats().accepted > 0
 
 
 def test_they_are_those_before_penalties_temperature_and_grammars(llama: Path) -> None:
@@ -237,16 +239,20 @@ def test_the_head_runs_over_prompts_in_parts(llama: Path, monkeypatch: pytest.Mo
     assert max(rows) == 24
 
 
-def test_preempted_rows_keep_theirs(llama: Path) -> None:
-    requests = Requests.of(prompts_of(12, 60), replace(WANTED, max_tokens=100))
-    expected = rows_of(engine_of(llama), requests)
-    engine = engine_of(llama, kv_cache_tokens=1024, learned_admission=True)
-    found = rows_of(engine, requests)
-    assert engine.stats().preemptions
-    for row, (new, answer, prompt) in found.items():
+def test_preempted_rows_keep_theirs(model: Path) -> None:
+    requests = Requests.of(prompts_of(6, 60), replace(WANTED, max_tokens=20))
+    expected = rows_of(engine_of(model), requests)
+    engine = engine_of(model, speculation=Speculation("off"))
+    engine.add(requests)
+    for _ in range(6):
+        assert not len(engine.step())
+    for place in np.flatnonzero(engine.table.active).tolist():
+        engine.scheduler.admission.preempt(place)
+    for row, (new, answer, prompt) in rows_of(engine, requests.take(np.array([], np.int64))).items():
         assert new == expected[row][0]
         assert_same(answer, expected[row][1])
         assert_same(prompt, expected[row][2])
+    assert engine.stats().preemptions == len(requests)
 
 
 def test_values_that_are_not_finite_are_an_error_of_the_row(llama: Path) -> None:
