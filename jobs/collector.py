@@ -15,10 +15,18 @@ from batchinfer.jobs.results.done import Done, completion_tokens, counts
 from batchinfer.jobs.results.label_columns import CHOICE, label_columns, label_fields
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.results.schema import KEY, PARSED_FIELDS, ROW, SAMPLES, part_schema, sample_type
+from batchinfer.jobs.results.score_columns import (
+    answer_score_fields,
+    prompt_score_fields,
+    text_score_columns,
+    text_score_fields,
+    token_score_column,
+)
 from batchinfer.jobs.results.structure_columns import structure_columns, structure_fields
 from batchinfer.jobs.rows.asked import Asked
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.text.answers import AnswerParser
+from batchinfer.text.token_texts import TokenTexts
 from batchinfer.text.tokenizer import Tokenizer
 
 REASONS = pa.array([reason.name.lower() for reason in FinishReason])
@@ -35,6 +43,8 @@ class Results:
         self._fields = fields_of(spec)
         self._parser = AnswerParser(tokenizer, spec.reasoning_format, spec.tool_format)
         self._structured = structure_fields(spec, spec.sampling)
+        self._of_answers = answer_score_fields(spec.sampling) if not spec.scores_texts else []
+        self._texts = TokenTexts(tokenizer)
         self.folder = folder
         self._finished: list[pa.RecordBatch] = []
         self._uncommitted = 0
@@ -83,6 +93,7 @@ class Results:
         failed = (completions.finish_reasons == FinishReason.ERROR).reshape(-1, self._spec.computed_samples)
         own = np.arange(failed.size)[:: failed.shape[1]] + failed.argmax(axis=1)
         rows = completions.rows[own]
+        more |= self._scores(completions, asked, own, failed.any(axis=1))
         errors: list[RowError | None] = [None] * len(rows)
         for i in np.flatnonzero(failed.any(axis=1)).tolist():
             errors[i] = completions.errors[int(rows[i])]
@@ -94,6 +105,23 @@ class Results:
             more[SAMPLES] = samples_of(answers, failed, self._spec.n)
         keys = pa.FixedSizeBinaryArray.from_buffers(KEY.type, len(rows), [None, pa.py_buffer(asked.keys.tobytes())])
         self._collect(rows, keys, first, pa.array(asked.prompt_tokens), errors, more)
+
+    def _scores(
+        self, completions: Completions, asked: Asked, own: NDArray[np.int64], failed: NDArray[np.bool_]
+    ) -> dict[str, pa.Array]:
+        """Return the columns of the log-probabilities of rows' prompts or texts; `own` [rows] are the completions that
+        the rows' own columns are of."""
+        if asked.scored_bytes is not None and completions.logprobs is not None:
+            fields, sizes = text_score_fields(self._spec), asked.scored_bytes
+            columns = text_score_columns(fields, completions.logprobs, sizes, failed, self._texts.of)
+            return {field.name: column for field, column in zip(fields, columns, strict=True)}
+        if completions.prompt_logprobs is None:
+            return {}
+        taken = completions.prompt_logprobs.take(own)
+        return {
+            field.name: token_score_column(field.type, taken, failed, self._texts.of)
+            for field in prompt_score_fields(self._spec.sampling)
+        }
 
     def _answers(
         self, completions: Completions, ends: NDArray[np.int32] | None, choices: pa.Array | None
@@ -118,16 +146,20 @@ class Results:
             calls = [None if each is None else [call._asdict() for call in each] for each in found.tool_calls]
             columns[reasoning.name] = pa.array(found.reasoning, reasoning.type)
             columns[tool_calls.name] = pa.array(calls, tool_calls.type)
+        for field in self._of_answers:
+            assert completions.logprobs is not None, "each answer has the log-probabilities that the job asked for"
+            ended = completions.finish_reasons == FinishReason.ERROR
+            columns[field.name] = token_score_column(field.type, completions.logprobs, ended, self._texts.of)
         return self._struct(columns)
 
     def _struct(self, columns: dict[str, pa.Array]) -> pa.StructArray:
-        fields = list(sample_type(self._spec.parsed))
+        fields = list(sample_type(self._spec.parsed, self._of_answers))
         return pa.StructArray.from_arrays([columns[field.name] for field in fields], fields=fields)
 
     def refuse(self, errors: dict[int, RowError]) -> None:
         """Take rows that failed without an answer, by ordinal. Their token counts are null."""
         n = len(errors)
-        answers = {field.name: pa.nulls(n, field.type) for field in sample_type(self._spec.parsed)}
+        answers = {field.name: pa.nulls(n, field.type) for field in sample_type(self._spec.parsed, self._of_answers)}
         answers["finish_reason"] = names_of(np.full(n, FinishReason.ERROR, np.int8))
         rows = np.fromiter(errors, np.int64, n)
         unknown = {field.name: pa.nulls(n, field.type) for field in self._fields}

@@ -15,6 +15,7 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.flag import flags_of
 from batchinfer.host.files import sha256
 from batchinfer.jobs.label_flags import LabelFlags
+from batchinfer.jobs.score_flags import ScoreFlags
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.structure_flags import StructureFlags
 from batchinfer.jobs.tables.input_file import InputFile
@@ -54,7 +55,8 @@ def fingerprints(
         "allow_special_tokens": spec.allow_special_tokens,
         "id_column": spec.id_column,
     }
-    template |= {name: value for name in flags_of(StructureFlags) if (value := getattr(spec, name))}
+    added = [*flags_of(StructureFlags), *flags_of(ScoreFlags)]
+    template |= {name: value for name in added if (value := getattr(spec, name))}
     if spec.tools_column is not None:
         template |= {"tools_column": spec.tools_column, "tool_template": tool_template}
     template |= _of_chats(spec, tool_template)

@@ -17,10 +17,11 @@ from batchinfer.host.device import DEVICES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
 from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flag_values import DELIMITER, ENCODING, MOMENT, NAMES, NUMBER_OR_AUTO, SHARD, TIME
 from batchinfer.jobs.label_flags import LabelFlags
+from batchinfer.jobs.score_flags import ScoreFlags
 from batchinfer.jobs.speculation import SpeculationFlags
 from batchinfer.jobs.structure_flags import StructureFlags
 
-GROUPS = ("Input", "Prompt", "Labels", "Structure", "Sampling", "Model", "Engine", "Job", "Output")
+GROUPS = ("Input", "Prompt", "Labels", "Structure", "Sampling", "Scores", "Model", "Engine", "Job", "Output")
 MAX_SAMPLES = 128  # of a row, which are in memory together
 
 
@@ -362,3 +363,10 @@ FLAGS = {
     **flags_of(SpeculationFlags),
 }
 """All flags of `batchinfer run`, by field."""
+
+OF_GENERATION = ("n", "generation_config", "canary", "canary_reference", "reasoning_parser", "tool_parser")
+SCORE_FLAGS = {
+    **flags_of(ScoreFlags),
+    **{name: flag for name, flag in {**flags_of(JobFlags), **flags_of(ChatFlags)}.items() if name not in OF_GENERATION},
+}
+"""All flags of `batchinfer score`, by field: its own, and those of `run` that do not concern what is generated."""

@@ -11,12 +11,16 @@ from batchinfer.flag import problems
 from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flags import JobFlags
 from batchinfer.jobs.label_flags import LabelFlags
+from batchinfer.jobs.score_flags import ScoreFlags
 from batchinfer.jobs.structure_flags import StructureFlags
 
 
 @dataclass(frozen=True)
-class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags):
-    """A job's flags and settings. Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit."""
+class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags, ScoreFlags):
+    """A job's flags and settings: those of `batchinfer run`, or of `score`.
+
+    Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit.
+    """
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     # The fields of `sampling` that the user set: they win over the checkpoint's own settings.
@@ -71,9 +75,15 @@ def _check_prompt_source(job: JobSpec) -> None:
         "--prompt-template": job.prompt_template,
         "--messages-column": job.messages_column,
     }
+    if job.scores_texts:
+        sources["--text-column"] = job.text_column
     given = [flag for flag, value in sources.items() if value is not None]
     if len(given) != 1:
         raise UsageError(f"give one of {', '.join(sources)}; got {' and '.join(given) or 'none'}")
+    if job.text_column is not None and job.completion_column is not None:
+        raise UsageError("--completion-column has texts behind a prompt, and --text-column whole ones; leave one out")
+    if job.text_column is not None and job.renders_chats:
+        raise UsageError("--chat makes prompts, and a text of --text-column has none; leave --chat out")
 
 
 def _check_chat(job: JobSpec) -> None:

@@ -55,7 +55,8 @@ class Admission:
         self.labels = LabelScoring(table, manager, states, ends)
         self._tree = PrefixTree(manager, table.block_size, states)
         self._share = share
-        self._waiting: deque[tuple[Requests, Likeness, ScoreDemand | None, int]] = deque()  # and number of rows admitted
+        # The last number is that of the rows admitted.
+        self._waiting: deque[tuple[Requests, Likeness, ScoreDemand | None, int]] = deque()
         self._preempted: deque[_Row] = deque()
         self._template = -1  # of the row that was admitted last
         self._last = -1, -1  # place and epoch of that row

@@ -40,7 +40,10 @@ NOT_FINITE = RowError("not_finite", "the model computed values that are not fini
 NOT_FINITE_OR_BANNED = RowError(
     NOT_FINITE.code, "the model computed values that are not finite for this row, or every token is banned from it"
 )
-UNRECORDED = "steps with penalties, bans, grammars or log-probabilities were launched kernel by kernel on the GPU, not as recorded graphs"
+UNRECORDED = (
+    "steps with penalties, bans, grammars or log-probabilities were launched kernel by kernel on the GPU, not as "
+    "recorded graphs"
+)
 WAITING = (
     "penalties, --no-repeat-ngram-size, --max-thinking-tokens, bad words of several tokens and grammars look at a "
     "row's tokens: on the GPU each such step waited for the one before it"
@@ -288,7 +291,7 @@ class Engine:
         return Gate(self.table, config.speculation, padded, model, self.runner.late > 0, self._stats.notes)
 
     def _completions(self, done: dict[int, FinishReason]) -> Completions:
-        table, scores, places = self.table, self.scheduler.scores, list(done)
+        table, scores, labels, places = self.table, self.scheduler.scores, self.scheduler.labels, list(done)
         failed = [p for p in places if done[p] is FinishReason.ERROR]
         found = [(NO_TOKENS, NO_SCORES) if done[p] is FinishReason.ERROR else self._found(p) for p in places]
         new = [tokens for tokens, _ in found]
@@ -305,7 +308,7 @@ class Engine:
             offsets=np.cumsum([0, *map(len, new)]),
             finish_reasons=np.array([done[p] for p in places], np.int8),
             errors={int(table.row[p]): self._error(p) for p in failed},
-            scores=Scores.of([scores for _, scores in found]) if any(p in self.scheduler.labels for p in places) else None,
+            scores=Scores.of([scores for _, scores in found]) if any(map(labels.__contains__, places)) else None,
             logprobs=scored(bool((table.logprobs[places] >= 0).any()), scores.of),
             prompt_logprobs=scored(any(table.params[p].prompt_logprobs >= 0 for p in places), scores.of_prompt),
         )

@@ -21,8 +21,8 @@ from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.backend import Backend
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
-from batchinfer.kernels.kv_cache import KV_DTYPES, KVCache
 from batchinfer.kernels.grain import padded_logits
+from batchinfer.kernels.kv_cache import KV_DTYPES, KVCache
 from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
 from batchinfer.kernels.product import Product

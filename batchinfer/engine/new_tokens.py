@@ -11,6 +11,7 @@ from batchinfer.kernels.ragged import Ints
 from batchinfer.kernels.speculative import Drafts, verify
 from batchinfer.models.batch import Batch
 
+
 @dataclass(frozen=True)
 class NewTokens:
     """The new tokens of g sequences; the tokens themselves are in the sequence table."""
@@ -20,7 +21,8 @@ class NewTokens:
     finite: NDArray[np.bool_]  # [g] whether the logits that they were sampled from were finite
     accepted: int = 0  # number of accepted drafts among them
     spoiled: Ints | None = None  # KV cache slots of drafts whose values are not finite
-    rows: Ints = field(default_factory=lambda: np.empty(0, np.int64))  # [g] the row of logits that each sequence's first new token was sampled from
+    # [g] the row of logits that each sequence's first new token was sampled from
+    rows: Ints = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 def verify_drafts(

@@ -18,6 +18,7 @@ from batchinfer.engine.request import Requests
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints, indices_within
 
+
 @dataclass(frozen=True)
 class TileScores:
     """Log-probabilities that m positions of a tile predict, the last m: those of the tokens that follow them."""

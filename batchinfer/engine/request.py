@@ -100,6 +100,7 @@ class Requests:
     param_index: NDArray[np.int32]  # [n] into params
     choices: Choices | None = None  # None: every row generates tokens
     scored_from: NDArray[np.int64] | None = None  # [n], 1 or more and below the prompt's length
+    scored_bytes: NDArray[np.int64] | None = None  # [n] size of the scored text, which the engine does not read
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,9 +127,9 @@ class Requests:
         """Return the requests at `index`, in that order."""
         token_ids, offsets = take_ragged(self.token_ids, self.offsets, index)
         choices = None if self.choices is None else self.choices.take(index)
-        scored_from = None if self.scored_from is None else self.scored_from[index]
         seeds, param_index = self.seeds[index], self.param_index[index]
-        return Requests(self.rows[index], token_ids, offsets, seeds, self.params, param_index, choices, scored_from)
+        first, size = (None if each is None else each[index] for each in (self.scored_from, self.scored_bytes))
+        return Requests(self.rows[index], token_ids, offsets, seeds, self.params, param_index, choices, first, size)
 
     @property
     def scores_prompts(self) -> bool:
@@ -242,5 +243,13 @@ class Completions:
         failed = np.flatnonzero(reasons == FinishReason.ERROR)
         sources = self.rows[index[failed]].tolist()
         errors = {row: self.errors[source] for row, source in zip(rows[failed].tolist(), sources, strict=True)}
-        scored = self.scores, self.logprobs, self.prompt_logprobs
-        return Completions(rows, token_ids, offsets, reasons, errors, *(each and each.take(index) for each in scored))
+        return Completions(
+            rows,
+            token_ids,
+            offsets,
+            reasons,
+            errors,
+            self.scores and self.scores.take(index),
+            self.logprobs and self.logprobs.take(index),
+            self.prompt_logprobs and self.prompt_logprobs.take(index),
+        )

@@ -217,7 +217,8 @@ class SamplingParams:
     prompt_logprobs: Annotated[
         int,
         Flag(
-            "Write the same of each token of a prompt but the first, which has nothing before it.",
+            "Write the log-probability of each token of a prompt but the first, which has nothing before it, and the N "
+            "likeliest tokens in its place.",
             "Scores",
             at_least=-1,
             at_most=MOST_LOGPROBS,

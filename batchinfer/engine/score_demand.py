@@ -1,8 +1,8 @@
 """`ScoreDemand`: which log-probabilities a row must find of its prompt, also for later rows that share its tiles.
 
-A tile that rows share is computed once, by the first of them, its maker. So the maker finds the log-probabilities of the
-tile's tokens if any of these rows wants them. The token behind the last tile that a row shares is the row's own, but the
-tile's last position predicts it: the maker finds the log-probabilities of all such tokens, which are known beforehand.
+A tile that rows share is computed once, by the first of them, its maker. So the maker finds the log-probabilities of
+the tile's tokens if any of these rows wants them. The token behind the last tile that a row shares is the row's own,
+but the tile's last position predicts it: the maker finds those of all such tokens, which are known beforehand.
 """
 
 from dataclasses import dataclass

@@ -119,7 +119,8 @@ class Structures:
     def _append_forced(self, place: int) -> int:
         table, ends = self._table, self._tokenizer.eos_ids
         # A token that is taken without the model has no log-probability.
-        if not self._forces or table.bans[place] or table.logprobs[place] >= 0 or table.tokens[place, table.length[place] - 1] in ends:
+        asks = table.bans[place] or table.logprobs[place] >= 0
+        if not self._forces or asks or table.tokens[place, table.length[place] - 1] in ends:
             return 0
         before = int(table.length[place])
         self._append(place, self._matcher(place).compute_ff_tokens())

@@ -37,9 +37,9 @@ class _Piece:
         return _Piece(0, found.values.numpy(), found.top_ids.numpy(), found.top_values.numpy())
 
     def part(self, first: int, begin: int, end: int) -> "_Piece":
-        """Return a copy of [begin, end), so that the whole step's arrays are not kept; its first token is at `first`."""
-        columns = self.values, self.top_ids, self.top_values
-        return _Piece(first, *(column[begin:end].copy() for column in columns))
+        """Return a copy of [begin, end), whose first token is at `first`: the whole step's arrays are not kept."""
+        mine = slice(begin, end)
+        return _Piece(first, self.values[mine].copy(), self.top_ids[mine].copy(), self.top_values[mine].copy())
 
 
 class TokenScoring:
@@ -71,14 +71,17 @@ class TokenScoring:
             if end > begin
         ]
         known_rows = [np.arange(len(rows)), *(np.full(len(tokens), row) for row, tokens in of_tiles)]
-        tokens = [table.tokens[places, positions], *(np.array(tokens, np.int64) for _, tokens in of_tiles)]
+        known = [
+            table.tokens[places, positions].astype(np.int64),
+            *(np.array(tokens, np.int64) for _, tokens in of_tiles),
+        ]
         wants = (table.logprobs[sequences[sampled]] > 0).any() or any(table.likeliest[s.chunk.place] for s in spans)
         padding = np.zeros(padded_logits(len(sampled)) - len(sampled), np.int64)
         return ScoringStep(
             sampled,
             as_tensor(np.concatenate([sampled, padding])),
             rows,
-            ScoredTokens(as_tensor(np.concatenate(known_rows)), as_tensor(np.concatenate(tokens).astype(np.int64))),
+            ScoredTokens(as_tensor(np.concatenate(known_rows)), as_tensor(np.concatenate(known))),
             MOST_LOGPROBS if wants else 0,
             tuple(spans),
         )

@@ -69,8 +69,7 @@ def view(buffer: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype
 
 @dataclass(frozen=True)
 class Sampled:
-    """The sampled tokens of a step, whether their logits were finite, and log-probabilities, on their way to the host.
-    """
+    """What a step has found, on its way to the host: tokens, whether their logits were finite, log-probabilities."""
 
     tokens: Tensor  # [r] int64
     finite: Tensor  # [r] bool

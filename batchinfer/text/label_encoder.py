@@ -40,6 +40,10 @@ class LabelEncoder:
             found = self._kept[key] = self._behind(tail, labels)
         return found
 
+    def behind(self, prompt: NDArray[np.int32], texts: Sequence[str]) -> tuple[Label, ...]:
+        """Return the same for texts that hardly come twice, and remember none."""
+        return self._behind(self._tail(prompt), texts)
+
     def _tail(self, prompt: NDArray[np.int32]) -> Label:
         """Return the end of the prompt behind its last added token: no token spans one."""
         end = prompt[-TAIL:]

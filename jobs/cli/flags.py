@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 
 from batchinfer.errors import UsageError
 from batchinfer.flag import Flag, flag_of
-from batchinfer.jobs.flags import FLAGS, GROUPS
+from batchinfer.jobs.flags import FLAGS, GROUPS, SCORE_FLAGS
 
 RunArguments = Annotated[
     list[str],
@@ -35,8 +35,9 @@ def takes(*fields: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
                 parameters.append(_parameter(flag, required))
             elif parameter.name not in fields and parameter.kind is not parameter.VAR_KEYWORD:
                 parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
-        flags |= {field: FLAGS[field] for field in fields}
-        parameters += [_parameter(FLAGS[field]) for field in fields]
+        known = FLAGS | SCORE_FLAGS
+        flags |= {field: known[field] for field in fields}
+        parameters += [_parameter(known[field]) for field in fields]
 
         def called(**written: Any) -> None:
             given = {name: _value(flag, written.pop(flag.name)) for name, flag in flags.items()}

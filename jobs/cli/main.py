@@ -24,7 +24,7 @@ if platform.system() != "Linux":
     )
     sys.exit(EXIT_CODES[Refused])
 
-from batchinfer.jobs.cli import cron, models, outputs, plan, ray, run, slurm
+from batchinfer.jobs.cli import cron, models, outputs, plan, ray, run, score, slurm
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.process.safe_errors import described, traced
 
@@ -32,7 +32,7 @@ from batchinfer.jobs.process.safe_errors import described, traced
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-for part in (run, plan, models, outputs, cron, ray):
+for part in (run, score, plan, models, outputs, cron, ray):
     app.add_typer(part.app)
 app.add_typer(slurm.app, name="slurm")
 

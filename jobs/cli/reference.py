@@ -1,10 +1,16 @@
 """The reference page of flags, made from their declarations: `python -m batchinfer.jobs.cli.reference`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from batchinfer.flag import Flag
+from batchinfer.flag import Flag, flags_of
 from batchinfer.jobs.flags import FLAGS, GROUPS
+from batchinfer.jobs.score_flags import ScoreFlags
 
+SCORE_HEAD = """\
+# Flags of `batchinfer score`
+
+It has the flags of `run` that do not concern what is generated, and these.
+"""
 HEAD = """\
 # Flags of `batchinfer run`
 
@@ -18,12 +24,14 @@ in it are relative to the file, and flags with several values take a list. The c
 
 def page() -> str:
     """The whole page, as Markdown."""
-    return "\n".join([HEAD, *(line for group in GROUPS for line in _section(group))])
+    of_run = [line for group in GROUPS for line in (f"## {group}", "", *_table(group, FLAGS.values()))]
+    own = _table("Scores", flags_of(ScoreFlags).values())
+    return "\n".join([HEAD, *of_run, SCORE_HEAD, *own])
 
 
-def _section(group: str) -> Iterator[str]:
-    yield from (f"## {group}", "", "| flag | meaning | allowed | default | key |", "|---|---|---|---|---|")
-    for flag in FLAGS.values():
+def _table(group: str, flags: Iterable[Flag]) -> Iterator[str]:
+    yield from ("| flag | meaning | allowed | default | key |", "|---|---|---|---|---|")
+    for flag in flags:
         if flag.group == group:
             cells = (_usage(flag), flag.help, flag.bound, _code(flag.shown_default), _code(flag.name.replace("_", "-")))
             yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

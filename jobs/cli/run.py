@@ -59,13 +59,18 @@ def run(
     if context.obj is not None:  # `job_of` wants the job, and does not run it
         context.obj(spec)
         return
+    carry_out(spec, values["output"])
+
+
+def carry_out(spec: JobSpec, output: Path) -> None:
+    """Run a job and print its report. Raises `Refused` if every row failed; `output` is as the user named it."""
     from batchinfer.jobs import job
     from batchinfer.jobs.incremental import run_new_rows
 
     done = run_new_rows(spec, job.run) if spec.incremental else job.run(spec)
     print(done.table())
     if done.rows and not done.rows_ok:
-        raise Refused(f"every row failed; {values['output']} has the error_code and error_message of each")
+        raise Refused(f"every row failed; {output} has the error_code and error_message of each")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -76,17 +81,27 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 def _spec(values: dict[str, Any], sampling_given: tuple[str, ...]) -> JobSpec:
     """Make a job from the values of flags. Raises `UsageError`."""
+    fields = fields_of(values)
+    speculation = speculation_of(fields.pop("speculative_config"), fields.pop("draft_model"))
+    sampling = _sampling({name: fields.pop(name) for name in flags_of(SamplingParams)})
+    return JobSpec(**fields, sampling=sampling, sampling_given=sampling_given, speculation=speculation)
+
+
+def fields_of(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of flags as a job's fields: with the default column, and the output of a shard.
+
+    Raises `UsageError` if the output or the model is missing.
+    """
     for name in ("output", "model"):
         if values[name] is None:
             raise UsageError(f"--{name} is missing; give it")
     fields = dict(values)
-    if fields["prompt_template"] is None and fields["messages_column"] is None:
+    others = ("prompt_template", "messages_column", "text_column")
+    if all(fields.get(name) is None for name in others):
         fields["prompt_column"] = fields["prompt_column"] or "prompt"
     if fields["shard"] is not None:
         fields["output"] = sharded(fields["output"], *fields["shard"])
-    speculation = speculation_of(fields.pop("speculative_config"), fields.pop("draft_model"))
-    sampling = _sampling({name: fields.pop(name) for name in flags_of(SamplingParams)})
-    return JobSpec(**fields, sampling=sampling, sampling_given=sampling_given, speculation=speculation)
+    return fields
 
 
 def _sampling(values: dict[str, Any]) -> SamplingParams:

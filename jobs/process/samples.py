@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.engine.config import EngineStats
-from batchinfer.engine.request import Completions, Requests, RowError
+from batchinfer.engine.request import Completions, Requests, RowError, TokenScores
 from batchinfer.kernels.ragged import offsets_of
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ class _Sample:
     token_ids: NDArray[np.int32]
     finish_reason: int
     error: RowError | None
+    logprobs: TokenScores | None
+    prompt_logprobs: TokenScores | None
 
 
 class SampledEngine:
@@ -55,7 +57,8 @@ class SampledEngine:
             # Copy the tokens, so that the array of the whole step is not kept alive.
             token_ids = done.token_ids[done.offsets[i] : done.offsets[i + 1]].copy()
             kept = self._kept.setdefault(row, {})
-            kept[index] = _Sample(token_ids, reason, done.errors.get(number))
+            of_one = (each and each.take(np.array([i])) for each in (done.logprobs, done.prompt_logprobs))
+            kept[index] = _Sample(token_ids, reason, done.errors.get(number), *of_one)
             if len(kept) == self._n:
                 whole.append(row)
         return self._take(whole)
@@ -79,7 +82,16 @@ class SampledEngine:
             offsets_of(np.array([len(sample.token_ids) for sample in samples], np.int64)),
             np.array([sample.finish_reason for sample in samples], np.int8),
             errors,
+            logprobs=_joined([sample.logprobs for sample in samples]),
+            prompt_logprobs=_joined([sample.prompt_logprobs for sample in samples]),
         )
+
+
+def _joined(parts: list[TokenScores | None]) -> TokenScores | None:
+    """Return the log-probabilities of all samples; None if none has any."""
+    if all(part is None for part in parts):
+        return None
+    return TokenScores.of([part or TokenScores.none() for part in parts])
 
 
 def sampled(requests: Requests, n: int) -> Requests:

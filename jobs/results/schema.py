@@ -31,22 +31,29 @@ COUNTED = ["finish_reason", "prompt_tokens", "completion_tokens", "error_code"]
 PARQUET: dict[str, Any] = {"write_page_checksum": True, "compression": "zstd"}
 
 
-def result_fields(samples: int = 1, parsed: Collection[str] = (), asked: Sequence[pa.Field] = ()) -> list[pa.Field]:
-    """Return the result columns of a job with this number of samples for each row, these parsed columns, and the
-    columns `asked`.
+def result_fields(
+    samples: int = 1,
+    parsed: Collection[str] = (),
+    asked: Sequence[pa.Field] = (),
+    of_answers: Sequence[pa.Field] = (),
+    generates: bool = True,
+) -> list[pa.Field]:
+    """Return the result columns of a job with this number of samples for each row, these parsed columns, the columns
+    `asked`, and those that each answer has. A job that generates nothing has no text.
 
     With several samples a row, the last column lists them all, or is null if the row failed. The other columns are
     those of the first sample.
     """
     text, *others = RESULT_FIELDS
-    fields = [text, *(field for field in PARSED_FIELDS if field.name in parsed), *others, *asked]
-    return [*fields, pa.field(SAMPLES, pa.list_(sample_type(parsed)))] if samples > 1 else fields
+    taken_out = [field for field in PARSED_FIELDS if field.name in parsed]
+    fields = [*([text] if generates else []), *taken_out, *others, *of_answers, *asked]
+    return [*fields, pa.field(SAMPLES, pa.list_(sample_type(parsed, of_answers)))] if samples > 1 else fields
 
 
-def sample_type(parsed: Collection[str] = ()) -> pa.StructType:
-    """Return the type of a sample, in a job with these parsed columns."""
+def sample_type(parsed: Collection[str] = (), of_answers: Sequence[pa.Field] = ()) -> pa.StructType:
+    """Return the type of a sample, in a job with these parsed columns and columns of each answer."""
     unlike = ("prompt_tokens", "error_code", "error_message")
-    return pa.struct([field for field in result_fields(1, parsed) if field.name not in unlike])
+    return pa.struct([field for field in result_fields(1, parsed, (), of_answers) if field.name not in unlike])
 
 
 def part_schema(results: Sequence[pa.Field] = RESULT_FIELDS) -> pa.Schema:
@@ -56,7 +63,8 @@ def part_schema(results: Sequence[pa.Field] = RESULT_FIELDS) -> pa.Schema:
 
 def is_part(schema: pa.Schema) -> bool:
     """Return whether a part may have these columns; those of earlier versions have no key."""
-    whole = part_schema(result_fields(1, [field.name for field in PARSED_FIELDS if field.name in schema.names]))
+    parsed = [field.name for field in PARSED_FIELDS if field.name in schema.names]
+    whole = part_schema(result_fields(1, parsed, generates=RESULT_FIELDS[0].name in schema.names))
     begins = (pa.schema(list(schema)[: len(known)]).equals(known) for known in (whole, keyless(whole)))
     return any(begins)
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import UsageError
 from batchinfer.jobs.results.schema import PARSED_FIELDS, RESULT_FIELDS, SAMPLES
+from batchinfer.jobs.results.score_columns import LOGPROBS, PROMPT_LOGPROBS
 from batchinfer.jobs.structure_flags import StructureFlags
 from batchinfer.text.json_schema import Schema, read_schema
 
@@ -28,7 +29,7 @@ def structure_fields(flags: StructureFlags, sampling: SamplingParams) -> list[pa
     properties = schema.get("properties")
     if schema.get("type", "object") != "object" or not properties:
         raise UsageError(f"{OPTION} needs a --json-schema of an object with properties; leave it out")
-    taken = {SAMPLES, *(field.name for field in (*RESULT_FIELDS, *PARSED_FIELDS))}
+    taken = {SAMPLES, LOGPROBS, PROMPT_LOGPROBS, *(field.name for field in (*RESULT_FIELDS, *PARSED_FIELDS))}
     for name in properties:
         if name in taken:
             raise UsageError(

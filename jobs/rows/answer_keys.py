@@ -13,8 +13,8 @@ Keys = NDArray[np.bytes_]  # [n] digests
 
 
 def answer_keys(requests: Requests) -> Keys:
-    """Return a digest for each row [n]: of its token ids, its params, its labels and, where tokens are drawn, its
-    seed."""
+    """Return a digest for each row [n]: of its token ids, its params, its labels, which of its tokens are scored and,
+    where tokens are drawn, its seed."""
     n, size, hashed = len(requests), KEY.type.byte_width, hashlib.blake2b
     params, choices = requests.params, requests.choices
     starts = [repr(each).encode() for each in params]
@@ -22,6 +22,9 @@ def answer_keys(requests: Requests) -> Keys:
     begins = [starts[i] for i in index]
     if choices is not None:
         begins = [begin + _joined(choices, i) for i, begin in enumerate(begins)]
+    if requests.scored_from is not None and requests.scored_bytes is not None:
+        spans = zip(begins, requests.scored_from.tolist(), requests.scored_bytes.tolist(), strict=True)
+        begins = [b"%bscored %d %d/" % span for span in spans]
     drawn = np.array([each.temperature > 0 for each in params], np.bool_)[requests.param_index]
     seeds = np.where(drawn, requests.seeds, np.uint64(0)).tolist()
     raw, bounds = requests.token_ids.astype("<i4").tobytes(), (4 * requests.offsets).tolist()

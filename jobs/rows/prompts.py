@@ -32,6 +32,7 @@ from batchinfer.jobs.rows.conversations import (
 )
 from batchinfer.jobs.rows.labels import LabelSource
 from batchinfer.jobs.rows.schemas import SchemaSource
+from batchinfer.jobs.rows.scored_texts import CompletionSource, whole_texts
 from batchinfer.jobs.rows.text_columns import check_types, good_texts, is_text, text_column
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text, id_bytes
@@ -73,7 +74,7 @@ class PromptSource:
             names = [spec.messages_column]
             check_messages_column(file, schema, spec.messages_column)
         else:
-            names = [spec.prompt_column or "prompt"]
+            names = [spec.text_column or spec.prompt_column or "prompt"]
             check_types(file, schema, names, is_text, "text")
         if spec.tools_column is not None:
             check_tools_column(file, schema, spec.tools_column)
@@ -88,6 +89,10 @@ class PromptSource:
         self._labels = LabelSource(spec, tokenizer, max_model_len, schema) if spec.chooses else None
         column = spec.json_schema_column
         self._schemas = None if column is None else SchemaSource(spec, column, schema)
+        self._completions = None
+        if spec.completion_column is not None:
+            self._completions = CompletionSource(spec, spec.completion_column, tokenizer, max_model_len, schema)
+            names.append(spec.completion_column)
         names += [*(self._labels.columns if self._labels else []), *([] if column is None else [column])]
         self.columns = list(dict.fromkeys(names))
         if spec.renders_chats and tokenizer.template is None:
@@ -118,7 +123,12 @@ class PromptSource:
                 token_ids, offsets = self._tokenizer.encode_batch(texts, self._spec.allow_special_tokens)
 
         sampling = self._spec.sampling
+        if self._spec.text_column is not None:
+            fit = whole_texts(indices, texts, token_ids, offsets, sampling, self._max_model_len, errors)
+            return replace(fit, rows=first_row + fit.rows), {first_row + i: e for i, e in sorted(errors.items())}
         requests = requests_that_fit(indices, token_ids, offsets, sampling, self._max_model_len, errors)
+        if self._completions is not None:
+            requests = self._completions.scored(requests, batch, errors)
         if self._labels is not None:
             requests = self._labels.choosing(requests, batch, errors)
         if self._schemas is not None:

@@ -36,6 +36,8 @@ class StoredRequests:
     params: tuple[SamplingParams, ...]  # without repetitions
     param_index: NDArray[np.int32]  # [n] into params
     labels: pa.ChunkedArray | None = None  # [n] lists of `LABEL`, mapped from a file; None if rows do not choose
+    # As the columns `scored_from` and `scored_bytes` of requests, [n] each; () if no text is scored.
+    scored: tuple[Ints, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,6 +54,7 @@ class StoredRequests:
             requests.params,
             requests.param_index,
             None if requests.choices is None else pa.chunked_array([in_arrow(requests.choices)]),
+            _scored([requests]),
         )
 
     def prompts(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
@@ -67,11 +70,20 @@ class StoredRequests:
         used, param_index = np.unique(self.param_index[index], return_inverse=True)
         params = tuple(self.params[i] for i in used.tolist())
         return Requests(
-            self.rows[index], token_ids, offsets, self.seeds[index], params, param_index.astype(np.int32), choices
+            self.rows[index],
+            token_ids,
+            offsets,
+            self.seeds[index],
+            params,
+            param_index.astype(np.int32),
+            choices,
+            *(column[index] for column in self.scored),
         )
 
     def most_blocks(self, index: Ints, size: int) -> Ints:
         """Return the most blocks of `size` tokens that the rows at the indices [m] may need [m]."""
+        if self.scored:
+            return _in_blocks(self.lengths[index], size)
         if self.labels is None:
             new = np.array([params.max_tokens for params in self.params], np.int64)[self.param_index[index]]
             return _in_blocks(self.lengths[index] + new, size)
@@ -154,6 +166,7 @@ class TokenFile:
             tuple(self._params),
             np.concatenate(self._param_index),
             pa.chunked_array(labels) if self._chooses else None,
+            _scored(self._slices),
         )
 
     def close(self) -> None:
@@ -161,6 +174,16 @@ class TokenFile:
         with suppress(OSError):  # closing writes the buffered rest, which fails again
             self._writer.close()
         self._path.unlink(missing_ok=True)
+
+
+def _scored(slices: list[Requests]) -> tuple[Ints, ...]:
+    """Return which tokens of all rows are scored; () if none are."""
+    columns = [
+        (each.scored_from, each.scored_bytes)
+        for each in slices
+        if each.scored_from is not None and each.scored_bytes is not None
+    ]
+    return tuple(np.concatenate(column) for column in zip(*columns, strict=True))
 
 
 def in_arrow(choices: Choices) -> pa.ListArray:
