@@ -28,9 +28,10 @@ from batchinfer.engine.prompts import (
     requests_that_fit,
     row_seeds,
     size_errors,
+    with_completions,
 )
 from batchinfer.engine.request import Completions, FinishReason, Requests, RowError
-from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_params import MOST_LOGPROBS, SamplingParams
 from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
 from batchinfer.kernels.ragged import take_ragged
@@ -41,8 +42,11 @@ from batchinfer.text.answer_formats import reasoning_format_of, thinking_tags, t
 from batchinfer.text.answers import AnswerParser
 from batchinfer.text.chat_arguments import Arguments, problem_with
 from batchinfer.text.grammars import check_grammar, refuse_tokenizer
+from batchinfer.text.label_encoder import LabelEncoder
+from batchinfer.text.token_texts import TokenTexts
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 from batchinfer.text.tool_calls import ToolCall
+from batchinfer.token_logprobs import Score, TokenLogprob, token_logprobs
 
 NOTHING = np.empty(0, np.int32)
 
@@ -61,6 +65,8 @@ class Completion:
     error: RowError | None = None  # why there is no text: a code in snake_case, and a message
     reasoning: str | None = None  # what the model thought before it answered
     tool_calls: list[ToolCall] | None = None  # each with name and arguments
+    logprobs: list[TokenLogprob] | None = None  # of the new tokens, if `SamplingParams.logprobs` asks for them
+    prompt_logprobs: list[TokenLogprob] | None = None  # of the prompt's tokens but the first
 
 
 class LLM:
@@ -137,7 +143,8 @@ class LLM:
         )
         self._generation_config = GenerationConfig.read(folder, generation_config)
         self._engine = Engine(config, self.tokenizer)
-        self._max_model_len = length
+        self.max_model_len = length
+        self._token_texts, self._completions_of = TokenTexts(self.tokenizer), LabelEncoder(self.tokenizer)
         self._reasoning_parser, self._tool_parser = reasoning_parser, tool_parser
         self._notes: list[str] = []  # of the checkpoint's settings, of stop texts, and of tools given in vain
         self._rows = 0  # row numbers used so far: each call takes new ones
@@ -178,11 +185,7 @@ class LLM:
         params = self._resolved(params)
         if type(seed) is not int or seed < 0:
             raise ValueError(f"seed is {seed!r}; it must be a whole number, 0 or more")
-        if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
-            raise ValueError(f"prompts is {prompts!r:.50}; it must be a list of prompts")
-        prompts = list(prompts)
-        if any(isinstance(prompt, Mapping | Integral) for prompt in prompts):
-            raise ValueError("prompts is a single conversation or one row of token ids; it must be a list of them")
+        prompts = _listed(prompts)
         errors: Errors = {}
         if chat_template_kwargs is not None and (problem := problem_with(chat_template_kwargs)) is not None:
             raise ValueError(f"chat_template_kwargs {problem}")
@@ -190,6 +193,47 @@ class LLM:
         if params.temperature > 0:
             requests = replace(requests, seeds=row_seeds(seed, keys_by_tokens(requests)))
         return self._run(requests, errors, params, self._parser(tools is not None, params.structure is not None))
+
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]], *, likeliest: int = 1
+    ) -> list[Score]:
+        """Return how likely each completion is behind its prompt, in their order; nothing is generated.
+
+        A prompt is as in `stream`, and a completion a text or a list of token ids. A text has the tokens that prompt
+        and completion have together, behind those of the prompt; if a token would span the border, those that it has by
+        itself. Beside each token stand as many `likeliest` ones, from 1 to `MOST_LOGPROBS`. A prompt or a completion
+        that cannot run gives an error. Raises `ValueError` naming a wrong argument.
+        """
+        if not isinstance(likeliest, int) or not 1 <= likeliest <= MOST_LOGPROBS:
+            raise ValueError(f"likeliest is {likeliest!r}; it must be from 1 to {MOST_LOGPROBS}")
+        if isinstance(completions, str) or len(completions) != len(prompts):
+            raise ValueError("completions must be a list with one for each prompt")
+        params = SamplingParams(max_tokens=1, logprobs=likeliest)
+        errors: Errors = {}
+        prompts = _listed(prompts)
+        given = self._requests(prompts, params, None, {}, errors)
+        found = [self._completion(given, i, completions[row], errors) for i, row in enumerate(given.rows.tolist())]
+        requests = with_completions(given, found, [0] * len(found), self.max_model_len, errors)
+        starts = dict(zip(given.rows.tolist(), np.diff(given.offsets).tolist(), strict=True))
+        results = self._run(requests, errors, params, self._parser(False, True))
+        scores = [Score(c.index, c.logprobs or (), 0 if c.error else starts[c.index], c.error) for c in results]
+        return sorted(scores, key=lambda score: score.index)
+
+    def _completion(
+        self, requests: Requests, i: int, completion: str | Sequence[int], errors: Errors
+    ) -> Sequence[int] | None:
+        """Return the token ids of the completion of request i; None if it has an error, which is added."""
+        row = int(requests.rows[i])
+        try:
+            read = _read(completion, self._engine.runner.decoder.config.vocab_size)
+            if isinstance(read, list):
+                raise BadPrompt("wrong_type", "the completion is a conversation; expected text or token ids")
+        except BadPrompt as error:
+            found = error.row_error
+            errors[row] = RowError(*(text.replace("prompt", "completion") for text in (found.code, found.message)))
+            return None
+        prompt = requests.token_ids[requests.offsets[i] : requests.offsets[i + 1]]
+        return self._completions_of.behind(prompt, [read])[0] if isinstance(read, str) else read.tolist()
 
     def stats(self) -> EngineStats:
         """Return the engine's counts so far, the kernels that it uses, and notes about slower paths taken, the
@@ -281,7 +325,7 @@ class LLM:
         token_ids = np.concatenate([ids for _, ids, _ in encoded])
         order = np.argsort(indices)
         token_ids, offsets = take_ragged(token_ids, np.append(0, np.cumsum(lengths)), order)
-        return requests_that_fit(indices[order], token_ids, offsets, params, self._max_model_len, errors)
+        return requests_that_fit(indices[order], token_ids, offsets, params, self.max_model_len, errors)
 
     def _encode_chats(
         self, chats: dict[int, Conversation], tools: Tools | None, arguments: Arguments, errors: Errors
@@ -334,13 +378,32 @@ class LLM:
             error = done.errors.get(row)
             answer = None if error is not None else found.texts[i]
             reason, tokens = FinishReason(done.finish_reasons[i]).name.lower(), done.tokens_of(i)
-            yield Completion(row - first, answer, tokens, reason, 0, error, found.reasoning[i], found.tool_calls[i])
+            plain = Completion(row - first, answer, tokens, reason, 0, error, found.reasoning[i], found.tool_calls[i])
+            yield self._with_logprobs(plain, done, i, params)
+
+    def _with_logprobs(self, plain: Completion, done: Completions, i: int, params: SamplingParams) -> Completion:
+        texts, prompt = self._token_texts, done.prompt_logprobs
+        if plain.error is not None or not params.wants_scores:
+            return plain
+        answer = None if done.logprobs is None else token_logprobs(done.logprobs, i, texts)
+        return replace(
+            plain, logprobs=answer, prompt_logprobs=None if prompt is None else token_logprobs(prompt, i, texts)
+        )
 
 
 def _check_kinds(kind: Any, wanted: str, **arguments: Any) -> None:
     for name, value in arguments.items():
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name} is {value!r:.50}; it must be {wanted}")
+
+
+def _listed(prompts: Any) -> list[Prompt]:
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts is {prompts!r:.50}; it must be a list of prompts")
+    listed = list(prompts)
+    if any(isinstance(prompt, Mapping | Integral) for prompt in listed):
+        raise ValueError("prompts is a single conversation or one row of token ids; it must be a list of them")
+    return listed
 
 
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

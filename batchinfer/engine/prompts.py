@@ -5,7 +5,7 @@ Free of torch: the parent process of a job imports this module.
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.kernels.ragged import offsets_of
 from batchinfer.text.chat_arguments import Arguments, problem_with
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 
@@ -151,6 +152,46 @@ def requests_that_fit(
     requests = Requests(indices, token_ids, offsets, np.zeros(len(indices), np.uint64), params, param_index)
     good = np.flatnonzero((lengths > 0) & (lengths < max_model_len))
     return requests.take(good) if len(good) < len(indices) else requests
+
+
+def with_completions(
+    requests: Requests,
+    completions: Sequence[Sequence[int] | None],
+    nbytes: Sequence[int],
+    max_model_len: int,
+    errors: Errors,
+) -> Requests:
+    """Return requests whose completions are scored behind their prompts, and errors for the others are added.
+
+    Request i has the completion `completions[i]`, token ids of a text of `nbytes[i]` bytes; None: it has an error
+    already.
+    """
+    good, rows = [], []
+    for i, completion in enumerate(completions):
+        if completion is None:
+            continue
+        prompt = requests.token_ids[requests.offsets[i] : requests.offsets[i + 1]]
+        if not completion:
+            error = RowError("empty_completion", "the completion has no tokens")
+        elif len(prompt) + len(completion) > max_model_len:
+            error = RowError(
+                "too_long",
+                f"the prompt has {len(prompt)} tokens and the completion {len(completion)}; both must have at most "
+                f"{max_model_len} together (max_model_len)",
+            )
+        else:
+            good.append(i)
+            rows.append(np.concatenate([prompt, np.array(completion, np.int32)]))
+            continue
+        errors[int(requests.rows[i])] = error
+    taken = requests.take(np.array(good, np.int64))
+    return replace(
+        taken,
+        token_ids=np.concatenate([np.empty(0, np.int32), *rows]),
+        offsets=offsets_of(np.array([len(row) for row in rows], np.int64)),
+        scored_from=np.diff(taken.offsets),
+        scored_bytes=np.array([nbytes[i] for i in good], np.int64),
+    )
 
 
 def _clip(sampling: SamplingParams, room: NDArray[np.int64]) -> tuple[tuple[SamplingParams, ...], NDArray[np.int32]]:

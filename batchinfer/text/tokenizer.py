@@ -180,6 +180,12 @@ class Tokenizer:
         encode = self._encode_rendered if allow_special_tokens else self.encode_plain
         return _in_chunks(texts, encode, self._prefix, self._suffix)
 
+    def encode_rendered(self, text: str, marks: bool) -> list[int]:
+        """Return the token ids of a text in which control tokens are spelled out; with `marks`, begun as a prompt is,
+        and without them even if the text itself begins so."""
+        ids = self._encode_rendered([text])[0]
+        return [*self._prefix, *ids, *self._suffix] if marks else ids
+
     @cached_property
     def tool_template(self) -> ChatTemplate | None:
         """The chat template for conversations with tools. Few checkpoints have one besides the usual template, so it

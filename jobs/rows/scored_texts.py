@@ -1,17 +1,16 @@
 """The texts that are scored: completions behind prompts, or whole texts; or a row's error."""
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
-from batchinfer.engine.prompts import Errors, Indices
+from batchinfer.engine.prompts import Errors, Indices, with_completions
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.rows.text_columns import check_types, good_texts, is_text, text_column
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.json_lines import indices_not_text
-from batchinfer.kernels.ragged import offsets_of
 from batchinfer.text.label_encoder import LabelEncoder
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 
@@ -37,32 +36,12 @@ class CompletionSource:
         for index, error in own.items():
             code = error.code.replace("prompt", "completion")
             errors.setdefault(index, RowError(code, error.message.replace("the prompt", "the completion")))
-        good, rows, sizes = [], [], []
+        completions: list[Sequence[int] | None] = []
         for i, index in enumerate(requests.rows.tolist()):
-            if index not in texts:
-                continue
             prompt = requests.token_ids[requests.offsets[i] : requests.offsets[i + 1]]
-            (completion,) = self._encoder.behind(prompt, [texts[index]])
-            if not completion:
-                errors[index] = RowError("empty_completion", "the completion has no tokens")
-            elif len(prompt) + len(completion) > self._max_model_len:
-                errors[index] = RowError(
-                    "too_long",
-                    f"the prompt has {len(prompt)} tokens and the completion {len(completion)}; both must have at most "
-                    f"{self._max_model_len} together (max_model_len)",
-                )
-            else:
-                good.append(i)
-                rows.append(np.concatenate([prompt, np.array(completion, np.int32)]))
-                sizes.append(len(texts[index].encode()))
-        taken = requests.take(np.array(good, np.int64))
-        return replace(
-            taken,
-            token_ids=np.concatenate([np.empty(0, np.int32), *rows]),
-            offsets=offsets_of(np.array([len(row) for row in rows], np.int64)),
-            scored_from=np.diff(taken.offsets),
-            scored_bytes=np.array(sizes, np.int64),
-        )
+            completions.append(self._encoder.behind(prompt, [texts[index]])[0] if index in texts else None)
+        sizes = [len(texts.get(index, "").encode()) for index in requests.rows.tolist()]
+        return with_completions(requests, completions, sizes, self._max_model_len, errors)
 
 
 def whole_texts(

@@ -17,11 +17,12 @@ FLOORS = [
     ["text", "formats"],
     ["models"],  # and models.families, a part of it
     ["engine"],  # and engine.drafts, a part of it
-    ["cost", "quality", "llm"],
-    ["quantize"],
+    ["cost", "quality", "token_logprobs"],
+    ["llm"],
+    ["quantize", "lm_eval"],
     [
-        *("jobs.amounts", "jobs.chat_flags", "jobs.flag_values", "jobs.label_flags", "jobs.log", "jobs.speculation"),
-        "jobs.structure_flags",
+        *("jobs.amounts", "jobs.chat_flags", "jobs.flag_values", "jobs.label_flags", "jobs.log", "jobs.score_flags"),
+        *("jobs.speculation", "jobs.structure_flags"),
     ],
     ["jobs.flags"],
     ["jobs.results"],
