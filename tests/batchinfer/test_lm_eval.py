@@ -18,7 +18,7 @@ ROWS = [
     {
         "question": f"{WORDS[i % 6]} says to {WORDS[(i * 5 + 1) % 6]}:",
         "choices": [WORDS[(i + n) % 6] + "." * (n % 2) for n in range(4)],
-        "answer": i % 4,
+        "answer": (i * i + i // 3) % 4,
         "text": " ".join(WORDS[(i * n) % 6] for n in range(1, 4 + 30 * (i % 3))),
     }
     for i in range(10)
