@@ -24,12 +24,16 @@ def score(**values: Any) -> None:
     """Tell how likely the texts of a table are, behind prompts or by themselves, and write the table with that."""
     if values["completion_column"] is None and values["text_column"] is None:
         raise UsageError("nothing to score: give --completion-column, texts behind prompts, or --text-column")
-    spec = JobSpec(
-        **fields_of(values),
+    carry_out(score_job(**fields_of(values)), values["output"])
+
+
+def score_job(**fields: Any) -> JobSpec:
+    """Return the job with these fields, which generates nothing. Raises `UsageError`."""
+    return JobSpec(
+        **fields,
         sampling=LIKELIEST,
         speculation=Speculation("off"),
         generation_config="none",
         reasoning_parser="none",
         tool_parser="none",
     )
-    carry_out(spec, values["output"])
