@@ -11,16 +11,18 @@ from batchinfer.flag import problems
 from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flags import JobFlags
 from batchinfer.jobs.label_flags import LabelFlags
+from batchinfer.jobs.sampling_flags import MAX_SAMPLES, SamplingFlags
 from batchinfer.jobs.structure_flags import StructureFlags
 
 
 @dataclass(frozen=True)
-class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags):
+class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags, SamplingFlags):
     """A job's flags and settings. Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     # The fields of `sampling` that the user set: they win over the checkpoint's own settings.
     sampling_given: tuple[str, ...] = ()
+    samples_by_row: bool = False  # the column of sampling params may say how many samples a row has
     # The model of `speculation` is a directory or a Hub id, as the user gave it.
     speculation: Speculation = field(default_factory=Speculation)
     # `run` has no flags for these settings: benchmarks set them.
@@ -60,8 +62,19 @@ class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags):
         return self.tools is not None or self.tools_column is not None
 
     @property
+    def lists_samples(self) -> bool:
+        """True if the output has all samples of a row in a column of their own."""
+        return self.n > 1 or self.samples_by_row
+
+    @property
+    def most_samples(self) -> int:
+        """Most samples that a row may have."""
+        return MAX_SAMPLES if self.samples_by_row else self.n
+
+    @property
     def computed_samples(self) -> int:
-        """Number of samples of each row that are computed: one at temperature 0, since all are the same then."""
+        """Number of samples that are computed of a row without params of its own: one at temperature 0, since all are
+        the same then."""
         return self.n if self.sampling.temperature > 0 else 1
 
 
@@ -158,7 +171,8 @@ def _check_labels(job: JobSpec) -> None:
     if not job.chooses:
         return
     given = [f"--{name.replace('_', '-')}" for name in job.sampling_given]
-    given += ["--json-schema-column"] if job.json_schema_column is not None else []
+    columns = {"json_schema_column": job.json_schema_column, "sampling_params_column": job.sampling_params_column}
+    given += [f"--{name.replace('_', '-')}" for name, column in columns.items() if column is not None]
     given += ["--draft-model"] if job.speculation.model is not None else []
     for flag in [*given, *(["--n"] if job.n > 1 else []), *(["--canary"] if job.canary else [])]:
         raise UsageError(f"{flag} is for answers that are generated, and rows choose from labels; leave it out")
