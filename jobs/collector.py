@@ -25,6 +25,7 @@ from batchinfer.jobs.results.score_columns import (
 from batchinfer.jobs.results.structure_columns import structure_columns, structure_fields
 from batchinfer.jobs.rows.asked import Asked
 from batchinfer.jobs.spec import JobSpec
+from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.text.answers import AnswerParser
 from batchinfer.text.token_texts import TokenTexts
 from batchinfer.text.tokenizer import Tokenizer
@@ -88,26 +89,30 @@ class Results:
             fields = label_fields(self._spec)
             columns = label_columns(fields, completions.scores, asked.labels)
             more = {field.name: column for field, column in zip(fields, columns, strict=True)}
-        ends = None if asked.ends is None else np.repeat(asked.ends, self._spec.computed_samples, axis=0)
-        answers = self._answers(completions, ends, more.get(CHOICE[0].name))
-        failed = (completions.finish_reasons == FinishReason.ERROR).reshape(-1, self._spec.computed_samples)
-        own = np.arange(failed.size)[:: failed.shape[1]] + failed.argmax(axis=1)
+        firsts = completions.firsts
+        of_sample = np.repeat(np.arange(len(firsts)), np.diff(firsts, append=len(completions)))
+        answers = self._answers(completions, asked.take(of_sample), more.get(CHOICE[0].name))
+        failures = np.flatnonzero(completions.finish_reasons == FinishReason.ERROR)
+        failed = np.zeros(len(firsts), np.bool_)
+        failed[of_sample[failures]] = True
+        own = firsts.copy()
+        own[of_sample[failures][::-1]] = failures[::-1]  # the first failure of a row is written last
         rows = completions.rows[own]
-        more |= self._scores(completions, asked, own, failed.any(axis=1))
+        more |= self._scores(completions, asked, own, failed)
         errors: list[RowError | None] = [None] * len(rows)
-        for i in np.flatnonzero(failed.any(axis=1)).tolist():
+        for i in np.flatnonzero(failed).tolist():
             errors[i] = completions.errors[int(rows[i])]
         first = answers.take(pa.array(own))
         texts, reasons = (pc.struct_field(first, name) for name in ("generated_text", "finish_reason"))
         properties = structure_columns(self._structured, texts, reasons)
         more |= {field.name: column for field, column in zip(self._structured, properties, strict=True)}
-        if self._spec.n > 1:
-            more[SAMPLES] = samples_of(answers, failed, self._spec.n)
+        if self._spec.lists_samples:
+            more[SAMPLES] = samples_of(answers, firsts, ~failed, asked.samples)
         keys = pa.FixedSizeBinaryArray.from_buffers(KEY.type, len(rows), [None, pa.py_buffer(asked.keys.tobytes())])
         self._collect(rows, keys, first, pa.array(asked.prompt_tokens), errors, more)
 
     def _scores(
-        self, completions: Completions, asked: Asked, own: NDArray[np.int64], failed: NDArray[np.bool_]
+        self, completions: Completions, asked: Asked, own: Ints, failed: NDArray[np.bool_]
     ) -> dict[str, pa.Array]:
         """Return the columns of the log-probabilities of rows' prompts or texts; `own` [rows] are the completions that
         the rows' own columns are of."""
@@ -123,13 +128,10 @@ class Results:
             for field in prompt_score_fields(self._spec.sampling)
         }
 
-    def _answers(
-        self, completions: Completions, ends: NDArray[np.int32] | None, choices: pa.Array | None
-    ) -> pa.StructArray:
-        """Return the samples' columns [n], of `sample_type`; a failed sample has no text. Rows that choose have
-        `choices`."""
-        stop, stop_token_ids = self._spec.sampling.stop, self._spec.sampling.stop_token_ids
-        found = self._parser.parse(completions.token_ids, completions.offsets, ends, stop, stop_token_ids)
+    def _answers(self, completions: Completions, asked: Asked, choices: pa.Array | None) -> pa.StructArray:
+        """Return the samples' columns [n], of `sample_type`; a failed sample has no text. `asked` is of the samples'
+        rows. Rows that choose have `choices`."""
+        found = self._parser.parse(completions.token_ids, completions.offsets, asked.ends, asked.stops)
         texts: list[str | None] = [*found.texts]
         for i in np.flatnonzero(completions.finish_reasons == FinishReason.ERROR).tolist():
             texts[i] = None
@@ -198,7 +200,8 @@ class Results:
 
     def _keep(self, batch: pa.RecordBatch) -> None:
         self._finished.append(batch)
-        self._uncommitted += len(batch) * self._spec.n
+        samples = batch[SAMPLES].value_lengths() if self._spec.lists_samples else pa.nulls(0, pa.int32())
+        self._uncommitted += max(len(batch), pc.sum(samples).as_py() or 0)
         self.by_reason.update(counts(batch["finish_reason"]))
         self.by_error.update(counts(batch["error_code"]))
         self.prompt_tokens += pc.sum(batch["prompt_tokens"]).as_py() or 0
@@ -221,16 +224,18 @@ class Results:
         self.commit_seconds += self._last_commit - started
 
 
-def samples_of(answers: pa.StructArray, failed: NDArray[np.bool_], n: int) -> pa.ListArray:
-    """Return the list of the `n` samples of each row [rows]; null for a row with a failed sample.
+def samples_of(
+    answers: pa.StructArray, firsts: Ints, good: NDArray[np.bool_], wanted: NDArray[np.int32]
+) -> pa.ListArray:
+    """Return the list of the samples that each row has `wanted` [rows]; null for a row that is not `good` [rows].
 
-    `answers` [rows * computed] holds the computed samples, row by row, and `failed` [rows, computed] says which failed.
-    If one sample was computed, it stands for all `n`.
+    `answers` [computed samples] holds those that were computed, and `firsts` [rows] where each row's begin. If one
+    sample of a row was computed, it stands for all.
     """
-    good = ~failed.any(axis=1)
-    index = np.arange(failed.size).reshape(failed.shape)[good][:, np.arange(n) % failed.shape[1]]
-    offsets = np.append(0, np.cumsum(n * good))
-    values = answers.take(pa.array(index.ravel()))
+    alone = np.diff(firsts, append=len(answers)) == 1
+    index, offsets = ranges(np.where(alone, 0, firsts), np.where(good, wanted, 0).astype(np.int64))
+    index = np.where(np.repeat(alone, np.diff(offsets)), np.repeat(firsts, np.diff(offsets)), index)
+    values = answers.take(pa.array(index))
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, pa.list_(answers.type), mask=pa.array(~good))
 
 

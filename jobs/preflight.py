@@ -21,12 +21,13 @@ from batchinfer.jobs.job_columns import fields_of
 from batchinfer.jobs.log import say
 from batchinfer.jobs.results.formats import format_of
 from batchinfer.jobs.rows.prompts import PromptSource, verbatim_columns
+from batchinfer.jobs.rows.sampling import may_list_samples
 from batchinfer.jobs.rows.template_check import check_template
 from batchinfer.jobs.rows.windows import Prompts
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import check_ids
 from batchinfer.jobs.tables.selection import Selection, digest
-from batchinfer.jobs.tables.table import Table
+from batchinfer.jobs.tables.table import Table, find_field
 from batchinfer.jobs.template_date import known_moment, moment_of_prompts, notes_about, now
 from batchinfer.kernels.gpu import eight_bits
 from batchinfer.models.config import ModelConfig, read_model_config, read_shape
@@ -62,6 +63,9 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     selection = Selection(spec.where, spec.sample, spec.limit, spec.seed)
     whole = selection.of(Table.open(spec.inputs, spec.csv_delimiter, spec.csv_encoding, verbatim_columns(spec)))
     table = whole if spec.shard is None else whole.shard(*spec.shard)
+    if spec.sampling_params_column is not None:
+        kind = find_field(table.schema, spec.sampling_params_column, spec.inputs[0]).type
+        spec = replace(spec, samples_by_row=may_list_samples(kind))
     kept = _kept_columns(spec, table)
     format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))
     model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
@@ -220,6 +224,6 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
 
 def _expected_batch(spec: JobSpec, most: int, rows: int) -> int:
     """Return how many sequences usually run, at most `most`; a row that chooses from labels may take one for each."""
-    if spec.incremental or spec.choices_column is not None:
+    if spec.incremental or spec.choices_column is not None or spec.sampling_params_column is not None:
         return most
     return min(most, rows * spec.computed_samples * max(1, len(spec.choices)))

@@ -1,22 +1,26 @@
 """The specification of a job: all choices of `batchinfer run`, and checks of which choices fit together."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from batchinfer.engine.config import Speculation
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import UsageError
-from batchinfer.flag import problems
+from batchinfer.flag import flags_of, problems
 from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flags import JobFlags
 from batchinfer.jobs.label_flags import LabelFlags
+from batchinfer.jobs.sampling_flags import MAX_SAMPLES, SamplingFlags
 from batchinfer.jobs.score_flags import ScoreFlags
 from batchinfer.jobs.structure_flags import StructureFlags
 
+URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*:/")
+
 
 @dataclass(frozen=True)
-class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags, ScoreFlags):
+class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags, SamplingFlags, ScoreFlags):
     """A job's flags and settings: those of `batchinfer run`, or of `score`.
 
     Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit.
@@ -25,6 +29,7 @@ class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags, ScoreFlags):
     sampling: SamplingParams = field(default_factory=SamplingParams)
     # The fields of `sampling` that the user set: they win over the checkpoint's own settings.
     sampling_given: tuple[str, ...] = ()
+    samples_by_row: bool = False  # the column of sampling params may say how many samples a row has
     # The model of `speculation` is a directory or a Hub id, as the user gave it.
     speculation: Speculation = field(default_factory=Speculation)
     # `run` has no flags for these settings: benchmarks set them.
@@ -38,6 +43,7 @@ class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags, ScoreFlags):
             raise UsageError(f"{flag.option} {problem}")
         _check_prompt_source(self)
         _check_chat(self)
+        _refuse_urls(self)
         _check_files(self)
         _check_lengths(self)
         _check_shard(self)
@@ -64,8 +70,19 @@ class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags, ScoreFlags):
         return self.tools is not None or self.tools_column is not None
 
     @property
+    def lists_samples(self) -> bool:
+        """True if the output has all samples of a row in a column of their own."""
+        return self.n > 1 or self.samples_by_row
+
+    @property
+    def most_samples(self) -> int:
+        """Most samples that a row may have."""
+        return MAX_SAMPLES if self.samples_by_row else self.n
+
+    @property
     def computed_samples(self) -> int:
-        """Number of samples of each row that are computed: one at temperature 0, since all are the same then."""
+        """Number of samples that are computed of a row without params of its own: one at temperature 0, since all are
+        the same then."""
         return self.n if self.sampling.temperature > 0 else 1
 
 
@@ -102,6 +119,19 @@ def _check_chat(job: JobSpec) -> None:
             raise UsageError(f"{flag} needs --chat or --messages-column; give one of them, or leave it out")
     if job.tools is not None and job.tools_column is not None:
         raise UsageError("--tools offers every chat the same tools, --tools-column each its own; leave one of them out")
+
+
+def _refuse_urls(job: JobSpec) -> None:
+    """Refuse paths like s3://bucket/table, of which pathlib leaves one slash, and models like that."""
+    for name, flag in flags_of(JobFlags).items():
+        given = getattr(job, name) if flag.is_path or flag.names_model else None
+        for path in given if isinstance(given, tuple) else (given,):
+            if path is not None and URL.match(str(path)):
+                remedy = "give its id on the Hub, or a folder" if flag.names_model else "copy it here"
+                raise UsageError(
+                    f"{flag.option} is {path}, which begins like a URL: only files of this machine are read and "
+                    f"written; {remedy}"
+                )
 
 
 def _check_files(job: JobSpec) -> None:
@@ -168,7 +198,8 @@ def _check_labels(job: JobSpec) -> None:
     if not job.chooses:
         return
     given = [f"--{name.replace('_', '-')}" for name in job.sampling_given]
-    given += ["--json-schema-column"] if job.json_schema_column is not None else []
+    columns = {"json_schema_column": job.json_schema_column, "sampling_params_column": job.sampling_params_column}
+    given += [f"--{name.replace('_', '-')}" for name, column in columns.items() if column is not None]
     given += ["--draft-model"] if job.speculation.model is not None else []
     for flag in [*given, *(["--n"] if job.n > 1 else []), *(["--canary"] if job.canary else [])]:
         raise UsageError(f"{flag} is for answers that are generated, and rows choose from labels; leave it out")

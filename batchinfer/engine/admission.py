@@ -210,7 +210,7 @@ class Admission:
             return self.labels.blocks(requests, i)
         if requests.scored_from is not None:
             return self._table.blocks_for(int(requests.offsets[i + 1] - requests.offsets[i]))
-        most = requests.params[requests.param_index[i]].max_tokens
+        most = int(requests.params.numbers["max_tokens"][requests.param_index[i]])
         prompt = int(requests.offsets[i + 1] - requests.offsets[i])
         return self._table.blocks_for(prompt + self._expected(template, generated, most))
 

@@ -4,14 +4,16 @@ Free of torch: the parent process of a job imports this module.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.kernels.ragged import offsets_of, ranges, take_ragged
 
 
@@ -96,9 +98,10 @@ class Requests:
     token_ids: NDArray[np.int32]  # [offsets[-1]]
     offsets: NDArray[np.int64]  # [n + 1]
     seeds: NDArray[np.uint64]  # [n] random seeds; used only if temperature > 0
-    params: tuple[SamplingParams, ...]  # the different ones among all rows
+    params: SamplingTable  # those of all rows
     param_index: NDArray[np.int32]  # [n] into params
     choices: Choices | None = None  # None: every row generates tokens
+    samples: NDArray[np.int32] | None = None  # [n] answers wanted of each row; None: one. The engine makes one
     scored_from: NDArray[np.int64] | None = None  # [n], 1 or more and below the prompt's length
     scored_bytes: NDArray[np.int64] | None = None  # [n] size of the scored text, which the engine does not read
 
@@ -111,8 +114,13 @@ class Requests:
         if self.scored_from is not None:
             return np.zeros(len(self), np.int64)
         if self.choices is None:
-            return np.array([params.max_tokens for params in self.params], np.int64)[self.param_index]
+            return self.number("max_tokens").astype(np.int64)
         return self.choices.longest
+
+    def number(self, name: str) -> NDArray[Any]:
+        """Return a numeric field of each row's params [n]."""
+        column: NDArray[Any] = self.params.numbers[name][self.param_index]
+        return column
 
     @staticmethod
     def of(prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None = None) -> "Requests":
@@ -120,30 +128,50 @@ class Requests:
         n = len(prompts)
         offsets = offsets_of(np.array([len(p) for p in prompts], np.int64))
         flat = np.fromiter((t for p in prompts for t in p), np.int32, int(offsets[-1]))
-        row_seeds = np.zeros(n, np.uint64) if seeds is None else np.array(seeds, np.uint64)
-        return Requests(np.arange(n), flat, offsets, row_seeds, (params,), np.zeros(n, np.int32))
+        requests = Requests.alike(np.arange(n), flat, offsets, params)
+        return requests if seeds is None else replace(requests, seeds=np.array(seeds, np.uint64))
+
+    @staticmethod
+    def alike(
+        rows: NDArray[np.int64], token_ids: NDArray[np.int32], offsets: NDArray[np.int64], params: SamplingParams
+    ) -> "Requests":
+        """Make requests of these prompts that all have the same params, and seeds 0."""
+        n = len(rows)
+        index, seeds = np.zeros(n, np.int32), np.zeros(n, np.uint64)
+        return Requests(rows, token_ids, offsets, seeds, SamplingTable.of([params]), index)
 
     def take(self, index: NDArray[np.int64]) -> "Requests":
         """Return the requests at `index`, in that order."""
         token_ids, offsets = take_ragged(self.token_ids, self.offsets, index)
         choices = None if self.choices is None else self.choices.take(index)
+        samples = None if self.samples is None else self.samples[index]
         seeds, param_index = self.seeds[index], self.param_index[index]
         first, size = (None if each is None else each[index] for each in (self.scored_from, self.scored_bytes))
-        return Requests(self.rows[index], token_ids, offsets, seeds, self.params, param_index, choices, first, size)
+        return Requests(
+            self.rows[index], token_ids, offsets, seeds, self.params, param_index, choices, samples, first, size
+        )
 
     @property
     def scores_prompts(self) -> bool:
         """True if tokens of any prompt get log-probabilities."""
-        return self.scored_from is not None or any(params.prompt_logprobs >= 0 for params in self.params)
+        return self.scored_from is not None or bool((self.number("prompt_logprobs") >= 0).any())
 
     def prompt_scores(self, i: int) -> tuple[int, int]:
         """Return which tokens of row i's prompt get log-probabilities, and how many likeliest tokens are wanted beside
         each: (position of the first, the prompt's length if none does; number, at least 0)."""
-        params = self.params[self.param_index[i]]
+        numbers = self.params.numbers[self.param_index[i]]
         if self.scored_from is not None:
-            return int(self.scored_from[i]), max(params.logprobs, 0)
-        length = int(self.offsets[i + 1] - self.offsets[i])
-        return 1 if params.prompt_logprobs >= 0 else length, max(params.prompt_logprobs, 0)
+            return int(self.scored_from[i]), max(int(numbers["logprobs"]), 0)
+        count, length = int(numbers["prompt_logprobs"]), int(self.offsets[i + 1] - self.offsets[i])
+        return 1 if count >= 0 else length, max(count, 0)
+
+
+def params_of_all(slices: Sequence[Requests]) -> tuple[SamplingTable, NDArray[np.int32]]:
+    """Return the params of one slice of rows or more, without repetitions, and where those of each row are [rows]."""
+    params, places = SamplingTable.joined([requests.params for requests in slices]).different()
+    firsts = offsets_of(np.array([len(requests.params) for requests in slices], np.int64)).tolist()
+    index = [first + requests.param_index for first, requests in zip(firsts, slices, strict=False)]
+    return params, places[np.concatenate(index)]
 
 
 @dataclass(frozen=True)
@@ -209,9 +237,10 @@ class TokenScores:
 class Completions:
     """n finished rows. Row i's new tokens are `token_ids[offsets[i]:offsets[i + 1]]`, the end-of-text id included.
 
-    A row with choices has the tokens of its likeliest label, and a score for each label: the log-probability that the
-    model answers with the label's tokens and then ends. A row that generates nothing, since its own tokens are scored,
-    has these as its new tokens. A row that failed has no scores.
+    A row with several samples is there once for each, in succession. A row with choices has the tokens of its likeliest
+    label, and a score for each label: the log-probability that the model answers with the label's tokens and then ends.
+    A row that generates nothing, since its own tokens are scored, has these as its new tokens. A row that failed has no
+    scores.
     """
 
     rows: NDArray[np.int64]  # [n]
@@ -230,6 +259,11 @@ class Completions:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def firsts(self) -> NDArray[np.int64]:
+        """Where each row's first sample is [rows]."""
+        return np.flatnonzero(np.diff(self.rows, prepend=-1))
 
     def tokens_of(self, i: int) -> list[int]:
         """Return the new tokens of the i-th completion."""

@@ -1,5 +1,6 @@
 """Turning the token ids of answers into text, thinking and tool calls."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from batchinfer.text import reasoning, tool_calls
 from batchinfer.text.marks import Marks
 from batchinfer.text.pieces import Piece, shown
-from batchinfer.text.stop import before_stop, printed_answers
+from batchinfer.text.stop import Stop, before_stop, printed_answers, stopping
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 from batchinfer.text.tool_calls import ToolCall
 
@@ -38,22 +39,20 @@ class AnswerParser:
         token_ids: TokenIds,
         offsets: Offsets,
         ends: NDArray[np.int32] | None,
-        stop: tuple[str, ...],
-        stop_token_ids: tuple[int, ...],
+        stops: Sequence[Stop],
     ) -> Answers:
         """Parse n answers. Answer i is `token_ids[offsets[i]:offsets[i + 1]]`.
 
         `ends` [n, END_TOKENS] has the last tokens of their prompts, padded in front with -1; without a reasoning format
-        it may be None. Texts end at the first stop string and are without stop tokens.
+        it may be None. Each text ends at the first of its stop strings and is without its stop tokens.
         """
         n = len(offsets) - 1
         if self._marks is None:
-            return Answers(
-                printed_answers(self._tokenizer, token_ids, offsets, stop, stop_token_ids), [None] * n, [None] * n, []
-            )
+            return Answers(printed_answers(self._tokenizer, token_ids, offsets, stops), [None] * n, [None] * n, [])
         found = Answers([], [], [], [])
         opened = [False] * n if ends is None else self._opened(ends)
-        for i, pieces in enumerate(self._marks.cut(token_ids, offsets, stop_token_ids)):
+        hidden = stopping(token_ids, offsets, stops)
+        for i, pieces in enumerate(self._marks.cut(token_ids, offsets, hidden)):
             thought: str | None = None
             calls: list[ToolCall] = []
             rest: list[Piece] = pieces
@@ -62,9 +61,9 @@ class AnswerParser:
             if self._tools is not None:
                 calls, rest, failed = self._tools.find(rest)
                 found.unparsed.extend([i] if failed else [])
-            text = before_stop(shown(rest), stop)
+            text = before_stop(shown(rest), stops[i].texts)
             found.texts.append(text.strip() if calls else text)
-            found.reasoning.append(thought and before_stop(thought, stop))
+            found.reasoning.append(thought and before_stop(thought, stops[i].texts))
             found.tool_calls.append(calls or None)
         return found
 
@@ -75,7 +74,7 @@ class AnswerParser:
         different, which = np.unique(ends, axis=0, return_inverse=True)
         rows = [row[row >= 0] for row in different]
         flat = np.concatenate([np.empty(0, np.int32), *rows])
-        pieces = self._marks.cut(flat, np.cumsum([0, *map(len, rows)]))
+        pieces = self._marks.cut(flat, np.cumsum([0, *map(len, rows)]), np.zeros(len(flat), np.bool_))
         opened = np.array([self._reasoning.is_opened(end) for end in pieces], np.bool_)
         found: list[bool] = opened[which.reshape(-1)].tolist()
         return found

@@ -32,28 +32,29 @@ PARQUET: dict[str, Any] = {"write_page_checksum": True, "compression": "zstd"}
 
 
 def result_fields(
-    samples: int = 1,
+    lists_samples: bool = False,
     parsed: Collection[str] = (),
     asked: Sequence[pa.Field] = (),
     of_answers: Sequence[pa.Field] = (),
     generates: bool = True,
 ) -> list[pa.Field]:
-    """Return the result columns of a job with this number of samples for each row, these parsed columns, the columns
-    `asked`, and those that each answer has. A job that generates nothing has no text.
+    """Return the result columns of a job with these parsed columns, the columns `asked`, and those that each answer
+    has. A job that generates nothing has no text.
 
-    With several samples a row, the last column lists them all, or is null if the row failed. The other columns are
-    those of the first sample.
+    If the job lists samples, the last column has all samples of a row, or is null if the row failed. The other columns
+    are those of the first sample.
     """
     text, *others = RESULT_FIELDS
     taken_out = [field for field in PARSED_FIELDS if field.name in parsed]
     fields = [*([text] if generates else []), *taken_out, *others, *of_answers, *asked]
-    return [*fields, pa.field(SAMPLES, pa.list_(sample_type(parsed, of_answers)))] if samples > 1 else fields
+    return [*fields, pa.field(SAMPLES, pa.list_(sample_type(parsed, of_answers)))] if lists_samples else fields
 
 
 def sample_type(parsed: Collection[str] = (), of_answers: Sequence[pa.Field] = ()) -> pa.StructType:
     """Return the type of a sample, in a job with these parsed columns and columns of each answer."""
     unlike = ("prompt_tokens", "error_code", "error_message")
-    return pa.struct([field for field in result_fields(1, parsed, (), of_answers) if field.name not in unlike])
+    fields = result_fields(parsed=parsed, of_answers=of_answers)
+    return pa.struct([field for field in fields if field.name not in unlike])
 
 
 def part_schema(results: Sequence[pa.Field] = RESULT_FIELDS) -> pa.Schema:
@@ -64,7 +65,7 @@ def part_schema(results: Sequence[pa.Field] = RESULT_FIELDS) -> pa.Schema:
 def is_part(schema: pa.Schema) -> bool:
     """Return whether a part may have these columns; those of earlier versions have no key."""
     parsed = [field.name for field in PARSED_FIELDS if field.name in schema.names]
-    whole = part_schema(result_fields(1, parsed, generates=RESULT_FIELDS[0].name in schema.names))
+    whole = part_schema(result_fields(parsed=parsed, generates=RESULT_FIELDS[0].name in schema.names))
     begins = (pa.schema(list(schema)[: len(known)]).equals(known) for known in (whole, keyless(whole)))
     return any(begins)
 

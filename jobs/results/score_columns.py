@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from batchinfer.engine.request import TokenScores
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.score_flags import ScoreFlags
+from batchinfer.kernels.ragged import offsets_of
 
 LOGPROBS, PROMPT_LOGPROBS, OF_TEXT = "logprobs", "prompt_logprobs", "token_log_probabilities"
 TOKEN = [pa.field("token", pa.string()), pa.field("token_id", pa.int32()), pa.field("logprob", pa.float32())]
@@ -52,16 +53,16 @@ def _listed(likeliest: int) -> pa.ListType:
 def token_score_column(
     kind: pa.ListType, scores: TokenScores, failed: NDArray[np.bool_], texts_of: TextsOf
 ) -> pa.ListArray:
-    """Return the lists [n] of this type; null for a row that failed [n]."""
+    """Return the lists [n] of this type; null for a row that failed [n] or has no log-probabilities."""
     columns = _columns(scores.token_ids, scores.values, texts_of)
     if len(kind.value_type) > len(TOKEN):
-        m, k = scores.top_ids.shape
-        tops = pa.StructArray.from_arrays(
-            _columns(scores.top_ids.ravel(), scores.top_values.ravel(), texts_of), fields=TOKEN
-        )
-        columns.append(pa.ListArray.from_arrays(np.arange(m + 1, dtype=np.int32) * k, tops))
+        asked = scores.top_ids >= 0
+        tops = _columns(scores.top_ids[asked], scores.top_values[asked], texts_of)
+        bounds = pa.array(offsets_of(asked.sum(1)), pa.int32())
+        columns.append(pa.ListArray.from_arrays(bounds, pa.StructArray.from_arrays(tops, fields=TOKEN)))
     entries = pa.StructArray.from_arrays(columns, fields=list(kind.value_type))
-    return pa.ListArray.from_arrays(pa.array(scores.offsets, pa.int32()), entries, kind, mask=pa.array(failed))
+    without = failed | (np.diff(scores.offsets) == 0)
+    return pa.ListArray.from_arrays(pa.array(scores.offsets, pa.int32()), entries, kind, mask=pa.array(without))
 
 
 def _columns(ids: NDArray[np.int32], values: NDArray[np.float32], texts_of: TextsOf) -> list[pa.Array]:

@@ -9,20 +9,19 @@ from batchinfer.jobs.spec import JobSpec
 from batchinfer.kernels.ragged import Ints, indices_within, ranges
 
 HASHED_TOKENS = 1 << 21  # most tokens in memory at a time
-WEIGHTS = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)  # odd, otherwise any
+WEIGHTS = np.random.default_rng(1).integers(0, 1 << 63, 4, np.uint64) * np.uint64(2) + np.uint64(1)  # of other columns
 
 
 def leaders(prompts: StoredRequests) -> Ints:
     """Return the index of each row's leader [n].
 
-    That is the first row with the same tokens, the same sampling params, labels and scored text and, if tokens are
-    drawn at random, the same seed. A row without such a row before it is its own leader. There must be one row or more.
+    That is the first row with the same tokens, sampling params, labels, scored text and number of samples and, if
+    tokens are drawn at random, the same seed. A row without such a row before it is its own leader. There must be one
+    row or more.
     """
-    sampled = np.array([params.temperature > 0 for params in prompts.params], np.bool_)[prompts.param_index]
-    seeds = np.where(sampled, prompts.seeds, np.uint64(0))
-    sets = prompts.label_sets()
+    seeds = np.where(prompts.drawn, prompts.seeds, np.uint64(0))
     keys = _keys(prompts, seeds)
-    others: list[Ints] = [sets, *prompts.scored]
+    others: list[Ints] = [prompts.label_sets(), prompts.wanted, *prompts.scored]
     for column, weight in zip(others, WEIGHTS, strict=False):
         keys += column.astype(np.uint64) * weight
     by_key = np.argsort(keys, kind="stable")

@@ -10,6 +10,7 @@ import pyarrow as pa
 from batchinfer.engine.prompts import Errors
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.jobs.rows.text_columns import check_types, invalid_utf8, is_text
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text
@@ -42,10 +43,15 @@ class SchemaSource:
             if problem:
                 errors[index] = RowError("bad_schema", problem)
                 continue
+            try:
+                own = replace(requests.params[before], json_schema=text)
+            except ValueError as error:
+                errors[index] = RowError("bad_sampling_params", str(error))
+                continue
             good.append(i)
-            param_index.append(params.setdefault(replace(requests.params[before], json_schema=text), len(params)))
+            param_index.append(params.setdefault(own, len(params)))
         taken = requests.take(np.array(good, np.int64))
-        return replace(taken, params=tuple(params), param_index=np.array(param_index, np.int32))
+        return replace(taken, params=SamplingTable.of(list(params)), param_index=np.array(param_index, np.int32))
 
 
 def _written(text: str | None) -> str:

@@ -1,18 +1,18 @@
 """The texts that are scored: completions behind prompts, or whole texts; or a row's error."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 
-from batchinfer.engine.prompts import Errors, Indices, with_completions
+from batchinfer.engine.prompts import Errors, with_completions
 from batchinfer.engine.request import Requests, RowError
-from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.rows.text_columns import check_types, good_texts, is_text, text_column
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.json_lines import indices_not_text
 from batchinfer.text.label_encoder import LabelEncoder
-from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
+from batchinfer.text.tokenizer import Tokenizer
 
 
 class CompletionSource:
@@ -44,20 +44,10 @@ class CompletionSource:
         return with_completions(requests, completions, sizes, self._max_model_len, errors)
 
 
-def whole_texts(
-    indices: Indices,
-    texts: list[str],
-    token_ids: TokenIds,
-    offsets: Offsets,
-    sampling: SamplingParams,
-    max_model_len: int,
-    errors: Errors,
-) -> Requests:
-    """Return requests for texts that are scored from their second token on; errors for the others are added.
-
-    Text i has the tokens `token_ids[offsets[i]:offsets[i + 1]]`; its row number is `indices[i]`.
-    """
-    lengths = np.diff(offsets)
+def whole_texts(requests: Requests, texts: list[str], max_model_len: int, errors: Errors) -> Requests:
+    """Return the requests, of these texts, that can be scored from their second token on; errors for the others are
+    added. `requests.rows` are indices of the texts' rows."""
+    lengths = np.diff(requests.offsets)
     for i in np.flatnonzero((lengths < 2) | (lengths > max_model_len)).tolist():
         if lengths[i] < 2:
             error = RowError("empty_text", "the text has a single token, with nothing before it: there must be two")
@@ -66,16 +56,7 @@ def whole_texts(
                 "too_long",
                 f"the text has {lengths[i]} tokens; it must have at most {max_model_len} (max_model_len)",
             )
-        errors[int(indices[i])] = error
-    n = len(indices)
-    requests = Requests(
-        indices,
-        token_ids,
-        offsets,
-        np.zeros(n, np.uint64),
-        (sampling,),
-        np.zeros(n, np.int32),
-        scored_from=np.ones(n, np.int64),
-        scored_bytes=np.array([len(text.encode()) for text in texts], np.int64),
-    )
-    return requests.take(np.flatnonzero((lengths >= 2) & (lengths <= max_model_len)))
+        errors[int(requests.rows[i])] = error
+    sizes = np.array([len(text.encode()) for text in texts], np.int64)
+    scored = replace(requests, scored_from=np.ones(len(requests), np.int64), scored_bytes=sizes)
+    return scored.take(np.flatnonzero((lengths >= 2) & (lengths <= max_model_len)))

@@ -22,7 +22,7 @@ FLOORS = [
     ["quantize", "lm_eval"],
     [
         *("jobs.amounts", "jobs.chat_flags", "jobs.flag_values", "jobs.label_flags", "jobs.log", "jobs.score_flags"),
-        *("jobs.speculation", "jobs.structure_flags"),
+        *("jobs.sampling_flags", "jobs.speculation", "jobs.structure_flags"),
     ],
     ["jobs.flags"],
     ["jobs.results"],

@@ -18,6 +18,7 @@ from batchinfer.engine.config import Speculation
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.request import FinishReason, Requests, TokenScores
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.kernels.grain import TILE
 
 WANTED = SamplingParams(max_tokens=5, ignore_eos=True, logprobs=3, prompt_logprobs=2)
@@ -156,7 +157,11 @@ def test_rows_that_want_them_and_rows_that_do_not_share_tiles(model: Path) -> No
     requests = Requests.of(tree_of_prompts(), WANTED)
     plain = replace(WANTED, logprobs=-1, prompt_logprobs=-1)
     few = replace(WANTED, logprobs=0, prompt_logprobs=0)
-    mixed = replace(requests, params=(WANTED, plain, few), param_index=np.arange(len(requests), dtype=np.int32) % 3)
+    mixed = replace(
+        requests,
+        params=SamplingTable.of([WANTED, plain, few]),
+        param_index=np.arange(len(requests), dtype=np.int32) % 3,
+    )
     expected = rows_of(engine_of(model), requests)
     for first in range(3):
         shifted = replace(mixed, param_index=(mixed.param_index + np.int32(first)) % 3)
