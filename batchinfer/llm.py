@@ -206,7 +206,7 @@ class LLM:
         itself. Beside each token stand as many `likeliest` ones, from 1 to `MOST_LOGPROBS`. A prompt or a completion
         that cannot run gives an error. Raises `ValueError` naming a wrong argument.
         """
-        if not isinstance(likeliest, int) or not 1 <= likeliest <= MOST_LOGPROBS:
+        if type(likeliest) is not int or not 1 <= likeliest <= MOST_LOGPROBS:
             raise ValueError(f"likeliest is {likeliest!r}; it must be from 1 to {MOST_LOGPROBS}")
         if isinstance(completions, str) or len(completions) != len(prompts):
             raise ValueError("completions must be a list with one for each prompt")

@@ -189,6 +189,20 @@ def test_answers_and_samples_have_the_log_probabilities_of_their_tokens(
     verify(output)
 
 
+def test_rows_with_params_of_their_own_ask_for_fewer(folder: Path, tmp_path: Path) -> None:
+    asked = [{}, {"logprobs": 1}, {"logprobs": -1}, {"logprobs": 3}, {"prompt_logprobs": 0}]
+    rows = [{"prompt": "Hello", "params": json.dumps(params)} for params in asked]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out.parquet"
+    run(JobSpec(inputs=(tmp_path / "in.jsonl",), output=output, model=str(folder), prompt_column="prompt",
+                sampling_params_column="params", sampling=SamplingParams(max_tokens=3, logprobs=2)))  # fmt: skip
+    found = pq.read_table(output).to_pylist()
+    counts = [None if row["logprobs"] is None else {len(token["top"]) for token in row["logprobs"]} for row in found]
+    assert counts == [{2}, {1}, None, None, None]
+    assert [row["error_code"] for row in found] == [None, None, None, *["bad_sampling_params"] * 2]
+    assert "logprobs is 3; it must be at most that of --logprobs, which is 2" in found[3]["error_message"]
+
+
 def test_a_job_that_was_killed_goes_on(scored: Callable[..., JobSpec], folder: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"{STEM}{n}", "completion": f" {n} times the user"} for n in range(60)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
