@@ -18,7 +18,7 @@ from batchinfer.jobs.results.schema import KEY, PARSED_FIELDS, ROW, SAMPLES, par
 from batchinfer.jobs.results.structure_columns import structure_columns, structure_fields
 from batchinfer.jobs.rows.asked import Asked
 from batchinfer.jobs.spec import JobSpec
-from batchinfer.text.answers import AnswerParser
+from batchinfer.text.answers import AnswerParsers, Reading
 from batchinfer.text.tokenizer import Tokenizer
 
 REASONS = pa.array([reason.name.lower() for reason in FinishReason])
@@ -33,7 +33,7 @@ class Results:
     def __init__(self, spec: JobSpec, tokenizer: Tokenizer, folder: RunFolder, done: Done) -> None:
         self._spec = spec
         self._fields = fields_of(spec)
-        self._parser = AnswerParser(tokenizer, spec.reasoning_format, spec.tool_format)
+        self._parsers = AnswerParsers(tokenizer, spec.reasoning_format, spec.tool_format)
         self._structured = structure_fields(spec, spec.sampling)
         self.folder = folder
         self._finished: list[pa.RecordBatch] = []
@@ -78,8 +78,7 @@ class Results:
             fields = label_fields(self._spec)
             columns = label_columns(fields, completions.scores, asked.labels)
             more = {field.name: column for field, column in zip(fields, columns, strict=True)}
-        ends = None if asked.ends is None else np.repeat(asked.ends, self._spec.computed_samples, axis=0)
-        answers = self._answers(completions, ends, more.get(CHOICE[0].name))
+        answers = self._answers(completions, asked, more.get(CHOICE[0].name))
         failed = (completions.finish_reasons == FinishReason.ERROR).reshape(-1, self._spec.computed_samples)
         own = np.arange(failed.size)[:: failed.shape[1]] + failed.argmax(axis=1)
         rows = completions.rows[own]
@@ -95,13 +94,13 @@ class Results:
         keys = pa.FixedSizeBinaryArray.from_buffers(KEY.type, len(rows), [None, pa.py_buffer(asked.keys.tobytes())])
         self._collect(rows, keys, first, pa.array(asked.prompt_tokens), errors, more)
 
-    def _answers(
-        self, completions: Completions, ends: NDArray[np.int32] | None, choices: pa.Array | None
-    ) -> pa.StructArray:
+    def _answers(self, completions: Completions, asked: Asked, choices: pa.Array | None) -> pa.StructArray:
         """Return the samples' columns [n], of `sample_type`; a failed sample has no text. Rows that choose have
         `choices`."""
-        stop, stop_token_ids = self._spec.sampling.stop, self._spec.sampling.stop_token_ids
-        found = self._parser.parse(completions.token_ids, completions.offsets, ends, stop, stop_token_ids)
+        samples = self._spec.computed_samples
+        ends = None if asked.ends is None else np.repeat(asked.ends, samples, axis=0)
+        readings = [Reading(p.stop, p.stop_token_ids, p.parsed) for p in asked.params for _ in range(samples)]
+        found = self._parsers.parse(completions.token_ids, completions.offsets, ends, readings)
         texts: list[str | None] = [*found.texts]
         for i in np.flatnonzero(completions.finish_reasons == FinishReason.ERROR).tolist():
             texts[i] = None

@@ -17,6 +17,7 @@ from batchinfer.host.device import DEVICES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
 from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flag_values import DELIMITER, ENCODING, MOMENT, NAMES, NUMBER_OR_AUTO, SHARD, TIME
 from batchinfer.jobs.label_flags import LabelFlags
+from batchinfer.jobs.openai_batch_flags import OpenAIBatchFlags
 from batchinfer.jobs.speculation import SpeculationFlags
 from batchinfer.jobs.structure_flags import StructureFlags
 
@@ -356,6 +357,7 @@ class JobFlags:
 FLAGS = {
     **flags_of(SamplingParams),
     **flags_of(JobFlags),
+    **flags_of(OpenAIBatchFlags),
     **flags_of(ChatFlags),
     **flags_of(LabelFlags),
     **flags_of(StructureFlags),

@@ -11,11 +11,19 @@ from batchinfer.flag import problems
 from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flags import JobFlags
 from batchinfer.jobs.label_flags import LabelFlags
+from batchinfer.jobs.openai_batch_flags import OpenAIBatchFlags
 from batchinfer.jobs.structure_flags import StructureFlags
+
+# What the requests of a batch file say themselves, or what concerns a table's columns.
+OF_TABLES = (
+    *("id_column", "csv_delimiter", "csv_encoding", "where", "prompt_column", "prompt_template", "messages_column"),
+    *("chat", "tools", "tools_column", "chat_template_kwargs_column", "choices", "choices_column", "columns"),
+    *("choice_probabilities", "json_schema_column", "output_columns", "incremental"),
+)
 
 
 @dataclass(frozen=True)
-class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags):
+class JobSpec(JobFlags, OpenAIBatchFlags, ChatFlags, LabelFlags, StructureFlags):
     """A job's flags and settings. Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
@@ -32,6 +40,7 @@ class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags):
     def __post_init__(self) -> None:
         for flag, problem in problems(self):
             raise UsageError(f"{flag.option} {problem}")
+        _check_openai_batch(self)
         _check_prompt_source(self)
         _check_chat(self)
         _check_files(self)
@@ -51,13 +60,18 @@ class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags):
 
     @property
     def renders_chats(self) -> bool:
-        """True if the model's chat template makes the prompts."""
-        return self.chat or self.messages_column is not None
+        """True if the model's chat template makes prompts."""
+        return self.chat or self.messages_column is not None or self.openai_batch
 
     @property
     def offers_tools(self) -> bool:
-        """True if chats are offered tools."""
-        return self.tools is not None or self.tools_column is not None
+        """True if chats are offered tools, or may be."""
+        return self.tools is not None or self.tools_column is not None or self.openai_batch
+
+    @property
+    def arguments_differ(self) -> bool:
+        """True if rows may give the chat template arguments of their own."""
+        return self.chat_template_kwargs_column is not None or self.openai_batch
 
     @property
     def computed_samples(self) -> int:
@@ -65,7 +79,24 @@ class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags):
         return self.n if self.sampling.temperature > 0 else 1
 
 
+def _check_openai_batch(job: JobSpec) -> None:
+    if job.any_model and not job.openai_batch:
+        raise UsageError("--any-model is about the requests of --openai-batch; give that too, or leave it out")
+    if not job.openai_batch:
+        return
+    for name in OF_TABLES:
+        if getattr(job, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is about a table, and a line of --openai-batch is a whole request; leave "
+                "it out"
+            )
+    if job.n > 1:
+        raise UsageError("--n gives every row several answers, which --openai-batch does not; leave it out")
+
+
 def _check_prompt_source(job: JobSpec) -> None:
+    if job.openai_batch:
+        return
     sources = {
         "--prompt-column": job.prompt_column,
         "--prompt-template": job.prompt_template,

@@ -204,6 +204,9 @@ class SamplingParams:
     ] = None
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # as `bad_words`, in token ids; the engine reads only these
     thinking_tags: tuple[int, ...] = ()  # ids of the opening and the closing tag, for `max_thinking_tokens`
+    # What is taken out of the text of this row's answer, of "reasoning" and "tool_calls"; None: all that the job looks
+    # for. The engine does not read it.
+    parsed: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "top_k", "min_tokens", "no_repeat_ngram_size", "max_thinking_tokens"):

@@ -1,10 +1,12 @@
 """Turning the token ids of answers into text, thinking and tool calls."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from batchinfer.kernels.ragged import take_ragged
 from batchinfer.text import reasoning, tool_calls
 from batchinfer.text.marks import Marks
 from batchinfer.text.pieces import Piece, shown
@@ -21,6 +23,53 @@ class Answers:
     reasoning: list[str | None]  # None where there is none
     tool_calls: list[list[ToolCall] | None]
     unparsed: list[int]  # indices of answers with text that looks like a tool call and does not parse
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an answer is read: where its text ends, and what is taken out of it."""
+
+    stop: tuple[str, ...]
+    stop_token_ids: tuple[int, ...]
+    parsed: tuple[str, ...] | None  # of "reasoning" and "tool_calls"; None: all that there are formats for
+
+
+class AnswerParsers:
+    """Parses answers, each in its own way, by the names of a reasoning format and a tool call format."""
+
+    def __init__(self, tokenizer: Tokenizer, reasoning_format: str | None, tool_format: str | None) -> None:
+        self._tokenizer, self._formats = tokenizer, (reasoning_format, tool_format)
+        self._made: dict[tuple[str, ...] | None, AnswerParser] = {}
+
+    def parse(
+        self, token_ids: TokenIds, offsets: Offsets, ends: NDArray[np.int32] | None, readings: Sequence[Reading]
+    ) -> Answers:
+        """Parse n answers, as `AnswerParser.parse` does, by their readings [n]."""
+        n = len(readings)
+        groups: dict[Reading, list[int]] = {}
+        for i, reading in enumerate(readings):
+            groups.setdefault(reading, []).append(i)
+        found = Answers([""] * n, [None] * n, [None] * n, [])
+        for reading, members in groups.items():
+            index = np.array(members)
+            own = None if ends is None else ends[index]
+            ids, bounds = take_ragged(token_ids, offsets, index)
+            parser = self._parser(reading.parsed)
+            part = parser.parse(ids, bounds, own, reading.stop, reading.stop_token_ids)
+            for i, text, thought, calls in zip(members, part.texts, part.reasoning, part.tool_calls, strict=True):
+                found.texts[i], found.reasoning[i], found.tool_calls[i] = text, thought, calls
+            found.unparsed.extend(members[i] for i in part.unparsed)
+        return found
+
+    def _parser(self, parsed: tuple[str, ...] | None) -> "AnswerParser":
+        if parsed not in self._made:
+            names = ("reasoning", "tool_calls")
+            formats = (
+                form if parsed is None or name in parsed else None
+                for name, form in zip(names, self._formats, strict=True)
+            )
+            self._made[parsed] = AnswerParser(self._tokenizer, *formats)
+        return self._made[parsed]
 
 
 class AnswerParser:

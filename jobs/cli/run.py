@@ -80,7 +80,7 @@ def _spec(values: dict[str, Any], sampling_given: tuple[str, ...]) -> JobSpec:
         if values[name] is None:
             raise UsageError(f"--{name} is missing; give it")
     fields = dict(values)
-    if fields["prompt_template"] is None and fields["messages_column"] is None:
+    if fields["prompt_template"] is None and fields["messages_column"] is None and not fields["openai_batch"]:
         fields["prompt_column"] = fields["prompt_column"] or "prompt"
     if fields["shard"] is not None:
         fields["output"] = sharded(fields["output"], *fields["shard"])

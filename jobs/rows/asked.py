@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from batchinfer.engine.prompts import ends_of
 from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.rows.answer_keys import Keys, answer_keys
 from batchinfer.kernels.ragged import Ints
 
@@ -20,6 +21,7 @@ class Asked:
     keys: Keys  # [n]
     ends: NDArray[np.int32] | None  # [n, END_TOKENS] last tokens of the prompts; None if no thinking is looked for
     labels: list[list[str]] | None  # [n] what each row chooses from; None if rows do not choose
+    params: list[SamplingParams]  # [n]
 
     @staticmethod
     def of(requests: Requests, thinking: bool) -> "Asked":
@@ -30,6 +32,7 @@ class Asked:
             answer_keys(requests),
             ends_of(requests, np.arange(n)) if thinking else None,
             None if choices is None else [choices.texts_of(i) for i in range(n)],
+            [requests.params[i] for i in requests.param_index.tolist()],
         )
 
     @staticmethod
@@ -42,10 +45,12 @@ class Asked:
             np.concatenate([part.keys for part in parts]),
             np.concatenate(ends) if ends else None,
             [texts for part in labels for texts in part] if labels else None,
+            [params for part in parts for params in part.params],
         )
 
     def take(self, index: Ints) -> "Asked":
         """Return the rows at `index`, in that order."""
         labels = None if self.labels is None else [self.labels[i] for i in index.tolist()]
         ends = None if self.ends is None else self.ends[index]
-        return Asked(self.prompt_tokens[index], self.keys[index], ends, labels)
+        params = [self.params[i] for i in index.tolist()]
+        return Asked(self.prompt_tokens[index], self.keys[index], ends, labels, params)

@@ -35,12 +35,12 @@ class SchemaSource:
         for i, (index, before) in enumerate(zip(requests.rows.tolist(), requests.param_index.tolist(), strict=True)):
             try:
                 text = _written(schemas[index].as_py())
-                problem = _problem(text)
+                problem = problem_with(("json_schema", text)) if text else "is null or empty"
             except UnicodeDecodeError:
                 errors[index] = invalid_utf8(self.column)
                 continue
             if problem:
-                errors[index] = RowError("bad_schema", problem)
+                errors[index] = RowError("bad_schema", f"the schema {problem}")
                 continue
             good.append(i)
             param_index.append(params.setdefault(replace(requests.params[before], json_schema=text), len(params)))
@@ -60,12 +60,10 @@ def _written(text: str | None) -> str:
 
 
 @lru_cache(CHECKED)
-def _problem(text: str) -> str:
-    """Say what is wrong with a schema; empty if nothing is."""
-    if not text:
-        return "the schema is null or empty"
+def problem_with(structure: tuple[str, str]) -> str:
+    """Say what is wrong with a structure, a field of `SamplingParams` and its text; empty if nothing is."""
     try:
-        check_grammar(("json_schema", text))
+        check_grammar(structure)
     except ValueError as error:
-        return f"the schema {error}"
+        return str(error)
     return ""

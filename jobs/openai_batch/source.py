@@ -1,0 +1,202 @@
+"""`RequestSource`: makes the engine's requests from the lines of a batch file; or a line's error."""
+
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from batchinfer.engine.prompts import (
+    BadPrompt,
+    Conversation,
+    Errors,
+    Tools,
+    check_arguments,
+    check_messages,
+    check_tools,
+    encode_chats,
+    keys_by_tokens,
+    requests_that_fit,
+    row_seeds,
+    size_errors,
+)
+from batchinfer.engine.request import Requests, RowError
+from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.jobs.openai_batch.fields import check_fields
+from batchinfer.jobs.openai_batch.request import Request, read_request, shown
+from batchinfer.jobs.openai_batch.sampling import RequestSampling
+from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.tables.lines import LINE, NUMBER
+from batchinfer.kernels.ragged import offsets_of
+from batchinfer.text.chat_arguments import Arguments
+from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
+
+
+@dataclass(frozen=True)
+class _Chat:
+    messages: Conversation
+    tools: Tools | None
+    arguments: Arguments
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a good line asks for. Its prompt is a chat, a text or token ids."""
+
+    request: Request
+    prompt: _Chat | str | list[int]
+    params: SamplingParams
+
+
+class RequestSource:
+    """Makes requests from the lines of a table of lines."""
+
+    def __init__(self, spec: JobSpec, tokenizer: Tokenizer, max_model_len: int, repeated: dict[int, int]) -> None:
+        """`repeated` has the ordinals of rows whose custom_id is taken, each with the number of the line that has
+        it."""
+        self._spec, self._tokenizer, self._max_model_len = spec, tokenizer, max_model_len
+        self._repeated = repeated
+        self.columns = [NUMBER, LINE]
+        self._sampling = RequestSampling(spec.sampling, tokenizer)
+        self._models = None if spec.any_model else {spec.model, PurePath(spec.model).name}
+        self._system: Conversation = []
+        if spec.system_prompt is not None:
+            self._system = [{"role": "system", "content": spec.system_prompt}]
+
+    def tokenize(self, first_row: int, batch: pa.RecordBatch) -> tuple[Requests, dict[int, RowError]]:
+        """Return requests for the lines that can run, in table order, and the errors of the others, by ordinal."""
+        errors: Errors = {}
+        asked: dict[int, _Asked] = {}
+        numbers = batch.column(NUMBER).to_pylist()
+        for index, line in enumerate(batch.column(LINE)):
+            try:
+                asked[index] = self._read(first_row + index, line.as_py())
+            except BadPrompt as error:
+                code, message = error.row_error.code, error.row_error.message
+                errors[index] = RowError(code, f"line {numbers[index]}: {message}")
+        indices, token_ids, offsets = self._encode(asked, errors)
+        requests = requests_that_fit(indices, token_ids, offsets, self._spec.sampling, self._max_model_len, errors)
+        each = [asked[index] for index in requests.rows.tolist()]
+        params: dict[SamplingParams, int] = {}
+        room = self._max_model_len - np.diff(requests.offsets)
+        param_index = [
+            params.setdefault(_clipped(one.params, most), len(params))
+            for one, most in zip(each, room.tolist(), strict=True)
+        ]
+        requests = replace(
+            requests,
+            rows=first_row + requests.rows,
+            seeds=self._seeds(requests, each),
+            params=tuple(params),
+            param_index=np.array(param_index, np.int32),
+        )
+        return requests, {first_row + index: error for index, error in sorted(errors.items())}
+
+    def _read(self, row: int, line: bytes | None) -> _Asked:
+        request = read_request(line, self._models)
+        if row in self._repeated:
+            raise BadPrompt(
+                "duplicate_custom_id",
+                f"custom_id {shown(request.custom_id)} is that of line {self._repeated[row]} too; give each line its "
+                "own",
+            )
+        body = request.body
+        check_fields(body, request.chat)
+        if (seed := body.get("seed")) is not None and type(seed) is not int:
+            raise BadPrompt("bad_value", f"seed is {shown(seed)}; it must be a whole number")
+        params = self._sampling.of(body)
+        if not request.chat:
+            return _Asked(request, self._prompt(body.get("prompt")), replace(params, parsed=()))
+        chat = self._chat(body)
+        if chat.tools and params.structure is not None:
+            raise BadPrompt("unsupported_field", "a form leaves no room for calls of tools; leave one of the two out")
+        parsed = () if params.structure is not None else ("reasoning", *(["tool_calls"] if chat.tools else []))
+        return _Asked(request, chat, replace(params, parsed=parsed))
+
+    def _prompt(self, prompt: Any) -> str | list[int]:
+        """Return the prompt of a completion: a text or token ids, also alone in a list."""
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+            if len(prompt) > 1:
+                raise BadPrompt(
+                    "unsupported_field", f"prompt is a list of {len(prompt)} prompts; give each a line of its own"
+                )
+            (prompt,) = prompt
+        if isinstance(prompt, str):
+            if (error := size_errors(np.array([len(prompt.encode())])).get(0)) is not None:
+                raise BadPrompt(error.code, error.message)
+            return prompt
+        if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
+            raise BadPrompt("bad_value", f"prompt is {shown(prompt)}; it must be a text or a list of token ids")
+        if unknown := [token for token in prompt if not 0 <= token < self._tokenizer.vocab_size]:
+            most = self._tokenizer.vocab_size - 1
+            raise BadPrompt("bad_value", f"prompt has the token id {shown(unknown[0])}; ids are from 0 to {most}")
+        return prompt
+
+    def _chat(self, body: dict[str, Any]) -> _Chat:
+        if self._tokenizer.template is None:
+            raise BadPrompt(
+                "no_chat_template",
+                "the model has no chat template; give one with --chat-template, or ask for /v1/completions",
+            )
+        messages: Any = body.get("messages")
+        tools, own = body.get("tools"), body.get("chat_template_kwargs")
+        check_messages(messages)
+        check_tools(tools)
+        check_arguments(own)
+        choice = body.get("tool_choice")
+        if choice not in (None, "auto", "none"):
+            raise BadPrompt("unsupported_field", f"tool_choice is {shown(choice)}; it must be auto or none")
+        offered = tools if tools and choice != "none" else None
+        template = self._tokenizer.template if offered is None else self._tokenizer.tool_template
+        if offered and template is not None and not template.reads_tools:
+            raise BadPrompt("bad_tools", "the chat template never reads tools; leave them out")
+        arguments = {**(self._spec.chat_template_kwargs or {}), **(own or {})}
+        if (effort := body.get("reasoning_effort")) is not None:
+            if template is not None and "reasoning_effort" not in template.reads:
+                raise BadPrompt("unsupported_field", "the chat template never reads reasoning_effort; leave it out")
+            arguments["reasoning_effort"] = effort
+        system = [] if messages[0]["role"] == "system" else self._system
+        return _Chat([*system, *messages], offered, arguments)
+
+    def _encode(self, asked: dict[int, _Asked], errors: Errors) -> tuple[NDArray[np.int64], TokenIds, Offsets]:
+        """Return (indices, token ids, offsets) of the prompts, in order; new errors are added to `errors`."""
+        special = self._spec.allow_special_tokens
+        chats = {i: one.prompt for i, one in asked.items() if isinstance(one.prompt, _Chat)}
+        texts = {i: one.prompt for i, one in asked.items() if isinstance(one.prompt, str)}
+        of_chats = encode_chats(
+            self._tokenizer,
+            np.array([*chats], np.int64),
+            [chat.messages for chat in chats.values()],
+            errors,
+            [chat.tools for chat in chats.values()],
+            special,
+            [chat.arguments for chat in chats.values()],
+        )
+        ids: dict[int, NDArray[np.int32]] = {}
+        for group, (flat, offsets) in (
+            (chats, of_chats),
+            (texts, self._tokenizer.encode_batch(list(texts.values()), special)),
+        ):
+            ids |= dict(zip(group, np.split(flat, offsets[1:-1]) if group else (), strict=True))
+        ids |= {i: np.array(one.prompt, np.int32) for i, one in asked.items() if isinstance(one.prompt, list)}
+        indices = sorted(ids.keys() - errors.keys())
+        lengths = np.array([len(ids[i]) for i in indices], np.int64)
+        flat = np.concatenate([np.empty(0, np.int32), *(ids[i] for i in indices)])
+        return np.array(indices, np.int64), flat, offsets_of(lengths)
+
+    def _seeds(self, requests: Requests, each: list[_Asked]) -> NDArray[np.uint64]:
+        """Return the rows' random seeds [n]: of a body's seed and the prompt, or else of --seed and the custom_id."""
+        tokens = keys_by_tokens(requests)
+        seeds = np.zeros(len(each), np.uint64)
+        for i, one in enumerate(each):
+            own = one.request.body.get("seed")
+            key = tokens[i] if own is not None else b"id" + one.request.custom_id.encode()
+            seeds[i] = row_seeds(self._spec.seed if own is None else own, [key])[0]
+        return seeds
+
+
+def _clipped(params: SamplingParams, room: int) -> SamplingParams:
+    """Return params with at most `room` tokens."""
+    return params if params.max_tokens <= room else replace(params, max_tokens=room)
