@@ -69,7 +69,8 @@ def _reasoning_parser(spec: JobSpec, templates: Sequence[ChatTemplate]) -> tuple
     by = f"--reasoning-parser {name}, told by the chat template"
     if not spec.arguments_differ and closes_thinking(template, arguments, name):
         return "none", [f"answers have no thinking, since the prompts close it ({by})"]
-    return name, [f"thinking goes to the column 'reasoning' ({by})"]
+    place = "the field 'reasoning_content'" if spec.openai_batch else "the column 'reasoning'"
+    return name, [f"thinking goes to {place} ({by})"]
 
 
 def _tool_parser(spec: JobSpec, templates: Sequence[ChatTemplate]) -> tuple[str, list[str]]:
@@ -77,5 +78,7 @@ def _tool_parser(spec: JobSpec, templates: Sequence[ChatTemplate]) -> tuple[str,
         return "none", []
     name = tool_format_of(templates[-1])
     if name is None:
-        return "none", ["tool calls stay in generated_text: the chat template shows no format that is known"]
-    return name, [f"tool calls go to the column 'tool_calls' (--tool-parser {name}, told by the chat template)"]
+        place = "the text of answers" if spec.openai_batch else "generated_text"
+        return "none", [f"tool calls stay in {place}: the chat template shows no format that is known"]
+    what = "field" if spec.openai_batch else "column"
+    return name, [f"tool calls go to the {what} 'tool_calls' (--tool-parser {name}, told by the chat template)"]

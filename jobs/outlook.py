@@ -171,6 +171,9 @@ def plan(spec: JobSpec) -> Outlook:
             f"the prediction leaves out the labels: {windows.figures.label_tokens:,} tokens behind "
             f"{windows.figures.prompt_tokens:,} of the prompts"
         )
+    if spec.openai_batch:
+        most = spec.sampling.max_tokens
+        notes.append(f"times and tokens are as if each request asked for --max-tokens ({most:,}) new tokens at most")
     if spec.incremental:
         notes.append("the plan is for all rows, including those that earlier runs have done")
     simulated = Job(shape, job.config) if windows.figures.rows else None

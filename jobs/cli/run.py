@@ -65,7 +65,8 @@ def run(
     done = run_new_rows(spec, job.run) if spec.incremental else job.run(spec)
     print(done.table())
     if done.rows and not done.rows_ok:
-        raise Refused(f"every row failed; {values['output']} has the error_code and error_message of each")
+        what = "error" if spec.openai_batch else "error_code and error_message"
+        raise Refused(f"every row failed; {values['output']} has the {what} of each")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

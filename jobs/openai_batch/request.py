@@ -5,7 +5,7 @@ The lines' form: https://platform.openai.com/docs/api-reference/batch/request-in
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ class Request:
         return self.url == CHAT
 
 
-def read_request(line: bytes | None, models: Collection[str] | None) -> Request:
+def read_request(line: bytes | None, models: Sequence[str] | None) -> Request:
     """Return the request on a line; None is a line that was too long to be read.
 
     `models` are the names by which requests may ask for the model; None: they may ask for any. Raises `BadPrompt`.
@@ -55,7 +55,7 @@ def read_request(line: bytes | None, models: Collection[str] | None) -> Request:
     if models is not None and (model := body.get("model")) is not None and model not in models:
         raise BadPrompt(
             "model_mismatch",
-            f"model is {shown(model)}, and this job runs {min(models, key=len)!r}; correct it, or give --any-model",
+            f"model is {shown(model)}, and this job runs {models[0]!r}; correct it, or give --any-model",
         )
     return Request(custom_id, url, body)
 

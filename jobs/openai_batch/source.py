@@ -1,5 +1,6 @@
 """`RequestSource`: makes the engine's requests from the lines of a batch file; or a line's error."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
@@ -60,7 +61,7 @@ class RequestSource:
         self._repeated = repeated
         self.columns = [NUMBER, LINE]
         self._sampling = RequestSampling(spec.sampling, tokenizer)
-        self._models = None if spec.any_model else {spec.model, PurePath(spec.model).name}
+        self._models = None if spec.any_model else (spec.model, PurePath(spec.model).name)
         self._system: Conversation = []
         if spec.system_prompt is not None:
             self._system = [{"role": "system", "content": spec.system_prompt}]
@@ -163,24 +164,15 @@ class RequestSource:
     def _encode(self, asked: dict[int, _Asked], errors: Errors) -> tuple[NDArray[np.int64], TokenIds, Offsets]:
         """Return (indices, token ids, offsets) of the prompts, in order; new errors are added to `errors`."""
         special = self._spec.allow_special_tokens
-        chats = {i: one.prompt for i, one in asked.items() if isinstance(one.prompt, _Chat)}
-        texts = {i: one.prompt for i, one in asked.items() if isinstance(one.prompt, str)}
-        of_chats = encode_chats(
-            self._tokenizer,
-            np.array([*chats], np.int64),
-            [chat.messages for chat in chats.values()],
-            errors,
-            [chat.tools for chat in chats.values()],
-            special,
-            [chat.arguments for chat in chats.values()],
-        )
-        ids: dict[int, NDArray[np.int32]] = {}
-        for group, (flat, offsets) in (
-            (chats, of_chats),
-            (texts, self._tokenizer.encode_batch(list(texts.values()), special)),
-        ):
-            ids |= dict(zip(group, np.split(flat, offsets[1:-1]) if group else (), strict=True))
-        ids |= {i: np.array(one.prompt, np.int32) for i, one in asked.items() if isinstance(one.prompt, list)}
+        ids = {i: np.array(one.prompt, np.int32) for i, one in asked.items() if isinstance(one.prompt, list)}
+        if texts := {i: one.prompt for i, one in asked.items() if isinstance(one.prompt, str)}:
+            ids |= _by_index(texts, *self._tokenizer.encode_batch([*texts.values()], special))
+        if chats := {i: one.prompt for i, one in asked.items() if isinstance(one.prompt, _Chat)}:
+            messages, tools = [chat.messages for chat in chats.values()], [chat.tools for chat in chats.values()]
+            arguments = [chat.arguments for chat in chats.values()]
+            of_chats = np.array([*chats], np.int64)
+            encoded = encode_chats(self._tokenizer, of_chats, messages, errors, tools, special, arguments)
+            ids |= _by_index(chats, *encoded)
         indices = sorted(ids.keys() - errors.keys())
         lengths = np.array([len(ids[i]) for i in indices], np.int64)
         flat = np.concatenate([np.empty(0, np.int32), *(ids[i] for i in indices)])
@@ -195,6 +187,11 @@ class RequestSource:
             key = tokens[i] if own is not None else b"id" + one.request.custom_id.encode()
             seeds[i] = row_seeds(self._spec.seed if own is None else own, [key])[0]
         return seeds
+
+
+def _by_index(indices: Iterable[int], token_ids: TokenIds, offsets: Offsets) -> dict[int, TokenIds]:
+    """Return the token ids of each prompt, by its index."""
+    return dict(zip(indices, np.split(token_ids, offsets[1:-1]), strict=True))
 
 
 def _clipped(params: SamplingParams, room: int) -> SamplingParams:
