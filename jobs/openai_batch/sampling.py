@@ -28,15 +28,18 @@ class RequestSampling:
         # The base's tokens of --stop-token-ids alone: a body's own stop takes the place of --stop.
         self._stop_token_ids = tuple(i for i in base.stop_token_ids if i not in hidden)
 
-    def of(self, body: dict[str, Any]) -> SamplingParams:
-        """Return the params of a body whose fields are known. Raises `BadPrompt`."""
+    def of(self, body: dict[str, Any], parsed: tuple[str, ...]) -> SamplingParams:
+        """Return the params of a body whose fields are known. Raises `BadPrompt`.
+
+        `parsed` is what may be taken out of the answer; nothing is taken out of one with a form.
+        """
         own = {name: body[name] for name in (*SAMPLING, *LENGTHS, *STRUCTURE) if body.get(name) is not None}
-        key = json.dumps(own)
+        key = json.dumps([parsed, own])
         if key not in self._made:
             if len(self._made) == KEPT:
                 self._made.clear()
             try:
-                self._made[key] = self._make(own)
+                self._made[key] = self._make(own, parsed)
             except BadPrompt as error:
                 self._made[key] = error.row_error
         found = self._made[key]
@@ -44,7 +47,7 @@ class RequestSampling:
             raise BadPrompt(found.code, found.message)
         return found
 
-    def _make(self, body: dict[str, Any]) -> SamplingParams:
+    def _make(self, body: dict[str, Any], parsed: tuple[str, ...]) -> SamplingParams:
         values = {name: body[name] for name in SAMPLING if name in body}
         if isinstance(values.get("stop"), str):
             values["stop"] = [values["stop"]]
@@ -73,6 +76,7 @@ class RequestSampling:
             raise BadPrompt(
                 "bad_value", f"min_tokens is {params.min_tokens}; it must be at most max_tokens, {params.max_tokens}"
             )
+        params = replace(params, parsed=parsed if params.structure is None else ())
         return in_token_ids(params, self._tokenizer)[0]
 
     def _structure(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
@@ -27,7 +28,7 @@ from batchinfer.engine.request import Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.openai_batch.fields import check_fields
 from batchinfer.jobs.openai_batch.request import Request, read_request, shown
-from batchinfer.jobs.openai_batch.sampling import RequestSampling
+from batchinfer.jobs.openai_batch.sampling import KEPT, RequestSampling
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.lines import LINE, NUMBER
 from batchinfer.kernels.ragged import offsets_of
@@ -107,14 +108,13 @@ class RequestSource:
         check_fields(body, request.chat)
         if (seed := body.get("seed")) is not None and type(seed) is not int:
             raise BadPrompt("bad_value", f"seed is {shown(seed)}; it must be a whole number")
-        params = self._sampling.of(body)
         if not request.chat:
-            return _Asked(request, self._prompt(body.get("prompt")), replace(params, parsed=()))
+            return _Asked(request, self._prompt(body.get("prompt")), self._sampling.of(body, ()))
         chat = self._chat(body)
+        params = self._sampling.of(body, ("reasoning", "tool_calls") if chat.tools else ("reasoning",))
         if chat.tools and params.structure is not None:
             raise BadPrompt("unsupported_field", "a form leaves no room for calls of tools; leave one of the two out")
-        parsed = () if params.structure is not None else ("reasoning", *(["tool_calls"] if chat.tools else []))
-        return _Asked(request, chat, replace(params, parsed=parsed))
+        return _Asked(request, chat, params)
 
     def _prompt(self, prompt: Any) -> str | list[int]:
         """Return the prompt of a completion: a text or token ids, also alone in a list."""
@@ -194,6 +194,7 @@ def _by_index(indices: Iterable[int], token_ids: TokenIds, offsets: Offsets) -> 
     return dict(zip(indices, np.split(token_ids, offsets[1:-1]), strict=True))
 
 
+@lru_cache(KEPT)
 def _clipped(params: SamplingParams, room: int) -> SamplingParams:
     """Return params with at most `room` tokens."""
     return params if params.max_tokens <= room else replace(params, max_tokens=room)

@@ -30,11 +30,12 @@ def sampling(tokenizer: Tokenizer) -> RequestSampling:
 
 def test_what_a_body_leaves_out_is_as_the_job_says(sampling: RequestSampling, tokenizer: Tokenizer) -> None:
     base = in_token_ids(BASE, tokenizer)[0]
-    assert sampling.of({"model": "m", "temperature": None, "user": "u"}) == base
+    assert sampling.of({"model": "m", "temperature": None, "user": "u"}, ()) == replace(base, parsed=())
+    assert sampling.of({}, ("reasoning",)).parsed == ("reasoning",)
     own = {"temperature": 0, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1}
     more = {"repetition_penalty": 1.5, "min_tokens": 2, "ignore_eos": True, "bad_words": ["never"]}
-    expected = in_token_ids(replace(base, **{**own, **more, "top_k": 0}), tokenizer)[0]
-    assert sampling.of(own | more) == expected and expected.bad_words_ids
+    expected = in_token_ids(replace(base, **{**own, **more, "top_k": 0, "parsed": ()}), tokenizer)[0]
+    assert sampling.of(own | more, ()) == expected and expected.bad_words_ids
 
 
 @pytest.mark.parametrize(
@@ -47,18 +48,18 @@ def test_what_a_body_leaves_out_is_as_the_job_says(sampling: RequestSampling, to
     ],
 )
 def test_the_length_has_two_names(sampling: RequestSampling, body: dict[str, Any], tokens: int) -> None:
-    assert sampling.of(body).max_tokens == tokens
+    assert sampling.of(body, ()).max_tokens == tokens
 
 
 def test_stops_of_a_body_take_the_place_of_the_job_s(sampling: RequestSampling, tokenizer: Tokenizer) -> None:
     end, turn = (tokenizer.added_tokens[text] for text in ("</s>", "<|im_end|>"))
-    assert sampling.of({}).stop_token_ids == (9, end)
+    assert sampling.of({}, ()).stop_token_ids == (9, end)
     for stop in ("a", ["a"], ["a", "<|im_end|>"]):
-        params = sampling.of({"stop": stop})
+        params = sampling.of({"stop": stop}, ())
         assert params.stop == ((stop,) if isinstance(stop, str) else tuple(stop))
         assert params.stop_token_ids == ((9, turn) if len(stop) == 2 else (9,))
-    assert sampling.of({"stop": ["a"], "stop_token_ids": [4]}).stop_token_ids == (4,)
-    assert sampling.of({"stop": []}).stop == ()
+    assert sampling.of({"stop": ["a"], "stop_token_ids": [4]}, ()).stop_token_ids == (4,)
+    assert sampling.of({"stop": []}, ()).stop == ()
 
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -86,17 +87,17 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 )
 def test_forms(tokenizer: Tokenizer, body: dict[str, Any], structure: tuple[str, Any] | None) -> None:
     base = SamplingParams(regex="x", max_thinking_tokens=3, thinking_tags=(1, 2))
-    params = RequestSampling(base, tokenizer).of(body)
+    params = RequestSampling(base, tokenizer).of(body, ())
     found = params.structure
     assert (found and (found[0], json.loads(found[1]) if found[0] == "json_schema" else found[1])) == structure
     assert (params.max_thinking_tokens == 0) == (structure is not None)
-    assert RequestSampling(base, tokenizer).of({}).regex == "x"
+    assert RequestSampling(base, tokenizer).of({}, ()).regex == "x"
 
 
 def error_of(sampling: RequestSampling, body: dict[str, Any]) -> tuple[str, str]:
     for _ in range(2):  # the second time the error is remembered
         with pytest.raises(BadPrompt) as raised:
-            sampling.of(body)
+            sampling.of(body, ())
     return raised.value.row_error.code, raised.value.row_error.message
 
 
