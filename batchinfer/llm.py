@@ -25,9 +25,9 @@ from batchinfer.engine.prompts import (
     encode_chats,
     ends_of,
     keys_by_tokens,
-    requests_that_fit,
     row_seeds,
     size_errors,
+    those_that_fit,
 )
 from batchinfer.engine.request import Completions, FinishReason, Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
@@ -41,6 +41,7 @@ from batchinfer.text.answer_formats import reasoning_format_of, thinking_tags, t
 from batchinfer.text.answers import AnswerParser
 from batchinfer.text.chat_arguments import Arguments, problem_with
 from batchinfer.text.grammars import check_grammar, refuse_tokenizer
+from batchinfer.text.stop import Stop
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 from batchinfer.text.tool_calls import ToolCall
 
@@ -188,7 +189,8 @@ class LLM:
             raise ValueError(f"chat_template_kwargs {problem}")
         requests = self._requests(prompts, params, _read_tools(tools), chat_template_kwargs or {}, errors)
         if params.temperature > 0:
-            requests = replace(requests, seeds=row_seeds(seed, keys_by_tokens(requests)))
+            keys = keys_by_tokens(requests)
+            requests = replace(requests, seeds=row_seeds([seed] * len(keys), keys))
         return self._run(requests, errors, params, self._parser(tools is not None, params.structure is not None))
 
     def stats(self) -> EngineStats:
@@ -281,7 +283,8 @@ class LLM:
         token_ids = np.concatenate([ids for _, ids, _ in encoded])
         order = np.argsort(indices)
         token_ids, offsets = take_ragged(token_ids, np.append(0, np.cumsum(lengths)), order)
-        return requests_that_fit(indices[order], token_ids, offsets, params, self._max_model_len, errors)
+        requests = Requests.alike(indices[order], token_ids, offsets, params)
+        return those_that_fit(requests, self._max_model_len, errors)
 
     def _encode_chats(
         self, chats: dict[int, Conversation], tools: Tools | None, arguments: Arguments, errors: Errors
@@ -329,7 +332,8 @@ class LLM:
         parser: AnswerParser,
         ends: NDArray[np.int32],
     ) -> Iterator[Completion]:
-        found = parser.parse(done.token_ids, done.offsets, ends, params.stop, params.stop_token_ids)
+        stops = [Stop(params.stop, params.stop_token_ids)] * len(done)
+        found = parser.parse(done.token_ids, done.offsets, ends, stops)
         for i, row in enumerate(done.rows.tolist()):
             error = done.errors.get(row)
             answer = None if error is not None else found.texts[i]

@@ -24,6 +24,7 @@ from batchinfer.engine.cuda_graphs import MOST_RECORDINGS, RECORDING_BYTES, Cuda
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.engine.transfer import Sampled
 from batchinfer.kernels.attention_triton import tiling
 from batchinfer.kernels.gpu import Gpu
@@ -188,7 +189,7 @@ def _requests(rng: np.random.Generator, prompts: Ints, answers: Ints) -> Request
         token_ids=rng.integers(2, VOCABULARY, int(prompts.sum())).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(prompts)]),
         seeds=np.arange(len(prompts), dtype=np.uint64),
-        params=tuple(SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths.tolist()),
+        params=SamplingTable.of([SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths.tolist()]),
         param_index=index.astype(np.int32),
     )
 

@@ -33,11 +33,13 @@ def with_parsers(spec: JobSpec, templates: Sequence[ChatTemplate], tokenizer: To
     if spec.tool_parser == "auto":
         name, said = _tool_parser(spec, templates)
         spec, notes = replace(spec, tool_parser=name), notes + said
-    if spec.sampling.max_thinking_tokens:
+    if spec.sampling.max_thinking_tokens or spec.sampling_params_column is not None:
         try:
             tags = thinking_tags(tokenizer, spec.reasoning_format)
         except ValueError as error:
-            raise UsageError(f"--max-thinking-tokens {error}") from error
+            if spec.sampling.max_thinking_tokens:
+                raise UsageError(f"--max-thinking-tokens {error}") from error
+            return spec, notes  # rows that limit their thinking get an error
         spec = replace(spec, sampling=replace(spec.sampling, thinking_tags=tags))
     return spec, notes
 

@@ -53,7 +53,7 @@ class TokenIdPrompts:
 
     def __init__(self, spec: JobSpec, tokenizer: Tokenizer, max_model_len: int, schema: pa.Schema) -> None:
         self.columns = [TOKEN_IDS]
-        self._params = (spec.sampling,)
+        self._params = spec.sampling
 
     def tokenize(self, first_row: int, batch: pa.RecordBatch) -> tuple[Requests, dict[int, RowError]]:
         """Return requests for all rows."""
@@ -61,7 +61,7 @@ class TokenIdPrompts:
         offsets = offsets_of(column.value_lengths().to_numpy())
         rows = np.arange(first_row, first_row + n)
         token_ids = column.flatten().to_numpy()
-        return Requests(rows, token_ids, offsets, np.zeros(n, np.uint64), self._params, np.zeros(n, np.int32)), {}
+        return Requests.alike(rows, token_ids, offsets, self._params), {}
 
 
 def bench(model: str | None, revision: str | None, workload: Workload, stub: bool) -> Report:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from batchinfer.engine.config import EngineConfig, Speculation
-from batchinfer.engine.request import Requests
+from batchinfer.engine.request import Requests, params_of_all
 from batchinfer.errors import Interrupted, Refused, UsageError
 from batchinfer.formats.gguf_parts import GGUFParts
 from batchinfer.jobs.log import printable, say
@@ -28,7 +28,7 @@ from batchinfer.jobs.tables.table import Table
 from batchinfer.kernels.ragged import offsets_of
 from batchinfer.models.gguf_folder import weight_files
 from batchinfer.models.hub import read_config, resolve_model
-from batchinfer.text.stop import printed_answers
+from batchinfer.text.stop import Stop, printed_answers
 from batchinfer.text.tokenizer import Tokenizer
 
 POLL_SECONDS = 0.2
@@ -133,18 +133,13 @@ def canary_rows(table: Table, prompts: Prompts, count: int) -> Requests:
 
 def _joined(slices: list[Requests]) -> Requests:
     """Join the requests of all slices."""
-    params = tuple(dict.fromkeys(p for requests in slices for p in requests.params))
-    index = {p: i for i, p in enumerate(params)}
     lengths = np.concatenate([np.diff(requests.offsets) for requests in slices])
     return Requests(
         np.concatenate([requests.rows for requests in slices]),
         np.concatenate([requests.token_ids for requests in slices]),
         offsets_of(lengths),
         np.concatenate([requests.seeds for requests in slices]),
-        params,
-        np.concatenate(
-            [np.array([index[p] for p in r.params], np.int32)[r.param_index] for r in slices], dtype=np.int32
-        ),
+        *params_of_all(slices),
     )
 
 
@@ -204,8 +199,9 @@ def compare(pipe: Any, comparison: Comparison) -> None:
     for i, row in enumerate(requests.rows.tolist()):
         ours, theirs = found[row], expected[row]
         offsets = np.cumsum([0, len(ours), len(theirs)])
-        ends = spec.sampling.stop, spec.sampling.stop_token_ids
-        texts = printed_answers(tokenizer, np.array(ours + theirs, np.int32), offsets, *ends)
+        params = requests.params[requests.param_index[i]]
+        stops = [Stop(params.stop, params.stop_token_ids)] * 2
+        texts = printed_answers(tokenizer, np.array(ours + theirs, np.int32), offsets, stops)
         if not theirs:  # the reference computed values that are not finite
             continue
         rows += 1

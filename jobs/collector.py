@@ -18,7 +18,8 @@ from batchinfer.jobs.results.schema import KEY, PARSED_FIELDS, ROW, SAMPLES, par
 from batchinfer.jobs.results.structure_columns import structure_columns, structure_fields
 from batchinfer.jobs.rows.asked import Asked
 from batchinfer.jobs.spec import JobSpec
-from batchinfer.text.answers import AnswerParsers, Reading
+from batchinfer.kernels.ragged import Ints, ranges
+from batchinfer.text.answers import AnswerParsers
 from batchinfer.text.tokenizer import Tokenizer
 
 REASONS = pa.array([reason.name.lower() for reason in FinishReason])
@@ -78,29 +79,31 @@ class Results:
             fields = label_fields(self._spec)
             columns = label_columns(fields, completions.scores, asked.labels)
             more = {field.name: column for field, column in zip(fields, columns, strict=True)}
-        answers = self._answers(completions, asked, more.get(CHOICE[0].name))
-        failed = (completions.finish_reasons == FinishReason.ERROR).reshape(-1, self._spec.computed_samples)
-        own = np.arange(failed.size)[:: failed.shape[1]] + failed.argmax(axis=1)
+        firsts = completions.firsts
+        of_sample = np.repeat(np.arange(len(firsts)), np.diff(firsts, append=len(completions)))
+        answers = self._answers(completions, asked.take(of_sample), more.get(CHOICE[0].name))
+        failures = np.flatnonzero(completions.finish_reasons == FinishReason.ERROR)
+        failed = np.zeros(len(firsts), np.bool_)
+        failed[of_sample[failures]] = True
+        own = firsts.copy()
+        own[of_sample[failures][::-1]] = failures[::-1]  # the first failure of a row is written last
         rows = completions.rows[own]
         errors: list[RowError | None] = [None] * len(rows)
-        for i in np.flatnonzero(failed.any(axis=1)).tolist():
+        for i in np.flatnonzero(failed).tolist():
             errors[i] = completions.errors[int(rows[i])]
         first = answers.take(pa.array(own))
         texts, reasons = (pc.struct_field(first, name) for name in ("generated_text", "finish_reason"))
         properties = structure_columns(self._structured, texts, reasons)
         more |= {field.name: column for field, column in zip(self._structured, properties, strict=True)}
-        if self._spec.n > 1:
-            more[SAMPLES] = samples_of(answers, failed, self._spec.n)
+        if self._spec.lists_samples:
+            more[SAMPLES] = samples_of(answers, firsts, ~failed, asked.samples)
         keys = pa.FixedSizeBinaryArray.from_buffers(KEY.type, len(rows), [None, pa.py_buffer(asked.keys.tobytes())])
         self._collect(rows, keys, first, pa.array(asked.prompt_tokens), errors, more)
 
     def _answers(self, completions: Completions, asked: Asked, choices: pa.Array | None) -> pa.StructArray:
-        """Return the samples' columns [n], of `sample_type`; a failed sample has no text. Rows that choose have
-        `choices`."""
-        samples = self._spec.computed_samples
-        ends = None if asked.ends is None else np.repeat(asked.ends, samples, axis=0)
-        readings = [Reading(p.stop, p.stop_token_ids, p.parsed) for p in asked.params for _ in range(samples)]
-        found = self._parsers.parse(completions.token_ids, completions.offsets, ends, readings)
+        """Return the samples' columns [n], of `sample_type`; a failed sample has no text. `asked` is of the samples'
+        rows. Rows that choose have `choices`."""
+        found = self._parsers.parse(completions.token_ids, completions.offsets, asked.ends, asked.stops, asked.parsed)
         texts: list[str | None] = [*found.texts]
         for i in np.flatnonzero(completions.finish_reasons == FinishReason.ERROR).tolist():
             texts[i] = None
@@ -165,7 +168,8 @@ class Results:
 
     def _keep(self, batch: pa.RecordBatch) -> None:
         self._finished.append(batch)
-        self._uncommitted += len(batch) * self._spec.n
+        samples = batch[SAMPLES].value_lengths() if self._spec.lists_samples else pa.nulls(0, pa.int32())
+        self._uncommitted += max(len(batch), pc.sum(samples).as_py() or 0)
         self.by_reason.update(counts(batch["finish_reason"]))
         self.by_error.update(counts(batch["error_code"]))
         self.prompt_tokens += pc.sum(batch["prompt_tokens"]).as_py() or 0
@@ -188,16 +192,18 @@ class Results:
         self.commit_seconds += self._last_commit - started
 
 
-def samples_of(answers: pa.StructArray, failed: NDArray[np.bool_], n: int) -> pa.ListArray:
-    """Return the list of the `n` samples of each row [rows]; null for a row with a failed sample.
+def samples_of(
+    answers: pa.StructArray, firsts: Ints, good: NDArray[np.bool_], wanted: NDArray[np.int32]
+) -> pa.ListArray:
+    """Return the list of the samples that each row has `wanted` [rows]; null for a row that is not `good` [rows].
 
-    `answers` [rows * computed] holds the computed samples, row by row, and `failed` [rows, computed] says which failed.
-    If one sample was computed, it stands for all `n`.
+    `answers` [computed samples] holds those that were computed, and `firsts` [rows] where each row's begin. If one
+    sample of a row was computed, it stands for all.
     """
-    good = ~failed.any(axis=1)
-    index = np.arange(failed.size).reshape(failed.shape)[good][:, np.arange(n) % failed.shape[1]]
-    offsets = np.append(0, np.cumsum(n * good))
-    values = answers.take(pa.array(index.ravel()))
+    alone = np.diff(firsts, append=len(answers)) == 1
+    index, offsets = ranges(np.where(alone, 0, firsts), np.where(good, wanted, 0).astype(np.int64))
+    index = np.where(np.repeat(alone, np.diff(offsets)), np.repeat(firsts, np.diff(offsets)), index)
+    values = answers.take(pa.array(index))
     return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values, pa.list_(answers.type), mask=pa.array(~good))
 
 

@@ -22,6 +22,7 @@ from batchinfer.jobs.rows.duplicates import told_alike
 from batchinfer.jobs.rows.token_file import cut
 from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec
+from batchinfer.kernels.ragged import ranges
 
 POLL_SECONDS = 0.2
 FOLLOWERS = 4096  # most duplicates that are given their results at a time
@@ -127,8 +128,7 @@ class Loop:
         This is exact if the first window has all rows. Else it is twice what that window needs, since later rows may be
         longer.
         """
-        samples = self._spec.computed_samples
-        need = samples * self._windows.figures.kv_cache_tokens(-(-config.max_num_seqs // samples))
+        need = self._windows.figures.kv_cache_tokens(config.max_num_seqs)
         if self._windows.rows_read == self._total:
             return need
         return min(2 * need, config.max_num_seqs * config.max_model_len)
@@ -178,16 +178,17 @@ class Loop:
                 self._progress.update(stats.prompt_tokens + stats.completion_tokens)
 
     def _complete(self, completions: Completions) -> None:
-        samples = np.arange(self._spec.computed_samples)
-        rows = completions.rows[:: len(samples)]
+        firsts = completions.firsts
+        rows, bounds = completions.rows[firsts], np.append(firsts, len(completions))
         asked = self._in_flight.asked(rows)
         self._results.add(completions, asked)
         indices, followers = self._windows.followers.take(rows)
-        theirs = (indices[:, None] * len(samples) + samples).reshape(-1, len(samples))
-        tokens = np.diff(completions.offsets)[theirs].sum(1)
+        tokens = np.diff(completions.offsets[bounds])[indices]
         # A row may have a million duplicates. They are written a few at a time, so that commits keep their usual size.
         for some in cut(tokens, FOLLOWERS, FOLLOWERS_TOKENS):
-            given = completions.given_to(np.repeat(followers[some], len(samples)), theirs[some].ravel())
+            samples = np.diff(bounds)[indices[some]]
+            theirs, _ = ranges(firsts[indices[some]], samples)
+            given = completions.given_to(np.repeat(followers[some], samples), theirs)
             self._results.add(given, asked.take(indices[some]))
             self.duplicates += len(followers[some])
             self._results.commit_if_due()

@@ -83,6 +83,7 @@ def fingerprints(
             {
                 **_chosen(spec.sampling),
                 **({name: getattr(spec, name) for name in flags_of(LabelFlags)} if spec.chooses else {}),
+                **({} if spec.sampling_params_column is None else {"column": spec.sampling_params_column}),
                 "n": spec.n,
                 "seed": spec.seed,
                 "max_model_len": config.max_model_len,

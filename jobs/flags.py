@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated
 
 from batchinfer.engine.config import BLOCK_SIZES, DTYPES, KV_CACHE_DTYPES, LEAST_BATCHED_TOKENS, LEAST_GPU_SHARE
-from batchinfer.engine.generation_config import CHOICES
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.flag import Flag, flags_of
 from batchinfer.formats.scheme import QUANTIZATIONS
@@ -18,11 +17,11 @@ from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flag_values import DELIMITER, ENCODING, MOMENT, NAMES, NUMBER_OR_AUTO, SHARD, TIME
 from batchinfer.jobs.label_flags import LabelFlags
 from batchinfer.jobs.openai_batch_flags import OpenAIBatchFlags
+from batchinfer.jobs.sampling_flags import SamplingFlags
 from batchinfer.jobs.speculation import SpeculationFlags
 from batchinfer.jobs.structure_flags import StructureFlags
 
 GROUPS = ("Input", "Prompt", "Labels", "Structure", "Sampling", "Model", "Engine", "Job", "Output")
-MAX_SAMPLES = 128  # of a row, which are in memory together
 
 
 @dataclass(frozen=True)
@@ -152,27 +151,6 @@ class JobFlags:
             "Prompt",
         ),
     ] = False
-    n: Annotated[
-        int,
-        Flag(
-            "Generate N answers for every row; the first one is the same for any N.",
-            "Sampling",
-            at_least=1,
-            at_most=MAX_SAMPLES,
-        ),
-    ] = 1
-    generation_config: Annotated[
-        str,
-        Flag(
-            "Take over from the checkpoint's generation_config.json what changes logits: penalties, bans and the least "
-            "length. 'sampling' takes temperature, top-k, top-p and min-p too, 'none' nothing. A flag wins over the "
-            "file.",
-            "Sampling",
-            "CHOICE",
-            choices=CHOICES,
-        ),
-    ] = "auto"
-    seed: Annotated[int, Flag("Derive the random seed of every row from this number.", "Sampling", at_least=0)] = 0
     tokenizer: Annotated[
         str | None, Flag("Take the tokenizer of this model instead of --model's own.", "Model", names_model=True)
     ] = None
@@ -361,6 +339,7 @@ FLAGS = {
     **flags_of(ChatFlags),
     **flags_of(LabelFlags),
     **flags_of(StructureFlags),
+    **flags_of(SamplingFlags),
     **flags_of(SpeculationFlags),
 }
 """All flags of `batchinfer run`, by field."""

@@ -109,14 +109,14 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
             with Interruption(deadline) as interruption:
                 start_worker = partial(Worker, folder.log, run_engine, engine)
                 loop = Loop(spec, windows, results, progress, start_worker, table.num_rows)
-                found = loop.run(Load(config, job.tokenizer_folder, spec.computed_samples), interruption)
+                found = loop.run(Load(config, job.tokenizer_folder, spec.lists_samples), interruption)
             stats = replace(found, notes=found.notes + stats.notes + told_alike(spec, windows.figures))
             generating, duplicates = loop.generate_seconds, loop.duplicates
         results.refuse_too_many_errors(table.num_rows)
         folder.write_manifest(table.num_rows)
         merging = time.monotonic()
         input_columns = pa.schema([table.schema.field(c) for c in job.kept], table.schema.metadata)
-        batches = table.batches(job.kept, max(1, MERGE_ROWS // spec.n))
+        batches = table.batches(job.kept, MERGE_ROWS // spec.most_samples)
         replaced: Counter[str] = Counter()
         valid = with_valid_text(progress.merging(batches), replaced)
         rewriting = None
@@ -158,7 +158,7 @@ def _forecast(spec: JobSpec, config: EngineConfig, figures: LengthFigures, resul
         return None
     setting, job = (
         Setting.of(config),
-        Job(JobShape.of(figures, spec.sampling, config.max_model_len, spec.computed_samples), config),
+        Job(JobShape.of(figures, spec.sampling, config.max_model_len, spec.sampled_by_row), config),
     )
     if not job.measured(cost, setting):
         return None
@@ -178,11 +178,16 @@ def _resumed(done: Done, digests: dict[str, str]) -> list[str]:
 
 def _sampled(spec: JobSpec) -> list[str]:
     """Note for the report that its completion tokens are those of all samples."""
-    if spec.n == 1:
+    if not spec.lists_samples or spec.openai_batch:
         return []
-    said = f"every row has {spec.n} samples (--n), and completion tokens are counted over all of them"
+    who = (
+        "rows have the samples that --sampling-params-column says"
+        if spec.samples_by_row
+        else f"every row has {spec.n} samples (--n)"
+    )
+    said = f"{who}, and completion tokens are counted over all of them"
     same = "; at temperature 0 they are all the same, so only one is computed"
-    return [said + (same if spec.computed_samples == 1 else "")]
+    return [said + (same if spec.computed_samples == 1 and not spec.samples_by_row else "")]
 
 
 def _replaced(replaced: Counter[str]) -> list[str]:

@@ -10,4 +10,4 @@ from batchinfer.jobs.spec import JobSpec
 
 def fields_of(spec: JobSpec) -> list[pa.Field]:
     """Return the columns that the job writes beside the input's. Raises `UsageError` if they do not fit together."""
-    return result_fields(spec.n, spec.parsed, [*label_fields(spec), *structure_fields(spec, spec.sampling)])
+    return result_fields(spec.lists_samples, spec.parsed, [*label_fields(spec), *structure_fields(spec, spec.sampling)])

@@ -159,7 +159,8 @@ def plan(spec: JobSpec) -> Outlook:
         reuse = Reuse.of(spec.reuse, job.fingerprints, fields_of(spec))
         windows = Windows(job.table, job.source, spec.block_size, done, Path(folder), reuse=reuse)
         failing = _read(windows)
-    shape = JobShape.of(windows.figures, spec.sampling, job.config.max_model_len, spec.computed_samples)
+    by_row = spec.sampled_by_row
+    shape = JobShape.of(windows.figures, spec.sampling, job.config.max_model_len, by_row)
     key = DeviceKey.of(job.config.device)
     cost, missing = read_device_cost(key)
     setting, notes = Setting.of(job.config), [*job.shape.notes, *job.notes]
@@ -171,9 +172,10 @@ def plan(spec: JobSpec) -> Outlook:
             f"the prediction leaves out the labels: {windows.figures.label_tokens:,} tokens behind "
             f"{windows.figures.prompt_tokens:,} of the prompts"
         )
-    if spec.openai_batch:
-        most = spec.sampling.max_tokens
-        notes.append(f"times and tokens are as if each request asked for --max-tokens ({most:,}) new tokens at most")
+    if by_row:
+        notes.append(
+            "the prediction takes the mean of the rows' max_tokens for each row, and other params from the flags"
+        )
     if spec.incremental:
         notes.append("the plan is for all rows, including those that earlier runs have done")
     simulated = Job(shape, job.config) if windows.figures.rows else None
@@ -207,7 +209,7 @@ def plan(spec: JobSpec) -> Outlook:
         drafts_pay=drafts_pay,
         notes=notes,
         **_lengths(windows.figures),
-        **_demands(simulated, windows.figures, job.config, setting, spec.computed_samples),
+        **_demands(simulated, windows.figures, job.config, setting),
     )
 
 
@@ -246,9 +248,7 @@ def _lengths(figures: LengthFigures) -> dict[str, Any]:
     }
 
 
-def _demands(
-    job: Job | None, figures: LengthFigures, config: EngineConfig, setting: Setting, samples: int
-) -> dict[str, Any]:
+def _demands(job: Job | None, figures: LengthFigures, config: EngineConfig, setting: Setting) -> dict[str, Any]:
     """Return new tokens, memory and operations of the rows that run, as if no prompt were shared; zeros if no row can
     run. They do not depend on the device's speed."""
     if job is None:
@@ -259,7 +259,7 @@ def _demands(
     kv_bytes = KV_CACHE_BYTES.get(setting.kv_cache, UNKNOWN_KV_BYTES)
     model = CostModel.of(job.model, kv_bytes, setting.stream_bytes)
     total = int(most @ job.shape.lengths)
-    tokens = samples * figures.kv_cache_tokens(-(-config.max_num_seqs // samples))
+    tokens = figures.kv_cache_tokens(config.max_num_seqs)
     each = [
         (Requests(length, int(most[length])), int(job.shape.lengths[length]))
         for length in np.flatnonzero(job.shape.lengths).tolist()

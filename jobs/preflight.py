@@ -24,12 +24,13 @@ from batchinfer.jobs.openai_batch.responses import COLUMNS
 from batchinfer.jobs.openai_batch.source import RequestSource
 from batchinfer.jobs.results.formats import format_of
 from batchinfer.jobs.rows.prompts import PromptSource, verbatim_columns
+from batchinfer.jobs.rows.sampling import may_list_samples
 from batchinfer.jobs.rows.template_check import check_template
 from batchinfer.jobs.rows.windows import Prompts
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import check_ids
 from batchinfer.jobs.tables.selection import Selection, digest
-from batchinfer.jobs.tables.table import Table
+from batchinfer.jobs.tables.table import Table, find_field
 from batchinfer.jobs.template_date import known_moment, moment_of_prompts, notes_about, now
 from batchinfer.kernels.gpu import eight_bits
 from batchinfer.models.config import ModelConfig, read_model_config, read_shape
@@ -68,6 +69,11 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
         Table.open(spec.inputs, spec.csv_delimiter, spec.csv_encoding, verbatim, lines=spec.openai_batch)
     )
     table = whole if spec.shard is None else whole.shard(*spec.shard)
+    if spec.sampling_params_column is not None:
+        kind = find_field(table.schema, spec.sampling_params_column, spec.inputs[0]).type
+        spec = replace(spec, samples_by_row=may_list_samples(kind))
+    if spec.openai_batch:
+        spec = replace(spec, samples_by_row=True)
     kept = _kept_columns(spec, table)
     if not spec.openai_batch:
         format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))
@@ -240,6 +246,6 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
 
 def _expected_batch(spec: JobSpec, most: int, rows: int) -> int:
     """Return how many sequences usually run, at most `most`; a row that chooses from labels may take one for each."""
-    if spec.incremental or spec.choices_column is not None:
+    if spec.incremental or spec.choices_column is not None or spec.sampled_by_row:
         return most
     return min(most, rows * spec.computed_samples * max(1, len(spec.choices)))

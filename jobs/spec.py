@@ -12,23 +12,25 @@ from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flags import JobFlags
 from batchinfer.jobs.label_flags import LabelFlags
 from batchinfer.jobs.openai_batch_flags import OpenAIBatchFlags
+from batchinfer.jobs.sampling_flags import MAX_SAMPLES, SamplingFlags
 from batchinfer.jobs.structure_flags import StructureFlags
 
 # What the requests of a batch file say themselves, or what concerns a table's columns.
 OF_TABLES = (
     *("id_column", "csv_delimiter", "csv_encoding", "where", "prompt_column", "prompt_template", "messages_column"),
     *("chat", "tools", "tools_column", "chat_template_kwargs_column", "choices", "choices_column", "columns"),
-    *("choice_probabilities", "json_schema_column", "output_columns", "incremental"),
+    *("choice_probabilities", "json_schema_column", "sampling_params_column", "output_columns", "incremental"),
 )
 
 
 @dataclass(frozen=True)
-class JobSpec(JobFlags, OpenAIBatchFlags, ChatFlags, LabelFlags, StructureFlags):
+class JobSpec(JobFlags, OpenAIBatchFlags, ChatFlags, LabelFlags, StructureFlags, SamplingFlags):
     """A job's flags and settings. Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit."""
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     # The fields of `sampling` that the user set: they win over the checkpoint's own settings.
     sampling_given: tuple[str, ...] = ()
+    samples_by_row: bool = False  # rows may say how many samples they have
     # The model of `speculation` is a directory or a Hub id, as the user gave it.
     speculation: Speculation = field(default_factory=Speculation)
     # `run` has no flags for these settings: benchmarks set them.
@@ -74,8 +76,24 @@ class JobSpec(JobFlags, OpenAIBatchFlags, ChatFlags, LabelFlags, StructureFlags)
         return self.chat_template_kwargs_column is not None or self.openai_batch
 
     @property
+    def sampled_by_row(self) -> bool:
+        """True if rows may have sampling params of their own."""
+        return self.sampling_params_column is not None or self.openai_batch
+
+    @property
+    def lists_samples(self) -> bool:
+        """True if the output has all samples of a row in a column of their own."""
+        return self.n > 1 or self.samples_by_row
+
+    @property
+    def most_samples(self) -> int:
+        """Most samples that a row may have."""
+        return MAX_SAMPLES if self.samples_by_row else self.n
+
+    @property
     def computed_samples(self) -> int:
-        """Number of samples of each row that are computed: one at temperature 0, since all are the same then."""
+        """Number of samples that are computed of a row without params of its own: one at temperature 0, since all are
+        the same then."""
         return self.n if self.sampling.temperature > 0 else 1
 
 
@@ -90,8 +108,6 @@ def _check_openai_batch(job: JobSpec) -> None:
                 f"--{name.replace('_', '-')} is about a table, and a line of --openai-batch is a whole request; leave "
                 "it out"
             )
-    if job.n > 1:
-        raise UsageError("--n gives every row several answers, which --openai-batch does not; leave it out")
 
 
 def _check_prompt_source(job: JobSpec) -> None:
@@ -189,7 +205,8 @@ def _check_labels(job: JobSpec) -> None:
     if not job.chooses:
         return
     given = [f"--{name.replace('_', '-')}" for name in job.sampling_given]
-    given += ["--json-schema-column"] if job.json_schema_column is not None else []
+    columns = {"json_schema_column": job.json_schema_column, "sampling_params_column": job.sampling_params_column}
+    given += [f"--{name.replace('_', '-')}" for name, column in columns.items() if column is not None]
     given += ["--draft-model"] if job.speculation.model is not None else []
     for flag in [*given, *(["--n"] if job.n > 1 else []), *(["--canary"] if job.canary else [])]:
         raise UsageError(f"{flag} is for answers that are generated, and rows choose from labels; leave it out")

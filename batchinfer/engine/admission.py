@@ -200,7 +200,7 @@ class Admission:
         """Return the blocks that a row is expected to need for its prompt and all new tokens."""
         if requests.choices is not None:
             return self.labels.blocks(requests, i)
-        most = requests.params[requests.param_index[i]].max_tokens
+        most = int(requests.params.numbers["max_tokens"][requests.param_index[i]])
         prompt = int(requests.offsets[i + 1] - requests.offsets[i])
         return self._table.blocks_for(prompt + self._expected(template, generated, most))
 

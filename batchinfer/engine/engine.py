@@ -22,7 +22,6 @@ from batchinfer.engine.model_runner import ModelRunner, measure_peak
 from batchinfer.engine.output_lengths import OutputLengths
 from batchinfer.engine.pool_size import Room, is_out_of_memory, pool_blocks, pool_states
 from batchinfer.engine.request import NO_SCORES, Completions, FinishReason, Requests, RowError, Scores
-from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.step_shape import padded_count
@@ -112,14 +111,15 @@ class Engine:
             )
         self.scheduler.labels.refuse_unfit(requests)
         self.structures.prepare(requests)
-        if self.runner.late:
-            self._note_slower_steps(requests.params)
         self.scheduler.add(requests)
 
-    def _note_slower_steps(self, params: tuple[SamplingParams, ...]) -> None:
-        changing = any(p.changes_logits or p.structure is not None for p in params)
-        slower = {UNRECORDED: changing, WAITING: any(p.reads_tokens for p in params)}
-        self._stats.notes += [note for note, holds in slower.items() if holds and note not in self._stats.notes]
+    def _note_slower_steps(self) -> None:
+        """Note for the report that some running rows make steps slower on a GPU."""
+        table = self.table
+        slower = {UNRECORDED: table.changes_logits | table.structured, WAITING: table.reads_tokens}
+        for note, those in slower.items():
+            if (table.active & those).any() and note not in self._stats.notes:
+                self._stats.notes.append(note)
 
     @property
     def unfinished(self) -> int:
@@ -151,6 +151,8 @@ class Engine:
         """Launch the next step, a smaller one if memory does not hold it; return False if there is none."""
         drafter = None if self.steps else self.drafter
         while (batch := self.scheduler.schedule(drafter)) is not None:
+            if self.runner.late:
+                self._note_slower_steps()
             self._wipe()
             started = time.perf_counter()
             try:

@@ -5,7 +5,7 @@ Free of torch: the parent process of a job imports this module.
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.engine.request import Requests, RowError
-from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.text.chat_arguments import Arguments, problem_with
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 
@@ -95,6 +95,12 @@ def check_arguments(arguments: Any) -> None:
         raise BadPrompt("bad_chat_template_kwargs", f"the value {problem}")
 
 
+def check_sampling(given: Any) -> None:
+    """Raise `BadPrompt` unless `given` is None or an object."""
+    if given is not None and not isinstance(given, dict):
+        raise BadPrompt("bad_sampling_params", "the sampling_params are no object")
+
+
 def size_errors(nbytes: NDArray[np.int64]) -> Errors:
     """Return errors for the plain prompts that are empty or too large; `nbytes` [n] are their sizes in bytes."""
     errors = dict.fromkeys(np.flatnonzero(nbytes == 0).tolist(), RowError("empty_prompt", "the prompt is empty"))
@@ -125,20 +131,12 @@ def encode_chats(
     return token_ids, offsets
 
 
-def requests_that_fit(
-    indices: Indices,
-    token_ids: TokenIds,
-    offsets: Offsets,
-    sampling: SamplingParams,
-    max_model_len: int,
-    errors: Errors,
-) -> Requests:
-    """Return requests, with seeds 0, for the prompts that leave room for an answer; errors for the others are added.
+def those_that_fit(requests: Requests, max_model_len: int, errors: Errors) -> Requests:
+    """Return the requests whose prompts have tokens and leave room for an answer; errors for the others are added.
 
-    Prompt i is `token_ids[offsets[i]:offsets[i + 1]]`; its row number is `indices[i]`. A request whose prompt leaves
-    room for fewer tokens than `max_tokens` gets that many.
+    A request whose prompt leaves room for fewer tokens than `max_tokens` gets that many.
     """
-    lengths = np.diff(offsets)
+    lengths, indices = np.diff(requests.offsets), requests.rows
     for i in np.flatnonzero(lengths >= max_model_len).tolist():
         errors[int(indices[i])] = RowError(
             "too_long",
@@ -147,19 +145,22 @@ def requests_that_fit(
         )
     for i in np.flatnonzero(lengths == 0).tolist():
         errors.setdefault(int(indices[i]), RowError("empty_prompt", "the prompt has no tokens"))
-    params, param_index = _clip(sampling, max_model_len - lengths)
-    requests = Requests(indices, token_ids, offsets, np.zeros(len(indices), np.uint64), params, param_index)
     good = np.flatnonzero((lengths > 0) & (lengths < max_model_len))
-    return requests.take(good) if len(good) < len(indices) else requests
+    taken = requests.take(good) if len(good) < len(indices) else requests
+    return _limited(taken, max_model_len - np.diff(taken.offsets))
 
 
-def _clip(sampling: SamplingParams, room: NDArray[np.int64]) -> tuple[tuple[SamplingParams, ...], NDArray[np.int32]]:
-    """Return (params, [n] index into them); rows with `room` [n] for fewer than `max_tokens` have params with less."""
-    tight = (room > 0) & (room < sampling.max_tokens)
-    rooms, found = np.unique(room[tight], return_inverse=True)
-    index = np.zeros(len(room), np.int32)
-    index[tight] = 1 + found
-    return (sampling, *(replace(sampling, max_tokens=int(tokens)) for tokens in rooms)), index
+def _limited(requests: Requests, room: NDArray[np.int64]) -> Requests:
+    """Return the requests; those with `room` [n] for fewer than `max_tokens` have params with less."""
+    tight = np.flatnonzero(room < requests.number("max_tokens"))
+    # Of rows with the same params and the same room, one stands for all.
+    _, first, found = np.unique(
+        (requests.param_index[tight].astype(np.int64) << 32) + room[tight], return_index=True, return_inverse=True
+    )
+    params, index = requests.params, requests.param_index.copy()
+    less = params.take(index[tight[first]].astype(np.int64)).limited(room[tight[first]])
+    index[tight] = len(params) + found
+    return replace(requests, params=SamplingTable.joined([params, less]), param_index=index)
 
 
 def ends_of(requests: Requests, indices: Indices) -> NDArray[np.int32]:
@@ -172,10 +173,13 @@ def ends_of(requests: Requests, indices: Indices) -> NDArray[np.int32]:
     return np.where(within, requests.token_ids[np.where(within, places, 0)], np.int32(-1))
 
 
-def row_seeds(seed: int, keys: Iterable[bytes]) -> NDArray[np.uint64]:
-    """Return one seed per row, [n], from `seed` and the row's key; never from its position in the input."""
-    start = f"{seed}/0/".encode()  # 0 is the sample's index; seeds of further samples are derived from this one
-    digests = b"".join(hashlib.blake2b(start + key, digest_size=8).digest() for key in keys)
+def row_seeds(seeds: Sequence[int], keys: Sequence[bytes]) -> NDArray[np.uint64]:
+    """Return one seed per row, [n], from the seed that is given for it and its key; never from its position in the
+    input."""
+    # 0 is the sample's index; seeds of further samples are derived from this one.
+    digests = b"".join(
+        hashlib.blake2b(b"%d/0/%b" % (seed, key), digest_size=8).digest() for seed, key in zip(seeds, keys, strict=True)
+    )
     return np.frombuffer(digests, "<u8").astype(np.uint64)
 
 

@@ -4,14 +4,16 @@ Free of torch: the parent process of a job imports this module.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.kernels.ragged import offsets_of, ranges, take_ragged
 
 
@@ -95,9 +97,10 @@ class Requests:
     token_ids: NDArray[np.int32]  # [offsets[-1]]
     offsets: NDArray[np.int64]  # [n + 1]
     seeds: NDArray[np.uint64]  # [n] random seeds; used only if temperature > 0
-    params: tuple[SamplingParams, ...]  # the different ones among all rows
+    params: SamplingTable  # those of all rows
     param_index: NDArray[np.int32]  # [n] into params
     choices: Choices | None = None  # None: every row generates tokens
+    samples: NDArray[np.int32] | None = None  # [n] answers wanted of each row; None: one. The engine makes one
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -106,8 +109,13 @@ class Requests:
     def most_new_tokens(self) -> NDArray[np.int64]:
         """The most tokens that may follow each prompt [n]: `max_tokens`, or the longest label."""
         if self.choices is None:
-            return np.array([params.max_tokens for params in self.params], np.int64)[self.param_index]
+            return self.number("max_tokens").astype(np.int64)
         return self.choices.longest
+
+    def number(self, name: str) -> NDArray[Any]:
+        """Return a numeric field of each row's params [n]."""
+        column: NDArray[Any] = self.params.numbers[name][self.param_index]
+        return column
 
     @staticmethod
     def of(prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int] | None = None) -> "Requests":
@@ -115,15 +123,33 @@ class Requests:
         n = len(prompts)
         offsets = offsets_of(np.array([len(p) for p in prompts], np.int64))
         flat = np.fromiter((t for p in prompts for t in p), np.int32, int(offsets[-1]))
-        row_seeds = np.zeros(n, np.uint64) if seeds is None else np.array(seeds, np.uint64)
-        return Requests(np.arange(n), flat, offsets, row_seeds, (params,), np.zeros(n, np.int32))
+        requests = Requests.alike(np.arange(n), flat, offsets, params)
+        return requests if seeds is None else replace(requests, seeds=np.array(seeds, np.uint64))
+
+    @staticmethod
+    def alike(
+        rows: NDArray[np.int64], token_ids: NDArray[np.int32], offsets: NDArray[np.int64], params: SamplingParams
+    ) -> "Requests":
+        """Make requests of these prompts that all have the same params, and seeds 0."""
+        n = len(rows)
+        index, seeds = np.zeros(n, np.int32), np.zeros(n, np.uint64)
+        return Requests(rows, token_ids, offsets, seeds, SamplingTable.of([params]), index)
 
     def take(self, index: NDArray[np.int64]) -> "Requests":
         """Return the requests at `index`, in that order."""
         token_ids, offsets = take_ragged(self.token_ids, self.offsets, index)
         choices = None if self.choices is None else self.choices.take(index)
+        samples = None if self.samples is None else self.samples[index]
         seeds, param_index = self.seeds[index], self.param_index[index]
-        return Requests(self.rows[index], token_ids, offsets, seeds, self.params, param_index, choices)
+        return Requests(self.rows[index], token_ids, offsets, seeds, self.params, param_index, choices, samples)
+
+
+def params_of_all(slices: Sequence[Requests]) -> tuple[SamplingTable, NDArray[np.int32]]:
+    """Return the params of one slice of rows or more, without repetitions, and where those of each row are [rows]."""
+    params, places = SamplingTable.joined([requests.params for requests in slices]).different()
+    firsts = offsets_of(np.array([len(requests.params) for requests in slices], np.int64)).tolist()
+    index = [first + requests.param_index for first, requests in zip(firsts, slices, strict=False)]
+    return params, places[np.concatenate(index)]
 
 
 @dataclass(frozen=True)
@@ -150,8 +176,9 @@ NO_SCORES = np.empty(0, np.float32)
 class Completions:
     """n finished rows. Row i's new tokens are `token_ids[offsets[i]:offsets[i + 1]]`, the end-of-text id included.
 
-    A row with choices has the tokens of its likeliest label, and a score for each label: the log-probability that the
-    model answers with the label's tokens and then ends. A row that failed has no scores.
+    A row with several samples is there once for each, in succession. A row with choices has the tokens of its likeliest
+    label, and a score for each label: the log-probability that the model answers with the label's tokens and then ends.
+    A row that failed has no scores.
     """
 
     rows: NDArray[np.int64]  # [n]
@@ -168,6 +195,11 @@ class Completions:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def firsts(self) -> NDArray[np.int64]:
+        """Where each row's first sample is [rows]."""
+        return np.flatnonzero(np.diff(self.rows, prepend=-1))
 
     def tokens_of(self, i: int) -> list[int]:
         """Return the new tokens of the i-th completion."""

@@ -281,7 +281,7 @@ class SamplingParams:
 def _texts(name: str, texts: Any) -> tuple[str, ...]:
     if isinstance(texts, str):
         raise ValueError(f"{name} is {texts!r}; it must be a list of strings: one text goes in brackets")
-    listed: tuple[str, ...] = tuple(texts)
+    listed: tuple[Any, ...] = tuple(texts) if isinstance(texts, Iterable) else (texts,)
     if not all(isinstance(text, str) for text in listed):
         raise ValueError(f"{name} is {listed!r}; it must be a list of strings")
     if not all(listed):

@@ -49,7 +49,7 @@ class Structures:
 
     def prepare(self, requests: Requests) -> None:
         """Get ready for the grammars of requests. Raises `ValueError` if the tokenizer does not fit any."""
-        if self._tokens is None and any(params.structure is not None for params in requests.params):
+        if self._tokens is None and any(params.structure is not None for params in requests.params.others):
             self._tokens = token_bytes(self._tokenizer, self._vocabulary)
             self._threads = LLExecutor(torch.get_num_threads())
 

@@ -10,7 +10,7 @@ from batchinfer.kernels.ragged import take_ragged
 from batchinfer.text import reasoning, tool_calls
 from batchinfer.text.marks import Marks
 from batchinfer.text.pieces import Piece, shown
-from batchinfer.text.stop import before_stop, printed_answers
+from batchinfer.text.stop import Stop, before_stop, printed_answers, stopping
 from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
 from batchinfer.text.tool_calls import ToolCall
 
@@ -25,37 +25,31 @@ class Answers:
     unparsed: list[int]  # indices of answers with text that looks like a tool call and does not parse
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How an answer is read: where its text ends, and what is taken out of it."""
-
-    stop: tuple[str, ...]
-    stop_token_ids: tuple[int, ...]
-    parsed: tuple[str, ...] | None  # of "reasoning" and "tool_calls"; None: all that there are formats for
-
-
 class AnswerParsers:
-    """Parses answers, each in its own way, by the names of a reasoning format and a tool call format."""
+    """Parses answers out of which different things are taken, by the names of a reasoning format and a tool call
+    format."""
 
     def __init__(self, tokenizer: Tokenizer, reasoning_format: str | None, tool_format: str | None) -> None:
         self._tokenizer, self._formats = tokenizer, (reasoning_format, tool_format)
         self._made: dict[tuple[str, ...] | None, AnswerParser] = {}
 
     def parse(
-        self, token_ids: TokenIds, offsets: Offsets, ends: NDArray[np.int32] | None, readings: Sequence[Reading]
+        self,
+        token_ids: TokenIds,
+        offsets: Offsets,
+        ends: NDArray[np.int32] | None,
+        stops: Sequence[Stop],
+        parsed: Sequence[tuple[str, ...] | None],
     ) -> Answers:
-        """Parse n answers, as `AnswerParser.parse` does, by their readings [n]."""
-        n = len(readings)
-        groups: dict[Reading, list[int]] = {}
-        for i, reading in enumerate(readings):
-            groups.setdefault(reading, []).append(i)
+        """Parse n answers, as `AnswerParser.parse` does. `parsed` [n] has what is taken out of each, of "reasoning" and
+        "tool_calls"; None is all that there are formats for."""
+        n = len(parsed)
         found = Answers([""] * n, [None] * n, [None] * n, [])
-        for reading, members in groups.items():
-            index = np.array(members)
-            own = None if ends is None else ends[index]
-            ids, bounds = take_ragged(token_ids, offsets, index)
-            parser = self._parser(reading.parsed)
-            part = parser.parse(ids, bounds, own, reading.stop, reading.stop_token_ids)
+        for taken in dict.fromkeys(parsed):
+            members = [i for i, each in enumerate(parsed) if each == taken]
+            own = None if ends is None else ends[members]
+            ids, bounds = take_ragged(token_ids, offsets, np.array(members))
+            part = self._parser(taken).parse(ids, bounds, own, [stops[i] for i in members])
             for i, text, thought, calls in zip(members, part.texts, part.reasoning, part.tool_calls, strict=True):
                 found.texts[i], found.reasoning[i], found.tool_calls[i] = text, thought, calls
             found.unparsed.extend(members[i] for i in part.unparsed)
@@ -87,22 +81,20 @@ class AnswerParser:
         token_ids: TokenIds,
         offsets: Offsets,
         ends: NDArray[np.int32] | None,
-        stop: tuple[str, ...],
-        stop_token_ids: tuple[int, ...],
+        stops: Sequence[Stop],
     ) -> Answers:
         """Parse n answers. Answer i is `token_ids[offsets[i]:offsets[i + 1]]`.
 
         `ends` [n, END_TOKENS] has the last tokens of their prompts, padded in front with -1; without a reasoning format
-        it may be None. Texts end at the first stop string and are without stop tokens.
+        it may be None. Each text ends at the first of its stop strings and is without its stop tokens.
         """
         n = len(offsets) - 1
         if self._marks is None:
-            return Answers(
-                printed_answers(self._tokenizer, token_ids, offsets, stop, stop_token_ids), [None] * n, [None] * n, []
-            )
+            return Answers(printed_answers(self._tokenizer, token_ids, offsets, stops), [None] * n, [None] * n, [])
         found = Answers([], [], [], [])
         opened = [False] * n if ends is None else self._opened(ends)
-        for i, pieces in enumerate(self._marks.cut(token_ids, offsets, stop_token_ids)):
+        hidden = stopping(token_ids, offsets, stops)
+        for i, pieces in enumerate(self._marks.cut(token_ids, offsets, hidden)):
             thought: str | None = None
             calls: list[ToolCall] = []
             rest: list[Piece] = pieces
@@ -111,9 +103,9 @@ class AnswerParser:
             if self._tools is not None:
                 calls, rest, failed = self._tools.find(rest)
                 found.unparsed.extend([i] if failed else [])
-            text = before_stop(shown(rest), stop)
+            text = before_stop(shown(rest), stops[i].texts)
             found.texts.append(text.strip() if calls else text)
-            found.reasoning.append(thought and before_stop(thought, stop))
+            found.reasoning.append(thought and before_stop(thought, stops[i].texts))
             found.tool_calls.append(calls or None)
         return found
 
@@ -124,7 +116,7 @@ class AnswerParser:
         different, which = np.unique(ends, axis=0, return_inverse=True)
         rows = [row[row >= 0] for row in different]
         flat = np.concatenate([np.empty(0, np.int32), *rows])
-        pieces = self._marks.cut(flat, np.cumsum([0, *map(len, rows)]))
+        pieces = self._marks.cut(flat, np.cumsum([0, *map(len, rows)]), np.zeros(len(flat), np.bool_))
         opened = np.array([self._reasoning.is_opened(end) for end in pieces], np.bool_)
         found: list[bool] = opened[which.reshape(-1)].tolist()
         return found

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from batchinfer.text.control_tokens import one_of
 from batchinfer.text.pieces import Piece, plain
@@ -25,15 +26,16 @@ class Marks:
         spelled = [mark for mark in marks if mark not in tokens]
         self._spelled = one_of(spelled) if spelled else None
 
-    def cut(self, token_ids: TokenIds, offsets: Offsets, hidden: tuple[int, ...] = ()) -> list[list[Piece]]:
+    def cut(self, token_ids: TokenIds, offsets: Offsets, hidden: NDArray[np.bool_]) -> list[list[Piece]]:
         """Return the pieces of n answers; the first piece of each has no mark.
 
-        Answer i is `token_ids[offsets[i]:offsets[i + 1]]`. Tokens in `hidden` are shown nowhere, but cut if they are
-        marks.
+        Answer i is `token_ids[offsets[i]:offsets[i + 1]]`. Tokens that are `hidden` [tokens] are shown nowhere, but cut
+        if they are marks.
         """
         is_mark = np.isin(token_ids, self._ids)
-        kept = is_mark | ~np.isin(token_ids, hidden)
+        kept = is_mark | ~hidden
         token_ids, is_mark, offsets = token_ids[kept], is_mark[kept], np.append(0, np.cumsum(kept))[offsets]
+        hidden = hidden[kept]
         places = np.flatnonzero(is_mark)
         bounds = np.sort(np.concatenate([offsets[:-1], places, offsets[-1:]]))
         # Decode a segment with its mark before it: some decoders take the space from a text's start.
@@ -42,10 +44,10 @@ class Marks:
         for start, stop in pairwise(offsets.tolist()):
             within = places[slice(*np.searchsorted(places, [start, stop]))]
             pieces = self._spelled_in(plain(next(texts)))
-            for token_id in token_ids[within].tolist():
+            for token_id, unseen in zip(token_ids[within].tolist(), hidden[within].tolist(), strict=True):
                 mark, text = self._by_id[token_id], next(texts)
                 text = text.removeprefix(mark)
-                is_shown = token_id not in hidden and self._tokenizer.prints(token_id)
+                is_shown = not unseen and self._tokenizer.prints(token_id)
                 pieces += self._spelled_in(Piece(mark, text, mark + text if is_shown else text))
             answers.append(pieces)
         return answers

@@ -25,6 +25,7 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.own_engine import own_engine
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +98,7 @@ def _requests(engine: Engine, tokenizer: Tokenizer, rows: int) -> dict[str, Requ
     different = sorted(set(lengths))
     asked[AS_LONG] = replace(
         asked[FREE],
-        params=tuple(replace(free, max_tokens=length) for length in different),
+        params=SamplingTable.of([replace(free, max_tokens=length) for length in different]),
         param_index=np.searchsorted(different, lengths).astype(np.int32),
     )
     return asked

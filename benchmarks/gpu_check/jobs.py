@@ -6,6 +6,7 @@ import numpy as np
 
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Job:
         found = Requests.of(texts, SamplingParams(), seeds=range(self.rows))
         lengths, index = np.unique(new, return_inverse=True)
         params = (SamplingParams(max_tokens=n, temperature=self.temperature, ignore_eos=True) for n in lengths.tolist())
-        return replace(found, params=tuple(params), param_index=index.astype(np.int32))
+        return replace(found, params=SamplingTable.of(list(params)), param_index=index.astype(np.int32))
 
     def _lengths(self) -> tuple[np.ndarray, np.ndarray]:
         rng = np.random.default_rng(0)

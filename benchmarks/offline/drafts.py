@@ -25,6 +25,7 @@ from batchinfer.engine.config import EngineConfig, EngineStats, Speculation
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.own_engine import own_engine
 from batchinfer.engine.request import Requests
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.text.tokenizer import Tokenizer
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -59,7 +60,7 @@ def requests_of(rows: Rows, workload: Workload) -> Requests:
     rows = sorted(rows)
     lengths, index = np.unique([new for _, new in rows], return_inverse=True)
     requests = Requests.of([prompt for prompt, _ in rows], sampling_of(workload), seeds=range(len(rows)))
-    params = tuple(replace(requests.params[0], max_tokens=int(length)) for length in lengths)
+    params = SamplingTable.of([replace(requests.params[0], max_tokens=int(length)) for length in lengths])
     return replace(requests, params=params, param_index=index.astype(np.int32))
 
 
@@ -84,7 +85,7 @@ class Run:
 def measure(workload: Workload, model: Path, draft: Path | None) -> dict[str, Run]:
     """All ways of one workload. `SystemExit` where their answers differ."""
     requests = requests_of(workload.rows(Text()), workload)
-    new = np.array([params.max_tokens for params in requests.params])[requests.param_index]
+    new = requests.number("max_tokens")
     longest = int((np.diff(requests.offsets) + new).max())
     places = min(workload.max_num_seqs, len(requests))
     config = EngineConfig(

@@ -38,6 +38,7 @@ from workloads import (
 
 from batchinfer.engine.config import Speculation
 from batchinfer.engine.request import Requests, RowError
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.jobs.bench import TOKEN_IDS
 from batchinfer.jobs.job import run
 from batchinfer.jobs.report import Report
@@ -82,7 +83,7 @@ class RowPrompts:
         column, n = batch.column(TOKEN_IDS), batch.num_rows
         offsets = np.append(0, np.cumsum(column.value_lengths().to_numpy())).astype(np.int64)
         lengths, index = np.unique(batch.column("max_tokens").to_numpy(), return_inverse=True)
-        params = tuple(replace(self._sampling, max_tokens=int(length)) for length in lengths)
+        params = SamplingTable.of([replace(self._sampling, max_tokens=int(length)) for length in lengths])
         ids = column.flatten().to_numpy()
         seeds = np.array([zlib.crc32(ids[a:b].tobytes()) for a, b in pairwise(offsets)])
         rows = np.arange(first_row, first_row + n)

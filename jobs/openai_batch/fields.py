@@ -8,10 +8,10 @@ from typing import Any
 from batchinfer.engine.prompts import BadPrompt
 from batchinfer.jobs.openai_batch.request import shown
 
-# They have the same name in `SamplingParams`.
+# They have the same name among a row's sampling params.
 SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
-    *("min_tokens", "stop", "stop_token_ids", "bad_words", "ignore_eos"),
+    *("min_tokens", "stop", "stop_token_ids", "bad_words", "ignore_eos", "n"),
 )
 LENGTHS = ("max_tokens", "max_completion_tokens")
 STRUCTURE = ("response_format", "structured_outputs")
@@ -26,8 +26,6 @@ HARMLESS = {
 }
 # Fields that are not supported -> values at which they change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
     "logprobs": (False,),
     "top_logprobs": (0,),
     "prompt_logprobs": (),
@@ -65,7 +63,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_grammar": (),
 }
 REMEDIES = {
-    "n": "give each answer a line of its own, with a seed of its own",
     "functions": "give tools",
     "function_call": "give tool_choice",
     "chat_template": "give --chat-template",
@@ -77,7 +74,8 @@ def check_fields(body: dict[str, Any], chat: bool) -> None:
     """Raise `BadPrompt` naming a field of a chat's or a completion's body that would change the answer, or might, and
     is not known or not supported."""
     known = OF_ALL | (OF_CHATS if chat else OF_COMPLETIONS)
-    neutral = {**NEUTRAL, "add_special_tokens": (not chat,)}  # a chat template writes them itself
+    # A chat template writes special tokens itself; as many answers are drawn as are wanted.
+    neutral = {**NEUTRAL, "add_special_tokens": (not chat,), "best_of": (1, body.get("n"))}
     for name, value in body.items():
         if value is None or name in known or name in HARMLESS:
             continue

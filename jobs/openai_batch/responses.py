@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 
 from batchinfer.errors import Refused
-from batchinfer.jobs.openai_batch.request import CHAT, custom_id_of, read_request
-from batchinfer.jobs.results.schema import COUNTED, RESULT_FIELDS
+from batchinfer.jobs.openai_batch.request import custom_id_of, read_request
+from batchinfer.jobs.results.schema import COUNTED, RESULT_FIELDS, SAMPLES
 from batchinfer.jobs.tables.lines import LINE
 
 COLUMNS = [LINE]  # of the input, from which the output is written
@@ -80,35 +80,43 @@ class Responses:
         return 500 if ours else 400, {"error": error} | ({"usage": _usage(values)} if computed else {})
 
     def _completion(self, name: str, values: Row) -> dict[str, Any]:
-        chat = read_request(values[LINE], None).url == CHAT
-        choice = _chat_choice(name, values) if chat else {"text": values["generated_text"], "logprobs": None}
+        chat = read_request(values[LINE], None).chat
+        choices = [
+            {"index": i, **(_message(f"call_{name}_{i}", sample) if chat else _text(sample))}
+            for i, sample in enumerate(values[SAMPLES])
+        ]
         return {
             "id": f"chatcmpl-{name}" if chat else f"cmpl-{name}",
             "object": "chat.completion" if chat else "text_completion",
             "created": self._created,
             "model": self._model,
-            "choices": [{"index": 0, "finish_reason": values["finish_reason"], **choice}],
+            "choices": choices,
             "usage": _usage(values),
         }
 
 
-def _chat_choice(name: str, values: Row) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": values["generated_text"], "refusal": None}
-    if (reasoning := values.get("reasoning")) is not None:
+def _text(sample: Row) -> dict[str, Any]:
+    return {"text": sample["generated_text"], "finish_reason": sample["finish_reason"], "logprobs": None}
+
+
+def _message(name: str, sample: Row) -> dict[str, Any]:
+    """Return a choice of a chat; `name` is the beginning of the ids of its calls."""
+    message: dict[str, Any] = {"role": "assistant", "content": sample["generated_text"], "refusal": None}
+    reason = sample["finish_reason"]
+    if (reasoning := sample.get("reasoning")) is not None:
         message["reasoning_content"] = reasoning
-    choice: dict[str, Any] = {"message": message, "logprobs": None}
-    if calls := values.get("tool_calls"):
+    if calls := sample.get("tool_calls"):
         message["content"] = message["content"] or None
         message["tool_calls"] = [
-            {"id": f"call_{name}_{i}", "type": "function", "function": dict(call)} for i, call in enumerate(calls)
+            {"id": f"{name}_{i}", "type": "function", "function": dict(call)} for i, call in enumerate(calls)
         ]
-        if values["finish_reason"] == "stop":
-            choice["finish_reason"] = "tool_calls"
-    return choice
+        reason = "tool_calls" if reason == "stop" else reason
+    return {"message": message, "finish_reason": reason, "logprobs": None}
 
 
 def _usage(values: Row) -> dict[str, int]:
-    prompt, completion = values["prompt_tokens"], values["completion_tokens"]
+    prompt, samples = values["prompt_tokens"], values[SAMPLES] or [values]
+    completion = sum(sample["completion_tokens"] for sample in samples)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 

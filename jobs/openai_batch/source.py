@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
@@ -20,15 +19,15 @@ from batchinfer.engine.prompts import (
     check_tools,
     encode_chats,
     keys_by_tokens,
-    requests_that_fit,
     row_seeds,
     size_errors,
+    those_that_fit,
 )
 from batchinfer.engine.request import Requests, RowError
-from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.openai_batch.fields import check_fields
 from batchinfer.jobs.openai_batch.request import Request, read_request, shown
-from batchinfer.jobs.openai_batch.sampling import KEPT, RequestSampling
+from batchinfer.jobs.openai_batch.sampling import RequestSampling
+from batchinfer.jobs.rows.sampling import RowSampling, with_sampling
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.lines import LINE, NUMBER
 from batchinfer.kernels.ragged import offsets_of
@@ -49,7 +48,7 @@ class _Asked:
 
     request: Request
     prompt: _Chat | str | list[int]
-    params: SamplingParams
+    sampling: RowSampling
 
 
 class RequestSource:
@@ -61,7 +60,7 @@ class RequestSource:
         self._spec, self._tokenizer, self._max_model_len = spec, tokenizer, max_model_len
         self._repeated = repeated
         self.columns = [NUMBER, LINE]
-        self._sampling = RequestSampling(spec.sampling, tokenizer)
+        self._sampling = RequestSampling(spec, tokenizer)
         self._models = None if spec.any_model else (spec.model, PurePath(spec.model).name)
         self._system: Conversation = []
         if spec.system_prompt is not None:
@@ -79,21 +78,11 @@ class RequestSource:
                 code, message = error.row_error.code, error.row_error.message
                 errors[index] = RowError(code, f"line {numbers[index]}: {message}")
         indices, token_ids, offsets = self._encode(asked, errors)
-        requests = requests_that_fit(indices, token_ids, offsets, self._spec.sampling, self._max_model_len, errors)
-        each = [asked[index] for index in requests.rows.tolist()]
-        params: dict[SamplingParams, int] = {}
-        room = self._max_model_len - np.diff(requests.offsets)
-        param_index = [
-            params.setdefault(_clipped(one.params, most), len(params))
-            for one, most in zip(each, room.tolist(), strict=True)
-        ]
-        requests = replace(
-            requests,
-            rows=first_row + requests.rows,
-            seeds=self._seeds(requests, each),
-            params=tuple(params),
-            param_index=np.array(param_index, np.int32),
-        )
+        requests = Requests.alike(indices, token_ids, offsets, self._spec.sampling)
+        requests = with_sampling(requests, [asked[index].sampling for index in indices.tolist()])
+        requests = those_that_fit(requests, self._max_model_len, errors)
+        seeds = self._seeds(requests, [asked[index] for index in requests.rows.tolist()])
+        requests = replace(requests, rows=first_row + requests.rows, seeds=seeds)
         return requests, {first_row + index: error for index, error in sorted(errors.items())}
 
     def _read(self, row: int, line: bytes | None) -> _Asked:
@@ -111,10 +100,10 @@ class RequestSource:
         if not request.chat:
             return _Asked(request, self._prompt(body.get("prompt")), self._sampling.of(body, ()))
         chat = self._chat(body)
-        params = self._sampling.of(body, ("reasoning", "tool_calls") if chat.tools else ("reasoning",))
-        if chat.tools and params.structure is not None:
+        sampling = self._sampling.of(body, ("reasoning", "tool_calls") if chat.tools else ("reasoning",))
+        if chat.tools and sampling.params.structure is not None:
             raise BadPrompt("unsupported_field", "a form leaves no room for calls of tools; leave one of the two out")
-        return _Asked(request, chat, params)
+        return _Asked(request, chat, sampling)
 
     def _prompt(self, prompt: Any) -> str | list[int]:
         """Return the prompt of a completion: a text or token ids, also alone in a list."""
@@ -180,21 +169,14 @@ class RequestSource:
 
     def _seeds(self, requests: Requests, each: list[_Asked]) -> NDArray[np.uint64]:
         """Return the rows' random seeds [n]: of a body's seed and the prompt, or else of --seed and the custom_id."""
-        tokens = keys_by_tokens(requests)
-        seeds = np.zeros(len(each), np.uint64)
-        for i, one in enumerate(each):
-            own = one.request.body.get("seed")
-            key = tokens[i] if own is not None else b"id" + one.request.custom_id.encode()
-            seeds[i] = row_seeds(self._spec.seed if own is None else own, [key])[0]
-        return seeds
+        own = [one.request.body.get("seed") for one in each]
+        keys = [
+            tokens if seed is not None else b"id" + one.request.custom_id.encode()
+            for tokens, seed, one in zip(keys_by_tokens(requests), own, each, strict=True)
+        ]
+        return row_seeds([self._spec.seed if seed is None else seed for seed in own], keys)
 
 
 def _by_index(indices: Iterable[int], token_ids: TokenIds, offsets: Offsets) -> dict[int, TokenIds]:
     """Return the token ids of each prompt, by its index."""
     return dict(zip(indices, np.split(token_ids, offsets[1:-1]), strict=True))
-
-
-@lru_cache(KEPT)
-def _clipped(params: SamplingParams, room: int) -> SamplingParams:
-    """Return params with at most `room` tokens."""
-    return params if params.max_tokens <= room else replace(params, max_tokens=room)

@@ -7,7 +7,7 @@ assumes that weights in 4 bits are expanded, and that the job's other process ta
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -43,11 +43,14 @@ class JobShape:
     shared_tokens: int = 0  # prompt tokens that are computed once for several rows
 
     @classmethod
-    def of(cls, figures: LengthFigures, sampling: SamplingParams, max_model_len: int, samples: int) -> "JobShape":
-        """Return the shape of a job from the figures of all its rows, with `samples` to compute for each row."""
-        all_tokens = int(figures.run_lengths @ np.arange(len(figures.run_lengths)))
-        shared = figures.shared_tokens + (samples - 1) * all_tokens  # further samples share the first one's prompt
-        return cls(samples * figures.run_lengths, sampling, max_model_len, shared)
+    def of(cls, figures: LengthFigures, sampling: SamplingParams, max_model_len: int, by_row: bool) -> "JobShape":
+        """Return the shape of a job from the figures of all its rows. If they have sampling params of their own,
+        `by_row`, they are taken to have the mean of their `max_tokens` each."""
+        if by_row:
+            mean = -(-figures.new_tokens // max(int(figures.run_lengths.sum()), 1))
+            sampling = replace(sampling, max_tokens=max(mean, 1))
+        shared = figures.shared_tokens + figures.sample_tokens  # further samples share the first one's prompt
+        return cls(figures.run_lengths, sampling, max_model_len, shared)
 
     @property
     def rows(self) -> int:

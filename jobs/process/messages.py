@@ -30,7 +30,7 @@ class Load:
 
     config: EngineConfig
     tokenizer: Path | None  # folder of the tokenizer; None: the model's own
-    samples: int  # computed for each row
+    samples: bool  # rows may have several samples
 
 
 @dataclass(frozen=True)

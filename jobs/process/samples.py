@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from batchinfer.engine.config import EngineStats
 from batchinfer.engine.request import Completions, Requests, RowError
-from batchinfer.kernels.ragged import offsets_of
+from batchinfer.jobs.sampling_flags import MAX_SAMPLES
+from batchinfer.kernels.ragged import Ints, offsets_of, ranges
 
 if TYPE_CHECKING:
     from batchinfer.jobs.process.messages import Engine
@@ -23,15 +24,17 @@ class _Sample:
 
 
 class SampledEngine:
-    """Answers every row `n` times, with an engine that answers each row once.
+    """Answers every row as often as it asks for, with an engine that answers each row once.
 
-    Sample s of row r is row `n * r + s` of that engine. A row ends when its last sample ends; samples that end earlier
-    are kept until then. The completions then hold the row n times in succession, in the order of its samples.
+    Sample s of row r is row `MAX_SAMPLES * r + s` of that engine. A row ends when its last sample ends; samples that
+    end earlier are kept until then. The completions then hold the row once for each sample that was computed, in
+    succession and in the order of its samples.
     """
 
-    def __init__(self, engine: "Engine", n: int) -> None:
-        self._engine, self._n = engine, n
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
         self._kept: dict[int, dict[int, _Sample]] = {}  # row -> sample's index -> sample
+        self._missing: dict[int, int] = {}  # row -> samples that have not ended
 
     @property
     def unfinished(self) -> int:
@@ -40,23 +43,24 @@ class SampledEngine:
 
     def add(self, requests: Requests) -> None:
         """Queue rows."""
-        self._engine.add(sampled(requests, self._n))
+        self._missing |= dict(zip(requests.rows.tolist(), sequences(requests).tolist(), strict=True))
+        self._engine.add(sampled(requests))
 
     def take_admitted(self) -> list[int]:
         """Return the rows of which a sample began since the last call."""
-        return list(dict.fromkeys(sample // self._n for sample in self._engine.take_admitted()))
+        return list(dict.fromkeys(sample // MAX_SAMPLES for sample in self._engine.take_admitted()))
 
     def step(self) -> Completions:
         """Take a step. Returns the rows whose last sample ended in it."""
         done = self._engine.step()
         whole = []
         for i, (number, reason) in enumerate(zip(done.rows.tolist(), done.finish_reasons.tolist(), strict=True)):
-            row, index = divmod(number, self._n)
+            row, index = divmod(number, MAX_SAMPLES)
             # Copy the tokens, so that the array of the whole step is not kept alive.
             token_ids = done.token_ids[done.offsets[i] : done.offsets[i + 1]].copy()
-            kept = self._kept.setdefault(row, {})
-            kept[index] = _Sample(token_ids, reason, done.errors.get(number))
-            if len(kept) == self._n:
+            self._kept.setdefault(row, {})[index] = _Sample(token_ids, reason, done.errors.get(number))
+            self._missing[row] -= 1
+            if not self._missing[row]:
                 whole.append(row)
         return self._take(whole)
 
@@ -66,15 +70,16 @@ class SampledEngine:
 
     def _take(self, rows: list[int]) -> Completions:
         """Remove these rows and return their completions. A row's error is that of its first sample with an error."""
-        samples, errors = [], {}
+        samples, errors, counts = [], {}, []
         for row in rows:
-            kept = self._kept.pop(row)
-            mine = [kept[index] for index in range(self._n)]
+            del self._missing[row]
+            mine = [sample for _, sample in sorted(self._kept.pop(row).items())]
             samples += mine
+            counts.append(len(mine))
             if (error := next((sample.error for sample in mine if sample.error is not None), None)) is not None:
                 errors[row] = error
         return Completions(
-            np.repeat(np.array(rows, np.int64), self._n),
+            np.repeat(np.array(rows, np.int64), np.array(counts, np.int64)),
             np.concatenate([np.empty(0, np.int32), *(sample.token_ids for sample in samples)]),
             offsets_of(np.array([len(sample.token_ids) for sample in samples], np.int64)),
             np.array([sample.finish_reason for sample in samples], np.int8),
@@ -82,13 +87,19 @@ class SampledEngine:
         )
 
 
-def sampled(requests: Requests, n: int) -> Requests:
-    """Return a request for each sample: sample s of row r is row `n * r + s`. Sample 0 has the row's own seed."""
-    repeated = requests.take(np.repeat(np.arange(len(requests)), n))
-    index = np.tile(np.arange(n), len(requests))
+def sequences(requests: Requests) -> Ints:
+    """Return the number of samples to compute of each row [n]: one at temperature 0, since all are the same then."""
+    wanted = np.ones(len(requests), np.int32) if requests.samples is None else requests.samples
+    return np.where(requests.number("temperature") > 0, wanted, 1).astype(np.int64)
+
+
+def sampled(requests: Requests) -> Requests:
+    """Return a request for each sample: sample s of row r is row `MAX_SAMPLES * r + s`. Sample 0 has the row's seed."""
+    index, offsets = ranges(np.zeros(len(requests), np.int64), sequences(requests))
+    repeated = requests.take(np.repeat(np.arange(len(requests)), np.diff(offsets)))
     digests = b"".join(map(_seed, repeated.seeds.tolist(), index.tolist()))
     seeds = np.where(index == 0, repeated.seeds, np.frombuffer(digests, "<u8"))
-    return replace(repeated, rows=repeated.rows * n + index, seeds=seeds)
+    return replace(repeated, rows=repeated.rows * MAX_SAMPLES + index, seeds=seeds, samples=None)
 
 
 def _seed(row_seed: int, index: int) -> bytes:

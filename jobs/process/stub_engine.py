@@ -32,7 +32,7 @@ class StubEngine:
     def step(self) -> Completions:
         requests = self._waiting.popleft()
         lengths = np.diff(requests.offsets)
-        limits = np.array([p.max_tokens for p in requests.params])[requests.param_index]
+        limits = requests.number("max_tokens")
         taken = np.minimum(lengths, limits)
         indices, offsets = ranges(requests.offsets[:-1], taken)
         self._stats.steps += 1

@@ -157,8 +157,8 @@ def run_engine(pipe: "Connection[Message, Command]", engine_name: str) -> None:
         traceback.print_exc()
         pipe.send(Fault(str(error), refused=True))
         return
-    if order.samples > 1:
-        engine = SampledEngine(engine, order.samples)
+    if order.samples:
+        engine = SampledEngine(engine)
     pipe.send(Ready(engine.stats()))
     draining = False
     last_beat = time.monotonic()

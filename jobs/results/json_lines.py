@@ -72,7 +72,7 @@ class JsonLines:
 
     @staticmethod
     def results(path: Path) -> Iterator[pa.Table]:
-        types = {field.name: field.type for field in result_fields(2)}
+        types = {field.name: field.type for field in result_fields(True)}
         with path.open("rb") as file:
             number = 0
             while rows := [_counted(path, number + i, line) for i, line in enumerate(islice(file, SLICE_ROWS), 1)]:

@@ -31,22 +31,23 @@ COUNTED = ["finish_reason", "prompt_tokens", "completion_tokens", "error_code"]
 PARQUET: dict[str, Any] = {"write_page_checksum": True, "compression": "zstd"}
 
 
-def result_fields(samples: int = 1, parsed: Collection[str] = (), asked: Sequence[pa.Field] = ()) -> list[pa.Field]:
-    """Return the result columns of a job with this number of samples for each row, these parsed columns, and the
-    columns `asked`.
+def result_fields(
+    lists_samples: bool = False, parsed: Collection[str] = (), asked: Sequence[pa.Field] = ()
+) -> list[pa.Field]:
+    """Return the result columns of a job with these parsed columns, and the columns `asked`.
 
-    With several samples a row, the last column lists them all, or is null if the row failed. The other columns are
-    those of the first sample.
+    If the job lists samples, the last column has all samples of a row, or is null if the row failed. The other columns
+    are those of the first sample.
     """
     text, *others = RESULT_FIELDS
     fields = [text, *(field for field in PARSED_FIELDS if field.name in parsed), *others, *asked]
-    return [*fields, pa.field(SAMPLES, pa.list_(sample_type(parsed)))] if samples > 1 else fields
+    return [*fields, pa.field(SAMPLES, pa.list_(sample_type(parsed)))] if lists_samples else fields
 
 
 def sample_type(parsed: Collection[str] = ()) -> pa.StructType:
     """Return the type of a sample, in a job with these parsed columns."""
     unlike = ("prompt_tokens", "error_code", "error_message")
-    return pa.struct([field for field in result_fields(1, parsed) if field.name not in unlike])
+    return pa.struct([field for field in result_fields(parsed=parsed) if field.name not in unlike])
 
 
 def part_schema(results: Sequence[pa.Field] = RESULT_FIELDS) -> pa.Schema:
@@ -56,7 +57,7 @@ def part_schema(results: Sequence[pa.Field] = RESULT_FIELDS) -> pa.Schema:
 
 def is_part(schema: pa.Schema) -> bool:
     """Return whether a part may have these columns; those of earlier versions have no key."""
-    whole = part_schema(result_fields(1, [field.name for field in PARSED_FIELDS if field.name in schema.names]))
+    whole = part_schema(result_fields(parsed=[field.name for field in PARSED_FIELDS if field.name in schema.names]))
     begins = (pa.schema(list(schema)[: len(known)]).equals(known) for known in (whole, keyless(whole)))
     return any(begins)
 

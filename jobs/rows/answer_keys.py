@@ -16,14 +16,13 @@ def answer_keys(requests: Requests) -> Keys:
     """Return a digest for each row [n]: of its token ids, its params, its labels and, where tokens are drawn, its
     seed."""
     n, size, hashed = len(requests), KEY.type.byte_width, hashlib.blake2b
-    params, choices = requests.params, requests.choices
-    starts = [repr(each).encode() for each in params]
-    index = requests.param_index.tolist()
-    begins = [starts[i] for i in index]
+    starts, choices = requests.params.described(), requests.choices
+    begins = [starts[i] for i in requests.param_index.tolist()]
+    if requests.samples is not None:
+        begins = [b"%bn=%d;" % pair for pair in zip(begins, requests.samples.tolist(), strict=True)]
     if choices is not None:
         begins = [begin + _joined(choices, i) for i, begin in enumerate(begins)]
-    drawn = np.array([each.temperature > 0 for each in params], np.bool_)[requests.param_index]
-    seeds = np.where(drawn, requests.seeds, np.uint64(0)).tolist()
+    seeds = np.where(requests.number("temperature") > 0, requests.seeds, np.uint64(0)).tolist()
     raw, bounds = requests.token_ids.astype("<i4").tobytes(), (4 * requests.offsets).tolist()
     digests = [
         hashed(b"%b%d/%b" % (begin, seed, raw[a:b]), digest_size=size).digest()

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from batchinfer.engine.prompts import ends_of
 from batchinfer.engine.request import Requests
-from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.rows.answer_keys import Keys, answer_keys
 from batchinfer.kernels.ragged import Ints
+from batchinfer.text.stop import Stop
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,18 +21,24 @@ class Asked:
     keys: Keys  # [n]
     ends: NDArray[np.int32] | None  # [n, END_TOKENS] last tokens of the prompts; None if no thinking is looked for
     labels: list[list[str]] | None  # [n] what each row chooses from; None if rows do not choose
-    params: list[SamplingParams]  # [n]
+    stops: list[Stop]  # [n] what its answers end at
+    samples: NDArray[np.int32]  # [n] answers wanted
+    parsed: list[tuple[str, ...] | None]  # [n] what is taken out of its answers, as `SamplingParams` has it
 
     @staticmethod
     def of(requests: Requests, thinking: bool) -> "Asked":
         """Take them from requests; `thinking` says whether thinking is looked for in their answers."""
         n, choices = len(requests), requests.choices
+        different = [Stop(params.stop, params.stop_token_ids) for params in requests.params.others]
+        index = requests.params.other_index[requests.param_index]
         return Asked(
             np.diff(requests.offsets).astype(np.int32),
             answer_keys(requests),
             ends_of(requests, np.arange(n)) if thinking else None,
             None if choices is None else [choices.texts_of(i) for i in range(n)],
-            [requests.params[i] for i in requests.param_index.tolist()],
+            [different[i] for i in index.tolist()],
+            np.ones(n, np.int32) if requests.samples is None else requests.samples,
+            [requests.params.others[i].parsed for i in index.tolist()],
         )
 
     @staticmethod
@@ -45,12 +51,14 @@ class Asked:
             np.concatenate([part.keys for part in parts]),
             np.concatenate(ends) if ends else None,
             [texts for part in labels for texts in part] if labels else None,
-            [params for part in parts for params in part.params],
+            [stop for part in parts for stop in part.stops],
+            np.concatenate([part.samples for part in parts]),
+            [parsed for part in parts for parsed in part.parsed],
         )
 
     def take(self, index: Ints) -> "Asked":
         """Return the rows at `index`, in that order."""
         labels = None if self.labels is None else [self.labels[i] for i in index.tolist()]
         ends = None if self.ends is None else self.ends[index]
-        params = [self.params[i] for i in index.tolist()]
-        return Asked(self.prompt_tokens[index], self.keys[index], ends, labels, params)
+        stops, parsed = ([each[i] for i in index.tolist()] for each in (self.stops, self.parsed))
+        return Asked(self.prompt_tokens[index], self.keys[index], ends, labels, stops, self.samples[index], parsed)

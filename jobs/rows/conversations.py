@@ -1,7 +1,7 @@
 """Reading conversations, their tools, and arguments for their template from columns or files; or a row's error."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def check_tools_column(file: Path, schema: pa.Schema, name: str) -> None:
 
 
 def check_arguments_column(file: Path, schema: pa.Schema, name: str) -> None:
-    """Raise `Refused`, naming the type that was found, unless the column can hold arguments for a chat template."""
+    """Raise `Refused`, naming the type that was found, unless the column can hold arguments for a chat template, or
+    other objects."""
     kind = find_field(schema, name, file).type
     is_map = pa.types.is_map(kind) and is_text(kind.key_type)
     if not (is_text(kind) or is_map or pa.types.is_struct(kind)) or _has_nanoseconds(kind):
@@ -95,11 +96,19 @@ def read_tools(batch: pa.RecordBatch, name: str, errors: Errors) -> dict[int, To
     return _read(_empty_as_null(batch.column(name)), name, "tools", check_tools, errors)
 
 
-def read_arguments(batch: pa.RecordBatch, name: str, errors: Errors) -> dict[int, Arguments]:
-    """Return the arguments for the chat template by index. A null and an empty text are none, and so is a null in a
-    struct or a map. New errors are added to `errors`."""
+def read_arguments(batch: pa.RecordBatch, name: str, errors: Errors) -> Mapping[int, Arguments]:
+    """Return the arguments for the chat template by index. New errors are added to `errors`."""
+    return read_objects(batch, name, "chat_template_kwargs", check_arguments, errors)
+
+
+def read_objects(
+    batch: pa.RecordBatch, name: str, what: str, check: Callable[[Any], None], errors: Errors
+) -> dict[int, dict[str, Any]]:
+    """Return the objects in a column by index. A null and an empty text are empty objects, and a null in a struct or a
+    map is left out. `check` raises `BadPrompt` for what is no object. New errors, about `what`, are added to `errors`.
+    """
     column = _empty_as_null(batch.column(name))
-    found = _read(column, name, "chat_template_kwargs", check_arguments, errors)
+    found = _read(column, name, what, check, errors)
     sparse = not is_text(column.type)  # all rows of a struct have the same fields
     return {
         index: {key: value for key, value in (given or {}).items() if not (sparse and value is None)}

@@ -14,18 +14,17 @@ HASHED_TOKENS = 1 << 21  # most tokens in memory at a time
 def leaders(prompts: StoredRequests) -> Ints:
     """Return the index of each row's leader [n].
 
-    That is the first row with the same tokens, the same sampling params and labels and, if tokens are drawn at random,
-    the same seed. A row without such a row before it is its own leader. There must be one row or more.
+    That is the first row with the same tokens, sampling params, labels and number of samples and, if tokens are drawn
+    at random, the same seed. A row without such a row before it is its own leader. There must be one row or more.
     """
-    sampled = np.array([params.temperature > 0 for params in prompts.params], np.bool_)[prompts.param_index]
-    seeds = np.where(sampled, prompts.seeds, np.uint64(0))
-    sets = prompts.label_sets()
-    keys = _keys(prompts, seeds) + sets.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    seeds = np.where(prompts.drawn, prompts.seeds, np.uint64(0))
+    sets, samples = prompts.label_sets(), prompts.wanted
+    keys = _keys(prompts, seeds) + (sets + samples).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     by_key = np.argsort(keys, kind="stable")
     changes = np.flatnonzero(np.concatenate(([True], np.diff(keys[by_key]) != 0)))
     first = np.repeat(by_key[changes], np.diff(changes, append=len(keys)))
     leader = np.arange(len(prompts))
-    for kind in (prompts.lengths, prompts.param_index, seeds, sets):
+    for kind in (prompts.lengths, prompts.param_index, seeds, sets, samples):
         alike = kind[first] == kind[by_key]
         first, by_key = first[alike], by_key[alike]
     followers = np.sort(by_key[first != by_key])

@@ -16,8 +16,8 @@ class LengthFigures:
 
     block_size: int
     lengths: NDArray[np.int64]  # [longest prompt + 1] number of prompts by length, duplicates included
-    run_lengths: NDArray[np.int64]  # the same for the rows that run
-    # [most blocks + 1] number of rows that run, by the most KV blocks that a row may need
+    run_lengths: NDArray[np.int64]  # the same for the samples that run
+    # [most blocks + 1] number of samples that run, by the most KV blocks that a sample may need
     reservations: NDArray[np.int64]
     duplicates: int = 0  # rows that get the result of another row
     duplicate_tokens: int = 0  # tokens of their prompts
@@ -25,25 +25,29 @@ class LengthFigures:
     groups: int = 0  # groups of two or more rows that run and have the same first tile
     grouped_rows: int = 0  # rows in these groups
     label_tokens: int = 0  # tokens of all labels that the rows that run choose from
+    sample_tokens: int = 0  # tokens of the prompts of all samples that run but the first of each row
+    new_tokens: int = 0  # most tokens that all samples that run may have; 0 if they choose from labels
 
     @staticmethod
     def of(prompts: StoredRequests, order: NDArray[np.int64], block_size: int) -> "LengthFigures":
         """Return the figures of one window, whose rows at the indices `order` run, in that order."""
-        blocks = prompts.most_blocks(order, block_size)
+        blocks, sequences, lengths = prompts.most_blocks(order, block_size), prompts.sequences[order], prompts.lengths
         shared = shared_tiles(prompts, order)
         joins = shared > 0  # belongs to the group of the row before it
         groups = int(joins.sum() - (joins[1:] & joins[:-1]).sum())
         return LengthFigures(
             block_size,
-            np.bincount(prompts.lengths, minlength=1),
-            np.bincount(prompts.lengths[order], minlength=1),
-            np.bincount(blocks, minlength=1),
+            np.bincount(lengths, minlength=1),
+            np.bincount(np.repeat(lengths[order], sequences), minlength=1),
+            np.bincount(np.repeat(blocks, sequences), minlength=1),
             duplicates=len(prompts) - len(order),
-            duplicate_tokens=int(prompts.lengths.sum() - prompts.lengths[order].sum()),
+            duplicate_tokens=int(lengths.sum() - lengths[order].sum()),
             shared_tokens=TILE * int(shared.sum()),
             groups=groups,
             grouped_rows=groups + int(joins.sum()),
             label_tokens=prompts.label_tokens(order),
+            sample_tokens=int(lengths[order] @ (sequences - 1)),
+            new_tokens=0 if prompts.labels is not None else int(prompts.max_tokens[order] @ sequences),
         )
 
     def __add__(self, other: "LengthFigures") -> "LengthFigures":
@@ -60,6 +64,8 @@ class LengthFigures:
             self.groups + other.groups,
             self.grouped_rows + other.grouped_rows,
             self.label_tokens + other.label_tokens,
+            self.sample_tokens + other.sample_tokens,
+            self.new_tokens + other.new_tokens,
         )
 
     @property
@@ -87,7 +93,7 @@ class LengthFigures:
         return {edge: rows - before for edge, rows, before in zip(edges, below, [0, *below], strict=False)}
 
     def kv_cache_tokens(self, max_num_seqs: int) -> int:
-        """Return the KV tokens, in whole blocks, that the `max_num_seqs` largest rows need if they run at the same
+        """Return the KV tokens, in whole blocks, that the `max_num_seqs` largest samples need if they run at the same
         time."""
         largest_first = self.reservations[::-1]
         before = np.cumsum(largest_first) - largest_first

@@ -16,8 +16,8 @@ from batchinfer.engine.prompts import (
     Tools,
     encode_chats,
     keys_by_tokens,
-    requests_that_fit,
     row_seeds,
+    those_that_fit,
 )
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.errors import Refused, UsageError
@@ -31,6 +31,7 @@ from batchinfer.jobs.rows.conversations import (
     read_tools_file,
 )
 from batchinfer.jobs.rows.labels import LabelSource
+from batchinfer.jobs.rows.sampling import SamplingSource
 from batchinfer.jobs.rows.schemas import SchemaSource
 from batchinfer.jobs.rows.text_columns import check_types, good_texts, is_text, text_column
 from batchinfer.jobs.spec import JobSpec
@@ -47,7 +48,7 @@ def verbatim_columns(spec: JobSpec) -> list[str]:
     """
     template = [] if spec.prompt_template is None else parse_template(spec.prompt_template)
     of_chats = spec.messages_column, spec.tools_column, spec.chat_template_kwargs_column
-    names = [*of_chats, spec.json_schema_column, *(name for _, name in template)]
+    names = [*of_chats, spec.json_schema_column, spec.sampling_params_column, *(name for _, name in template)]
     return [name for name in names if name is not None]
 
 
@@ -89,6 +90,9 @@ class PromptSource:
         column = spec.json_schema_column
         self._schemas = None if column is None else SchemaSource(spec, column, schema)
         names += [*(self._labels.columns if self._labels else []), *([] if column is None else [column])]
+        column = spec.sampling_params_column
+        self._sampling = None if column is None else SamplingSource(spec, column, tokenizer, schema)
+        names += [] if column is None else [column]
         self.columns = list(dict.fromkeys(names))
         if spec.renders_chats and tokenizer.template is None:
             raise Refused(
@@ -117,15 +121,21 @@ class PromptSource:
             else:
                 token_ids, offsets = self._tokenizer.encode_batch(texts, self._spec.allow_special_tokens)
 
-        sampling = self._spec.sampling
-        requests = requests_that_fit(indices, token_ids, offsets, sampling, self._max_model_len, errors)
+        requests = Requests.alike(indices, token_ids, offsets, self._spec.sampling)
+        seeds: dict[int, int] = {}
+        if self._spec.lists_samples:
+            requests = replace(requests, samples=np.full(len(indices), self._spec.n, np.int32))
+        if self._sampling is not None:
+            requests, seeds = self._sampling.sampled(requests, batch, errors)
+        requests = those_that_fit(requests, self._max_model_len, errors)
         if self._labels is not None:
             requests = self._labels.choosing(requests, batch, errors)
         if self._schemas is not None:
             requests = self._schemas.following(requests, batch, errors)
-        seeds = self._seeds(requests, batch) if sampling.temperature > 0 else requests.seeds
+        if (requests.number("temperature") > 0).any():
+            requests = replace(requests, seeds=self._seeds(requests, batch, seeds))
         by_row = {first_row + index: error for index, error in sorted(errors.items())}
-        return replace(requests, rows=first_row + requests.rows, seeds=seeds), by_row
+        return replace(requests, rows=first_row + requests.rows), by_row
 
     def _plain(self, batch: pa.RecordBatch, errors: Errors) -> pa.Array:
         name = self.columns[0]
@@ -161,13 +171,14 @@ class PromptSource:
         special = spec.allow_special_tokens
         return indices, *encode_chats(self._tokenizer, indices, messages, errors, offered, special, each)
 
-    def _seeds(self, requests: Requests, batch: pa.RecordBatch) -> NDArray[np.uint64]:
-        """Return the rows' random seeds: from the id column if there is one, else from the token ids. They never depend
-        on a row's position in the table."""
+    def _seeds(self, requests: Requests, batch: pa.RecordBatch, own: dict[int, int]) -> NDArray[np.uint64]:
+        """Return the rows' random seeds: from the id column if there is one, else from the token ids, and from the seed
+        that a row has of its `own` or the job's. They never depend on a row's position in the table."""
+        given = [own.get(index, self._spec.seed) for index in requests.rows.tolist()]
         if self._spec.id_column is None:
-            return row_seeds(self._spec.seed, keys_by_tokens(requests))
+            return row_seeds(given, keys_by_tokens(requests))
         ids = as_text(batch.column(self._spec.id_column)).take(pa.array(requests.rows))  # pyarrow takes no string views
-        return row_seeds(self._spec.seed, (b"id" + value for value in id_bytes(ids)))
+        return row_seeds(given, [b"id" + value for value in id_bytes(ids)])
 
 
 def parse_template(template: str) -> list[tuple[str, str | None]]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from batchinfer.engine.prompts import Errors
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.jobs.rows.text_columns import check_types, invalid_utf8, is_text
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text
@@ -35,17 +36,22 @@ class SchemaSource:
         for i, (index, before) in enumerate(zip(requests.rows.tolist(), requests.param_index.tolist(), strict=True)):
             try:
                 text = _written(schemas[index].as_py())
-                problem = problem_with(("json_schema", text)) if text else "is null or empty"
+                problem = _problem(text)
             except UnicodeDecodeError:
                 errors[index] = invalid_utf8(self.column)
                 continue
             if problem:
-                errors[index] = RowError("bad_schema", f"the schema {problem}")
+                errors[index] = RowError("bad_schema", problem)
+                continue
+            try:
+                own = replace(requests.params[before], json_schema=text)
+            except ValueError as error:
+                errors[index] = RowError("bad_sampling_params", str(error))
                 continue
             good.append(i)
-            param_index.append(params.setdefault(replace(requests.params[before], json_schema=text), len(params)))
+            param_index.append(params.setdefault(own, len(params)))
         taken = requests.take(np.array(good, np.int64))
-        return replace(taken, params=tuple(params), param_index=np.array(param_index, np.int32))
+        return replace(taken, params=SamplingTable.of(list(params)), param_index=np.array(param_index, np.int32))
 
 
 def _written(text: str | None) -> str:
@@ -60,10 +66,12 @@ def _written(text: str | None) -> str:
 
 
 @lru_cache(CHECKED)
-def problem_with(structure: tuple[str, str]) -> str:
-    """Say what is wrong with a structure, a field of `SamplingParams` and its text; empty if nothing is."""
+def _problem(text: str) -> str:
+    """Say what is wrong with a schema; empty if nothing is."""
+    if not text:
+        return "the schema is null or empty"
     try:
-        check_grammar(structure)
+        check_grammar(("json_schema", text))
     except ValueError as error:
-        return str(error)
+        return f"the schema {error}"
     return ""

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from batchinfer.engine.request import Choices, Requests
-from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.request import Choices, Requests, params_of_all
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.jobs.results.durable import naming
 from batchinfer.kernels.ragged import Ints, offsets_of, ranges
 
@@ -33,9 +33,10 @@ class StoredRequests:
     starts: NDArray[np.int64]  # [n]
     lengths: NDArray[np.int64]  # [n]
     seeds: NDArray[np.uint64]  # [n]
-    params: tuple[SamplingParams, ...]  # without repetitions
+    params: SamplingTable  # without repetitions
     param_index: NDArray[np.int32]  # [n] into params
     labels: pa.ChunkedArray | None = None  # [n] lists of `LABEL`, mapped from a file; None if rows do not choose
+    samples: NDArray[np.int32] | None = None  # [n] answers wanted of each row; None: one
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,7 +53,30 @@ class StoredRequests:
             requests.params,
             requests.param_index,
             None if requests.choices is None else pa.chunked_array([in_arrow(requests.choices)]),
+            requests.samples,
         )
+
+    @property
+    def max_tokens(self) -> Ints:
+        """Most tokens of each row's answer [n]."""
+        most: Ints = self.params.numbers["max_tokens"][self.param_index].astype(np.int64)
+        return most
+
+    @property
+    def drawn(self) -> NDArray[np.bool_]:
+        """Whether each row's tokens are drawn at random [n]."""
+        drawn: NDArray[np.bool_] = self.params.numbers["temperature"][self.param_index] > 0
+        return drawn
+
+    @property
+    def wanted(self) -> Ints:
+        """Number of samples that each row asks for [n]."""
+        return np.ones(len(self), np.int64) if self.samples is None else self.samples.astype(np.int64)
+
+    @property
+    def sequences(self) -> Ints:
+        """Number of samples that are computed of each row [n]: one at temperature 0, since all are the same then."""
+        return np.where(self.drawn, self.wanted, 1)
 
     def prompts(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Return (token ids, offsets [m + 1]) of the prompts at the indices [m], in this order."""
@@ -63,18 +87,16 @@ class StoredRequests:
         """Return the requests at the indices, in this order, in memory."""
         token_ids, offsets = self.prompts(index)
         choices = None if self.labels is None else from_arrow(self.labels.take(pa.array(index)).combine_chunks())
-        # Only the params that these rows have: each row may have a grammar of its own.
-        used, param_index = np.unique(self.param_index[index], return_inverse=True)
-        params = tuple(self.params[i] for i in used.tolist())
-        return Requests(
-            self.rows[index], token_ids, offsets, self.seeds[index], params, param_index.astype(np.int32), choices
-        )
+        samples = None if self.samples is None else self.samples[index]
+        # Only the params that these rows have: each row may have its own.
+        used, where = np.unique(self.param_index[index], return_inverse=True)
+        params, param_index = self.params.take(used.astype(np.int64)), where.astype(np.int32)
+        return Requests(self.rows[index], token_ids, offsets, self.seeds[index], params, param_index, choices, samples)
 
     def most_blocks(self, index: Ints, size: int) -> Ints:
         """Return the most blocks of `size` tokens that the rows at the indices [m] may need [m]."""
         if self.labels is None:
-            new = np.array([params.max_tokens for params in self.params], np.int64)[self.param_index[index]]
-            return _in_blocks(self.lengths[index] + new, size)
+            return _in_blocks(self.lengths[index] + self.max_tokens[index], size)
         labels = self.labels.take(pa.array(index)).combine_chunks()
         longest = pc.max(pc.list_value_length(pc.struct_field(labels.flatten(), 0))).as_py()
         forks: Ints = pc.list_value_length(labels).to_numpy() - 1
@@ -106,9 +128,8 @@ class TokenFile:
         self._path = path
         self._writer = pa.ipc.new_file(str(path), SCHEMA)
         self._slices: list[Requests] = []  # without their token ids
-        self._params: dict[SamplingParams, int] = {}
-        self._param_index: list[NDArray[np.int32]] = []
         self._chooses = False
+        self._grammars: set[tuple[str, str]] = set()
         self.rows = self.tokens = 0
         self.grammar_bytes = 0  # of the grammars of all rows, each counted once; they are in memory
 
@@ -119,11 +140,9 @@ class TokenFile:
         labels = pa.nulls(len(requests), SCHEMA.field(1).type) if choices is None else in_arrow(choices)
         with naming(self._path):
             self._writer.write_batch(pa.RecordBatch.from_arrays([prompts, labels], schema=SCHEMA))
-        for params in requests.params:
-            if params not in self._params and params.structure is not None:
-                self.grammar_bytes += GRAMMAR_BYTES + len(params.structure[1])
-        indices = [self._params.setdefault(params, len(self._params)) for params in requests.params]
-        self._param_index.append(np.array(indices, np.int32)[requests.param_index])
+        new = {params.structure for params in requests.params.others if params.structure is not None} - self._grammars
+        self.grammar_bytes += sum(GRAMMAR_BYTES + len(text) for _, text in new)
+        self._grammars |= new
         self._chooses = choices is not None
         self._slices.append(replace(requests, token_ids=np.zeros(0, np.int32), choices=None))
         self.rows += len(requests)
@@ -145,15 +164,16 @@ class TokenFile:
             token_ids = batch.column(0).values
             labels.append(batch.column(1))
             starts.append((token_ids.buffers()[1].address - whole.address) // 4 + requests.offsets[:-1])
+        samples = [requests.samples for requests in self._slices if requests.samples is not None]
         return StoredRequests(
             np.concatenate([requests.rows for requests in self._slices]),
             np.frombuffer(whole, np.int32, whole.size // 4),
             np.concatenate(starts),
             np.concatenate([np.diff(requests.offsets) for requests in self._slices]),
             np.concatenate([requests.seeds for requests in self._slices]),
-            tuple(self._params),
-            np.concatenate(self._param_index),
+            *params_of_all(self._slices),
             pa.chunked_array(labels) if self._chooses else None,
+            np.concatenate(samples) if samples else None,
         )
 
     def close(self) -> None:
@@ -197,16 +217,19 @@ def _joined(labels: pa.ListArray) -> pa.StringArray:
     return pc.binary_join(texts, "\0")
 
 
-def cut(lengths: NDArray[np.int64], most_rows: int, most_tokens: int) -> list[slice]:
-    """Cut prompts of these lengths [n] into runs of at most `most_rows` rows and `most_tokens` tokens. A prompt with
-    more
-    tokens is a run of its own."""
-    ends = np.cumsum(lengths)
+def cut(lengths: Ints, most_rows: int, most_tokens: int, copies: Ints | None = None) -> list[slice]:
+    """Cut prompts of these lengths [n] into runs of at most `most_rows` rows and `most_tokens` tokens.
+
+    Each prompt counts once, or as often as `copies` [n] says. A prompt with more is a run of its own.
+    """
+    copies = np.ones(len(lengths), np.int64) if copies is None else copies
+    tokens, rows = offsets_of(lengths * copies), offsets_of(copies)
     runs: list[slice] = []
     first = 0
     while first < len(lengths):
-        fit = int(np.searchsorted(ends, ends[first] - lengths[first] + most_tokens, "right"))
-        end = max(first + 1, min(fit, first + most_rows))
+        fit = int(np.searchsorted(tokens, tokens[first] + most_tokens, "right"))
+        fit = min(fit, int(np.searchsorted(rows, rows[first] + most_rows, "right")))
+        end = max(first + 1, fit - 1)
         runs.append(slice(first, end))
         first = end
     return runs

@@ -72,9 +72,9 @@ class Windows:
         limits: Limits = LIMITS,
         reuse: Reuse | None = None,
     ) -> None:
-        """`done` [rows of the table] says which rows need not run, and `reuse` has answers of others. Of every row that
-        is left, `samples` samples are computed. Files of token ids are written in `folder`, and none is left there."""
-        self._prompts, self._done, self._samples, self._limits = prompts, done, samples, limits
+        """`done` [rows of the table] says which rows need not run, and `reuse` has answers of others. Most rows have
+        `samples` samples. Files of token ids are written in `folder`, and none is left there."""
+        self._prompts, self._done, self._limits = prompts, done, limits
         self._batches = table.batches(prompts.columns, max(1, limits.slice_rows // samples))
         self._path = folder / "prompts.arrow"
         self._deduplicate = deduplicate
@@ -180,6 +180,6 @@ class Windows:
         order = depth_first(prompts, np.flatnonzero(leader == own))
         self.figures += LengthFigures.of(prompts, order, self.figures.block_size)
         # The engine holds each prompt once for every sample.
-        most_rows, most_tokens = self._limits.chunk_rows // self._samples, self._limits.chunk_tokens // self._samples
-        chunks = cut(prompts.lengths[order], max(1, most_rows), most_tokens)
+        limits, sequences = self._limits, prompts.sequences[order]
+        chunks = cut(prompts.lengths[order], limits.chunk_rows, limits.chunk_tokens, sequences)
         return _Window(prompts, deque(order[chunk] for chunk in chunks))

@@ -277,7 +277,7 @@ def test_thinking_is_closed_by_the_tags_of_the_model(tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": backend.get_vocab_size()}))
     found = preflight(made)
     assert found.spec.sampling.thinking_tags == tuple(map(backend.token_to_id, ("<think>", "</think>")))
-    assert found.source.tokenize(0, pa.record_batch({"prompt": ["a"]}))[0].params == (found.spec.sampling,)
+    assert found.source.tokenize(0, pa.record_batch({"prompt": ["a"]}))[0].params[0] == found.spec.sampling
     with pytest.raises(UsageError, match="--max-thinking-tokens needs a --reasoning-parser"):
         preflight(replace(made, reasoning_parser="none"))
     other = preflight(replace(made, sampling=SamplingParams(max_tokens=9))).fingerprints

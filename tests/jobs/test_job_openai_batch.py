@@ -171,6 +171,25 @@ def test_thinking_and_calls_are_taken_out_of_the_answers_that_may_have_them(tmp_
     assert (g.message.content, g.finish_reason) == (None, "tool_calls")
 
 
+def test_a_request_may_ask_for_several_answers(tmp_path: Path, model: Path) -> None:
+    path = write_batch(
+        tmp_path / "in.jsonl",
+        chat("a", "one two", n=3, temperature=1),
+        chat("b", "one", n=2, temperature=0),
+        completion("c", "x", n=1),
+        chat("d", "one"),
+        b"{",
+    )
+    report = run(job(model, path, n=2), STUB)
+    lines = lines_of(tmp_path / "out.jsonl")
+    found: list[Any] = [parsed(line) for line in lines[:4]]
+    assert [len(each.choices) for each in found] == [3, 2, 1, 2]
+    assert [choice.index for choice in found[0].choices] == [0, 1, 2]
+    assert {choice.message.content for choice in found[0].choices} == {"one two"}
+    assert report.completion_tokens == sum(each.usage.completion_tokens for each in found)
+    verify(tmp_path / "out.jsonl")
+
+
 def test_the_same_lines_are_answered_again_from_an_earlier_output(tmp_path: Path, model: Path) -> None:
     path = write_batch(tmp_path / "in.jsonl", *mixed(18))
     run(job(model, path), STUB)
@@ -205,7 +224,7 @@ def test_plan_tells_what_is_wrong_before_a_weight_is_loaded(tmp_path: Path, mode
     assert {code: found.rows for code, found in outlook.rows_failing.items()} == {
         "invalid_json_line": 3, "unsupported_url": 3, "duplicate_custom_id": 3,
     }  # fmt: skip
-    assert any("--max-tokens" in note for note in outlook.notes)
+    assert any("mean of the rows' max_tokens" in note for note in outlook.notes)
 
 
 def test_lines_that_all_fail_are_an_output_too(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,7 +239,7 @@ GIVEN: dict[str, Any] = {
     **dict.fromkeys(
         (
             *("id_column", "where", "prompt_column", "prompt_template", "messages_column", "tools_column"),
-            *("chat_template_kwargs_column", "choices_column", "json_schema_column"),
+            *("chat_template_kwargs_column", "choices_column", "json_schema_column", "sampling_params_column"),
         ),
         "x",
     ),

@@ -87,3 +87,11 @@ def test_batch_examples_give_what_the_page_says(folder: Path) -> None:
 def test_the_page_names_all_formats() -> None:
     named = set(re.findall(r"^\| `([a-z0-9-]+)` \|", PAGE, re.MULTILINE))
     assert {*reasoning.FORMATS, *tool_calls.FORMATS} <= named
+
+
+def test_rows_are_sampled_by_their_own_params(folder: Path) -> None:
+    stopped, drawn, number, plain = rows(folder / "sampled.parquet")
+    assert [len(row["samples"]) for row in (stopped, drawn, number, plain)] == [1, 3, 1, 1]
+    assert "\n" not in stopped["generated_text"] and stopped["completion_tokens"] <= 8
+    assert re.fullmatch("[0-9]{1,3}", number["generated_text"])
+    assert plain["completion_tokens"] == 16 or plain["finish_reason"] == "stop"

@@ -13,6 +13,7 @@ from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.kernels.grain import MIN_ROWS
@@ -29,7 +30,7 @@ def scheduled(prompts: list[int], outputs: list[int], config: EngineConfig) -> l
     admission = Admission(table, manager, False, None)
     budget, nothing = config.max_num_batched_tokens, np.empty(0, np.int64)
     scheduler = Scheduler(table, manager, admission, no_attention, budget, MIN_ROWS, nothing)
-    params = tuple(SamplingParams(max_tokens=n, ignore_eos=True) for n in outputs)
+    params = SamplingTable.of([SamplingParams(max_tokens=n, ignore_eos=True) for n in outputs])
     requests = Requests.of([[0] * n for n in prompts], SamplingParams())
     index = np.arange(len(prompts), dtype=np.int32)
     scheduler.add(

@@ -16,6 +16,7 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.new_tokens import NewTokens
 from batchinfer.engine.request import Completions, FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.kernels.ragged import Ints
 from batchinfer.models.batch import Batch
 
@@ -88,7 +89,7 @@ def test_rows_keep_their_own_parameters_beside_others(make_model: Callable[..., 
     model = make_model("llama")
     first, second = prompts_of(2, 60)
     rows = [(prompt, seed, i) for prompt in (first, second) for seed in (7, 8) for i in range(len(MIXED))]
-    params = tuple(replace(p, max_tokens=24, ignore_eos=True) for p in MIXED)
+    params = SamplingTable.of([replace(p, max_tokens=24, ignore_eos=True) for p in MIXED])
     requests = Requests.of([prompt for prompt, _, _ in rows], params[0], [seed for _, seed, _ in rows])
     requests = replace(requests, params=params, param_index=np.array([i for _, _, i in rows], np.int32))
     truth = run(off(model, max_num_seqs=1), requests)
@@ -126,7 +127,9 @@ def test_drafts_go_as_far_as_the_context(make_model: Callable[..., Path], longes
     model = make_model("llama")
     rng = np.random.default_rng(0)
     prompts = [rng.integers(2, 320, n).tolist() for n in (1, 31, 40, 64, 65, longest - 3, longest - 2, longest - 1)]
-    params = tuple(SamplingParams(max_tokens=longest - len(p), temperature=0.7, ignore_eos=True) for p in prompts)
+    params = SamplingTable.of(
+        [SamplingParams(max_tokens=longest - len(p), temperature=0.7, ignore_eos=True) for p in prompts]
+    )
     requests = Requests.of(prompts, params[0], seeds=range(len(prompts)))
     requests = replace(requests, params=params, param_index=np.arange(len(prompts), dtype=np.int32))
     truth = run(off(model, max_model_len=longest), requests)

@@ -19,6 +19,7 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.prefix_tree import Likeness, likeness
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.formats.scheme import weight_scheme
 from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.state_pool import StateTiles
@@ -161,7 +162,9 @@ def test_a_draft_that_is_not_finite_is_taken_back(model: Path) -> None:
 def test_rows_that_are_preempted_come_to_the_same_end(model: Path) -> None:
     """The first rows end early, so that little is expected of the others, which then need more than there is."""
     prompts = prompts_of(44, 100)
-    params = tuple(SamplingParams(max_tokens=100, temperature=1.0, ignore_eos=ignore) for ignore in (False, True))
+    params = SamplingTable.of(
+        [SamplingParams(max_tokens=100, temperature=1.0, ignore_eos=ignore) for ignore in (False, True)]
+    )
     plain = Requests.of(prompts, params[1], seeds=range(44))
     free = tokens(engine_of(model), plain)
     ends = IdsAsText(eos_ids=tuple({free[row][3] for row in range(32)}))

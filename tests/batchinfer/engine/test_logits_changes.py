@@ -14,6 +14,7 @@ from engines import IdsAsText, engine_of, prompts_of, run, tokens
 from batchinfer.engine.config import Speculation
 from batchinfer.engine.request import FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 
 NEW_TOKENS = 16
 # Prompts that repeat themselves, so that n-grams, bad words and penalties meet what is in them.
@@ -156,7 +157,7 @@ MIXED = (
 
 def test_a_row_among_others_is_the_row_by_itself(model: Path) -> None:
     """Twins too, which differ in their params alone."""
-    params = tuple(replace(p, max_tokens=NEW_TOKENS) for p in MIXED)
+    params = SamplingTable.of([replace(p, max_tokens=NEW_TOKENS) for p in MIXED])
     prompts = [prompt for prompt in PROMPTS for _ in params]
     requests = replace(
         Requests.of(prompts, params[0], range(len(prompts))),

@@ -1,6 +1,7 @@
 """What rows before it took says what a row will take."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from engines import engine_of, prompts_of, run
 from batchinfer.engine.output_lengths import BIN, LEAST_ENDED, MOST_TEMPLATES, OutputLengths
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 
 NOBODY = np.empty(0, np.int64)
 
@@ -100,7 +102,7 @@ def test_a_preemption_lets_the_engine_expect_more(make_model: Callable[..., Path
     short, long = (SamplingParams(max_tokens=n, ignore_eos=True) for n in (4, 100))
     requests = Requests.of(prompts, short)
     index = (np.arange(80) >= 40).astype(np.int32)
-    requests = Requests(requests.rows, requests.token_ids, requests.offsets, requests.seeds, (short, long), index)
+    requests = replace(requests, params=SamplingTable.of([short, long]), param_index=index)
     model = make_model("llama")
     for kv_cache_tokens in (576, 8192):
         engine = engine_of(model, kv_cache_tokens=kv_cache_tokens)

@@ -12,6 +12,7 @@ from batchinfer.engine.block_manager import BlockManager
 from batchinfer.engine.prefix_tree import PrefixTree, likeness
 from batchinfer.engine.request import FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.kernels.attention import TILE
 
 
@@ -212,7 +213,7 @@ def test_a_preempted_row_does_not_wait_for_a_prefix_that_waits_for_it(make_model
     rng = np.random.default_rng(0)
     template = rng.integers(2, 320, 320).tolist()
     prompts = [template + rng.integers(2, 320, 10).tolist() for _ in range(44)]
-    params = tuple(SamplingParams(max_tokens=182, ignore_eos=ignore) for ignore in (False, True))
+    params = SamplingTable.of([SamplingParams(max_tokens=182, ignore_eos=ignore) for ignore in (False, True)])
     # Of the first 32 all end at once, so that little is expected of the others, which do not end at all.
     plain = Requests.of(prompts, params[1])
     free = tokens(engine_of(model, kv_cache_tokens=512 * 16), plain)

@@ -20,6 +20,7 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.output_lengths import LEAST_ENDED, OutputLengths
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.shared_prefixes import KEYS_A_PARTIAL, SharedPrefixes
@@ -100,7 +101,7 @@ def test_groups_stay_together_where_places_are_taken_again() -> None:
     prompts = [templates[t] + text(rng, int(rng.integers(1, 60))) for t in which]
     plain = Requests.of(prompts, SamplingParams())
     lengths = rng.integers(2, 60, len(prompts))
-    params = tuple(SamplingParams(max_tokens=n, ignore_eos=True) for n in range(1, 60))
+    params = SamplingTable.of([SamplingParams(max_tokens=n, ignore_eos=True) for n in range(1, 60)])
     scheduler, _ = scheduler_of(16, budget=512)
     scheduler.add(replace(plain, params=params, param_index=lengths.astype(np.int32) - 1))
     sorted_places, decoding_steps = 0, 0
@@ -163,7 +164,7 @@ def test_steps_of_the_same_rows_are_grouped_once(monkeypatch: pytest.MonkeyPatch
         return choose(*args)
 
     monkeypatch.setattr(inputs.prefixes[SHAPE], "_choose", counting)
-    params = (SamplingParams(max_tokens=30, ignore_eos=True), SamplingParams(max_tokens=50, ignore_eos=True))
+    params = SamplingTable.of([SamplingParams(max_tokens=n, ignore_eos=True) for n in (30, 50)])
     plain = Requests.of([template + text(rng, 9) for _ in range(8)], params[0])
     scheduler.add(replace(plain, params=params, param_index=np.arange(8, dtype=np.int32) % 2))
     decoding_steps = sum(not batch.prompt_tokens for batch, _ in steps(scheduler))
@@ -258,7 +259,7 @@ def test_rows_are_the_same_with_prefixes_read_together_and_apart(
     split_at(monkeypatch, 64)
     model = make_model("qwen2", **TINY, use_sliding_window=True, sliding_window=40, max_window_layers=1)
     prompts = family(np.random.default_rng(0))
-    params = tuple(SamplingParams(max_tokens=n, temperature=0.7, ignore_eos=True) for n in (2, 5))
+    params = SamplingTable.of([SamplingParams(max_tokens=n, temperature=0.7, ignore_eos=True) for n in (2, 5)])
     plain = Requests.of(prompts, params[0], seeds=range(len(prompts)))
     requests = replace(plain, params=params, param_index=np.array([1, 0, 1, 1, 0, 1, 1], np.int32))
     engine = interpreted(model, **{**SMALL, **settings})

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from batchinfer.engine.config import Speculation
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.request import FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.llm import LLM
 from batchinfer.text.tokenizer import Tokenizer
 
@@ -57,14 +58,16 @@ def text(tokenizer: Tokenizer, answer: tuple[list[int], FinishReason]) -> str:
     return tokenizer.decode_batch(np.array(answer[0], np.int32), np.array([0, len(answer[0])]))[0]
 
 
-def mixed(params: tuple[SamplingParams, ...], prompts: list[list[int]]) -> Requests:
+def mixed(params: Sequence[SamplingParams], prompts: list[list[int]]) -> Requests:
     """Row i has params i, counted around."""
     requests = Requests.of(prompts, params[0], seeds=range(len(prompts)))
-    return replace(requests, params=params, param_index=np.arange(len(prompts), dtype=np.int32) % len(params))
+    index = np.arange(len(prompts), dtype=np.int32) % len(params)
+    return replace(requests, params=SamplingTable.of(params), param_index=index)
 
 
 def test_every_answer_that_ends_by_itself_is_valid(model: Path, tokenizer: Tokenizer) -> None:
-    params = tuple(SamplingParams(max_tokens=150, temperature=1.0, json_schema=json.dumps(s)) for s in SCHEMAS.values())
+    schemas = [json.dumps(schema) for schema in SCHEMAS.values()]
+    params = [SamplingParams(max_tokens=150, temperature=1.0, json_schema=schema) for schema in schemas]
     found = run(engine_of(model, tokenizer), mixed(params, prompts_of(90, 30)))
     ended = 0
     for row, answer in found.items():

@@ -17,6 +17,7 @@ from batchinfer.engine.config import EngineConfig, Speculation
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.engine.warm_up import warm_up_sizes
 
 MOST = 8
@@ -44,7 +45,7 @@ def test_a_ragged_job_compiles_next_to_nothing(
     prompts = [rng.integers(2, 300, int(n)).tolist() for n in rng.integers(1, 300, 60)]
     requests = Requests.of(prompts, SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.7))
     greedy = replace(requests.params[0], temperature=0.0)
-    params = tuple(replace(p, max_tokens=n) for n in range(1, 61) for p in (requests.params[0], greedy))
+    params = SamplingTable.of([replace(p, max_tokens=n) for n in range(1, 61) for p in (requests.params[0], greedy)])
     requests = replace(requests, params=params, param_index=rng.integers(0, len(params), 60).astype(np.int32))
     assert_next_to_nothing_is_compiled(engine, EngineConfig(Path(), **sizes, **settings), requests, monkeypatch)
 

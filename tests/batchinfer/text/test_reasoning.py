@@ -15,7 +15,7 @@ from batchinfer.text.answer_formats import closes_thinking, reasoning_format_of
 from batchinfer.text.answers import AnswerParser
 from batchinfer.text.chat import ChatTemplate
 from batchinfer.text.reasoning import FORMATS
-from batchinfer.text.stop import printed_answers
+from batchinfer.text.stop import Stop, printed_answers
 from batchinfer.text.tokenizer import Tokenizer
 
 MARKS = sorted({mark for form in FORMATS.values() for mark in form.marks})
@@ -48,7 +48,7 @@ def parsed(
     tokenizer: Tokenizer, form: str | None, answer: str, prompt: str = "Hello", stop: tuple[str, ...] = ()
 ) -> tuple[str | None, str]:
     found = AnswerParser(tokenizer, form, None).parse(
-        *encoded(tokenizer, [answer]), ends_of(tokenizer, [prompt]), stop, ()
+        *encoded(tokenizer, [answer]), ends_of(tokenizer, [prompt]), [Stop(stop)]
     )
     return found.reasoning[0], found.texts[0]
 
@@ -94,7 +94,7 @@ def test_an_answer_is_split(
     expected = text
     if "<think>" in text:  # a later tag is a part of the answer, as far as it is printed
         ids, offsets = encoded(tokenizer, [text])
-        expected = printed_answers(tokenizer, ids, offsets, (), ())[0]
+        expected = printed_answers(tokenizer, ids, offsets, [Stop()])[0]
     assert parsed(tokenizer, form, answer, prompt) == (reasoning, expected)
 
 
@@ -105,7 +105,7 @@ def test_every_format_has_a_case() -> None:
 def test_tags_out_of_ordinary_tokens_are_none_where_tags_are_tokens(tokenizer: Tokenizer) -> None:
     plain, offsets = tokenizer.encode_batch(["<think>a</think>b"])
     is_token = "<think>" in tokenizer.added_tokens
-    found = AnswerParser(tokenizer, "think", None).parse(plain, offsets, ends_of(tokenizer, ["x"]), (), ())
+    found = AnswerParser(tokenizer, "think", None).parse(plain, offsets, ends_of(tokenizer, ["x"]), [Stop()])
     expected = (None, "<think>a</think>b") if is_token else ("a", "b")
     assert (found.reasoning[0], found.texts[0]) == expected
     # A prompt that spells the tag opens nothing either.
@@ -113,7 +113,7 @@ def test_tags_out_of_ordinary_tokens_are_none_where_tags_are_tokens(tokenizer: T
     spelled = tokenizer.encode_batch(["x<think>"])[0][-END_TOKENS:]
     ends[0, END_TOKENS - len(spelled) :] = spelled
     ids, offsets = encoded(tokenizer, ["hello"])
-    found = AnswerParser(tokenizer, "think", None).parse(ids, offsets, ends, (), ())
+    found = AnswerParser(tokenizer, "think", None).parse(ids, offsets, ends, [Stop()])
     assert (found.reasoning[0], found.texts[0]) == ((None, "hello") if is_token else ("hello", ""))
 
 
@@ -122,7 +122,8 @@ def test_stop_strings_and_stop_tokens_end_what_they_are_in(tokenizer: Tokenizer)
     assert parsed(tokenizer, "think", "<think>a</think>b END", stop=("END",)) == ("a", "b ")
     if (close := tokenizer.added_tokens.get("</think>")) is not None:
         ids, offsets = encoded(tokenizer, ["<think>a</think>"])
-        found = AnswerParser(tokenizer, "think", None).parse(ids, offsets, ends_of(tokenizer, ["x"]), (), (close,))
+        hidden = [Stop(token_ids=(close,))]
+        found = AnswerParser(tokenizer, "think", None).parse(ids, offsets, ends_of(tokenizer, ["x"]), hidden)
         assert (found.reasoning[0], found.texts[0]) == ("a", "")
 
 
@@ -136,8 +137,9 @@ def test_no_word_is_lost_and_answers_without_marks_are_as_they_were(
     tokenizer: Tokenizer, form: str, answers: list[str]
 ) -> None:
     ids, offsets = encoded(tokenizer, answers)
-    found = AnswerParser(tokenizer, form, None).parse(ids, offsets, ends_of(tokenizer, ["x"] * len(answers)), (), ())
-    printed = printed_answers(tokenizer, ids, offsets, (), ())
+    ends, stops = ends_of(tokenizer, ["x"] * len(answers)), [Stop()] * len(answers)
+    found = AnswerParser(tokenizer, form, None).parse(ids, offsets, ends, stops)
+    printed = printed_answers(tokenizer, ids, offsets, stops)
     for answer, text, thought, before in zip(answers, found.texts, found.reasoning, printed, strict=True):
         if not any(mark in answer for mark in FORMATS[form].marks):
             assert (text, thought) == (before, None)

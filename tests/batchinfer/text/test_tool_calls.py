@@ -15,6 +15,7 @@ from batchinfer.engine.prompts import END_TOKENS
 from batchinfer.text.answer_formats import tool_format_of
 from batchinfer.text.answers import AnswerParser
 from batchinfer.text.chat import ChatTemplate
+from batchinfer.text.stop import Stop
 from batchinfer.text.tokenizer import Tokenizer
 from batchinfer.text.tool_calls import FORMATS
 
@@ -34,7 +35,7 @@ def parsed(
     """(calls as values, text, whether some text looks like a call and is none, thinking)."""
     ids, offsets = tokenizer.encode_batch([answer], allow_special_tokens=True)
     ends = np.full((1, END_TOKENS), -1, np.int32)
-    found = AnswerParser(tokenizer, thinking, tools).parse(ids, offsets, ends, (), ())
+    found = AnswerParser(tokenizer, thinking, tools).parse(ids, offsets, ends, [Stop()])
     calls = found.tool_calls[0] and [(call.name, json.loads(call.arguments)) for call in found.tool_calls[0]]
     return calls, found.texts[0], len(found.unparsed), found.reasoning[0]
 
@@ -158,7 +159,7 @@ def test_no_answer_breaks_a_parser(tokenizer: Tokenizer, tmp_path: Path) -> None
     ends = np.full((len(answers), END_TOKENS), -1, np.int32)
     for tools in FORMATS:
         for thinking in (None, "think", "harmony", "mistral"):
-            found = AnswerParser(tokenizer, thinking, tools).parse(ids, offsets, ends, (), ())
+            found = AnswerParser(tokenizer, thinking, tools).parse(ids, offsets, ends, [Stop()] * len(answers))
             assert len(found.texts) == len(found.tool_calls) == len(answers)
             if thinking is None:  # every x is somewhere
                 for answer, text, calls in zip(answers, found.texts, found.tool_calls, strict=True):

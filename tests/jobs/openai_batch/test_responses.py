@@ -11,15 +11,18 @@ from batch_files import answered, chat, completion, lines_of, parsed, refused
 from batchinfer.errors import Refused
 from batchinfer.jobs.openai_batch.responses import SCHEMA, Responses, counted
 from batchinfer.jobs.results.output_writer import OutputWriter
-from batchinfer.jobs.results.schema import COUNTED, result_fields
+from batchinfer.jobs.results.schema import COUNTED, result_fields, sample_type
 
-FIELDS = [pa.field("line", pa.large_binary()), *result_fields(1, ("reasoning", "tool_calls"))]
+FIELDS = [pa.field("line", pa.large_binary()), *result_fields(True, ("reasoning", "tool_calls"))]
+SAMPLE = list(sample_type(("reasoning", "tool_calls")))
 DIGESTS = {"input": "a", "sampling": "b", "engine": "c", "shard": "0 of 2"}
 
 
 def row(line: Any, **values: Any) -> dict[str, Any]:
     usual = {"generated_text": "Hi", "finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 2}
-    return dict.fromkeys(field.name for field in FIELDS) | usual | {"line": json.dumps(line).encode()} | values
+    found = dict.fromkeys(field.name for field in FIELDS) | usual | {"line": json.dumps(line).encode()} | values
+    samples = None if found["error_code"] else [{field.name: found[field.name] for field in SAMPLE}]
+    return found | ({"samples": samples} if found["samples"] is None else {})
 
 
 CALLS = [{"name": "weather", "arguments": '{"town": "Ulm"}'}, {"name": "time", "arguments": "{}"}]
@@ -66,6 +69,18 @@ def test_lines_parse_as_the_client_library_s_types(tmp_path: Path) -> None:
     for line in lines[:4]:
         found: Any = parsed(line)
         assert (found.model, found.created, found.usage.total_tokens) == ("org/m", 1_700_000_000, 5)
+
+
+def test_a_request_for_several_answers_gets_a_choice_for_each(tmp_path: Path) -> None:
+    usual = {"finish_reason": "stop", "completion_tokens": 2, "generated_text": ""}
+    samples = [usual | {"tool_calls": CALLS}, usual | {"generated_text": "b", "finish_reason": "length"}]
+    (line,) = written(tmp_path / "out.jsonl", [row(chat("a", n=2), samples=samples)])
+    found: Any = parsed(line)
+    first, second = found.choices
+    assert (first.index, first.finish_reason, second.index, second.finish_reason) == (0, "tool_calls", 1, "length")
+    assert second.message.content == "b" and found.usage.completion_tokens == 4
+    (table,) = counted(tmp_path / "out.jsonl")
+    assert table["completion_tokens"].to_pylist() == [4]
 
 
 def test_ids_are_those_of_the_row_in_the_whole_job(tmp_path: Path) -> None:

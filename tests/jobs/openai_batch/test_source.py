@@ -123,7 +123,7 @@ def test_each_line_has_params_of_its_own(source: Source) -> None:
         chat("a"),
         chat("b", tools=[TOOL], temperature=1, max_tokens=3),
         completion("c", stop="x"),
-        completion("d", [1] * (CONTEXT - 5)),
+        completion("d", [1] * (CONTEXT - 5), n=2),
         chat("e", response_format={"type": "json_object"}),
     )
     assert found == [
@@ -161,7 +161,7 @@ def test_seeds_come_from_the_custom_id_or_from_the_seed_and_the_prompt(source: S
         (chat("a", seed="x"), "bad_value", 'seed is "x"'),
         (chat("a", seed=True), "bad_value", "seed is true"),
         (chat("a", seed=""), "bad_value", 'seed is ""'),
-        (chat("a", temperature=-1), "bad_value", "temperature is -1"),
+        (chat("a", temperature=-1), "bad_sampling_params", "temperature is -1"),
         (chat("a", top_logprobs=3), "unsupported_field", "top_logprobs is 3"),
         (chat("a", "x " * 500), "too_long", "max_model_len 200"),
         (request("a", "/v1/completions"), "bad_value", "prompt is null"),
@@ -175,6 +175,7 @@ def test_seeds_come_from_the_custom_id_or_from_the_seed_and_the_prompt(source: S
         (completion("a", 5), "bad_value", "prompt is 5"),
         (completion("a", "x" * ((4 << 20) + 1)), "too_large", "4194305 bytes"),
         (completion("a", suffix="x"), "unsupported_field", 'suffix is "x"'),
+        (chat("a", n=200), "bad_sampling_params", "n is 200; it must be from 1 to 128"),
         (completion("a", best_of=2), "unsupported_field", "best_of is 2"),
     ],
 )

@@ -32,6 +32,7 @@ from batchinfer.jobs.process.stub_engine import StubEngine
 from batchinfer.jobs.report import Report, read_report
 from batchinfer.jobs.results.schema import RESULT_FIELDS
 from batchinfer.jobs.rows.windows import Limits
+from batchinfer.jobs.sampling_flags import MAX_SAMPLES
 from batchinfer.jobs.spec import JobSpec, sharded
 from batchinfer.jobs.verify import verify
 from batchinfer.text.tokenizer import Tokenizer
@@ -57,24 +58,24 @@ class DrawsLastFirst(Draws):
         return super().step()
 
 class Fails4(DrawsLastFirst):
-    # Of 4 samples a row: the second and fourth of row 1, and the first of row 3.
+    # The second and the fourth sample of row 1, and the first of row 3; a row has 128 numbers.
     def step(self):
         done = super().step()
-        errors = {int(i): RowError("not_finite", f"sample {i}") for i in done.rows if i in (5, 7, 12)}
+        errors = {int(i): RowError("not_finite", f"sample {i}") for i in done.rows if i in (129, 131, 384)}
         done.finish_reasons[np.isin(done.rows, list(errors))] = FinishReason.ERROR
         return Completions(done.rows, done.token_ids, done.offsets, done.finish_reasons, errors)
 
 class Poisoned4(Draws):
-    # Of 4 samples a row: row 3 with its second one, row 7 with each.
+    # Row 3 with its second sample, row 7 with each.
     def step(self):
-        if {13, 28, 29, 30, 31} & set(self._waiting[0].rows.tolist()):
+        if {385, 896, 897, 898, 899} & set(self._waiting[0].rows.tolist()):
             os.kill(os.getpid(), signal.SIGBUS)
         return super().step()
 
 class Poisoned16(Draws):
-    # Of 16 samples a row, each one of row 2.
+    # Each sample of row 2.
     def step(self):
-        if 2 in (self._waiting[0].rows // 16).tolist():
+        if 2 in (self._waiting[0].rows // 128).tolist():
             os.kill(os.getpid(), signal.SIGBUS)
         return super().step()
 """
@@ -123,16 +124,23 @@ def samples_in(table: pa.Table) -> list[list[str]]:
     return [[sample["generated_text"] for sample in row] for row in table["samples"].to_pylist()]
 
 
+def wanting(requests: Requests, *samples: int) -> Requests:
+    """Requests for so many samples of each row."""
+    return replace(requests, samples=np.resize(np.array(samples, np.int32), len(requests)))
+
+
 def test_samples_are_rows_of_the_engine_in_order_and_the_first_keeps_the_seed() -> None:
     requests = Requests.of([[5, 6], [7]], WARM, seeds=[11, 2**64 - 1])
-    found = sampled(requests, 3)
-    assert found.rows.tolist() == [0, 1, 2, 3, 4, 5]
+    found = sampled(wanting(requests, 3))
+    assert found.rows.tolist() == [0, 1, 2, MAX_SAMPLES, MAX_SAMPLES + 1, MAX_SAMPLES + 2]
     assert [found.token_ids[a:b].tolist() for a, b in zip(found.offsets, found.offsets[1:], strict=False)] == [
         [5, 6], [5, 6], [5, 6], [7], [7], [7]
     ]  # fmt: skip
     assert found.seeds.dtype == np.uint64 and len(set(found.seeds.tolist())) == 6
     assert found.seeds[::3].tolist() == [11, 2**64 - 1]
-    assert sampled(requests, 2).seeds.tolist() == found.seeds[[0, 1, 3, 4]].tolist(), "more samples change none"
+    assert sampled(wanting(requests, 2)).seeds.tolist() == found.seeds[[0, 1, 3, 4]].tolist(), (
+        "more samples change none"
+    )
 
 
 class OneByOne(StubEngine):
@@ -151,8 +159,8 @@ class OneByOne(StubEngine):
 
 
 def test_a_row_begins_with_a_sample_and_ends_with_the_last(model: Path) -> None:
-    engine = SampledEngine(OneByOne(EngineConfig(model), Tokenizer.load(model)), 3)
-    engine.add(Requests.of([[5, 6], [7]], WARM))
+    engine = SampledEngine(OneByOne(EngineConfig(model), Tokenizer.load(model)))
+    engine.add(wanting(Requests.of([[5, 6], [7]], WARM), 3))
     steps = [(engine.unfinished, engine.step(), engine.take_admitted()) for _ in range(6)]
     assert [unfinished for unfinished, _, _ in steps] == [6, 5, 4, 3, 2, 1]
     assert [admitted for _, _, admitted in steps] == [[1], [1], [1], [0], [0], [0]]
@@ -199,7 +207,7 @@ def test_a_row_of_which_a_sample_failed_has_the_error_of_the_first_such(
     path = write(tmp_path / "in.parquet", prompt=prompts(6))
     report = run(spec(model, path, sampling=WARM, n=4), engine("Fails4"))
     table = check(tmp_path / "out.parquet", 4)
-    assert table["error_message"].to_pylist() == [None, "sample 5", None, "sample 12", None, None]
+    assert table["error_message"].to_pylist() == [None, "sample 129", None, "sample 384", None, None]
     assert (report.rows_ok, report.rows_failed, report.rows_by_error) == (4, 2, {"not_finite": 2})
     with pytest.raises(Refused, match=r"2 of 6 rows failed \(not_finite 2\), more than --max-error-rate 0.3"):
         run(spec(model, path, sampling=WARM, n=4, overwrite=True, max_error_rate=0.3), engine("Fails4"))
@@ -270,7 +278,7 @@ def test_the_engine_is_made_for_all_samples(tmp_path: Path, model: Path, engine:
     path = write(tmp_path / "in.parquet", prompt=[f"{i:010}" for i in range(10)])
     job = spec(model, path, sampling=WARM, n=3, overwrite=True, block_size=16)
     notes = [run(replace(job, **fields), engine("Remembers")).notes[0] for fields in ({}, {"max_num_seqs": 5})]
-    assert notes == [f"{rows * 32} tokens of KV" for rows in (30, 6)], "two blocks for each; of whole rows"
+    assert notes == [f"{rows * 32} tokens of KV" for rows in (30, 5)], "two blocks for each that may run"
     resolved = json.loads((tmp_path / "out.run" / "run.json").read_text())
     assert run(job, engine("Remembers")).rows == 10 and resolved["engine"]["expected_batch"] == 5
     assert json.loads((tmp_path / "out.run" / "run.json").read_text())["engine"]["expected_batch"] == 30
@@ -399,7 +407,7 @@ def test_each_sample_is_what_its_seed_gives_alone(answered: Path) -> None:
     source = job.PromptSource(job_on_target(answered), tokenizer, 64, table.schema)
     requests, _ = source.tokenize(0, table.to_batches()[0])
     wanted = []
-    for i, seed in enumerate(sampled(requests, 3).seeds.tolist()):
+    for i, seed in enumerate(sampled(wanting(requests, 3)).seeds.tolist()):
         prompt = requests.token_ids[requests.offsets[i // 3] : requests.offsets[i // 3 + 1]].tolist()
         answer = tokens(engine, Requests.of([prompt], params, seeds=[seed]))[0]
         wanted.append(tokenizer.decode_batch(np.array(answer, np.int32), np.array([0, len(answer)]))[0])

@@ -33,7 +33,7 @@ def test_an_engine_that_dies_while_it_has_no_rows_is_replaced_once() -> None:
     workers = [Idle(Ready(EngineStats()), Heartbeat(EngineStats(steps=3))), Idle()]
     started = iter(workers)
     supervisor = Supervisor(lambda: next(started), 60)
-    load = Load(EngineConfig(Path("model")), None, 1)
+    load = Load(EngineConfig(Path("model")), None, False)
     supervisor.load(load)
     with pytest.raises(EngineFailed, match="too early"):
         supervisor.replace(InFlight(), EngineFailed("too early"))

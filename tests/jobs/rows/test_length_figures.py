@@ -5,6 +5,7 @@ import pytest
 
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.jobs.rows.token_file import StoredRequests
 
@@ -17,7 +18,7 @@ def requests_of(lengths: list[int], first_row: int = 0, max_tokens: tuple[int, .
     offsets = np.cumsum([0, *lengths])
     rows = first_row + np.arange(n)
     index = (np.arange(n) % len(max_tokens)).astype(np.int32)
-    params = tuple(SamplingParams(max_tokens=m) for m in max_tokens)
+    params = SamplingTable.of([SamplingParams(max_tokens=m) for m in max_tokens])
     return Requests(rows, np.repeat(rows, lengths).astype(np.int32), offsets, rows.astype(np.uint64), params, index)
 
 

@@ -13,6 +13,7 @@ from stub_jobs import make_model, spec, write
 
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.jobs.preflight import preflight
 from batchinfer.jobs.rows.duplicates import Followers, leaders
 from batchinfer.jobs.rows.length_figures import LengthFigures
@@ -110,7 +111,7 @@ def test_many_rows_and_more_than_is_hashed_at_a_time(monkeypatch: pytest.MonkeyP
 @settings(deadline=None)
 def test_rows_that_must_come_out_alike_have_one_leader(rows: list[tuple[Prompt, int, int]], collide: bool) -> None:
     """Params 0 and 2 are greedy, so that the seed is nothing to them. Hashes that collide change nothing but speed."""
-    params = tuple(SamplingParams(max_tokens=n, temperature=t) for n, t in ((8, 0.0), (8, 0.5), (9, 0.0)))
+    params = SamplingTable.of([SamplingParams(max_tokens=n, temperature=t) for n, t in ((8, 0.0), (8, 0.5), (9, 0.0))])
     prompts, seeds, index = ([row[i] for row in rows] for i in range(3))
     requests = Requests.of(prompts, params[0], seeds)
     requests = Requests(
@@ -150,7 +151,7 @@ def test_what_a_file_holds_is_what_was_appended(tmp_path: Path) -> None:
     file = TokenFile(path)
     whole: list[tuple[Prompt, int, SamplingParams]] = []
     for n in (1, 30, 2, 300):
-        params = tuple(SamplingParams(max_tokens=int(m)) for m in generator.permutation(3)[:2] + 1)
+        params = SamplingTable.of([SamplingParams(max_tokens=int(m)) for m in generator.permutation(3)[:2] + 1])
         prompts = [generator.integers(0, 2**31, int(size)).tolist() for size in generator.integers(1, 99, n)]
         seeds = generator.integers(0, 2**64, n, np.uint64)
         index = generator.integers(0, 2, n).astype(np.int32)
