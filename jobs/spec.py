@@ -1,13 +1,14 @@
 """The specification of a job: all choices of `batchinfer run`, and checks of which choices fit together."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from batchinfer.engine.config import Speculation
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import UsageError
-from batchinfer.flag import problems
+from batchinfer.flag import flags_of, problems
 from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flags import JobFlags
 from batchinfer.jobs.label_flags import LabelFlags
@@ -21,6 +22,7 @@ OF_TABLES = (
     *("chat", "tools", "tools_column", "chat_template_kwargs_column", "choices", "choices_column", "columns"),
     *("choice_probabilities", "json_schema_column", "sampling_params_column", "output_columns", "incremental"),
 )
+URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class JobSpec(JobFlags, OpenAIBatchFlags, ChatFlags, LabelFlags, StructureFlags,
         _check_openai_batch(self)
         _check_prompt_source(self)
         _check_chat(self)
+        _refuse_urls(self)
         _check_files(self)
         _check_lengths(self)
         _check_shard(self)
@@ -139,6 +142,19 @@ def _check_chat(job: JobSpec) -> None:
             raise UsageError(f"{flag} needs --chat or --messages-column; give one of them, or leave it out")
     if job.tools is not None and job.tools_column is not None:
         raise UsageError("--tools offers every chat the same tools, --tools-column each its own; leave one of them out")
+
+
+def _refuse_urls(job: JobSpec) -> None:
+    """Refuse paths like s3://bucket/table, of which pathlib leaves one slash, and models like that."""
+    for name, flag in flags_of(JobFlags).items():
+        given = getattr(job, name) if flag.is_path or flag.names_model else None
+        for path in given if isinstance(given, tuple) else (given,):
+            if path is not None and URL.match(str(path)):
+                remedy = "give its id on the Hub, or a folder" if flag.names_model else "copy it here"
+                raise UsageError(
+                    f"{flag.option} is {path}, which begins like a URL: only files of this machine are read and "
+                    f"written; {remedy}"
+                )
 
 
 def _check_files(job: JobSpec) -> None:

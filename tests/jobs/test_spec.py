@@ -28,6 +28,13 @@ def spec(**fields: Any) -> JobSpec:
         ({"output": Path("out.csv")}, r"out\.csv; its name must end in \.parquet"),
         ({"output": Path("x/../in.parquet")}, "is an input too"),
         ({"columns": ()}, "--columns is empty"),
+        (
+            {"inputs": (Path("a.parquet"), Path("s3://b/c.parquet"))},
+            "INPUT is s3:/b/c.parquet, which begins like a URL",
+        ),
+        ({"output": Path("gs://b/c.parquet")}, "--output is gs:/b/c.parquet, which begins like a URL"),
+        ({"reuse": (Path("https://b/c.parquet"),)}, "--reuse is https:/b/c.parquet, which begins like a URL"),
+        ({"model": "s3://b/model"}, "--model is s3://b/model, which begins like a URL"),
         ({"system_prompt": "Be brief."}, "--system-prompt needs"),
         ({"tools_column": "tools"}, "--tools-column needs --chat or --messages-column"),
         ({"prompt_column": None, "messages_column": "m", "chat": True}, "--chat"),
