@@ -25,6 +25,7 @@ from batchinfer.jobs.merge_shards import merge_shards
 from batchinfer.jobs.outlook import plan
 from batchinfer.jobs.spec import JobSpec, sharded
 from batchinfer.jobs.verify import verify
+from batchinfer.text.tokenizer import Tokenizer
 
 # The engine of these tests answers with the prompt's first tokens: a model that thinks and calls tools if it is told.
 TEMPLATE = """{% if tools %}{# <tool_call>{"name": "f", "arguments": {}}</tool_call> #}{% endif %}\
@@ -169,6 +170,24 @@ def test_thinking_and_calls_are_taken_out_of_the_answers_that_may_have_them(tmp_
     assert d.text == e.message.content == thought and not hasattr(e.message, "reasoning_content")
     assert f.message == b.message.model_copy(update={"tool_calls": f.message.tool_calls})
     assert (g.message.content, g.finish_reason) == (None, "tool_calls")
+
+
+def test_equal_prompts_that_are_read_in_different_ways_are_no_duplicates(tmp_path: Path, model: Path) -> None:
+    chats, _, failed = Tokenizer.load(model).encode_chats(
+        [[{"role": "user", "content": "<think>hm</think>Hi"}]], allow_special_tokens=True
+    )
+    assert not failed
+    path = write_batch(
+        tmp_path / "in.jsonl",
+        chat("a", "<think>hm</think>Hi"),
+        completion("b", chats.tolist()),
+        chat("c", "<think>hm</think>Hi"),
+    )
+    report = run(job(model, path, **FORMATS, allow_special_tokens=True), STUB)
+    a, b, c = map(answered, lines_of(tmp_path / "out.jsonl"))
+    assert report.rows_duplicate == 1
+    assert (a.message.content, a.message.reasoning_content, b.text) == ("Hi", "hm", "<think>hm</think>Hi")
+    assert c.message == a.message
 
 
 def test_a_request_may_ask_for_several_answers(tmp_path: Path, model: Path) -> None:
