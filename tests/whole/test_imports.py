@@ -21,7 +21,7 @@ FLOORS = [
     ["quantize"],
     [
         *("jobs.amounts", "jobs.chat_flags", "jobs.flag_values", "jobs.label_flags", "jobs.log", "jobs.speculation"),
-        *("jobs.openai_batch_flags", "jobs.structure_flags"),
+        *("jobs.openai_batch_flags", "jobs.sampling_flags", "jobs.structure_flags"),
     ],
     ["jobs.flags"],
     ["jobs.results"],
