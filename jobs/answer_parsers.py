@@ -47,7 +47,7 @@ def with_parsers(spec: JobSpec, templates: Sequence[ChatTemplate], tokenizer: To
 def _no_room(spec: JobSpec, templates: Sequence[ChatTemplate]) -> list[str]:
     """Return a note if the model thinks, before answers that leave it no room for that."""
     arguments = spec.chat_template_kwargs or {}
-    if not templates or spec.chat_template_kwargs_column is not None:
+    if not templates or spec.arguments_differ:
         return []
     name = reasoning_format_of(templates[0], arguments)
     if name is None or closes_thinking(templates[0], arguments, name):
@@ -69,9 +69,10 @@ def _reasoning_parser(spec: JobSpec, templates: Sequence[ChatTemplate]) -> tuple
         hint = "the chat template knows thinking tags, but does not show whether the model thinks: if it does, give "
         return "none", [f"{hint}--reasoning-parser think"] if tags else []
     by = f"--reasoning-parser {name}, told by the chat template"
-    if spec.chat_template_kwargs_column is None and closes_thinking(template, arguments, name):
+    if not spec.arguments_differ and closes_thinking(template, arguments, name):
         return "none", [f"answers have no thinking, since the prompts close it ({by})"]
-    return name, [f"thinking goes to the column 'reasoning' ({by})"]
+    place = "the field 'reasoning_content'" if spec.openai_batch else "the column 'reasoning'"
+    return name, [f"thinking goes to {place} ({by})"]
 
 
 def _tool_parser(spec: JobSpec, templates: Sequence[ChatTemplate]) -> tuple[str, list[str]]:
@@ -79,5 +80,7 @@ def _tool_parser(spec: JobSpec, templates: Sequence[ChatTemplate]) -> tuple[str,
         return "none", []
     name = tool_format_of(templates[-1])
     if name is None:
-        return "none", ["tool calls stay in generated_text: the chat template shows no format that is known"]
-    return name, [f"tool calls go to the column 'tool_calls' (--tool-parser {name}, told by the chat template)"]
+        place = "the text of answers" if spec.openai_batch else "generated_text"
+        return "none", [f"tool calls stay in {place}: the chat template shows no format that is known"]
+    what = "field" if spec.openai_batch else "column"
+    return name, [f"tool calls go to the {what} 'tool_calls' (--tool-parser {name}, told by the chat template)"]

@@ -26,7 +26,7 @@ from batchinfer.jobs.results.structure_columns import structure_columns, structu
 from batchinfer.jobs.rows.asked import Asked
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.kernels.ragged import Ints, ranges
-from batchinfer.text.answers import AnswerParser
+from batchinfer.text.answers import AnswerParsers
 from batchinfer.text.token_texts import TokenTexts
 from batchinfer.text.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ class Results:
     def __init__(self, spec: JobSpec, tokenizer: Tokenizer, folder: RunFolder, done: Done) -> None:
         self._spec = spec
         self._fields = fields_of(spec)
-        self._parser = AnswerParser(tokenizer, spec.reasoning_format, spec.tool_format)
+        self._parsers = AnswerParsers(tokenizer, spec.reasoning_format, spec.tool_format)
         self._structured = structure_fields(spec, spec.sampling)
         self._of_answers = answer_score_fields(spec.sampling) if not spec.scores_texts else []
         self._texts = TokenTexts(tokenizer)
@@ -131,7 +131,7 @@ class Results:
     def _answers(self, completions: Completions, asked: Asked, choices: pa.Array | None) -> pa.StructArray:
         """Return the samples' columns [n], of `sample_type`; a failed sample has no text. `asked` is of the samples'
         rows. Rows that choose have `choices`."""
-        found = self._parser.parse(completions.token_ids, completions.offsets, asked.ends, asked.stops)
+        found = self._parsers.parse(completions.token_ids, completions.offsets, asked.ends, asked.stops, asked.parsed)
         texts: list[str | None] = [*found.texts]
         for i in np.flatnonzero(completions.finish_reasons == FinishReason.ERROR).tolist():
             texts[i] = None

@@ -20,6 +20,7 @@ from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.structure_flags import StructureFlags
 from batchinfer.jobs.tables.input_file import InputFile
 
+OPENAI_BATCH = "openai-batch"
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 FIELDS_OF_EVERY_JOB = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "ignore_eos")
 
@@ -37,8 +38,8 @@ def fingerprints(
 ) -> dict[str, str]:
     """Return the fingerprints by name: a sha256 each for columns, input, model, tokenizer, template, sampling,
     quantization and engine; the shard; the delimiter and the encoding of CSV files if they are not a comma and UTF-8;
-    the selection of rows, if there is one; the `moment` that the chat template writes into prompts, if it does; and the
-    parsers of answers, if there are any.
+    the selection of rows, if there is one; the format of input and output, if these are not tables; the `moment` that
+    the chat template writes into prompts, if it does; and the parsers of answers, if there are any.
 
     `chosen` is a digest of the selected rows. `tool_template` is the source of the chat template for conversations with
     tools. Input files are read completely, and columns that their folders give count too. Of weights, which are large
@@ -60,6 +61,8 @@ def fingerprints(
     if spec.tools_column is not None:
         template |= {"tools_column": spec.tools_column, "tool_template": tool_template}
     template |= _of_chats(spec, tool_template)
+    if spec.openai_batch:  # requests name the model
+        template |= {"any_model": spec.any_model, "model": None if spec.any_model else spec.model}
     # Read in another way, the same bytes are another table. Rows set aside for an incremental run are not CSV.
     csv = {"csv_delimiter": (spec.csv_delimiter, ","), "csv_encoding": (spec.csv_encoding, "utf-8")}
     unusual = {name: given for name, (given, usual) in csv.items() if given not in (None, usual)}
@@ -70,6 +73,7 @@ def fingerprints(
         **({} if spec.adds_file else unusual),
         **({} if selection == [None, None, None] else {"selection": _digest([*selection, chosen])}),
         **template_date,
+        **({"format": OPENAI_BATCH} if spec.openai_batch else {}),
         **{name: form for name, form in _parsers(spec).items() if form is not None},
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),

@@ -16,6 +16,7 @@ from batchinfer.host.device import DEVICES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
 from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flag_values import DELIMITER, ENCODING, MOMENT, NAMES, NUMBER_OR_AUTO, SHARD, TIME
 from batchinfer.jobs.label_flags import LabelFlags
+from batchinfer.jobs.openai_batch_flags import OpenAIBatchFlags
 from batchinfer.jobs.sampling_flags import SamplingFlags
 from batchinfer.jobs.score_flags import ScoreFlags
 from batchinfer.jobs.speculation import SpeculationFlags
@@ -335,6 +336,7 @@ class JobFlags:
 FLAGS = {
     **flags_of(SamplingParams),
     **flags_of(JobFlags),
+    **flags_of(OpenAIBatchFlags),
     **flags_of(ChatFlags),
     **flags_of(LabelFlags),
     **flags_of(StructureFlags),

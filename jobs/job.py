@@ -11,7 +11,7 @@ from functools import partial
 import pyarrow as pa
 
 from batchinfer.engine.config import EngineConfig, EngineStats
-from batchinfer.errors import EngineFailed, Refused
+from batchinfer.errors import EngineFailed, Refused, UsageError
 from batchinfer.host import allocator
 from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
@@ -20,6 +20,7 @@ from batchinfer.jobs.feed import Loop
 from batchinfer.jobs.job_columns import fields_of
 from batchinfer.jobs.log import say
 from batchinfer.jobs.metrics import Metrics
+from batchinfer.jobs.openai_batch.responses import Responses
 from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost
 from batchinfer.jobs.plan.prediction import Job, JobShape, Setting
 from batchinfer.jobs.preflight import PromptsFactory, preflight
@@ -61,6 +62,8 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         raise Refused(
             f"{folder.path} or {spec.output} exists, and --no-resume starts only a new job; choose another output"
         )
+    if spec.openai_batch and spec.output.suffix != ".jsonl":
+        raise UsageError(f"--output is {spec.output}; with --openai-batch its name must end in .jsonl")
     job = preflight(spec, prompts)
     spec = job.spec
     table, source, config, digests = job.table, job.source, job.config, job.fingerprints
@@ -71,6 +74,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         "engine": asdict(config),
         "canary_engine": None if reference is None else asdict(reference),
         "versions": versions(),
+        "created": int(time.time()),
     }
 
     canary = None
@@ -115,7 +119,10 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         batches = table.batches(job.kept, MERGE_ROWS // spec.most_samples)
         replaced: Counter[str] = Counter()
         valid = with_valid_text(progress.merging(batches), replaced)
-        merged = folder.merge(input_columns, valid, table.num_rows, fields_of(spec))
+        rewriting = None
+        if spec.openai_batch:
+            rewriting = Responses(spec.model, digests, table.skipped or 0, folder.created)
+        merged = folder.merge(input_columns, valid, table.num_rows, fields_of(spec), rewriting)
         stats = replace(stats, notes=stats.notes + _replaced(replaced))
     except EngineFailed:
         raise  # the folder is kept, since the engine's log is in it
@@ -151,7 +158,7 @@ def _forecast(spec: JobSpec, config: EngineConfig, figures: LengthFigures, resul
         return None
     setting, job = (
         Setting.of(config),
-        Job(JobShape.of(figures, spec.sampling, config.max_model_len, spec.sampling_params_column is not None), config),
+        Job(JobShape.of(figures, spec.sampling, config.max_model_len, spec.sampled_by_row), config),
     )
     if not job.measured(cost, setting):
         return None
@@ -171,7 +178,7 @@ def _resumed(done: Done, digests: dict[str, str]) -> list[str]:
 
 def _sampled(spec: JobSpec) -> list[str]:
     """Note for the report that its completion tokens are those of all samples."""
-    if not spec.lists_samples:
+    if not spec.lists_samples or spec.openai_batch:
         return []
     who = (
         "rows have the samples that --sampling-params-column says"

@@ -159,7 +159,7 @@ def plan(spec: JobSpec) -> Outlook:
         reuse = Reuse.of(spec.reuse, job.fingerprints, fields_of(spec))
         windows = Windows(job.table, job.source, spec.block_size, done, Path(folder), reuse=reuse)
         failing = _read(windows)
-    by_row = spec.sampling_params_column is not None
+    by_row = spec.sampled_by_row
     shape = JobShape.of(windows.figures, spec.sampling, job.config.max_model_len, by_row)
     key = DeviceKey.of(job.config.device)
     cost, missing = read_device_cost(key)

@@ -19,6 +19,9 @@ from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.given_in_vain import given_in_vain
 from batchinfer.jobs.job_columns import fields_of
 from batchinfer.jobs.log import say
+from batchinfer.jobs.openai_batch.custom_ids import repeated
+from batchinfer.jobs.openai_batch.responses import COLUMNS
+from batchinfer.jobs.openai_batch.source import RequestSource
 from batchinfer.jobs.results.formats import format_of
 from batchinfer.jobs.rows.prompts import PromptSource, verbatim_columns
 from batchinfer.jobs.rows.sampling import may_list_samples
@@ -61,13 +64,19 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     """Check a job. Raises `Refused` if the data or the model do not fit, and `UsageError` if flags do not."""
     _check_structure(spec)
     selection = Selection(spec.where, spec.sample, spec.limit, spec.seed)
-    whole = selection.of(Table.open(spec.inputs, spec.csv_delimiter, spec.csv_encoding, verbatim_columns(spec)))
+    verbatim = verbatim_columns(spec)
+    whole = selection.of(
+        Table.open(spec.inputs, spec.csv_delimiter, spec.csv_encoding, verbatim, lines=spec.openai_batch)
+    )
     table = whole if spec.shard is None else whole.shard(*spec.shard)
     if spec.sampling_params_column is not None:
         kind = find_field(table.schema, spec.sampling_params_column, spec.inputs[0]).type
         spec = replace(spec, samples_by_row=may_list_samples(kind))
+    if spec.openai_batch:
+        spec = replace(spec, samples_by_row=True)
     kept = _kept_columns(spec, table)
-    format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))
+    if not spec.openai_batch:
+        format_of(spec.output).refuse_unfit(pa.schema([table.schema.field(name) for name in kept]))
     model = resolve_model(spec.model, spec.revision, tokenizer=spec.tokenizer is None)
     shape = read_shape(model)
     tokenizer_folder = None if spec.tokenizer is None else resolve_model(spec.tokenizer, None, TOKENIZER_FILES)
@@ -90,12 +99,12 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     templates = _chat_templates(spec, tokenizer, tokenizer_folder or model)
     moment = moment_of_prompts(spec, templates, known)
     for template in templates:
-        by_row = spec.chat_template_kwargs_column is not None
-        check_template(template, str(spec.chat_template or named), spec.chat_template_kwargs or {}, by_row)
+        arguments = spec.chat_template_kwargs or {}
+        check_template(template, str(spec.chat_template or named), arguments, spec.arguments_differ)
     before = spec
     spec, parsers = with_parsers(spec, templates, tokenizer)
     _refuse_clash(spec, before, kept)
-    source = prompts(spec, tokenizer, config.max_model_len, table.schema)
+    source = _source(spec, tokenizer, config.max_model_len, table, whole, prompts)
     vain = given_in_vain(spec, templates, table)
     notes = [*whole.notes, *selection.note(whole), *lines, *notes_about(spec, moment), *vain, *parsers]
     for note in (*shape.notes, *notes):
@@ -105,6 +114,17 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     tool_template = templates[-1].source if templates else ""
     digests = fingerprints(spec, inputs, model, tokenizer.fingerprint, config, kept, moment, tool_template, chosen)
     return Preflight(spec, settings, table, kept, config, tokenizer, tokenizer_folder, source, digests, shape, notes)
+
+
+def _source(
+    spec: JobSpec, tokenizer: Tokenizer, max_model_len: int, table: Table, whole: Table, prompts: PromptsFactory
+) -> Prompts:
+    """Return what makes requests of the table's rows; `whole` is the table of all shards."""
+    if not spec.openai_batch:
+        return prompts(spec, tokenizer, max_model_len, table.schema)
+    first = table.skipped or 0
+    taken = {row - first: number for row, number in repeated(whole).items()}
+    return RequestSource(spec, tokenizer, max_model_len, taken)
 
 
 def _check_structure(spec: JobSpec) -> None:
@@ -129,6 +149,8 @@ def _refuse_on_gpu(spec: JobSpec, model: Path, shape: ModelConfig) -> None:
 
 
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
+    if spec.openai_batch:
+        return COLUMNS
     kept = table.schema.names if spec.columns is None else list(spec.columns)
     table.check(kept)
     _refuse_clash(spec, spec, kept)
@@ -224,6 +246,6 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
 
 def _expected_batch(spec: JobSpec, most: int, rows: int) -> int:
     """Return how many sequences usually run, at most `most`; a row that chooses from labels may take one for each."""
-    if spec.incremental or spec.choices_column is not None or spec.sampling_params_column is not None:
+    if spec.incremental or spec.choices_column is not None or spec.sampled_by_row:
         return most
     return min(most, rows * spec.computed_samples * max(1, len(spec.choices)))

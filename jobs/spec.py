@@ -12,15 +12,22 @@ from batchinfer.flag import flags_of, problems
 from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flags import JobFlags
 from batchinfer.jobs.label_flags import LabelFlags
+from batchinfer.jobs.openai_batch_flags import OpenAIBatchFlags
 from batchinfer.jobs.sampling_flags import MAX_SAMPLES, SamplingFlags
 from batchinfer.jobs.score_flags import ScoreFlags
 from batchinfer.jobs.structure_flags import StructureFlags
 
+# What the requests of a batch file say themselves, or what concerns a table's columns.
+OF_TABLES = (
+    *("id_column", "csv_delimiter", "csv_encoding", "where", "prompt_column", "prompt_template", "messages_column"),
+    *("chat", "tools", "tools_column", "chat_template_kwargs_column", "choices", "choices_column", "columns"),
+    *("choice_probabilities", "json_schema_column", "sampling_params_column", "output_columns", "incremental"),
+)
 URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*:/")
 
 
 @dataclass(frozen=True)
-class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags, SamplingFlags, ScoreFlags):
+class JobSpec(JobFlags, OpenAIBatchFlags, ChatFlags, LabelFlags, StructureFlags, SamplingFlags, ScoreFlags):
     """A job's flags and settings: those of `batchinfer run`, or of `score`.
 
     Raises `UsageError`, naming flag, value, bound and remedy, if they do not fit.
@@ -29,7 +36,7 @@ class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags, SamplingFlags, Sc
     sampling: SamplingParams = field(default_factory=SamplingParams)
     # The fields of `sampling` that the user set: they win over the checkpoint's own settings.
     sampling_given: tuple[str, ...] = ()
-    samples_by_row: bool = False  # the column of sampling params may say how many samples a row has
+    samples_by_row: bool = False  # rows may say how many samples they have
     # The model of `speculation` is a directory or a Hub id, as the user gave it.
     speculation: Speculation = field(default_factory=Speculation)
     # `run` has no flags for these settings: benchmarks set them.
@@ -41,6 +48,7 @@ class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags, SamplingFlags, Sc
     def __post_init__(self) -> None:
         for flag, problem in problems(self):
             raise UsageError(f"{flag.option} {problem}")
+        _check_openai_batch(self)
         _check_prompt_source(self)
         _check_chat(self)
         _refuse_urls(self)
@@ -61,13 +69,23 @@ class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags, SamplingFlags, Sc
 
     @property
     def renders_chats(self) -> bool:
-        """True if the model's chat template makes the prompts."""
-        return self.chat or self.messages_column is not None
+        """True if the model's chat template makes prompts."""
+        return self.chat or self.messages_column is not None or self.openai_batch
 
     @property
     def offers_tools(self) -> bool:
-        """True if chats are offered tools."""
-        return self.tools is not None or self.tools_column is not None
+        """True if chats are offered tools, or may be."""
+        return self.tools is not None or self.tools_column is not None or self.openai_batch
+
+    @property
+    def arguments_differ(self) -> bool:
+        """True if rows may give the chat template arguments of their own."""
+        return self.chat_template_kwargs_column is not None or self.openai_batch
+
+    @property
+    def sampled_by_row(self) -> bool:
+        """True if rows may have sampling params of their own."""
+        return self.sampling_params_column is not None or self.openai_batch
 
     @property
     def lists_samples(self) -> bool:
@@ -86,7 +104,22 @@ class JobSpec(JobFlags, ChatFlags, LabelFlags, StructureFlags, SamplingFlags, Sc
         return self.n if self.sampling.temperature > 0 else 1
 
 
+def _check_openai_batch(job: JobSpec) -> None:
+    if job.any_model and not job.openai_batch:
+        raise UsageError("--any-model is about the requests of --openai-batch; give that too, or leave it out")
+    if not job.openai_batch:
+        return
+    for name in OF_TABLES:
+        if getattr(job, name):
+            raise UsageError(
+                f"--{name.replace('_', '-')} is about a table, and a line of --openai-batch is a whole request; leave "
+                "it out"
+            )
+
+
 def _check_prompt_source(job: JobSpec) -> None:
+    if job.openai_batch:
+        return
     sources = {
         "--prompt-column": job.prompt_column,
         "--prompt-template": job.prompt_template,

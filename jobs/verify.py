@@ -12,6 +12,8 @@ import pyarrow.compute as pc
 
 from batchinfer.errors import Refused
 from batchinfer.host.files import sha256
+from batchinfer.jobs.fingerprints import OPENAI_BATCH
+from batchinfer.jobs.openai_batch.responses import counted
 from batchinfer.jobs.report import read_report
 from batchinfer.jobs.results.done import Part, completion_tokens, counts, read_part
 from batchinfer.jobs.results.formats import format_of
@@ -71,7 +73,7 @@ def verify(output: Path) -> list[str]:
     if digest_of(output) != report.output_sha256:
         another = "" if Path(report.output).name == output.name else f", which is about {report.output}"
         raise Refused(f"{output} was changed: its sha256 is not the one in {folder.report}{another}; run the job again")
-    in_output = _count_output(output)
+    in_output = _count_output(output, manifest["fingerprints"].get("format") == OPENAI_BATCH)
     in_report = Totals(
         Counter(report.rows_by_finish_reason),
         Counter(report.rows_by_error),
@@ -152,9 +154,9 @@ def _fresh(table: pa.Table, seen: np.ndarray[Any, np.dtype[np.bool_]], path: Pat
     return table.filter(pa.array(~again))
 
 
-def _count_output(output: Path) -> Totals:
+def _count_output(output: Path, openai_batch: bool) -> Totals:
     totals = Totals.empty()
     for path in files_of(output):
-        for table in format_of(path).results(path):
+        for table in counted(path) if openai_batch else format_of(path).results(path):
             totals.add(table)
     return totals

@@ -227,6 +227,9 @@ class SamplingParams:
     ] = -1
     bad_words_ids: tuple[tuple[int, ...], ...] = ()  # as `bad_words`, in token ids; the engine reads only these
     thinking_tags: tuple[int, ...] = ()  # ids of the opening and the closing tag, for `max_thinking_tokens`
+    # What is taken out of the text of this row's answer, of "reasoning" and "tool_calls"; None: all that the job looks
+    # for. The engine does not read it.
+    parsed: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         counts = "max_tokens", "top_k", "min_tokens", "no_repeat_ngram_size", "max_thinking_tokens", "logprobs"
@@ -307,7 +310,7 @@ class SamplingParams:
 def _texts(name: str, texts: Any) -> tuple[str, ...]:
     if isinstance(texts, str):
         raise ValueError(f"{name} is {texts!r}; it must be a list of strings: one text goes in brackets")
-    listed: tuple[str, ...] = tuple(texts)
+    listed: tuple[Any, ...] = tuple(texts) if isinstance(texts, Iterable) else (texts,)
     if not all(isinstance(text, str) for text in listed):
         raise ValueError(f"{name} is {listed!r}; it must be a list of strings")
     if not all(listed):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from batchinfer.kernels.ragged import take_ragged
 from batchinfer.text import reasoning, tool_calls
 from batchinfer.text.marks import Marks
 from batchinfer.text.pieces import Piece, shown
@@ -22,6 +23,47 @@ class Answers:
     reasoning: list[str | None]  # None where there is none
     tool_calls: list[list[ToolCall] | None]
     unparsed: list[int]  # indices of answers with text that looks like a tool call and does not parse
+
+
+class AnswerParsers:
+    """Parses answers out of which different things are taken, by the names of a reasoning format and a tool call
+    format."""
+
+    def __init__(self, tokenizer: Tokenizer, reasoning_format: str | None, tool_format: str | None) -> None:
+        self._tokenizer, self._formats = tokenizer, (reasoning_format, tool_format)
+        self._made: dict[tuple[str, ...] | None, AnswerParser] = {}
+
+    def parse(
+        self,
+        token_ids: TokenIds,
+        offsets: Offsets,
+        ends: NDArray[np.int32] | None,
+        stops: Sequence[Stop],
+        parsed: Sequence[tuple[str, ...] | None],
+    ) -> Answers:
+        """Parse n answers, as `AnswerParser.parse` does. `parsed` [n] has what is taken out of each, of "reasoning" and
+        "tool_calls"; None is all that there are formats for."""
+        n = len(parsed)
+        found = Answers([""] * n, [None] * n, [None] * n, [])
+        for taken in dict.fromkeys(parsed):
+            members = [i for i, each in enumerate(parsed) if each == taken]
+            own = None if ends is None else ends[members]
+            ids, bounds = take_ragged(token_ids, offsets, np.array(members))
+            part = self._parser(taken).parse(ids, bounds, own, [stops[i] for i in members])
+            for i, text, thought, calls in zip(members, part.texts, part.reasoning, part.tool_calls, strict=True):
+                found.texts[i], found.reasoning[i], found.tool_calls[i] = text, thought, calls
+            found.unparsed.extend(members[i] for i in part.unparsed)
+        return found
+
+    def _parser(self, parsed: tuple[str, ...] | None) -> "AnswerParser":
+        if parsed not in self._made:
+            names = ("reasoning", "tool_calls")
+            formats = (
+                form if parsed is None or name in parsed else None
+                for name, form in zip(names, self._formats, strict=True)
+            )
+            self._made[parsed] = AnswerParser(self._tokenizer, *formats)
+        return self._made[parsed]
 
 
 class AnswerParser:

@@ -70,7 +70,8 @@ def carry_out(spec: JobSpec, output: Path) -> None:
     done = run_new_rows(spec, job.run) if spec.incremental else job.run(spec)
     print(done.table())
     if done.rows and not done.rows_ok:
-        raise Refused(f"every row failed; {output} has the error_code and error_message of each")
+        what = "error" if spec.openai_batch else "error_code and error_message"
+        raise Refused(f"every row failed; {output} has the {what} of each")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -96,8 +97,8 @@ def fields_of(values: dict[str, Any]) -> dict[str, Any]:
         if values[name] is None:
             raise UsageError(f"--{name} is missing; give it")
     fields = dict(values)
-    others = ("prompt_template", "messages_column", "text_column")
-    if all(fields.get(name) is None for name in others):
+    others = ("prompt_template", "messages_column", "text_column", "openai_batch")
+    if not any(fields.get(name) for name in others):
         fields["prompt_column"] = fields["prompt_column"] or "prompt"
     if fields["shard"] is not None:
         fields["output"] = sharded(fields["output"], *fields["shard"])

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -56,6 +56,17 @@ def incremental_files(output: Path) -> list[Path]:
     """Return the files of an incremental output, also an unfinished one; an empty list for any other output."""
     rows = sorted((output.parent / f"{output.stem}.run").glob("part-*.rows.parquet"))
     return [output / f"{path.name.partition('.')[0]}.parquet" for path in rows]
+
+
+class Rewriting(Protocol):
+    """Makes the output's rows of merged rows, in outputs of another form."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The output's columns."""
+
+    def of(self, first: int, rows: pa.Table) -> pa.Table:
+        """Return as many rows, made of those from ordinal `first` on."""
 
 
 class RunFolder:
@@ -103,6 +114,11 @@ class RunFolder:
             return datetime.fromisoformat(json.loads(self._run.read_text("utf-8"))["fingerprints"]["template_date"])
         except (OSError, ValueError, TypeError, KeyError):  # `open` refuses a damaged file
             return None
+
+    @property
+    def created(self) -> int:
+        """When the run began here, in seconds since 1970, also if it was resumed since."""
+        return int(json.loads(self._run.read_text("utf-8"))["created"])
 
     def open(
         self, run: dict[str, Any], fingerprints: dict[str, str], num_rows: int, overwrite: bool, retry_errors: bool
@@ -236,12 +252,13 @@ class RunFolder:
         batches: Iterable[tuple[int, pa.RecordBatch]],
         num_rows: int,
         results: Sequence[pa.Field] = RESULT_FIELDS,
+        rewriting: Rewriting | None = None,
     ) -> Path:
         """Write the input's kept columns beside the results, in input order. Returns the path of the new file or
         folder.
 
         `batches` are (first ordinal, columns of `schema`), in order; what the schema's metadata notes about columns is
-        kept. `results` are the job's result columns.
+        kept. `results` are the job's result columns. With `rewriting`, the output has what that makes of these rows.
         Memory holds one batch, and a row group of each part that overlaps it. Raises `Refused` if the input is not the
         one that was run.
         """
@@ -250,7 +267,7 @@ class RunFolder:
         parts = PartsInOrder(listed, keyless(part_schema(results)))
         merged_schema = with_notes(list(schema), schema.metadata, num_rows, results)
         end = 0
-        with OutputWriter(self.output, aside, merged_schema) as writer:
+        with OutputWriter(self.output, aside, merged_schema if rewriting is None else rewriting.schema) as writer:
             for first, batch in batches:
                 end = first + len(batch)
                 if not len(batch):
@@ -262,7 +279,8 @@ class RunFolder:
                         "the job anew with "
                         "--overwrite"
                     )
-                writer.write(pa.Table.from_arrays([*batch.columns, *found.columns[1:]], schema=merged_schema))
+                rows = pa.Table.from_arrays([*batch.columns, *found.columns[1:]], schema=merged_schema)
+                writer.write(rows if rewriting is None else rewriting.of(first, rows))
             if end != num_rows:
                 raise Refused(
                     f"the input changed during the run: it had {num_rows} rows, now it has {end}; run the job anew "

@@ -23,6 +23,7 @@ class Asked:
     labels: list[list[str]] | None  # [n] what each row chooses from; None if rows do not choose
     stops: list[Stop]  # [n] what its answers end at
     samples: NDArray[np.int32]  # [n] answers wanted
+    parsed: list[tuple[str, ...] | None]  # [n] what is taken out of its answers, as `SamplingParams` has it
     scored_bytes: NDArray[np.int64] | None = None  # [n] size of each scored text; None if none is scored
 
     @staticmethod
@@ -38,6 +39,7 @@ class Asked:
             None if choices is None else [choices.texts_of(i) for i in range(n)],
             [different[i] for i in index.tolist()],
             np.ones(n, np.int32) if requests.samples is None else requests.samples,
+            [requests.params.others[i].parsed for i in index.tolist()],
             requests.scored_bytes,
         )
 
@@ -54,6 +56,7 @@ class Asked:
             [texts for part in labels for texts in part] if labels else None,
             [stop for part in parts for stop in part.stops],
             np.concatenate([part.samples for part in parts]),
+            [parsed for part in parts for parsed in part.parsed],
             np.concatenate(sizes) if sizes else None,
         )
 
@@ -61,6 +64,8 @@ class Asked:
         """Return the rows at `index`, in that order."""
         labels = None if self.labels is None else [self.labels[i] for i in index.tolist()]
         ends = None if self.ends is None else self.ends[index]
-        stops = [self.stops[i] for i in index.tolist()]
+        stops, parsed = ([each[i] for i in index.tolist()] for each in (self.stops, self.parsed))
         sizes = None if self.scored_bytes is None else self.scored_bytes[index]
-        return Asked(self.prompt_tokens[index], self.keys[index], ends, labels, stops, self.samples[index], sizes)
+        return Asked(
+            self.prompt_tokens[index], self.keys[index], ends, labels, stops, self.samples[index], parsed, sizes
+        )

@@ -69,7 +69,7 @@ def told_alike(spec: JobSpec, figures: LengthFigures) -> list[str]:
     The rows of each window are counted, whose duplicates are known.
     """
     rows = figures.duplicates
-    if not rows or spec.sampling.temperature == 0 or spec.id_column is not None:
+    if not rows or spec.sampling.temperature == 0 or spec.id_column is not None or spec.openai_batch:
         return []
     return [
         f"{rows:,} {'row has' if rows == 1 else 'rows have'} the prompt of an earlier row and so its answer, also at "

@@ -24,7 +24,17 @@ from batchinfer.jobs.rows.token_file import cut
 from batchinfer.kernels.ragged import Ints
 
 # What may differ between two jobs: it decides which prompts and seeds there are, and those are in the keys.
-OF_ROWS = {"columns", "csv_delimiter", "csv_encoding", "input", "selection", "shard", "template", "template_date"}
+OF_ROWS = {
+    "columns",
+    "csv_delimiter",
+    "csv_encoding",
+    "format",
+    "input",
+    "selection",
+    "shard",
+    "template",
+    "template_date",
+}
 FULL_NAMES = {
     "engine": "version, device or --deterministic",
     "quantization": f"quantization, or number of rows (at most {FEW_ROWS}, or more)",

@@ -1,6 +1,6 @@
 """The sampling params that rows have of their own, in a column; or a row's error."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from batchinfer.jobs.spec import JobSpec
 from batchinfer.text.grammars import check_grammar, refuse_tokenizer
 from batchinfer.text.tokenizer import Tokenizer
 
-MADE_HERE = ("bad_words_ids", "thinking_tags")  # from other fields
+MADE_HERE = ("bad_words_ids", "thinking_tags", "parsed")  # from other fields
 NAMES = (*(f.name for f in fields(SamplingParams) if f.name not in MADE_HERE), "n", "seed")
 KEPT = 4096  # values whose params are remembered, since rows often share them
 
@@ -126,15 +126,20 @@ class SamplingSource:
                 good.append(i)
             except BadPrompt as error:
                 errors[index] = error.row_error
-        different: dict[SamplingParams, int] = {}
-        index = [different.setdefault(row.params, len(different)) for row in found]
-        taken = replace(
-            requests.take(np.array(good, np.int64)),
-            params=SamplingTable.of(list(different)),
-            param_index=np.array(index, np.int32),
-            samples=np.array([row.n for row in found], np.int32),
-        )
+        taken = with_sampling(requests.take(np.array(good, np.int64)), found)
         return taken, dict(zip(taken.rows.tolist(), (row.seed for row in found), strict=True))
+
+
+def with_sampling(requests: Requests, sampling: Sequence[RowSampling]) -> Requests:
+    """Return the requests with the params and the number of samples that each has [n]."""
+    different: dict[SamplingParams, int] = {}
+    index = [different.setdefault(row.params, len(different)) for row in sampling]
+    return replace(
+        requests,
+        params=SamplingTable.of(list(different)),
+        param_index=np.array(index, np.int32),
+        samples=np.array([row.n for row in sampling], np.int32),
+    )
 
 
 def may_list_samples(kind: pa.DataType) -> bool:

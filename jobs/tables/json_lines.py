@@ -87,7 +87,7 @@ def _json_blocks(path: Path, rows: int) -> Iterator[list[dict[str, Any]]]:
             if line.isspace() or not line:
                 continue
             try:
-                value = _parse(line)
+                value = parse(line)
             except (ValueError, RecursionError) as error:
                 where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
                 told = f": {error}" if isinstance(error, KeyTwice | _NestedTooDeep) else ""
@@ -117,7 +117,8 @@ class _NestedTooDeep(ValueError):
     """A line's values are nested too deep. The message quotes nothing of the line."""
 
 
-def _parse(line: bytes) -> Any:
+def parse(line: bytes) -> Any:
+    """Return the JSON value on a line. Raises `ValueError` and `RecursionError` for anything else."""
     # Bytes that are not UTF-8 become lone surrogates, which later are an error of that row alone.
     value = json.loads(line.decode("utf-8", "surrogateescape"), object_pairs_hook=keys_once)
     if line.count(b"[") + line.count(b"{") > DEEPEST and _nesting(value) > DEEPEST:

@@ -12,9 +12,11 @@ from batchinfer.jobs.tables.csv import UTF_8, Csv, another_delimiter
 from batchinfer.jobs.tables.folders import files_in, typed
 from batchinfer.jobs.tables.input_file import InputFile, TableFormat
 from batchinfer.jobs.tables.json_lines import JsonLines, cut, only
+from batchinfer.jobs.tables.lines import Lines
 from batchinfer.jobs.tables.parquet import Parquet
 from batchinfer.jobs.tables.unify import promotions, unify
 
+LINES: Mapping[str, TableFormat] = {".jsonl": Lines(), ".ndjson": Lines()}
 CHECKED_ROWS = 8192  # read at once of columns that are only checked
 MAX_ROWS = 1 << 31  # each row takes some bytes of memory: whether it is done, and the hash of its id
 
@@ -36,6 +38,7 @@ class Table:
         csv_delimiter: str | None = None,
         csv_encoding: str | None = None,
         verbatim: Collection[str] = (),
+        lines: bool = False,
     ) -> "Table":
         """Open files, and all files in folders, as one table.
 
@@ -43,11 +46,12 @@ class Table:
         Lines and CSV files are read once, to find their columns and count their rows. CSV columns are text.
         `csv_delimiter` separates the values of .csv files; None is a comma. `csv_encoding` is that of .csv and .tsv
         files; None is UTF-8. The columns in `verbatim` keep values of JSON Lines as each row wrote them (`JsonLines`).
+        With `lines`, all files are JSON Lines, and their lines are the rows, unread (`Lines`).
         Raises `Refused`, naming file, column, what was found and what was expected, and `UsageError` for a delimiter or
         an encoding that no file has a use for.
         """
         found = [each for given in inputs for each in files_in(given)]
-        formats = _formats([path for path, _ in found], csv_delimiter, csv_encoding, verbatim)
+        formats = LINES if lines else _formats([path for path, _ in found], csv_delimiter, csv_encoding, verbatim)
         keys = typed([texts for _, texts in found])
         files: list[InputFile] = []
         num_rows = 0

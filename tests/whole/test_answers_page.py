@@ -1,5 +1,6 @@
 """The examples of docs/answers.md run as they stand, one after the other, and print what the page says."""
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from batch_files import answered, lines_of, refused
 from chat_models import SPECIAL, TAGS, save
 from repository import ROOT
 
@@ -71,6 +73,16 @@ def test_chat_examples_give_what_the_page_says(folder: Path) -> None:
     for row in rows(folder / "thought.parquet"):
         assert row["reasoning"] and row["generated_text"] and row["completion_tokens"] == 32
     assert [row["tool_calls"] for row in rows(folder / "called.parquet")] == [None] * 3
+
+
+def test_batch_examples_give_what_the_page_says(folder: Path) -> None:
+    lines = lines_of(folder / "results.jsonl")
+    assert [line["custom_id"] for line in lines] == [f"request-{i}" for i in range(4)]
+    prime, rated, river = map(answered, lines[:3])
+    assert prime.message.reasoning_content and prime.finish_reason == "length"
+    assert river.text and river.finish_reason in ("stop", "length")
+    assert 1 <= json.loads(rated.message.content)["stars"] <= 5
+    assert refused(lines[3])[0] == "unsupported_url"
 
 
 def test_the_page_names_all_formats() -> None:

@@ -43,6 +43,7 @@ WRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "chat_template_kwargs_column": ("kwargs", "kwargs", {"chat": True}),
     "choices": ('[" a", "b,c"]', (" a", "b,c"), {}),
     "choice_probabilities": (True, True, {"choices": "a,b"}),
+    "any_model": (True, True, {"openai_batch": True}),
     "json_schema": (SCHEMA, SCHEMA, {}),
     "grammar": ("start: /a/", "start: /a/", {}),
     "output_columns": (True, True, {"json_schema": SCHEMA}),

@@ -87,6 +87,7 @@ WRONG = {
     '{"n": true}': "n is True; it must be a whole number",
     '{"seed": -4}': "seed is -4; it must be 0 or more",
     '{"stop": [1]}': "it must be a list of strings",
+    '{"stop": 5}': "it must be a list of strings",
     '{"stop": [""]}': "stop is an empty string",
     '{"min_tokens": 9}': "min_tokens is 9; it must be at most max_tokens, 6",
     '{"stop_token_ids": [999]}': "stop_token_ids is 999; it must be at most",
