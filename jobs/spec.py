@@ -115,6 +115,9 @@ def _check_openai_batch(job: JobSpec) -> None:
                 f"--{name.replace('_', '-')} is about a table, and a line of --openai-batch is a whole request; leave "
                 "it out"
             )
+    if job.sampling.wants_scores:
+        name = "logprobs" if job.sampling.logprobs >= 0 else "prompt-logprobs"
+        raise UsageError(f"--{name} writes columns, and --openai-batch writes none; leave it out")
 
 
 def _check_prompt_source(job: JobSpec) -> None:

@@ -228,3 +228,9 @@ def test_what_does_not_fit_together_is_refused(scored: Callable[..., JobSpec]) -
         scored(text_column="completion")
     with pytest.raises(UsageError, match="--chat makes prompts"):
         scored(text_column="completion", prompt_column=None, completion_column=None, chat=True)
+
+
+def test_batch_files_have_no_columns_for_them(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--prompt-logprobs writes columns, and --openai-batch writes none"):
+        JobSpec(inputs=(tmp_path / "in.jsonl",), output=tmp_path / "out.jsonl", model=str(folder), openai_batch=True,
+                sampling=SamplingParams(prompt_logprobs=1))  # fmt: skip
