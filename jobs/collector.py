@@ -44,7 +44,7 @@ class Results:
         self._fields = fields_of(spec)
         self._parsers = AnswerParsers(tokenizer, spec.reasoning_format, spec.tool_format)
         self._structured = structure_fields(spec, spec.sampling)
-        self._of_answers = answer_score_fields(spec.sampling) if not spec.scores_texts else []
+        self._of_answers = answer_score_fields(spec.most_logprobs) if not spec.scores_texts else []
         self._texts = TokenTexts(tokenizer)
         self.folder = folder
         self._finished: list[pa.RecordBatch] = []
@@ -149,9 +149,11 @@ class Results:
             columns[reasoning.name] = pa.array(found.reasoning, reasoning.type)
             columns[tool_calls.name] = pa.array(calls, tool_calls.type)
         for field in self._of_answers:
-            assert completions.logprobs is not None, "each answer has the log-probabilities that the job asked for"
-            ended = completions.finish_reasons == FinishReason.ERROR
-            columns[field.name] = token_score_column(field.type, completions.logprobs, ended, self._texts.of)
+            scores, failed = completions.logprobs, completions.finish_reasons == FinishReason.ERROR
+            if scores is None:  # no row in this step asks for them
+                columns[field.name] = pa.nulls(len(failed), field.type)
+            else:
+                columns[field.name] = token_score_column(field.type, scores, failed, self._texts.of)
         return self._struct(columns)
 
     def _struct(self, columns: dict[str, pa.Array]) -> pa.StructArray:

@@ -15,4 +15,4 @@ def fields_of(spec: JobSpec) -> list[pa.Field]:
     if spec.scores_texts:
         return result_fields(asked=asked, generates=False)
     asked += prompt_score_fields(spec.sampling)
-    return result_fields(spec.lists_samples, spec.parsed, asked, answer_score_fields(spec.sampling))
+    return result_fields(spec.lists_samples, spec.parsed, asked, answer_score_fields(spec.most_logprobs))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from batchinfer.engine.config import Speculation
-from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.engine.sampling_params import MOST_LOGPROBS, SamplingParams
 from batchinfer.errors import UsageError
 from batchinfer.flag import flags_of, problems
 from batchinfer.jobs.chat_flags import ChatFlags
@@ -93,6 +93,12 @@ class JobSpec(JobFlags, OpenAIBatchFlags, ChatFlags, LabelFlags, StructureFlags,
         return self.n > 1 or self.samples_by_row
 
     @property
+    def most_logprobs(self) -> int:
+        """Most likeliest tokens that a row may ask for beside each token of its answer; -1 if it may have no
+        log-probabilities."""
+        return MOST_LOGPROBS if self.openai_batch else self.sampling.logprobs
+
+    @property
     def most_samples(self) -> int:
         """Most samples that a row may have."""
         return MAX_SAMPLES if self.samples_by_row else self.n
@@ -117,7 +123,9 @@ def _check_openai_batch(job: JobSpec) -> None:
             )
     if job.sampling.wants_scores:
         name = "logprobs" if job.sampling.logprobs >= 0 else "prompt-logprobs"
-        raise UsageError(f"--{name} writes columns, and --openai-batch writes none; leave it out")
+        raise UsageError(
+            f"--{name} is not for --openai-batch, whose requests ask for logprobs themselves; leave it out"
+        )
 
 
 def _check_prompt_source(job: JobSpec) -> None:

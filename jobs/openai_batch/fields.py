@@ -15,8 +15,8 @@ SAMPLING = (
 )
 LENGTHS = ("max_tokens", "max_completion_tokens")
 STRUCTURE = ("response_format", "structured_outputs")
-OF_ALL = {"model", "seed", *SAMPLING, *LENGTHS, *STRUCTURE}
-OF_CHATS = {"messages", "tools", "tool_choice", "chat_template_kwargs", "reasoning_effort"}
+OF_ALL = {"model", "seed", "logprobs", *SAMPLING, *LENGTHS, *STRUCTURE}
+OF_CHATS = {"messages", "tools", "tool_choice", "chat_template_kwargs", "reasoning_effort", "top_logprobs"}
 OF_COMPLETIONS = {"prompt"}
 
 # What a service does with a request, not what the model answers.
@@ -26,8 +26,6 @@ HARMLESS = {
 }
 # Fields that are not supported -> values at which they change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "prompt_logprobs": (),
     "logit_bias": ({},),
     "stream": (False,),

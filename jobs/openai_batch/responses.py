@@ -15,8 +15,10 @@ from typing import Any
 import pyarrow as pa
 
 from batchinfer.errors import Refused
+from batchinfer.jobs.openai_batch import logprobs
 from batchinfer.jobs.openai_batch.request import custom_id_of, read_request
 from batchinfer.jobs.results.schema import COUNTED, RESULT_FIELDS, SAMPLES
+from batchinfer.jobs.results.score_columns import LOGPROBS
 from batchinfer.jobs.tables.lines import LINE
 
 COLUMNS = [LINE]  # of the input, from which the output is written
@@ -96,7 +98,11 @@ class Responses:
 
 
 def _text(sample: Row) -> dict[str, Any]:
-    return {"text": sample["generated_text"], "finish_reason": sample["finish_reason"], "logprobs": None}
+    return {
+        "text": sample["generated_text"],
+        "finish_reason": sample["finish_reason"],
+        "logprobs": logprobs.of_completion(sample[LOGPROBS]),
+    }
 
 
 def _message(name: str, sample: Row) -> dict[str, Any]:
@@ -111,7 +117,7 @@ def _message(name: str, sample: Row) -> dict[str, Any]:
             {"id": f"{name}_{i}", "type": "function", "function": dict(call)} for i, call in enumerate(calls)
         ]
         reason = "tool_calls" if reason == "stop" else reason
-    return {"message": message, "finish_reason": reason, "logprobs": None}
+    return {"message": message, "finish_reason": reason, "logprobs": logprobs.of_chat(sample[LOGPROBS])}
 
 
 def _usage(values: Row) -> dict[str, int]:

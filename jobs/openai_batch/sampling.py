@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from batchinfer.engine.prompts import BadPrompt
-from batchinfer.engine.sampling_params import STRUCTURES, SamplingParams
+from batchinfer.engine.sampling_params import MOST_LOGPROBS, STRUCTURES, SamplingParams
 from batchinfer.jobs.openai_batch.fields import LENGTHS, SAMPLING, STRUCTURE
 from batchinfer.jobs.openai_batch.request import shown
 from batchinfer.jobs.rows.sampling import KEPT, RowSampling, RowsSampling
@@ -22,12 +22,13 @@ class RequestSampling:
     def __init__(self, spec: JobSpec, tokenizer: Tokenizer) -> None:
         self._rows = RowsSampling(spec, tokenizer)
 
-    def of(self, body: dict[str, Any], parsed: tuple[str, ...]) -> RowSampling:
-        """Return how the answer to a body whose fields are known is sampled. Raises `BadPrompt`.
+    def of(self, body: dict[str, Any], chat: bool, parsed: tuple[str, ...]) -> RowSampling:
+        """Return how the answer to a chat's or a completion's body, whose fields are known, is sampled. Raises
+        `BadPrompt`.
 
         `parsed` is what may be taken out of the answer; nothing is taken out of one with a form.
         """
-        found = self._rows.read(_sampling_of(body) | _structure_of(body))
+        found = self._rows.read(_sampling_of(body) | _structure_of(body) | _logprobs_of(body, chat))
         params = _reading(found.params, parsed if found.params.structure is None else ())
         return replace(found, params=params)
 
@@ -56,6 +57,24 @@ def _sampling_of(body: dict[str, Any]) -> dict[str, Any]:
     if lengths[1:] not in ([], lengths[:1]):
         raise BadPrompt("bad_value", f"{' and '.join(LENGTHS)} differ; leave one of them out")
     return given
+
+
+def _logprobs_of(body: dict[str, Any], chat: bool) -> dict[str, Any]:
+    """Return how many likeliest tokens a body asks for beside each token; none if it asks for no log-probabilities."""
+    asked, likeliest = body.get("logprobs"), body.get("top_logprobs")
+    if not chat:
+        return {} if asked is None else {"logprobs": _count("logprobs", asked)}
+    if asked not in (None, False, True):
+        raise BadPrompt("bad_value", f"logprobs is {shown(asked)}; it must be true or false")
+    if not asked and likeliest:
+        raise BadPrompt("bad_value", f"top_logprobs is {shown(likeliest)}, and logprobs is not true; give both")
+    return {"logprobs": _count("top_logprobs", likeliest or 0)} if asked else {}
+
+
+def _count(name: str, value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MOST_LOGPROBS:
+        raise BadPrompt("bad_value", f"{name} is {shown(value)}; it must be from 0 to {MOST_LOGPROBS}")
+    return value
 
 
 def _structure_of(body: dict[str, Any]) -> dict[str, Any]:

@@ -98,9 +98,9 @@ class RequestSource:
         if (seed := body.get("seed")) is not None and type(seed) is not int:
             raise BadPrompt("bad_value", f"seed is {shown(seed)}; it must be a whole number")
         if not request.chat:
-            return _Asked(request, self._prompt(body.get("prompt")), self._sampling.of(body, ()))
+            return _Asked(request, self._prompt(body.get("prompt")), self._sampling.of(body, False, ()))
         chat = self._chat(body)
-        sampling = self._sampling.of(body, ("reasoning", "tool_calls") if chat.tools else ("reasoning",))
+        sampling = self._sampling.of(body, True, ("reasoning", "tool_calls") if chat.tools else ("reasoning",))
         if chat.tools and sampling.params.structure is not None:
             raise BadPrompt("unsupported_field", "a form leaves no room for calls of tools; leave one of the two out")
         return _Asked(request, chat, sampling)

@@ -26,9 +26,10 @@ TextsOf = Callable[[NDArray[np.int32]], Sequence[str]]
 """Returns the texts of tokens [m]."""
 
 
-def answer_score_fields(sampling: SamplingParams) -> list[pa.Field]:
-    """Return the columns that each answer has: a list with an entry for each of its tokens."""
-    return [] if sampling.logprobs < 0 else [pa.field(LOGPROBS, _listed(sampling.logprobs))]
+def answer_score_fields(likeliest: int) -> list[pa.Field]:
+    """Return the columns that each answer has, if there may be so many likeliest tokens beside each of its tokens: a
+    list with an entry for each token. There are none at -1."""
+    return [] if likeliest < 0 else [pa.field(LOGPROBS, _listed(likeliest))]
 
 
 def prompt_score_fields(sampling: SamplingParams) -> list[pa.Field]:

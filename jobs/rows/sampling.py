@@ -42,6 +42,7 @@ class RowsSampling:
         self._tokenizer = tokenizer
         self._job = RowSampling(_without_ids_of_texts(spec.sampling, tokenizer), spec.n, spec.seed)
         self._flags = flags_of(SamplingFlags)
+        self._most = {"logprobs": spec.most_logprobs, "prompt_logprobs": spec.sampling.prompt_logprobs}
         self._unfit = _unfit_for_structure(tokenizer)
         self._known: dict[str, RowSampling | RowError] = {}
 
@@ -69,8 +70,7 @@ class RowsSampling:
         params = replace(self._job.params, **given)
         if "min_tokens" in given and params.min_tokens > params.max_tokens:
             raise ValueError(f"min_tokens is {params.min_tokens}; it must be at most max_tokens, {params.max_tokens}")
-        for name in ("logprobs", "prompt_logprobs"):
-            most = getattr(self._job.params, name)
+        for name, most in self._most.items():
             if getattr(params, name) > most:
                 raise ValueError(
                     f"{name} is {getattr(params, name)}; it must be at most that of --{name.replace('_', '-')}, which "

@@ -34,8 +34,8 @@ SAMPLED = {"temperature": 1.0, "top_p": 0.9, "max_tokens": 10}
 RERANK = {"query": "a river", "documents": ["the Rhine", "a hill"]}
 LINES: list[Any] = [
     request("documented-1", messages=TALK, model="model", max_completion_tokens=NEW),
-    request("documented-2", messages=TALK[1:], model="model", max_completion_tokens=4),
-    completion("documented-3", "The river", model="model", max_tokens=NEW),
+    request("documented-2", messages=TALK[1:], model="model", max_completion_tokens=4, logprobs=True, top_logprobs=2),
+    completion("documented-3", "The river", model="model", max_tokens=NEW, logprobs=0),
     request("documented-4", "/v1/embeddings", model="model", input="A river is long."),
     request("documented-5", "/v1/score", model="model", text_1="a river", text_2=["the Rhine", "a hill"]),
     request("documented-6", "/score", model="model", queries="a river", documents=["the Rhine"]),
@@ -117,6 +117,26 @@ def test_greedy_answers_are_those_of_transformers(folder: Path, answers: dict[st
         text = choice.text if found.object == "text_completion" else choice.message.content
         assert (text, found.usage.total_tokens) == expected(ids, new), custom_id
         assert found.usage.prompt_tokens == len(ids) and found.model == "model"
+
+
+def test_log_probabilities_are_those_of_transformers(folder: Path, answers: dict[str, dict[str, Any]]) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model")
+    prompt = tokenizer.apply_chat_template(TALK[1:], add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    with torch.no_grad():
+        made = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+    content = answered(answers["documented-2"]).logprobs.content
+    assert len(content) == len(made.logits) == 4
+    for token, logits in zip(content, made.logits, strict=True):
+        top = logits[0].log_softmax(-1).topk(2)
+        assert [t.logprob for t in token.top_logprobs] == pytest.approx(top.values.tolist(), abs=1e-4)
+        assert token.logprob == pytest.approx(float(top.values[0]), abs=1e-4)
+    plain = answered(answers["documented-3"]).logprobs
+    assert len(plain.tokens) == len(plain.token_logprobs) == NEW and max(plain.token_logprobs) < 0
+    assert answered(answers["documented-1"]).logprobs is None
 
 
 def test_answers_have_the_forms_that_were_asked_for(answers: dict[str, dict[str, Any]]) -> None:

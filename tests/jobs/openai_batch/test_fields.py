@@ -14,7 +14,6 @@ from batchinfer.jobs.openai_batch.fields import HARMLESS, NEUTRAL, OF_ALL, OF_CH
 CHANGING: dict[str, Any] = {name: {"x": 1} for name in NEUTRAL} | {
     "n": 2,
     "echo": True,
-    "logprobs": True,
     "stream": True,
 }
 
@@ -46,7 +45,8 @@ def test_a_field_that_is_not_supported_passes_where_it_changes_nothing(name: str
         ({"temprature": 0.3}, True, "unknown_field"),
         ({"messages": []}, False, "unknown_field"),
         ({"prompt": "x"}, True, "unknown_field"),
-        ({"logprobs": 0}, False, "unsupported_field"),
+        ({"logprobs": 0}, False, None),
+        ({"top_logprobs": 2}, False, "unknown_field"),
         ({"best_of": 2, "n": 3}, False, "unsupported_field"),
         ({"best_of": 3, "n": 3}, False, None),
         ({"best_of": 1}, False, None),

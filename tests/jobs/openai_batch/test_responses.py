@@ -12,9 +12,14 @@ from batchinfer.errors import Refused
 from batchinfer.jobs.openai_batch.responses import SCHEMA, Responses, counted
 from batchinfer.jobs.results.output_writer import OutputWriter
 from batchinfer.jobs.results.schema import COUNTED, result_fields, sample_type
+from batchinfer.jobs.results.score_columns import answer_score_fields
 
-FIELDS = [pa.field("line", pa.large_binary()), *result_fields(True, ("reasoning", "tool_calls"))]
-SAMPLE = list(sample_type(("reasoning", "tool_calls")))
+OF_ANSWERS = answer_score_fields(2)
+FIELDS = [
+    pa.field("line", pa.large_binary()),
+    *result_fields(True, ("reasoning", "tool_calls"), of_answers=OF_ANSWERS),
+]
+SAMPLE = list(sample_type(("reasoning", "tool_calls"), OF_ANSWERS))
 DIGESTS = {"input": "a", "sampling": "b", "engine": "c", "shard": "0 of 2"}
 
 

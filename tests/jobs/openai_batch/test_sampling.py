@@ -34,15 +34,22 @@ def sampling(tokenizer: Tokenizer) -> RequestSampling:
     return RequestSampling(job(in_token_ids(BASE, tokenizer)[0]), tokenizer)
 
 
-def params(sampling: RequestSampling, body: dict[str, Any], parsed: tuple[str, ...] = ()) -> SamplingParams:
-    return sampling.of(body, parsed).params
+def params(
+    sampling: RequestSampling, body: dict[str, Any], parsed: tuple[str, ...] = (), chat: bool = True
+) -> SamplingParams:
+    return sampling.of(body, chat, parsed).params
 
 
 def test_what_a_body_leaves_out_is_as_the_job_says(sampling: RequestSampling, tokenizer: Tokenizer) -> None:
     base = in_token_ids(BASE, tokenizer)[0]
     assert params(sampling, {"model": "m", "temperature": None, "user": "u"}) == replace(base, parsed=())
     assert params(sampling, {}, ("reasoning",)).parsed == ("reasoning",)
-    assert [sampling.of(body, ()).n for body in ({}, {"n": 3})] == [1, 3]
+    assert [sampling.of(body, False, ()).n for body in ({}, {"n": 3})] == [1, 3]
+    for body, chat, logprobs in (
+        ({}, True, -1), ({"logprobs": False, "top_logprobs": 0}, True, -1), ({"logprobs": True}, True, 0),
+        ({"logprobs": True, "top_logprobs": 20}, True, 20), ({"logprobs": 3}, False, 3), ({"logprobs": 0}, False, 0),
+    ):  # fmt: skip
+        assert params(sampling, body, chat=chat).logprobs == logprobs
     own = {"temperature": 0, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1}
     more = {"repetition_penalty": 1.5, "min_tokens": 2, "ignore_eos": True, "bad_words": ["never"]}
     expected = in_token_ids(replace(base, **{**own, **more, "top_k": 0, "parsed": ()}), tokenizer)[0]
