@@ -67,6 +67,15 @@ def test_examples_of_labels_give_what_the_page_says(folder: Path) -> None:
         assert 0 < row["choice_mass"] < 1 and 1 / 3 <= row["choice_probability"] <= 1
 
 
+def test_examples_of_scores_give_what_the_page_says(folder: Path) -> None:
+    for row in rows(folder / "tokens.parquet"):
+        assert len(row["logprobs"]) == row["completion_tokens"] and {len(t["top"]) for t in row["logprobs"]} == {2}
+        assert len(row["prompt_logprobs"]) == row["prompt_tokens"] - 1
+    for row in rows(folder / "scores.parquet"):
+        tokens = row["token_log_probabilities"]
+        assert len(tokens) == row["completion_tokens"] and "".join(token["token"] for token in tokens) == row["label"]
+
+
 def test_chat_examples_give_what_the_page_says(folder: Path) -> None:
     assert "reasoning" not in rows(folder / "quick.parquet")[0]
     assert [row["reasoning"] is None for row in rows(folder / "mixed.parquet")] == [True, False, False]
