@@ -348,6 +348,7 @@ FLAGS = {
 OF_GENERATION = ("canary", "canary_reference", "reasoning_parser", "tool_parser")
 SCORE_FLAGS = {
     **flags_of(ScoreFlags),
+    **flags_of(LabelFlags),
     **{name: flag for name, flag in {**flags_of(JobFlags), **flags_of(ChatFlags)}.items() if name not in OF_GENERATION},
     "seed": flags_of(SamplingFlags)["seed"],
 }

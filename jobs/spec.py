@@ -235,6 +235,9 @@ def _check_labels(job: JobSpec) -> None:
         raise UsageError(
             "--choices gives every row the same labels, --choices-column each its own; leave one of them out"
         )
+    if job.chooses and job.scores_texts:
+        text = "--text-column" if job.completion_column is None else "--completion-column"
+        raise UsageError(f"{text} has a text for each row, and rows choose from labels; leave one of them out")
     if job.choice_probabilities and not job.chooses:
         raise UsageError(
             "--choice-probabilities needs --choices or --choices-column; give one of them, or leave it out"

@@ -22,16 +22,19 @@ app = typer.Typer()
 @takes(*SCORE_FLAGS)
 def score(**values: Any) -> None:
     """Tell how likely the texts of a table are, behind prompts or by themselves, and write the table with that."""
-    if values["completion_column"] is None and values["text_column"] is None:
-        raise UsageError("nothing to score: give --completion-column, texts behind prompts, or --text-column")
+    if not any(values[name] for name in ("completion_column", "text_column", "choices", "choices_column")):
+        raise UsageError(
+            "nothing to score: give --completion-column, texts behind prompts, --text-column, or labels by --choices"
+        )
     carry_out(score_job(**fields_of(values)), values["output"])
 
 
 def score_job(**fields: Any) -> JobSpec:
     """Return the job with these fields, which generates nothing. Raises `UsageError`."""
+    chooses = fields.get("choices") or fields.get("choices_column")
     return JobSpec(
         **fields,
-        sampling=LIKELIEST,
+        sampling=SamplingParams() if chooses else LIKELIEST,
         speculation=Speculation("off"),
         generation_config="none",
         reasoning_parser="none",

@@ -231,6 +231,19 @@ def test_what_does_not_fit_together_is_refused(scored: Callable[..., JobSpec]) -
 
 
 def test_batch_files_have_no_columns_for_them(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--prompt-logprobs writes columns, and --openai-batch writes none"):
+    with pytest.raises(UsageError, match="--prompt-logprobs is not for --openai-batch, whose requests ask for"):
         JobSpec(inputs=(tmp_path / "in.jsonl",), output=tmp_path / "out.jsonl", model=str(folder), openai_batch=True,
                 sampling=SamplingParams(prompt_logprobs=1))  # fmt: skip
+
+
+def test_labels_are_scored_as_run_scores_them(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"prompt": ["Hello", STEM, "a"]}), path)
+    labels: dict[str, Any] = {"choices": (" user", " model"), "choice_probabilities": True, "prompt_column": "prompt"}
+    common: dict[str, Any] = {"inputs": (path,), "model": str(folder), **labels}
+    run(score_job(**common, output=tmp_path / "scored.parquet"))
+    run(JobSpec(**common, output=tmp_path / "run.parquet"))
+    found, expected = (pq.read_table(tmp_path / f"{name}.parquet") for name in ("scored", "run"))
+    assert found.equals(expected) and found["choice_probability"].null_count == 0
+    with pytest.raises(UsageError, match="--completion-column has a text for each row, and rows choose from labels"):
+        score_job(**common, output=tmp_path / "x.parquet", completion_column="prompt")
