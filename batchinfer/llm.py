@@ -1,10 +1,9 @@
 """`LLM`: runs a model in the calling process, for a script or a notebook."""
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +16,19 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.generation_config import CHOICES, GenerationConfig
 from batchinfer.engine.prompts import (
     BadPrompt,
-    Conversation,
     Errors,
-    Tools,
-    check_messages,
-    check_tools,
-    encode_chats,
     ends_of,
     keys_by_tokens,
     row_seeds,
-    size_errors,
-    those_that_fit,
     with_completions,
 )
 from batchinfer.engine.request import Completions, FinishReason, Requests, RowError
 from batchinfer.engine.sampling_params import MOST_LOGPROBS, SamplingParams
 from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
-from batchinfer.kernels.ragged import take_ragged
 from batchinfer.models.config import read_shape
 from batchinfer.models.hub import resolve_model
+from batchinfer.prompt_reader import Prompt, PromptReader, listed, read_tools
 from batchinfer.text import reasoning, tool_calls
 from batchinfer.text.answer_formats import reasoning_format_of, thinking_tags, tool_format_of
 from batchinfer.text.answers import AnswerParser
@@ -45,13 +37,9 @@ from batchinfer.text.grammars import check_grammar, refuse_tokenizer
 from batchinfer.text.label_encoder import LabelEncoder
 from batchinfer.text.stop import Stop
 from batchinfer.text.token_texts import TokenTexts
-from batchinfer.text.tokenizer import Offsets, TokenIds, Tokenizer
+from batchinfer.text.tokenizer import Tokenizer
 from batchinfer.text.tool_calls import ToolCall
 from batchinfer.token_logprobs import Score, TokenLogprob, token_logprobs
-
-NOTHING = np.empty(0, np.int32)
-
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -145,9 +133,10 @@ class LLM:
         self._generation_config = GenerationConfig.read(folder, generation_config)
         self._engine = Engine(config, self.tokenizer)
         self.max_model_len = length
+        self._prompts = PromptReader(self.tokenizer, self._engine.runner.decoder.config.vocab_size, length)
         self._token_texts, self._completions_of = TokenTexts(self.tokenizer), LabelEncoder(self.tokenizer)
         self._reasoning_parser, self._tool_parser = reasoning_parser, tool_parser
-        self._notes: list[str] = []  # of the checkpoint's settings, of stop texts, and of tools given in vain
+        self._notes: list[str] = []  # of the checkpoint's settings, and of stop texts
         self._rows = 0  # row numbers used so far: each call takes new ones
 
     def generate(
@@ -186,11 +175,11 @@ class LLM:
         params = self._resolved(params)
         if type(seed) is not int or seed < 0:
             raise ValueError(f"seed is {seed!r}; it must be a whole number, 0 or more")
-        prompts = _listed(prompts)
+        prompts = listed(prompts)
         errors: Errors = {}
         if chat_template_kwargs is not None and (problem := problem_with(chat_template_kwargs)) is not None:
             raise ValueError(f"chat_template_kwargs {problem}")
-        requests = self._requests(prompts, params, _read_tools(tools), chat_template_kwargs or {}, errors)
+        requests = self._prompts.requests(prompts, params, read_tools(tools), chat_template_kwargs or {}, errors)
         if params.temperature > 0:
             keys = keys_by_tokens(requests)
             requests = replace(requests, seeds=row_seeds([seed] * len(keys), keys))
@@ -212,8 +201,8 @@ class LLM:
             raise ValueError("completions must be a list with one for each prompt")
         params = SamplingParams(max_tokens=1, logprobs=likeliest)
         errors: Errors = {}
-        prompts = _listed(prompts)
-        given = self._requests(prompts, params, None, {}, errors)
+        prompts = listed(prompts)
+        given = self._prompts.requests(prompts, params, None, {}, errors)
         found = [self._completion(given, i, completions[row], errors) for i, row in enumerate(given.rows.tolist())]
         requests = with_completions(given, found, [0] * len(found), self.max_model_len, errors)
         starts = dict(zip(given.rows.tolist(), np.diff(given.offsets).tolist(), strict=True))
@@ -227,7 +216,7 @@ class LLM:
         """Return the token ids of the completion of request i; None if it has an error, which is added."""
         row = int(requests.rows[i])
         try:
-            read = _read(completion, self._engine.runner.decoder.config.vocab_size)
+            read = self._prompts.read(completion)
             if isinstance(read, list):
                 raise BadPrompt("wrong_type", "the completion is a conversation; expected text or token ids")
         except BadPrompt as error:
@@ -241,7 +230,7 @@ class LLM:
         """Return the engine's counts so far, the kernels that it uses, and notes about slower paths taken, the
         checkpoint's settings and tools that were given in vain."""
         stats = self._engine.stats()
-        return replace(stats, notes=[*stats.notes, *self._notes])
+        return replace(stats, notes=[*stats.notes, *self._notes, *self._prompts.notes])
 
     def _resolved(self, params: SamplingParams) -> SamplingParams:
         """Return params with the checkpoint's settings, and with token ids for texts."""
@@ -289,61 +278,6 @@ class LLM:
 
     def _note(self, *lines: str) -> None:
         self._notes = list(dict.fromkeys([*self._notes, *lines]))
-
-    def _requests(
-        self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams,
-        tools: Tools | None,
-        arguments: Arguments,
-        errors: Errors,
-    ) -> Requests:
-        """Return requests for the prompts that can run; errors for the others are added to `errors`."""
-        texts: dict[int, str] = {}
-        chats: dict[int, Conversation] = {}
-        given: dict[int, TokenIds] = {}
-        vocabulary = self._engine.runner.decoder.config.vocab_size
-        for index, prompt in enumerate(prompts):
-            try:
-                match _read(prompt, vocabulary):
-                    case str() as text:
-                        texts[index] = text
-                    case np.ndarray() as ids:
-                        given[index] = ids
-                    case messages:
-                        chats[index] = messages
-            except BadPrompt as error:
-                errors[index] = error.row_error
-        encoded = [
-            (list(texts), *self.tokenizer.encode_batch(list(texts.values()))),
-            (list(given), np.concatenate([NOTHING, *given.values()]), np.cumsum([0, *map(len, given.values())])),
-        ]
-        if not chats and (tools is not None or arguments):
-            self._note("tools or chat_template_kwargs were given in vain: none of the prompts is a conversation")
-        if chats:
-            encoded.append((list(chats), *self._encode_chats(chats, tools, arguments, errors)))
-        indices = np.concatenate([np.array(of, np.int64) for of, _, _ in encoded])
-        lengths = np.concatenate([np.diff(offsets) for _, _, offsets in encoded])
-        token_ids = np.concatenate([ids for _, ids, _ in encoded])
-        order = np.argsort(indices)
-        token_ids, offsets = take_ragged(token_ids, np.append(0, np.cumsum(lengths)), order)
-        requests = Requests.alike(indices[order], token_ids, offsets, params)
-        return those_that_fit(requests, self.max_model_len, errors)
-
-    def _encode_chats(
-        self, chats: dict[int, Conversation], tools: Tools | None, arguments: Arguments, errors: Errors
-    ) -> tuple[TokenIds, Offsets]:
-        if self.tokenizer.template is None:
-            raise ValueError(
-                f"prompts[{min(chats)}] is a conversation, and the model has no chat template; give texts or token ids"
-            )
-        template = self.tokenizer.template if tools is None else self.tokenizer.tool_template
-        if tools is not None and template is not None and not template.reads_tools:
-            self._note("the model's chat template never reads tools: those that were given are in vain")
-        if template is not None and (unread := [name for name in arguments if name not in template.reads]):
-            self._note(f"the model's chat template never reads {', '.join(unread)} of chat_template_kwargs")
-        indices, offered, each = np.array(list(chats), np.int64), [tools] * len(chats), [arguments] * len(chats)
-        return encode_chats(self.tokenizer, indices, list(chats.values()), errors, offered, False, each)
 
     def _run(
         self, requests: Requests, errors: Errors, params: SamplingParams, parser: AnswerParser
@@ -401,56 +335,6 @@ def _check_kinds(kind: Any, wanted: str, **arguments: Any) -> None:
             raise ValueError(f"{name} is {value!r:.50}; it must be {wanted}")
 
 
-def _listed(prompts: Any) -> list[Prompt]:
-    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
-        raise ValueError(f"prompts is {prompts!r:.50}; it must be a list of prompts")
-    listed = list(prompts)
-    if any(isinstance(prompt, Mapping | Integral) for prompt in listed):
-        raise ValueError("prompts is a single conversation or one row of token ids; it must be a list of them")
-    return listed
-
-
 def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
-
-
-def _read(prompt: Any, vocabulary: int) -> str | TokenIds | Conversation:
-    """Return the prompt as a text, token ids or messages. Raises `BadPrompt` if it is none of these or cannot run."""
-    if prompt is None:
-        raise BadPrompt("null_prompt", "the prompt is None")
-    if isinstance(prompt, str):
-        for error in size_errors(np.array([len(_unicode(prompt))])).values():
-            raise BadPrompt(error.code, error.message)
-        return prompt
-    if not isinstance(prompt, list | tuple):
-        raise BadPrompt("wrong_type", f"the prompt is a {type(prompt).__name__}; expected text, messages or token ids")
-    if not prompt:
-        raise BadPrompt("empty_prompt", "the prompt is empty")
-    if all(isinstance(token, Integral) and not isinstance(token, bool) for token in prompt):
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise BadPrompt("bad_token_ids", f"token ids must be from 0 to {vocabulary - 1} for this model")
-        return np.array(prompt, np.int32)
-    messages = list(prompt)
-    check_messages(messages)
-    _unicode(json.dumps(messages, ensure_ascii=False, default=str))
-    return messages
-
-
-def _read_tools(tools: Any) -> Tools | None:
-    if tools is None:
-        return None
-    given = list(tools) if isinstance(tools, Sequence) else tools
-    try:
-        check_tools(given)
-        _unicode(json.dumps(given, ensure_ascii=False, default=str))
-    except BadPrompt as error:
-        raise ValueError(f"tools is {tools!r:.50}; {error.row_error.message}") from None
-    return given
-
-
-def _unicode(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        raise BadPrompt("invalid_utf8", "the prompt holds half of a surrogate pair") from None

@@ -17,7 +17,7 @@ FLOORS = [
     ["text", "formats"],
     ["models"],  # and models.families, a part of it
     ["engine"],  # and engine.drafts, a part of it
-    ["cost", "quality", "token_logprobs"],
+    ["cost", "quality", "prompt_reader", "token_logprobs"],
     ["llm"],
     ["quantize", "lm_eval"],
     [
