@@ -5,8 +5,9 @@
 The command line, the job file, the checks with their messages and the reference page are made from this declaration.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, get_args, get_origin
@@ -123,7 +124,8 @@ class Flag:
         return f"{number} (off)" if number == self.off else str(number)
 
 
-def flags_of(declaration: type[Any]) -> dict[str, Flag]:
+@cache
+def flags_of(declaration: type[Any]) -> Mapping[str, Flag]:
     """Return the flags of a dataclass by field name, in order; fields without a flag are left out."""
     found = {}
     for field in fields(declaration):
@@ -144,7 +146,8 @@ def flag_of(name: str, annotation: Any, default: Any) -> Flag | None:
 
 def problems(settings: object) -> Iterator[tuple[Flag, str]]:
     """Yield each flag whose value in `settings`, a dataclass, is not allowed, and what is wrong with it."""
-    for name, flag in flags_of(type(settings)).items():
+    declaration: Any = type(settings)
+    for name, flag in flags_of(declaration).items():
         if problem := flag.problem(getattr(settings, name)):
             yield flag, problem
 

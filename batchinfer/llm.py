@@ -257,7 +257,8 @@ class LLM:
         try:
             return thinking_tags(self.tokenizer, self._reasoning_format(self._reasoning_parser))
         except ValueError as error:
-            raise ValueError(f"max_thinking_tokens {error}") from error
+            said = str(error).replace("--reasoning-parser", "reasoning_parser")
+            raise ValueError(f"max_thinking_tokens {said}") from error
 
     def _reasoning_format(self, parser: str) -> str | None:
         """Return the name of the format of thinking; 'auto' is what the chat template shows."""

@@ -107,7 +107,7 @@ class Report:
         lines = [
             ("output", self.output),
             ("model", self.model),
-            ("device", self.device),
+            ("device", self.device or "none, since no model was loaded"),
             ("rows", f"{self.rows:,} ({self.rows_ok:,} ok, {self.rows_failed:,} failed)"),
             *([("  done before", f"{self.rows_resumed:,}")] if self.rows_resumed else []),
             *([("  reused", f"{self.rows_reused:,} rows")] if self.rows_reused else []),

@@ -7,6 +7,7 @@ token ids and grammars, which few rows differ in, are objects that rows share. F
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from batchinfer.kernels.ragged import Ints
 
 KINDS = {int: np.int32, float: np.float64, bool: np.bool_}
 NUMBERS = np.dtype([(f.name, KINDS[type(f.default)]) for f in fields(SamplingParams) if type(f.default) in KINDS])
+_numbers_of = attrgetter(*NUMBERS.names or ())
+_texts_of = attrgetter(*(f.name for f in fields(SamplingParams) if f.name not in (NUMBERS.names or ())))
 DEFAULTS = {name: getattr(SamplingParams(), name) for name in NUMBERS.fields or ()}
 MOST_KEPT = 1024  # params that are remembered as objects
 
@@ -32,10 +35,11 @@ class SamplingTable(Sequence[SamplingParams]):
     @staticmethod
     def of(params: Sequence[SamplingParams]) -> "SamplingTable":
         """Make a table from params."""
-        others: dict[SamplingParams, int] = {}
-        index = [others.setdefault(replace(each, **DEFAULTS), len(others)) for each in params]
-        numbers = [tuple(getattr(each, name) for name in DEFAULTS) for each in params]
-        return SamplingTable(np.array(numbers, NUMBERS), tuple(others), np.array(index, np.int32))
+        places: dict[tuple[Any, ...], int] = {}
+        index = [places.setdefault(_texts_of(each), len(places)) for each in params]
+        _, firsts = np.unique(np.array(index, np.int64), return_index=True)
+        others = tuple(replace(params[i], **DEFAULTS) for i in firsts.tolist())
+        return SamplingTable(np.array([*map(_numbers_of, params)], NUMBERS), others, np.array(index, np.int32))
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -11,6 +11,8 @@ def in_token_ids(params: SamplingParams, tokenizer: Tokenizer) -> tuple[Sampling
 
     Answers are printed without control tokens, so that a stop text never finds one in them.
     """
+    if not params.stop and not params.bad_words:
+        return params, []
     lines, ids = [], list(params.stop_token_ids)
     for text in params.stop:
         hidden = tokenizer.unprinted_in(text)

@@ -3,6 +3,7 @@ sections."""
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from types import GenericAlias
 from typing import Annotated, Any, get_args
 
@@ -13,6 +14,7 @@ from batchinfer.errors import UsageError
 from batchinfer.flag import Flag, flag_of
 from batchinfer.jobs.flags import FLAGS, GROUPS, SCORE_FLAGS
 
+NUMBERS = {int: "a whole number", float: "a number"}
 RunArguments = Annotated[
     list[str],
     typer.Argument(metavar="RUN_ARGUMENTS", help="After '--', the arguments that `batchinfer run` would be given."),
@@ -88,6 +90,8 @@ def _parameter(flag: Flag, required: bool = False) -> inspect.Parameter:
         "show_default": False,
         "rich_help_panel": flag.group,
     }
+    if single in NUMBERS:
+        shared["parser"] = partial(_number, flag, single)
     if flag.positional:
         declaration = typer.Argument(**shared)
     else:
@@ -100,6 +104,14 @@ def _parameter(flag: Flag, required: bool = False) -> inspect.Parameter:
         default=inspect.Parameter.empty if required else default,
         annotation=Annotated[written, declaration],
     )
+
+
+def _number(flag: Flag, kind: type, written: Any) -> Any:
+    try:
+        return kind(str(written))
+    except ValueError as error:
+        wanted = ", ".join(filter(None, [NUMBERS[kind], flag.bound]))
+        raise UsageError(f"{flag.option} is {written!r}; it must be {wanted}") from error
 
 
 def _value(flag: Flag, written: Any) -> Any:

@@ -161,7 +161,7 @@ def test_thinking_that_the_prompt_opens_is_no_answer(folder: Path, tmp_path: Pat
     assert held.text and set(held.text) <= set("ab") and held.reasoning is None, "a form leaves no room for thinking"
     with pytest.raises(ValueError, match="max_thinking_tokens closes thinking, and regex leaves none"):
         own.generate([TALK], SamplingParams(regex="a", max_thinking_tokens=2))
-    with pytest.raises(ValueError, match="max_thinking_tokens needs a --reasoning-parser"):
+    with pytest.raises(ValueError, match="max_thinking_tokens needs a reasoning_parser"):
         llm.generate([TALK], SamplingParams(max_thinking_tokens=4))
     with pytest.raises(ValueError, match="reasoning_parser is 'x'; it must be one of auto, none, harmony"):
         LLM(folder, reasoning_parser="x")

@@ -117,7 +117,7 @@ import batchinfer.jobs.cli.main
         (["run", "IN", "-o", "o.csv", "--model", "m"], "must end in .parquet or .jsonl, or have no suffix"),
         (["run", "IN", "-o", "o.jsonl", "--model", "m", "--csv-delimiter", ";;"], "--csv-delimiter is ';;'; give one"),
         (["run", "IN", "-o", "o.jsonl", "--model", "m", "--csv-delimiter", ";"], "no input ends in .csv; leave it out"),
-        (["run", "IN", "--max-tokens", "many"], "'--max-tokens': Input should be a valid integer"),
+        (["run", "IN", "--max-tokens", "many"], "--max-tokens is 'many'; it must be a whole number, from 1 to"),
         (["run", "IN", "-o", "o.parquet", "--model", "m", "--max-tokens", "0"], "--max-tokens is 0; it must be from 1"),
         (["run", "IN", "-o", "o.parquet", "--model", "m", "--temperature", "nan"], "--temperature is nan"),
         (["run", "IN", "-o", "o.parquet", "--model", "m", "--top-p", "2"], "--top-p is 2.0; it must be above 0"),
@@ -311,8 +311,8 @@ def test_the_command_line_wins_over_the_job_file(
     [
         ("max-tokenz = 5", "unknown key 'max-tokenz'; the nearest known key is 'max_tokens'"),
         ("config = 'job.toml'", "unknown key 'config'"),
-        ("max-tokens = 'many'", "'--max-tokens': Input should be a valid integer"),
-        ("max-tokens = 1.5", "'--max-tokens': Input should be a valid integer"),
+        ("max-tokens = 'many'", "--max-tokens is 'many'; it must be a whole number, from 1 to"),
+        ("max-tokens = 1.5", "--max-tokens is 1.5; it must be a whole number, from 1 to"),
         ("chat = 'perhaps'", "'--chat': Input should be a valid boolean"),
     ],
 )
