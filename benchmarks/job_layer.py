@@ -25,16 +25,19 @@ MODEL = HERE.parent / "examples" / "stdlib" / "target"
 WORDS = ("label", "this", "row", "as", "good", "or", "bad", "if", "it", "is", "one")
 
 
-def write_rows(path: Path, count: int) -> None:
-    """Short prompts and temperatures, no two alike, in row groups of 100,000."""
+def write_rows(path: Path, count: int, by_row: bool) -> None:
+    """Short prompts, no two alike, in row groups of 100,000; with `by_row`, a temperature each too."""
     params = pa.struct([("temperature", pa.float64())])
-    schema = pa.schema([("id", pa.int64()), ("prompt", pa.string()), ("sampling_params", params)])
-    with pq.ParquetWriter(path, schema) as writer:
+    columns = [("id", pa.int64()), ("prompt", pa.string()), *([("sampling_params", params)] if by_row else [])]
+    with pq.ParquetWriter(path, pa.schema(columns)) as writer:
         for first in range(0, count, 100_000):
             rows = range(first, min(first + 100_000, count))
             prompts = [f"{WORDS[i % 11]} {i} {WORDS[i % 7]}" for i in rows]
-            own = pa.array([{"temperature": 1 + i / count} for i in rows], params)
-            writer.write_table(pa.table({"id": list(rows), "prompt": prompts, "sampling_params": own}))
+            table = pa.table({"id": list(rows), "prompt": prompts})
+            if by_row:
+                own = pa.array([{"temperature": 1 + i / count} for i in rows], params)
+                table = table.append_column("sampling_params", own)
+            writer.write_table(table)
 
 
 def run_once(folder: Path, by_row: bool) -> dict[str, Any]:
@@ -64,7 +67,7 @@ def main() -> None:
     runs = []
     with tempfile.TemporaryDirectory(prefix="batchinfer-bench-") as name:
         folder = Path(name)
-        write_rows(folder / "in.parquet", args.rows)
+        write_rows(folder / "in.parquet", args.rows, args.by_row)
         for _ in range(args.repeats):
             report = run_once(folder, args.by_row)
             rate = report["rows"] / report["wall_seconds"]

@@ -28,7 +28,7 @@ def printed_answers(tokenizer: Tokenizer, token_ids: TokenIds, offsets: Offsets,
     """
     kept = ~stopping(token_ids, offsets, stops)
     texts = tokenizer.decode_batch(token_ids[kept], np.append(0, np.cumsum(kept))[offsets])
-    return [before_stop(text, stop.texts) for text, stop in zip(texts, stops, strict=True)]
+    return [before_stop(text, stop.texts) if stop.texts else text for text, stop in zip(texts, stops, strict=True)]
 
 
 def stopping(token_ids: TokenIds, offsets: Offsets, stops: Sequence[Stop]) -> NDArray[np.bool_]:

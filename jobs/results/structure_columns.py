@@ -42,6 +42,8 @@ def structure_fields(flags: StructureFlags, sampling: SamplingParams) -> list[pa
 def structure_columns(fields: list[pa.Field], texts: pa.Array, reasons: pa.Array) -> list[pa.Array]:
     """Return the columns `fields` of n answers; null where an answer was cut or failed, or lacks the property, and for
     a number beyond the column's type."""
+    if not fields:
+        return []
     pairs = zip(texts.to_pylist(), reasons.to_pylist(), strict=True)
     answers = [_read(text) if reason == "stop" else {} for text, reason in pairs]
     return [
