@@ -194,7 +194,7 @@ def with_completions(
 def _limited(requests: Requests, room: NDArray[np.int64]) -> Requests:
     """Return the requests; those with `room` [n] for fewer than `max_tokens` have params with less."""
     tight = np.flatnonzero(room < requests.number("max_tokens"))
-    # Of rows with the same params and the same room, one stands for all.
+    # Limit params once for all rows that have the same params and the same room.
     _, first, found = np.unique(
         (requests.param_index[tight].astype(np.int64) << 32) + room[tight], return_index=True, return_inverse=True
     )

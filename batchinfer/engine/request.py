@@ -262,7 +262,7 @@ class Completions:
 
     @property
     def firsts(self) -> NDArray[np.int64]:
-        """Where each row's first sample is [rows]."""
+        """Return the index of each row's first sample [rows]."""
         return np.flatnonzero(np.diff(self.rows, prepend=-1))
 
     def tokens_of(self, i: int) -> list[int]:

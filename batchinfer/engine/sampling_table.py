@@ -4,7 +4,7 @@ A million rows may each have params of their own. So what is a number is a field
 token ids and grammars, which few rows differ in, are objects that rows share. Free of torch.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from operator import attrgetter
@@ -46,9 +46,6 @@ class SamplingTable(Sequence[SamplingParams]):
 
     def __getitem__(self, j: Any) -> Any:
         return _made(self.others[self.other_index[j]], self.numbers[j].item())
-
-    def __iter__(self) -> Iterator[SamplingParams]:
-        return (self[j] for j in range(len(self)))
 
     def take(self, index: Ints) -> "SamplingTable":
         """Return the params at `index`, in that order, and no others."""

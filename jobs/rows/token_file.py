@@ -37,7 +37,7 @@ class StoredRequests:
     param_index: NDArray[np.int32]  # [n] into params
     labels: pa.ChunkedArray | None = None  # [n] lists of `LABEL`, mapped from a file; None if rows do not choose
     samples: NDArray[np.int32] | None = None  # [n] answers wanted of each row; None: one
-    # As the columns `scored_from` and `scored_bytes` of requests, [n] each; () if no text is scored.
+    # Holds the columns `scored_from` and `scored_bytes` of `Requests`, [n] each; () if no text is scored.
     scored: tuple[Ints, ...] = ()
 
     def __len__(self) -> int:

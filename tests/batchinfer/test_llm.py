@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from chat_models import CHATML, HYBRID, LLAMA_2, LLAMA_3, OPENED, save
+from chat_models import CHATML, HYBRID, LLAMA_2, LLAMA_3, OPENED, chat_model, save
 from engines import assert_blocks_are_free
 from repository import TARGET
 
@@ -35,9 +35,7 @@ GREEDY = SamplingParams(max_tokens=12)
 
 @pytest.fixture(scope="module")
 def folder(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(make_model("llama", vocab_size=520), copy)
-    return save(copy, CHATML)
+    return chat_model(make_model, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

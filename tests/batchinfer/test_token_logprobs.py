@@ -1,6 +1,5 @@
 """`LLM` returns log-probabilities of tokens, and scores completions, as transformers computes them."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from chat_models import CHATML, save
+from chat_models import chat_model
 
 from batchinfer import LLM, SamplingParams
 
@@ -18,9 +17,7 @@ TALK = [{"role": "user", "content": "Hello there"}]
 
 @pytest.fixture(scope="module")
 def folder(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(make_model("llama", vocab_size=520), copy)
-    return save(copy, CHATML)
+    return chat_model(make_model, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Jobs whose answers follow schemas: typed columns, schemas of rows, resuming, shards, duplicates, and refusals."""
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,7 @@ import jsonschema
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chat_models import CHATML, save
+from chat_models import chat_model
 from command_line import call
 from whole_jobs import assert_parts_make_the_whole
 
@@ -46,9 +45,7 @@ TYPES = {
 
 @pytest.fixture(scope="module")
 def model(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(make_model("llama", vocab_size=520), copy)
-    return save(copy, CHATML)
+    return chat_model(make_model, tmp_path_factory.mktemp("models"))
 
 
 def job(model: Path, folder: Path, sampling: SamplingParams | None = None, **fields: Any) -> JobSpec:

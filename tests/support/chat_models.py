@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,12 @@ FOLDER = Path(__file__).parent / "chat_templates"
 WELL_KNOWN = {file.stem: file.read_text().removesuffix("\n") for file in sorted(FOLDER.glob("*.jinja"))}
 KNOWN_SPECIAL, KNOWN_TAGS = ((FOLDER / name).read_text().split() for name in ("special.txt", "tags.txt"))
 CORPUS = ["system user assistant model Hello 日本語", re.sub("<[^ ]*>", "", "\n".join(TEMPLATES.values()))]
+
+
+def chat_model(make_model: Callable[..., Path], folder: Path) -> Path:
+    """Make a tiny model with a tokenizer of 520 tokens and the template of ChatML; return its folder in `folder`."""
+    shutil.copytree(make_model("llama", vocab_size=520), folder / "tiny")
+    return save(folder / "tiny", CHATML)
 
 
 def save(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from chat_models import CHATML, save
+from chat_models import chat_model
 
 from batchinfer import LLM, SamplingParams
 
@@ -20,9 +20,7 @@ GREEDY = SamplingParams(max_tokens=12)
 
 @pytest.fixture(scope="module")
 def folder(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(make_model("llama", vocab_size=520), copy)
-    return save(copy, CHATML)
+    return chat_model(make_model, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

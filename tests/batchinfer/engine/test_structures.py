@@ -1,7 +1,6 @@
 """Answers that follow grammars: what ends by itself is valid, and no way of going faster changes a token."""
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-from chat_models import CHATML, save
+from chat_models import chat_model
 from drafters import Adversary
 from engines import engine_of, prompts_of, run
 from gguf_models import write_model
@@ -40,9 +39,7 @@ RECORD: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def model(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(make_model("llama", vocab_size=520), copy)
-    return save(copy, CHATML)
+    return chat_model(make_model, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from chat_models import CHATML, save
+from chat_models import chat_model
 from numpy.typing import NDArray
 from whole_jobs import assert_parts_make_the_whole
 
@@ -48,9 +47,7 @@ CODES = {6: "empty_completion", 7: "null_completion", 8: "null_prompt", 9: "too_
 
 @pytest.fixture(scope="module")
 def folder(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(make_model("llama", vocab_size=520), copy)
-    return save(copy, CHATML)
+    return chat_model(make_model, tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from chat_models import CHATML, save
+from chat_models import chat_model
 from command_line import call
 from whole_jobs import assert_parts_make_the_whole
 
@@ -30,9 +29,7 @@ LABELS = ("yes", "no", "not at all", "not yet", "yes, but")
 
 @pytest.fixture(scope="module")
 def model(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    copy = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(make_model("llama", vocab_size=520), copy)
-    return save(copy, CHATML)
+    return chat_model(make_model, tmp_path_factory.mktemp("models"))
 
 
 def job(model: Path, folder: Path, **fields: Any) -> JobSpec:

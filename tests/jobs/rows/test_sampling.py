@@ -1,7 +1,6 @@
 """Sampling params of rows' own: what a row is sampled with, and what is wrong with others."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from chat_models import CHATML, save
+from chat_models import chat_model
 from stub_jobs import STUB, prompts, write, write_json_lines
 
 from batchinfer.engine.sampling_params import SamplingParams
@@ -27,9 +26,7 @@ COLUMN = "sampling_params"
 @pytest.fixture(scope="module")
 def model(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a tokenizer of 520 tokens."""
-    copy = tmp_path_factory.mktemp("models") / "tiny"
-    shutil.copytree(make_model("llama", vocab_size=520), copy)
-    return save(copy, CHATML)
+    return chat_model(make_model, tmp_path_factory.mktemp("models"))
 
 
 def job_of(model: Path, path: Path, **fields: Any) -> JobSpec:
