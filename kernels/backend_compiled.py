@@ -43,7 +43,7 @@ class CompiledBackend(CpuBackend):
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, norm_D: NormWeights, eps: float, takes: torch.dtype) -> Rows:
         weights = _weights(x_MD, (norm_D,))
-        if weights is None or not x_MD.is_contiguous():
+        if weights is None or x_MD.dim() != 2 or not x_MD.is_contiguous():
             self.kernels["norm"] = "reference"
             return super().add_norm(x_MD, y, norm_D, eps, takes)
         if y is not None and y.values.dtype != x_MD.dtype:

@@ -238,8 +238,8 @@ INLINE uint32_t ints_most(ints a) {
     return most;
 }
 
-/* e^x, with an error of a few units in the last place; 0 where that is below the smallest normal number, and no number
- * where x is none. The polynomial is that of the Cephes library (Moshier 1992). */
+/* e^x, with an error of a few units in the last place; 0 where that is below the smallest normal number, infinite for x
+ * above 88, and no number where x is none. The polynomial is that of the Cephes library (Moshier 1992). */
 INLINE vec vec_exp(vec x) {
     const float least = -87.33654f, largest = 88.0f;
     vec bounded = vec_less(vec_set(largest), x, vec_set(largest), vec_less(x, vec_set(least), vec_set(least), x));
@@ -255,7 +255,8 @@ INLINE vec vec_exp(vec x) {
     p = vec_fma(p, r, vec_set(5.0000001201e-1f));
     p = vec_fma(p, vec_mul(r, r), vec_add(r, vec_set(1.0f)));
     vec power = bits_vec(ints_left(ints_add(n, ints_set(127)), 23));
-    return vec_less(x, vec_set(least), vec_set(0.0f), vec_mul(p, power));
+    vec found = vec_less(vec_set(largest), x, vec_set(__builtin_inff()), vec_mul(p, power));
+    return vec_less(x, vec_set(least), vec_set(0.0f), found);
 }
 
 /* 1 / (1 + e^-x). */
