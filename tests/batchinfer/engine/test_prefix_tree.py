@@ -79,7 +79,7 @@ def test_beginnings_are_shared_by_block(
     requests = Requests.of(prompts, SamplingParams(max_tokens=10, temperature=0.7, ignore_eos=True), seeds=range(30))
     common = {"quantization": quantization, "kv_cache_dtype": settings.get("kv_cache_dtype", "auto")}
     alone = tokens(engine_of(model, prefix_sharing=False, **common), requests)
-    engine = engine_of(model, **BY_BLOCK, **common, **settings)
+    engine = engine_of(model, **BY_BLOCK, **(common | settings))
     assert tokens(engine, requests) == alone
     assert engine.stats().shared_tokens >= sum(4 * (len(head) // 16 * 16) for head in heads) > 0
     assert_blocks_are_free(engine)
