@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from batchinfer.host.device import device_of
+from batchinfer.jobs import template_date
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.spec import JobSpec, sharded
-from batchinfer.jobs.template_date import now
 from batchinfer.kernels.cpu_library import cpu_path
 
 
@@ -18,7 +18,7 @@ def for_all_shards(spec: JobSpec, arguments: Sequence[str], count: int) -> list[
     chosen = []
     if spec.template_date is None and spec.renders_chats:
         begun = (RunFolder(sharded(spec.output, shard, count)).template_date for shard in range(count))
-        moment = next(filter(None, begun), None) or now()
+        moment = next(filter(None, begun), None) or template_date.now()
         chosen.append(f"--template-date={moment.isoformat()}")
     if spec.cpu_path == "auto" and device_of(spec.device) == "cpu":
         chosen.append(f"--cpu-path={cpu_path()}")

@@ -39,10 +39,10 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def planned(model: Path, texts: list[str], max_tokens: int = 5, temperature: float = 0.0, **fields: Any) -> Outlook:
-    """Of a job on the CPU whose rows take all tokens that they may."""
+    """Of a job on the CPU, by torch's operations, whose rows take all tokens that they may."""
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=True)
     path = write(model.parent / "in.parquet", prompt=texts)
-    return plan(spec(model, path, device="cpu", sampling=sampling, **fields))
+    return plan(spec(model, path, device="cpu", cpu_path="reference", sampling=sampling, **fields))
 
 
 def shared_tokens(texts: list[str]) -> int:
@@ -130,7 +130,7 @@ def test_duplicates_do_not_stand_for_the_rows_that_run(model: Path) -> None:
 
 def test_sharing_makes_the_prediction_shorter(model: Path) -> None:
     """A token takes a millisecond: the same rows with beginnings of their own take one for each shared token more."""
-    write_device_cost(DeviceKey.of("cpu"), cost_of(model))
+    write_device_cost(DeviceKey.of("cpu", "reference"), cost_of(model))
     alike, apart = (prediction_of(planned(model, texts, max_num_batched_tokens=2048)) for texts in (FILLED, APART))
     assert apart.generate_seconds == pytest.approx(1e-3 * (1216 + 4 * 8))
     assert alike.generate_seconds == pytest.approx(1e-3 * (448 + 4 * 8))
@@ -141,7 +141,7 @@ def test_sharing_makes_the_prediction_shorter(model: Path) -> None:
 
 def test_duplicates_make_the_prediction_shorter(model: Path) -> None:
     """12 rows of which 5 differ, against 12 that differ: neither prompts nor new tokens of the others are computed."""
-    write_device_cost(DeviceKey.of("cpu"), cost_of(model))
+    write_device_cost(DeviceKey.of("cpu", "reference"), cost_of(model))
     apart = [f"{i:02}" + "A" * 38 for i in range(12)]
     alike = [apart[i % 5] for i in range(12)]
     different = planned(model, apart)
@@ -170,7 +170,7 @@ def device(model: Path, seconds: dict[str, float]) -> DeviceCost:
 
 def drafts_pay(model: Path, seconds: dict[str, float]) -> dict[str, float | None]:
     """On such a device, for a table of 64 rows."""
-    write_device_cost(DeviceKey.of("cpu"), device(model, seconds))
+    write_device_cost(DeviceKey.of("cpu", "reference"), device(model, seconds))
     return planned(model, [f"{i:010}" for i in range(64)]).drafts_pay
 
 
@@ -225,7 +225,7 @@ def test_drafts_pay_from_where_a_step_gives_more_tokens_a_second(
 
 def test_no_more_rows_side_by_side_than_there_are_to_compute(model: Path) -> None:
     """Duplicates take no place, and `max_num_seqs` bounds it."""
-    write_device_cost(DeviceKey.of("cpu"), cost_of(model))
+    write_device_cost(DeviceKey.of("cpu", "reference"), cost_of(model))
     assert list(planned(model, [f"{i % 9:010}" for i in range(30)]).drafts_pay) == ["1", "4", "9"]
     assert list(planned(model, [f"{i:010}" for i in range(30)], max_num_seqs=16).drafts_pay) == ["1", "4", "16"]
 

@@ -24,6 +24,7 @@ from batchinfer.jobs.report import Report
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.spec import JobSpec, sharded
 from batchinfer.jobs.verify import verify
+from batchinfer.kernels.cpu_library import cpu_path
 
 # The engine of these jobs answers with the first 8 tokens of a prompt, each one sign: the date.
 DATED = "{{ strftime_now('%Y%m%d') }}{{ messages[0].content }}"
@@ -225,14 +226,15 @@ def ray_arguments(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> list[str]
     return given[0]
 
 
-def test_slurm_and_ray_give_all_shards_one_date(
+def test_slurm_and_ray_give_all_shards_one_date_and_kind_of_kernels(
     tmp_path: Path, model: Path, clock: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = table(tmp_path)
     arguments = [path, "-o", tmp_path / "out.parquet", "--model", model, "--chat", "--max-tokens", 8]
     flag = f"--template-date={TODAY.isoformat()}"
-    assert f'--shard "$SLURM_ARRAY_TASK_ID/2" {flag} ' in slurm_script(capsys, *arguments)
-    assert ray_arguments(monkeypatch, *arguments) == [flag, *map(str, arguments)]
+    path_flag = f"--cpu-path={cpu_path()}"
+    assert f'--shard "$SLURM_ARRAY_TASK_ID/2" {flag} {path_flag} ' in slurm_script(capsys, *arguments)
+    assert ray_arguments(monkeypatch, *arguments) == [flag, path_flag, *map(str, arguments)]
     clock(TOMORROW)
     assert TOMORROW.isoformat() in slurm_script(capsys, *arguments)
     # The arguments make the shard that they are meant to make.

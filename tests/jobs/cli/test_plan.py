@@ -26,6 +26,8 @@ from batchinfer.jobs.plan.histogram import bars
 from batchinfer.jobs.plan.prediction import Job, JobShape, Setting
 from batchinfer.jobs.report import Forecast, read_report
 
+BY_TORCH = {"device": "cpu", "cpu_path": "reference"}
+
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -49,7 +51,7 @@ def table(tmp_path: Path) -> Path:
 
 def planned(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["batchinfer", "plan", *map(str, arguments)])
+        patch.setattr(sys, "argv", ["batchinfer", "plan", "--cpu-path", "reference", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
     printed = capsys.readouterr()
@@ -81,7 +83,7 @@ def test_rows_lengths_and_what_cannot_run(
 def test_a_measured_device_has_times_and_candidates(
     model: Path, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_device_cost(DeviceKey.of("cpu"), cost_of(model))
+    write_device_cost(DeviceKey.of("cpu", "reference"), cost_of(model))
     arguments = (table, "--model", model, "--device", "cpu", "--max-tokens", 20, "--ignore-eos")
     out = planned(capsys, *arguments, "--json", tmp_path / "plan.json")
     written = json.loads((tmp_path / "plan.json").read_text())
@@ -153,9 +155,9 @@ def test_settings_are_as_the_engine_takes_them(
 
 def test_the_report_has_what_was_to_be_expected(model: Path, table: Path, tmp_path: Path) -> None:
     """Behind the real engine; without figures of the device there is nothing to say."""
-    job = spec(model, table, random_weights=True, device="cpu", sampling=SamplingParams(max_tokens=20, ignore_eos=True))
+    job = spec(model, table, random_weights=True, **BY_TORCH, sampling=SamplingParams(max_tokens=20, ignore_eos=True))
     assert run(job).predicted is None
-    write_device_cost(DeviceKey.of("cpu"), cost_of(model))
+    write_device_cost(DeviceKey.of("cpu", "reference"), cost_of(model))
     report = run(replace(job, overwrite=True))
     seconds = pytest.approx(1e-3 * (64 + 19 * 8))
     assert report.predicted == Forecast(seconds, seconds, seconds, seconds)  # type: ignore[arg-type]
@@ -164,7 +166,7 @@ def test_the_report_has_what_was_to_be_expected(model: Path, table: Path, tmp_pa
 
 def test_what_an_earlier_run_has_done_is_left_out(model: Path, table: Path) -> None:
     """Its last part is gone, and the output: those rows are to run again."""
-    job = spec(model, table, random_weights=True, device="cpu", commit_rows=3, sampling=SamplingParams(max_tokens=4))
+    job = spec(model, table, random_weights=True, **BY_TORCH, commit_rows=3, sampling=SamplingParams(max_tokens=4))
     run(job)
     parts = sorted((job.output.with_suffix(".run") / "parts").iterdir())
     rows = len(pq.read_table(parts[-1]))
@@ -200,10 +202,10 @@ def test_a_table_without_rows_that_run(model: Path, tmp_path: Path, capsys: pyte
 
 
 def test_no_torch_is_loaded(model: Path, table: Path) -> None:
-    write_device_cost(DeviceKey.of("cpu"), cost_of(model))
+    write_device_cost(DeviceKey.of("cpu", "reference"), cost_of(model))
     code = (
         "import sys\nfrom batchinfer.jobs.cli.main import app\n"
-        f"app(['plan', {str(table)!r}, '--model', {str(model)!r}, '--device', 'cpu'], standalone_mode=False)\n"
+        f"app(['plan', {str(table)!r}, '--model', {str(model)!r}, '--cpu-path', 'reference'], standalone_mode=False)\n"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=120)

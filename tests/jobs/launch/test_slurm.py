@@ -22,7 +22,7 @@ from batchinfer.jobs.launch.slurm import Submission
 from batchinfer.jobs.spec import sharded
 
 ECHO = [sys.executable, "-c", "import json, os, sys; print(json.dumps([os.getcwd(), sys.argv[1:]]))"]
-RUN = ["in.parquet", "-o", "out.parquet", "--model", "m"]
+RUN = ["--cpu-path", "reference", "in.parquet", "-o", "out.parquet", "--model", "m"]
 
 
 def submission(folder: Path, *command: str, count: int = 4, arguments: list[str] = RUN) -> Submission:

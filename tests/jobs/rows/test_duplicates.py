@@ -178,7 +178,7 @@ def test_a_real_engine_gives_what_it_gives_without_duplicates(
     shutil.copy(model / "tokenizer.json", folder)
     texts = ["def count(words): " * 8 + f"# {i % 6}" for i in range(16)]
     path = write(tmp_path / "in.parquet", prompt=texts)
-    fields = {"commit_rows": 1, "max_num_seqs": 2, "max_num_batched_tokens": 64}
+    fields = {"commit_rows": 1, "max_num_seqs": 2, "max_num_batched_tokens": 64, "prefix_sharing": False}
     plain = run(spec(folder, path, output=tmp_path / "plain.parquet", deduplicate=False, **fields))
     truth = pq.read_table(tmp_path / "plain.parquet")
     assert (plain.rows_duplicate, plain.rows_failed) == (0, 0)
