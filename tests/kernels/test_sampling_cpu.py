@@ -86,9 +86,9 @@ def test_rows_that_are_not_finite_are_told(library: ctypes.CDLL, drawn: bool) ->
 @pytest.mark.parametrize("library", libraries())
 def test_the_whole_range_of_noise(library: ctypes.CDLL) -> None:
     """Of 65,536 equal tokens the one with the largest noise is drawn: noise of 24 bits would often be equal there."""
-    rows, vocabulary = 400, 1 << 16
+    rows, vocabulary = 60, 1 << 16
     batch = batch_of(rows, 1.0)
     largest = sampling.gumbel(batch.seeds, batch.positions, vocabulary).max(-1)
     tokens, _ = sample(library, torch.zeros(rows, vocabulary), batch)
-    assert largest.values.max() > 15
+    assert largest.values.max() > 13
     assert (tokens == largest.indices).float().mean() > 0.99

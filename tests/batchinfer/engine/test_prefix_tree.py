@@ -64,10 +64,14 @@ BY_BLOCK = {"block_size": 16, "prefix_grain": 16}
 
 
 @needs_c
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text"])
-@pytest.mark.parametrize("quantization", ["none", "w8a8-int8"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"max_num_batched_tokens": 100, "max_num_seqs": 3}, {"kv_cache_dtype": "int8"}]
+    ("model_type", "quantization", "settings"),
+    [
+        ("llama", "none", {"max_num_batched_tokens": 100, "max_num_seqs": 3}),
+        ("llama", "w8a8-int8", {"kv_cache_dtype": "int8"}),
+        ("mistral", "w8a8-int8", {}),
+        ("gemma3_text", "none", {"kv_cache_dtype": "int8"}),
+    ],
 )
 def test_beginnings_are_shared_by_block(
     make_model: Callable[..., Path], model_type: str, quantization: str, settings: dict[str, Any]
