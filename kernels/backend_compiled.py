@@ -8,7 +8,7 @@ from torch import Tensor
 from batchinfer.kernels import attention_cpu, kv_cache_cpu, rows_cpu, sampling_cpu
 from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.backend_cpu import CpuBackend
-from batchinfer.kernels.cpu_library import load
+from batchinfer.kernels.cpu_library import load, use_torch_threads
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.kv_cache import cache_rows as reference_rows
 from batchinfer.kernels.linear_w8a8_cpu import MOST_COLUMNS, PackedW8A8
@@ -31,6 +31,7 @@ class CompiledBackend(CpuBackend):
         super().__init__()
         self.path = path
         self._library = load(path)
+        self.threads = use_torch_threads(self._library)
         self.kernels["attention"] = path
 
     def linear_w8a8(

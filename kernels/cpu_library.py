@@ -63,16 +63,25 @@ def _file(path: str) -> Path:
 
 @cache
 def load(path: str) -> ctypes.CDLL:
-    """Load the library of a path. Its functions compute on torch's threads, as many as torch has set."""
-    import torch
-
+    """Load the library of a path. It computes on one thread, until `use_torch_threads`."""
     library = ctypes.CDLL(str(_file(path)))
     library.packed_w8_bytes.restype = ctypes.c_int64
     library.packed_w8_bytes.argtypes = [ctypes.c_int64] * 2
     library.pack_w8.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
-    start = next(filter(None, map(_starter, _openmp_libraries(Path(torch.__file__).parent))), None)
-    library.set_threads(start, torch.get_num_threads())
     return library
+
+
+def use_torch_threads(library: ctypes.CDLL) -> int:
+    """Let a library compute on the threads that torch computes on; return how many there are.
+
+    There is one if torch's OpenMP library cannot be called.
+    """
+    import torch
+
+    start = next(filter(None, map(_starter, _openmp_libraries(Path(torch.__file__).parent))), None)
+    threads = 1 if start is None else torch.get_num_threads()
+    library.set_threads(start, threads)
+    return threads
 
 
 def _openmp_libraries(torch_folder: Path) -> list[str]:

@@ -46,6 +46,11 @@ BITS_NOT_KEPT = (
     "MKL_CBWR=AUTO,STRICT to keep them"
 )
 
+ONE_THREAD = (
+    "the kernels in C compute on one thread, because torch's OpenMP library has no GOMP_parallel; --cpu-path reference "
+    "computes on all"
+)
+
 
 class ModelRunner:
     """Holds the weights and the KV cache; `launch(batch)` computes one step.
@@ -75,6 +80,8 @@ class ModelRunner:
         self.notes = list(model.notes)
         if isinstance(self.backend, CpuBackend) and not bits_are_kept():
             self.notes.append(BITS_NOT_KEPT)
+        if isinstance(self.backend, CompiledBackend) and self.backend.threads < torch.get_num_threads():
+            self.notes.append(ONE_THREAD)
         if weights.stored_as is not None:
             held = _held(self.scheme, self.dtype, path if loaded.four_bits else None, loaded.inputs.eight_bits)
             self.notes.append(f"the checkpoint is {weights.stored_as}: {held}{loaded.inputs.words}")
