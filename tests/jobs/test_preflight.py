@@ -161,7 +161,7 @@ def test_float8_is_refused_before_the_job_where_a_device_has_none(
     with pytest.raises(Refused, match=r"this GPU (multiplies no fp8.*; take w8a8-int8|has no float8; take int8)"):
         preflight(spec(model, path, device="cuda", **setting))
     if "quantization" in setting:
-        with pytest.raises(Refused, match="the CPU multiplies no fp8: float8 needs a GPU of compute capability 8.9"):
+        with pytest.raises(Refused, match=r"the CPU multiplies no fp8: float8 needs a GPU of compute capability 8.9"):
             preflight(spec(model, path, device="cpu", **setting))
     else:  # a CPU stores float8 and multiplies it in other types
         preflight(spec(model, path, device="cpu", **setting))
