@@ -26,6 +26,7 @@ from batchinfer.engine.request import Completions, FinishReason, Requests, RowEr
 from batchinfer.engine.sampling_params import MOST_LOGPROBS, SamplingParams
 from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
+from batchinfer.kernels.cpu_library import CPU_PATHS
 from batchinfer.models.config import read_shape
 from batchinfer.models.hub import resolve_model
 from batchinfer.prompt_reader import Prompt, PromptReader, listed, read_tools
@@ -76,6 +77,7 @@ class LLM:
         dtype: str = "auto",
         kv_cache_dtype: str = "auto",
         device: str = "auto",
+        cpu_path: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
@@ -99,6 +101,7 @@ class LLM:
         """
         if device not in ("auto", *MAX_NUM_SEQS):
             raise ValueError(f"device is {device!r}; it must be one of auto, {', '.join(MAX_NUM_SEQS)}")
+        _check_choice("cpu_path", cpu_path, CPU_PATHS)
         _check_kinds(str | Path, "a text or a path", model=model)
         _check_kinds(str, "a text", quantization=quantization, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
         _check_kinds(Real, "a number", gpu_memory_utilization=gpu_memory_utilization)
@@ -119,6 +122,7 @@ class LLM:
         config = EngineConfig(
             model=folder,
             device=found,
+            cpu_path=cpu_path,
             dtype=dtype,
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,

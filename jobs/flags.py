@@ -21,6 +21,7 @@ from batchinfer.jobs.sampling_flags import SamplingFlags
 from batchinfer.jobs.score_flags import ScoreFlags
 from batchinfer.jobs.speculation import SpeculationFlags
 from batchinfer.jobs.structure_flags import StructureFlags
+from batchinfer.kernels.cpu_library import CPU_PATHS
 
 GROUPS = ("Input", "Prompt", "Labels", "Structure", "Sampling", "Scores", "Model", "Engine", "Job", "Output")
 
@@ -189,6 +190,16 @@ class JobFlags:
     ] = "auto"
     device: Annotated[
         str, Flag("Compute on this device; 'auto' takes a GPU if there is one.", "Engine", "NAME", choices=DEVICES)
+    ] = "auto"
+    cpu_path: Annotated[
+        str,
+        Flag(
+            "On a CPU, compute with the kernels of this instruction set; 'auto' takes the fastest that runs here, and "
+            "'reference' torch's operations alone. Rows of one job come from one of them.",
+            "Engine",
+            "NAME",
+            choices=CPU_PATHS,
+        ),
     ] = "auto"
     max_model_len: Annotated[
         int | None,

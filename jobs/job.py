@@ -153,7 +153,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
 
 def _forecast(spec: JobSpec, config: EngineConfig, figures: LengthFigures, results: Results) -> Forecast | None:
     """Predict the time for the rows that this run computed; None if the device or setting was not measured."""
-    cost, _ = read_device_cost(DeviceKey.of(config.device))
+    cost, _ = read_device_cost(DeviceKey.of(config.device, config.cpu_path))
     if cost is None:
         return None
     setting, job = (

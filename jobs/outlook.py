@@ -161,7 +161,7 @@ def plan(spec: JobSpec) -> Outlook:
         failing = _read(windows)
     by_row = spec.sampled_by_row
     shape = JobShape.of(windows.figures, spec.sampling, job.config.max_model_len, by_row)
-    key = DeviceKey.of(job.config.device)
+    key = DeviceKey.of(job.config.device, job.config.cpu_path)
     cost, missing = read_device_cost(key)
     setting, notes = Setting.of(job.config), [*job.shape.notes, *job.notes]
     if missing is not None:

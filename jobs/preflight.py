@@ -33,6 +33,7 @@ from batchinfer.jobs.tables.ids import check_ids
 from batchinfer.jobs.tables.selection import Selection, digest
 from batchinfer.jobs.tables.table import Table, find_field
 from batchinfer.jobs.template_date import known_moment, moment_of_prompts, notes_about, now
+from batchinfer.kernels.cpu_library import cpu_path
 from batchinfer.models.config import ModelConfig, read_model_config, read_shape
 from batchinfer.models.gguf_folder import weight_files
 from batchinfer.models.hub import TOKENIZER_FILES, resolve_model
@@ -229,6 +230,10 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
     """Return the engine's config: fields of the job with the same name, and those that depend on model, device or
     table. `rows` are those of the whole table, so that all shards compute in the same way, as the job does whole."""
     device = device_of(spec.device)
+    try:
+        path = cpu_path(spec.cpu_path) if device == "cpu" else spec.cpu_path
+    except ValueError as error:
+        raise UsageError(f"--{str(error).replace('_', '-', 1)}") from error
     if device == "cuda":
         try:
             refuse_old_gpu()
@@ -240,6 +245,7 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
     resolved = {
         "model": model,
         "device": device,
+        "cpu_path": path,
         "max_model_len": shape.max_positions if spec.max_model_len is None else spec.max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": spec.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[device],

@@ -13,7 +13,7 @@ tokens.
 """
 
 LEAST_BATCHED_TOKENS = 64  # tokens of one tile of a prompt
-BLOCK_SIZES = (8, 16, 32, 64)
+BLOCK_SIZES = (16, 32, 64)
 LEAST_GPU_SHARE = 0.05  # least share of a GPU's memory
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}  # bytes of a number in the KV cache
@@ -69,6 +69,7 @@ class EngineConfig:
 
     model: Path  # a local directory
     device: str = "cpu"
+    cpu_path: str = "auto"  # one of CPU_PATHS
     dtype: str = "auto"  # one of DTYPES
     quantization: str = "auto"  # one of QUANTIZATIONS
     kv_cache_dtype: str = "auto"  # one of KV_CACHE_DTYPES

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batchinfer.engine.attention_inputs import AttentionInputs, RaggedInputs, TiledInputs
+from batchinfer.engine.attention_inputs import AttentionInputs, RaggedInputs, TiledInputs, WindowedInputs
 from batchinfer.engine.check_settings import check_types
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.cuda_graphs import CudaGraphs, Found, most_recorded
@@ -20,6 +20,7 @@ from batchinfer.formats.matrix import quantize_channels
 from batchinfer.formats.scheme import QuantScheme, scheme
 from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.backend import Backend
+from batchinfer.kernels.backend_compiled import CompiledBackend
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
 from batchinfer.kernels.grain import padded_logits
@@ -56,7 +57,7 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, model: ModelConfig) -> None:
-        self.backend = choose_backend(config.device, config.deterministic)
+        self.backend = choose_backend(config.device, config.deterministic, config.cpu_path)
         if not isinstance(self.backend, CpuBackend):
             model.refuse_on_gpu()
         made_for = frozenset[str]() if model.form is None else model.form.eight_bit_inputs
@@ -90,6 +91,8 @@ class ModelRunner:
     def attention_inputs(self) -> AttentionInputs:
         """The builder of a step's inputs to attention, for the scheduler."""
         shapes = self.decoder.config.attention_shapes
+        if isinstance(self.backend, CompiledBackend):
+            return WindowedInputs(shapes)
         if isinstance(self.backend, CpuBackend):
             return TiledInputs(shapes)
         from batchinfer.kernels.attention_triton import tiling

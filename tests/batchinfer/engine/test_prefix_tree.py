@@ -76,7 +76,8 @@ def test_tiles_are_shared_only_before_the_last_one_and_only_if_all_tokens_agree(
 
 @pytest.mark.parametrize("length", [1, 30, TILE - 1, TILE, TILE + 1, 200])
 @pytest.mark.parametrize(
-    "settings", [{}, {"kv_cache_dtype": "int8"}, {"max_num_batched_tokens": 64}, {"max_num_seqs": 3}, {"block_size": 8}]
+    "settings",
+    [{}, {"kv_cache_dtype": "int8"}, {"max_num_batched_tokens": 64}, {"max_num_seqs": 3}, {"block_size": 16}],
 )
 def test_twins_compute_one_prompt_and_draw_each_their_own(
     make_model: Callable[..., Path], length: int, settings: dict[str, Any]
