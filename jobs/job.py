@@ -96,12 +96,13 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         windows = Windows(
             table,
             source,
-            spec.block_size,
+            config.block_size,
             done.rows,
             folder.temporary,
             spec.deduplicate,
             spec.computed_samples,
             reuse=reuse,
+            grain=config.prefix_grain,
         )
         progress = Progress(results, table.num_rows, metrics)
         if not done.complete:

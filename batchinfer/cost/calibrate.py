@@ -101,9 +101,10 @@ class _TimedEngine(Engine):
 def measure(device: str, say: Callable[[str], None], path: str = "auto") -> DeviceCost:
     """Time steps on the device and fit the constants to them; takes about two minutes on a CPU.
 
-    `say` is called with a line of text at each stage; `path` is that of a CPU's kernels. The constants are fitted to the fastest repeats, because other
-    programs on the machine only ever add time. They are then multiplied by the usual ratio of the median repeat to the
-    fastest, because a job takes the usual time and not the best. Raises `ValueError` if the device lacks something.
+    `say` is called with a line of text at each stage; `path` is that of a CPU's kernels. The constants are fitted to
+    the fastest repeats, because other programs on the machine only ever add time. They are then multiplied by the usual
+    ratio of the median repeat to the fastest, because a job takes the usual time and not the best. Raises `ValueError`
+    if the device lacks something.
     """
     costs: dict[str, StepCost] = {}
     load_seconds, operations = {}, {}

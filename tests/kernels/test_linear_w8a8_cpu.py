@@ -14,13 +14,13 @@ from batchinfer.kernels.rows import Rows
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (63, 500), (96, 64), (320, 33), (16, 1100)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_product_is_exact(library: ctypes.CDLL, n: int, k: int, bias: bool) -> None:
-    x, weight = torch.randint(0, 256, (100, k), dtype=torch.uint8), torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    x, weight = torch.randint(0, 256, (512, k), dtype=torch.uint8), torch.randint(-128, 128, (n, k), dtype=torch.int8)
     # Powers of two: every product is exact.
-    scale, row_scale = 2.0 ** torch.randint(-6, 3, (n,)).float(), 2.0 ** torch.randint(-6, 3, (100, 1)).float()
+    scale, row_scale = 2.0 ** torch.randint(-6, 3, (n,)).float(), 2.0 ** torch.randint(-6, 3, (512, 1)).float()
     added = torch.randint(-5, 6, (n,)).float() if bias else None
     product = PackedW8A8(library, "c", weight, scale, added)
     exact = ((x.long() - 128) @ weight.t().long()).double() * scale * row_scale + (0 if added is None else added)
-    for rows in (1, 2, 7, 12, 13, 48, 49, 100):
+    for rows in (1, 2, 8, 12, 13, 16, 17, 48, 49, 64, 512):
         assert product(Rows(x[:rows], row_scale[:rows])).dense().double().equal(exact[:rows])
 
 
