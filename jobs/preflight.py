@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from batchinfer.engine.check_settings import check_types
 from batchinfer.engine.config import EngineConfig, Speculation, blocks_of
 from batchinfer.engine.drafts.draft_folder import resolve_draft_model
 from batchinfer.engine.generation_config import GenerationConfig, Settings
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.errors import Refused, UsageError
-from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of, gpu_capability, refuse_old_gpu
+from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of, products_of, refuse_old_gpu
 from batchinfer.jobs.answer_parsers import with_parsers
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.given_in_vain import given_in_vain
@@ -33,7 +34,6 @@ from batchinfer.jobs.tables.selection import Selection, digest
 from batchinfer.jobs.tables.table import Table, find_field
 from batchinfer.jobs.template_date import known_moment, moment_of_prompts, notes_about, now
 from batchinfer.kernels.cpu_library import REFERENCE, cpu_path
-from batchinfer.kernels.gpu import eight_bits
 from batchinfer.models.config import ModelConfig, read_model_config, read_shape
 from batchinfer.models.gguf_folder import weight_files
 from batchinfer.models.hub import TOKENIZER_FILES, resolve_model
@@ -93,6 +93,11 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     # Rows that choose from labels know all their tokens.
     wanted = Speculation("off") if spec.chooses else spec.speculation
     speculation = resolve_draft_model(wanted, named, tokenizer, config.max_model_len)
+    if config.device == "cuda" and speculation.model is not None:
+        try:
+            _refuse_on_gpu(speculation.model, read_shape(speculation.model), "auto", spec.random_weights)
+        except ValueError as error:
+            raise Refused(f"draft model {wanted.model}: {error}") from error
     config = replace(config, speculation=speculation)
     spec, settings, lines = _resolved_sampling(spec, model, shape.vocab_size, tokenizer)
     if spec.id_column is not None:
@@ -136,17 +141,17 @@ def _check_structure(spec: JobSpec) -> None:
             raise UsageError(f"--{structure[0].replace('_', '-')} {error}") from error
 
 
-def _refuse_on_gpu(spec: JobSpec, model: Path, shape: ModelConfig) -> None:
+def _refuse_on_gpu(model: Path, shape: ModelConfig, quantization: str, random_weights: bool) -> None:
     """Raise `ValueError` if a GPU has no kernel for the layers or for the weights as the checkpoint stores them."""
     shape.refuse_on_gpu()
     if weight_files(model):
         return
     config = read_model_config(model)
     config.refuse_on_gpu()
-    if config.form is not None and not spec.random_weights:
+    if config.form is not None and not random_weights:
         from batchinfer.models.experts_on_gpu import refuse_experts_on_gpu
 
-        refuse_experts_on_gpu(model, config, spec.quantization, eight_bits(gpu_capability()))
+        refuse_experts_on_gpu(model, config, quantization, products_of("cuda"))
 
 
 def _kept_columns(spec: JobSpec, table: Table) -> list[str]:
@@ -232,7 +237,7 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
     if device == "cuda":
         try:
             refuse_old_gpu()
-            _refuse_on_gpu(spec, model, shape)
+            _refuse_on_gpu(model, shape, spec.quantization, spec.random_weights)
         except ValueError as error:
             raise Refused(str(error)) from error
     in_c = device == "cpu" and path != REFERENCE
@@ -251,7 +256,12 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
         # Incremental runs must all compute in the same way, even those with few rows.
         "expected_batch": _expected_batch(spec, max_num_seqs, rows),
     }
-    return EngineConfig(**given | resolved)
+    config = EngineConfig(**given | resolved)
+    try:
+        check_types(config, products_of(device))
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    return config
 
 
 def _expected_batch(spec: JobSpec, most: int, rows: int) -> int:

@@ -1,6 +1,7 @@
 """Check an engine's settings against their bounds and the model."""
 
 from batchinfer.engine.config import BLOCK_SIZES, LEAST_BATCHED_TOKENS, LEAST_GPU_SHARE, EngineConfig
+from batchinfer.formats.scheme import scheme
 from batchinfer.models.config import ModelConfig
 from batchinfer.text.tokenizer import Tokenizer
 
@@ -32,3 +33,17 @@ def check_settings(config: EngineConfig, model: ModelConfig, tokenizer: Tokenize
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}: they do not belong "
             "together"
         )
+
+
+def check_types(config: EngineConfig, products: frozenset[str]) -> None:
+    """Raise `ValueError` naming a setting whose type the device does not have; `products` names the types of 8-bit rows
+    that it multiplies, of int8 and fp8."""
+    device = "the CPU" if config.device == "cpu" else "this GPU"
+    asked = scheme(config.quantization)
+    if asked.quantized and asked.activations not in products:
+        raise ValueError(
+            f"quantization is {asked.name!r}, and {device} multiplies no {asked.activations}: float8 needs a GPU of "
+            "compute capability 8.9 or more; take w8a8-int8"
+        )
+    if config.kv_cache_dtype == "fp8" and config.device == "cuda" and "fp8" not in products:
+        raise ValueError(f"kv_cache_dtype is 'fp8', and {device} has no float8; take int8")

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from batchinfer.engine.attention_inputs import AttentionInputs, RaggedInputs, TiledInputs, WindowedInputs
+from batchinfer.engine.check_settings import check_types
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.cuda_graphs import CudaGraphs, Found, most_recorded
 from batchinfer.engine.four_bit_path import FourBitPath
@@ -66,14 +67,14 @@ class ModelRunner:
             model.refuse_on_gpu()
         made_for = frozenset[str]() if model.form is None else model.form.eight_bit_inputs
         self.scheme: QuantScheme = scheme(config.quantization, bool(made_for & self.backend.eight_bits))
-        _check_scheme(self.scheme, self.backend)
+        check_types(config, self.backend.eight_bits)
         self.dtype = _dtype(config, model.dtype, self.backend)
         weights, model = _weights(config, model, self.dtype, self.backend.device)
         model = model.within(config.max_model_len)
         path = FourBitPath.choose(config, self.scheme, self.dtype, self.backend)
         loaded = load_decoder(model, self.scheme, self.dtype, weights, self.backend, path.packed)
         self.decoder = loaded.decoder
-        self.kv_dtype = _kv_dtype(config, self.decoder.stream, self.backend)
+        self.kv_dtype = _kv_dtype(config, self.decoder.stream)
         by_token = isinstance(self.backend, CompiledBackend) and not self.decoder.config.recurrent
         if config.prefix_grain != TILE and not by_token:
             raise ValueError(f"prefix_grain is {config.prefix_grain}; without kernels in C it must be {TILE}")
@@ -310,18 +311,6 @@ def measure_peak(scheme: QuantScheme, dtype: torch.dtype, backend: Backend, seco
     return 2 * m * n * k / best
 
 
-def _check_scheme(scheme: QuantScheme, backend: Backend) -> None:
-    if scheme.quantized and not scheme.as_stored and scheme.activations not in backend.eight_bits:
-        raise ValueError(
-            f"quantization is {scheme.name!r}, and {_name(backend)} multiplies no {scheme.activations}: float8 needs a "
-            "GPU of compute capability 8.9 or more; take w8a8-int8"
-        )
-
-
-def _name(backend: Backend) -> str:
-    return torch.cuda.get_device_name(backend.device) if backend.device.type == "cuda" else "the CPU"
-
-
 def _dtype(config: EngineConfig, stored: str, backend: Backend) -> torch.dtype:
     name = config.computed_in(stored, has_float16=not isinstance(backend, CpuBackend))
     if name not in DTYPES:
@@ -329,10 +318,8 @@ def _dtype(config: EngineConfig, stored: str, backend: Backend) -> torch.dtype:
     return DTYPES[name]
 
 
-def _kv_dtype(config: EngineConfig, computed: torch.dtype, backend: Backend) -> torch.dtype:
+def _kv_dtype(config: EngineConfig, computed: torch.dtype) -> torch.dtype:
     name = config.cached_in(str(computed).removeprefix("torch."))
     if name not in KV_DTYPES:
         raise ValueError(f"kv_cache_dtype is {name!r}; it must be one of auto, {', '.join(KV_DTYPES)}")
-    if name == "fp8" and backend.device.type == "cuda" and "fp8" not in backend.eight_bits:
-        raise ValueError(f"kv_cache_dtype is 'fp8', and {_name(backend)} has no float8; take int8")
     return KV_DTYPES[name]

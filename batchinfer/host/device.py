@@ -3,7 +3,7 @@
 import ctypes
 from pathlib import Path
 
-from batchinfer.kernels.gpu import refuse_old
+from batchinfer.kernels.gpu import eight_bits, refuse_old
 
 MAX_NUM_SEQS = {"cpu": 64, "cuda": 1024}
 MAX_NUM_BATCHED_TOKENS = {"cpu": 512, "cuda": 8192}
@@ -69,6 +69,11 @@ def gpu_capability(library: str = "libcuda.so.1") -> tuple[int, int] | None:
             return None
         numbers.append(found.value)
     return numbers[0], numbers[1]
+
+
+def products_of(device: str) -> frozenset[str]:
+    """Return the types of 8-bit rows, of int8 and fp8, that the device "cpu" or "cuda" multiplies."""
+    return eight_bits(gpu_capability()) if device == "cuda" else frozenset({"int8"})
 
 
 def device_name(device: str) -> str:

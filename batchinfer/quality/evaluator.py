@@ -162,7 +162,10 @@ def steps(engine: Engine, token_ids: NDArray[np.int32], first: int = 0) -> Itera
     while (batch := engine.scheduler.schedule()) is not None:
         rows = np.arange(min(max(first - start, 0), batch.prompt_tokens), batch.prompt_tokens)
         start += batch.prompt_tokens
-        yield replace(batch, sampled=torch.from_numpy(np.pad(rows, (0, -len(rows) % MIN_ROWS)))), len(rows)
+        sampled = torch.from_numpy(np.pad(rows, (0, -len(rows) % MIN_ROWS)))
+        # A place for each of these rows: the last layer's experts compute as many rows as there are places.
+        places = np.full(len(rows), batch.chunks[0].place, np.int64)
+        yield replace(batch, sampled=sampled, sequences=places), len(rows)
         engine.scheduler.update(batch, np.zeros(len(batch.sequences), np.int64))
         if len(batch.sequences):
             engine.scheduler.finish(int(batch.sequences[0]))

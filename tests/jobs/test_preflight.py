@@ -1,6 +1,7 @@
 """What is chosen once for a job is the same in each of its shards, and in the plan of each."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from quantized_models import FORMATS
 from safetensors.torch import save_file
 from stub_jobs import STUB, make_model, prompts, spec, write
 
-from batchinfer.engine.config import FEW_ROWS
+from batchinfer.engine.config import FEW_ROWS, Speculation
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused
 from batchinfer.jobs.job import run
@@ -104,6 +105,11 @@ def with_two_experts(model: Path, form: str) -> None:
     save_file(tensors, model / "model.safetensors")
 
 
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] | None) -> None:
+    """Let the driver name a GPU of this compute capability."""
+    monkeypatch.setattr("batchinfer.host.device.gpu_capability", lambda *_: capability)
+
+
 @pytest.mark.parametrize(
     ("form", "capability", "words"),
     [
@@ -117,7 +123,7 @@ def with_two_experts(model: Path, form: str) -> None:
 def test_experts_without_a_kernel_for_a_gpu_are_refused_before_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, capability: tuple[int, int] | None, words: str | None
 ) -> None:
-    monkeypatch.setattr("batchinfer.jobs.preflight.gpu_capability", lambda: capability)
+    on_a_gpu(monkeypatch, capability)
     model, path = make_model(tmp_path, **SHAPE), write(tmp_path / "in.parquet", prompt=prompts(1))
     with_two_experts(model, form)
     preflight(spec(model, path, device="cpu"))
@@ -128,3 +134,34 @@ def test_experts_without_a_kernel_for_a_gpu_are_refused_before_the_job(
     else:
         with pytest.raises(Refused, match=f"model.layers.0.: {words}"):
             preflight(spec(model, path, device="cuda"))
+
+
+def test_a_draft_model_without_a_kernel_for_a_gpu_is_refused_before_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_gpu(monkeypatch, (9, 0))
+    model, path = make_model(tmp_path, **SHAPE), write(tmp_path / "in.parquet", prompt=prompts(1))
+    draft = shutil.copytree(model, tmp_path / "draft")
+    with_two_experts(draft, "pack")
+    drafting = Speculation(model=draft)
+    preflight(spec(model, path, device="cpu", speculation=drafting))
+    with pytest.raises(Refused, match=f"draft model {draft}: model.layers.0.: the experts' weights are in 4 bits"):
+        preflight(spec(model, path, device="cuda", speculation=drafting))
+
+
+@pytest.mark.parametrize("setting", [{"quantization": "w8a8-fp8"}, {"kv_cache_dtype": "fp8"}])
+def test_float8_is_refused_before_the_job_where_a_device_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: dict[str, str]
+) -> None:
+    model, path = make_model(tmp_path, **SHAPE), write(tmp_path / "in.parquet", prompt=prompts(1))
+    for capability in ((8, 9), None):  # None: unknown until the engine loads
+        on_a_gpu(monkeypatch, capability)
+        preflight(spec(model, path, device="cuda", **setting))
+    on_a_gpu(monkeypatch, (8, 6))
+    with pytest.raises(Refused, match=r"this GPU (multiplies no fp8.*; take w8a8-int8|has no float8; take int8)"):
+        preflight(spec(model, path, device="cuda", **setting))
+    if "quantization" in setting:
+        with pytest.raises(Refused, match=r"the CPU multiplies no fp8: float8 needs a GPU of compute capability 8.9"):
+            preflight(spec(model, path, device="cpu", **setting))
+    else:  # a CPU stores float8 and multiplies it in other types
+        preflight(spec(model, path, device="cpu", **setting))

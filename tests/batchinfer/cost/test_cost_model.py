@@ -1,12 +1,17 @@
 """The cost model, against figures worked out elsewhere for Llama-3-8B."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from families import QUICK, made
 from repository import SHAPE_852M
+from safetensors.torch import load_file
 
 from batchinfer.cost.cost_model import CostModel, Requests
-from batchinfer.models.config import parse_model_config
+from batchinfer.cost.step_cost import layer_weights
+from batchinfer.models.config import parse_model_config, read_model_config
 
 LLAMA_3_8B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
@@ -66,3 +71,14 @@ def test_a_state_of_qwen_3_5() -> None:
     without = CostModel(model.linear_parameters, model.head_parameters, model.query_numbers, 0, 0)
     more = model.operations(Requests(64, 1)) - without.operations(Requests(64, 1))
     assert more == 2 * model.tile_multiplications + 6 * model.state_sums
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_the_matrices_are_those_that_transformers_stores(make_model: Callable[..., Path], case: str) -> None:
+    """Routers and the kernels of convolutions are too small to count. Where keys are the values of Gemma 4, too, the
+    matrix is multiplied twice."""
+    model = made(make_model, case)
+    tensors = load_file(model / "model.safetensors")
+    stored = sum(tensor.numel() for name, tensor in tensors.items() if "layers." in name and tensor.ndim > 1)
+    most = 0.05 if case.startswith("gemma4") else 0.02
+    assert layer_weights(read_model_config(model)) == pytest.approx(stored, rel=most)

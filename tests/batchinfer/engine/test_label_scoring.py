@@ -25,7 +25,7 @@ LABELS = [[20], [20, 30], [20, 30, 40], [20, 30, 41, 50], [21, 22, 23, 24], [21,
 SHARED_START = [[40, 41, 42], [40, 41, 43], [40, 44]]
 
 
-@pytest.fixture(params=["llama", "lfm2", "qwen3_5_text", "gemma4_text"])
+@pytest.fixture(params=["llama", "lfm2", "qwen3_moe", "qwen3_5_text", "gemma4_text"])
 def model(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> Path:
     return made(make_model, request.param)
 

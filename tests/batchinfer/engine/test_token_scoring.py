@@ -24,7 +24,7 @@ from batchinfer.kernels.grain import TILE
 WANTED = SamplingParams(max_tokens=5, ignore_eos=True, logprobs=3, prompt_logprobs=2)
 
 
-@pytest.fixture(params=["llama", "lfm2", "qwen3_5_text", "gemma4_text"])
+@pytest.fixture(params=["llama", "lfm2", "qwen3_moe", "qwen3_5_text", "gemma4_text"])
 def model(request: pytest.FixtureRequest, make_model: Callable[..., Path]) -> Path:
     return made(make_model, request.param)
 

@@ -87,15 +87,21 @@ def test_a_gpus_kernels_compute_the_same(
 @pytest.mark.parametrize("case", QUICK)
 @pytest.mark.parametrize("quantization", ["none", "w8a8-int8"])
 def test_a_row_is_the_same_alone_and_together(make_model: Callable[..., Path], case: str, quantization: str) -> None:
-    """Compare rows whose common start is computed once with rows alone, in other chunks, and with rows with drafts."""
+    """Compare rows whose common start is computed once with rows with drafts, and every other one with itself alone, in
+    other chunks. Unrounded, they are the greedy texts of transformers."""
     model = made(make_model, case)
-    prompts = [EDGES[5] + prompt[:60] for prompt in EDGES]
+    prompts = [EDGES[5] + np.random.default_rng(n).integers(2, 320, 1 + 3 * n).tolist() for n in range(24)]
     requests = Requests.of(prompts, SamplingParams(max_tokens=12, ignore_eos=True))
     together = tokens(engine_of(model, quantization=quantization), requests)
-    alone = {"max_num_seqs": 1, "max_num_batched_tokens": 64, "prefix_sharing": False}
-    drafts = {"speculation": Speculation("ngram", gate=False)}
-    for settings in (alone, drafts):
-        assert tokens(engine_of(model, quantization=quantization, **settings), requests) == together
+    if quantization == "none":
+        oracle = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        for row, prompt in enumerate(prompts):
+            assert together[row] == likeliest_behind(oracle, prompt, together[row]), f"row {row}"
+    drafting = engine_of(model, quantization=quantization, speculation=Speculation("ngram", gate=False))
+    assert tokens(drafting, requests) == together
+    one_by_one = {"max_num_seqs": 1, "max_num_batched_tokens": 64, "prefix_sharing": False}
+    alone = tokens(engine_of(model, quantization=quantization, **one_by_one), requests.take(np.arange(0, 24, 2)))
+    assert alone == {row: together[row] for row in range(0, 24, 2)}
 
 
 @pytest.mark.parametrize("case", QUICK)
@@ -106,6 +112,15 @@ def test_eight_bits_lose_little(make_model: Callable[..., Path], case: str) -> N
     # States sum up the errors of all tokens, and experts multiply them by gates of their own.
     most = 0.15 if case in ("qwen3_5_moe_text", "qwen3_next") else 0.1
     assert 0 < (rounded - exact).norm() < most * exact.norm()
+
+
+def likeliest_behind(oracle: transformers.PreTrainedModel, prompt: list[int], answer: list[int]) -> list[int]:
+    """The likeliest token behind the prompt, and behind each token of an answer but its last: the answer itself, if and
+    only if it is the greedy one."""
+    with torch.no_grad():
+        logits = oracle(torch.tensor([prompt + answer[:-1]])).logits[0, len(prompt) - 1 :]
+    likeliest: list[int] = logits.argmax(-1).tolist()
+    return likeliest
 
 
 def every_expert(case: str) -> dict[str, int]:
