@@ -23,7 +23,7 @@ SETS = {
         "avx2": "-mavx2 -mfma -mf16c",
         "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni",
     },
-    "aarch64": {"neon": "-march=armv8.2-a+dotprod+fp16"},
+    "aarch64": {"neon": "-mcpu=generic+dotprod"},
 }
 """The instruction sets of each architecture of Linux that the kernels are written for, and what asks for them."""
 

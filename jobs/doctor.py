@@ -18,15 +18,18 @@ Line = tuple[str, str]
 LARGEST_ERROR = 0.15  # largest error of the fitted step times to trust; an idle machine has far less
 
 
-def examine(device: str, calibrate: bool) -> str:
+def examine(device: str, calibrate: bool, path: str = "auto") -> str:
     """Return aligned lines about the device "cpu" or "cuda", or the one that "auto" takes. With `calibrate`, the device
-    is measured first.
+    is measured first, on a CPU with the kernels of this `path`.
 
-    Raises `Refused` if there is no such device, or if it cannot be measured.
+    Raises `Refused` if there is no such device or path, or if it cannot be measured.
     """
     found = device_of(device)
-    key = DeviceKey.of(found)
-    kernels = list(_kernels(found))
+    try:
+        key = DeviceKey.of(found, path)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    kernels = list(_kernels(found, path))
     if calibrate:
         from batchinfer.cost.calibrate import measure
 
@@ -34,7 +37,7 @@ def examine(device: str, calibrate: bool) -> str:
         allocator.keep_freed_memory()
         say(f"measuring {key.device}; speeds come out too low if other programs run at the same time")
         try:
-            write_device_cost(key, measure(found, say))
+            write_device_cost(key, measure(found, say, path))
         except ValueError as error:
             raise Refused(f"{key.device} cannot be measured: {error}") from error
     cost, missing = read_device_cost(key)
@@ -56,7 +59,7 @@ def _memory() -> str:
     return f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
 
 
-def _kernels(device: str) -> Iterator[Line]:
+def _kernels(device: str, path: str) -> Iterator[Line]:
     """Yield lines about the fast products of this machine, as torch reports them."""
     import torch
 
@@ -67,7 +70,7 @@ def _kernels(device: str) -> Iterator[Line]:
     from batchinfer.kernels.processor import multiplied_in
 
     try:
-        backend = choose_backend(device, deterministic=False)
+        backend = choose_backend(device, False, path)
     except ValueError as error:
         raise Refused(str(error)) from error
     yield "backend", type(backend).__name__

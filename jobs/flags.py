@@ -8,7 +8,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-from batchinfer.engine.config import BLOCK_SIZES, DTYPES, KV_CACHE_DTYPES, LEAST_BATCHED_TOKENS, LEAST_GPU_SHARE
+from batchinfer.engine.config import (
+    BLOCK_SIZE,
+    BLOCK_SIZE_IN_C,
+    BLOCK_SIZES,
+    DTYPES,
+    KV_CACHE_DTYPES,
+    LEAST_BATCHED_TOKENS,
+    LEAST_GPU_SHARE,
+)
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.flag import Flag, flags_of
 from batchinfer.formats.scheme import QUANTIZATIONS
@@ -230,7 +238,17 @@ class JobFlags:
             at_least=LEAST_BATCHED_TOKENS,
         ),
     ] = None
-    block_size: Annotated[int, Flag("Keep keys and values in blocks of N tokens.", "Engine", choices=BLOCK_SIZES)] = 32
+    block_size: Annotated[
+        int | None,
+        Flag(
+            "Keep keys and values in blocks of N tokens, "
+            f"{', '.join(map(str, BLOCK_SIZES))}; 'auto' is {BLOCK_SIZE_IN_C} with kernels in C on a CPU, and "
+            f"{BLOCK_SIZE} elsewhere.",
+            "Engine",
+            kind=NUMBER_OR_AUTO,
+            choices=BLOCK_SIZES,
+        ),
+    ] = None
     deterministic: Annotated[
         bool,
         Flag(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from batchinfer.kernels import attention_cpu, kv_cache_cpu, rows_cpu
+from batchinfer.kernels import attention_cpu, kv_cache_cpu, rows_cpu, sampling_cpu
 from batchinfer.kernels.backend import AttentionBatch
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.cpu_library import load
@@ -15,6 +15,7 @@ from batchinfer.kernels.linear_w8a8_cpu import MOST_COLUMNS, PackedW8A8
 from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
+from batchinfer.kernels.sampling import SamplingBatch
 
 
 class CompiledBackend(CpuBackend):
@@ -43,7 +44,7 @@ class CompiledBackend(CpuBackend):
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, norm_D: NormWeights, eps: float, takes: torch.dtype) -> Rows:
         weights = _weights(x_MD, (norm_D,))
-        if weights is None or not x_MD.is_contiguous():
+        if weights is None or x_MD.dim() != 2 or not x_MD.is_contiguous():
             self.kernels["norm"] = "reference"
             return super().add_norm(x_MD, y, norm_D, eps, takes)
         if y is not None and y.values.dtype != x_MD.dtype:
@@ -98,6 +99,10 @@ class CompiledBackend(CpuBackend):
         return kv_cache_cpu.rotate_and_store(
             self._library, query_TX, None, heads, cos_Td, sin_Td, None, weights, False, eps
         )
+
+    def sample(self, logits_rV: Tensor, batch: SamplingBatch | None) -> tuple[Tensor, Tensor]:
+        self.kernels["sampling"] = self.path
+        return sampling_cpu.sample(self._library, logits_rV, batch)
 
     def attention(
         self,

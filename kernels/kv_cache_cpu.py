@@ -44,6 +44,7 @@ def rotate_and_store(
     Without a cache, only queries are there.
     """
     qkv, cos, sin = qkv_TX.contiguous(), cos_Td.contiguous(), sin_Td.contiguous()
+    assert len(qkv) == len(cos) == len(sin) == (len(qkv) if slots_T is None else len(slots_T))
     kv_heads = 0 if cache is None else cache.kv_heads
     head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
     query = torch.empty(len(qkv), heads, head_dim, dtype=qkv.dtype)

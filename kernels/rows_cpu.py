@@ -36,6 +36,7 @@ def add_norm(
     x and y are of one type of `TYPES`, and x is contiguous. The rows are of x's type, or 8-bit ones if `takes` is
     uint8.
     """
+    assert y is None or y.values.shape == x_MD.shape
     quantized = takes == torch.uint8
     out = torch.empty(x_MD.shape, dtype=torch.uint8 if quantized else x_MD.dtype)
     scale = torch.empty(len(x_MD), 1) if quantized else None

@@ -46,6 +46,7 @@ INLINE ints ints_load(const int32_t *p) { return _mm512_loadu_si512(p); }
 INLINE ints ints_add(ints a, ints b) { return _mm512_add_epi32(a, b); }
 INLINE ints ints_and(ints a, ints b) { return _mm512_and_si512(a, b); }
 INLINE ints ints_or(ints a, ints b) { return _mm512_or_si512(a, b); }
+INLINE ints ints_xor(ints a, ints b) { return _mm512_xor_si512(a, b); }
 INLINE ints ints_max(ints a, ints b) { return _mm512_max_epu32(a, b); }
 #define ints_left(a, n) _mm512_slli_epi32(a, n)
 #define ints_right(a, n) _mm512_srli_epi32(a, n)
@@ -55,6 +56,14 @@ INLINE vec vec_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu
 INLINE void ints_store_u8(uint8_t *p, ints a) { _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(a)); }
 INLINE void ints_store_u16(uint16_t *p, ints a) { _mm256_storeu_si256((void *)p, _mm512_cvtepi32_epi16(a)); }
 INLINE void vec_store_f16(uint16_t *p, vec a) { _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(a, 0)); }
+
+/* The low and the high halves of the products of 32-bit numbers without sign. */
+INLINE ints ints_product(ints a, uint32_t by, ints *high) {
+    __m512i factor = _mm512_set1_epi64(by);
+    __m512i even = _mm512_mul_epu32(a, factor), odd = _mm512_mul_epu32(_mm512_srli_epi64(a, 32), factor);
+    *high = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
+    return _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
+}
 
 INLINE __m256 vec_low(vec a) { return _mm512_castps512_ps256(a); }
 INLINE __m256 vec_high(vec a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
@@ -101,6 +110,7 @@ INLINE ints ints_load(const int32_t *p) {
 INLINE ints ints_add(ints a, ints b) { return BOTH(ints, _mm256_add_epi32, a, b); }
 INLINE ints ints_and(ints a, ints b) { return BOTH(ints, _mm256_and_si256, a, b); }
 INLINE ints ints_or(ints a, ints b) { return BOTH(ints, _mm256_or_si256, a, b); }
+INLINE ints ints_xor(ints a, ints b) { return BOTH(ints, _mm256_xor_si256, a, b); }
 INLINE ints ints_max(ints a, ints b) { return BOTH(ints, _mm256_max_epu32, a, b); }
 #define ints_left(a, n) ((ints){_mm256_slli_epi32((a).low, n), _mm256_slli_epi32((a).high, n)})
 #define ints_right(a, n) ((ints){_mm256_srli_epi32((a).low, n), _mm256_srli_epi32((a).high, n)})
@@ -129,6 +139,20 @@ INLINE void ints_store_u8(uint8_t *p, ints a) {
 INLINE void vec_store_f16(uint16_t *p, vec a) {
     _mm_storeu_si128((void *)p, _mm256_cvtps_ph(a.low, 0));
     _mm_storeu_si128((void *)(p + 8), _mm256_cvtps_ph(a.high, 0));
+}
+
+INLINE __m256i half_product(__m256i a, uint32_t by, __m256i *high) {
+    __m256i factor = _mm256_set1_epi64x(by);
+    __m256i even = _mm256_mul_epu32(a, factor), odd = _mm256_mul_epu32(_mm256_srli_epi64(a, 32), factor);
+    *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+}
+/* The low and the high halves of the products of 32-bit numbers without sign. */
+INLINE ints ints_product(ints a, uint32_t by, ints *high) {
+    ints low;
+    low.low = half_product(a.low, by, &high->low);
+    low.high = half_product(a.high, by, &high->high);
+    return low;
 }
 
 INLINE __m256 vec_low(vec a) { return a.low; }
@@ -172,6 +196,7 @@ INLINE ints ints_load(const int32_t *p) { return EACH(ints, vld1q_s32(p + 4 * i)
 INLINE ints ints_add(ints a, ints b) { return EACH(ints, vaddq_s32(a.at[i], b.at[i])); }
 INLINE ints ints_and(ints a, ints b) { return EACH(ints, vandq_s32(a.at[i], b.at[i])); }
 INLINE ints ints_or(ints a, ints b) { return EACH(ints, vorrq_s32(a.at[i], b.at[i])); }
+INLINE ints ints_xor(ints a, ints b) { return EACH(ints, veorq_s32(a.at[i], b.at[i])); }
 INLINE ints ints_max(ints a, ints b) {
     return EACH(ints, vreinterpretq_s32_u32(
                           vmaxq_u32(vreinterpretq_u32_s32(a.at[i]), vreinterpretq_u32_s32(b.at[i]))));
@@ -190,6 +215,18 @@ INLINE ints ints_load_s8(const int8_t *p) {
 }
 INLINE vec vec_load_f16(const uint16_t *p) {
     return EACH(vec, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))));
+}
+/* The low and the high halves of the products of 32-bit numbers without sign. */
+INLINE ints ints_product(ints a, uint32_t by, ints *high) {
+    ints low;
+    for (int i = 0; i < 4; i++) {
+        uint32x4_t x = vreinterpretq_u32_s32(a.at[i]);
+        uint32x4_t first = vreinterpretq_u32_u64(vmull_u32(vget_low_u32(x), vdup_n_u32(by)));
+        uint32x4_t second = vreinterpretq_u32_u64(vmull_u32(vget_high_u32(x), vdup_n_u32(by)));
+        low.at[i] = vreinterpretq_s32_u32(vuzp1q_u32(first, second));
+        high->at[i] = vreinterpretq_s32_u32(vuzp2q_u32(first, second));
+    }
+    return low;
 }
 INLINE void ints_store_u16(uint16_t *p, ints a) {
     for (int i = 0; i < 4; i++) vst1_u16(p + 4 * i, vmovn_u32(vreinterpretq_u32_s32(a.at[i])));
@@ -238,8 +275,8 @@ INLINE uint32_t ints_most(ints a) {
     return most;
 }
 
-/* e^x, with an error of a few units in the last place; 0 where that is below the smallest normal number, and no number
- * where x is none. The polynomial is that of the Cephes library (Moshier 1992). */
+/* e^x, with an error of a few units in the last place; 0 where that is below the smallest normal number, infinite for x
+ * above 88, and no number where x is none. The polynomial is that of the Cephes library (Moshier 1992). */
 INLINE vec vec_exp(vec x) {
     const float least = -87.33654f, largest = 88.0f;
     vec bounded = vec_less(vec_set(largest), x, vec_set(largest), vec_less(x, vec_set(least), vec_set(least), x));
@@ -255,7 +292,32 @@ INLINE vec vec_exp(vec x) {
     p = vec_fma(p, r, vec_set(5.0000001201e-1f));
     p = vec_fma(p, vec_mul(r, r), vec_add(r, vec_set(1.0f)));
     vec power = bits_vec(ints_left(ints_add(n, ints_set(127)), 23));
-    return vec_less(x, vec_set(least), vec_set(0.0f), vec_mul(p, power));
+    vec found = vec_less(vec_set(largest), x, vec_set(__builtin_inff()), vec_mul(p, power));
+    return vec_less(x, vec_set(least), vec_set(0.0f), found);
+}
+
+/* The natural logarithm of a normal positive number, with an error of a few units in the last place. The polynomial is
+ * that of the Cephes library. */
+INLINE vec vec_log(vec x) {
+    ints bits = vec_bits(x);
+    ints exponent = ints_add(ints_right(bits, 23), ints_set(-126));
+    vec m = bits_vec(ints_or(ints_and(bits, ints_set(0x7fffff)), ints_set(0x3f000000))); /* from 0.5 up to 1 */
+    vec e = ints_to_vec(exponent), half = vec_set(0.70710678f);
+    e = vec_less(m, half, vec_sub(e, vec_set(1.0f)), e);
+    m = vec_sub(vec_less(m, half, vec_add(m, m), m), vec_set(1.0f));
+    vec square = vec_mul(m, m), p = vec_set(7.0376836292e-2f);
+    p = vec_fma(p, m, vec_set(-1.1514610310e-1f));
+    p = vec_fma(p, m, vec_set(1.1676998740e-1f));
+    p = vec_fma(p, m, vec_set(-1.2420140846e-1f));
+    p = vec_fma(p, m, vec_set(1.4249322787e-1f));
+    p = vec_fma(p, m, vec_set(-1.6668057665e-1f));
+    p = vec_fma(p, m, vec_set(2.0000714765e-1f));
+    p = vec_fma(p, m, vec_set(-2.4999993993e-1f));
+    p = vec_fma(p, m, vec_set(3.3333331174e-1f));
+    p = vec_mul(p, vec_mul(m, square));
+    p = vec_fma(e, vec_set(-2.12194440e-4f), p);
+    p = vec_fma(square, vec_set(-0.5f), p);
+    return vec_fma(e, vec_set(0.693359375f), vec_add(m, p));
 }
 
 /* 1 / (1 + e^-x). */

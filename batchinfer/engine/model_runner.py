@@ -23,7 +23,7 @@ from batchinfer.kernels.backend_compiled import CompiledBackend
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
 from batchinfer.kernels.cpu_library import REFERENCE, cpu_path, why_reference
-from batchinfer.kernels.grain import padded_logits
+from batchinfer.kernels.grain import TILE, padded_logits
 from batchinfer.kernels.kv_cache import KV_DTYPES, KVCache
 from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
@@ -70,6 +70,9 @@ class ModelRunner:
         loaded = load_decoder(model, self.scheme, self.dtype, weights, self.backend, path.packed)
         self.decoder = loaded.decoder
         self.kv_dtype = _kv_dtype(config, self.decoder.stream, self.backend)
+        by_token = isinstance(self.backend, CompiledBackend) and not self.decoder.config.recurrent
+        if config.prefix_grain != TILE and not by_token:
+            raise ValueError(f"prefix_grain is {config.prefix_grain}; without kernels in C it must be {TILE}")
         self.notes = list(model.notes)
         if isinstance(self.backend, CpuBackend) and not bits_are_kept():
             self.notes.append(BITS_NOT_KEPT)

@@ -24,6 +24,7 @@ from batchinfer.kernels.kv_cache_cpu import rotate_and_store
 from batchinfer.kernels.linear_w8a8_cpu import PackedW8A8
 from batchinfer.kernels.ragged_attention import RaggedBatch, SharedPrefix
 from batchinfer.kernels.rows import Rows
+from batchinfer.kernels.sampling_cpu import sample
 
 MACHINE = architecture()
 WARNINGS = ("-Wall", "-Wextra", "-Werror")
@@ -140,6 +141,7 @@ def _outputs(library: ctypes.CDLL) -> Iterator[Tensor]:
     for count in (1, 5, 16, 70):
         rows = Rows(torch.randint(0, 256, (count, 200), dtype=torch.uint8), torch.rand(count, 1))
         yield _bytes(PackedW8A8(library, "", weight, scale)(rows).values)
+    yield _bytes(sample(library, torch.randn(40, 3001), None)[0])
 
 
 def _attention(library: ctypes.CDLL, dtype: torch.dtype, kv: torch.dtype) -> Iterator[Tensor]:

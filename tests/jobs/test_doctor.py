@@ -113,6 +113,8 @@ def test_the_path_of_the_kernels_is_told(capsys: pytest.CaptureFixture[str]) -> 
     assert ("CPU path", cpu_path()) in lines
     if cpu_path() != "reference":
         assert "C compiler" not in str(lines) and "VNNI" not in str(lines)
+    lines = told(printed(capsys, "--device", "cpu", "--cpu-path", "reference"))
+    assert ("CPU path", "reference") in lines
 
 
 def test_what_keeps_kernels_in_c_from_running_is_missing(

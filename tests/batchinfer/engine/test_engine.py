@@ -258,7 +258,7 @@ def test_engines_side_by_side_tell_their_own_kernels(
 def test_an_engine_tells_its_kernels_in_c(make_model: Callable[..., Path], path: str) -> None:
     engine = engine_of(make_model("llama"), quantization="w8a8-int8", cpu_path=path)
     tokens(engine, Requests.of([[5, 6]], SamplingParams(max_tokens=2)))
-    in_c = dict.fromkeys(["attention", "activation", "norm", "rotate_and_store", "linear_w8a8"], path)
+    in_c = dict.fromkeys(["attention", "activation", "norm", "rotate_and_store", "linear_w8a8", "sampling"], path)
     assert engine.stats().kernels == {"linear": "cpu", **in_c}
     assert not [note for note in engine.stats().notes if "torch alone" in note]
 
