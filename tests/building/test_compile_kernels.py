@@ -24,6 +24,7 @@ from batchinfer.kernels.kv_cache_cpu import rotate_and_store
 from batchinfer.kernels.linear_w8a8_cpu import PackedW8A8
 from batchinfer.kernels.ragged_attention import RaggedBatch, SharedPrefix
 from batchinfer.kernels.rows import Rows
+from batchinfer.kernels.sampling import SamplingBatch
 from batchinfer.kernels.sampling_cpu import sample
 
 MACHINE = architecture()
@@ -141,7 +142,12 @@ def _outputs(library: ctypes.CDLL) -> Iterator[Tensor]:
     for count in (1, 5, 16, 70):
         rows = Rows(torch.randint(0, 256, (count, 200), dtype=torch.uint8), torch.rand(count, 1))
         yield _bytes(PackedW8A8(library, "", weight, scale)(rows).values)
-    yield _bytes(sample(library, torch.randn(40, 3001), None)[0])
+    drawn = SamplingBatch(
+        *(torch.ones(40), torch.zeros(40, dtype=torch.int64), torch.ones(40), torch.zeros(40)),
+        *(torch.randint(-(1 << 62), 1 << 62, (40,)), torch.arange(40)),
+    )
+    for batch in (None, drawn):
+        yield _bytes(sample(library, torch.randn(40, 3001), batch)[0])
 
 
 def _attention(library: ctypes.CDLL, dtype: torch.dtype, kv: torch.dtype) -> Iterator[Tensor]:

@@ -52,7 +52,7 @@ for package in batchinfer, batchinfer.jobs, batchinfer.kernels, batchinfer.quant
 libraries = sorted(path for path in files("batchinfer.kernels").iterdir() if path.suffix == ".so")
 print(json.dumps({
     "libraries": [path.name for path in libraries if ctypes.CDLL(str(path)).attention],
-    "modules": sorted(modules),
+    "modules": sorted(name for name in modules if name.rpartition(".")[2] not in {path.stem for path in libraries}),
     "recipes": sorted(path.name for path in files("batchinfer.quantize").joinpath("recipes").iterdir()),
     "beside": [name for name in ("kernels", "quantize", "jobs") if find_spec(name)],
     "version": batchinfer.__version__,
