@@ -121,12 +121,15 @@ reference: $(VENV)/product.stamp
 recipes: $(VENV)/product.stamp
 	$(BIN)/batchinfer recipes
 
-$(VENV)/product.stamp: pyproject.toml constraints.txt
+# What installing compiles, or does it by: after a change it is installed again.
+COMPILED = $(wildcard kernels/*_cpu.c kernels/*_cpu.h building/*.py)
+
+$(VENV)/product.stamp: pyproject.toml constraints.txt $(COMPILED)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable .
 	touch $@
 
-$(VENV)/dev.stamp: pyproject.toml constraints.txt
+$(VENV)/dev.stamp: pyproject.toml constraints.txt $(COMPILED)
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable '.[dev]'
 	touch $@ $(VENV)/product.stamp

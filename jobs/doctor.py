@@ -29,7 +29,7 @@ def examine(device: str, calibrate: bool, path: str = "auto") -> str:
         key = DeviceKey.of(found, path)
     except ValueError as error:
         raise Refused(str(error)) from error
-    kernels = list(_kernels(found))
+    kernels = list(_kernels(found, path))
     if calibrate:
         from batchinfer.cost.calibrate import measure
 
@@ -59,17 +59,18 @@ def _memory() -> str:
     return f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
 
 
-def _kernels(device: str) -> Iterator[Line]:
+def _kernels(device: str, path: str) -> Iterator[Line]:
     """Yield lines about the fast products of this machine, as torch reports them."""
     import torch
 
+    from batchinfer.kernels.backend_compiled import CompiledBackend
     from batchinfer.kernels.backends import choose_backend
+    from batchinfer.kernels.cpu_library import REFERENCE, cpu_path, why_reference
     from batchinfer.kernels.linear_w4a16 import vectorized
-    from batchinfer.kernels.linear_w8a8 import saturates
     from batchinfer.kernels.processor import multiplied_in
 
     try:
-        backend = choose_backend(device, deterministic=False)
+        backend = choose_backend(device, False, path)
     except ValueError as error:
         raise Refused(str(error)) from error
     yield "backend", type(backend).__name__
@@ -79,10 +80,11 @@ def _kernels(device: str) -> Iterator[Line]:
         yield "GPU memory", f"{total / 1e9:.1f} GB, {free / 1e9:.1f} GB free"
         return
     yield "CPU instructions", torch.backends.cpu.get_cpu_capability()
-    if "x86" not in torch.backends.quantized.supported_engines:
-        yield "missing", "oneDNN's product of 8-bit integers: w8a8-int8 runs with slow reference code"
-    elif saturates():
-        yield "missing", "VNNI instructions: products of 8-bit integers take twice the operations"
+    yield "CPU path", backend.path if isinstance(backend, CompiledBackend) else REFERENCE
+    if cpu_path() == REFERENCE:
+        yield "missing", why_reference()
+    if not isinstance(backend, CompiledBackend):
+        yield from _eight_bit_products()
     for dtype in (torch.bfloat16, torch.float16):
         if multiplied_in(dtype) != dtype:
             name = str(dtype).removeprefix("torch.")
@@ -91,6 +93,18 @@ def _kernels(device: str) -> Iterator[Line]:
         yield "missing", "AVX2: weights in 4 bits are expanded to floating point before they are used"
     if has_gpu(torch.__version__):
         yield "GPU", "present; jobs use it unless --device cpu is given"
+
+
+def _eight_bit_products() -> Iterator[Line]:
+    """Yield a line about what torch's product of 8-bit integers lacks here."""
+    import torch
+
+    from batchinfer.kernels.linear_w8a8 import saturates
+
+    if "x86" not in torch.backends.quantized.supported_engines:
+        yield "missing", "oneDNN's product of 8-bit integers: w8a8-int8 runs with slow reference code"
+    elif saturates():
+        yield "missing", "VNNI instructions: products of 8-bit integers take twice the operations"
 
 
 def _ceilings(cost: DeviceCost, path: Path) -> Iterator[Line]:

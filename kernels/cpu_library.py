@@ -1,7 +1,8 @@
 """The kernels in C for the CPU: which instruction sets they are built for, and the library of one, ready to be called.
 
-Each instruction set has a library of its own, `cpu_NAME.so` beside this file, with the same functions. All give the
-same bits (`vector_cpu.h`); what torch multiplies beside them does not. This module loads torch only with a library.
+Each instruction set has a library of its own, `cpu_NAME.so` beside this file, with the same functions; installing
+batchinfer compiles them. All give the same bits (`vector_cpu.h`); what torch multiplies beside them does not. This
+module loads torch only with a library.
 """
 
 import ctypes
@@ -14,6 +15,8 @@ from batchinfer.kernels.processor import has
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+FOLDER = Path(__file__).parent
 
 _NEEDED = {
     "avx2": ("avx2", "fma", "f16c"),
@@ -45,7 +48,7 @@ def why_reference() -> str:
     """Say why no kernels in C run here, for a report of the path "reference"."""
     built = [path for path in _NEEDED if _file(path).exists()]
     if not built:
-        return "the kernels in C are not built: no C compiler was found when batchinfer was installed"
+        return "the kernels in C are not built: install a C compiler (gcc or clang), then batchinfer again"
     return "; ".join(_missing(path) for path in built)
 
 
@@ -58,7 +61,7 @@ def _missing(path: str) -> str:
 
 
 def _file(path: str) -> Path:
-    return Path(__file__).with_name(f"cpu_{path}.so")
+    return FOLDER / f"cpu_{path}.so"
 
 
 @cache

@@ -23,6 +23,7 @@ from batchinfer.kernels.backend import Backend
 from batchinfer.kernels.backend_compiled import CompiledBackend
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
+from batchinfer.kernels.cpu_library import REFERENCE, cpu_path, why_reference
 from batchinfer.kernels.grain import TILE, padded_logits
 from batchinfer.kernels.kv_cache import KV_DTYPES, KVCache
 from batchinfer.kernels.logits import change_logits
@@ -83,6 +84,8 @@ class ModelRunner:
             self.notes.append(BITS_NOT_KEPT)
         if isinstance(self.backend, CompiledBackend) and self.backend.threads < torch.get_num_threads():
             self.notes.append(ONE_THREAD)
+        if isinstance(self.backend, CpuBackend) and cpu_path() == REFERENCE:
+            self.notes.append(f"the CPU computes by torch alone, which is slower: {why_reference()}")
         if weights.stored_as is not None:
             held = _held(self.scheme, self.dtype, path if loaded.four_bits else None, loaded.inputs.eight_bits)
             self.notes.append(f"the checkpoint is {weights.stored_as}: {held}{loaded.inputs.words}")

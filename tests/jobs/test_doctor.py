@@ -1,6 +1,7 @@
 """`batchinfer doctor`, and the file of what it measured."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from batchinfer.host import device
 from batchinfer.jobs.cli.main import main
 from batchinfer.jobs.plan import device_file
 from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost, write_device_cost
+from batchinfer.kernels import cpu_library, linear_w8a8
+from batchinfer.kernels.cpu_library import cpu_path, why_reference
 
 COST = DeviceCost(
     steps={name: StepCost({"step": 1e-3, "number": 2e-6}, 0.05) for name in PRODUCTS},
@@ -103,6 +106,30 @@ def test_the_machine_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> 
         "800 GOP/s" in out and "25.0 GB/s" in out and "34 MB of weights" in out and "error of fitted steps 5 %" in out
     )
     assert _remedy() not in out and "measure again" not in out
+
+
+def test_the_path_of_the_kernels_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = told(printed(capsys, "--device", "cpu"))
+    assert ("CPU path", cpu_path()) in lines
+    if cpu_path() != "reference":
+        assert "C compiler" not in str(lines) and "VNNI" not in str(lines)
+    lines = told(printed(capsys, "--device", "cpu", "--cpu-path", "reference"))
+    assert ("CPU path", "reference") in lines
+
+
+def test_what_keeps_kernels_in_c_from_running_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(cpu_library, "FOLDER", tmp_path)
+    monkeypatch.setattr(linear_w8a8, "saturates", lambda: True)
+    lines = told(printed(capsys, "--device", "cpu"))
+    assert ("CPU path", "reference") in lines and ("missing", why_reference()) in lines
+    assert "not built: install a C compiler" in why_reference()
+    assert [text for name, text in lines if name == "missing" and "VNNI" in text]
+
+
+def told(out: str) -> list[tuple[str, ...]]:
+    return [tuple(re.split(r"\s{2,}", line, maxsplit=1)) for line in out.splitlines()]
 
 
 @pytest.mark.parametrize(

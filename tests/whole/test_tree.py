@@ -5,7 +5,7 @@ import re
 from product import product
 from repository import ROOT
 
-BESIDE = {"whole", "examples", "benchmarks"}  # of the whole product, and of what is no part of it
+BESIDE = {"whole", "building", "examples", "benchmarks"}  # of the whole product, and of what is no part of it
 
 
 def test_each_test_lies_where_the_module_lies_that_it_tests() -> None:

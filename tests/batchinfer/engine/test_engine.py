@@ -23,6 +23,7 @@ from engines import (
 
 from batchinfer.engine.request import FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
+from batchinfer.kernels import cpu_library
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -259,6 +260,22 @@ def test_an_engine_tells_its_kernels_in_c(make_model: Callable[..., Path], path:
     tokens(engine, Requests.of([[5, 6]], SamplingParams(max_tokens=2)))
     in_c = dict.fromkeys(["attention", "activation", "norm", "rotate_and_store", "linear_w8a8", "sampling"], path)
     assert engine.stats().kernels == {"linear": "cpu", **in_c}
+    assert not [note for note in engine.stats().notes if "torch alone" in note]
+
+
+def test_an_engine_tells_why_no_kernels_in_c_run(
+    make_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_library, "FOLDER", tmp_path)
+    notes = engine_of(make_model("llama")).stats().notes
+    (note,) = (note for note in notes if "torch alone" in note)
+    assert note.endswith(cpu_library.why_reference()) and "install a C compiler" in note
+
+
+@pytest.mark.skipif(not paths(), reason="no kernels in C run here")
+def test_the_reference_that_is_asked_for_needs_no_note(make_model: Callable[..., Path]) -> None:
+    notes = engine_of(make_model("llama"), cpu_path="reference").stats().notes
+    assert not [note for note in notes if "torch alone" in note]
 
 
 @pytest.mark.parametrize(
