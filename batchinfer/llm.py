@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchinfer.engine.config import EngineConfig, EngineStats, Speculation
+from batchinfer.engine.config import EngineConfig, EngineStats, Speculation, blocks_of
 from batchinfer.engine.drafts.draft_folder import resolve_draft_model
 from batchinfer.engine.engine import Engine
 from batchinfer.engine.generation_config import CHOICES, GenerationConfig
@@ -26,6 +26,8 @@ from batchinfer.engine.request import Completions, FinishReason, Requests, RowEr
 from batchinfer.engine.sampling_params import MOST_LOGPROBS, SamplingParams
 from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
+from batchinfer.kernels.cpu_library import REFERENCE
+from batchinfer.kernels.cpu_library import cpu_path as chosen_path
 from batchinfer.models.config import read_shape
 from batchinfer.models.hub import resolve_model
 from batchinfer.prompt_reader import Prompt, PromptReader, listed, read_tools
@@ -76,6 +78,7 @@ class LLM:
         dtype: str = "auto",
         kv_cache_dtype: str = "auto",
         device: str = "auto",
+        cpu_path: str = "auto",
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
@@ -110,15 +113,21 @@ class LLM:
         _check_choice("tool_parser", tool_parser, ("auto", "none", *tool_calls.FORMATS))
         _check_choice("generation_config", generation_config, CHOICES)
         folder, found = resolve_model(str(model), revision), device_of(device)
+        path = chosen_path(cpu_path) if found == "cpu" else cpu_path
         shape = read_shape(folder)
         template = None if chat_template is None else Path(chat_template)
         self.tokenizer = Tokenizer.load(folder, moment=template_date, chat_template=template)
         length = shape.max_positions if max_model_len is None else max_model_len
         seqs = MAX_NUM_SEQS[found] if max_num_seqs is None else max_num_seqs
         tokens = MAX_NUM_BATCHED_TOKENS[found] if max_num_batched_tokens is None else max_num_batched_tokens
+        in_c = found == "cpu" and path != REFERENCE
+        block_size, grain = blocks_of(None, in_c, states=bool(shape.recurrent))
         config = EngineConfig(
             model=folder,
             device=found,
+            cpu_path=path,
+            block_size=block_size,
+            prefix_grain=grain,
             dtype=dtype,
             quantization=quantization,
             kv_cache_dtype=kv_cache_dtype,

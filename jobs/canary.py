@@ -181,7 +181,7 @@ def compare(pipe: Any, comparison: Comparison) -> None:
 
     started = time.monotonic()
     spec, requests = comparison.spec, comparison.requests
-    figures = LengthFigures.of(StoredRequests.of(requests), np.arange(len(requests)), spec.block_size)
+    figures = LengthFigures.of(StoredRequests.of(requests), np.arange(len(requests)), comparison.config.block_size)
     tokens = figures.kv_cache_tokens(comparison.config.max_num_seqs)
     try:
         tokenizer = Tokenizer.load(comparison.config.model, comparison.tokenizer, chats=False)

@@ -18,14 +18,17 @@ Line = tuple[str, str]
 LARGEST_ERROR = 0.15  # largest error of the fitted step times to trust; an idle machine has far less
 
 
-def examine(device: str, calibrate: bool) -> str:
+def examine(device: str, calibrate: bool, path: str = "auto") -> str:
     """Return aligned lines about the device "cpu" or "cuda", or the one that "auto" takes. With `calibrate`, the device
-    is measured first.
+    is measured first, on a CPU with the kernels of this `path`.
 
-    Raises `Refused` if there is no such device, or if it cannot be measured.
+    Raises `Refused` if there is no such device or path, or if it cannot be measured.
     """
     found = device_of(device)
-    key = DeviceKey.of(found)
+    try:
+        key = DeviceKey.of(found, path)
+    except ValueError as error:
+        raise Refused(str(error)) from error
     kernels = list(_kernels(found))
     if calibrate:
         from batchinfer.cost.calibrate import measure
@@ -34,7 +37,7 @@ def examine(device: str, calibrate: bool) -> str:
         allocator.keep_freed_memory()
         say(f"measuring {key.device}; speeds come out too low if other programs run at the same time")
         try:
-            write_device_cost(key, measure(found, say))
+            write_device_cost(key, measure(found, say, path))
         except ValueError as error:
             raise Refused(f"{key.device} cannot be measured: {error}") from error
     cost, missing = read_device_cost(key)

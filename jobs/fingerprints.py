@@ -39,7 +39,8 @@ def fingerprints(
     """Return the fingerprints by name: a sha256 each for columns, input, model, tokenizer, template, sampling,
     quantization and engine; the shard; the delimiter and the encoding of CSV files if they are not a comma and UTF-8;
     the selection of rows, if there is one; the format of input and output, if these are not tables; the `moment` that
-    the chat template writes into prompts, if it does; and the parsers of answers, if there are any.
+    the chat template writes into prompts, if it does; the parsers of answers, if there are any; and
+    the path of a CPU's kernels.
 
     `chosen` is a digest of the selected rows. `tool_template` is the source of the chat template for conversations with
     tools. Input files are read completely, and columns that their folders give count too. Of weights, which are large
@@ -75,6 +76,7 @@ def fingerprints(
         **template_date,
         **({"format": OPENAI_BATCH} if spec.openai_batch else {}),
         **{name: form for name, form in _parsers(spec).items() if form is not None},
+        **({"cpu_path": config.cpu_path} if config.device == "cpu" else {}),
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
         "input": _digest([_of_input(file) for file in inputs]),

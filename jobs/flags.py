@@ -8,7 +8,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-from batchinfer.engine.config import BLOCK_SIZES, DTYPES, KV_CACHE_DTYPES, LEAST_BATCHED_TOKENS, LEAST_GPU_SHARE
+from batchinfer.engine.config import (
+    BLOCK_SIZE,
+    BLOCK_SIZE_IN_C,
+    BLOCK_SIZES,
+    DTYPES,
+    KV_CACHE_DTYPES,
+    LEAST_BATCHED_TOKENS,
+    LEAST_GPU_SHARE,
+)
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.flag import Flag, flags_of
 from batchinfer.formats.scheme import QUANTIZATIONS
@@ -21,6 +29,7 @@ from batchinfer.jobs.sampling_flags import SamplingFlags
 from batchinfer.jobs.score_flags import ScoreFlags
 from batchinfer.jobs.speculation import SpeculationFlags
 from batchinfer.jobs.structure_flags import StructureFlags
+from batchinfer.kernels.cpu_library import CPU_PATHS
 
 GROUPS = ("Input", "Prompt", "Labels", "Structure", "Sampling", "Scores", "Model", "Engine", "Job", "Output")
 
@@ -190,6 +199,16 @@ class JobFlags:
     device: Annotated[
         str, Flag("Compute on this device; 'auto' takes a GPU if there is one.", "Engine", "NAME", choices=DEVICES)
     ] = "auto"
+    cpu_path: Annotated[
+        str,
+        Flag(
+            "On a CPU, compute with the kernels of this instruction set; 'auto' takes the fastest that runs here, and "
+            "'reference' torch's operations alone. Rows of one job come from one of them.",
+            "Engine",
+            "NAME",
+            choices=CPU_PATHS,
+        ),
+    ] = "auto"
     max_model_len: Annotated[
         int | None,
         Flag(
@@ -219,7 +238,17 @@ class JobFlags:
             at_least=LEAST_BATCHED_TOKENS,
         ),
     ] = None
-    block_size: Annotated[int, Flag("Keep keys and values in blocks of N tokens.", "Engine", choices=BLOCK_SIZES)] = 32
+    block_size: Annotated[
+        int | None,
+        Flag(
+            "Keep keys and values in blocks of N tokens, "
+            f"{', '.join(map(str, BLOCK_SIZES))}; 'auto' is {BLOCK_SIZE_IN_C} with kernels in C on a CPU, and "
+            f"{BLOCK_SIZE} elsewhere.",
+            "Engine",
+            kind=NUMBER_OR_AUTO,
+            choices=BLOCK_SIZES,
+        ),
+    ] = None
     deterministic: Annotated[
         bool,
         Flag(

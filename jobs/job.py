@@ -96,12 +96,13 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         windows = Windows(
             table,
             source,
-            spec.block_size,
+            config.block_size,
             done.rows,
             folder.temporary,
             spec.deduplicate,
             spec.computed_samples,
             reuse=reuse,
+            grain=config.prefix_grain,
         )
         progress = Progress(results, table.num_rows, metrics)
         if not done.complete:
@@ -153,7 +154,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
 
 def _forecast(spec: JobSpec, config: EngineConfig, figures: LengthFigures, results: Results) -> Forecast | None:
     """Predict the time for the rows that this run computed; None if the device or setting was not measured."""
-    cost, _ = read_device_cost(DeviceKey.of(config.device))
+    cost, _ = read_device_cost(DeviceKey.of(config.device, config.cpu_path))
     if cost is None:
         return None
     setting, job = (

@@ -157,11 +157,12 @@ def plan(spec: JobSpec) -> Outlook:
     done = _done(spec, job)
     with TemporaryDirectory(prefix="batchinfer-plan-") as folder:
         reuse = Reuse.of(spec.reuse, job.fingerprints, fields_of(spec))
-        windows = Windows(job.table, job.source, spec.block_size, done, Path(folder), reuse=reuse)
+        blocks, grain = job.config.block_size, job.config.prefix_grain
+        windows = Windows(job.table, job.source, blocks, done, Path(folder), reuse=reuse, grain=grain)
         failing = _read(windows)
     by_row = spec.sampled_by_row
     shape = JobShape.of(windows.figures, spec.sampling, job.config.max_model_len, by_row)
-    key = DeviceKey.of(job.config.device)
+    key = DeviceKey.of(job.config.device, job.config.cpu_path)
     cost, missing = read_device_cost(key)
     setting, notes = Setting.of(job.config), [*job.shape.notes, *job.notes]
     if missing is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from batchinfer.engine.config import EngineConfig, Speculation
+from batchinfer.engine.config import EngineConfig, Speculation, blocks_of
 from batchinfer.engine.drafts.draft_folder import resolve_draft_model
 from batchinfer.engine.generation_config import GenerationConfig, Settings
 from batchinfer.engine.sampling_params import SamplingParams
@@ -32,6 +32,7 @@ from batchinfer.jobs.tables.ids import check_ids
 from batchinfer.jobs.tables.selection import Selection, digest
 from batchinfer.jobs.tables.table import Table, find_field
 from batchinfer.jobs.template_date import known_moment, moment_of_prompts, notes_about, now
+from batchinfer.kernels.cpu_library import REFERENCE, cpu_path
 from batchinfer.kernels.gpu import eight_bits
 from batchinfer.models.config import ModelConfig, read_model_config, read_shape
 from batchinfer.models.gguf_folder import weight_files
@@ -224,17 +225,26 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
     """Return the engine's config: fields of the job with the same name, and those that depend on model, device or
     table. `rows` are those of the whole table, so that all shards compute in the same way, as the job does whole."""
     device = device_of(spec.device)
+    try:
+        path = cpu_path(spec.cpu_path) if device == "cpu" else spec.cpu_path
+    except ValueError as error:
+        raise UsageError(f"--{str(error).replace('_', '-', 1)}") from error
     if device == "cuda":
         try:
             refuse_old_gpu()
             _refuse_on_gpu(spec, model, shape)
         except ValueError as error:
             raise Refused(str(error)) from error
+    in_c = device == "cpu" and path != REFERENCE
+    block_size, grain = blocks_of(spec.block_size, in_c, states=bool(shape.recurrent))
     max_num_seqs = spec.max_num_seqs or MAX_NUM_SEQS[device]
     given = {field.name: getattr(spec, field.name) for field in fields(EngineConfig) if hasattr(spec, field.name)}
     resolved = {
         "model": model,
         "device": device,
+        "cpu_path": path,
+        "block_size": block_size,
+        "prefix_grain": grain,
         "max_model_len": shape.max_positions if spec.max_model_len is None else spec.max_model_len,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": spec.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS[device],

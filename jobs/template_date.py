@@ -5,7 +5,7 @@ from datetime import datetime
 
 from batchinfer.errors import UsageError
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.spec import JobSpec, sharded
+from batchinfer.jobs.spec import JobSpec
 from batchinfer.text.chat import ChatTemplate
 
 
@@ -46,15 +46,3 @@ def notes_about(spec: JobSpec, moment: datetime | None) -> list[str]:
     if spec.template_date is not None and spec.shard is None:  # shards are given one before their template is known
         return ["--template-date changes nothing: no chat template writes the date into these prompts"]
     return []
-
-
-def for_all_shards(spec: JobSpec, arguments: Sequence[str], count: int) -> list[str]:
-    """Return the job's `arguments` with a `--template-date` for all of its `count` shards, if they may need one.
-
-    If a shard was begun before, it is that shard's.
-    """
-    if spec.template_date is not None or not spec.renders_chats:
-        return list(arguments)
-    begun = (RunFolder(sharded(spec.output, shard, count)).template_date for shard in range(count))
-    moment = next(filter(None, begun), None) or now()
-    return [f"--template-date={moment.isoformat()}", *arguments]

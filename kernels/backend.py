@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.kernels.attention import TiledBatch
+from batchinfer.kernels.attention_cpu import WindowedBatch
 from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.experts import ExpertRows, ProductByExpert
 from batchinfer.kernels.kv_cache import KVCache
@@ -15,7 +16,7 @@ from batchinfer.kernels.product import Product
 from batchinfer.kernels.rows import Rows
 from batchinfer.kernels.sampling import SamplingBatch
 
-AttentionBatch = TiledBatch | AttentionPlan
+AttentionBatch = TiledBatch | WindowedBatch | AttentionPlan
 """Attention's inputs in a step, for the layers of one shape. Each backend has its own type."""
 
 
@@ -25,6 +26,7 @@ class Backend(Protocol):
     device: torch.device
     eight_bits: frozenset[str]  # the kinds of 8-bit rows that it multiplies, of int8 and fp8
     values_by_column: bool  # how 8-bit values lie in the KV cache
+    keys_by_column: bool  # how keys lie in it
     spares_padding: bool  # whether experts leave out rows of padding; not where a step is recorded for other numbers
     kernels: dict[str, str]  # operation -> the path taken, of what this backend has made so far; for the report
 

@@ -31,6 +31,7 @@ class CpuBackend:
     device = torch.device("cpu")
     eight_bits = frozenset({"int8"})
     values_by_column = False
+    keys_by_column = False
     spares_padding = True
 
     def __init__(self) -> None:

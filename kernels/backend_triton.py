@@ -28,6 +28,7 @@ class TritonBackend:
     """The backend for a GPU. The residual stream is in the model's type, and products return no separate scales."""
 
     values_by_column = True
+    keys_by_column = False
     spares_padding = False
 
     def __init__(self, device: torch.device, deterministic: bool) -> None:

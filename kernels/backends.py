@@ -6,14 +6,16 @@ import torch
 
 from batchinfer.kernels import dispatch
 from batchinfer.kernels.backend import Backend
+from batchinfer.kernels.backend_compiled import CompiledBackend
 from batchinfer.kernels.backend_cpu import CpuBackend
+from batchinfer.kernels.cpu_library import REFERENCE, cpu_path
 
 
-def choose_backend(device: str, deterministic: bool) -> Backend:
-    """Return the backend for `device`, "cpu" or "cuda".
+def choose_backend(device: str, deterministic: bool, path: str = "auto") -> Backend:
+    """Return the backend for `device`, "cpu" or "cuda"; on the CPU with the kernels of this `path`.
 
     `deterministic` means that a row's bits do not depend on the batch. On the CPU they never do. Raises `ValueError`
-    if the device is unknown or missing.
+    if the device is unknown or missing, or the path is.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(f"device is {device!r}; it must be cpu or cuda")
@@ -28,4 +30,5 @@ def choose_backend(device: str, deterministic: bool) -> Backend:
         from batchinfer.kernels.backend_triton import TritonBackend
 
         return TritonBackend(torch.device(device), deterministic)
-    return CpuBackend()
+    chosen = cpu_path(REFERENCE if dispatch.wanted() == REFERENCE else path)
+    return CpuBackend() if chosen == REFERENCE else CompiledBackend(chosen)

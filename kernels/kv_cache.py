@@ -26,8 +26,9 @@ class KVCache:
     A slot is a token's index in the pool: block * block_size + offset. Block 0 belongs to no sequence; the keys and
     values of padding tokens are written there.
 
-    With `values_by_column`, 8-bit values lie in memory as [blocks, kv_heads, head_dim, block_size], and `value` is
-    the transposed view of that: matrix units read both operands along the sum, which for values runs over the keys.
+    By column they lie in memory as [blocks, kv_heads, head_dim, block_size], and `key` or `value` is the transposed
+    view of that. With `values_by_column` 8-bit values do: matrix units read both operands along the sum, which for
+    values runs over the keys. With `keys_by_column` keys do: a query is then multiplied by many keys at once.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device = CPU,
         values_by_column: bool = False,
+        keys_by_column: bool = False,
     ) -> None:
         shape, quantized = (blocks, kv_heads, block_size, head_dim), dtype in MOST
+        by_column = (blocks, kv_heads, head_dim, block_size)
         # A masked position is still multiplied, by weight 0, so its contents must be finite: begin with zeros.
-        self.key = zeros(shape, dtype, device)
+        self.key = zeros(by_column, dtype, device).transpose(2, 3) if keys_by_column else zeros(shape, dtype, device)
         if values_by_column and quantized:
-            self.value = zeros((blocks, kv_heads, head_dim, block_size), dtype, device).transpose(2, 3)
+            self.value = zeros(by_column, dtype, device).transpose(2, 3)
         else:
             self.value = zeros(shape, dtype, device)
         self.kv_heads, self.block_size = kv_heads, block_size
@@ -71,9 +74,9 @@ class KVCache:
                 new = new.float().div(step.clamp(min=1e-30))
                 new = new.round_() if pool.dtype == torch.int8 else new.clamp_(-most, most)
             stored = new.to(pool.dtype).flatten(0, 1)
-            if not pool.is_contiguous():  # values by column
-                by_block = pool.view(torch.uint8).flatten(0, 1)
-                by_block[rows // self.block_size, rows % self.block_size] = stored.view(torch.uint8)
+            if not pool.is_contiguous():  # by column
+                by_block = _as_bytes(pool).flatten(0, 1)
+                by_block[rows // self.block_size, rows % self.block_size] = _as_bytes(stored)
                 continue
             flat = pool.view(-1, pool.shape[-1])
             if pool.dtype == torch.float8_e4m3fn:  # torch's index_copy_ has no float8, so copy bytes
@@ -82,23 +85,29 @@ class KVCache:
 
     def copy(self, blocks: Tensor, to: Tensor) -> None:
         """Copy the contents of the blocks `blocks` to the blocks `to`."""
-        for pool in (self.key, self.value, self.key_scale, self.value_scale):
-            if pool is not None:
-                pool.view(torch.uint8)[to] = pool.view(torch.uint8)[blocks]
+        for pool in self._pools:
+            pool[to] = pool[blocks]
 
     def clear(self, blocks: Tensor) -> None:
         """Set blocks to zero, so that numbers that are not finite do not reach the blocks' next sequence."""
-        for pool in (self.key, self.value, self.key_scale, self.value_scale):
-            if pool is not None:
-                pool.view(torch.uint8)[blocks] = 0
+        for pool in self._pools:
+            pool[blocks] = 0
 
     def clear_slots(self, slots: Tensor) -> None:
         """Set single slots to zero."""
-        for pool in (self.key, self.value, self.key_scale, self.value_scale):
-            if pool is not None:
-                pool.view(torch.uint8).view(*pool.shape[:3], -1)[
-                    slots // self.block_size, :, slots % self.block_size
-                ] = 0
+        for pool in self._pools:
+            pool[slots // self.block_size, :, slots % self.block_size] = 0
+
+    @property
+    def _pools(self) -> list[Tensor]:
+        """Keys, values and scales, in types that torch copies and writes."""
+        pools = (self.key, self.value, self.key_scale, self.value_scale)
+        return [_as_bytes(pool) for pool in pools if pool is not None]
+
+
+def _as_bytes(pool: Tensor) -> Tensor:
+    """Return numbers of float8, for which torch lacks some operations, as bytes; others as they are."""
+    return pool.view(torch.uint8) if pool.dtype == torch.float8_e4m3fn else pool
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -98,17 +98,18 @@ class _TimedEngine(Engine):
         self.batch = batch
 
 
-def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
+def measure(device: str, say: Callable[[str], None], path: str = "auto") -> DeviceCost:
     """Time steps on the device and fit the constants to them; takes about two minutes on a CPU.
 
-    `say` is called with a line of text at each stage. The constants are fitted to the fastest repeats, because other
-    programs on the machine only ever add time. They are then multiplied by the usual ratio of the median repeat to the
-    fastest, because a job takes the usual time and not the best. Raises `ValueError` if the device lacks something.
+    `say` is called with a line of text at each stage; `path` is that of a CPU's kernels. The constants are fitted to
+    the fastest repeats, because other programs on the machine only ever add time. They are then multiplied by the usual
+    ratio of the median repeat to the fastest, because a job takes the usual time and not the best. Raises `ValueError`
+    if the device lacks something.
     """
     costs: dict[str, StepCost] = {}
     load_seconds, operations = {}, {}
     say("timing reads of memory")
-    memory = measure_memory(device)
+    memory = measure_memory(device, path)
     with tempfile.TemporaryDirectory() as folder:
         models = [_write_shape(Path(folder) / str(i), _plain_shape(shape)) for i, shape in enumerate(SHAPES)]
         with_states = _write_shape(Path(folder) / "states", WITH_STATES)
@@ -118,7 +119,7 @@ def measure(device: str, say: Callable[[str], None]) -> DeviceCost:
             automatic = products.kv_cache(device)
             states = [(with_states, automatic, STATES)] if device == "cpu" else []  # a GPU has no kernels for them
             for model, kv_cache, workloads in [*states, *_plan(models, automatic)]:
-                engine = _engine(model, device, products, kv_cache)
+                engine = _engine(model, device, path, products, kv_cache)
                 shape = engine.runner.decoder.config
                 weights = Weights(products.layer_bytes, products.head_bytes, memory.cache_bytes)
                 for lengths, params, sampling in workloads:
@@ -168,10 +169,11 @@ def _write_shape(folder: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def _engine(model: Path, device: str, products: Products, kv_cache: str) -> _TimedEngine:
+def _engine(model: Path, device: str, path: str, products: Products, kv_cache: str) -> _TimedEngine:
     config = EngineConfig(
         model=model,
         device=device,
+        cpu_path=path,
         dtype=products.dtype,
         quantization=products.quantization,
         kv_cache_dtype=kv_cache,

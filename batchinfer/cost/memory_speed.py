@@ -14,7 +14,7 @@ import torch
 
 from batchinfer.cost.step_cost import PRODUCTS, Floats, Products
 from batchinfer.host.memory import available_bytes
-from batchinfer.kernels.backend_cpu import CpuBackend
+from batchinfer.kernels.backends import choose_backend
 
 SIDE = 2048  # rows and columns of a matrix of 4 to 16 MB, which most last-level caches hold
 ROWS = 32  # rows that the matrices are multiplied with: between a step of a few rows and one of many
@@ -36,8 +36,10 @@ class MemorySpeed:
     byte_seconds: dict[str, float]  # by name in `PRODUCTS`: extra seconds of a byte of weights from memory
 
 
-def measure_memory(device: str) -> MemorySpeed:
+def measure_memory(device: str, path: str = "auto") -> MemorySpeed:
     """Measure the memory of `device`, "cpu" or "cuda"; takes about five seconds on two cores.
+
+    On a CPU, products are those of the kernels of this `path`.
 
     The cache size of a GPU comes from its driver. Its `byte_seconds` are 0, because the models that steps are timed on
     exceed its cache, so that step times include reads from memory.
@@ -46,7 +48,7 @@ def measure_memory(device: str) -> MemorySpeed:
         cache_bytes = float(torch.cuda.get_device_properties(0).L2_cache_size)
         return MemorySpeed(_copy_rate(device), cache_bytes, dict.fromkeys(PRODUCTS, 0.0))
     largest = min(LARGEST, available_bytes() // 4)
-    cache_bytes, byte_seconds = read_curves({name: _curve(kind, largest) for name, kind in PRODUCTS.items()})
+    cache_bytes, byte_seconds = read_curves({name: _curve(kind, path, largest) for name, kind in PRODUCTS.items()})
     return MemorySpeed(_copy_rate(device), cache_bytes, byte_seconds)
 
 
@@ -61,18 +63,18 @@ def read_curves(curves: dict[str, Curve]) -> tuple[float, dict[str, float]]:
     return float(np.exp2(np.interp(halfway, np.maximum.accumulate(seconds), np.log2(nbytes)))), byte_seconds
 
 
-def _curve(kind: Products, largest: int) -> Curve:
+def _curve(kind: Products, path: str, largest: int) -> Curve:
     """Time passes over one matrix, two, four and so on, up to `largest` bytes of weights."""
     a_matrix = int(SIDE * SIDE * kind.layer_bytes)
     counts = [1 << i for i in range(max(2, (largest // a_matrix).bit_length()))]
-    products = [_product(kind) for _ in range(counts[-1])]
+    products = [_product(kind, path) for _ in range(counts[-1])]
     seconds = [_fastest_pass(products[:count]) / (count * a_matrix) for count in counts]
     return np.array(counts) * float(a_matrix), np.array(seconds)
 
 
-def _product(kind: Products) -> Callable[[], object]:
+def _product(kind: Products, path: str) -> Callable[[], object]:
     """Make a product of ROWS rows with a new matrix, which a call computes."""
-    backend, dtype = CpuBackend(), getattr(torch, kind.dtype)
+    backend, dtype = choose_backend("cpu", True, path), getattr(torch, kind.dtype)
     weight = torch.ones(SIDE, SIDE, dtype=dtype if kind.quantization == "none" else torch.int8)
     made = backend.linear(weight) if kind.quantization == "none" else backend.linear_w8a8(weight, torch.ones(SIDE))
     rows = backend.rows(torch.ones(ROWS, SIDE, dtype=dtype), made.takes)

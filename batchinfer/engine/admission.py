@@ -19,7 +19,6 @@ from batchinfer.engine.prefix_tree import Likeness, PrefixTree, SharedTile, like
 from batchinfer.engine.request import Requests
 from batchinfer.engine.score_demand import ScoreDemand, score_demand
 from batchinfer.engine.sequence import SequenceTable
-from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints
 
 
@@ -53,7 +52,7 @@ class Admission:
         """
         self._table, self._manager, self.lengths, self._states = table, manager, lengths, states
         self.labels = LabelScoring(table, manager, states, ends)
-        self._tree = PrefixTree(manager, table.block_size, states)
+        self._tree = PrefixTree(manager, table.grain // table.block_size, states)
         self._share = share
         # The last number is that of the rows admitted.
         self._waiting: deque[tuple[Requests, Likeness, ScoreDemand | None, int]] = deque()
@@ -69,8 +68,8 @@ class Admission:
     def add(self, requests: Requests) -> None:
         """Queue requests, in their order."""
         if len(requests):
-            alike = likeness(requests) if self._share else Likeness.none(len(requests))
-            self._waiting.append((requests, alike, score_demand(requests, alike), 0))
+            alike = likeness(requests, self._table.grain) if self._share else Likeness.none(len(requests))
+            self._waiting.append((requests, alike, score_demand(requests, alike, self._table.grain), 0))
             self.waiting_rows += len(requests)
 
     def drop(self) -> None:
@@ -113,7 +112,7 @@ class Admission:
             return False
         before, after = int(alike.tiles[i]), int(alike.tiles[i + 1 :][:1].sum())
         template = self._template if before else self._templates if after else -1
-        per_tile = TILE // self._table.block_size
+        grain, per_tile = self._table.grain, self._table.grain // self._table.block_size
         need = self._need(requests, i, template, 0) - before * per_tile
         if not self._manager.promise(need):
             return False
@@ -132,12 +131,12 @@ class Admission:
                 tiles[depth - 1].continuations = tokens
         if self._states is not None:
             before = self._go_on(place, before)
-        self._table.computed[place] = self._table.begins[place] = before * TILE
+        self._table.computed[place] = self._table.begins[place] = before * grain
         twin = self._table.twin_of[place] = self._computing_twin() if alike.twins[i] else -1
         self._last = place, int(self._table.epoch[place])
         self._template = template
         self._templates += template == self._templates
-        self.shared_tokens += before * TILE if twin < 0 else int(self._table.prompt_length[place])
+        self.shared_tokens += before * grain if twin < 0 else int(self._table.prompt_length[place])
         self.admitted.append(int(requests.rows[i]))
         self._waiting[0] = (requests, alike, demand, i + 1)
         if i + 1 == len(requests):

@@ -10,6 +10,7 @@ import torch
 from batchinfer.engine.sequence import SequenceTable
 from batchinfer.engine.shared_prefixes import SharedPrefixes
 from batchinfer.kernels.attention import BlockUsers, DecodeBlocks, PromptTiles, TiledBatch
+from batchinfer.kernels.attention_cpu import WindowedBatch
 from batchinfer.kernels.attention_plan import AttentionPlan, Tiling, plan_attention
 from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.kernels.backend import AttentionBatch
@@ -62,6 +63,35 @@ class TiledInputs:
         return {shape: by_window[shape.window] for shape in self.shapes}
 
 
+class WindowedInputs:
+    """Builds inputs for the CPU's kernel in C, which takes all sequences, with one new token or many.
+
+    Shapes with the same window have the same inputs, but for the prefixes that sequences read together.
+    """
+
+    def __init__(self, shapes: Iterable[AttentionShape]) -> None:
+        self.shapes = tuple(shapes)
+        # Layers with a window share no prefix: its sequences would see different keys of it.
+        self.prefixes = {
+            shape: SharedPrefixes.on_cpu(shape.heads // shape.kv_heads, shape.head_dim)
+            for shape in self.shapes
+            if shape.window is None
+        }
+
+    def __call__(
+        self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
+    ) -> dict[AttentionShape, AttentionBatch]:
+        apart, places = _ragged_batch(table, chunks, decoding, positions)
+        lengths = np.diff(apart.offsets)
+
+        def batch(shape: AttentionShape) -> WindowedBatch:
+            shared = self.prefixes.get(shape)
+            prefixes = () if shared is None else shared.of(table, places, lengths, apart.contexts)
+            return WindowedBatch(replace(apart, prefixes=prefixes), shape.window)
+
+        return {shape: batch(shape) for shape in self.shapes}
+
+
 class RaggedInputs:
     """Builds inputs for a GPU: one kernel takes all sequences, with one new token or many."""
 
@@ -73,7 +103,7 @@ class RaggedInputs:
         self.tilings, self.processors = tilings, processors
         # Layers with a window share no prefix: its sequences would see different keys of it.
         self.prefixes = {
-            shape: SharedPrefixes(shape.heads // shape.kv_heads, tiling, processors is None)
+            shape: SharedPrefixes.on_gpu(shape.heads // shape.kv_heads, tiling, processors is None)
             for shape, tiling in tilings.items()
             if shape.window is None
         }
@@ -81,23 +111,30 @@ class RaggedInputs:
     def __call__(
         self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
     ) -> dict[AttentionShape, AttentionBatch]:
-        prompts = np.array([(c.place, c.end - c.start, c.end) for c in chunks], np.int64).reshape(-1, 3)
-        first = np.flatnonzero(np.diff(decoding, prepend=-1))  # queries of one sequence are neighbours
-        counts = np.diff(np.append(first, len(decoding)))
-        queries = np.stack([decoding[first], counts, positions[first] + counts], 1)
-        sequences = np.concatenate([prompts, queries])
-        places, lengths, contexts = sequences[:, 0], sequences[:, 1], sequences[:, 2]
-        most = table.blocks_for(int(contexts.max()))
-        blocks = torch.from_numpy(table.blocks[places, :most].astype(np.int32))
-        apart = RaggedBatch(offsets_of(lengths), contexts, blocks)
+        apart, places = _ragged_batch(table, chunks, decoding, positions)
+        lengths = np.diff(apart.offsets)
 
         def plan(shape: AttentionShape, tiling: Tiling) -> AttentionPlan:
             shared = self.prefixes.get(shape)
-            prefixes = () if shared is None else shared.of(table, places, lengths, contexts)
+            prefixes = () if shared is None else shared.of(table, places, lengths, apart.contexts)
             batch = replace(apart, prefixes=prefixes)
             return plan_attention(batch, shape.heads, shape.kv_heads, shape.window, tiling, self.processors)
 
         return {shape: plan(shape, tiling) for shape, tiling in self.tilings.items()}
+
+
+def _ragged_batch(
+    table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
+) -> tuple[RaggedBatch, Ints]:
+    """Return the step's sequences, which read nothing together, and their places."""
+    prompts = np.array([(c.place, c.end - c.start, c.end) for c in chunks], np.int64).reshape(-1, 3)
+    first = np.flatnonzero(np.diff(decoding, prepend=-1))  # queries of one sequence are neighbours
+    counts = np.diff(np.append(first, len(decoding)))
+    queries = np.stack([decoding[first], counts, positions[first] + counts], 1)
+    places, lengths, contexts = np.ascontiguousarray(np.concatenate([prompts, queries]).T)
+    most = table.blocks_for(int(contexts.max()))
+    blocks = torch.from_numpy(table.blocks[places, :most].astype(np.int32))
+    return RaggedBatch(offsets_of(lengths), contexts, blocks), places
 
 
 def _tile_group(table: SequenceTable, index: int, tiles: list[tuple[int, int, int]]) -> PromptTiles:

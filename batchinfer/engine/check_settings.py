@@ -9,6 +9,10 @@ def check_settings(config: EngineConfig, model: ModelConfig, tokenizer: Tokenize
     """Raise `ValueError` naming the setting that is out of its bounds, or that the tokenizer does not fit."""
     if config.block_size not in BLOCK_SIZES:
         raise ValueError(f"block_size is {config.block_size}; it must be one of {', '.join(map(str, BLOCK_SIZES))}")
+    if config.prefix_grain % config.block_size:
+        raise ValueError(
+            f"prefix_grain is {config.prefix_grain}; it must be a multiple of the block size, {config.block_size}"
+        )
     if config.max_num_batched_tokens < LEAST_BATCHED_TOKENS:
         raise ValueError(
             f"max_num_batched_tokens is {config.max_num_batched_tokens}; it must be at least {LEAST_BATCHED_TOKENS}"

@@ -4,6 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from batchinfer.kernels.grain import TILE, prefix_grain
+
 FEW_ROWS = 4
 """With up to this many rows side by side, 4-bit weights are best left in 4 bits (benchmarks/four_bit.py).
 
@@ -13,7 +15,9 @@ tokens.
 """
 
 LEAST_BATCHED_TOKENS = 64  # tokens of one tile of a prompt
-BLOCK_SIZES = (8, 16, 32, 64)
+BLOCK_SIZES = (16, 32, 64)
+BLOCK_SIZE = 32
+BLOCK_SIZE_IN_C = 16  # with which more of what prompts have in common is shared
 LEAST_GPU_SHARE = 0.05  # least share of a GPU's memory
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}  # bytes of a number in the KV cache
@@ -69,13 +73,14 @@ class EngineConfig:
 
     model: Path  # a local directory
     device: str = "cpu"
+    cpu_path: str = "auto"  # one of CPU_PATHS
     dtype: str = "auto"  # one of DTYPES
     quantization: str = "auto"  # one of QUANTIZATIONS
     kv_cache_dtype: str = "auto"  # one of KV_CACHE_DTYPES
     max_model_len: int = 2048
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
-    block_size: int = 32
+    block_size: int = BLOCK_SIZE
     kv_cache_tokens: int = 65536
     expected_batch: int | None = None  # rows that usually run side by side; None: max_num_seqs
     random_weights: bool = False
@@ -84,6 +89,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None  # most bytes for keys and values; None: all that is left
     speculation: Speculation = field(default_factory=Speculation)
     prefix_sharing: bool = True  # compute the common start of neighbouring prompts once
+    prefix_grain: int = TILE  # in pieces of so many positions: those of a tile, or of a block if `prefix_grain` says so
     forced_tokens: bool = True  # take a token without the model where a grammar allows no other; the same rows, sooner
     learned_admission: bool = True  # promise a row the blocks that similar rows took, not all that it may need at most
 
@@ -115,6 +121,15 @@ class EngineConfig:
     def usual_batch(self) -> int:
         """Rows that usually run side by side, which is the number of tokens of a usual step."""
         return self.max_num_seqs if self.expected_batch is None else self.expected_batch
+
+
+def blocks_of(block_size: int | None, in_c: bool, states: bool) -> tuple[int, int]:
+    """Return (`block_size`, `prefix_grain`) of a config: the size that is given, or the one that suits.
+
+    `in_c`: the kernels in C for the CPU compute; `states`: the model has layers that keep states.
+    """
+    size = block_size or (BLOCK_SIZE_IN_C if in_c else BLOCK_SIZE)
+    return size, prefix_grain(size, in_c, states)
 
 
 @dataclass

@@ -276,7 +276,7 @@ class Engine:
     def _scheduler(
         self, config: EngineConfig, blocks: int, states: int, lengths: OutputLengths | None
     ) -> tuple[SequenceTable, Scheduler]:
-        table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
+        table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size, config.prefix_grain)
         manager = BlockManager(blocks)
         kept = BlockManager(states) if states else None
         ends = tuple(self.tokenizer.eos_ids)

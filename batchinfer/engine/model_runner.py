@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from batchinfer.engine.attention_inputs import AttentionInputs, RaggedInputs, TiledInputs
+from batchinfer.engine.attention_inputs import AttentionInputs, RaggedInputs, TiledInputs, WindowedInputs
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.cuda_graphs import CudaGraphs, Found, most_recorded
 from batchinfer.engine.four_bit_path import FourBitPath
@@ -19,9 +19,10 @@ from batchinfer.formats.matrix import quantize_channels
 from batchinfer.formats.scheme import QuantScheme, scheme
 from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.backend import Backend
+from batchinfer.kernels.backend_compiled import CompiledBackend
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
-from batchinfer.kernels.grain import padded_logits
+from batchinfer.kernels.grain import TILE, padded_logits
 from batchinfer.kernels.kv_cache import KV_DTYPES, KVCache
 from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
@@ -55,7 +56,7 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, model: ModelConfig) -> None:
-        self.backend = choose_backend(config.device, config.deterministic)
+        self.backend = choose_backend(config.device, config.deterministic, config.cpu_path)
         if not isinstance(self.backend, CpuBackend):
             model.refuse_on_gpu()
         made_for = frozenset[str]() if model.form is None else model.form.eight_bit_inputs
@@ -68,6 +69,9 @@ class ModelRunner:
         loaded = load_decoder(model, self.scheme, self.dtype, weights, self.backend, path.packed)
         self.decoder = loaded.decoder
         self.kv_dtype = _kv_dtype(config, self.decoder.stream, self.backend)
+        by_token = isinstance(self.backend, CompiledBackend) and not self.decoder.config.recurrent
+        if config.prefix_grain != TILE and not by_token:
+            raise ValueError(f"prefix_grain is {config.prefix_grain}; without kernels in C it must be {TILE}")
         self.notes = list(model.notes)
         if isinstance(self.backend, CpuBackend) and not bits_are_kept():
             self.notes.append(BITS_NOT_KEPT)
@@ -89,6 +93,8 @@ class ModelRunner:
     def attention_inputs(self) -> AttentionInputs:
         """The builder of a step's inputs to attention, for the scheduler."""
         shapes = self.decoder.config.attention_shapes
+        if isinstance(self.backend, CompiledBackend):
+            return WindowedInputs(shapes)
         if isinstance(self.backend, CpuBackend):
             return TiledInputs(shapes)
         from batchinfer.kernels.attention_triton import tiling

@@ -31,7 +31,7 @@ class TileScores:
 
 @dataclass(eq=False)
 class SharedTile:
-    """The blocks of `TILE` positions that several sequences begin with, at the same positions."""
+    """The blocks of some positions, the grain, that several sequences begin with, at the same positions."""
 
     blocks: Ints
     users: int = 0  # sequences that read it
@@ -48,10 +48,10 @@ class SharedTile:
 class PrefixTree:
     """Holds the shared tiles on the path to the row that was admitted last."""
 
-    def __init__(self, manager: BlockManager, block_size: int, states: BlockManager | None = None) -> None:
+    def __init__(self, manager: BlockManager, blocks_per_tile: int, states: BlockManager | None = None) -> None:
         """Take the managers of blocks, and of states if the model has them."""
         self._manager, self._states = manager, states
-        self._blocks_per_tile = TILE // block_size
+        self._blocks_per_tile = blocks_per_tile
         self._path: list[SharedTile] = []
 
     def enter(self, shared: int, shared_by_next: int, branches: dict[int, int] | None = None) -> list[SharedTile]:
@@ -133,12 +133,12 @@ class Likeness:
         return cls(np.zeros(rows, np.int64), np.zeros(rows, np.bool_))
 
 
-def likeness(requests: Requests) -> Likeness:
-    """Compare the tokens of neighbouring requests and return what they have in common."""
+def likeness(requests: Requests, grain: int = TILE) -> Likeness:
+    """Compare the tokens of neighbouring requests and return what they have in common, in tiles of `grain` tokens."""
     lengths = np.diff(requests.offsets)
     same = _common_tokens(requests)
     before = np.concatenate([lengths[:1], lengths[:-1]])
-    tiles = np.minimum(same, np.minimum(lengths, before) - 1) // TILE
+    tiles = np.minimum(same, np.minimum(lengths, before) - 1) // grain
     return Likeness(tiles, (same == lengths) & (lengths == before))
 
 

@@ -25,7 +25,7 @@ from batchinfer.engine.state_inputs import state_inputs
 from batchinfer.engine.step_policy import chunk_end, decoding
 from batchinfer.engine.structures import Structures
 from batchinfer.engine.token_scoring import TokenScoring
-from batchinfer.kernels.grain import TILE, padded_logits, padded_size
+from batchinfer.kernels.grain import padded_logits, padded_size
 from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.sampling import SamplingBatch
 from batchinfer.models.batch import Batch, LabelStep, PromptChunk, Queries, as_tensor
@@ -130,7 +130,7 @@ class Scheduler:
         table.computed[chunk.place] = chunk.end if done else chunk.start
         for twin in chunk.twins:
             table.computed[twin] = chunk.end if done else table.begins[twin]
-        for tile in table.tiles[chunk.place][chunk.start // TILE : chunk.end // TILE]:
+        for tile in table.tiles[chunk.place][chunk.start // table.grain : chunk.end // table.grain]:
             tile.computed = done
 
     def _queries(self, used: int, drafter: Drafter | None) -> Queries:
@@ -175,10 +175,10 @@ class Scheduler:
             end = chunk_end(start, stop, self.budget - row)
             tiles = self.table.tiles[place]
             # Shared tiles may be computed in this very step: it stores all keys and values before it reads any.
-            ready = all(tile.computed or id(tile) in computed for tile in tiles[: start // TILE])
+            ready = all(tile.computed or id(tile) in computed for tile in tiles[: start // self.table.grain])
             if end > start and ready:
                 chunks.append(PromptChunk(place, start, end, row, tuple(twins.get(place, ())) if end == stop else ()))
-                computed.update(map(id, tiles[start // TILE : end // TILE]))
+                computed.update(map(id, tiles[start // self.table.grain : end // self.table.grain]))
                 row += end - start
             if row == self.budget:
                 break

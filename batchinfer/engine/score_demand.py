@@ -25,13 +25,14 @@ class ScoreDemand:
     continuations: dict[int, dict[int, tuple[int, ...]]]  # by maker, then by number of tiles: the tokens behind these
 
 
-def score_demand(requests: Requests, alike: Likeness) -> ScoreDemand | None:
-    """Return what rows must find whose prompts are `alike`; None if no token of a prompt gets a log-probability."""
+def score_demand(requests: Requests, alike: Likeness, grain: int = TILE) -> ScoreDemand | None:
+    """Return what rows must find whose prompts are `alike`, in tiles of `grain` tokens; None if no token of a prompt
+    gets a log-probability."""
     if not requests.scores_prompts:
         return None
     wanted = [requests.prompt_scores(i) for i in range(len(requests))]
     tiles = alike.tiles.tolist()
-    shared = np.where(alike.twins, np.diff(requests.offsets), alike.tiles * TILE).tolist()
+    shared = np.where(alike.twins, np.diff(requests.offsets), alike.tiles * grain).tolist()
     first = [position for position, _ in wanted]
     for i in range(len(first) - 1, 0, -1):
         if first[i] <= shared[i]:  # the row before shares these tiles too, or is the first to have them
@@ -41,8 +42,8 @@ def score_demand(requests: Requests, alike: Likeness) -> ScoreDemand | None:
     for row, depth in enumerate(tiles):
         while path and tiles[path[-1]] >= depth:
             path.pop()
-        if depth and first[row] <= depth * TILE:
-            token = int(requests.token_ids[requests.offsets[row] + depth * TILE])
+        if depth and first[row] <= depth * grain:
+            token = int(requests.token_ids[requests.offsets[row] + depth * grain])
             behind.setdefault(path[-1], {}).setdefault(depth, []).append(token)
         path.append(row)
     # Always as many: so which of equally likely tokens are the last ones depends on the row alone.

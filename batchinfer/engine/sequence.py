@@ -15,8 +15,9 @@ class SequenceTable:
     Each array has one entry per place.
     """
 
-    def __init__(self, capacity: int, max_tokens: int, block_size: int) -> None:
-        self.block_size = block_size
+    def __init__(self, capacity: int, max_tokens: int, block_size: int, grain: int = TILE) -> None:
+        """Take the number of tokens that sequences share at a time, a multiple of the block's size."""
+        self.block_size, self.grain = block_size, grain
         self.max_tokens = max_tokens
         self.active = np.zeros(capacity, np.bool_)
         self.row = np.zeros(capacity, np.int64)

@@ -16,7 +16,7 @@ from batchinfer.engine.prefix_tree import TileScores
 from batchinfer.engine.request import FinishReason, TokenScores
 from batchinfer.engine.sampling_params import MOST_LOGPROBS
 from batchinfer.engine.sequence import SequenceTable
-from batchinfer.kernels.grain import TILE, padded_logits
+from batchinfer.kernels.grain import padded_logits
 from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.scores import LogProbabilities, ScoredTokens, StepScores
 from batchinfer.models.batch import PromptChunk, PromptSpan, ScoringStep, as_tensor
@@ -86,10 +86,9 @@ class TokenScoring:
             tuple(spans),
         )
 
-    @staticmethod
-    def _row_of(span: PromptSpan, tile: int) -> int:
+    def _row_of(self, span: PromptSpan, tile: int) -> int:
         """Return the number of the wanted row that is the tile's last position."""
-        return span.row + (tile + 1) * TILE - span.first
+        return span.row + (tile + 1) * self._table.grain - span.first
 
     def _spans(self, chunks: list[PromptChunk]) -> Iterator[PromptSpan]:
         """Yield what is found of each chunk."""
@@ -106,7 +105,7 @@ class TokenScoring:
         for c, first, end, row in found:
             tiles = []
             for index in self._made(c):
-                count = len(table.tiles[c.place][index].continuations) if (index + 1) * TILE >= first else 0
+                count = len(table.tiles[c.place][index].continuations) if (index + 1) * table.grain >= first else 0
                 tiles.append((index, extra, extra + count))
                 extra += count
             yield PromptSpan(c, first, end, row, tuple(tiles))
@@ -114,8 +113,8 @@ class TokenScoring:
     def _made(self, c: PromptChunk) -> Iterator[int]:
         """Yield the indices of the shared tiles that a chunk computes for all."""
         table = self._table
-        for index, tile in enumerate(table.tiles[c.place][: c.end // TILE]):
-            if index * TILE >= c.start and tile.maker == table.epoch[c.place]:
+        for index, tile in enumerate(table.tiles[c.place][: c.end // table.grain]):
+            if index * table.grain >= c.start and tile.maker == table.epoch[c.place]:
                 yield index
 
     def _ends(self, c: PromptChunk, place: int) -> bool:
@@ -150,9 +149,10 @@ class TokenScoring:
 
     def _keep_tiles(self, span: PromptSpan, own: _Piece, values: NDArray[np.float32], tokens: Ints) -> None:
         """Give the shared tiles of a span their log-probabilities: `own`, and those of the tokens behind them."""
+        grain = self._table.grain
         for index, first, end in span.tiles:
-            begin = max(index * TILE + 1 - own.first, 0)
-            mine = slice(begin, max(begin, (index + 1) * TILE + 1 - own.first))
+            begin = max(index * grain + 1 - own.first, 0)
+            mine = slice(begin, max(begin, (index + 1) * grain + 1 - own.first))
             behind = dict(zip(tokens[first:end].tolist(), values[first:end], strict=True))
             tile = self._table.tiles[span.chunk.place][index]
             tile.scores = TileScores(own.values[mine], own.top_ids[mine], own.top_values[mine], behind)
@@ -203,8 +203,8 @@ class TokenScoring:
     def _of_tiles(self, place: int, first: int) -> Iterator[_Piece]:
         """Yield what was found of the tiles that the sequence reads and did not compute, from position `first` on."""
         table = self._table
-        for index, tile in enumerate(table.tiles[place][: int(table.begins[place]) // TILE]):
-            behind = (index + 1) * TILE  # position of the token behind the tile
+        for index, tile in enumerate(table.tiles[place][: int(table.begins[place]) // table.grain]):
+            behind = (index + 1) * table.grain  # position of the token behind the tile
             if first <= behind:
                 assert tile.scores is not None, "the maker of a tile finds what its readers want"
                 values, token = tile.scores.values.copy(), int(table.tokens[place, behind])

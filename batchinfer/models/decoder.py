@@ -149,7 +149,7 @@ class Decoder:
                 caches.append(caches[a.source])
                 continue
             shape = blocks, a.kv_heads, block_size, a.head_dim
-            caches.append(KVCache(*shape, dtype, b.device, b.values_by_column))
+            caches.append(KVCache(*shape, dtype, b.device, b.values_by_column, b.keys_by_column))
         return caches
 
     @property

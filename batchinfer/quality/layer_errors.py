@@ -52,8 +52,10 @@ class LayerErrors:
         reference_at = theirs.token_inputs(reference_batch, reference_caches)
         own, x = ours.embed(batch), theirs.embed(reference_batch)
         for i, (cache, reference_cache) in enumerate(zip(caches, reference_caches, strict=True)):
-            # A layer overwrites its input, so x is copied. Our second call overwrites the first's keys and values.
-            fed = _sum(ours.layer(i, cache, x.to(ours.stream, copy=True), None, batch, at))
+            # A layer overwrites its input, so x is copied; the models may pad a step to different numbers of rows. Our
+            # second call overwrites the first's keys and values.
+            input_TD = _padded(x[:tokens], len(batch.tokens)).to(ours.stream)
+            fed = _sum(ours.layer(i, cache, input_TD, None, batch, at))
             own = _sum(ours.layer(i, cache, own, None, batch, at))
             after = _sum(theirs.layer(i, reference_cache, x.clone(), None, reference_batch, reference_at))
             self._lost[i] += _squares(fed[:tokens], after[:tokens])
@@ -67,6 +69,13 @@ class LayerErrors:
         """Return (own error, stream's error) of each layer."""
         own, stream = _relative(self._lost, self._added), _relative(self._drift, self._stream)
         return list(zip(own, stream, strict=True))
+
+
+def _padded(x_tD: Tensor, rows: int) -> Tensor:
+    """Return a copy of x with rows of zeros behind it, `rows` in all."""
+    out = x_tD.new_zeros(rows, x_tD.shape[1])
+    out[: len(x_tD)] = x_tD
+    return out
 
 
 def embedding_difference(decoder: Decoder, reference: Decoder) -> float:

@@ -13,7 +13,16 @@ from batchinfer.jobs.cli.flags import SectionedCommand, takes
 from batchinfer.jobs.speculation import speculation_of
 
 ENGINE_FLAGS = (
-    *("quantization", "kv_cache_dtype", "dtype", "device", "max_num_seqs", "max_num_batched_tokens", "block_size"),
+    *(
+        "quantization",
+        "kv_cache_dtype",
+        "dtype",
+        "device",
+        "cpu_path",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "block_size",
+    ),
     *("deterministic", "gpu_memory_utilization"),
 )
 

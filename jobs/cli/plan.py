@@ -36,9 +36,10 @@ def plan(
 
 
 @app.command(cls=SectionedCommand)
-@takes("device")
+@takes("device", "cpu_path")
 def doctor(
     device: str,
+    cpu_path: str,
     calibrate: Annotated[
         bool,
         typer.Option(
@@ -51,4 +52,4 @@ def doctor(
     """Tell what this machine offers to jobs, and what is missing."""
     from batchinfer.jobs import doctor as examination
 
-    print(examination.examine(device, calibrate))
+    print(examination.examine(device, calibrate, cpu_path))

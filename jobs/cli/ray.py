@@ -51,8 +51,8 @@ def ray(
     runs again, on any node, and continues where it was. What a shard prints is in OUT-I-of-N.log.
     """
     from batchinfer.jobs.launch import ray_tasks
+    from batchinfer.jobs.launch.shard_arguments import for_all_shards
     from batchinfer.jobs.merge_shards import merge_shards
-    from batchinfer.jobs.template_date import for_all_shards
 
     cluster = ray_tasks.Cluster(address, gpus_per_shard, cpus_per_shard, max_retries)
     spec = job_of(arguments)

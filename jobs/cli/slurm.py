@@ -42,7 +42,7 @@ def submit(
     Given again, the same command runs only what is left.
     """
     from batchinfer.jobs.launch import slurm
-    from batchinfer.jobs.template_date import for_all_shards
+    from batchinfer.jobs.launch.shard_arguments import for_all_shards
 
     if wrong := [option for option in sbatch if not option.startswith("-")]:
         raise UsageError(f"--sbatch is {wrong[0]!r}; it must be an option of sbatch, as --sbatch=--account=me")

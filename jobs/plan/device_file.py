@@ -14,6 +14,7 @@ from batchinfer import __version__
 from batchinfer.cost.step_cost import DeviceCost, StepCost
 from batchinfer.host.device import device_name
 from batchinfer.jobs.results.durable import write_json
+from batchinfer.kernels.cpu_library import cpu_path
 
 SCHEMA_VERSION = 2  # version 1 had a cost for each token, and the size of the last cache as the system reports it
 REMEDY = "measure this device with 'batchinfer doctor --calibrate'"
@@ -26,12 +27,17 @@ class DeviceKey:
     device: str
     cores: int
     torch: str
+    cpu_path: str  # the path of a CPU's kernels; empty for other devices
     batchinfer: str  # the release only, so that a device need not be measured again after every commit
 
     @classmethod
-    def of(cls, device: str) -> "DeviceKey":
-        """Return the key of this machine's device "cpu" or "cuda"."""
-        return cls(device_name(device), len(os.sched_getaffinity(0)), version("torch"), release(__version__))
+    def of(cls, device: str, path: str = "auto") -> "DeviceKey":
+        """Return the key of this machine's device "cpu" or "cuda", with the kernels of this path on a CPU.
+
+        Raises `ValueError` for a path that does not run here.
+        """
+        kernels = cpu_path(path) if device == "cpu" else ""
+        return cls(device_name(device), len(os.sched_getaffinity(0)), version("torch"), kernels, release(__version__))
 
     @property
     def path(self) -> Path:

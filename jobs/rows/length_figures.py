@@ -15,6 +15,7 @@ class LengthFigures:
     """Exact figures of the rows read so far, in memory proportional to the longest row, not to the number of rows."""
 
     block_size: int
+    grain: int  # tokens of a tile that prompts share
     lengths: NDArray[np.int64]  # [longest prompt + 1] number of prompts by length, duplicates included
     run_lengths: NDArray[np.int64]  # the same for the samples that run
     # [most blocks + 1] number of samples that run, by the most KV blocks that a sample may need
@@ -29,20 +30,21 @@ class LengthFigures:
     new_tokens: int = 0  # most tokens that all samples that run may have; 0 if they choose from labels
 
     @staticmethod
-    def of(prompts: StoredRequests, order: NDArray[np.int64], block_size: int) -> "LengthFigures":
+    def of(prompts: StoredRequests, order: NDArray[np.int64], block_size: int, grain: int = TILE) -> "LengthFigures":
         """Return the figures of one window, whose rows at the indices `order` run, in that order."""
         blocks, sequences, lengths = prompts.most_blocks(order, block_size), prompts.sequences[order], prompts.lengths
-        shared = shared_tiles(prompts, order)
+        shared = shared_tiles(prompts, order, grain)
         joins = shared > 0  # belongs to the group of the row before it
         groups = int(joins.sum() - (joins[1:] & joins[:-1]).sum())
         return LengthFigures(
             block_size,
+            grain,
             np.bincount(lengths, minlength=1),
             np.bincount(np.repeat(lengths[order], sequences), minlength=1),
             np.bincount(np.repeat(blocks, sequences), minlength=1),
             duplicates=len(prompts) - len(order),
             duplicate_tokens=int(lengths.sum() - lengths[order].sum()),
-            shared_tokens=TILE * int(shared.sum()),
+            shared_tokens=grain * int(shared.sum()),
             groups=groups,
             grouped_rows=groups + int(joins.sum()),
             label_tokens=prompts.label_tokens(order),
@@ -51,10 +53,11 @@ class LengthFigures:
         )
 
     def __add__(self, other: "LengthFigures") -> "LengthFigures":
-        """Return the figures of both together. They must have the same block size."""
-        assert self.block_size == other.block_size
+        """Return the figures of both together. They must have the same blocks and tiles."""
+        assert (self.block_size, self.grain) == (other.block_size, other.grain)
         return LengthFigures(
             self.block_size,
+            self.grain,
             _sum(self.lengths, other.lengths),
             _sum(self.run_lengths, other.run_lengths),
             _sum(self.reservations, other.reservations),

@@ -36,6 +36,7 @@ OF_ROWS = {
     "template_date",
 }
 FULL_NAMES = {
+    "cpu_path": "--cpu-path, the kernels of a CPU",
     "engine": "version, device or --deterministic",
     "quantization": f"quantization, or number of rows (at most {FEW_ROWS}, or more)",
 }

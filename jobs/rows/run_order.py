@@ -11,23 +11,24 @@ from batchinfer.kernels.ragged import Ints
 HASHED_ROWS = 1 << 15  # most rows whose tiles are in memory at a time
 
 
-def depth_first(prompts: StoredRequests, chosen: Ints) -> Ints:
+def depth_first(prompts: StoredRequests, chosen: Ints, grain: int = TILE) -> Ints:
     """Return the row indices `chosen` in the order to run.
 
-    The order is depth-first through the tree of whole tiles: rows with the same first tile are neighbours, among them
-    rows with the same second tile, and so on, as far as `shareable_tiles` allows. The branch with the longest prompt
-    comes first, so that long prompts do not run alone at the end. Branches of equal length keep the order of `chosen`.
+    The order is depth-first through the tree of whole tiles of `grain` tokens: rows with the same first tile are
+    neighbours, among them rows with the same second tile, and so on, as far as `shareable_tiles` allows. The branch
+    with the longest prompt comes first, so that long prompts do not run alone at the end. Branches of equal length keep
+    the order of `chosen`.
     Tiles are compared by their hashes. A collision makes the job slower, but not wrong.
     """
     starts, lengths = prompts.starts[chosen], prompts.lengths[chosen]
-    tiles = shareable_tiles(lengths)
+    tiles = shareable_tiles(lengths, grain)
     group = np.zeros(len(chosen), np.int64)  # each row's group, named by the position in the order at which it begins
     open_rows = np.arange(len(chosen))  # rows in groups of more than one row
     level = 0
     while len(open_rows):
         key = np.arange(len(open_rows)).astype(np.uint64)  # a row without another tile is a branch of its own
         further = np.flatnonzero(tiles[open_rows] > level)
-        key[further] = _hashes(prompts.token_ids, starts[open_rows[further]] + TILE * level)
+        key[further] = _hashes(prompts.token_ids, starts[open_rows[further]] + grain * level, grain)
         group[open_rows], sizes = _branches(group[open_rows], key, lengths[open_rows])
         open_rows = open_rows[sizes > 1]
         level += 1
@@ -36,22 +37,22 @@ def depth_first(prompts: StoredRequests, chosen: Ints) -> Ints:
     return order
 
 
-def shareable_tiles(lengths: Ints) -> Ints:
+def shareable_tiles(lengths: Ints, grain: int = TILE) -> Ints:
     """Return how many tiles prompts of these lengths can share with others: all but the last, whole or not."""
-    return (lengths - 1) // TILE
+    return (lengths - 1) // grain
 
 
-def shared_tiles(prompts: StoredRequests, order: Ints) -> Ints:
+def shared_tiles(prompts: StoredRequests, order: Ints, grain: int = TILE) -> Ints:
     """Return how many tiles each row of the order, but the first, shares with the row before it [n - 1]."""
-    starts, tiles = prompts.starts[order], shareable_tiles(prompts.lengths[order])
+    starts, tiles = prompts.starts[order], shareable_tiles(prompts.lengths[order], grain)
     most = np.minimum(tiles[1:], tiles[:-1])
     shared = np.zeros(len(most), np.int64)
-    equal = np.flatnonzero(most)  # pairs that are equal up to this level and have another tile
+    ids, equal = prompts.token_ids, np.flatnonzero(most)  # pairs that are equal up to this level and have another tile
     level = 0
     while len(equal):
-        at = TILE * level
+        at = grain * level
         same = [
-            (_tiles(prompts.token_ids, starts[rows] + at) == _tiles(prompts.token_ids, starts[rows + 1] + at)).all(1)
+            (_tiles(ids, starts[rows] + at, grain) == _tiles(ids, starts[rows + 1] + at, grain)).all(1)
             for rows in _some(equal)
         ]
         equal = equal[np.concatenate(same)]
@@ -84,16 +85,16 @@ def _changes(values: NDArray[np.generic]) -> NDArray[np.bool_]:
     return np.concatenate(([True], values[1:] != values[:-1]))
 
 
-def _hashes(token_ids: NDArray[np.int32], starts: Ints) -> NDArray[np.uint64]:
+def _hashes(token_ids: NDArray[np.int32], starts: Ints, grain: int) -> NDArray[np.uint64]:
     """Return the hashes of the tiles that begin at `starts` [n]."""
-    weights = np.random.default_rng(0).integers(0, 1 << 64, TILE, np.uint64) | np.uint64(1)
-    hashed = [_tiles(token_ids, some).astype(np.uint64) @ weights for some in _some(starts)]
+    weights = np.random.default_rng(0).integers(0, 1 << 64, grain, np.uint64) | np.uint64(1)
+    hashed = [_tiles(token_ids, some, grain).astype(np.uint64) @ weights for some in _some(starts)]
     return np.concatenate(hashed) if hashed else np.zeros(0, np.uint64)
 
 
-def _tiles(token_ids: NDArray[np.int32], starts: Ints) -> NDArray[np.int32]:
-    """Return the tiles that begin at `starts` [n], as [n, TILE]."""
-    tiles: NDArray[np.int32] = token_ids[starts[:, None] + np.arange(TILE)]
+def _tiles(token_ids: NDArray[np.int32], starts: Ints, grain: int) -> NDArray[np.int32]:
+    """Return the tiles that begin at `starts` [n], as [n, grain]."""
+    tiles: NDArray[np.int32] = token_ids[starts[:, None] + np.arange(grain)]
     return tiles
 
 

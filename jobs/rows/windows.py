@@ -18,6 +18,7 @@ from batchinfer.jobs.rows.reuse import Reuse
 from batchinfer.jobs.rows.run_order import depth_first
 from batchinfer.jobs.rows.token_file import StoredRequests, TokenFile, cut
 from batchinfer.jobs.tables.table import Table
+from batchinfer.kernels.grain import TILE
 from batchinfer.kernels.ragged import Ints
 
 
@@ -71,9 +72,11 @@ class Windows:
         samples: int = 1,
         limits: Limits = LIMITS,
         reuse: Reuse | None = None,
+        grain: int = TILE,
     ) -> None:
         """`done` [rows of the table] says which rows need not run, and `reuse` has answers of others. Most rows have
-        `samples` samples. Files of token ids are written in `folder`, and none is left there."""
+        `samples` samples. Files of token ids are written in `folder`, and none is left there. Prompts share their
+        beginnings in tiles of `grain` tokens."""
         self._prompts, self._done, self._limits = prompts, done, limits
         self._batches = table.batches(prompts.columns, max(1, limits.slice_rows // samples))
         self._path = folder / "prompts.arrow"
@@ -85,7 +88,7 @@ class Windows:
         self._sending: _Window | None = None
         self._read_all = False
         self.rows_read = 0
-        self.figures = LengthFigures(block_size, *np.zeros((3, 1), np.int64))  # of all windows read so far
+        self.figures = LengthFigures(block_size, grain, *np.zeros((3, 1), np.int64))  # of all windows read so far
         self.followers = Followers()  # duplicates of their rows
         self.rows_reused = 0
         self.seconds = 0.0  # spent reading, tokenizing and ordering
@@ -177,8 +180,9 @@ class Windows:
         led = np.flatnonzero(leader != own)
         led = led[np.argsort(leader[led], kind="stable")]
         self.followers.add(prompts.rows[leader[led]], prompts.rows[led])
-        order = depth_first(prompts, np.flatnonzero(leader == own))
-        self.figures += LengthFigures.of(prompts, order, self.figures.block_size)
+        block_size, grain = self.figures.block_size, self.figures.grain
+        order = depth_first(prompts, np.flatnonzero(leader == own), grain)
+        self.figures += LengthFigures.of(prompts, order, block_size, grain)
         # The engine holds each prompt once for every sample.
         limits, sequences = self._limits, prompts.sequences[order]
         chunks = cut(prompts.lengths[order], limits.chunk_rows, limits.chunk_tokens, sequences)

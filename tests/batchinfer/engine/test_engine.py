@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from compiled import paths
 from engines import (
     EDGES,
     IdsAsText,
@@ -160,7 +161,7 @@ def test_ends_at_a_stop_string_across_tokens(make_model: Callable[..., Path]) ->
     assert sum(reason is FinishReason.STOP for _, reason in ended.values()) < 6
 
 
-@pytest.mark.parametrize(("longest", "block_size"), [(12, 8), (70, 64), (88, 32), (100, 16)])
+@pytest.mark.parametrize(("longest", "block_size"), [(12, 16), (70, 64), (88, 32), (100, 16)])
 def test_a_context_need_not_be_a_multiple_of_anything(
     make_model: Callable[..., Path], longest: int, block_size: int
 ) -> None:
@@ -245,10 +246,19 @@ def test_engines_side_by_side_tell_their_own_kernels(
 ) -> None:
     monkeypatch.setenv("BATCHINFER_KERNELS", path)
     model = make_model("llama")
-    plain, quantized = engine_of(model), engine_of(model, quantization="w8a8-int8")
+    settings = {"cpu_path": "reference"}
+    plain, quantized = engine_of(model, **settings), engine_of(model, quantization="w8a8-int8", **settings)
     assert plain.stats().kernels == {"linear": "cpu"}
     used = {op: used.partition(",")[0] for op, used in quantized.stats().kernels.items()}
     assert used == {"linear": "cpu", "linear_w8a8": path}
+
+
+@pytest.mark.parametrize("path", paths())
+def test_an_engine_tells_its_kernels_in_c(make_model: Callable[..., Path], path: str) -> None:
+    engine = engine_of(make_model("llama"), quantization="w8a8-int8", cpu_path=path)
+    tokens(engine, Requests.of([[5, 6]], SamplingParams(max_tokens=2)))
+    in_c = dict.fromkeys(["attention", "activation", "norm", "rotate_and_store", "linear_w8a8", "sampling"], path)
+    assert engine.stats().kernels == {"linear": "cpu", **in_c}
 
 
 @pytest.mark.parametrize(

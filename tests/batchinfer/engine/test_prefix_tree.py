@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiled import paths
 from engines import IdsAsText, assert_blocks_are_free, engine_of, prompts_of, run, tokens
 
 from batchinfer.engine.block_manager import BlockManager
+from batchinfer.engine.config import Speculation
 from batchinfer.engine.prefix_tree import PrefixTree, likeness
 from batchinfer.engine.request import FinishReason, Requests
 from batchinfer.engine.sampling_params import SamplingParams
@@ -57,6 +59,53 @@ def test_rows_are_the_same_with_shared_prefixes_and_without(
     assert stats.prompt_tokens == len(requests.token_ids) - stats.shared_tokens
 
 
+needs_c = pytest.mark.skipif(not paths(), reason="no kernels in C run here")
+BY_BLOCK = {"block_size": 16, "prefix_grain": 16}
+
+
+@needs_c
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("quantization", ["none", "w8a8-int8"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_num_batched_tokens": 100, "max_num_seqs": 3}, {"kv_cache_dtype": "int8"}]
+)
+def test_beginnings_are_shared_by_block(
+    make_model: Callable[..., Path], model_type: str, quantization: str, settings: dict[str, Any]
+) -> None:
+    """Of what neighbours have in common, all but a part of a block is computed once; no row changes."""
+    model, rng = make_model(model_type), np.random.default_rng(1)
+    heads = [rng.integers(2, 320, n).tolist() for n in (15, 16, 17, 40, 63, 130)]
+    prompts = [head + rng.integers(2, 320, int(rng.integers(1, 50))).tolist() for head in heads for _ in range(5)]
+    requests = Requests.of(prompts, SamplingParams(max_tokens=10, temperature=0.7, ignore_eos=True), seeds=range(30))
+    common = {"quantization": quantization, "kv_cache_dtype": settings.get("kv_cache_dtype", "auto")}
+    alone = tokens(engine_of(model, prefix_sharing=False, **common), requests)
+    engine = engine_of(model, **BY_BLOCK, **(common | settings))
+    assert tokens(engine, requests) == alone
+    assert engine.stats().shared_tokens >= sum(4 * (len(head) // 16 * 16) for head in heads) > 0
+    assert_blocks_are_free(engine)
+
+
+@needs_c
+def test_twins_and_drafts_behind_a_beginning_shared_by_block(make_model: Callable[..., Path]) -> None:
+    model, rng = make_model("llama"), np.random.default_rng(2)
+    head = rng.integers(2, 40, 50).tolist()
+    prompts = [*[head] * 4, *[head + [7, 8, 9] * n for n in range(1, 6)], *[[*head, 5]] * 3]
+    requests = Requests.of(prompts, SamplingParams(max_tokens=30, ignore_eos=True), seeds=range(len(prompts)))
+    alone = tokens(engine_of(model, prefix_sharing=False, speculation=Speculation("off")), requests)
+    for settings in ({}, {"speculation": Speculation("ngram", gate=False)}, {"max_num_seqs": 2}):
+        assert tokens(engine_of(model, **BY_BLOCK, **settings), requests) == alone
+
+
+def test_a_grain_that_cuts_blocks_is_refused(make_model: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match="prefix_grain is 16; it must be a multiple of the block size, 32"):
+        engine_of(make_model("llama"), prefix_grain=16)
+
+
+def test_the_reference_shares_tiles_alone(make_model: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match="prefix_grain is 16; without kernels in C it must be 64"):
+        engine_of(make_model("llama"), cpu_path="reference", **BY_BLOCK)
+
+
 def test_any_order_gives_the_same_rows(make_model: Callable[..., Path]) -> None:
     model = make_model("llama")
     requests = Requests.of(tree_of_prompts(), SamplingParams(max_tokens=8, ignore_eos=True))
@@ -76,7 +125,8 @@ def test_tiles_are_shared_only_before_the_last_one_and_only_if_all_tokens_agree(
 
 @pytest.mark.parametrize("length", [1, 30, TILE - 1, TILE, TILE + 1, 200])
 @pytest.mark.parametrize(
-    "settings", [{}, {"kv_cache_dtype": "int8"}, {"max_num_batched_tokens": 64}, {"max_num_seqs": 3}, {"block_size": 8}]
+    "settings",
+    [{}, {"kv_cache_dtype": "int8"}, {"max_num_batched_tokens": 64}, {"max_num_seqs": 3}, {"block_size": 16}],
 )
 def test_twins_compute_one_prompt_and_draw_each_their_own(
     make_model: Callable[..., Path], length: int, settings: dict[str, Any]
@@ -155,7 +205,7 @@ def test_a_prefix_that_is_not_finite_fails_its_rows_and_spoils_no_other(make_mod
 
 
 def test_the_tree_refuses_rows_in_another_order() -> None:
-    tree = PrefixTree(BlockManager(20), 32)
+    tree = PrefixTree(BlockManager(20), 2)
     tree.enter(0, 0)
     with pytest.raises(AssertionError, match="another order"):
         tree.enter(1, 1)

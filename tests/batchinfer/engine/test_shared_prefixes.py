@@ -188,7 +188,7 @@ def test_of_nested_prefixes_those_are_chosen_that_save_the_most(seed: int) -> No
     def reads(prefixes: tuple[SharedPrefix, ...]) -> int:
         return plan_attention(replace(batch, prefixes=prefixes), group, 1, None, tiling, None).keys_read
 
-    chosen = SharedPrefixes(group, tiling, fixed=True)._choose(tiles, lengths)
+    chosen = SharedPrefixes.on_gpu(group, tiling, fixed=True)._choose(tiles, lengths)
     assert reads(chosen) == min(map(reads, every_choice(tiles, 0, n)))
     for p in chosen:
         assert p.count > 1 and p.keys <= TILE * tiles[p.first + 1 : p.first + p.count].min()
@@ -208,7 +208,7 @@ def every_choice(tiles: Ints, begin: int, end: int) -> list[tuple[SharedPrefix, 
 
 def test_a_prefix_that_saves_less_than_its_partial_results_cost_is_not_shared() -> None:
     """Of prompts of a template and a few tokens more, and of prompts that go on for long."""
-    prefixes = SharedPrefixes(4, TILING, fixed=False)
+    prefixes = SharedPrefixes.on_gpu(4, TILING, fixed=False)
     tiles = np.array([0, *[3] * 9])
     cost = 2 * KEYS_A_PARTIAL * 4  # a token
     assert prefixes._choose(tiles, np.full(10, 1)) == (SharedPrefix(0, 10, 192),)

@@ -29,9 +29,9 @@ def stored(prompts: Sequence[Prompt], seeds: Sequence[int] | None = None) -> Sto
     return StoredRequests.of(Requests.of(prompts, SamplingParams(), seeds))
 
 
-def tiles_of(prompt: Prompt) -> list[tuple[int, ...]]:
+def tiles_of(prompt: Prompt, grain: int = TILE) -> list[tuple[int, ...]]:
     """Those that it may share."""
-    return [tuple(prompt[at : at + TILE]) for at in range(0, len(prompt) - TILE, TILE)]
+    return [tuple(prompt[at : at + grain]) for at in range(0, len(prompt) - grain, grain)]
 
 
 def recursion(prompts: Sequence[Prompt], rows: list[int], level: int = 0) -> list[int]:
@@ -53,11 +53,11 @@ def trees(draw: st.DrawFn) -> list[Prompt]:
     return draw(st.lists(prompt, min_size=1, max_size=24))
 
 
-def neighbours(prompts: Sequence[Prompt], order: Sequence[int]) -> list[int]:
+def neighbours(prompts: Sequence[Prompt], order: Sequence[int], grain: int = TILE) -> list[int]:
     """How many tiles each row of the order shares with the one before it."""
     counts = []
     for before, row in pairwise(order):
-        ours, theirs = tiles_of(prompts[row]), tiles_of(prompts[before])
+        ours, theirs = tiles_of(prompts[row], grain), tiles_of(prompts[before], grain)
         equal = [a == b for a, b in zip(ours, theirs, strict=False)]
         counts.append(equal.index(False) if False in equal else len(equal))
     return counts
@@ -74,14 +74,18 @@ def test_the_order_is_depth_first_and_longest_first(prompts: list[Prompt]) -> No
 @settings(deadline=None)
 def test_figures_of_what_is_shared(prompts: list[Prompt]) -> None:
     order = np.random.default_rng(len(prompts)).permutation(len(prompts))
-    expected = neighbours(prompts, order.tolist())
-    assert shared_tiles(stored(prompts), order).tolist() == expected
+    for grain in (TILE, 16):
+        expected = neighbours(prompts, order.tolist(), grain)
+        assert shared_tiles(stored(prompts), order, grain).tolist() == expected
     order = depth_first(stored(prompts), np.arange(len(prompts)))
     plan = LengthFigures.of(stored(prompts), order, block_size=32)
     assert plan.shared_tokens == TILE * sum(neighbours(prompts, order.tolist()))
     first = [tiles_of(prompt)[0] for prompt in prompts if tiles_of(prompt)]
     groups = [first.count(tile) for tile in set(first) if first.count(tile) > 1]
     assert (plan.groups, plan.grouped_rows) == (len(groups), sum(groups))
+    fine = depth_first(stored(prompts), np.arange(len(prompts)), 16)
+    figures = LengthFigures.of(stored(prompts), fine, 16, 16)
+    assert figures.shared_tokens == 16 * sum(neighbours(prompts, fine.tolist(), 16)) >= plan.shared_tokens
 
 
 def test_only_rows_that_are_chosen_are_in_the_order() -> None:
