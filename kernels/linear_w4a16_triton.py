@@ -68,8 +68,9 @@ def _linear_w4a16_kernel(
     for i_span in tl.range(i_split * split_spans, end, num_stages=STAGES):
         i_long = tl.cast(i_span, tl.int64)
         b_words = tl.load(p_words + i_long * n * WORDS + o_words)
-        b_pair = tl.load(p_pairs + i_long * DEPTH // GROUP * n + o_row)
-        o_k = i_span * DEPTH + tl.arange(0, DEPTH)
+        i_column = i_span * DEPTH
+        b_pair = tl.load(p_pairs + i_column // GROUP * n + o_row)
+        o_k = i_column + tl.arange(0, DEPTH)
         m_k = (o_k < K)[:, None]
         b_x = tl.load(p_x + o_k[:, None]) if K % DEPTH == 0 else tl.load(p_x + o_k[:, None], m_k, 0.0)
         b_subtracted, b_scale = halves_of(b_pair, dtype)
