@@ -49,7 +49,7 @@ def zig(machine: str, cache: Path) -> list[str]:
     """
     kept = [f"ZIG_{kind}_CACHE_DIR={cache}" for kind in ("GLOBAL", "LOCAL")]
     target = ["-target", f"{machine}-linux-gnu.2.17", "-fno-sanitize=undefined"]
-    return ["env", *kept, sys.executable, "-m", "ziglang", "cc", *target]
+    return ["/usr/bin/env", *kept, sys.executable, "-m", "ziglang", "cc", *target]
 
 
 def compile_kernels() -> list[str]:

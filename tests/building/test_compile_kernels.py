@@ -154,12 +154,14 @@ def _attention(library: ctypes.CDLL, dtype: torch.dtype, kv: torch.dtype) -> Ite
     """Yield queries, the keys and values stored beside them, and the attention over those, with a shared prefix."""
     heads, kv_heads, size, tokens = 6, 2, 48, 100
     cache = KVCache(8, kv_heads, 32, size, kv, keys_by_column=True)
-    slots, angles = torch.randperm(7 * 32)[:tokens] + 32, torch.randn(tokens, size)
+    slots, angles = torch.randperm(7 * 32)[:tokens] + 32, torch.randn(tokens, size // 2)
     qkv = torch.randn(tokens, (heads + 2 * kv_heads) * size).to(dtype)
     norms = torch.randn(2, size).to(dtype)
-    turned = angles.cos().to(dtype), angles.sin().to(dtype)
-    query = rotate_and_store(library, qkv, cache, heads, *turned, slots, [*norms], False, 1e-6)
-    yield from (query, cache.key.transpose(2, 3), cache.value)
+    query = rotate_and_store(
+        library, qkv, cache, heads, angles.cos(), angles.sin(), slots, [*norms], norm_values=False, eps=1e-6
+    )
+    scales = (scale for scale in (cache.key_scale, cache.value_scale) if scale is not None)
+    yield from (query, cache.key.transpose(2, 3), cache.value, *scales)
     table = torch.tensor([[1, 2, 3, 0], [1, 2, 4, 5]], dtype=torch.int32)
     offsets, contexts = np.array([0, 20, 50]), np.array([90, 128])
     batch = WindowedBatch(RaggedBatch(offsets, contexts, table, (SharedPrefix(0, 2, 32),)), None)
