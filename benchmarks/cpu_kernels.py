@@ -55,7 +55,7 @@ def main() -> None:
     page = f"""# Kernels in C on a CPU
 
 Total tokens a second (prompts and answers, loading excluded) of `w8a8-int8+head` on the 852M shape, random weights:
-median of {args.repeats} runs in turns, with the least and the most.
+{"one run each" if args.repeats == 1 else f"median of {args.repeats} runs"} in turns, with the least and the most.
 
 | rows x prompt x new | torch's operations | {path} | ratio | peak memory, ratio |
 |---|---:|---:|---:|---:|
