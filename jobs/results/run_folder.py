@@ -33,6 +33,7 @@ from batchinfer.jobs.results.output_writer import (
 from batchinfer.jobs.results.parts_in_order import PartsInOrder
 from batchinfer.jobs.results.schema import PARQUET, RESULT_FIELDS, ROW, keyless, part_schema
 from batchinfer.jobs.results.schema_notes import with_notes
+from batchinfer.kernels.cpu_library import REFERENCE
 
 ROW_GROUP_BYTES = 1 << 18  # size of a part's row groups; the merge holds one of each part at a time
 FORMAT_VERSION = 2
@@ -177,6 +178,8 @@ class RunFolder:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise Refused(f"{self._run} is damaged; give --overwrite to start anew") from error
         if differing:
+            if "cpu_path" in differing:  # chosen by the machine, unless a flag says which
+                differing[differing.index("cpu_path")] = f"cpu_path (--cpu-path {before.get('cpu_path', REFERENCE)})"
             raise Refused(
                 f"{self.path} was begun with another {' and '.join(differing)}; give the same command to continue it, "
                 "choose another output, or give --overwrite to start anew"

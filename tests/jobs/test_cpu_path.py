@@ -1,0 +1,34 @@
+"""A job's rows come from one path of the CPU's kernels."""
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from compiled import paths
+from stub_jobs import make_model, prompts, spec, write
+
+from batchinfer.errors import Refused, UsageError
+from batchinfer.jobs.job import run
+from batchinfer.kernels.cpu_library import REFERENCE
+
+
+@pytest.mark.parametrize("path", paths())
+def test_a_job_goes_on_with_the_path_that_it_began_with(tmp_path: Path, path: str) -> None:
+    model = make_model(tmp_path)
+    table = write(tmp_path / "in.parquet", prompt=prompts(6))
+    for begun, other in ((REFERENCE, path), (path, REFERENCE)):
+        output = tmp_path / f"{begun}.parquet"
+        job = {"random_weights": True, "output": output, "device": "cpu"}
+        report = run(spec(model, table, cpu_path=begun, **job))
+        assert report.kernels.get("attention", REFERENCE) == begun
+        with pytest.raises(Refused, match=rf"was begun with another cpu_path \(--cpu-path {begun}\);"):
+            run(spec(model, table, cpu_path=other, **job))
+        assert run(spec(model, table, cpu_path=begun, **job)).rows == report.rows == pq.read_metadata(output).num_rows
+
+
+def test_a_path_that_does_not_run_here_is_refused_before_any_row(tmp_path: Path) -> None:
+    foreign = next(path for path in ("neon", "avx2") if path not in paths())
+    table = write(tmp_path / "in.parquet", prompt=prompts(6))
+    with pytest.raises(UsageError, match=rf"--cpu-path is '{foreign}', and .*; take '"):
+        run(spec(make_model(tmp_path), table, device="cpu", cpu_path=foreign))
+    assert not (tmp_path / "out.parquet").exists()
