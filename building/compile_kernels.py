@@ -53,9 +53,22 @@ def zig(machine: str, cache: Path) -> list[str]:
 
 
 def compile_kernels() -> list[str]:
-    """Compile into `kernels/` in place of what was compiled there before; return lines about what could not be."""
-    for stale in KERNELS.glob("cpu_*.so"):
-        stale.unlink()
+    """Compile into `kernels/` in place of what was compiled there before; return lines about what could not be.
+
+    A job that begins meanwhile finds the old libraries or the new ones.
+    """
+    with tempfile.TemporaryDirectory(dir=KERNELS) as folder:
+        lines = _compile_what_can_be(Path(folder))
+        made = {library.name: library for library in Path(folder).glob("cpu_*.so")}
+        for old in KERNELS.glob("cpu_*.so"):
+            if old.name not in made:
+                old.unlink()
+        for name, library in made.items():
+            library.replace(KERNELS / name)
+    return lines
+
+
+def _compile_what_can_be(folder: Path) -> list[str]:
     machine = architecture()
     if not machine:
         return [f"there are no kernels in C for {sys.platform} on {platform.machine()}: torch computes what they would"]
@@ -64,7 +77,7 @@ def compile_kernels() -> list[str]:
         compiler = system_compiler() or (package if _works(package) else None)
         if compiler is None:
             return ["no C compiler was found, so that the kernels in C are not built: torch computes what they would"]
-        return list(compile_into(KERNELS, compiler, machine))
+        return list(compile_into(folder, compiler, machine))
 
 
 def compile_into(folder: Path, compiler: Sequence[str], machine: str, *more: str) -> Iterator[str]:
