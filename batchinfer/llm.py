@@ -26,7 +26,7 @@ from batchinfer.engine.request import Completions, FinishReason, Requests, RowEr
 from batchinfer.engine.sampling_params import MOST_LOGPROBS, SamplingParams
 from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of
-from batchinfer.kernels.cpu_library import REFERENCE
+from batchinfer.kernels.cpu_library import CPU_PATHS, REFERENCE
 from batchinfer.kernels.cpu_library import cpu_path as chosen_path
 from batchinfer.models.config import read_shape
 from batchinfer.models.hub import resolve_model
@@ -102,6 +102,7 @@ class LLM:
         """
         if device not in ("auto", *MAX_NUM_SEQS):
             raise ValueError(f"device is {device!r}; it must be one of auto, {', '.join(MAX_NUM_SEQS)}")
+        _check_choice("cpu_path", cpu_path, CPU_PATHS)
         _check_kinds(str | Path, "a text or a path", model=model)
         _check_kinds(str, "a text", quantization=quantization, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
         _check_kinds(Real, "a number", gpu_memory_utilization=gpu_memory_utilization)
@@ -113,15 +114,14 @@ class LLM:
         _check_choice("tool_parser", tool_parser, ("auto", "none", *tool_calls.FORMATS))
         _check_choice("generation_config", generation_config, CHOICES)
         folder, found = resolve_model(str(model), revision), device_of(device)
-        path = chosen_path(cpu_path) if found == "cpu" else cpu_path
+        path = chosen_path(cpu_path) if found == "cpu" else REFERENCE
         shape = read_shape(folder)
         template = None if chat_template is None else Path(chat_template)
         self.tokenizer = Tokenizer.load(folder, moment=template_date, chat_template=template)
         length = shape.max_positions if max_model_len is None else max_model_len
         seqs = MAX_NUM_SEQS[found] if max_num_seqs is None else max_num_seqs
         tokens = MAX_NUM_BATCHED_TOKENS[found] if max_num_batched_tokens is None else max_num_batched_tokens
-        in_c = found == "cpu" and path != REFERENCE
-        block_size, grain = blocks_of(None, in_c, states=bool(shape.recurrent))
+        block_size, grain = blocks_of(None, path, states=bool(shape.recurrent))
         config = EngineConfig(
             model=folder,
             device=found,

@@ -40,8 +40,8 @@ def fingerprints(
     """Return the fingerprints by name: a sha256 each for columns, input, model, tokenizer, template, sampling,
     quantization and engine; the shard; the delimiter and the encoding of CSV files if they are not a comma and UTF-8;
     the selection of rows, if there is one; the format of input and output, if these are not tables; the `moment` that
-    the chat template writes into prompts, if it does; the parsers of answers, if there are any; and
-    the path of a CPU's kernels, if they are not torch's operations.
+    the chat template writes into prompts, if it does; the parsers of answers, if there are any; and the
+    path of a CPU's kernels, if they are not torch's operations.
 
     `chosen` is a digest of the selected rows. `tool_template` is the source of the chat template for conversations with
     tools. Input files are read completely, and columns that their folders give count too. Of weights, which are large
@@ -77,7 +77,7 @@ def fingerprints(
         **template_date,
         **({"format": OPENAI_BATCH} if spec.openai_batch else {}),
         **{name: form for name, form in _parsers(spec).items() if form is not None},
-        **({"cpu_path": config.cpu_path} if config.device == "cpu" and config.cpu_path != REFERENCE else {}),
+        **({"cpu_path": config.cpu_path} if config.cpu_path != REFERENCE else {}),
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
         "input": _digest([_of_input(file) for file in inputs]),

@@ -231,17 +231,16 @@ def _engine_config(spec: JobSpec, model: Path, shape: ModelConfig, rows: int) ->
     table. `rows` are those of the whole table, so that all shards compute in the same way, as the job does whole."""
     device = device_of(spec.device)
     try:
-        path = cpu_path(spec.cpu_path) if device == "cpu" else spec.cpu_path
+        path = cpu_path(spec.cpu_path) if device == "cpu" else REFERENCE
     except ValueError as error:
-        raise UsageError(f"--{str(error).replace('_', '-', 1)}") from error
+        raise UsageError(str(error).replace("cpu_path", "--cpu-path", 1)) from error
     if device == "cuda":
         try:
             refuse_old_gpu()
             _refuse_on_gpu(model, shape, spec.quantization, spec.random_weights)
         except ValueError as error:
             raise Refused(str(error)) from error
-    in_c = device == "cpu" and path != REFERENCE
-    block_size, grain = blocks_of(spec.block_size, in_c, states=bool(shape.recurrent))
+    block_size, grain = blocks_of(spec.block_size, path, states=bool(shape.recurrent))
     max_num_seqs = spec.max_num_seqs or MAX_NUM_SEQS[device]
     given = {field.name: getattr(spec, field.name) for field in fields(EngineConfig) if hasattr(spec, field.name)}
     resolved = {

@@ -10,7 +10,6 @@
 #include <stdlib.h>
 
 #define CHUNK 64               /* keys that are scored together */
-#define VECTORS (CHUNK / LANES)
 #define ROWS 64                /* the most rows of an item: pairs of a token and a head */
 #define NUMBERS (ROWS * 128)   /* the most numbers of the queries of an item's rows, so that they stay in the cache */
 #define TILE 6                 /* rows whose sums are in registers together */

@@ -30,5 +30,5 @@ def choose_backend(device: str, deterministic: bool, path: str = "auto") -> Back
         from batchinfer.kernels.backend_triton import TritonBackend
 
         return TritonBackend(torch.device(device), deterministic)
-    chosen = cpu_path(REFERENCE if dispatch.wanted() == REFERENCE else path)
+    chosen = cpu_path(path)
     return CpuBackend() if chosen == REFERENCE else CompiledBackend(chosen)

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from batchinfer.kernels import dispatch
 from batchinfer.kernels.processor import has
 
 if TYPE_CHECKING:
@@ -27,16 +28,20 @@ _NEEDED = {
 
 REFERENCE = "reference"
 CPU_PATHS = ("auto", REFERENCE, *_NEEDED)
+OTHERS = (REFERENCE, "triton")
+"""The values of `BATCHINFER_KERNELS` with which no kernel in C is called."""
 
 
 def cpu_path(wanted: str = "auto") -> str:
     """Return the path that the kernels for the CPU take here: the fastest, or the one that is wanted.
 
-    The path "reference" computes with torch's operations alone. Raises `ValueError` for a path that is unknown, not
-    built, or not for this processor.
+    The path "reference" computes with torch's operations alone; so it does where `BATCHINFER_KERNELS` asks for that, or
+    for Triton's interpreter. Raises `ValueError` for a path that is unknown, not built, or not for this processor.
     """
     if wanted not in CPU_PATHS:
         raise ValueError(f"cpu_path is {wanted!r}; it must be one of {', '.join(CPU_PATHS)}")
+    if dispatch.wanted() in OTHERS:
+        return REFERENCE
     if wanted == "auto":
         return next((path for path in reversed(_NEEDED) if not _missing(path)), REFERENCE)
     if wanted != REFERENCE and (missing := _missing(wanted)):
@@ -46,6 +51,8 @@ def cpu_path(wanted: str = "auto") -> str:
 
 def why_reference() -> str:
     """Say why no kernels in C run here, for a report of the path "reference"."""
+    if (asked := dispatch.wanted()) in OTHERS:
+        return f"BATCHINFER_KERNELS is {asked!r}"
     built = [path for path in _NEEDED if _file(path).exists()]
     if not built:
         return "the kernels in C are not built: install a C compiler (gcc or clang), then batchinfer again"

@@ -1,4 +1,4 @@
-"""Multiples in which tokens are computed: prompt tiles for attention, shared beginnings, padded rows for products.
+"""Multiples in which tokens are computed: prompt tiles for attention, padded rows for matrix products.
 
 The row grain of a product is the number of which its input rows must be a multiple. This file imports no torch, so
 that the job's planning can use it.
@@ -6,16 +6,6 @@ that the job's planning can use it.
 
 TILE = 64
 """Number of positions of a prompt that attention computes together; the grid of tiles begins at position 0."""
-
-
-def prefix_grain(block_size: int, in_c: bool, states: bool) -> int:
-    """Return the grid of positions on which a prompt's beginning is shared with others.
-
-    Attention in C computes each token by itself, so that any whole block can be shared. Elsewhere tokens of a prompt
-    are computed in tiles, and so they are in layers that keep states.
-    """
-    return block_size if in_c and not states else TILE
-
 
 MIN_ROWS = 8
 """The fewest rows of a product. With fewer, oneDNN and MKL take other kernels, which add in another order."""

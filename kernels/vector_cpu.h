@@ -350,7 +350,8 @@ INLINE vec numbers_load(const int type, const void *base, int64_t at) {
     if (type == FLOAT16) return vec_load_f16((const uint16_t *)base + at);
     ints bytes = ints_load_s8((const int8_t *)base + at);
     if (type == INT8) return ints_to_vec(bytes);
-    /* float8's exponent and fraction become those of a float32, whose exponent is 120 too small. */
+    /* float8's exponent and fraction become those of a float32, whose exponent is 120 too small. What is no number reads
+     * as 480: the scale of such a head is no number either. */
     ints magnitude = ints_left(ints_and(bytes, ints_set(0x7f)), 20);
     ints sign = ints_and(bytes, ints_set((int32_t)0x80000000));
     return bits_vec(ints_or(sign, vec_bits(vec_mul(bits_vec(magnitude), vec_set(0x1p120f)))));

@@ -64,32 +64,16 @@ class TiledInputs:
 
 
 class WindowedInputs:
-    """Builds inputs for the CPU's kernel in C, which takes all sequences, with one new token or many.
-
-    Shapes with the same window have the same inputs, but for the prefixes that sequences read together.
-    """
+    """Builds inputs for the CPU's kernel in C, which takes all sequences, with one new token or many."""
 
     def __init__(self, shapes: Iterable[AttentionShape]) -> None:
-        self.shapes = tuple(shapes)
-        # Layers with a window share no prefix: its sequences would see different keys of it.
-        self.prefixes = {
-            shape: SharedPrefixes.on_cpu(shape.heads // shape.kv_heads, shape.head_dim)
-            for shape in self.shapes
-            if shape.window is None
-        }
+        self.batches = RaggedBatches({shape: SharedPrefixes.on_cpu(_group(shape), shape.head_dim) for shape in shapes})
 
     def __call__(
         self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
     ) -> dict[AttentionShape, AttentionBatch]:
-        apart, places = _ragged_batch(table, chunks, decoding, positions)
-        lengths = np.diff(apart.offsets)
-
-        def batch(shape: AttentionShape) -> WindowedBatch:
-            shared = self.prefixes.get(shape)
-            prefixes = () if shared is None else shared.of(table, places, lengths, apart.contexts)
-            return WindowedBatch(replace(apart, prefixes=prefixes), shape.window)
-
-        return {shape: batch(shape) for shape in self.shapes}
+        batches = self.batches(table, chunks, decoding, positions)
+        return {shape: WindowedBatch(batch, shape.window) for shape, batch in batches.items()}
 
 
 class RaggedInputs:
@@ -101,40 +85,52 @@ class RaggedInputs:
         `processors` is how many the GPU has; None keeps a token's bits free of the batch.
         """
         self.tilings, self.processors = tilings, processors
-        # Layers with a window share no prefix: its sequences would see different keys of it.
-        self.prefixes = {
-            shape: SharedPrefixes.on_gpu(shape.heads // shape.kv_heads, tiling, processors is None)
-            for shape, tiling in tilings.items()
-            if shape.window is None
-        }
+        fixed = processors is None
+        self.batches = RaggedBatches(
+            {shape: SharedPrefixes.on_gpu(_group(shape), tiling, fixed) for shape, tiling in tilings.items()}
+        )
 
     def __call__(
         self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
     ) -> dict[AttentionShape, AttentionBatch]:
-        apart, places = _ragged_batch(table, chunks, decoding, positions)
-        lengths = np.diff(apart.offsets)
-
-        def plan(shape: AttentionShape, tiling: Tiling) -> AttentionPlan:
-            shared = self.prefixes.get(shape)
-            prefixes = () if shared is None else shared.of(table, places, lengths, apart.contexts)
-            batch = replace(apart, prefixes=prefixes)
+        def plan(shape: AttentionShape, batch: RaggedBatch) -> AttentionPlan:
+            tiling = self.tilings[shape]
             return plan_attention(batch, shape.heads, shape.kv_heads, shape.window, tiling, self.processors)
 
-        return {shape: plan(shape, tiling) for shape, tiling in self.tilings.items()}
+        batches = self.batches(table, chunks, decoding, positions)
+        return {shape: plan(shape, batch) for shape, batch in batches.items()}
 
 
-def _ragged_batch(
-    table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
-) -> tuple[RaggedBatch, Ints]:
-    """Return the step's sequences, which read nothing together, and their places."""
-    prompts = np.array([(c.place, c.end - c.start, c.end) for c in chunks], np.int64).reshape(-1, 3)
-    first = np.flatnonzero(np.diff(decoding, prepend=-1))  # queries of one sequence are neighbours
-    counts = np.diff(np.append(first, len(decoding)))
-    queries = np.stack([decoding[first], counts, positions[first] + counts], 1)
-    places, lengths, contexts = np.ascontiguousarray(np.concatenate([prompts, queries]).T)
-    most = table.blocks_for(int(contexts.max()))
-    blocks = torch.from_numpy(table.blocks[places, :most].astype(np.int32))
-    return RaggedBatch(offsets_of(lengths), contexts, blocks), places
+class RaggedBatches:
+    """Makes a step's ragged batch for each shape; they differ in the prefixes that sequences read together."""
+
+    def __init__(self, prefixes: Mapping[AttentionShape, SharedPrefixes]) -> None:
+        self.shapes = tuple(prefixes)
+        # Layers with a window share no prefix: its sequences would see different keys of it.
+        self.prefixes = {shape: shared for shape, shared in prefixes.items() if shape.window is None}
+
+    def __call__(
+        self, table: SequenceTable, chunks: list[PromptChunk], decoding: Ints, positions: Ints
+    ) -> dict[AttentionShape, RaggedBatch]:
+        prompts = np.array([(c.place, c.end - c.start, c.end) for c in chunks], np.int64).reshape(-1, 3)
+        first = np.flatnonzero(np.diff(decoding, prepend=-1))  # queries of one sequence are neighbours
+        counts = np.diff(np.append(first, len(decoding)))
+        queries = np.stack([decoding[first], counts, positions[first] + counts], 1)
+        places, lengths, contexts = np.ascontiguousarray(np.concatenate([prompts, queries]).T)
+        most = table.blocks_for(int(contexts.max()))
+        blocks = torch.from_numpy(table.blocks[places, :most].astype(np.int32))
+        apart = RaggedBatch(offsets_of(lengths), contexts, blocks)
+
+        def batch(shape: AttentionShape) -> RaggedBatch:
+            shared = self.prefixes.get(shape)
+            return apart if shared is None else replace(apart, prefixes=shared.of(table, places, lengths, contexts))
+
+        return {shape: batch(shape) for shape in self.shapes}
+
+
+def _group(shape: AttentionShape) -> int:
+    """Return how many query heads share a key head."""
+    return shape.heads // shape.kv_heads
 
 
 def _tile_group(table: SequenceTable, index: int, tiles: list[tuple[int, int, int]]) -> PromptTiles:

@@ -4,7 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from batchinfer.kernels.grain import TILE, prefix_grain
+from batchinfer.kernels.cpu_library import REFERENCE
+from batchinfer.kernels.grain import TILE
 
 FEW_ROWS = 4
 """With up to this many rows side by side, 4-bit weights are best left in 4 bits (benchmarks/four_bit.py).
@@ -89,7 +90,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None  # most bytes for keys and values; None: all that is left
     speculation: Speculation = field(default_factory=Speculation)
     prefix_sharing: bool = True  # compute the common start of neighbouring prompts once
-    prefix_grain: int = TILE  # in pieces of so many positions: those of a tile, or of a block if `prefix_grain` says so
+    prefix_grain: int = TILE  # positions of the pieces in which it is shared: `blocks_of`
     forced_tokens: bool = True  # take a token without the model where a grammar allows no other; the same rows, sooner
     learned_admission: bool = True  # promise a row the blocks that similar rows took, not all that it may need at most
 
@@ -123,13 +124,15 @@ class EngineConfig:
         return self.max_num_seqs if self.expected_batch is None else self.expected_batch
 
 
-def blocks_of(block_size: int | None, in_c: bool, states: bool) -> tuple[int, int]:
+def blocks_of(block_size: int | None, path: str, states: bool) -> tuple[int, int]:
     """Return (`block_size`, `prefix_grain`) of a config: the size that is given, or the one that suits.
 
-    `in_c`: the kernels in C for the CPU compute; `states`: the model has layers that keep states.
+    `path` is that of the CPU's kernels, REFERENCE on a GPU too; `states`: the model has layers that keep states.
+    Attention in C computes each token by itself, so that any whole block can be shared. Elsewhere tokens of a prompt
+    are computed in tiles, and so they are in layers with states.
     """
-    size = block_size or (BLOCK_SIZE_IN_C if in_c else BLOCK_SIZE)
-    return size, prefix_grain(size, in_c, states)
+    size = block_size or (BLOCK_SIZE if path == REFERENCE else BLOCK_SIZE_IN_C)
+    return size, TILE if path == REFERENCE or states else size
 
 
 @dataclass

@@ -7,9 +7,10 @@ import pytest
 from compiled import paths
 from stub_jobs import make_model, prompts, spec, write
 
+from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.job import run
-from batchinfer.kernels.cpu_library import REFERENCE
+from batchinfer.kernels.cpu_library import REFERENCE, cpu_path, why_reference
 
 
 @pytest.mark.parametrize("path", paths())
@@ -32,3 +33,24 @@ def test_a_path_that_does_not_run_here_is_refused_before_any_row(tmp_path: Path)
     with pytest.raises(UsageError, match=rf"--cpu-path is '{foreign}', and .*; take '"):
         run(spec(make_model(tmp_path), table, device="cpu", cpu_path=foreign))
     assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.parametrize("asked", ["reference", "triton"])
+def test_a_job_without_kernels_in_c_because_the_environment_asks_for_that(
+    tmp_path: Path, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATCHINFER_KERNELS", asked)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert cpu_path() == REFERENCE and why_reference() == f"BATCHINFER_KERNELS is '{asked}'"
+    table = write(tmp_path / "in.parquet", prompt=prompts(2))
+    report = run(
+        spec(make_model(tmp_path), table, random_weights=True, device="cpu", sampling=SamplingParams(max_tokens=2))
+    )
+    assert report.rows == 2 and not set(report.kernels.values()) & set(paths())
+
+
+def test_an_unknown_value_in_the_environment_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATCHINFER_KERNELS", "fast")
+    table = write(tmp_path / "in.parquet", prompt=prompts(2))
+    with pytest.raises(UsageError, match="^BATCHINFER_KERNELS is 'fast'; it must be one of auto, reference"):
+        run(spec(make_model(tmp_path), table, device="cpu"))

@@ -39,7 +39,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def planned(model: Path, texts: list[str], max_tokens: int = 5, temperature: float = 0.0, **fields: Any) -> Outlook:
-    """Of a job on the CPU, by torch's operations, whose rows take all tokens that they may."""
+    """Plan a job on the CPU, by torch's operations, whose rows take all tokens that they may."""
     sampling = SamplingParams(max_tokens=max_tokens, temperature=temperature, ignore_eos=True)
     path = write(model.parent / "in.parquet", prompt=texts)
     return plan(spec(model, path, device="cpu", cpu_path="reference", sampling=sampling, **fields))

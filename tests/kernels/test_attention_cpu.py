@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from compiled import libraries
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from batchinfer.kernels.attention_cpu import MOST_HEAD_DIM, WindowedBatch, attention
@@ -65,6 +67,23 @@ def test_attention_in_c_is_attention(
     expected = exact(query, cache, batch, window, softcap, sinks)
     assert (out[: len(query)] - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
     assert not out[len(query) :].any()
+
+
+@pytest.mark.parametrize("library", libraries())
+@given(data=st.data())
+@settings(deadline=None, max_examples=60)
+def test_any_shapes(library: ctypes.CDLL, data: st.DataObject) -> None:
+    kv_heads, group, head_dim = (data.draw(st.integers(1, most)) for most in (4, 9, 140))
+    contexts = data.draw(st.lists(st.integers(1, 150), min_size=1, max_size=4))
+    new = [data.draw(st.integers(1, context)) for context in contexts]
+    kv, block_size = data.draw(st.sampled_from(TYPES)), data.draw(st.sampled_from([16, 32, 64]))
+    window = data.draw(st.none() | st.integers(1, 160))
+    softcap = data.draw(st.none() | st.floats(0.5, 50))
+    query, cache, batch = step(contexts, new, kv_heads * group, kv_heads, head_dim, kv, block_size)
+    sinks = torch.randn(kv_heads * group) if data.draw(st.booleans()) else None
+    out = attention(library, query, cache, WindowedBatch(batch, window), head_dim**-0.5, softcap, sinks)
+    expected = exact(query, cache, batch, window, softcap, sinks)
+    assert (out - expected).abs().max() < 1e-5 * max(1.0, float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("library", libraries())

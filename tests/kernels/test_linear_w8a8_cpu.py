@@ -5,6 +5,8 @@ import ctypes
 import pytest
 import torch
 from compiled import libraries
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from batchinfer.kernels.linear_w8a8_cpu import MOST_COLUMNS, PackedW8A8
 from batchinfer.kernels.rows import Rows
@@ -22,6 +24,15 @@ def test_the_product_is_exact(library: ctypes.CDLL, n: int, k: int, bias: bool) 
     exact = ((x.long() - 128) @ weight.t().long()).double() * scale * row_scale + (0 if added is None else added)
     for rows in (1, 2, 8, 12, 13, 16, 17, 48, 49, 64, 512):
         assert product(Rows(x[:rows], row_scale[:rows])).dense().double().equal(exact[:rows])
+
+
+@pytest.mark.parametrize("library", libraries())
+@given(rows=st.integers(1, 130), n=st.integers(1, 300), k=st.integers(1, 1200))
+@settings(deadline=None, max_examples=60)
+def test_any_shapes(library: ctypes.CDLL, rows: int, n: int, k: int) -> None:
+    x, weight = torch.randint(0, 256, (rows, k), dtype=torch.uint8), torch.randint(-128, 128, (n, k), dtype=torch.int8)
+    product = PackedW8A8(library, "c", weight, torch.ones(n))(Rows(x)).values
+    assert product.double().equal((x.double() - 128) @ weight.t().double())
 
 
 @pytest.mark.parametrize("library", libraries())

@@ -35,7 +35,7 @@ def test_the_most_likely_token_is_the_references(library: ctypes.CDLL, vocabular
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 7.0])
 def test_drawn_tokens_are_the_references(library: ctypes.CDLL, vocabulary: int, temperature: float) -> None:
-    """But where the two best scores differ by less than float32 tells."""
+    """Scores that differ by less than float32 tells may change places; none do here."""
     logits, batch = torch.randn(60, vocabulary) * 3, batch_of(60, temperature)
     tokens, _ = sample(library, logits, batch)
     noise = sampling.gumbel(batch.seeds, batch.positions, vocabulary)
@@ -85,7 +85,7 @@ def test_rows_that_are_not_finite_are_told(library: ctypes.CDLL, drawn: bool) ->
 
 @pytest.mark.parametrize("library", libraries())
 def test_the_whole_range_of_noise(library: ctypes.CDLL) -> None:
-    """Of 65,536 equal tokens the one with the largest noise is drawn: noise of 24 bits would often be equal there."""
+    """The largest noise decides among 65,536 equal tokens; noise of 24 bits would often be equal there."""
     rows, vocabulary = 60, 1 << 16
     batch = batch_of(rows, 1.0)
     largest = sampling.gumbel(batch.seeds, batch.positions, vocabulary).max(-1)

@@ -76,7 +76,7 @@ BY_BLOCK = {"block_size": 16, "prefix_grain": 16}
 def test_beginnings_are_shared_by_block(
     make_model: Callable[..., Path], model_type: str, quantization: str, settings: dict[str, Any]
 ) -> None:
-    """Of what neighbours have in common, all but a part of a block is computed once; no row changes."""
+    """Neighbours compute all whole blocks that they have in common once; no row changes."""
     model, rng = make_model(model_type), np.random.default_rng(1)
     heads = [rng.integers(2, 320, n).tolist() for n in (15, 16, 17, 40, 63, 130)]
     prompts = [head + rng.integers(2, 320, int(rng.integers(1, 50))).tolist() for head in heads for _ in range(5)]

@@ -136,7 +136,7 @@ def test_every_group_reads_its_own_blocks_where_rows_are_preempted_and_steps_wit
     for step, (batch, plan) in enumerate(steps(scheduler)):
         places = np.concatenate([[c.place for c in batch.chunks], batch.queries.places]).astype(np.int64)
         first_new = np.concatenate([[c.start for c in batch.chunks], batch.queries.first])
-        for p in inputs.prefixes[SHAPE]._prefixes:
+        for p in inputs.batches.prefixes[SHAPE]._prefixes:
             members = slice(p.first, p.first + p.count)
             blocks = plan.table[members, : p.keys // 32]
             assert p.count > 1 and (blocks == blocks[:1]).all() and (first_new[members] >= p.keys).all()
@@ -156,14 +156,14 @@ def test_steps_of_the_same_rows_are_grouped_once(monkeypatch: pytest.MonkeyPatch
     template = text(rng, 130)
     scheduler, inputs = scheduler_of(8)
     grouped = 0
-    choose = inputs.prefixes[SHAPE]._choose
+    choose = inputs.batches.prefixes[SHAPE]._choose
 
     def counting(*args: Any) -> tuple[SharedPrefix, ...]:
         nonlocal grouped
         grouped += 1
         return choose(*args)
 
-    monkeypatch.setattr(inputs.prefixes[SHAPE], "_choose", counting)
+    monkeypatch.setattr(inputs.batches.prefixes[SHAPE], "_choose", counting)
     params = SamplingTable.of([SamplingParams(max_tokens=n, ignore_eos=True) for n in (30, 50)])
     plain = Requests.of([template + text(rng, 9) for _ in range(8)], params[0])
     scheduler.add(replace(plain, params=params, param_index=np.arange(8, dtype=np.int32) % 2))
@@ -227,7 +227,7 @@ def groups_of(engine: Engine) -> list[tuple[int, tuple[SharedPrefix, ...]]]:
     """Return a list that grows by (new tokens, prefixes that are read together) with each step."""
     inputs = engine.scheduler.attention
     assert isinstance(inputs, RaggedInputs)
-    (prefixes,) = inputs.prefixes.values()
+    (prefixes,) = inputs.batches.prefixes.values()
     of, found = prefixes.of, list[tuple[int, tuple[SharedPrefix, ...]]]()
 
     def seen(table: SequenceTable, places: Ints, lengths: Ints, contexts: Ints) -> tuple[SharedPrefix, ...]:
