@@ -43,14 +43,13 @@ def test_a_job_without_kernels_in_c_because_the_environment_asks_for_that(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert cpu_path() == REFERENCE and why_reference() == f"BATCHINFER_KERNELS is '{asked}'"
     table = write(tmp_path / "in.parquet", prompt=prompts(2))
-    report = run(
-        spec(make_model(tmp_path), table, random_weights=True, device="cpu", sampling=SamplingParams(max_tokens=2))
-    )
+    short = SamplingParams(max_tokens=2)
+    report = run(spec(make_model(tmp_path), table, random_weights=True, device="cpu", sampling=short))
     assert report.rows == 2 and not set(report.kernels.values()) & set(paths())
 
 
 def test_an_unknown_value_in_the_environment_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BATCHINFER_KERNELS", "fast")
     table = write(tmp_path / "in.parquet", prompt=prompts(2))
-    with pytest.raises(UsageError, match="^BATCHINFER_KERNELS is 'fast'; it must be one of auto, reference"):
+    with pytest.raises(UsageError, match=r"^BATCHINFER_KERNELS is 'fast'; it must be one of auto, reference"):
         run(spec(make_model(tmp_path), table, device="cpu"))
