@@ -68,6 +68,7 @@ def attention(
     query, ragged = query_THd.contiguous(), batch.sequences
     heads, head_dim = query.shape[1:]
     assert ragged.offsets[-1] <= len(query) and cache.key.stride(-2) == 1
+    assert sinks_H is None or (sinks_H.dtype == torch.float32 and sinks_H.is_contiguous())
     if head_dim > MOST_HEAD_DIM:
         raise ValueError(
             f"heads have {head_dim} numbers; the kernel takes at most {MOST_HEAD_DIM}: take --cpu-path reference"

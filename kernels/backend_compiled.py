@@ -41,7 +41,7 @@ class CompiledBackend(CpuBackend):
             return super().linear_w8a8(values_NK, scale_N, bias_N, out)
         self.kernels["linear_w8a8"] = self.path
         bias = None if bias_N is None else bias_N.float()
-        return PackedW8A8(self._library, self.path, values_NK, scale_N, bias)
+        return PackedW8A8(self._library, values_NK, scale_N, bias)
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, norm_D: NormWeights, eps: float, takes: torch.dtype) -> Rows:
         weights = _weights(x_MD, (norm_D,))
@@ -120,6 +120,6 @@ class CompiledBackend(CpuBackend):
 
 def _weights(x: Tensor, norms: Sequence[NormWeights | None]) -> list[Tensor | None] | None:
     """Return the weights of norms on rows x, as the kernels take them; None if they do not take these."""
-    weights = [norm for norm in norms if norm is None or isinstance(norm, Tensor)]
+    weights = [norm for norm in norms if norm is None or (isinstance(norm, Tensor) and norm.is_contiguous())]
     types = {x.dtype, *(weight.dtype for weight in weights if weight is not None)}
     return weights if len(weights) == len(norms) and len(types) == 1 and x.dtype in rows_cpu.TYPES else None

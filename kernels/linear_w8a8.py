@@ -54,9 +54,7 @@ class LinearW8A8:
         The rows' scales are passed on in the result, or multiplied in if there is a bias.
         """
         product = self._reference(x.values) if self.path == "reference" else self._packed(x.values)
-        if self.bias is None:
-            return Rows(product, x.scale)
-        return Rows(Rows(product, x.scale).dense().add_(self.bias))
+        return with_bias(Rows(product, x.scale), self.bias)
 
     def _packed(self, x_MK: Tensor) -> Tensor:
         # This product takes one activation scale, not one per row. So it gets 1.0, and `Rows` keeps the rows' scales.
@@ -70,6 +68,11 @@ class LinearW8A8:
     def _reference(self, x_MK: Tensor) -> Tensor:
         centered = (x_MK.to(torch.int16) - 128).to(torch.int8)
         return torch._int_mm(centered, self.weight).float().mul_(self.scale)
+
+
+def with_bias(product: Rows, bias_N: Tensor | None) -> Rows:
+    """Add a bias, if there is one; then the rows' scales are multiplied in."""
+    return product if bias_N is None else Rows(product.dense().add_(bias_N))
 
 
 def _product(x_MK: Tensor, zero_point: int, packed: Tensor, scale_N: Tensor, zero_points_N: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from batchinfer.kernels.cpu_library import Arguments, address, integers, pointers
+from batchinfer.kernels.linear_w8a8 import with_bias
 from batchinfer.kernels.rows import Rows
 
 MOST_COLUMNS = 1 << 16
@@ -26,13 +27,11 @@ class PackedW8A8:
     takes = torch.uint8
     row_grain = least_rows = 1
 
-    def __init__(
-        self, library: ctypes.CDLL, path: str, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None
-    ) -> None:
+    def __init__(self, library: ctypes.CDLL, weight_NK: Tensor, scale_N: Tensor, bias_N: Tensor | None = None) -> None:
         n, k = weight_NK.shape
         if k > MOST_COLUMNS:
             raise ValueError(f"the weight has {k} columns; 8-bit products take at most {MOST_COLUMNS}")
-        self._library, self.path = library, path
+        self._library = library
         self.shape, self.scale, self.bias = (n, k), scale_N.contiguous(), bias_N
         self.weight = torch.empty(library.packed_w8_bytes(n, k), dtype=torch.int8)
         self._sums = torch.zeros(-(-n // 16) * 16, dtype=torch.int32)
@@ -54,9 +53,8 @@ class PackedW8A8:
         The rows' scales are passed on in the result, or multiplied in if there is a bias.
         """
         values = x.values.contiguous()
+        assert values.dtype == torch.uint8 and values.shape[1] == self.shape[1]
         out = torch.empty(len(values), self.shape[0])
         operands = (values, self.weight, self._sums, self.scale, out)
         self._library.linear_w8a8(ctypes.byref(_Product(*map(address, operands), len(values), *self.shape)))
-        if self.bias is None:
-            return Rows(out, x.scale)
-        return Rows(Rows(out, x.scale).dense().add_(self.bias))
+        return with_bias(Rows(out, x.scale), self.bias)

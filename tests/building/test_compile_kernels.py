@@ -144,7 +144,7 @@ def _outputs(library: ctypes.CDLL) -> Iterator[Tensor]:
     weight, scale = torch.randint(-127, 128, (53, 200), dtype=torch.int8), torch.rand(53)
     for count in (1, 5, 16, 70):
         rows = Rows(torch.randint(0, 256, (count, 200), dtype=torch.uint8), torch.rand(count, 1))
-        yield _bytes(PackedW8A8(library, "", weight, scale)(rows).values)
+        yield _bytes(PackedW8A8(library, weight, scale)(rows).values)
     drawn = SamplingBatch(
         *(torch.ones(40), torch.zeros(40, dtype=torch.int64), torch.ones(40), torch.zeros(40)),
         *(torch.randint(-(1 << 62), 1 << 62, (40,)), torch.arange(40)),
