@@ -21,6 +21,7 @@ FLAGS = "-O3 -std=gnu11 -fPIC -shared -ffp-contract=off"
 SETS = {
     "x86_64": {
         "avx2": "-mavx2 -mfma -mf16c",
+        "avx512bw": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
         "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni",
     },
     "aarch64": {"neon": "-mcpu=generic+dotprod"},

@@ -11,6 +11,7 @@ from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.cpu_library import load, use_torch_threads
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.kv_cache import cache_rows as reference_rows
+from batchinfer.kernels.linear_w4a8_cpu import PackedW4A8
 from batchinfer.kernels.linear_w8a8_cpu import MOST_COLUMNS, PackedW8A8
 from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.product import Product
@@ -42,6 +43,12 @@ class CompiledBackend(CpuBackend):
         self.kernels["linear_w8a8"] = self.path
         bias = None if bias_N is None else bias_N.float()
         return PackedW8A8(self._library, values_NK, scale_N, bias)
+
+    def linear_w4a8(self, values_NK: Tensor, scale_NG: Tensor, zero_point_NG: Tensor, bias_N: Tensor | None) -> Product:
+        """Make the product of 8-bit rows with weights that stay in 4 bits, those of `linear_w4a16`."""
+        self.kernels["linear_w4a8"] = self.path
+        bias = None if bias_N is None else bias_N.float()
+        return PackedW4A8(self._library, values_NK, scale_NG, zero_point_NG, bias)
 
     def add_norm(self, x_MD: Tensor, y: Rows | None, norm_D: NormWeights, eps: float, takes: torch.dtype) -> Rows:
         weights = _weights(x_MD, (norm_D,))

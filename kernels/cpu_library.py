@@ -21,6 +21,7 @@ FOLDER = Path(__file__).parent
 
 _NEEDED = {
     "avx2": ("avx2", "fma", "f16c"),
+    "avx512bw": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
     "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
     "neon": ("asimd", "asimddp"),
 }
@@ -77,6 +78,7 @@ def load(path: str) -> ctypes.CDLL:
     library = ctypes.CDLL(str(_file(path)))
     library.packed_w8_bytes.restype = ctypes.c_int64
     library.packed_w8_bytes.argtypes = [ctypes.c_int64] * 2
+    library.pack_w4.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
     library.pack_w8.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]
     return library
 

@@ -1,7 +1,8 @@
 /* The product of 8-bit rows with 8-bit weights; `linear_w8a8.py` is the reference, and sums are exact, as there.
  *
  * Weights lie in panels of 16 rows, in the order in which the instruction set multiplies them:
- * - AVX2 has no exact product of bytes. Both are widened to 16 bits, and products of two neighbours are added in 32.
+ * - AVX2, and AVX-512 without VNNI, have no exact product of bytes. Both are widened to 16 bits, and products of two
+ *   neighbours are added in 32.
  * - AVX-512 with VNNI adds products of four neighbours, of bytes without sign with such that have one. Rows keep the 128
  *   by which they are shifted, and what that adds is taken off at the end.
  * - NEON with dot products does the same with signs on both sides. */
@@ -12,6 +13,7 @@
 #define GROUP 8   /* panels of an item */
 #define BLOCK 48  /* rows of an item */
 #define DEPTH 512  /* columns that are multiplied before the next ones, so that they stay in the first cache */
+#define AHEAD 2048 /* bytes: weights are called from memory so long before they are multiplied */
 #define STRIDE (DEPTH + 64 / sizeof(operand)) /* of operands: rows one power of two apart would share few places of a cache */
 
 #if defined(__AVX512VNNI__)
@@ -20,7 +22,11 @@
 typedef uint8_t operand;
 enum { SHIFT = 0 };
 #elif defined(__AVX2__)
+#if defined(__AVX512BW__)
+#define TILE 12
+#else
 #define TILE 6
+#endif
 #define TOGETHER 2
 typedef int16_t operand;
 enum { SHIFT = 128 };
@@ -71,11 +77,28 @@ INLINE void multiply_tile(const int rows, const operand *x, const int8_t *panel,
     for (int i = 0; i < rows; i++) sum[i] = _mm512_loadu_si512(sums + i * stride);
     for (int64_t k = 0; k < depth; k += 4) {
         __m512i w = _mm512_loadu_si512(panel + k * PANEL);
+        __builtin_prefetch(panel + k * PANEL + AHEAD);
         UNROLL
         for (int i = 0; i < rows; i++) {
             int32_t four;
             memcpy(&four, x + i * STRIDE + k, 4);
             sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_set1_epi32(four), w);
+        }
+    }
+    UNROLL
+    for (int i = 0; i < rows; i++) _mm512_storeu_si512(sums + i * stride, sum[i]);
+#elif defined(__AVX512BW__)
+    __m512i sum[TILE];
+    UNROLL
+    for (int i = 0; i < rows; i++) sum[i] = _mm512_loadu_si512(sums + i * stride);
+    for (int64_t k = 0; k < depth; k += 2) {
+        __builtin_prefetch(panel + k * PANEL + AHEAD);
+        __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(panel + k * PANEL)));
+        UNROLL
+        for (int i = 0; i < rows; i++) {
+            int32_t two;
+            memcpy(&two, x + i * STRIDE + k, 4);
+            sum[i] = _mm512_add_epi32(sum[i], _mm512_madd_epi16(_mm512_set1_epi32(two), w));
         }
     }
     UNROLL
@@ -88,6 +111,7 @@ INLINE void multiply_tile(const int rows, const operand *x, const int8_t *panel,
         high[i] = _mm256_loadu_si256((const void *)(sums + i * stride + 8));
     }
     for (int64_t k = 0; k < depth; k += 2) {
+        __builtin_prefetch(panel + k * PANEL + AHEAD);
         __m256i first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(panel + k * PANEL)));
         __m256i second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(panel + k * PANEL + 16)));
         UNROLL

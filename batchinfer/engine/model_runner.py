@@ -36,7 +36,7 @@ from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig
 from batchinfer.models.gguf_folder import weight_files
 from batchinfer.models.gguf_weights import GGUFWeights
-from batchinfer.models.loader import load_decoder
+from batchinfer.models.loader import Loaded, load_decoder
 from batchinfer.models.prompt_scores import known_log_probabilities
 from batchinfer.models.recurrent import state_shape
 from batchinfer.models.weights import RandomWeights, SafetensorsWeights, WeightSource, with_stored_head
@@ -87,7 +87,7 @@ class ModelRunner:
         if isinstance(self.backend, CpuBackend) and cpu_path() == REFERENCE:
             self.notes.append(f"the CPU computes by torch alone, which is slower: {why_reference()}")
         if weights.stored_as is not None:
-            held = _held(self.scheme, self.dtype, path if loaded.four_bits else None, loaded.inputs.eight_bits)
+            held = _held(self.scheme, self.dtype, path if loaded.four_bits else None, loaded)
             self.notes.append(f"the checkpoint is {weights.stored_as}: {held}{loaded.inputs.words}")
         if loaded.unpacked:
             self.notes.append(
@@ -267,13 +267,14 @@ def _weights(
     return weights, with_stored_head(model, weights)
 
 
-def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None, eight_bits: bool) -> str:
+def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None, loaded: Loaded) -> str:
     """Say for the report how quantized weights are held.
 
-    `path` is that of the weight-only 4-bit matrices, None if there are none. `eight_bits`: some products take 8-bit
-    rows.
+    `path` is that of the weight-only 4-bit matrices, None if there are none.
     """
-    if scheme.as_stored and eight_bits:
+    if loaded.kept:
+        return "its matrices stay in 4 bits, for 8-bit inputs"
+    if scheme.as_stored and loaded.inputs.eight_bits:
         return "8-bit products"
     if scheme.quantized and not scheme.as_stored:
         return "its matrices are rounded to 8 bits by channel at load"

@@ -4,6 +4,7 @@ Each tensor is brought to the device and its final type before the next is read,
 """
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from batchinfer.formats.matrix import QuantizedMatrix
 from batchinfer.formats.scheme import QuantScheme
 from batchinfer.kernels.backend import Backend
+from batchinfer.kernels.backend_compiled import CompiledBackend
 from batchinfer.kernels.float8_inputs import InputScales
 from batchinfer.kernels.norm import NormWeights
 from batchinfer.kernels.product import Product
@@ -25,7 +27,7 @@ from batchinfer.models.per_layer import PerLayerEmbeddings
 from batchinfer.models.recurrent import recurrent_weights
 from batchinfer.models.stored_layer import bias_of, norm_weights, weight_of
 from batchinfer.models.tensors import Matrix, Norm
-from batchinfer.models.weight_forms import eight_bits, expanded, four_bits, rounded, stacked
+from batchinfer.models.weight_forms import eight_bits, expanded, four_bits, rounded, stacked, whole_numbers
 from batchinfer.models.weights import WeightSource
 
 
@@ -35,6 +37,7 @@ class Loaded:
 
     decoder: Decoder
     four_bits: bool  # whether the checkpoint has 4-bit weights for floating-point inputs
+    kept: bool  # whether weights stay in 4 bits in products for 8-bit inputs
     unpacked: list[str]  # products whose 4-bit weights had to be dequantized, unlike those of the others
     inputs: InputRounding
 
@@ -62,7 +65,7 @@ def load_decoder(
     head, per_layer = load.head(embedding), load.per_layer_embeddings(config.ends.per_layer)
     decoder = Decoder(config, backend, load.stream, embedding, layers, norm, head, per_layer)
     weights.finish()
-    return Loaded(decoder, load.four_bits, load.unpacked, load.inputs)
+    return Loaded(decoder, load.four_bits, load.kept, load.unpacked, load.inputs)
 
 
 class _Loader:
@@ -81,7 +84,7 @@ class _Loader:
         self.backend = backend
         self.stream = backend.stream(dtype, scheme.quantized)
         self.inputs = InputRounding(scheme)
-        self.four_bits = False
+        self.four_bits = self.kept = False
         self.unpacked: list[str] = []
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -196,7 +199,8 @@ class _Loader:
         added = torch.cat([bias_of(m, biases[m.name]) for m in matrices]).to(self.dtype) if biases else None
         names = ", ".join(f"{prefix}{name}" for name in modules)
         floats: list[Tensor | QuantizedMatrix] = []
-        eight: list[tuple[Tensor, Tensor]] = []
+        eight: list[tuple[Tensor, Tensor] | QuantizedMatrix] = []
+        kinds: set[str] = set()
         scales: list[InputScales | None] = []
         for matrix in matrices:
             weight = weight_of(matrix, weights[matrix.name])
@@ -205,8 +209,9 @@ class _Loader:
                 scales.append(self.inputs.scales(weight))
             else:
                 self.inputs.in_eight_bits(weight)
-                eight.append(rounded(weight, kind))
-        if len({values.dtype for values, _ in eight}) + bool(floats) > 1:
+                eight.append(weight if self._keeps(weight, kind) else rounded(weight, kind))
+                kinds.add(kind)
+        if len(kinds) + bool(floats) > 1:
             raise ValueError(
                 f"{names}: some are quantized for 8-bit inputs and some are not, or for inputs of another "
                 "type; they share an input, so they must agree"
@@ -214,8 +219,27 @@ class _Loader:
         if floats:
             product = self._floating(floats, added, names)
             return self.inputs.product(product, scales, [matrix.rows for matrix in matrices])
+        return self._with_eight_bit_rows(eight, kinds.pop(), added, names)
+
+    def _with_eight_bit_rows(
+        self, weights: list[tuple[Tensor, Tensor] | QuantizedMatrix], kind: str, bias: Tensor | None, names: str
+    ) -> Product:
+        """Make a product for 8-bit rows: with all weights in 4 bits, or with all in 8."""
+        four = [weight for weight in weights if isinstance(weight, QuantizedMatrix)]
+        if four and len(four) == len(weights) and (found := stacked(list(four))) is not None:
+            assert isinstance(self.backend, CompiledBackend)
+            self.kept = True
+            return self.backend.linear_w4a8(*found, bias)
+        if four:
+            self.unpacked.append(names)
+        eight = [rounded(weight, kind) if isinstance(weight, QuantizedMatrix) else weight for weight in weights]
         values, scale = (torch.cat(column) for column in zip(*eight, strict=True))
-        return self.backend.linear_w8a8(values, scale, added, self.dtype)
+        return self.backend.linear_w8a8(values, scale, bias, self.dtype)
+
+    def _keeps(self, weight: Tensor | QuantizedMatrix, kind: str) -> TypeGuard[QuantizedMatrix]:
+        """Return whether the weight stays in 4 bits in a product for 8-bit rows of this type."""
+        wanted = kind == "int8" and (self.scheme.as_stored or self.scheme.weight_bits == 4)
+        return wanted and isinstance(self.backend, CompiledBackend) and whole_numbers(weight)
 
     def _weight(self, name: str, module: Matrix) -> Tensor | QuantizedMatrix:
         """Read a module's weight [rows, columns]."""

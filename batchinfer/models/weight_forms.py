@@ -33,18 +33,21 @@ def rounded(weight: Tensor | QuantizedMatrix, kind: str) -> tuple[Tensor, Tensor
     return quantize_channels(expanded(weight), dtype) if stored is None else stored
 
 
+def whole_numbers(weight: Tensor | QuantizedMatrix) -> bool:
+    """Return whether the weight is of whole numbers of 4 bits."""
+    return isinstance(weight, QuantizedMatrix) and weight.bits == 4 and weight.code_book is None
+
+
 def four_bits(weight: Tensor | QuantizedMatrix) -> bool:
     """Return whether the weight is of whole numbers of 4 bits, for floating-point inputs."""
-    return (
-        isinstance(weight, QuantizedMatrix)
-        and weight.bits == 4
-        and weight.code_book is None
-        and weight.activations == "float"
-    )
+    return isinstance(weight, QuantizedMatrix) and whole_numbers(weight) and weight.activations == "float"
 
 
 def stacked(weights: list[Tensor | QuantizedMatrix]) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Stack weights to (values, scale, zero point) for `LinearW4A16`; None if it cannot take them as one matrix."""
+    """Stack weights to (values, scale, zero point) for a product that keeps them in 4 bits.
+
+    Returns None if it cannot take them as one matrix.
+    """
     matrices = [weight for weight in weights if isinstance(weight, QuantizedMatrix)]
     groups = [found for matrix in matrices if (found := matrix.by_group(GROUPS)) is not None]
     if len(groups) < len(weights) or len({scale.shape[1] for scale, _ in groups}) > 1:

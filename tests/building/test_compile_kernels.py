@@ -22,6 +22,7 @@ from batchinfer.kernels.attention_cpu import WindowedBatch, attention
 from batchinfer.kernels.cpu_library import cpu_path, load, why_reference
 from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.kv_cache_cpu import rotate_and_store
+from batchinfer.kernels.linear_w4a8_cpu import PackedW4A8
 from batchinfer.kernels.linear_w8a8_cpu import PackedW8A8
 from batchinfer.kernels.ragged_attention import RaggedBatch, SharedPrefix
 from batchinfer.kernels.rows import Rows
@@ -145,6 +146,11 @@ def _outputs(library: ctypes.CDLL) -> Iterator[Tensor]:
     for count in (1, 5, 16, 70):
         rows = Rows(torch.randint(0, 256, (count, 200), dtype=torch.uint8), torch.rand(count, 1))
         yield _bytes(PackedW8A8(library, weight, scale)(rows).values)
+    weight = torch.randint(-8, 8, (144, 672), dtype=torch.int8)
+    for count in (1, 5, 16, 70):
+        rows = Rows(torch.randint(0, 256, (count, 672), dtype=torch.uint8), torch.rand(count, 1))
+        for zero_point in (torch.zeros(144, 21), torch.randint(-8, 8, (144, 21)).float()):
+            yield _bytes(PackedW4A8(library, weight, torch.rand(144, 21), zero_point)(rows).values)
     drawn = SamplingBatch(
         *(torch.ones(40), torch.zeros(40, dtype=torch.int64), torch.ones(40), torch.zeros(40)),
         *(torch.randint(-(1 << 62), 1 << 62, (40,)), torch.arange(40)),

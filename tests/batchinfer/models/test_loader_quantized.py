@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
+from compiled import paths
 from engines import compare_logits, engine_of, prompts_of, tokens
 from quantized_models import FORMATS, GROUP, checkpoints, gptq_8_bits
 from repository import STDLIB
@@ -26,8 +27,9 @@ from batchinfer.jobs.job import run
 from batchinfer.jobs.merge_shards import merge_shards
 from batchinfer.jobs.quantize import CalibrationRows, quantize
 from batchinfer.jobs.spec import JobSpec, sharded
-from batchinfer.kernels.cpu_library import REFERENCE, cpu_path
+from batchinfer.kernels.cpu_library import REFERENCE
 from batchinfer.kernels.linear import Linear
+from batchinfer.kernels.linear_w4a8_cpu import PackedW4A8
 from batchinfer.kernels.linear_w4a16 import LinearW4A16
 from batchinfer.kernels.linear_w8a8 import LinearW8A8
 from batchinfer.kernels.linear_w8a8_cpu import PackedW8A8
@@ -239,27 +241,67 @@ def test_4_bit_products_of_sizes_that_int4pack_does_not_take_are_expanded_and_na
     tokens(engine, Requests.of(prompts_of(3, 50), SamplingParams(max_tokens=3)))
 
 
-@pytest.mark.parametrize("form", ["awq", "pack-channel", "signed-channel"])
-def test_w4a8_is_8_bit_products_of_4_bit_weights(make_model: Callable[..., Path], tmp_path: Path, form: str) -> None:
+W4A8 = pytest.mark.parametrize("form", ["awq", "pack-channel", "signed-channel"])
+
+
+@W4A8
+@pytest.mark.parametrize("head", ["", "+head"])
+@pytest.mark.parametrize("path", [REFERENCE, *paths()])
+def test_w4a8_is_8_bit_products_of_4_bit_weights(
+    make_model: Callable[..., Path], tmp_path: Path, form: str, head: str, path: str
+) -> None:
+    quantized, plain = checkpoints(make_model("llama"), tmp_path, *FORMATS[form])
+    engine = engine_of(quantized, quantization=f"w4a8{head}", cpu_path=path)
+    decoder = engine.runner.decoder
+    of_layers, eight_bits = (LinearW8A8, LinearW8A8) if path == REFERENCE else (PackedW4A8, PackedW8A8)
+    assert {type(p) for layer in decoder.layers for p in layer.products} == {of_layers}
+    assert isinstance(decoder.head, eight_bits if head else Linear)
+    words = "rounded to 8 bits by channel at load" if path == REFERENCE else "stay in 4 bits, for 8-bit inputs"
+    assert [words in note for note in engine.stats().notes if "checkpoint" in note] == [True]
+    oracle = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    pairs = list(compare_logits(engine, oracle, prompts_of(8, 100)))
+    found, expected = (torch.stack(column) for column in zip(*pairs, strict=True))
+    assert (found - expected).norm() / expected.norm() < 0.05, "inputs are rounded to 8 bits"
+
+
+@W4A8
+def test_without_kernels_in_c_w4a8_holds_8_bits_by_channel(
+    make_model: Callable[..., Path], tmp_path: Path, form: str
+) -> None:
     quantized, plain = checkpoints(make_model("llama"), tmp_path, *FORMATS[form])
     requests = Requests.of(prompts_of(16, 100), SamplingParams(max_tokens=16, ignore_eos=True))
-    for head in ("", "+head"):
-        engine = engine_of(quantized, quantization=f"w4a8{head}")
-        decoder = engine.runner.decoder
-        eight_bits = PackedW8A8 if cpu_path() != REFERENCE else LinearW8A8
-        assert {type(p) for layer in decoder.layers for p in layer.products} == {eight_bits}
-        assert isinstance(decoder.head, eight_bits if head else Linear)
-        ours = tokens(engine, requests)
-        if form == "awq":  # groups are rounded again, as those of any weights
-            assert ours == tokens(engine_of(plain, quantization=f"w8a8-int8{head}"), requests)
-            assert "rounded to 8 bits by channel at load" in engine.stats().notes[0]
-        else:  # a scale a channel: held just as it is stored
-            stored = load_file(quantized / "model.safetensors")["model.layers.0.self_attn.o_proj.weight_scale"]
-            assert decoder.layers[0].output.scale.equal(stored.flatten())
-            oracle = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
-            pairs = list(compare_logits(engine, oracle, prompts_of(8, 100)))
-            found, expected = (torch.stack(column) for column in zip(*pairs, strict=True))
-            assert (found - expected).norm() / expected.norm() < 0.05, "inputs are rounded to 8 bits"
+    engine = engine_of(quantized, quantization="w4a8", cpu_path=REFERENCE)
+    if form == "awq":  # groups are rounded again, as those of any weights
+        same = engine_of(plain, quantization="w8a8-int8", cpu_path=REFERENCE)
+        assert tokens(engine, requests) == tokens(same, requests)
+    else:  # a scale a channel: held just as it is stored
+        stored = load_file(quantized / "model.safetensors")["model.layers.0.self_attn.o_proj.weight_scale"]
+        assert engine.runner.decoder.layers[0].output.scale.equal(stored.flatten())
+
+
+@pytest.mark.parametrize("path", paths())
+def test_w4a8_names_products_of_sizes_that_do_not_stay_in_4_bits(
+    make_model: Callable[..., Path], tmp_path: Path, path: str
+) -> None:
+    quantized, _ = checkpoints(make_model("llama", intermediate_size=168), tmp_path, *FORMATS["pack-channel"])
+    engine = engine_of(quantized, quantization="w4a8", cpu_path=path)
+    kinds = [type(p) for p in engine.runner.decoder.layers[0].products]
+    assert kinds == [PackedW4A8, PackedW4A8, PackedW4A8, PackedW8A8]
+    assert engine.stats().notes[1] == (
+        "the 4-bit kernel does not take 3 of the products, which are expanded: the first is "
+        "model.layers.0.mlp.down_proj"
+    )
+
+
+@pytest.mark.parametrize("path", paths())
+def test_rows_of_w4a8_depend_on_no_batch(make_model: Callable[..., Path], tmp_path: Path, path: str) -> None:
+    quantized, _ = checkpoints(make_model("mistral", sliding_window=100), tmp_path, *FORMATS["awq"])
+    common = {"quantization": "w4a8+head", "cpu_path": path}
+    requests = Requests.of(prompts_of(30, 250), SamplingParams(max_tokens=12, ignore_eos=True))
+    expected = tokens(engine_of(quantized, **common), requests)
+    assert len({tuple(new) for new in expected.values()}) > 20
+    for settings in ({"max_num_seqs": 1}, {"max_num_seqs": 3}, {"max_num_batched_tokens": 64}):
+        assert tokens(engine_of(quantized, **common, **settings), requests) == expected, settings
 
 
 def test_w4a8_without_4_bit_weights_is_refused(make_model: Callable[..., Path], tmp_path: Path) -> None:
@@ -274,7 +316,7 @@ def test_w4a8_without_4_bit_weights_is_refused(make_model: Callable[..., Path], 
     [
         (4, {}, "stay in 4 bits, for int4pack: expected batch 4 <= 4"),
         (5, {}, "are expanded to bfloat16 at load: expected batch 5 > 4"),
-        (2, {"quantization": "w4a8"}, "are rounded to 8 bits by channel at load"),
+        (2, {"quantization": "w4a8", "cpu_path": REFERENCE}, "are rounded to 8 bits by channel at load"),
         (5, {"max_num_seqs": 2}, "stay in 4 bits, for int4pack: expected batch 2 <= 4"),
     ],
 )
