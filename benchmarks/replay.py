@@ -28,6 +28,7 @@ from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.engine.transfer import Sampled
 from batchinfer.kernels.attention_triton import tiling
 from batchinfer.kernels.gpu import Gpu
+from batchinfer.kernels.grain import MIN_ROWS
 from batchinfer.kernels.ragged import Ints
 from batchinfer.models.batch import Batch
 from batchinfer.models.config import ModelConfig, read_model_config
@@ -83,6 +84,7 @@ class _Runner:
     """Stands for the model's runner on a GPU: everything that it does on the host, and nothing of the model."""
 
     device_name, bytes_per_token, bytes_per_state, late, kv_dtype = "no device", 1, 0, 1, torch.bfloat16
+    logits_grain = MIN_ROWS
     decoder = _Decoder
 
     def __init__(self, config: EngineConfig, model: ModelConfig) -> None:

@@ -31,6 +31,6 @@ def padded_size(tokens: int, row_grain: int) -> int:
     return -(-tokens // grain) * grain
 
 
-def padded_logits(rows: int) -> int:
+def padded_logits(rows: int, row_grain: int = MIN_ROWS) -> int:
     """Return the rows of logits, padding included, that a step computes for `rows` wanted ones."""
-    return -(-rows // MIN_ROWS) * MIN_ROWS
+    return -(-rows // row_grain) * row_grain

@@ -30,8 +30,11 @@ from batchinfer.engine.engine import Engine
 from batchinfer.engine.request import Completions, Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.step_policy import tiles_of
+from batchinfer.formats.compressed_tensors_writer import quantization_config
+from batchinfer.formats.scheme import weight_scheme
 from batchinfer.kernels.grain import TILE
 from batchinfer.models.batch import Batch
+from batchinfer.models.hub import read_config
 from batchinfer.text.tokenizer import Tokenizer
 
 REPEATS = 2  # least number of timed repeats of each step
@@ -39,7 +42,7 @@ REPEAT_SECONDS = 0.1  # each workload is repeated for this long at least
 
 # hidden, intermediate, layers, heads, key heads, head size, vocabulary. The first shape is for attention, and has many
 # layers, which tells a layer's time from a step's. The last one is about as large as the caches of processors.
-SHAPES = ((256, 768, 6, 8, 4, 32, 2048), (640, 1728, 3, 10, 5, 64, 6144), (1536, 4096, 2, 16, 4, 96, 10240))
+SHAPES = ((256, 768, 6, 8, 4, 32, 2048), (640, 1792, 3, 10, 5, 64, 6144), (1536, 4096, 2, 16, 4, 96, 10240))
 
 
 def _greedy(max_tokens: int) -> SamplingParams:
@@ -114,6 +117,8 @@ def measure(device: str, say: Callable[[str], None], path: str = "auto") -> Devi
         models = [_write_shape(Path(folder) / str(i), _plain_shape(shape)) for i, shape in enumerate(SHAPES)]
         with_states = _write_shape(Path(folder) / "states", WITH_STATES)
         for name, products in PRODUCTS.items():
+            for model in (*models, with_states):
+                _store_in(model, products)
             say(f"timing steps in {name}")
             measured, longer = [], list[float]()
             automatic = products.kv_cache(device)
@@ -167,6 +172,15 @@ def _write_shape(folder: Path, config: dict[str, Any]) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def _store_in(model: Path, products: Products) -> None:
+    """Let the random weights of a shape be those of a checkpoint that these products take."""
+    config = read_config(model)
+    config.pop("quantization_config", None)
+    if products.quantization == "w4a8":
+        config["quantization_config"] = quantization_config(weight_scheme("w4a8", None), ["lm_head"])
+    (model / "config.json").write_text(json.dumps(config))
 
 
 def _engine(model: Path, device: str, path: str, products: Products, kv_cache: str) -> _TimedEngine:

@@ -14,6 +14,7 @@ import torch
 
 from batchinfer.cost.step_cost import PRODUCTS, Floats, Products
 from batchinfer.host.memory import available_bytes
+from batchinfer.kernels.backend_compiled import CompiledBackend
 from batchinfer.kernels.backends import choose_backend
 
 SIDE = 2048  # rows and columns of a matrix of 4 to 16 MB, which most last-level caches hold
@@ -76,7 +77,13 @@ def _product(kind: Products, path: str) -> Callable[[], object]:
     """Make a product of ROWS rows with a new matrix, which a call computes."""
     backend, dtype = choose_backend("cpu", True, path), getattr(torch, kind.dtype)
     weight = torch.ones(SIDE, SIDE, dtype=dtype if kind.quantization == "none" else torch.int8)
-    made = backend.linear(weight) if kind.quantization == "none" else backend.linear_w8a8(weight, torch.ones(SIDE))
+    if kind.quantization == "none":
+        made = backend.linear(weight)
+    elif kind.quantization == "w4a8" and isinstance(backend, CompiledBackend):
+        scale = torch.ones(SIDE, SIDE // 128)
+        made = backend.linear_w4a8(weight, scale, torch.zeros_like(scale), None)
+    else:
+        made = backend.linear_w8a8(weight, torch.ones(SIDE))
     rows = backend.rows(torch.ones(ROWS, SIDE, dtype=dtype), made.takes)
     return lambda: made(rows)
 

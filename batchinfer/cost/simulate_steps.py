@@ -31,19 +31,29 @@ class Steps:
     waiting: NDArray[np.bool_]  # [n] True if rows were still waiting to begin, so that all places were taken
 
 
-def simulate(prompts: Ints, outputs: Ints, config: EngineConfig, first: int = 0) -> Steps:
+def simulate(
+    prompts: Ints,
+    outputs: Ints,
+    config: EngineConfig,
+    first: int = 0,
+    row_grain: int = MIN_ROWS,
+    logits_grain: int = MIN_ROWS,
+) -> Steps:
     """Return the steps for rows with `prompts` [r] prompt tokens and `outputs` [r] new tokens, run in this order.
 
-    The first `first` tokens of each prompt are shared with another row, which computes them.
+    The first `first` tokens of each prompt are shared with another row, which computes them. A step's tokens are padded
+    to a multiple of `row_grain`, and its rows of logits to one of `logits_grain`.
     """
-    return _Simulation(prompts, outputs, config, first).run()
+    return _Simulation(prompts, outputs, config, first, row_grain, logits_grain).run()
 
 
 class _Simulation:
     """The state of each place of the sequence table, as arrays like the engine's own."""
 
-    def __init__(self, prompts: Ints, outputs: Ints, config: EngineConfig, first: int) -> None:
-        self.config, self.first = config, first
+    def __init__(
+        self, prompts: Ints, outputs: Ints, config: EngineConfig, first: int, row_grain: int, logits_grain: int
+    ) -> None:
+        self.config, self.first, self.row_grain, self.logits_grain = config, first, row_grain, logits_grain
         self.rows = deque(zip(prompts.tolist(), outputs.tolist(), strict=True))
         places = min(config.max_num_seqs, len(prompts))
         self.prompt, self.computed, self.end = (np.zeros(places, np.int64) for _ in range(3))
@@ -106,8 +116,8 @@ class _Simulation:
         seen = self.computed[places] + 1 + np.arange(n)[:, None]
         self.computed[places] += n
         values = (
-            padded_size(prompt_tokens + len(places), MIN_ROWS),
-            padded_logits(ended + len(places)),
+            padded_size(prompt_tokens + len(places), self.row_grain),
+            padded_logits(ended + len(places), self.logits_grain),
             len(places),
             (-(-seen // block) * block).sum(1),
             *tiles,

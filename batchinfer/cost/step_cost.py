@@ -65,6 +65,7 @@ PRODUCTS = {
     "float32": Products("none", "float32", 4, 4),
     "bfloat16": Products("none", "bfloat16", 2, 2),
     "w8a8-int8": Products("w8a8-int8", "bfloat16", 1, 2),
+    "w4a8": Products("w4a8", "bfloat16", 4.25 / 8, 2),  # a scale for 128 columns
 }
 KV_CACHES = ("float32", "bfloat16", "int8", "fp8")  # the types of keys and values that are measured
 

@@ -281,9 +281,10 @@ class Engine:
         kept = BlockManager(states) if states else None
         ends = tuple(self.tokenizer.eos_ids)
         admission = Admission(table, manager, config.prefix_sharing, lengths, kept, ends)
-        grain, inputs = self.runner.decoder.row_grain, self.runner.attention_inputs
+        grains = self.runner.decoder.row_grain, self.runner.logits_grain
+        inputs = self.runner.attention_inputs
         budget, eos_ids = config.max_num_batched_tokens, np.array(self.tokenizer.eos_ids, np.int64)
-        return table, Scheduler(table, manager, admission, inputs, budget, grain, eos_ids, kept)
+        return table, Scheduler(table, manager, admission, inputs, budget, *grains, eos_ids, kept)
 
     def _gate(self, config: EngineConfig, runner: ModelRunner | None, blocks: int) -> Gate | None:
         if config.speculation.method == "off":

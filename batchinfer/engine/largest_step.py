@@ -28,7 +28,7 @@ class _SameBlocks(BlockManager):
         return np.arange(1, count + 1)
 
 
-def largest_step(config: EngineConfig, inputs: AttentionInputs, row_grain: int) -> Batch:
+def largest_step(config: EngineConfig, inputs: AttentionInputs, row_grain: int, logits_grain: int) -> Batch:
     """Return a step with as many sequences as the job can run side by side, and as many prompt tokens as fit.
 
     Its keys and values go to the first `probe_blocks(config)` blocks.
@@ -37,9 +37,8 @@ def largest_step(config: EngineConfig, inputs: AttentionInputs, row_grain: int) 
     table = SequenceTable(sequences, config.max_model_len, config.block_size)
     manager = _SameBlocks(1)
     admission = Admission(table, manager, share=False, lengths=None)
-    scheduler = Scheduler(
-        table, manager, admission, inputs, config.max_num_batched_tokens, row_grain, np.empty(0, np.int64)
-    )
+    budget, eos_ids = config.max_num_batched_tokens, np.empty(0, np.int64)
+    scheduler = Scheduler(table, manager, admission, inputs, budget, row_grain, logits_grain, eos_ids)
     scheduler.add(Requests.of([[0] * length] * sequences, SamplingParams(max_tokens=1, temperature=1.0)))
     batch = scheduler.schedule()
     assert batch is not None

@@ -32,7 +32,7 @@ def room_for_keys(model: ModelRunner, runners: list[ModelRunner], config: Engine
 def _step_bytes(runner: ModelRunner, config: EngineConfig) -> int:
     """Return the bytes of a GPU's memory that the largest step takes beside weights, keys and values."""
     runner.allocate(probe_blocks(config), config.block_size)
-    batch = largest_step(config, runner.attention_inputs, runner.decoder.row_grain)
+    batch = largest_step(config, runner.attention_inputs, runner.decoder.row_grain, runner.logits_grain)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     runner.launch(batch).wait()

@@ -24,7 +24,7 @@ from batchinfer.kernels.backend_compiled import CompiledBackend
 from batchinfer.kernels.backend_cpu import CpuBackend
 from batchinfer.kernels.backends import choose_backend
 from batchinfer.kernels.cpu_library import REFERENCE, cpu_path, why_reference
-from batchinfer.kernels.grain import TILE, padded_logits
+from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_logits
 from batchinfer.kernels.kv_cache import KV_DTYPES, KVCache
 from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
@@ -99,6 +99,11 @@ class ModelRunner:
             self.late = 1
             self.newest = torch.zeros(config.max_num_seqs + 1, dtype=torch.int64, device=self.backend.device)
             self.steps = CudaGraphs(self._compute, self.backend.device, most_recorded(config), self.notes)
+
+    @property
+    def logits_grain(self) -> int:
+        """The number of which a step's rows of logits must be a multiple: the last layer and the head compute them."""
+        return MIN_ROWS if self.late else max(self.decoder.row_grain, self.decoder.head.row_grain)
 
     @property
     def attention_inputs(self) -> AttentionInputs:
@@ -221,7 +226,7 @@ class ModelRunner:
         """Compute a step but the choice of tokens: return the logits [r, V] that these are sampled from, and the
         log-probabilities of labels and of tokens of prompts."""
         x, y = self.decoder.hidden(batch, self.caches)
-        first, scores = padded_logits(batch.first_rows), StepScores()
+        first, scores = padded_logits(batch.first_rows, batch.logits_grain), StepScores()
         if batch.scoring is not None and len(batch.scoring.rows):
             known = known_log_probabilities(self.decoder, x[first:], y.between(first), batch.scoring)
             x, y, scores = x[:first], y.between(0, first), StepScores(known=known)
@@ -294,9 +299,13 @@ def measure_peak(scheme: QuantScheme, dtype: torch.dtype, backend: Backend, seco
     noise = torch.Generator(backend.device).manual_seed(0)
     weight = torch.randn(n, k, device=backend.device, generator=noise)
     x = torch.randn(m, k, device=backend.device, generator=noise)
-    if scheme.quantized:
+    if scheme.weight_bits == 4 and isinstance(backend, CompiledBackend):
+        scale = torch.ones(n, k // 128)
+        four_bits = weight.clamp_(-3, 3).round_().to(torch.int8)
+        product: Product = backend.linear_w4a8(four_bits, scale, torch.zeros_like(scale), None)
+    elif scheme.quantized:
         kind = torch.float8_e4m3fn if scheme.activations == "fp8" else torch.int8
-        product: Product = backend.linear_w8a8(*quantize_channels(weight, kind), out=dtype)
+        product = backend.linear_w8a8(*quantize_channels(weight, kind), out=dtype)
     else:
         product, x = backend.linear(weight.to(dtype)), x.to(dtype)
     rows = backend.rows(x, product.takes)

@@ -60,10 +60,12 @@ class Scheduler:
         attention: AttentionInputs,
         max_num_batched_tokens: int,
         row_grain: int,
+        logits_grain: int,
         eos_ids: Ints,
         states: BlockManager | None = None,
     ) -> None:
         self.row_grain = row_grain  # a step's number of tokens is padded to a multiple of this
+        self.logits_grain = logits_grain  # and its number of rows of logits to a multiple of this
         self.table = table
         self.manager = manager
         self.states = states  # None if the model has none
@@ -219,14 +221,15 @@ class Scheduler:
         first_sampled = [c.row + c.end - c.start - 1 for c, _ in first]
         scored = NOBODY if labels is None else labels.rows
         wanted = np.concatenate([np.array(first_sampled, np.int64), prompt_tokens + newest, scored])
-        sampled = _padded(wanted, padded_logits(len(wanted)))
+        sampled = _padded(wanted, padded_logits(len(wanted), self.logits_grain))
         late = np.flatnonzero(query_positions >= known)
         if queries.drafts.any():
             late = NOBODY
         sequences = np.concatenate([np.array([place for _, place in first], np.int64), query_places[newest]])
         copied, copies = self._copies(chunks, labels)
         if (scoring := self.scores.step(chunks, sequences)) is not None:
-            sampled = torch.cat([sampled, _padded(scoring.rows, padded_logits(len(scoring.rows)))])
+            rows = padded_logits(len(scoring.rows), self.logits_grain)
+            sampled = torch.cat([sampled, _padded(scoring.rows, rows)])
         next_positions = positions[wanted[: len(sequences)]] + 1
         return Batch(
             tokens=_padded(table.tokens[places, positions], size),
@@ -250,6 +253,7 @@ class Scheduler:
             allowed=None if self.structures is None else self.structures.allowed(sequences),
             labels=labels,
             scoring=scoring,
+            logits_grain=self.logits_grain,
         )
 
     def _copies(self, chunks: list[PromptChunk], labels: LabelStep | None) -> tuple[Ints, Ints]:

@@ -17,7 +17,8 @@ def warm_up(runner: ModelRunner, config: EngineConfig, sizes: tuple[int, ...]) -
     pool and wipe them again.
     """
     for smaller in warm_up_sizes(config, sizes):
-        runner.launch(largest_step(smaller, runner.attention_inputs, runner.decoder.row_grain)).wait()
+        grains = runner.decoder.row_grain, runner.logits_grain
+        runner.launch(largest_step(smaller, runner.attention_inputs, *grains)).wait()
         runner.clear_blocks(np.arange(1, probe_blocks(smaller)))
 
 

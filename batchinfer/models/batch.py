@@ -14,7 +14,7 @@ from torch import Tensor
 
 from batchinfer.kernels.attention_shape import AttentionShape
 from batchinfer.kernels.backend import AttentionBatch
-from batchinfer.kernels.grain import padded_logits
+from batchinfer.kernels.grain import MIN_ROWS, padded_logits
 from batchinfer.kernels.logits import LogitsChanges
 from batchinfer.kernels.ragged import Ints, ranges
 from batchinfer.kernels.sampling import SamplingBatch
@@ -143,6 +143,7 @@ class Batch:
     labels: LabelStep | None = None  # its s rows follow the first r of `sampled`; None if no row has choices
     # Its p rows follow all others of `sampled`, behind padding of these. None: no log-probability of a token is wanted.
     scoring: ScoringStep | None = None
+    logits_grain: int = MIN_ROWS  # the rows of logits are padded to a multiple of this
 
     @property
     def query_tokens(self) -> int:
@@ -158,7 +159,7 @@ class Batch:
     def logits_rows(self) -> int:
         """Number of rows of logits; padding counts where other rows follow."""
         known = 0 if self.scoring is None else len(self.scoring.rows)
-        return padded_logits(self.first_rows) + known if known else self.first_rows
+        return padded_logits(self.first_rows, self.logits_grain) + known if known else self.first_rows
 
     @cached_property
     def drafted(self) -> int:

@@ -17,6 +17,7 @@ from batchinfer.cost.step_cost import PRODUCTS, DeviceCost, Floats, Weights, Wor
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.rows.length_figures import LengthFigures
+from batchinfer.kernels.cpu_library import REFERENCE, cpu_path
 from batchinfer.kernels.grain import MIN_ROWS, padded_size
 from batchinfer.kernels.ragged import Ints
 from batchinfer.models.config import read_shape, stored_dtype
@@ -92,25 +93,27 @@ class Setting:
         raw = read_config(config.model)
         dtype = config.computed_in(stored_dtype(raw), has_float16=config.device != "cpu")
         scheme = config.quantization.removesuffix("+head")
-        if scheme in ("w8a8-int8", "w4a8") or (scheme == "auto" and _has_8_bit_inputs(raw.get("quantization_config"))):
-            products = "w8a8-int8"
+        if scheme == "auto" and (bits := _bits_beside_8_bit_inputs(raw.get("quantization_config"))):
+            products = "w4a8" if bits == 4 else "w8a8-int8"
         else:
             products = dtype if scheme in ("auto", "none") else scheme
         computed = PRODUCTS[products].kv_cache(config.device) if products in PRODUCTS else "auto"
         return cls(products, config.cached_in(computed))
 
 
-def _has_8_bit_inputs(quantization: object) -> bool:
-    """Return whether a checkpoint was made for 8-bit integer products, according to its config."""
+def _bits_beside_8_bit_inputs(quantization: object) -> int:
+    """Return the bits of the weights of a checkpoint that was made for 8-bit integer products, according to its config.
+
+    Returns 0 if it was made for others.
+    """
     groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
-    inputs = [
-        group.get("input_activations")
-        for group in (groups.values() if isinstance(groups, Mapping) else ())
-        if isinstance(group, Mapping)
-    ]
-    return bool(inputs) and all(
-        isinstance(i, Mapping) and (i.get("num_bits"), i.get("type")) == (8, "int") for i in inputs
-    )
+    found = [group for group in (groups.values() if isinstance(groups, Mapping) else ()) if isinstance(group, Mapping)]
+    inputs, weights = ([group.get(name) for group in found] for name in ("input_activations", "weights"))
+    eight = all(isinstance(i, Mapping) and (i.get("num_bits"), i.get("type")) == (8, "int") for i in inputs)
+    bits = [w.get("num_bits") for w in weights if isinstance(w, Mapping)]
+    if not found or not eight:
+        return 0
+    return 4 if bits == [4] * len(found) else 8
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,7 @@ class Job:
     def __init__(self, shape: JobShape, config: EngineConfig) -> None:
         """Raises `Refused` for a model that cannot run."""
         self.shape, self.config, self.model = shape, config, read_shape(config.model)
+        self.grains = _grains(config)
         prompts = shape.sample(config)
         most = shape.most_tokens(prompts)
         self.high = self._steps(prompts, most)
@@ -180,7 +184,7 @@ class Job:
         context = float(lengths @ np.arange(len(lengths))) / max(int(lengths.sum()), 1)
         context += float(self.shape.most_tokens(np.array([round(context)]))[0]) / 2
         queries = np.array([rows, rows * (1 + DRAFTS)], np.float64)
-        tokens = np.array([padded_size(int(n), MIN_ROWS) for n in queries], np.float64)
+        tokens = np.array([padded_size(int(n), self.grains[0]) for n in queries], np.float64)
         none = np.zeros(2)
         work = Work(tokens, queries, queries, queries * context, none, none, none)
         plain, drafted = cost.seconds(setting.products, work, self.model, setting.kv_cache, self._sampling).tolist()
@@ -197,7 +201,7 @@ class Job:
 
     def _steps(self, prompts: Ints, outputs: Ints) -> Steps:
         shared = self.shape.shared_tokens // max(self.shape.rows, 1)
-        return simulate(prompts, outputs, self.config, shared)
+        return simulate(prompts, outputs, self.config, shared, *self.grains)
 
     def _seconds(self, steps: Steps, cost: DeviceCost, setting: Setting) -> tuple[float, float]:
         """Return (prefill, decode) seconds. A step with both is split by its tokens, as in the engine's statistics."""
@@ -221,6 +225,16 @@ class Job:
         if params.temperature == 0:
             return "greedy"
         return "filtered" if params.top_k or params.top_p < 1 or params.min_p else "drawn"
+
+
+def _grains(config: EngineConfig) -> tuple[int, int]:
+    """Return the numbers of which a step's tokens and its rows of logits are multiples.
+
+    Products in C take any number of 8-bit rows.
+    """
+    in_c = config.device == "cpu" and cpu_path(config.cpu_path) != REFERENCE
+    of_tokens = 1 if in_c and Setting.of(config).products in ("w8a8-int8", "w4a8") else MIN_ROWS
+    return of_tokens, of_tokens if config.quantization.endswith("+head") else MIN_ROWS
 
 
 def _even(n: int) -> Floats:

@@ -22,7 +22,7 @@ COST = DeviceCost(
     steps={name: StepCost({"step": 1e-3, "number": 2e-6}, 0.05) for name in PRODUCTS},
     load_seconds=dict.fromkeys(PRODUCTS, 1e-8),
     start_seconds=1.5,
-    operations_per_second={"float32": 1e11, "bfloat16": 2e11, "w8a8-int8": 8e11},
+    operations_per_second={"float32": 1e11, "bfloat16": 2e11, "w8a8-int8": 8e11, "w4a8": 8e11},
     bytes_per_second=2.5e10,
     cache_bytes=float(32 << 20),
 )
@@ -168,11 +168,16 @@ def test_a_device_that_is_not_there_is_refused(capsys: pytest.CaptureFixture[str
 
 def test_measuring_keeps_what_it_finds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Real engines and real steps, of the smallest shape alone and one kind of products."""
-    monkeypatch.setattr(calibrate, "SHAPES", ((64, 96, 2, 4, 2, 16, 256), (64, 96, 3, 4, 2, 16, 256)))
-    heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8}
-    few = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "hidden_size": 64}
+    monkeypatch.setattr(calibrate, "SHAPES", ((128, 256, 2, 4, 2, 32, 256), (128, 256, 3, 4, 2, 32, 256)))
+    heads = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 64,
+    }
+    few = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], "hidden_size": 128}
     monkeypatch.setattr(calibrate, "WITH_STATES", calibrate.WITH_STATES | heads | few)
-    monkeypatch.setattr(calibrate, "PRODUCTS", {"w8a8-int8": PRODUCTS["w8a8-int8"]})
+    monkeypatch.setattr(calibrate, "PRODUCTS", {name: PRODUCTS[name] for name in ("w8a8-int8", "w4a8")})
     monkeypatch.setattr(calibrate, "KV_CACHES", ("float32", "int8"))
     monkeypatch.setattr(calibrate, "REPEAT_SECONDS", 0.0)
     monkeypatch.setattr(memory_speed, "COPY_BYTES", 1 << 20)
@@ -181,7 +186,7 @@ def test_measuring_keeps_what_it_finds(capsys: pytest.CaptureFixture[str], monke
     key = DeviceKey.of("cpu")
     cost, why = read_device_cost(key)
     assert why is None and cost is not None
-    assert set(cost.steps) == {"w8a8-int8"}
+    assert set(cost.steps) == {"w8a8-int8", "w4a8"}
     seconds = cost.steps["w8a8-int8"].seconds
     assert {"filtered logit", "drawn logit", "decoding key in int8", "weight by 512 rows",
             "decoding state number"} <= set(seconds)  # fmt: skip

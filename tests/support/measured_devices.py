@@ -20,7 +20,7 @@ def cost_of(model: Path, per_token: float = 1e-3) -> DeviceCost:
     """A device on which a token takes so long and nothing else counts, but that 8 bits halve it and int8 KV doubles."""
     nothing = Work(*[np.zeros(1)] * 7)
     steps = {}
-    for name, factor in {"float32": 2.0, "bfloat16": 1.0, "w8a8-int8": 0.5}.items():
+    for name, factor in {"float32": 2.0, "bfloat16": 1.0, "w8a8-int8": 0.5, "w4a8": 0.5}.items():
         seconds = {}
         for kv_cache in ("float32", "bfloat16", "int8", "fp8"):
             config = EngineConfig(model)

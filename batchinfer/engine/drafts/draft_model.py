@@ -64,9 +64,9 @@ class DraftModel:
         )  # [capacity] each sequence's tokens that are known to equal the target's
         self.manager = BlockManager(blocks)
         admission = Admission(self.table, self.manager, False, None)
-        inputs, grain = self.runner.attention_inputs, self.runner.decoder.row_grain
+        inputs, grains = self.runner.attention_inputs, (self.runner.decoder.row_grain, self.runner.logits_grain)
         budget = config.max_num_batched_tokens
-        self.scheduler = Scheduler(self.table, self.manager, admission, inputs, budget, grain, np.empty(0, np.int64))
+        self.scheduler = Scheduler(self.table, self.manager, admission, inputs, budget, *grains, np.empty(0, np.int64))
         self._times = StepTimes()
 
     def seconds(self, sequences: int, target_seconds: float) -> float:

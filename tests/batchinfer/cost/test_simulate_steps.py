@@ -16,20 +16,19 @@ from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.sampling_table import SamplingTable
 from batchinfer.engine.scheduler import Scheduler
 from batchinfer.engine.sequence import SequenceTable
-from batchinfer.kernels.grain import MIN_ROWS
 
 
 def no_attention(*_: Any) -> dict[Any, Any]:
     return {}
 
 
-def scheduled(prompts: list[int], outputs: list[int], config: EngineConfig) -> list[list[int]]:
+def scheduled(prompts: list[int], outputs: list[int], config: EngineConfig, *grains: int) -> list[list[int]]:
     """`Work` and what the other fields of `Steps` hold, of each step that a real scheduler makes."""
     table = SequenceTable(config.max_num_seqs, config.max_model_len, config.block_size)
     manager = BlockManager(4096)
     admission = Admission(table, manager, False, None)
     budget, nothing = config.max_num_batched_tokens, np.empty(0, np.int64)
-    scheduler = Scheduler(table, manager, admission, no_attention, budget, MIN_ROWS, nothing)
+    scheduler = Scheduler(table, manager, admission, no_attention, budget, *grains, nothing)
     params = SamplingTable.of([SamplingParams(max_tokens=n, ignore_eos=True) for n in outputs])
     requests = Requests.of([[0] * n for n in prompts], SamplingParams())
     index = np.arange(len(prompts), dtype=np.int32)
@@ -59,8 +58,9 @@ def test_the_steps_are_those_of_the_scheduler(seed: int) -> None:
         max_num_batched_tokens=int(rng.choice([64, 100, 256, 512])),
         block_size=int(rng.choice([16, 32])),
     )
-    expected = scheduled(prompts.tolist(), outputs.tolist(), config)
-    steps = simulate(prompts, outputs, config)
+    grains = [int(rng.choice([1, 8])) for _ in range(2)]
+    expected = scheduled(prompts.tolist(), outputs.tolist(), config, *grains)
+    steps = simulate(prompts, outputs, config, 0, *grains)
     found = np.stack(
         [*vars(steps.work).values(), steps.prompt_tokens, steps.new_tokens, steps.waiting.astype(np.float64)], 1
     )

@@ -126,7 +126,8 @@ def test_nonnegative_least_squares_meets_its_conditions() -> None:
 
 
 def test_products_have_the_bytes_of_their_types() -> None:
-    assert {name: kind.layer_bytes for name, kind in PRODUCTS.items()} == {"float32": 4, "bfloat16": 2, "w8a8-int8": 1}
+    layer_bytes = {name: kind.layer_bytes for name, kind in PRODUCTS.items()}
+    assert layer_bytes == {"float32": 4, "bfloat16": 2, "w8a8-int8": 1, "w4a8": 0.5 + 4 / 128}
 
 
 def test_of_a_mixture_those_experts_count_that_are_touched() -> None:

@@ -36,7 +36,10 @@ def test_a_row_is_its_own(make_model: Callable[..., Path], quantization: str, kv
     common = {"quantization": quantization, "kv_cache_dtype": kv_cache_dtype, "cpu_path": path}
     params = SamplingParams(max_tokens=24, temperature=0.8, ignore_eos=True)
     requests = Requests.of(prompts_of(14, 180), params, seeds=range(14))
-    together = tokens(engine_of(model, **common), requests)
+    engine = engine_of(model, **common)
+    padded = path == REFERENCE or quantization == "none"
+    assert (engine.runner.decoder.row_grain, engine.runner.logits_grain) == ((8, 8) if padded else (1, 1))
+    together = tokens(engine, requests)
     changes: list[dict[str, Any]] = [
         {"max_num_seqs": 1, "max_num_batched_tokens": 64},
         {"max_num_seqs": 5, "speculation": Speculation("ngram", gate=False)},

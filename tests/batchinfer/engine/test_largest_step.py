@@ -31,7 +31,7 @@ def test_it_is_as_large_as_a_step_gets_and_stays_in_the_blocks_of_one_sequence(r
     config = EngineConfig(
         Path(), max_model_len=2000, max_num_seqs=most_seqs, max_num_batched_tokens=8192, expected_batch=expected
     )
-    batch = largest_step(config, INPUTS, 1)
+    batch = largest_step(config, INPUTS, 1, 8)
     assert len(batch.sequences) == expected, "every row that can run side by side samples a token"
     assert batch.prompt_tokens == expected * min(8192 // expected, 1999)
     blocks = probe_blocks(config)
@@ -44,7 +44,7 @@ def test_it_is_as_large_as_a_step_gets_and_stays_in_the_blocks_of_one_sequence(r
 
 def test_steps_for_half_the_rows_after_memory_ran_out() -> None:
     config = EngineConfig(Path(), max_num_seqs=64, max_num_batched_tokens=512, expected_batch=64).halved()
-    assert len(largest_step(config, INPUTS, 1).sequences) == 32
+    assert len(largest_step(config, INPUTS, 1, 8).sequences) == 32
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def scheduler_of(sequences: int, budget: int = 8192) -> tuple[Scheduler, RaggedI
     table = SequenceTable(sequences, 1280, 32)
     manager = BlockManager(sequences * 40 + 100)
     inputs = RaggedInputs({SHAPE: TILING}, 132)
-    return Scheduler(table, manager, Admission(table, manager, True, None), inputs, budget, 1, np.array([1])), inputs
+    return Scheduler(table, manager, Admission(table, manager, True, None), inputs, budget, 1, 8, np.array([1])), inputs
 
 
 def steps(scheduler: Scheduler) -> Iterator[tuple[Batch, AttentionPlan]]:
@@ -130,7 +130,7 @@ def test_every_group_reads_its_own_blocks_where_rows_are_preempted_and_steps_wit
         lengths.observe(-1, 2)
     inputs = RaggedInputs({SHAPE: TILING}, 132)
     admission = Admission(table, manager, True, lengths)
-    scheduler = Scheduler(table, manager, admission, inputs, 256, 1, np.array([1]))
+    scheduler = Scheduler(table, manager, admission, inputs, 256, 1, 8, np.array([1]))
     scheduler.add(Requests.of(prompts, SamplingParams(max_tokens=80, ignore_eos=True)))
     kinds = Counter[str]()
     for step, (batch, plan) in enumerate(steps(scheduler)):

@@ -18,6 +18,8 @@ from stub_jobs import make_model, spec
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused
+from batchinfer.formats.compressed_tensors_writer import quantization_config
+from batchinfer.formats.scheme import weight_scheme
 from batchinfer.jobs.cli.main import main
 from batchinfer.jobs.job import run
 from batchinfer.jobs.outlook import plan
@@ -25,6 +27,7 @@ from batchinfer.jobs.plan.device_file import DeviceKey, write_device_cost
 from batchinfer.jobs.plan.histogram import bars
 from batchinfer.jobs.plan.prediction import Job, JobShape, Setting
 from batchinfer.jobs.report import Forecast, read_report
+from batchinfer.kernels.cpu_library import REFERENCE, cpu_path
 
 BY_TORCH = {"device": "cpu", "cpu_path": "reference"}
 
@@ -143,6 +146,7 @@ def test_a_sample_stands_for_the_whole_job(model: Path) -> None:
     [
         ({}, "bfloat16", "bfloat16"),
         ({"quantization": "w8a8-int8+head"}, "w8a8-int8", "float32"),
+        ({"quantization": "w4a8"}, "w4a8", "float32"),
         ({"dtype": "float32", "kv_cache_dtype": "int8"}, "float32", "int8"),
         ({"quantization": "w8a8-fp8"}, "w8a8-fp8", "auto"),
     ],
@@ -151,6 +155,20 @@ def test_settings_are_as_the_engine_takes_them(
     model: Path, flags: dict[str, str], products: str, kv_cache: str
 ) -> None:
     assert Setting.of(EngineConfig(model, **flags)) == Setting(products, kv_cache)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("scheme", "products"), [("w4a8", "w4a8"), ("w8a8-int8", "w8a8-int8"), ("w4a16", "bfloat16")])
+def test_a_checkpoint_made_for_8_bit_inputs_runs_with_them(model: Path, scheme: str, products: str) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config["quantization_config"] = quantization_config(weight_scheme(scheme, None), ["lm_head"])
+    (model / "config.json").write_text(json.dumps(config))
+    assert Setting.of(EngineConfig(model)).products == products
+
+
+@pytest.mark.parametrize(("quantization", "grains"), [("w8a8-int8+head", (1, 1)), ("w4a8", (1, 8)), ("none", (8, 8))])
+def test_steps_are_padded_where_products_ask_for_that(model: Path, quantization: str, grains: tuple[int, int]) -> None:
+    job = Job(JobShape(np.array([0, 1]), SamplingParams(), 64), EngineConfig(model, quantization=quantization))
+    assert job.grains == (grains if cpu_path() != REFERENCE else (8, 8))
 
 
 def test_the_report_has_what_was_to_be_expected(model: Path, table: Path, tmp_path: Path) -> None:
