@@ -1,9 +1,9 @@
-/* Norms and activations whose results are rounded to 8 bits at once; `norm.py`, `activation.py` and `rows.py` are the
- * references. A row is read from memory once. */
+/* Norms and activations, whose results are rounded to 8 bits at once where the next product takes these; `norm.py`,
+ * `activation.py` and `rows.py` are the references. A row is read from memory once. */
 #include "threads_cpu.h"
 #include "vector_cpu.h"
 
-enum { SILU, GELU_TANH, RELU2, CLAMPED_SWIGLU };
+enum { SILU, GELU, GELU_TANH, RELU2, CLAMPED_SWIGLU };
 
 /* Rows that a thread takes at a time. */
 static int64_t at_a_time(int64_t columns) { return columns < 8192 ? 1 + 8192 / (columns + 1) : 1; }
@@ -37,6 +37,7 @@ struct add_norm {
     const void *y;       /* [rows, columns] in x's type, or NULL */
     const float *y_scale; /* [rows] or NULL */
     const void *weight;  /* [columns] in x's type, or NULL */
+    const void *bias;    /* [columns] in x's type: a LayerNorm; NULL: an RMSNorm */
     void *out;           /* [rows, columns] in x's type, or bytes */
     float *scale;        /* [rows] of bytes; NULL: `out` is not rounded to bytes */
     int64_t type, rows, columns;
@@ -44,9 +45,20 @@ struct add_norm {
     int normed; /* whether there is a norm */
 };
 
+/* Subtract the mean from a row; return the sums of squares of what is left. The sums are those of the numbers in it. */
+static vec center(float *row, int64_t columns, vec sums) {
+    vec mean = vec_set(vec_sum(sums) / (float)columns), squares = vec_set(0.0f);
+    for (int64_t i = 0; i < columns; i += LANES) {
+        vec_store(row + i, vec_sub(vec_load(row + i), mean));
+        vec v = numbers_load_upto(FLOAT32, row, i, columns - i);
+        squares = vec_fma(v, v, squares);
+    }
+    return squares;
+}
+
 INLINE void add_norm_row(const int type, const struct add_norm *a, int64_t row, float *scratch) {
     int64_t n = a->columns, at = row * n;
-    vec squares = vec_set(0.0f), y_scale = vec_set(a->y_scale ? a->y_scale[row] : 1.0f);
+    vec squares = vec_set(0.0f), sums = squares, y_scale = vec_set(a->y_scale ? a->y_scale[row] : 1.0f);
     for (int64_t i = 0; i < n; i += LANES) {
         vec v = numbers_load_upto(type, a->x, at + i, n - i);
         if (a->y) {
@@ -55,26 +67,34 @@ INLINE void add_norm_row(const int type, const struct add_norm *a, int64_t row, 
             numbers_store_upto(type, a->x, at + i, n - i, v);
         }
         squares = vec_fma(v, v, squares);
+        sums = vec_add(sums, v);
         vec_store(scratch + i, v);
     }
+    if (a->bias) squares = center(scratch, n, sums);
     float inverse = a->normed ? 1.0f / float_of(vec_sqrt(vec_set(vec_sum(squares) / (float)n + a->eps))) : 1.0f;
-    if (a->scale == NULL) {
-        for (int64_t i = 0; i < n; i += LANES) {
-            vec v = numbers_rounded(type, vec_mul(vec_load(scratch + i), vec_set(inverse)));
-            if (a->weight) v = vec_mul(v, numbers_load_upto(type, a->weight, i, n - i));
-            numbers_store_upto(type, a->out, at + i, n - i, v);
-        }
-        return;
-    }
+    /* What goes to bytes is not yet multiplied by the inverse, which is one factor of the row and goes into the scale; a
+     * bias must be added behind it. */
+    vec factor = vec_set(a->scale && !a->bias ? 1.0f : inverse);
     ints most = ints_set(0);
     for (int64_t i = 0; i < n; i += LANES) {
-        vec v = vec_load(scratch + i);
-        if (a->weight) v = vec_mul(v, numbers_load_upto(type, a->weight, i, n - i));
-        most = ints_max(most, magnitude(v));
-        vec_store(scratch + i, v);
+        vec v = vec_mul(vec_load(scratch + i), factor);
+        if (a->bias) {
+            v = vec_fma(v, numbers_load_upto(type, a->weight, i, n - i), numbers_load_upto(type, a->bias, i, n - i));
+        } else {
+            if (a->scale == NULL) v = numbers_rounded(type, v);
+            if (a->weight) v = vec_mul(v, numbers_load_upto(type, a->weight, i, n - i));
+        }
+        if (a->scale) {
+            most = ints_max(most, magnitude(v));
+            vec_store(scratch + i, v);
+        } else {
+            numbers_store_upto(type, a->out, at + i, n - i, v);
+        }
     }
-    /* The root mean square is one factor of the row: it goes into the scale. */
-    a->scale[row] = quantize(scratch, n, most, (uint8_t *)a->out + at) * inverse;
+    if (a->scale) {
+        float step = quantize(scratch, n, most, (uint8_t *)a->out + at);
+        a->scale[row] = a->bias ? step : step * inverse;
+    }
 }
 
 static void run_add_norm(void *arguments, int64_t begin, int64_t end) {
@@ -88,66 +108,79 @@ static void run_add_norm(void *arguments, int64_t begin, int64_t end) {
     }
 }
 
-/* x += y * y_scale, and out = the RMSNorm of x. */
+/* x += y * y_scale, and out = the norm of x. */
 void add_norm(struct add_norm *a) { run_in_parallel(run_add_norm, a, a->rows, at_a_time(a->columns)); }
 
 struct activation {
-    const float *x;     /* [rows, 2 * columns] gate and up, or [rows, columns] without a gate */
+    const void *x;      /* [rows, 2 * columns] gate and up, or [rows, columns] without a gate */
     const float *scale; /* [rows] of x, or NULL */
-    uint8_t *out;       /* [rows, columns] */
-    float *out_scale;   /* [rows] */
-    int64_t rows, columns, kind, gated;
+    void *out;          /* [rows, columns] in x's type, or bytes */
+    float *out_scale;   /* [rows] of bytes; NULL: `out` is not rounded to bytes */
+    int64_t type, rows, columns, kind, gated;
 };
 
-INLINE vec activate(const int kind, vec x) {
+INLINE vec activated(const int kind, vec x) {
     if (kind == SILU) return vec_mul(x, vec_sigmoid(x));
     if (kind == RELU2) { /* what is no number stays so */
         vec rectified = vec_less(x, vec_set(0.0f), vec_set(0.0f), x);
         return vec_mul(rectified, rectified);
     }
-    vec inner = vec_mul(vec_fma(vec_mul(vec_mul(x, x), x), vec_set(0.044715f), x), vec_set(0.7978845608028654f));
     vec half = vec_mul(x, vec_set(0.5f));
+    if (kind == GELU) return vec_fma(half, vec_erf(vec_mul(x, vec_set(0.7071067811865476f))), half);
+    vec inner = vec_mul(vec_fma(vec_mul(vec_mul(x, x), x), vec_set(0.044715f), x), vec_set(0.7978845608028654f));
     return vec_fma(half, vec_tanh(inner), half);
 }
 
-INLINE void activate_row(const int kind, const struct activation *a, int64_t row, float *scratch) {
-    int64_t n = a->columns;
-    const float *gate = a->x + row * (a->gated ? 2 * n : n), *up = gate + n;
+INLINE void activate_row(const int type, const int kind, const struct activation *a, int64_t row, float *scratch) {
+    int64_t n = a->columns, at = row * n, gate = a->gated ? 2 * at : at, up = gate + n;
     float scale = a->scale ? a->scale[row] : 1.0f;
+    /* The scale of `up`, as a factor of the whole row, goes into the scale of bytes. */
+    int up_is_scaled = a->gated && kind != CLAMPED_SWIGLU;
     ints most = ints_set(0);
     for (int64_t i = 0; i < n; i += LANES) {
-        vec v = vec_mul(numbers_load_upto(FLOAT32, gate, i, n - i), vec_set(scale));
+        vec v = vec_mul(numbers_load_upto(type, a->x, gate + i, n - i), vec_set(scale));
         if (kind == CLAMPED_SWIGLU) {
-            vec u = vec_mul(numbers_load_upto(FLOAT32, up, i, n - i), vec_set(scale));
+            vec u = vec_mul(numbers_load_upto(type, a->x, up + i, n - i), vec_set(scale));
             u = vec_less(vec_set(7.0f), u, vec_set(7.0f), vec_less(u, vec_set(-7.0f), vec_set(-7.0f), u));
             v = vec_less(vec_set(7.0f), v, vec_set(7.0f), v);
             vec share = vec_mul(v, vec_sigmoid(vec_mul(v, vec_set(1.702f))));
             v = vec_mul(share, vec_add(u, vec_set(1.0f)));
         } else {
-            v = activate(kind, v);
-            if (a->gated) v = vec_mul(v, numbers_load_upto(FLOAT32, up, i, n - i));
+            v = activated(kind, v);
+            if (a->gated) v = vec_mul(v, numbers_load_upto(type, a->x, up + i, n - i));
         }
-        most = ints_max(most, magnitude(v));
-        vec_store(scratch + i, v);
+        if (a->out_scale) {
+            most = ints_max(most, magnitude(v));
+            vec_store(scratch + i, v);
+        } else {
+            numbers_store_upto(type, a->out, at + i, n - i, up_is_scaled ? vec_mul(v, vec_set(scale)) : v);
+        }
     }
-    float step = quantize(scratch, n, most, a->out + row * n);
-    /* The scale of `up` is still to be multiplied in. */
-    a->out_scale[row] = a->gated && kind != CLAMPED_SWIGLU ? step * scale : step;
+    if (a->out_scale) {
+        float step = quantize(scratch, n, most, (uint8_t *)a->out + at);
+        a->out_scale[row] = up_is_scaled ? step * scale : step;
+    }
+}
+
+INLINE void activate_rows(const int type, const struct activation *a, int64_t begin, int64_t end) {
+    float scratch[whole_vectors(a->columns)];
+    for (int64_t row = begin; row < end; row++)
+        switch (a->kind) {
+        case SILU: activate_row(type, SILU, a, row, scratch); break;
+        case GELU: activate_row(type, GELU, a, row, scratch); break;
+        case GELU_TANH: activate_row(type, GELU_TANH, a, row, scratch); break;
+        case RELU2: activate_row(type, RELU2, a, row, scratch); break;
+        default: activate_row(type, CLAMPED_SWIGLU, a, row, scratch);
+        }
 }
 
 static void run_activation(void *arguments, int64_t begin, int64_t end) {
     const struct activation *a = arguments;
-    float scratch[whole_vectors(a->columns)];
-    for (int64_t row = begin; row < end; row++)
-        switch (a->kind) {
-        case SILU: activate_row(SILU, a, row, scratch); break;
-        case GELU_TANH: activate_row(GELU_TANH, a, row, scratch); break;
-        case RELU2: activate_row(RELU2, a, row, scratch); break;
-        default: activate_row(CLAMPED_SWIGLU, a, row, scratch);
-        }
+    if (a->type == FLOAT32)
+        activate_rows(FLOAT32, a, begin, end);
+    else
+        activate_rows(BFLOAT16, a, begin, end);
 }
 
-/* out = activation(gate) * up, rounded to bytes with a scale for each row. */
-void activate_quantize(struct activation *a) {
-    run_in_parallel(run_activation, a, a->rows, at_a_time(a->columns));
-}
+/* out = activation(gate) * up. */
+void activate(struct activation *a) { run_in_parallel(run_activation, a, a->rows, at_a_time(a->columns)); }

@@ -337,6 +337,28 @@ INLINE vec vec_tanh(vec x) {
     return vec_less(square, vec_set(0.09f), near, far);
 }
 
+/* erf(x), with an error below six units in the last place: x times a quotient of polynomials of its square up to 3.92,
+ * from where on it is rounded to 1. The quotient is a minimax fit of erf(x) / x, by Lawson's algorithm (1961) with the
+ * denominators of the turn before as weights; its relative error is 2e-8. */
+INLINE vec vec_erf(vec x) {
+    vec size = bits_vec(ints_and(vec_bits(x), ints_set(0x7fffffff))), end = vec_set(3.92f);
+    vec t = vec_less(end, size, end, size), square = vec_mul(t, t);
+    vec p = vec_set(2.0500908703979803e-06f), q = vec_set(3.809171903412789e-05f);
+    p = vec_fma(p, square, vec_set(0.0002848820586223155f));
+    p = vec_fma(p, square, vec_set(0.0037655895575881004f));
+    p = vec_fma(p, square, vec_set(0.05274863541126251f));
+    p = vec_fma(p, square, vec_set(0.19040584564208984f));
+    p = vec_fma(p, square, vec_set(1.1283791065216064f));
+    q = vec_fma(q, square, vec_set(0.001162528875283897f));
+    q = vec_fma(q, square, vec_set(0.01496916078031063f));
+    q = vec_fma(q, square, vec_set(0.1141088455915451f));
+    q = vec_fma(q, square, vec_set(0.5020754933357239f));
+    q = vec_fma(q, square, vec_set(1.0f));
+    vec found = vec_div(vec_mul(t, p), q);
+    found = vec_less(vec_set(1.0f), found, vec_set(1.0f), vec_less(end, size, vec_set(1.0f), found));
+    return bits_vec(ints_or(vec_bits(found), ints_and(vec_bits(x), ints_set((int32_t)0x80000000))));
+}
+
 INLINE float float_of(vec a) {
     float lanes[LANES];
     vec_store(lanes, a);

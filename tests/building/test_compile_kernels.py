@@ -24,6 +24,7 @@ from batchinfer.kernels.kv_cache import KVCache
 from batchinfer.kernels.kv_cache_cpu import rotate_and_store
 from batchinfer.kernels.linear_w4a8_cpu import PackedW4A8
 from batchinfer.kernels.linear_w8a8_cpu import PackedW8A8
+from batchinfer.kernels.norm import LayerNorm
 from batchinfer.kernels.ragged_attention import RaggedBatch, SharedPrefix
 from batchinfer.kernels.rows import Rows
 from batchinfer.kernels.sampling import SamplingBatch
@@ -135,13 +136,15 @@ def _outputs(library: ctypes.CDLL) -> Iterator[Tensor]:
             yield from map(_bytes, _attention(library, dtype, kv))
     for dtype in rows_cpu.TYPES:
         for takes in (dtype, torch.uint8):
-            x, y = torch.randn(2, 7, 83).to(dtype)
-            rows = rows_cpu.add_norm(library, x, Rows(y, torch.rand(7, 1)), torch.randn(83).to(dtype), 1e-6, takes)
-            yield from map(_bytes, (x, *_parts(rows)))
-    for activation in rows_cpu.ACTIVATIONS:
-        x = torch.randn(9, 2 * 77) * 20
-        rows = rows_cpu.activate_quantize(library, Rows(x, torch.rand(9, 1)), activation, gated=True)
-        yield from map(_bytes, _parts(rows))
+            weight, bias = torch.randn(2, 83).to(dtype)
+            for norm in (weight, LayerNorm(weight, bias)):
+                x, y = torch.randn(2, 7, 83).to(dtype)
+                rows = rows_cpu.add_norm(library, x, Rows(y, torch.rand(7, 1)), norm, 1e-6, takes)
+                yield from map(_bytes, (x, *_parts(rows)))
+            for activation in rows_cpu.ACTIVATIONS:
+                x = (torch.randn(9, 2 * 77) * 20).to(dtype)
+                rows = rows_cpu.activate(library, Rows(x, torch.rand(9, 1)), activation, gated=True, takes=takes)
+                yield from map(_bytes, _parts(rows))
     weight, scale = torch.randint(-127, 128, (53, 200), dtype=torch.int8), torch.rand(53)
     for count in (1, 5, 16, 70):
         rows = Rows(torch.randint(0, 256, (count, 200), dtype=torch.uint8), torch.rand(count, 1))
@@ -151,12 +154,11 @@ def _outputs(library: ctypes.CDLL) -> Iterator[Tensor]:
         rows = Rows(torch.randint(0, 256, (count, 672), dtype=torch.uint8), torch.rand(count, 1))
         for zero_point in (torch.zeros(144, 21), torch.randint(-8, 8, (144, 21)).float()):
             yield _bytes(PackedW4A8(library, weight, torch.rand(144, 21), zero_point)(rows).values)
-    drawn = SamplingBatch(
-        *(torch.ones(40), torch.zeros(40, dtype=torch.int64), torch.ones(40), torch.zeros(40)),
-        *(torch.randint(-(1 << 62), 1 << 62, (40,)), torch.arange(40)),
-    )
-    for batch in (None, drawn):
-        yield _bytes(sample(library, torch.randn(40, 3001), batch)[0])
+    for top_k, top_p, min_p in ((0, 1.0, 0.0), (50, 0.9, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.02)):
+        filters = (torch.full((40,), top_k), torch.full((40,), top_p), torch.full((40,), min_p))
+        drawn = SamplingBatch(torch.ones(40), *filters, torch.randint(-(1 << 62), 1 << 62, (40,)), torch.arange(40))
+        yield _bytes(sample(library, torch.randn(40, 20_011), drawn)[0])
+    yield _bytes(sample(library, torch.randn(40, 3001), None)[0])
 
 
 def _attention(library: ctypes.CDLL, dtype: torch.dtype, kv: torch.dtype) -> Iterator[Tensor]:
