@@ -52,26 +52,16 @@ def sample(logits_rV: Tensor, batch: SamplingBatch) -> tuple[Tensor, Tensor]:
     stay. `finite` is as in `greedy`.
     """
     tokens, finite = greedy(logits_rV)
-    filtered = filtered_rows(batch)
+    filtered = (batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)
     if len(rows := ((batch.temperature > 0) & ~filtered).nonzero().flatten()):
         noise = gumbel(batch.seeds[rows], batch.positions[rows], logits_rV.shape[1])
         tokens[rows] = (_tempered(logits_rV, batch, rows).double() + noise).argmax(-1)
-    draw_filtered(tokens, logits_rV, batch, filtered)
-    return tokens, finite
-
-
-def filtered_rows(batch: SamplingBatch) -> Tensor:
-    """Return which rows are drawn from the tokens that filters leave, bool [r]."""
-    return (batch.temperature > 0) & ((batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0))
-
-
-def draw_filtered(tokens_r: Tensor, logits_rV: Tensor, batch: SamplingBatch, filtered_r: Tensor) -> None:
-    """Draw, into `tokens`, those of the rows that are `filtered`."""
-    rows = filtered_r.nonzero().flatten()
+    rows = ((batch.temperature > 0) & filtered).nonzero().flatten()
     for count in (min(CANDIDATES, logits_rV.shape[1]), logits_rV.shape[1]):
         if len(rows):
-            tokens_r[rows], settled = _draw(_tempered(logits_rV, batch, rows), batch.of(rows), count)
+            tokens[rows], settled = _draw(_tempered(logits_rV, batch, rows), batch.of(rows), count)
             rows = rows[~settled]
+    return tokens, finite
 
 
 def _tempered(logits_rV: Tensor, batch: SamplingBatch, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Choosing tokens from logits by the kernel in C (`sampling_cpu.c`); rows with filters end in the reference's way."""
+"""Choosing tokens from logits by the kernel in C (`sampling_cpu.c`)."""
 
 import ctypes
 
@@ -6,29 +6,30 @@ import torch
 from torch import Tensor
 
 from batchinfer.kernels.cpu_library import Arguments, address, integers, pointers
-from batchinfer.kernels.sampling import SamplingBatch, draw_filtered, filtered_rows
+from batchinfer.kernels.sampling import SamplingBatch
 
 
 class _Sampling(Arguments):
-    _fields_ = (*pointers("logits temperature seeds positions tokens finite"), *integers("rows vocabulary"))
+    _fields_ = (
+        *pointers("logits temperature top_k top_p min_p seeds positions tokens finite"),
+        *integers("rows vocabulary"),
+    )
 
 
 def sample(library: ctypes.CDLL, logits_rV: Tensor, batch: SamplingBatch | None) -> tuple[Tensor, Tensor]:
     """Return (token ids int64 [r], finite bool [r]) of float32 logits, as `Backend.sample` says.
 
-    The noise is the reference's, rounded to float32: where two tokens' scores differ by less than that, another one may
-    be drawn than there.
+    Filters and noise are the reference's. Noise and scores are rounded to float32, the masses of top-p are sums in
+    float64 of weights in float32, relative to the likeliest token's, and the logarithm of min-p is one of float32:
+    where two tokens' scores, or a token and a filter's border, differ by less than that, another token may be drawn
+    than there.
     """
     logits, rows = logits_rV.contiguous(), len(logits_rV)
     tokens, finite = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
-    filtered = torch.zeros(rows, dtype=torch.bool) if batch is None else filtered_rows(batch)
     if batch is None:
-        temperature, seeds, positions = torch.zeros(rows), tokens, tokens
+        parameters = [torch.zeros(rows), *[None] * 5]
     else:
-        temperature = batch.temperature.masked_fill(filtered, 0.0)
-        seeds, positions = batch.seeds.contiguous(), batch.positions.contiguous()
-    operands = (logits, temperature, seeds, positions, tokens, finite)
-    library.sample(ctypes.byref(_Sampling(*map(address, operands), *logits.shape)))
-    if batch is not None and filtered.any():
-        draw_filtered(tokens, logits, batch, filtered)
+        columns = (batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds, batch.positions)
+        parameters = [column.contiguous() for column in columns]
+    library.sample(ctypes.byref(_Sampling(*map(address, (logits, *parameters, tokens, finite)), *logits.shape)))
     return tokens, finite
