@@ -1,7 +1,11 @@
-"""A checkpoint of noise in the shape of a model, with the demo's tokenizer: for measuring time and memory."""
+"""A checkpoint of noise in the shape of a model, with the demo's tokenizer: for measuring time and memory.
+
+python benchmarks/random_checkpoint.py SHAPE/config.json FOLDER
+"""
 
 import json
 import shutil
+import sys
 from itertools import groupby
 from pathlib import Path
 
@@ -44,3 +48,7 @@ def write_random_checkpoint(shape: Path, folder: Path) -> Path:
 def stored_bytes(folder: Path) -> int:
     """Bytes of a checkpoint's files of weights."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+if __name__ == "__main__":
+    write_random_checkpoint(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from workload import Rates
+from workload import Rates, Workload
 
 
 @dataclass(frozen=True)
 class Contender:
     engine: str
     setting: str
-    measure: Callable[[], Rates]  # one run of the workload in a process of its own
+    measure: Callable[[Workload], Rates]  # one run in a process of its own
+    best: bool = False  # it runs in every race, the other settings when they are asked for

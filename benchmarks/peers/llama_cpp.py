@@ -10,7 +10,7 @@ from pathlib import Path
 
 from contender import Contender
 from environment import Environment, run
-from workload import INPUT_LEN, NUM_PROMPTS, OUTPUT_LEN, Rates
+from workload import THREADS, Rates, Workload
 
 PACKAGE = "llama-cpp-python==0.3.36"
 ENVIRONMENT = Environment("llama-cpp", ("cmake==4.4.4", "gguf==0.19.0"))
@@ -23,6 +23,7 @@ SETTINGS = {
     "512 tokens a micro-batch": ("-fa", "on", "-ub", "512"),
     "128 tokens a micro-batch": ("-fa", "on", "-ub", "128"),
 }
+BEST = ("Q4_0", "512 tokens a micro-batch")
 
 
 def prepare() -> str:
@@ -40,7 +41,12 @@ def prepare() -> str:
 
 def contenders() -> list[Contender]:
     return [
-        Contender(f"llama.cpp {quantization}", setting, partial(_measure, quantization, arguments))
+        Contender(
+            f"llama.cpp {quantization}",
+            setting,
+            partial(_measure, quantization, arguments),
+            best=(quantization, setting) == BEST,
+        )
         for quantization in QUANTIZATIONS
         for setting, arguments in SETTINGS.items()
     ]
@@ -84,17 +90,17 @@ def _write_models() -> None:
     unquantized.unlink()
 
 
-def _measure(quantization: str, arguments: tuple[str, ...]) -> Rates:
+def _measure(quantization: str, arguments: tuple[str, ...], workload: Workload) -> Rates:
     """The first new token comes from the prefill, so the decode phase has one token a request less.
 
     A smaller batch runs first, as warm-up.
     """
-    threads = str(os.cpu_count())
-    decoded = OUTPUT_LEN - 1
-    context = NUM_PROMPTS * (INPUT_LEN + decoded)
+    threads = str(THREADS)
+    rows, decoded = workload.num_prompts, workload.output_len - 1
+    context = rows * (workload.input_len + decoded)
     program = [str(PROGRAMS / "llama-batched-bench"), "-m", str(_model(quantization)), "--output-format", "jsonl"]
     options = ["-c", str(context), "-t", threads, "-tb", threads, *arguments]
-    work = ["-npp", str(INPUT_LEN), "-ntg", str(decoded), "-npl", f"8,{NUM_PROMPTS}"]
+    work = ["-npp", str(workload.input_len), "-ntg", str(decoded), "-npl", f"{max(1, rows // 8)},{rows}"]
     output = run([*program, *options, *work])
     _warm_up, measured = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
-    return Rates.of(measured["t_pp"], measured["t_tg"], NUM_PROMPTS * decoded)
+    return Rates.of(workload, measured["t_pp"], measured["t_tg"], rows * decoded)

@@ -1,47 +1,48 @@
-"""Run the workload once on OpenVINO GenAI's continuous batching and print its rates as JSON.
+"""Run a workload once on OpenVINO GenAI's continuous batching and print its rates as JSON.
 
-Runs in OpenVINO's environment: `openvino_generate.py MODEL_DIR MAX_NUM_BATCHED_TOKENS [PROPERTY=VALUE ...]`.
+Runs in OpenVINO's environment: `openvino_generate.py MODEL_DIR WORKLOAD MAX_NUM_BATCHED_TOKENS [PROPERTY=VALUE ...]`.
 """
 
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import openvino
 import openvino_genai
-from workload import INPUT_LEN, NUM_PROMPTS, OUTPUT_LEN, Rates, Shape
+from workload import Rates, Shape, Workload
 
 BLOCK_LEN = 32  # tokens in a KV block of the CPU plugin
 
 
-def main(model_dir: str, max_num_batched_tokens: int, properties: dict[str, str]) -> None:
+def main(model_dir: str, workload: Workload, max_num_batched_tokens: int, properties: dict[str, str]) -> None:
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_batched_tokens = max_num_batched_tokens
-    scheduler.max_num_seqs = NUM_PROMPTS
-    scheduler.num_kv_blocks = NUM_PROMPTS * -(-(INPUT_LEN + OUTPUT_LEN) // BLOCK_LEN) + 1
+    scheduler.max_num_seqs = workload.num_prompts
+    scheduler.num_kv_blocks = workload.num_prompts * -(-(workload.input_len + workload.output_len) // BLOCK_LEN) + 1
     scheduler.enable_prefix_caching = False
     pipeline = openvino_genai.ContinuousBatchingPipeline(model_dir, scheduler, "CPU", properties)
 
     generator = np.random.default_rng(0)
-    _generate(pipeline, generator, output_len=4)
-    print(json.dumps(asdict(_generate(pipeline, generator, OUTPUT_LEN))))
+    _generate(pipeline, generator, replace(workload, output_len=4))
+    print(json.dumps(asdict(_generate(pipeline, generator, workload))))
 
 
 def _generate(
-    pipeline: openvino_genai.ContinuousBatchingPipeline, generator: np.random.Generator, output_len: int
+    pipeline: openvino_genai.ContinuousBatchingPipeline, generator: np.random.Generator, workload: Workload
 ) -> Rates:
     config = openvino_genai.GenerationConfig()
     config.do_sample = False
     config.ignore_eos = True
-    config.max_new_tokens = output_len
+    config.max_new_tokens = workload.output_len
     # Ids from 3 on: an id below may be a special token.
-    prompts = generator.integers(3, Shape.load().vocab_size, (NUM_PROMPTS, 1, INPUT_LEN), dtype=np.int64)
+    rows = workload.num_prompts
+    prompts = generator.integers(3, Shape.load().vocab_size, (rows, 1, workload.input_len), dtype=np.int64)
 
     started = time.perf_counter()
-    handles = [pipeline.add_request(row, openvino.Tensor(prompts[row]), config) for row in range(NUM_PROMPTS)]
-    generated = [0] * NUM_PROMPTS
+    handles = [pipeline.add_request(row, openvino.Tensor(prompts[row]), config) for row in range(rows)]
+    generated = [0] * rows
     prefilled = None
     generated_in_prefill = 0
     while pipeline.has_non_finished_requests():
@@ -54,11 +55,13 @@ def _generate(
             generated_in_prefill = sum(generated)
     finished = time.perf_counter()
 
-    if prefilled is None or set(generated) != {output_len}:
-        raise SystemExit(f"OpenVINO GenAI generated {sorted(set(generated))} tokens a request, wanted {output_len}")
-    return Rates.of(prefilled - started, finished - prefilled, sum(generated) - generated_in_prefill)
+    if prefilled is None or set(generated) != {workload.output_len}:
+        raise SystemExit(f"OpenVINO GenAI generated {sorted(set(generated))} tokens a request, not as many as asked")
+    return Rates.of(workload, prefilled - started, finished - prefilled, sum(generated) - generated_in_prefill)
 
 
 if __name__ == "__main__":
-    model, batched_tokens, *assignments = sys.argv[1:]
-    main(model, int(batched_tokens), dict(assignment.split("=", 1) for assignment in assignments))
+    model, wanted, batched_tokens, *assignments = sys.argv[1:]
+    main(
+        model, Workload.parse(wanted), int(batched_tokens), dict(assignment.split("=", 1) for assignment in assignments)
+    )

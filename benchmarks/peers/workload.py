@@ -1,14 +1,35 @@
-"""The one shape and workload that every engine runs, and the rates read from a run of it."""
+"""The one shape and the workloads that every engine runs, and the rates read from a run of one."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 SHAPE_DIR = Path(__file__).resolve().parents[1] / "shapes" / "llama-852m"
+THREADS = len(os.sched_getaffinity(0))
 
-NUM_PROMPTS = 64
-INPUT_LEN = 64
-OUTPUT_LEN = 24
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts of random tokens, side by side, each answered with the same number of new ones."""
+
+    num_prompts: int
+    input_len: int
+    output_len: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Workload":
+        """Read "64x64x24". Raises `ValueError` for another form."""
+        num_prompts, input_len, output_len = map(int, text.split("x"))
+        return cls(num_prompts, input_len, output_len)
+
+    def __str__(self) -> str:
+        return f"{self.num_prompts}x{self.input_len}x{self.output_len}"
+
+    @property
+    def tokens(self) -> int:
+        """All tokens, of prompts and new ones."""
+        return self.num_prompts * (self.input_len + self.output_len)
 
 
 @dataclass(frozen=True)
@@ -37,14 +58,13 @@ class Shape:
         attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
         return self.num_hidden_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
 
-    @property
-    def workload_operations(self) -> int:
+    def operations(self, workload: Workload) -> int:
         """Multiplications and additions of the matrix products with weights in one run; attention scores left out.
 
         The head runs once a new token. A request's last new token is never fed back, so the layers see one less.
         """
-        layer_tokens = NUM_PROMPTS * (INPUT_LEN + OUTPUT_LEN - 1)
-        head_tokens = NUM_PROMPTS * OUTPUT_LEN
+        layer_tokens = workload.tokens - workload.num_prompts
+        head_tokens = workload.num_prompts * workload.output_len
         return 2 * (self.layer_weights * layer_tokens + self.hidden_size * self.vocab_size * head_tokens)
 
 
@@ -57,9 +77,9 @@ class Rates:
     total: float  # all prompt and new tokens over all seconds
 
     @classmethod
-    def of(cls, prefill_seconds: float, decode_seconds: float, decoded_tokens: int) -> "Rates":
+    def of(cls, workload: Workload, prefill_seconds: float, decode_seconds: float, decoded_tokens: int) -> "Rates":
         return cls(
-            prefill=NUM_PROMPTS * INPUT_LEN / prefill_seconds,
+            prefill=workload.num_prompts * workload.input_len / prefill_seconds,
             decode=decoded_tokens / decode_seconds,
-            total=NUM_PROMPTS * (INPUT_LEN + OUTPUT_LEN) / (prefill_seconds + decode_seconds),
+            total=workload.tokens / (prefill_seconds + decode_seconds),
         )
