@@ -74,7 +74,8 @@ def _about(conditions: dict[str, Any]) -> str:
         f"- {conditions['date']}, {conditions['commit']}; {conditions['progress']}",
         f"- {conditions['machine']}, {conditions['memory_bytes'] / 2**30:.0f} GiB, {conditions['system']}; load "
         f"average before the run {conditions['load_average']:.2f}",
-        f"- ceiling: {conditions['ceiling_operations_per_second'] / 1e9:.0f} int8 GOP/s by the fastest exact product, of torch's and ours",
+        f"- ceiling: {conditions['ceiling_operations_per_second'] / 1e9:.0f} int8 GOP/s by the fastest exact product, "
+        "of torch's and ours",
         *(f"- {version}" for version in conditions["peers"]),
         *(f"- {failure}" for failure in conditions["failures"]),
     ]
