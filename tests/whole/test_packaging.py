@@ -34,7 +34,7 @@ BESIDE_CODE = [
 VERSION = "7.8.9"
 PIP_OPTIONS = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation")
 NEUTRAL = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "GIT_"))}
-COMPILED = [f"cpu_{name}.so" for name in SETS[architecture()]] if architecture() and system_compiler() else []
+COMPILED = sorted(f"cpu_{name}.so" for name in SETS.get(architecture(), ())) if system_compiler() else []
 HOOK = "import sys, backend; print(getattr(backend, sys.argv[1])(*sys.argv[2:]))"
 
 # Both run with -S: the environment of these tests has batchinfer too, and must not fill what is missing.
