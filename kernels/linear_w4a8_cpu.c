@@ -6,17 +6,12 @@
  * - AVX2 multiplies bytes without sign by such that have one and adds two products in 16 bits. Numbers of 4 bits leave
  *   room there for eight such sums, so that it multiplies twice as many of them as of 8-bit weights.
  * - AVX-512 with VNNI, and NEON with dot products, add four products in 32 bits. */
+#include "panels_cpu.h"
 #include "threads_cpu.h"
-#include "vector_cpu.h"
 
-#define PANEL 16  /* rows of the weight in a panel */
-#define PANELS 8  /* panels of an item */
-#define BLOCK 48  /* rows of an item */
-#define DEPTH 512 /* columns that are multiplied before the next ones, so that they stay in the first cache */
 #define STRIDE (DEPTH + 64) /* of numbers: rows one power of two apart would share few places of a cache */
 #define LEAST_GROUP 32
 #define MOST_GROUPS (DEPTH / LEAST_GROUP)
-#define AHEAD 2048 /* bytes: weights are called from memory so long before they are multiplied */
 #define MIDDLE 8 /* what is added to numbers from -8 to 7, so that they have no sign */
 
 #if defined(__AVX512VNNI__)
@@ -73,12 +68,6 @@ void pack_w4(const int8_t *weight, int64_t outputs, int64_t columns, uint8_t *pa
 INLINE void multiply_group(const int rows, const int8_t *x, const uint8_t *panel, int64_t group, ints *sums) {
     UNROLL
     for (int i = 0; i < rows; i++) sums[i] = ints_set(0);
-#define FOUR(i, k) \
-    ({ \
-        int32_t four; \
-        memcpy(&four, x + (i) * STRIDE + (k), 4); \
-        four; \
-    })
 #if defined(__AVX512BW__)
     const __m512i low_bits = _mm512_set1_epi8(15);
     for (int64_t k = 0; k < group; k += LEAST_GROUP) {
@@ -95,12 +84,14 @@ INLINE void multiply_group(const int rows, const int8_t *x, const uint8_t *panel
             __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_bits);
             UNROLL
             for (int i = 0; i < rows; i++) {
-                __m512i one = _mm512_set1_epi32(FOUR(i, k + j)), other = _mm512_set1_epi32(FOUR(i, k + j + 4));
+                __m512i one = _mm512_set1_epi32(load_four(x + i * STRIDE + k + j));
+                __m512i other = _mm512_set1_epi32(load_four(x + i * STRIDE + k + j + 4));
 #if defined(__AVX512VNNI__)
                 sums[i] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sums[i], first, one), second, other);
 #else
                 pairs[i] = _mm512_add_epi16(pairs[i], _mm512_maddubs_epi16(first, one));
                 pairs[i] = _mm512_add_epi16(pairs[i], _mm512_maddubs_epi16(second, other));
+                /* Compilers would load all rows first, and have no registers left for the sums. */
                 __asm__ volatile("" : "+v"(pairs[i])::"memory");
 #endif
             }
@@ -125,10 +116,9 @@ INLINE void multiply_group(const int rows, const int8_t *x, const uint8_t *panel
             __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_bits);
             UNROLL
             for (int i = 0; i < rows; i++) {
-                __m256i four = _mm256_set1_epi32(FOUR(i, k + j));
+                __m256i four = _mm256_set1_epi32(load_four(x + i * STRIDE + k + j));
                 low[i] = _mm256_add_epi16(low[i], _mm256_maddubs_epi16(first, four));
                 high[i] = _mm256_add_epi16(high[i], _mm256_maddubs_epi16(second, four));
-                /* Compilers would load all rows first, and have no registers left for the sums. */
                 __asm__ volatile("" : "+x"(low[i]), "+x"(high[i])::"memory");
             }
         }
@@ -144,7 +134,7 @@ INLINE void multiply_group(const int rows, const int8_t *x, const uint8_t *panel
         uint8x16_t both[2] = {vld1q_u8(at), vld1q_u8(at + 16)};
         UNROLL
         for (int i = 0; i < rows; i++) {
-            int8x16_t four = vreinterpretq_s8_s32(vdupq_n_s32(FOUR(i, k)));
+            int8x16_t four = vreinterpretq_s8_s32(vdupq_n_s32(load_four(x + i * STRIDE + k)));
             for (int j = 0; j < 2; j++) {
                 int8x16_t first = vreinterpretq_s8_u8(vandq_u8(both[j], vdupq_n_u8(15)));
                 int8x16_t second = vreinterpretq_s8_u8(vshrq_n_u8(both[j], 4));

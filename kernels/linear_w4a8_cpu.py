@@ -7,24 +7,20 @@ from torch import Tensor
 
 from batchinfer.kernels.cpu_library import Arguments, address, integers, pointers
 from batchinfer.kernels.linear_w4a16 import GRAIN, GROUPS
-from batchinfer.kernels.linear_w8a8 import with_bias
-from batchinfer.kernels.rows import Rows
+from batchinfer.kernels.packed_cpu import PackedProduct
 
 
 class _Product(Arguments):
     _fields_ = (*pointers("x weight scale shift out"), *integers("rows outputs columns group"))
 
 
-class PackedW4A8:
+class PackedW4A8(PackedProduct):
     """The product `(x - 128) @ ((values - zero_point) * scale).T` with values from -8 to 7, [N, K].
 
     K / G columns share a scale and a zero point, which is a whole number. The sum over such a group is exact, and
-    groups are added in the order of the columns, in float32. So a row's result depends on no other row. Each weight is
-    read from memory once for all rows, in half the bytes of an 8-bit one.
+    groups are added in the order of the columns, in float32. Each weight is read from memory once for all rows, in half
+    the bytes of an 8-bit one.
     """
-
-    takes = torch.uint8
-    row_grain = least_rows = 1
 
     def __init__(
         self,
@@ -39,8 +35,8 @@ class PackedW4A8:
         N is a multiple of `GRAIN`, and K / G one of `GROUPS`, as `LinearW4A16` asks.
         """
         n, k = values_NK.shape
-        self._library = library
-        self.shape, self.group, self.bias = (n, k), k // scale_NG.shape[1], bias_N
+        super().__init__((n, k), bias_N)
+        self._library, self.group = library, k // scale_NG.shape[1]
         assert n % GRAIN == 0 and self.group in GROUPS and k == self.group * scale_NG.shape[1]
         self.weight = torch.empty(n, k // 2, dtype=torch.uint8)
         library.pack_w4(address(values_NK.contiguous()), n, k, address(self.weight))
@@ -48,27 +44,13 @@ class PackedW4A8:
         self._shift = _by_panel(scale_NG * zero_point_NG) if bool(zero_point_NG.any()) else None
 
     @property
-    def operations_per_row(self) -> int:
-        """Number of multiplications and additions for one input row."""
-        return 2 * self.shape[0] * self.shape[1]
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the weight, its scales and its zero points."""
         return self.weight.nbytes + self._scale.nbytes + (0 if self._shift is None else self._shift.nbytes)
 
-    def __call__(self, x: Rows) -> Rows:
-        """Multiply uint8 rows [M, K]; the result [M, N] is float32.
-
-        The rows' scales are passed on in the result, or multiplied in if there is a bias.
-        """
-        values = x.values.contiguous()
-        assert values.dtype == torch.uint8 and values.shape[1] == self.shape[1]
-        out = torch.empty(len(values), self.shape[0])
-        operands = (values, self.weight, self._scale, self._shift, out)
-        product = _Product(*map(address, operands), len(values), *self.shape, self.group)
-        self._library.linear_w4a8(ctypes.byref(product))
-        return with_bias(Rows(out, x.scale), self.bias)
+    def _multiply(self, x_MK: Tensor, out_MN: Tensor) -> None:
+        operands = map(address, (x_MK, self.weight, self._scale, self._shift, out_MN))
+        self._library.linear_w4a8(ctypes.byref(_Product(*operands, len(x_MK), *self.shape, self.group)))
 
 
 def _by_panel(of_NG: Tensor) -> Tensor:

@@ -6,14 +6,9 @@
  * - AVX-512 with VNNI adds products of four neighbours, of bytes without sign with such that have one. Rows keep the 128
  *   by which they are shifted, and what that adds is taken off at the end.
  * - NEON with dot products does the same with signs on both sides. */
+#include "panels_cpu.h"
 #include "threads_cpu.h"
-#include "vector_cpu.h"
 
-#define PANEL 16  /* rows of the weight in a panel */
-#define GROUP 8   /* panels of an item */
-#define BLOCK 48  /* rows of an item */
-#define DEPTH 512  /* columns that are multiplied before the next ones, so that they stay in the first cache */
-#define AHEAD 2048 /* bytes: weights are called from memory so long before they are multiplied */
 #define STRIDE (DEPTH + 64 / sizeof(operand)) /* of operands: rows one power of two apart would share few places of a cache */
 
 #if defined(__AVX512VNNI__)
@@ -80,9 +75,7 @@ INLINE void multiply_tile(const int rows, const operand *x, const int8_t *panel,
         __builtin_prefetch(panel + k * PANEL + AHEAD);
         UNROLL
         for (int i = 0; i < rows; i++) {
-            int32_t four;
-            memcpy(&four, x + i * STRIDE + k, 4);
-            sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_set1_epi32(four), w);
+            sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_set1_epi32(load_four(x + i * STRIDE + k)), w);
         }
     }
     UNROLL
@@ -96,9 +89,8 @@ INLINE void multiply_tile(const int rows, const operand *x, const int8_t *panel,
         __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(panel + k * PANEL)));
         UNROLL
         for (int i = 0; i < rows; i++) {
-            int32_t two;
-            memcpy(&two, x + i * STRIDE + k, 4);
-            sum[i] = _mm512_add_epi32(sum[i], _mm512_madd_epi16(_mm512_set1_epi32(two), w));
+            __m512i both = _mm512_set1_epi32(load_four(x + i * STRIDE + k));
+            sum[i] = _mm512_add_epi32(sum[i], _mm512_madd_epi16(both, w));
         }
     }
     UNROLL
@@ -116,9 +108,7 @@ INLINE void multiply_tile(const int rows, const operand *x, const int8_t *panel,
         __m256i second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(panel + k * PANEL + 16)));
         UNROLL
         for (int i = 0; i < rows; i++) {
-            int32_t two;
-            memcpy(&two, x + i * STRIDE + k, 4);
-            __m256i both = _mm256_set1_epi32(two);
+            __m256i both = _mm256_set1_epi32(load_four(x + i * STRIDE + k));
             low[i] = _mm256_add_epi32(low[i], _mm256_madd_epi16(both, first));
             high[i] = _mm256_add_epi32(high[i], _mm256_madd_epi16(both, second));
             /* Compilers would load all rows first, and have no registers left for the sums. */
@@ -140,9 +130,7 @@ INLINE void multiply_tile(const int rows, const operand *x, const int8_t *panel,
         for (int j = 0; j < 4; j++) w[j] = vld1q_s8(panel + k * PANEL + 16 * j);
         UNROLL
         for (int i = 0; i < rows; i++) {
-            int32_t four;
-            memcpy(&four, x + i * STRIDE + k, 4);
-            int8x16_t all = vreinterpretq_s8_s32(vdupq_n_s32(four));
+            int8x16_t all = vreinterpretq_s8_s32(vdupq_n_s32(load_four(x + i * STRIDE + k)));
             for (int j = 0; j < 4; j++) sum[i][j] = vdotq_s32(sum[i][j], w[j], all);
         }
     }
@@ -177,22 +165,22 @@ static void copy_operands(const struct product *p, int64_t first, int64_t rows, 
 
 static void multiply_item(const struct product *p, int64_t first, int64_t first_panel) {
     operand x[BLOCK * STRIDE];
-    int32_t sums[BLOCK * GROUP * PANEL];
-    int64_t panels = (p->outputs + PANEL - 1) / PANEL, stride = GROUP * PANEL;
+    int32_t sums[BLOCK * PANELS * PANEL];
+    int64_t panels = (p->outputs + PANEL - 1) / PANEL, stride = PANELS * PANEL;
     int64_t rows = p->rows - first < BLOCK ? p->rows - first : BLOCK;
-    int64_t group = panels - first_panel < GROUP ? panels - first_panel : GROUP;
+    int64_t some = panels - first_panel < PANELS ? panels - first_panel : PANELS;
     memset(sums, 0, sizeof(int32_t) * (size_t)(rows * stride));
     for (int64_t from = 0; from < padded(p->columns); from += DEPTH) {
         int64_t depth = padded(p->columns) - from < DEPTH ? padded(p->columns) - from : DEPTH;
         copy_operands(p, first, rows, from, depth, x);
-        for (int64_t j = 0; j < group; j++) {
+        for (int64_t j = 0; j < some; j++) {
             const int8_t *panel = p->weight + ((first_panel + j) * padded(p->columns) + from) * PANEL;
             for (int64_t i = 0; i < rows; i += TILE)
                 multiply_rows(rows - i < TILE ? rows - i : TILE, x + i * STRIDE, panel, depth,
                               sums + i * stride + j * PANEL, stride);
         }
     }
-    for (int64_t j = 0; j < group; j++) {
+    for (int64_t j = 0; j < some; j++) {
         int64_t n = (first_panel + j) * PANEL, count = p->outputs - n;
         vec scale = numbers_load_upto(FLOAT32, p->scale, n, count);
         for (int64_t i = 0; i < rows; i++) {
@@ -210,10 +198,10 @@ static void run(void *arguments, int64_t begin, int64_t end) {
     int64_t blocks = (p->rows + BLOCK - 1) / BLOCK;
     /* The row blocks of one group of panels follow each other: its weights are read from memory once. */
     for (int64_t item = begin; item < end; item++)
-        multiply_item(p, item % blocks * BLOCK, item / blocks * GROUP);
+        multiply_item(p, item % blocks * BLOCK, item / blocks * PANELS);
 }
 
 void linear_w8a8(struct product *p) {
     int64_t blocks = (p->rows + BLOCK - 1) / BLOCK, panels = (p->outputs + PANEL - 1) / PANEL;
-    run_in_parallel(run, p, blocks * ((panels + GROUP - 1) / GROUP), 1);
+    run_in_parallel(run, p, blocks * ((panels + PANELS - 1) / PANELS), 1);
 }

@@ -339,7 +339,7 @@ INLINE vec vec_tanh(vec x) {
 
 /* erf(x), with an error below six units in the last place: x times a quotient of polynomials of its square up to 3.92,
  * from where on it is rounded to 1. The quotient is a minimax fit of erf(x) / x, by Lawson's algorithm (1961) with the
- * denominators of the turn before as weights; its relative error is 2e-8. */
+ * denominators of the turn before as weights. */
 INLINE vec vec_erf(vec x) {
     vec size = bits_vec(ints_and(vec_bits(x), ints_set(0x7fffffff))), end = vec_set(3.92f);
     vec t = vec_less(end, size, end, size), square = vec_mul(t, t);

@@ -1,6 +1,7 @@
 """The error function in C, which GELU takes, against torch's in float64."""
 
 import ctypes
+import os
 import subprocess
 from pathlib import Path
 
@@ -22,6 +23,7 @@ void error_function(const float *x, float *y, int64_t count) {
 def test_erf_is_within_six_units_in_the_last_place(path: str, tmp_path: Path) -> None:
     compiler = system_compiler()
     if compiler is None:
+        assert "CI" not in os.environ, "this system has no C compiler"
         pytest.skip("this system has no C compiler")
     (tmp_path / "erf.c").write_text(SOURCE)
     flags = [*FLAGS.split(), *SETS[architecture()][path].split(), f"-I{KERNELS}"]
