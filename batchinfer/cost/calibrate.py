@@ -102,7 +102,7 @@ class _TimedEngine(Engine):
 
 
 def measure(device: str, say: Callable[[str], None], path: str = "auto") -> DeviceCost:
-    """Time steps on the device and fit the constants to them; takes about two minutes on a CPU.
+    """Time steps on the device and fit the constants to them; takes some minutes on a CPU.
 
     `say` is called with a line of text at each stage; `path` is that of a CPU's kernels. The constants are fitted to
     the fastest repeats, because other programs on the machine only ever add time. They are then multiplied by the usual

@@ -44,7 +44,7 @@ def doctor(
         bool,
         typer.Option(
             "--calibrate",
-            help="Measure the device first, so that `batchinfer plan` can predict times. This takes about two minutes, "
+            help="Measure the device first, so that `batchinfer plan` can predict times. This takes some minutes, "
             "during which nothing else should run.",
         ),
     ] = False,
