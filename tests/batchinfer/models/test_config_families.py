@@ -77,8 +77,9 @@ def test_a_gpus_kernels_compute_the_same(
     record_property: Callable[[str, float], None],
     case: str,
 ) -> None:
+    """One prompt is shorter than a block; of the other, windows leave the first block behind."""
     model = made(make_model, case, **TINY | {"num_hidden_layers": 3})
-    prompts = [np.random.default_rng(n).integers(2, 320, n).tolist() for n in (33, 70)]
+    prompts = [np.random.default_rng(n).integers(2, 320, n).tolist() for n in (5, 42)]
     error = largest_error(interpreted(model), model, prompts)
     record_property("largest_error", error)
     assert error <= 1e-4
