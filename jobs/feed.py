@@ -14,7 +14,7 @@ from batchinfer.jobs.collector import Results
 from batchinfer.jobs.log import say
 from batchinfer.jobs.process.in_flight import InFlight
 from batchinfer.jobs.process.interruption import Interruption
-from batchinfer.jobs.process.messages import Admitted, Completed, Heartbeat, Load, Message, Ready
+from batchinfer.jobs.process.messages import Admitted, Completed, Finished, Heartbeat, Load, Message, Ready
 from batchinfer.jobs.process.supervisor import Supervisor
 from batchinfer.jobs.process.worker import Worker
 from batchinfer.jobs.progress import Progress
@@ -22,6 +22,7 @@ from batchinfer.jobs.rows.duplicates import told_alike
 from batchinfer.jobs.rows.token_file import cut
 from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.timeline import Timeline
 from batchinfer.kernels.ragged import ranges
 
 POLL_SECONDS = 0.2
@@ -39,6 +40,7 @@ class Loop:
         windows: Windows,
         results: Results,
         progress: Progress,
+        timeline: Timeline,
         start_worker: Callable[[], Worker],
         total: int,
     ) -> None:
@@ -46,6 +48,7 @@ class Loop:
         self._windows = windows
         self._results = results
         self._progress = progress
+        self._timeline = timeline
         self._engine = Supervisor(start_worker, spec.step_timeout)
         self._in_flight = InFlight(spec.reasoning_format is not None)
         self._total = total  # rows of the input
@@ -70,6 +73,7 @@ class Loop:
             raise
         finally:
             self._engine.close()
+            self._timeline.write()
             self._windows.close()
             self._progress.close()
 
@@ -168,14 +172,16 @@ class Loop:
         match message:
             case Ready():
                 self._progress.generating()
+                self._timeline.begin(self._results.rows)
             case Admitted(rows):
                 self._in_flight.begin(rows)
             case Completed(completions):
                 self.generate_seconds = time.monotonic() - self._engine.ready
                 self._complete(completions)
-            case Heartbeat():
+            case Heartbeat() | Finished():
                 stats = self._engine.stats
                 self._progress.update(stats.prompt_tokens + stats.completion_tokens)
+                self._timeline.add(self._results.rows, stats)
 
     def _complete(self, completions: Completions) -> None:
         firsts = completions.firsts

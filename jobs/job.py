@@ -40,6 +40,7 @@ from batchinfer.jobs.rows.prompts import PromptSource
 from batchinfer.jobs.rows.reuse import Reuse
 from batchinfer.jobs.rows.windows import Windows
 from batchinfer.jobs.spec import JobSpec
+from batchinfer.jobs.timeline import Timeline
 
 MERGE_ROWS = 8192
 
@@ -109,9 +110,11 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
             deadline = None if spec.time_limit is None else started + spec.time_limit
             with Interruption(deadline) as interruption:
                 start_worker = partial(Worker, folder.log, run_engine, engine)
-                loop = Loop(spec, windows, results, progress, start_worker, table.num_rows)
+                timeline = Timeline(folder.timeline)
+                loop = Loop(spec, windows, results, progress, timeline, start_worker, table.num_rows)
                 found = loop.run(Load(config, job.tokenizer_folder, spec.lists_samples), interruption)
-            stats = replace(found, notes=found.notes + stats.notes + told_alike(spec, windows.figures))
+            notes = found.notes + timeline.notes + stats.notes + told_alike(spec, windows.figures)
+            stats = replace(found, notes=notes)
             generating, duplicates = loop.generate_seconds, loop.duplicates
         results.refuse_too_many_errors(table.num_rows)
         folder.write_manifest(table.num_rows)

@@ -25,6 +25,11 @@ class BlockManager:
         """Number of blocks that can still be promised."""
         return self._unpromised
 
+    @property
+    def used(self) -> float:
+        """Share of the blocks that are taken."""
+        return 1.0 - float(self._free[1:].sum()) / max(self.blocks, 1)
+
     def promise(self, count: int) -> bool:
         """Reserve `count` blocks without choosing them; return False if too few are left."""
         if count > self._unpromised:

@@ -164,6 +164,8 @@ class EngineStats:
     kv_cache_bytes: int = 0
     peak_memory_bytes: int = 0  # of the engine's process
     peak_device_bytes: int = 0  # of a GPU's memory that the engine took
+    running: int = 0  # rows side by side, at this moment
+    kv_cache_used: float = 0.0  # share of the KV cache that rows have taken, at this moment
     step_sizes: dict[int, int] = field(default_factory=dict)  # tokens of a step with padding -> number of steps
     kernels: dict[str, str] = field(default_factory=dict)  # operation -> implementation used
     device: str = ""

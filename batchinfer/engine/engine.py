@@ -247,6 +247,7 @@ class Engine:
                     raise
         admission = self.scheduler.admission
         stats.preemptions, stats.shared_tokens = admission.preemptions, admission.shared_tokens
+        stats.running, stats.kv_cache_used = self.scheduler.running, self.scheduler.manager.used
         if self.runner.late:
             steps = self.runner.steps
             stats.replayed_steps, stats.recorded_steps = steps.replays, steps.recorded

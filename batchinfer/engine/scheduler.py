@@ -82,7 +82,12 @@ class Scheduler:
     @property
     def unfinished(self) -> int:
         """Number of rows that wait or run."""
-        return self.admission.waiting_rows + int(self.table.active.sum()) - self.labels.forks_running
+        return self.admission.waiting_rows + self.running
+
+    @property
+    def running(self) -> int:
+        """Number of rows that run."""
+        return int(self.table.active.sum()) - self.labels.forks_running
 
     def add(self, requests: Requests) -> None:
         """Queue requests, in their order."""

@@ -78,6 +78,8 @@ class RunFolder:
         self.path = run_folder(output)
         self.log = self.path / "worker.log"
         self.report = self.path / "report.json"
+        self.page = self.path / "report.html"
+        self.timeline = self.path / "timeline.json"
         self.manifest = self.path / "manifest.json"
         self._run = self.path / "run.json"
         self.parts = self.path / "parts"

@@ -22,6 +22,7 @@ from batchinfer.jobs.job import run
 from batchinfer.jobs.process import interruption
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.rows.windows import Limits
+from batchinfer.jobs.timeline import read_timeline
 from batchinfer.jobs.verify import verify
 
 N = 400
@@ -70,6 +71,9 @@ def test_the_same_command_goes_on_and_the_output_is_that_of_an_undisturbed_run(
     assert counts(report) == recount(tmp_path / "out.parquet") and report.rows == N
     assert pq.read_table(tmp_path / "out.parquet")["generated_text"].to_pylist() == expected(model, prompts(N))
     assert f"{committed} of the rows were done when this run began" in report.notes[0]
+    samples = read_timeline(before.timeline)  # the run that was killed had none yet
+    assert len(samples) >= 2 and samples[0].rows >= 40
+    assert N - committed <= sum(sample.rows for sample in samples) - samples[0].rows + 40 <= N
 
 
 def test_a_complete_job_computes_nothing_again(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
