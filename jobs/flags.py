@@ -356,6 +356,9 @@ class JobFlags:
             "FILE.prom",
         ),
     ] = None
+    report_samples: Annotated[
+        int, Flag("Show the answers of N rows in the report; by default it has no text of any row.", "Job", at_least=0)
+    ] = 0
     columns: Annotated[
         tuple[str, ...] | None, Flag("Keep only these input columns in the output.", "Output", kind=NAMES)
     ] = None

@@ -10,32 +10,33 @@ from functools import partial
 
 import pyarrow as pa
 
-from batchinfer.engine.config import EngineConfig, EngineStats
+from batchinfer.engine.config import EngineStats
 from batchinfer.errors import EngineFailed, Refused, UsageError
 from batchinfer.host import allocator
 from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
 from batchinfer.jobs.collector import Results
 from batchinfer.jobs.feed import Loop
+from batchinfer.jobs.forecast import forecast
 from batchinfer.jobs.job_columns import fields_of
 from batchinfer.jobs.log import say
 from batchinfer.jobs.metrics import Metrics
 from batchinfer.jobs.openai_batch.responses import Responses
-from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost
-from batchinfer.jobs.plan.prediction import Job, JobShape, Setting
 from batchinfer.jobs.preflight import PromptsFactory, preflight
 from batchinfer.jobs.process.interruption import Interruption
 from batchinfer.jobs.process.messages import TORCH_ENGINE, Load
 from batchinfer.jobs.process.worker import Worker, run_engine
 from batchinfer.jobs.progress import Progress
-from batchinfer.jobs.report import SCHEMA_VERSION, Forecast, Report, rates, read_report, versions
+from batchinfer.jobs.report import SCHEMA_VERSION, Report, rates, read_report, versions
+from batchinfer.jobs.report_page import report_page
 from batchinfer.jobs.results.done import Done
-from batchinfer.jobs.results.durable import write_json
+from batchinfer.jobs.results.durable import write_json, write_whole
+from batchinfer.jobs.results.glance import Glance
 from batchinfer.jobs.results.output_writer import digest_of
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.results.valid_text import with_valid_text
 from batchinfer.jobs.rows.duplicates import told_alike
-from batchinfer.jobs.rows.length_figures import LengthFigures
+from batchinfer.jobs.rows.length_figures import LengthFigures, bucketed
 from batchinfer.jobs.rows.prompts import PromptSource
 from batchinfer.jobs.rows.reuse import Reuse
 from batchinfer.jobs.rows.windows import Windows
@@ -105,16 +106,15 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
             reuse=reuse,
             grain=config.prefix_grain,
         )
+        timeline = Timeline(folder.timeline)
         progress = Progress(results, table.num_rows, metrics)
         if not done.complete:
             deadline = None if spec.time_limit is None else started + spec.time_limit
             with Interruption(deadline) as interruption:
                 start_worker = partial(Worker, folder.log, run_engine, engine)
-                timeline = Timeline(folder.timeline)
                 loop = Loop(spec, windows, results, progress, timeline, start_worker, table.num_rows)
                 found = loop.run(Load(config, job.tokenizer_folder, spec.lists_samples), interruption)
-            notes = found.notes + timeline.notes + stats.notes + told_alike(spec, windows.figures)
-            stats = replace(found, notes=notes)
+            stats = replace(found, notes=found.notes + stats.notes + told_alike(spec, windows.figures))
             generating, duplicates = loop.generate_seconds, loop.duplicates
         results.refuse_too_many_errors(table.num_rows)
         folder.write_manifest(table.num_rows)
@@ -126,8 +126,9 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         rewriting = None
         if spec.openai_batch:
             rewriting = Responses(spec.model, digests, table.skipped or 0, folder.created)
-        merged = folder.merge(input_columns, valid, table.num_rows, fields_of(spec), rewriting)
-        stats = replace(stats, notes=stats.notes + _replaced(replaced))
+        glance = Glance(spec.report_samples, table.num_rows)
+        merged = folder.merge(input_columns, valid, table.num_rows, fields_of(spec), rewriting, glance)
+        stats = replace(stats, notes=stats.notes + timeline.notes + _replaced(replaced))
     except EngineFailed:
         raise  # the folder is kept, since the engine's log is in it
     except BaseException:
@@ -146,29 +147,23 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     report = _report(
         spec, results, done, duplicates, windows.figures, stats, phases, generating, wall, canary, digest_of(merged)
     )
-    report = replace(report, replaced_text=dict(replaced), unparsed_tool_calls=results.unparsed_tool_calls)
+    report = replace(
+        report,
+        replaced_text=dict(replaced),
+        unparsed_tool_calls=results.unparsed_tool_calls,
+        generation_config=asdict(job.generation_config),
+        completion_lengths=bucketed(results.new_tokens),
+        first_errors=dict(glance.first_errors),
+        answers=glance.answers,
+        settings={name: value for name, value in asdict(config).items() if name != "model"},
+        ended=int(time.time()),
+    )
     if engine == TORCH_ENGINE and results.new_tokens:
-        report = replace(report, predicted=_forecast(spec, config, windows.figures, results))
-    report = replace(report, generation_config=asdict(job.generation_config))
+        report = replace(report, predicted=forecast(spec, config, windows.figures, results.new_tokens))
     write_json(folder.report, asdict(report))
+    write_whole(folder.page, report_page(report, timeline.samples).encode())
     folder.publish(merged)
     return report
-
-
-def _forecast(spec: JobSpec, config: EngineConfig, figures: LengthFigures, results: Results) -> Forecast | None:
-    """Predict the time for the rows that this run computed; None if the device or setting was not measured."""
-    cost, _ = read_device_cost(DeviceKey.of(config.device, config.cpu_path))
-    if cost is None:
-        return None
-    setting, job = (
-        Setting.of(config),
-        Job(JobShape.of(figures, spec.sampling, config.max_model_len, spec.sampled_by_row), config),
-    )
-    if not job.measured(cost, setting):
-        return None
-    before = job.predict(cost, setting)
-    after = job.seconds_for(results.new_tokens, cost, setting)
-    return Forecast(before.generate_seconds, before.low, before.high, after)
 
 
 def _resumed(done: Done, digests: dict[str, str]) -> list[str]:
@@ -269,6 +264,7 @@ def _report(
         experts_touched=stats.experts_touched / max(stats.expert_layers, 1),
         operations=stats.operations,
         peak_operations_per_second=stats.peak_operations_per_second,
+        peak_bytes_per_second=stats.peak_bytes_per_second,
         percent_of_peak=100 * stats.operations / ideal if ideal > 0 else None,
         peak_memory_bytes={"parent": peak_memory_bytes(), "engine": stats.peak_memory_bytes}
         | ({"gpu": stats.peak_device_bytes} if stats.peak_device_bytes else {}),

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 
+from batchinfer.jobs.charts import FONT, steps_to, text
 from batchinfer.jobs.evaluate import Evaluation, LayerError
 
 WIDTH, HEIGHT = 760, 440
@@ -17,11 +17,10 @@ def layer_plot(done: Evaluation, layers: list[LayerError]) -> str:
     """Return an SVG: a bar for the error that each layer adds, and a line for the error accumulated in the residual
     stream."""
     worst = max(layers, key=lambda layer: layer.own)
-    step = _tick(100 * max(max(layer.own, layer.stream) for layer in layers))
-    top = step * max(1, math.ceil(100 * max(max(layer.own, layer.stream) for layer in layers) / step))
+    step, top = steps_to(100 * max(max(layer.own, layer.stream) for layer in layers))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        "font-family=\"system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif\" font-size=\"13\">",
+        f'{FONT} font-size="13">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
         *_head(done, worst),
         *_axes(len(layers), step, top),
@@ -32,13 +31,13 @@ def layer_plot(done: Evaluation, layers: list[LayerError]) -> str:
 
 
 def _head(done: Evaluation, worst: LayerError) -> Iterator[str]:
-    yield _text(24, 34, _name(done.model), INK, size=18, weight="bold")
+    yield _text(24, 34, _name(done.model), INK, more=' font-size="18" font-weight="bold"')
     yield _text(24, 56, f"{done.scheme}; reference {_name(str(done.reference))}", FAINT)
     figures = f"perplexity {done.perplexity:.4f}"
     if done.divergence is not None and done.top1_agreement is not None:
         figures += f"  ·  KL divergence {done.divergence:.6f} nats a token"
         figures += f"  ·  top-1 agreement {100 * done.top1_agreement:.2f} %"
-    yield _text(24, 80, figures, INK, weight="bold")
+    yield _text(24, 80, figures, INK, more=' font-weight="bold"')
     yield f'<rect x="24" y="99" width="13" height="13" fill="{BAR}"/>'
     yield _text(43, 110, "error that the layer adds", INK)
     yield f'<rect x="240" y="99" width="13" height="13" fill="{WORST}"/>'
@@ -90,31 +89,11 @@ def _y(percent: float, top: float) -> float:
     return BOTTOM - percent / top * (BOTTOM - TOP)
 
 
-def _tick(most: float) -> float:
-    """Return the step of the axis: 1, 2 or 5 times a power of ten, so that 4 to 10 steps reach `most`; 1 for 0."""
-    if most <= 0:
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(most / 4))
-    return power * max(factor for factor in (1, 2, 5) if factor * power <= most / 4 * (1 + 1e-9))
-
-
 def _name(model: str) -> str:
     """Return a folder's name without its path; the name of a model on the Hub keeps its organization."""
     return Path(model).name if Path(model).exists() else model
 
 
-def _text(
-    x: float,
-    y: float,
-    text: str,
-    fill: str,
-    anchor: str = "start",
-    size: int = 13,
-    weight: str = "normal",
-    more: str = "",
-) -> str:
-    shown = text if len(text) <= MOST_LETTERS else text[: MOST_LETTERS - 1] + "…"
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" text-anchor="{anchor}" font-size="{size}" font-weight="{weight}"'
-        f"{more}>{escape(shown)}</text>"
-    )
+def _text(x: float, y: float, shown: str, fill: str, anchor: str = "start", more: str = "") -> str:
+    cut = shown if len(shown) <= MOST_LETTERS else shown[: MOST_LETTERS - 1] + "…"
+    return text(x, y, cut, fill, anchor, more)

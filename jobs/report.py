@@ -11,28 +11,12 @@ from batchinfer import __version__
 from batchinfer.errors import Refused
 from batchinfer.jobs.amounts import in_bytes, in_seconds, most_frequent
 from batchinfer.jobs.canary import Canary
+from batchinfer.jobs.forecast import Forecast
 from batchinfer.jobs.log import printable
+from batchinfer.jobs.results.glance import Answer
 from batchinfer.jobs.results.run_folder import RunFolder, incremental_files
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Predicted seconds of generating without drafts, to compare with `generate_seconds`."""
-
-    seconds: float  # predicted before the run, from the central estimate of output lengths
-    low: float
-    high: float
-    seconds_for_lengths: float  # predicted for the actual output lengths: the rest is the cost model's error
-
-    def lines(self) -> list[tuple[str, str]]:
-        """Return lines for the report's table."""
-        range_ = f"{in_seconds(self.low)} to {in_seconds(self.high)}"
-        return [
-            ("predicted", f"{in_seconds(self.seconds)} of generating without drafts ({range_})"),
-            ("  known lengths", f"{in_seconds(self.seconds_for_lengths)}, if output lengths had been known before"),
-        ]
 
 
 @dataclass(frozen=True)
@@ -97,6 +81,12 @@ class Report:
     # Settings in the checkpoint's generation_config.json: those that were applied, and the others by the reason
     generation_config: dict[str, dict[str, Any]] = field(default_factory=dict)
     unparsed_tool_calls: int = 0  # answers of this run whose text looks like a tool call and does not parse
+    completion_lengths: dict[str, int] = field(default_factory=dict)  # longest of a bucket -> samples of this run
+    first_errors: dict[str, list[int]] = field(default_factory=dict)  # error code -> the first rows that have it
+    answers: list[Answer] = field(default_factory=list)  # as many as --report-samples says
+    settings: dict[str, Any] = field(default_factory=dict)  # of the engine, as they were resolved
+    peak_bytes_per_second: float = 0.0  # of copying in memory; 0 if it was not measured
+    ended: int = 0  # Unix time at which the job was complete
 
     def table(self) -> str:
         """Return the report as aligned lines, without colour."""
@@ -176,6 +166,7 @@ def read_report(output: Path) -> Report:
         parts = {
             "canary": None if canary is None else Canary(**canary),
             "predicted": None if predicted is None else Forecast(**predicted),
+            "answers": [Answer(**answer) for answer in values.get("answers", [])],
         }
         return Report(**{**values, **parts})
     except OSError as error:

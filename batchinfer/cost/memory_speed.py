@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from batchinfer.cost.step_cost import PRODUCTS, Floats, Products
+from batchinfer.engine.ceilings import measure_copies
 from batchinfer.host.memory import available_bytes
 from batchinfer.kernels.backend_compiled import CompiledBackend
 from batchinfer.kernels.backends import choose_backend
@@ -49,14 +50,14 @@ def measure_memory(device: str, path: str = "auto") -> MemorySpeed:
     """
     if device == "cuda":
         cache_bytes = float(torch.cuda.get_device_properties(0).L2_cache_size)
-        return MemorySpeed(_copy_rate(device), cache_bytes, dict.fromkeys(PRODUCTS, 0.0))
+        return MemorySpeed(measure_copies(torch.device(device), COPY_BYTES), cache_bytes, dict.fromkeys(PRODUCTS, 0.0))
     curves, byte_seconds = list[Curve](), dict[str, float]()
     for name, kind in PRODUCTS.items():
         matrices = _Matrices(kind, path, min(LARGEST, available_bytes() // 4))
         byte_seconds[name] = _extra_seconds(matrices)
         if name in SHOW_THE_CACHE:
             curves.append(_curve(matrices))
-    return MemorySpeed(_copy_rate(device), last_cache(curves), byte_seconds)
+    return MemorySpeed(measure_copies(torch.device(device), COPY_BYTES), last_cache(curves), byte_seconds)
 
 
 def last_cache(curves: Sequence[Curve]) -> float:
@@ -122,17 +123,3 @@ def _seconds(products: list[Product], rows: Rows) -> float:
     for product in products:
         product(rows)
     return time.perf_counter() - started
-
-
-def _copy_rate(device: str) -> float:
-    """Return the bytes a second, read and written, of the fastest of five copies."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        target.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * COPY_BYTES / best

@@ -160,6 +160,7 @@ class EngineStats:
     experts_touched: int = 0  # experts whose weights they read
     operations: int = 0  # integer and floating-point operations of all matrix products, without padding
     peak_operations_per_second: float = 0.0  # measured on this device with the scheme's product; 4-bit weights expanded
+    peak_bytes_per_second: float = 0.0  # measured on this device by copying; read and written bytes both count
     weight_bytes: int = 0
     kv_cache_bytes: int = 0
     peak_memory_bytes: int = 0  # of the engine's process

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from batchinfer.engine.admission import Admission
 from batchinfer.engine.block_manager import BlockManager
+from batchinfer.engine.ceilings import measure_copies, measure_peak
 from batchinfer.engine.check_settings import check_settings
 from batchinfer.engine.config import EngineConfig, EngineStats
 from batchinfer.engine.drafts.draft_model import DraftModel, load_draft_model
 from batchinfer.engine.drafts.gate import Gate
 from batchinfer.engine.endings import endings
 from batchinfer.engine.measured_room import room_for_keys
-from batchinfer.engine.model_runner import ModelRunner, measure_peak
+from batchinfer.engine.model_runner import ModelRunner
 from batchinfer.engine.output_lengths import OutputLengths
 from batchinfer.engine.pool_size import Room, is_out_of_memory, pool_blocks, pool_states
 from batchinfer.engine.request import NO_SCORES, Completions, FinishReason, Requests, RowError, Scores, TokenScores
@@ -236,12 +237,15 @@ class Engine:
                 yield completions
 
     def stats(self) -> EngineStats:
-        """Return the counts so far. The device's peak speed is measured once no row is left, to delay none."""
+        """Return the counts so far. The device's peak speeds are measured once no row is left, to delay none."""
         stats = self._stats
+        if self.unfinished or not stats.peak_operations_per_second:  # not the memory that measuring takes
+            stats.peak_memory_bytes = peak_memory_bytes()
         if stats.steps and not self.unfinished and not stats.peak_operations_per_second:
             try:
                 peak = measure_peak(self.runner.scheme, self.runner.dtype, self.runner.backend)
                 stats.peak_operations_per_second = peak
+                stats.peak_bytes_per_second = measure_copies(self.runner.backend.device)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):  # without memory to measure it, the report leaves it out
                     raise
@@ -256,7 +260,6 @@ class Engine:
         stats.forced = self.structures.forced
         stats.weight_bytes = self.runner.decoder.weight_bytes
         stats.kv_cache_bytes = self.runner.kv_cache_bytes
-        stats.peak_memory_bytes = peak_memory_bytes()
         stats.peak_device_bytes = self.runner.peak_device_bytes
         stats.kernels = {op: path for runner in self._runners for op, path in runner.backend.kernels.items()}
         return stats

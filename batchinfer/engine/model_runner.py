@@ -1,6 +1,5 @@
 """`ModelRunner`: computes a `Batch` on one device and samples its new tokens."""
 
-import time
 from dataclasses import replace
 from functools import cached_property
 
@@ -16,7 +15,6 @@ from batchinfer.engine.cuda_graphs import CudaGraphs, Found, most_recorded
 from batchinfer.engine.four_bit_path import FourBitPath
 from batchinfer.engine.pool_size import bytes_per_token
 from batchinfer.engine.transfer import Sampled
-from batchinfer.formats.matrix import quantize_channels
 from batchinfer.formats.scheme import QuantScheme, scheme
 from batchinfer.kernels.attention_plan import AttentionPlan
 from batchinfer.kernels.backend import Backend
@@ -28,8 +26,6 @@ from batchinfer.kernels.grain import MIN_ROWS, TILE, padded_logits
 from batchinfer.kernels.kv_cache import KV_DTYPES, KVCache
 from batchinfer.kernels.logits import change_logits
 from batchinfer.kernels.processor import bits_are_kept
-from batchinfer.kernels.product import Product
-from batchinfer.kernels.rows import Rows
 from batchinfer.kernels.scores import ScoredTokens, StepScores, log_probabilities, with_likeliest
 from batchinfer.kernels.state_pool import StatePool
 from batchinfer.models.batch import Batch
@@ -290,40 +286,6 @@ def _held(scheme: QuantScheme, dtype: torch.dtype, path: FourBitPath | None, loa
 
 
 @torch.inference_mode()
-def measure_peak(scheme: QuantScheme, dtype: torch.dtype, backend: Backend, seconds: float = 0.3) -> float:
-    """Measure the scheme's matrix product for `seconds`; return the operations a second of the fastest repeat.
-
-    The product is 512 x 4096 x 2048 on the CPU, and 4096 x 4096 x 4096 on a GPU.
-    """
-    m, n, k = (512, 4096, 2048) if backend.device.type == "cpu" else (4096, 4096, 4096)
-    noise = torch.Generator(backend.device).manual_seed(0)
-    weight = torch.randn(n, k, device=backend.device, generator=noise)
-    x = torch.randn(m, k, device=backend.device, generator=noise)
-    if scheme.weight_bits == 4 and isinstance(backend, CompiledBackend):
-        scale = torch.ones(n, k // 128)
-        four_bits = weight.clamp_(-3, 3).round_().to(torch.int8)
-        product: Product = backend.linear_w4a8(four_bits, scale, torch.zeros_like(scale), None)
-    elif scheme.quantized:
-        kind = torch.float8_e4m3fn if scheme.activations == "fp8" else torch.int8
-        product = backend.linear_w8a8(*quantize_channels(weight, kind), out=dtype)
-    else:
-        product, x = backend.linear(weight.to(dtype)), x.to(dtype)
-    rows = backend.rows(x, product.takes)
-
-    def once() -> None:
-        product(Rows(rows.values, rows.scale))
-        if backend.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    once()
-    best, until = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < until:
-        started = time.perf_counter()
-        once()
-        best = min(best, time.perf_counter() - started)
-    return 2 * m * n * k / best
-
-
 def _dtype(config: EngineConfig, stored: str, backend: Backend) -> torch.dtype:
     name = config.computed_in(stored, has_float16=not isinstance(backend, CpuBackend))
     if name not in DTYPES:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from batchinfer.errors import Interrupted, Refused
 from batchinfer.jobs.results.done import Done, Part, differences, read_done
 from batchinfer.jobs.results.durable import link_new, lock, sync_folder, write_json, writing
+from batchinfer.jobs.results.glance import Glance
 from batchinfer.jobs.results.output_writer import (
     OutputWriter,
     digest_of,
@@ -258,12 +259,13 @@ class RunFolder:
         num_rows: int,
         results: Sequence[pa.Field] = RESULT_FIELDS,
         rewriting: Rewriting | None = None,
+        glance: Glance | None = None,
     ) -> Path:
-        """Write the input's kept columns beside the results, in input order. Returns the path of the new file or
-        folder.
+        """Write the input's kept columns beside the results, in input order. Returns the new file's or folder's path.
 
         `batches` are (first ordinal, columns of `schema`), in order; what the schema's metadata notes about columns is
         kept. `results` are the job's result columns. With `rewriting`, the output has what that makes of these rows.
+        A `glance` sees the result columns.
         Memory holds one batch, and a row group of each part that overlaps it. Raises `Refused` if the input is not the
         one that was run.
         """
@@ -284,6 +286,8 @@ class RunFolder:
                         "the job anew with "
                         "--overwrite"
                     )
+                if glance is not None:
+                    glance.see(first, found)
                 rows = pa.Table.from_arrays([*batch.columns, *found.columns[1:]], schema=merged_schema)
                 writer.write(rows if rewriting is None else rewriting.of(first, rows))
             if end != num_rows:

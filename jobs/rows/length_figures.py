@@ -1,5 +1,7 @@
 """Figures about the prompt lengths of a whole job, counted window by window."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,8 +88,7 @@ class LengthFigures:
     @property
     def buckets(self) -> dict[int, int]:
         """Prompts by length, ascending: longest prompt of a bucket -> number of prompts. The buckets end at the powers
-        of
-        two from 32 on."""
+        of two from 32 on."""
         longest = len(self.lengths) - 1
         edges = [32]
         while edges[-1] < longest:
@@ -110,3 +111,14 @@ def _sum(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.int64]:
     total[: len(a)] += a
     total[: len(b)] += b
     return total
+
+
+def bucketed(counts: Mapping[int, int]) -> dict[str, int]:
+    """Return how many answers have lengths in each bucket, as {longest of the bucket: answers}, ascending.
+
+    `counts` maps a length to its number of answers. The buckets end at the powers of two, and none is empty.
+    """
+    found: Counter[int] = Counter()
+    for length, count in counts.items():
+        found[1 << max(0, length - 1).bit_length()] += count
+    return {str(edge): found[edge] for edge in sorted(found) if found[edge]}

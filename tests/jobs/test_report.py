@@ -9,51 +9,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from reports import REPORT
 
 from batchinfer.errors import Refused
 from batchinfer.host.memory import peak_memory_bytes
-from batchinfer.jobs.report import SCHEMA_VERSION, Forecast, Report, rates, read_report, versions
+from batchinfer.jobs.forecast import Forecast
+from batchinfer.jobs.report import SCHEMA_VERSION, rates, read_report, versions
 from batchinfer.jobs.results.run_folder import RunFolder
 
-REPORT = Report(
-    schema_version=SCHEMA_VERSION,
-    output="out.parquet",
-    model="org/name",
-    rows=1200,
-    rows_ok=1150,
-    rows_failed=50,
-    rows_resumed=0,
-    rows_computed=1200,
-    rows_duplicate=0,
-    rows_by_finish_reason={"stop": 1000, "length": 150, "error": 50},
-    rows_by_error={"too_long": 40, "null_prompt": 10},
-    prompt_tokens=90_000,
-    prompt_tokens_computed=90_000,
-    completion_tokens=9_500,
-    drafted=0,
-    accepted=0,
-    steps=400,
-    preemptions=0,
-    padded_tokens=500,
-    step_sizes={"64": 300, "512": 100},
-    buckets={"32": 1000, "64": 150},
-    phases={"load": 1.5, "tokenize": 0.25, "prefill": 60.0, "decode": 39.5, "commit": 0.1, "merge": 0.05},
-    generate_seconds=100.0,
-    wall_seconds=3725.0,
-    tokens_per_second={"prefill": 1500.0, "decode": 240.5, "input": 900.0, "output": 95.0, "total": 995.0},
-    rows_per_second=12.0,
-    operations=10**12,
-    peak_operations_per_second=9e11,
-    percent_of_peak=43.21,
-    peak_memory_bytes={"parent": 300_000_000, "engine": 1_500_000_000},
-    weight_bytes=850_000_000,
-    kv_cache_bytes=12_000_000,
-    device="cpu, 2 threads",
-    kernels={"linear": "cpu"},
-    notes=["a slower path"],
-    versions={"batchinfer": "0.1.0"},
-    command="batchinfer run",
-)
 # What `report.json` promises to those who read it with other programs.
 PROMISED = {
     *("rows", "rows_ok", "rows_failed", "rows_resumed", "rows_computed", "rows_duplicate", "prompt_tokens"),

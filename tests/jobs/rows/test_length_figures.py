@@ -6,7 +6,7 @@ import pytest
 from batchinfer.engine.request import Requests
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.engine.sampling_table import SamplingTable
-from batchinfer.jobs.rows.length_figures import LengthFigures
+from batchinfer.jobs.rows.length_figures import LengthFigures, bucketed
 from batchinfer.jobs.rows.token_file import StoredRequests
 
 LENGTHS = [5, 300, 32, 33, 1, 300, 64, 65, 31, 5]
@@ -84,3 +84,8 @@ def test_shared_tokens_and_groups_add_up() -> None:
     assert (plan.shared_tokens, plan.groups, plan.grouped_rows) == (64 * (2 + 1 + 1), 2, 5)
     both = plan + plan
     assert (both.shared_tokens, both.groups, both.grouped_rows) == (64 * 8, 4, 10)
+
+
+def test_answers_are_counted_by_the_powers_of_two() -> None:
+    counts = {0: 2, 1: 3, 2: 5, 3: 7, 4: 11, 5: 13, 64: 17, 65: 19}
+    assert bucketed(counts) == {"1": 5, "2": 5, "4": 18, "8": 13, "64": 17, "128": 19}

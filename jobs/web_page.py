@@ -1,0 +1,111 @@
+"""Putting a web page together: one file without scripts, light and dark, on a phone, on paper."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #ffffff; --panel: #f6f8fa; --ink: #1f2933; --faint: #5b6673;
+  --grid: #dfe4ea; --first: #2f6db0; --second: #c8541e; --good: #1a7f4b; --bad: #b3261e; }
+@media screen and (prefers-color-scheme: dark) { :root { --paper: #14181d; --panel: #1d232a; --ink: #e6eaef;
+  --faint: #9aa5b1; --grid: #333c46; --first: #6ea8e0; --second: #f08a5b; --good: #5cc48b; --bad: #f2877f; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 76rem; padding: 1.2rem 1rem 3rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0 0 .2rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin: 2.2rem 0 .7rem; }
+p, li { max-width: 48rem; }
+p.lead { color: var(--faint); margin: 0 0 1rem; }
+ul { padding-left: 1.2rem; margin: .4rem 0; }
+li { margin: .3rem 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem; }
+.tiles > div { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem; }
+.tiles b { display: block; font-size: 1.35rem; font-weight: 600; font-variant-numeric: tabular-nums; }
+.tiles span { color: var(--faint); font-size: .85rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; }
+figure { margin: 0; background: var(--panel); border-radius: .5rem; padding: .8rem .8rem .4rem; break-inside: avoid; }
+figcaption { font-weight: 600; font-size: .92rem; margin: 0 0 .4rem .2rem; }
+figcaption small { display: block; font-weight: 400; color: var(--faint); }
+figure svg { display: block; width: 100%; max-width: 30rem; height: auto; margin: 0 auto; }
+.wide { overflow-x: auto; margin-top: .8rem; }
+table { border-collapse: collapse; width: 100%; max-width: 60rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--grid); }
+th + td, td + td { overflow-wrap: anywhere; } td + td:last-child { overflow-wrap: break-word; }
+th { font-weight: 600; } tbody th { font-weight: 400; color: var(--faint); width: 13rem; min-width: 7rem; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+code, pre { font: .87em/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
+pre { background: var(--panel); border-radius: .5rem; padding: .7rem .9rem; margin: .4rem 0; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+@media print { body { padding: 0; font-size: 11px; } h2 { break-after: avoid; margin-top: 1.2rem; }
+  tr, .tiles > div { break-inside: avoid; } .charts { grid-template-columns: repeat(3, 1fr); gap: .5rem; } }
+""".strip()
+
+
+def page(title: str, parts: Iterable[str]) -> str:
+    """Return a whole page; `parts` are HTML."""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{STYLE}\n</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def section(title: str, *parts: str) -> str:
+    """Return a section; nothing if it has no part."""
+    inside = "\n".join(part for part in parts if part)
+    return f"<section>\n<h2>{escape(title)}</h2>\n{inside}\n</section>" if inside else ""
+
+
+def tiles(values: Iterable[tuple[str, str]]) -> str:
+    """Return large figures, (figure, what it is) each."""
+    shown = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in values)
+    return f'<div class="tiles">{shown}</div>'
+
+
+def figure(title: str, chart: str, said: str = "") -> str:
+    """Return a chart with its title, and a line below the title."""
+    small = f"<small>{escape(said)}</small>" if said else ""
+    return f"<figure><figcaption>{escape(title)}{small}</figcaption>{chart}</figure>"
+
+
+def figures(charts: Sequence[str]) -> str:
+    """Return charts side by side, as many as there is room for."""
+    return '<div class="charts">' + "\n".join(charts) + "</div>" if charts else ""
+
+
+def facts(values: Iterable[tuple[str, str]]) -> str:
+    """Return a table of (name, value)."""
+    rows = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in values)
+    return f'<div class="wide"><table><tbody>{rows}</tbody></table></div>' if rows else ""
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: int = 0) -> str:
+    """Return a table with heads; the last `numbers` columns are set to the right. Nothing without rows."""
+    if not rows:
+        return ""
+    first = len(heads) - numbers
+
+    def cells(values: Sequence[str], tag: str) -> str:
+        kinds = (' class="number"' if i >= first else "" for i in range(len(values)))
+        return "".join(f"<{tag}{kind}>{escape(value)}</{tag}>" for kind, value in zip(kinds, values, strict=True))
+
+    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{cells(heads, "th")}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def points(sentences: Iterable[str]) -> str:
+    """Return sentences as a list."""
+    shown = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f"<ul>{shown}</ul>" if shown else ""
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """Return a paragraph, of a `kind` in the style."""
+    return f"<p{f' class={kind!r}' if kind else ''}>{escape(text)}</p>".replace("'", '"')
+
+
+def preformatted(text: str) -> str:
+    """Return text that keeps its lines."""
+    return f"<pre>{escape(text)}</pre>"
