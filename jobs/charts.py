@@ -4,7 +4,7 @@ Colours are CSS variables with a fallback: inside a page a chart takes those of 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 
 INK, FAINT, GRID = "var(--ink, #1f2933)", "var(--faint, #5f6b7a)", "var(--grid, #e3e7ec)"
@@ -57,6 +57,22 @@ def bars_beside_names(title: str, values: Mapping[str, float], shown: Mapping[st
             yield text(names_end - 8, y + 12, name, INK, anchor="end")
             yield f'<rect x="{names_end}" y="{y}" width="{width:.1f}" height="16" fill="{FIRST}"/>'
             yield text(names_end + width + 6, y + 12, shown[name], FAINT)
+
+    return svg(WIDTH, 8 + gap * len(values), parts(), title)
+
+
+def bars_in_pairs(title: str, values: Mapping[str, tuple[float, float]], shown: Callable[[float], str]) -> str:
+    """Draw two bars for each pair of values beside its name, the first above the second, with their texts."""
+    most, gap = max([*(each for pair in values.values() for each in pair), 1e-12]), 36
+    names_end, bars_end = 108, 270
+
+    def parts() -> Iterator[str]:
+        for i, (name, pair) in enumerate(values.items()):
+            yield text(names_end - 8, 6 + gap * i + 17, name, INK, anchor="end")
+            for j, (value, colour) in enumerate(zip(pair, (FIRST, SECOND), strict=True)):
+                y, width = 6 + gap * i + 14 * j, max(1.0, value / most * (bars_end - names_end))
+                yield f'<rect x="{names_end}" y="{y}" width="{width:.1f}" height="12" fill="{colour}"/>'
+                yield text(names_end + width + 6, y + 10, shown(value), FAINT)
 
     return svg(WIDTH, 8 + gap * len(values), parts(), title)
 

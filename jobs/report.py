@@ -156,7 +156,7 @@ def read_report(output: Path) -> Report:
 
     Raises `Refused` if there is no report, or if it has another schema version.
     """
-    path = RunFolder([output, *incremental_files(output)][-1]).report
+    path = report_folder(output).report
     try:
         values = json.loads(path.read_text("utf-8"))
         version = values["schema_version"]
@@ -175,6 +175,11 @@ def read_report(output: Path) -> Report:
         raise Refused(
             f"report {path} is not a report of batchinfer: {error}; run the job anew with --overwrite"
         ) from error
+
+
+def report_folder(output: Path) -> RunFolder:
+    """Return the run folder that has the report of `output`; for an incremental output, that of its last file."""
+    return RunFolder([output, *incremental_files(output)][-1])
 
 
 def rates(tokens: dict[str, int], seconds: dict[str, float]) -> dict[str, float]:

@@ -12,11 +12,27 @@ app = typer.Typer()
 
 
 @app.command(cls=SectionedCommand)
-def report(output: Annotated[Path, typer.Argument(metavar="OUT", help="The output of the job.")]) -> None:
-    """Print the report of a finished job again."""
-    from batchinfer.jobs.report import read_report
+@takes()
+def report(
+    outputs: Annotated[
+        list[Path], typer.Argument(metavar="OUT [OUT]", help="The output of the job; two outputs are compared.")
+    ],
+    written_as: Annotated[
+        str,
+        Flag("Print it as a table, as JSON, or as a web page.", name="format", choices=("text", "json", "html")),
+    ] = "text",
+) -> None:
+    """Print the report of a finished job again, or what changed from one job to another."""
+    from batchinfer.errors import UsageError
+    from batchinfer.jobs.report_forms import printed_comparison, printed_report
 
-    print(read_report(output).table())
+    match outputs:
+        case [output]:
+            print(printed_report(output, written_as))
+        case [first, second]:
+            print(printed_comparison(first, second, written_as))
+        case _:
+            raise UsageError(f"report compares two outputs, and {len(outputs)} are given; name one or two")
 
 
 @app.command(cls=SectionedCommand)

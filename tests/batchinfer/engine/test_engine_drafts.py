@@ -187,8 +187,8 @@ def test_every_drafter_gives_the_same_rows(
 ) -> None:
     """However many tokens a step has, a row gets the same (vllm#54506, vllm#41758)."""
     model, small = make_model("llama"), make_model("qwen3")
-    prompts = [[*p, *p[:10], *p] for p in prompts_of(12, 40)] * 2
-    requests = Requests.of(prompts, SamplingParams(max_tokens=80, temperature=temperature), seeds=range(24))
+    prompts = [[*p, *p[:10], *p] for p in prompts_of(6, 40)] * 2
+    requests = Requests.of(prompts, SamplingParams(max_tokens=80, temperature=temperature), seeds=range(12))
     draft = small if method == "draft_model" else None
     speculation = Speculation(method, 5, draft, gate=gate)
     engine = engine_of(model, speculation=speculation, max_num_seqs=5)

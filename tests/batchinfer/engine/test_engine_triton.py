@@ -46,7 +46,7 @@ def test_logits_are_those_of_transformers(
     make_model: Callable[..., Path], interpreted: Callable[..., Engine], family: str, overrides: dict[str, Any]
 ) -> None:
     model = make_model(family, **{**TINY, **overrides})
-    assert relative_error(interpreted(model), model, (1, 33, 65, 100)) < 1e-5
+    assert relative_error(interpreted(model), model, (1, 33, 65)) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_rows_are_those_of_the_cpu_with_steps_replayed_and_sequences_that_end_un
 ) -> None:
     """Places are taken again while a step computes their last owner's next token in vain."""
     model = make_model("llama", **TINY)
-    prompts = prompts_of(7, 40)
+    prompts = prompts_of(7, 8)
     free = SamplingParams(max_tokens=11, ignore_eos=True, temperature=temperature, top_p=0.95)
     seeds = range(7, 14)
     everything = tokens(engine_of(model), Requests.of(prompts, free, seeds=seeds))
@@ -119,7 +119,7 @@ def test_deterministic_rows_have_the_same_bits_in_any_batch(
     make_model: Callable[..., Path], interpreted: Callable[..., Engine], quantization: str
 ) -> None:
     model = make_model("mistral", **TINY, sliding_window=40)
-    prompts = prompts_of(4, 90)
+    prompts = [np.random.default_rng(n).integers(2, 320, n).tolist() for n in (3, 70, 20)]
 
     def logits(**settings: Any) -> dict[int, list[bytes]]:
         engine = interpreted(model, deterministic=True, quantization=quantization, **settings)
