@@ -16,6 +16,7 @@ from batchinfer.host import allocator
 from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
 from batchinfer.jobs.collector import Results
+from batchinfer.jobs.dataset_card import dataset_card
 from batchinfer.jobs.feed import Loop
 from batchinfer.jobs.forecast import forecast
 from batchinfer.jobs.job_columns import fields_of
@@ -31,6 +32,7 @@ from batchinfer.jobs.report import SCHEMA_VERSION, Report, rates, read_report, v
 from batchinfer.jobs.report_page import report_page
 from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.durable import write_json, write_whole
+from batchinfer.jobs.results.formats import is_folder
 from batchinfer.jobs.results.glance import Glance
 from batchinfer.jobs.results.output_writer import digest_of
 from batchinfer.jobs.results.run_folder import RunFolder
@@ -162,6 +164,8 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         report = replace(report, predicted=forecast(spec, config, windows.figures, results.new_tokens))
     write_json(folder.report, asdict(report))
     write_whole(folder.page, report_page(report, timeline.samples).encode())
+    if is_folder(spec.output) and not (spec.scores_texts or spec.completion_column):
+        write_whole(folder.card, dataset_card(spec, report, config.model).encode())
     folder.publish(merged)
     return report
 

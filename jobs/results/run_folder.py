@@ -81,6 +81,7 @@ class RunFolder:
         self.report = self.path / "report.json"
         self.page = self.path / "report.html"
         self.timeline = self.path / "timeline.json"
+        self.card = self.path / "README.md"
         self.manifest = self.path / "manifest.json"
         self._run = self.path / "run.json"
         self.parts = self.path / "parts"
