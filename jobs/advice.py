@@ -15,8 +15,8 @@ PREEMPTED = 0.02  # preemptions a row, likewise
 FASTER = 0.9  # predicted time with other products, as a share, below which these are named
 MERGING = 0.2  # share of the wall time
 ERRORS = {
-    "too_long": "they are longer than --max-model-len, {max_model_len} tokens, allows: give more if the model can "
-    "take it, or shorten the prompts",
+    "too_long": "they are longer than --max-model-len allows, {max_model_len} tokens: give more if the model can take "
+    "it, or shorten the prompts",
     "empty_prompt": "their prompts are empty: leave them out with --where",
     "null_prompt": "their prompts are null: leave them out with --where",
     "engine_died": "the engine died over each of them alone, twice: see worker.log in the run folder",

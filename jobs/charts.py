@@ -78,7 +78,7 @@ def bars_in_pairs(title: str, values: Mapping[str, tuple[float, float]], shown: 
 
 
 def bars_over_lengths(title: str, counts: Mapping[str, int]) -> str:
-    """Draw a bar for each bucket of lengths: `counts` maps the longest length of a bucket, ascending, to its number."""
+    """Draw a bar for each bucket of lengths; `counts` maps its longest length, a power of two, to its number."""
     step, top = steps_to(max([0, *counts.values()]))
     slot = (RIGHT - LEFT) / max(len(counts), 1)
     width = min(36.0, 0.8 * slot)
@@ -93,7 +93,8 @@ def bars_over_lengths(title: str, counts: Mapping[str, int]) -> str:
                 f'fill="{FIRST}"><title>up to {longest} tokens: {count:,}</title></rect>'
             )
             if i % every == 0:
-                yield text(middle, BOTTOM + 15, short(float(longest)), FAINT, anchor="middle")
+                shown = f"{int(longest) // 1024}k" if int(longest) >= 1024 else longest
+                yield text(middle, BOTTOM + 15, shown, FAINT, anchor="middle")
         yield text(RIGHT, BOTTOM + 31, "tokens, at most", FAINT, anchor="end")
 
     return svg(WIDTH, HEIGHT, parts(), title)

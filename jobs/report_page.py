@@ -94,6 +94,8 @@ def thinned(samples: Sequence[Sample], most: int) -> list[Sample]:
 
 
 def _phases(report: Report) -> list[str]:
+    if not any(report.phases.values()):
+        return []
     shown = {name: in_seconds(seconds) for name, seconds in report.phases.items()}
     chart = bars_beside_names("Seconds of each phase", report.phases, shown)
     return [figure("Phases", chart, "they overlap: the job tokenizes and commits while the engine computes")]
@@ -142,7 +144,8 @@ def _outcomes(report: Report) -> str:
         if count
     ]
     shown = [row for row in [*reasons, *errors] if row[2] != "0"]
-    return table(("rows that ended by", "", "rows"), shown, 1) + table(("of them", "", "rows"), before, 1)
+    outcomes = table(("rows that ended by", "first rows, counted from 0", "rows"), shown, 1)
+    return outcomes + table(("of them", "", "rows"), before, 1)
 
 
 def _first_rows(rows: Sequence[int], count: int) -> str:

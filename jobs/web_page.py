@@ -76,8 +76,9 @@ def figures(charts: Sequence[str]) -> str:
 
 
 def facts(values: Iterable[tuple[str, str]]) -> str:
-    """Return a table of (name, value)."""
-    rows = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in values)
+    """Return a table of (name, value); a name without a value is left out."""
+    shown = ((escape(name), escape(value)) for name, value in values if value)
+    rows = "".join(f'<tr><th scope="row">{name}</th><td>{value}</td></tr>' for name, value in shown)
     return f'<div class="wide"><table><tbody>{rows}</tbody></table></div>' if rows else ""
 
 

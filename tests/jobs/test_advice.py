@@ -35,7 +35,7 @@ def test_a_job_of_which_nothing_stands_out_has_no_advice() -> None:
 @pytest.mark.parametrize(
     ("report", "said"),
     [
-        (changed(rows_by_error={"too_long": 1}), "1 row failed with too_long: they are longer than --max-model-len, "),
+        (changed(rows_by_error={"too_long": 1}), "1 row failed with too_long: they are longer than --max-model-len"),
         (changed(rows_by_finish_reason={"length": 60, "stop": 1140}), "60 rows (5 % of the good ones) ended at --max"),
         (changed(phases={**BUSY, "load": 70.0}, wall_seconds=170.0), "Loading the model took 0:01:10, 41 % of the"),
         (changed(phases={**BUSY, "tokenize": 85.0}), "Tokenizing took 0:01:25 beside 0:01:40 of generating"),

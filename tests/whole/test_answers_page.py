@@ -1,11 +1,8 @@
 """The examples of docs/answers.md run as they stand, one after the other, and print what the page says."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from batch_files import answered, lines_of, refused
 from chat_models import SPECIAL, TAGS, save
+from pages import EXAMPLE, run_examples
 from repository import ROOT
 
 from batchinfer.text import reasoning, tool_calls
 
 PAGE = (ROOT / "docs" / "answers.md").read_text()
-EXAMPLE = re.compile(r"^```(sh|python)\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.DOTALL | re.MULTILINE)
 # A model that thinks unless it is told not to, and knows tools.
 TEMPLATE = """{%- if tools %}{{- '<tool_call>' + tools | tojson + '</tool_call>' }}{%- endif %}
 {%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' }}{%- endfor %}
@@ -32,21 +29,7 @@ def folder(make_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
     there = tmp_path_factory.mktemp("page")
     shutil.copytree(make_model("llama", vocab_size=520, max_position_embeddings=1024), there / "model")
     save(there / "model", TEMPLATE, special=SPECIAL, tags=[*TAGS, "<tool_call>", "</tool_call>"])
-    (there / "examples").symlink_to(ROOT / "examples")
-    program = there / "batchinfer"
-    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m batchinfer "$@"\n')
-    program.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{there}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    for language, code, lines in EXAMPLE.findall(PAGE):
-        command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
-        done = subprocess.run(
-            command, cwd=there, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        assert done.returncode == 0, f"{code}\n{done.stdout}"
-        printed = " ".join(done.stdout.split())
-        for line in lines.splitlines():
-            _, found, printed = printed.partition(line)
-            assert found, f"{line!r} is not printed there: {done.stdout}"
+    run_examples(PAGE, there)
     return there
 
 
