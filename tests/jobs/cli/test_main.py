@@ -225,6 +225,14 @@ def test_a_job_from_end_to_end(
         {"id": "b", "generated_text": "sec"},
     ]
     assert call(capsys, "report", out) == (0, printed, "")
+    code, found, _ = call(capsys, "report", out, "--format", "json")
+    assert code == 0 and json.loads(found)["rows_ok"] == 2
+    code, found, _ = call(capsys, "report", out, out)
+    assert code == 0 and found.splitlines()[1].split() == ["rows", "2", "2", "1.00"]
+    code, _, said = call(capsys, "report", out, out, out)
+    assert code == 2 and "report compares two outputs, and 3 are given; name one or two" in said
+    code, _, said = call(capsys, "report", out, "--format", "pdf")
+    assert code == 2 and "--format is 'pdf'; it must be one of text, json, html" in said
     run_json = json.loads((tmp_path / "deep" / "o.run" / "run.json").read_text())
     assert run_json["spec"]["sampling"]["max_tokens"] == 3
     assert "run" in run_json["command"]
