@@ -4,6 +4,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -143,8 +144,9 @@ def _joined(slices: list[Requests]) -> Requests:
     )
 
 
-def run_canary(comparison: Comparison, interruption: Interruption) -> Canary:
+def run_canary(comparison: Comparison, interruption: Interruption, tick: Callable[[], None]) -> Canary:
     """Compare in a child process, and print the result. The log is a temporary file, which is kept if the child fails.
+    `tick` is called often meanwhile.
 
     Raises `Refused` and `EngineFailed` as the job does, and `Interrupted`.
     """
@@ -154,6 +156,7 @@ def run_canary(comparison: Comparison, interruption: Interruption) -> Canary:
     say(f"canary: comparing {rows} rows with {_reference_name(comparison.spec)}")
     with closing(Worker(log, compare, comparison)) as worker:
         while (message := worker.receive(POLL_SECONDS)) is None:
+            tick()
             if interruption.requested:
                 raise Interrupted("stopped during the canary, before the job's first row")
     assert isinstance(message, Found)

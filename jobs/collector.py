@@ -51,6 +51,7 @@ class Results:
         self._uncommitted = 0
         self._last_commit = time.monotonic()
         self.commit_seconds = 0.0
+        self.committed: float | None = None  # Unix time of the last part of this run
         self.by_reason = Counter({**dict.fromkeys(REASONS.to_pylist(), 0), **done.by_reason})
         self.by_error = Counter(done.by_error)
         self.prompt_tokens = done.prompt_tokens
@@ -220,6 +221,7 @@ class Results:
         started = time.monotonic()
         if self._finished:
             self.folder.commit(self._finished)
+            self.committed = time.time()
         self._finished = []
         self._uncommitted = 0
         self._last_commit = time.monotonic()

@@ -88,6 +88,7 @@ class Loop:
         for note in told_alike(self._spec, self._windows.figures):  # at once: the job may run for days
             say(note)
         say(f"loading {self._spec.model}")
+        self._progress.enter("loading")
         self._engine.load(replace(load, config=replace(load.config, kv_cache_tokens=self._cache_tokens(load.config))))
         while not self._engine.finished:
             self._progress.tick()
@@ -166,6 +167,7 @@ class Loop:
         """Handle all messages that have arrived. If there are none, wait up to `timeout` seconds for one."""
         while not self._engine.finished and (message := self._engine.receive(timeout)) is not None:
             self._handle(message)
+            self._progress.tick()
             timeout = 0.0
 
     def _handle(self, message: Message) -> None:
@@ -180,7 +182,7 @@ class Loop:
                 self._complete(completions)
             case Heartbeat() | Finished():
                 stats = self._engine.stats
-                self._progress.update(stats.prompt_tokens + stats.completion_tokens)
+                self._progress.update(stats)
                 self._timeline.add(self._results.rows, stats)
 
     def _complete(self, completions: Completions) -> None:

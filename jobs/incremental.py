@@ -29,6 +29,7 @@ from batchinfer.jobs.results.durable import lock, sync_folder, write_json
 from batchinfer.jobs.results.output_writer import OutputWriter, refuse_foreign
 from batchinfer.jobs.results.run_folder import RunFolder, incremental_files, rows_of, run_folder
 from batchinfer.jobs.results.schema_notes import with_notes
+from batchinfer.jobs.run_state import RunState
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.ids import as_text, check_ids
 from batchinfer.jobs.tables.json_lines import indices_not_text, only
@@ -78,10 +79,12 @@ def run_new_rows(spec: JobSpec, run: Callable[[JobSpec], Report]) -> Report:
 @contextmanager
 def _told(spec: JobSpec) -> Iterator[None]:
     """Write to the metrics file if an error ends the job before a run has begun."""
+    state = RunState()
     try:
         yield
     except BaseException as error:
-        Metrics(spec, RunFolder(spec.output)).failed(error)
+        state.end(error)
+        Metrics(spec, RunFolder(spec.output), state).write()
         raise
 
 

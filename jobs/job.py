@@ -13,12 +13,12 @@ import pyarrow as pa
 from batchinfer.engine.config import EngineStats
 from batchinfer.errors import EngineFailed, Refused, UsageError
 from batchinfer.host import allocator
-from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
 from batchinfer.jobs.collector import Results
 from batchinfer.jobs.dataset_card import dataset_card
 from batchinfer.jobs.feed import Loop
 from batchinfer.jobs.forecast import forecast
+from batchinfer.jobs.heartbeat import Heartbeat
 from batchinfer.jobs.job_columns import fields_of
 from batchinfer.jobs.log import say
 from batchinfer.jobs.metrics import Metrics
@@ -42,6 +42,7 @@ from batchinfer.jobs.rows.length_figures import LengthFigures, bucketed
 from batchinfer.jobs.rows.prompts import PromptSource
 from batchinfer.jobs.rows.reuse import Reuse
 from batchinfer.jobs.rows.windows import Windows
+from batchinfer.jobs.run_state import RunState, peaks
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.timeline import Timeline
 
@@ -55,11 +56,25 @@ def run(spec: JobSpec, engine: str = TORCH_ENGINE, prompts: PromptsFactory = Pro
     there is no output, and the committed parts are kept.
     """
     allocator.return_freed_memory()
-    with closing(RunFolder(spec.output)) as folder, Metrics(spec, folder) as metrics:
-        return _run(folder, metrics, spec, engine, prompts)
+    state = RunState()
+    with (
+        closing(RunFolder(spec.output)) as folder,
+        Metrics(spec, folder, state) as metrics,
+        Heartbeat(folder, state) as heartbeat,
+        state,
+    ):
+        return _run(folder, state, metrics, heartbeat, spec, engine, prompts)
 
 
-def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompts: PromptsFactory) -> Report:
+def _run(
+    folder: RunFolder,
+    state: RunState,
+    metrics: Metrics,
+    heartbeat: Heartbeat,
+    spec: JobSpec,
+    engine: str,
+    prompts: PromptsFactory,
+) -> Report:
     started = time.monotonic()
     folder.refuse_foreign()
     if not (spec.resume or spec.overwrite) and folder.begun:
@@ -80,20 +95,25 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
         "versions": versions(),
         "created": int(time.time()),
     }
+    state.rows = table.num_rows
+    progress = Progress(state, metrics, heartbeat)
 
     canary = None
     if reference is not None and (spec.overwrite or not folder.begun):  # before the files of an earlier run are removed
         comparison = Comparison(spec, config, reference, job.tokenizer_folder, canary_rows(table, source, spec.canary))
-        with Interruption() as interruption:
-            canary = run_canary(comparison, interruption)
+        with Interruption() as interruption, folder.taken_before_open():
+            heartbeat.begin("canary")
+            canary = run_canary(comparison, interruption, progress.tick)
 
     reuse = Reuse.of(spec.reuse, digests, fields_of(spec))
     done = folder.open(resolved, digests, table.num_rows, spec.overwrite, spec.retry_errors)
     results = Results(spec, job.tokenizer, folder, done)
-    metrics.begin(results, table.num_rows)
+    state.results = results
+    metrics.write()
     if folder.published and done.complete:
         say(f"{spec.output} is complete already; nothing is run")
         return read_report(spec.output)
+    heartbeat.begin("reading")
     notes = [*job.notes, *_resumed(done, digests), *_sampled(spec)]
     stats, generating, duplicates = EngineStats(notes=notes), 0.0, 0
     try:
@@ -109,7 +129,6 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
             grain=config.prefix_grain,
         )
         timeline = Timeline(folder.timeline)
-        progress = Progress(results, table.num_rows, metrics)
         if not done.complete:
             deadline = None if spec.time_limit is None else started + spec.time_limit
             with Interruption(deadline) as interruption:
@@ -167,6 +186,7 @@ def _run(folder: RunFolder, metrics: Metrics, spec: JobSpec, engine: str, prompt
     if is_folder(spec.output) and not (spec.scores_texts or spec.completion_column):
         write_whole(folder.card, dataset_card(spec, report, config.model).encode())
     folder.publish(merged)
+    state.phase = "done"
     return report
 
 
@@ -270,8 +290,7 @@ def _report(
         peak_operations_per_second=stats.peak_operations_per_second,
         peak_bytes_per_second=stats.peak_bytes_per_second,
         percent_of_peak=100 * stats.operations / ideal if ideal > 0 else None,
-        peak_memory_bytes={"parent": peak_memory_bytes(), "engine": stats.peak_memory_bytes}
-        | ({"gpu": stats.peak_device_bytes} if stats.peak_device_bytes else {}),
+        peak_memory_bytes=peaks(stats),
         weight_bytes=stats.weight_bytes,
         kv_cache_bytes=stats.kv_cache_bytes,
         device=stats.device,

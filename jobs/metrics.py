@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from batchinfer.errors import Refused, exit_code
-from batchinfer.jobs.collector import Results
+from batchinfer.errors import Refused
 from batchinfer.jobs.log import say
 from batchinfer.jobs.results.durable import write_whole
 from batchinfer.jobs.results.run_folder import RunFolder
+from batchinfer.jobs.run_state import RunState
 from batchinfer.jobs.spec import JobSpec
 
 PREFIX = "batchinfer_job_"
@@ -36,16 +36,13 @@ class Metrics:
     one line and continues.
     """
 
-    def __init__(self, spec: JobSpec, folder: RunFolder) -> None:
+    def __init__(self, spec: JobSpec, folder: RunFolder, state: RunState) -> None:
         """Raises `Refused` if the file's folder does not exist, and `OSError` if an earlier file cannot be read."""
         self._path = spec.metrics_textfile
         output = spec.output.parent if spec.incremental and not spec.adds_file else spec.output
         self._label = _escaped(str(output.absolute()))
-        self._folder = folder
-        self._results: Results | None = None
-        self._total = 0
+        self._folder, self._state = folder, state
         self._complained = False
-        self._started, self._clock = time.time(), time.monotonic()
         self._last_success = None if self._path is None else _last_success(self._path)
 
     def __enter__(self) -> "Metrics":
@@ -56,50 +53,37 @@ class Metrics:
     ) -> None:
         if self._path is None or self._folder.taken:
             return
-        code = exit_code(Refused() if error is None and self._all_failed else error)
-        if code == 0:
+        if self._state.exit_code == 0:
             self._last_success = time.time()
-        self.write(code)
-
-    def failed(self, error: BaseException) -> None:
-        """Write that the run failed with this error before it began. Call it only if no other run is at work."""
-        self.write(exit_code(error))
-
-    @property
-    def _all_failed(self) -> bool:
-        return self._results is not None and 0 < self._results.rows == self._results.failed
-
-    def begin(self, results: Results, total: int) -> None:
-        """Note that the run folder is open and that the input has `total` rows, and write the file."""
-        self._results, self._total = results, total
         self.write()
 
-    def write(self, code: int | None = None) -> None:
-        """Write the file, by rename. `code` is the run's exit code, or None while it is at work."""
+    def write(self) -> None:
+        """Write the file, by rename."""
         if self._path is None:
             return
         try:
-            write_whole(self._path, self._text(code).encode())
+            write_whole(self._path, self._text().encode())
         except OSError as error:
             if not self._complained:
                 say(f"--metrics-textfile {self._path} cannot be written: {error.strerror or error}; the job continues")
             self._complained = True
 
-    def _text(self, code: int | None) -> str:
+    def _text(self) -> str:
+        state = self._state
         values = {
-            "start_time_seconds": self._started,
-            "seconds": time.monotonic() - self._clock,
-            "running": int(code is None),
-            "exit_code": code,
+            "start_time_seconds": state.started,
+            "seconds": state.seconds,
+            "running": int(state.exit_code is None),
+            "exit_code": state.exit_code,
             "last_success_time_seconds": self._last_success,
         }
-        if self._results is not None:
+        if state.results is not None:
             values |= {
-                "rows": self._total,
-                "rows_done": self._results.rows,
-                "rows_failed": self._results.failed,
-                "prompt_tokens_total": self._results.prompt_tokens,
-                "completion_tokens_total": self._results.completion_tokens,
+                "rows": state.rows,
+                "rows_done": state.results.rows,
+                "rows_failed": state.results.failed,
+                "prompt_tokens_total": state.results.prompt_tokens,
+                "completion_tokens_total": state.results.completion_tokens,
             }
         return "".join(self._family(name, value) for name, value in values.items() if value is not None)
 

@@ -26,7 +26,7 @@ if platform.system() != "Linux":
 
 from batchinfer.jobs.cli import cron, models, outputs, plan, ray, run, score, slurm
 from batchinfer.jobs.log import printable
-from batchinfer.jobs.process.safe_errors import described, traced
+from batchinfer.jobs.process.safe_errors import told, traced
 
 # pyarrow chooses its allocator when it is loaded. The system's frees large cells at once; pyarrow's default keeps them.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
@@ -43,14 +43,12 @@ def main() -> NoReturn:
         sys.exit(app(prog_name="batchinfer", standalone_mode=False))
     except typer.TyperException as error:
         _fail(error.format_message(), EXIT_CODES[UsageError])
-    except (UsageError, Refused, EngineFailed, Interrupted) as error:
-        _fail(str(error), exit_code(error))
-    except OSError as error:
-        _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", exit_code(error))
+    except (UsageError, Refused, EngineFailed, Interrupted, OSError) as error:
+        _fail(told(error), exit_code(error))
     except Exception as error:
         with tempfile.NamedTemporaryFile("w", prefix="batchinfer-", suffix=".log", delete=False) as log:
             log.writelines(traced(error))
-        _fail(f"internal: {described(error)}; the traceback is in {log.name}", exit_code(error))
+        _fail(f"{told(error)}; the traceback is in {log.name}", exit_code(error))
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,5 +1,6 @@
-"""The commands about outputs: report, merge, verify. Each imports large modules only when it runs."""
+"""The commands about outputs: status, report, merge, verify. Each imports large modules only when it runs."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,20 @@ from batchinfer.flag import Flag
 from batchinfer.jobs.cli.flags import SectionedCommand, takes
 
 app = typer.Typer()
+
+
+@app.command(cls=SectionedCommand)
+@takes()
+def status(
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output of the job, as its -o names it.")],
+    watch: Annotated[bool, Flag("Print it again every two seconds until the job is over.")] = False,
+    as_json: Annotated[bool, Flag("Print a JSON object on one line.", name="json")] = False,
+) -> None:
+    """Tell how a job goes, from another shell or another machine: rows, rate, time left, and whether it is alive."""
+    from batchinfer.jobs.status import print_status
+
+    with suppress(KeyboardInterrupt):  # the way to leave --watch
+        print_status(output, watch, as_json)
 
 
 @app.command(cls=SectionedCommand)

@@ -7,8 +7,19 @@ handles nothing but numbers. Of any other error, the type, the module and the li
 import traceback
 from collections.abc import Iterator
 
+from batchinfer.errors import EngineFailed, Interrupted, Refused, UsageError
+
 _NUMBERS = ("torch", "triton", "batchinfer")
 _TEXTS = ("batchinfer.jobs", "batchinfer.text")
+
+
+def told(error: BaseException) -> str:
+    """Return what users are told of the error that ended a command."""
+    if isinstance(error, UsageError | Refused | EngineFailed | Interrupted):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+    return f"internal: {described(error)}" if isinstance(error, Exception) else type(error).__name__
 
 
 def described(error: BaseException) -> str:

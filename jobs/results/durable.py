@@ -49,6 +49,13 @@ def write_whole(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def replace_unsynced(path: Path, data: bytes) -> None:
+    """Write a file by rename, so that readers find it whole. After a loss of power it may be empty."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    temporary.rename(path)
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file so that it is whole or unchanged, by rename."""
     write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())

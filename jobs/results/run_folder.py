@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,7 +39,8 @@ from batchinfer.kernels.cpu_library import REFERENCE
 
 ROW_GROUP_BYTES = 1 << 18  # size of a part's row groups; the merge holds one of each part at a time
 FORMAT_VERSION = 2
-BEFORE_A_RUN = {"run.json.tmp", "lock"}  # a run that was killed before it began may leave these
+# A run that was killed before it began may leave these.
+BEFORE_A_RUN = {"run.json.tmp", "lock", "heartbeat.json", "heartbeat.json.tmp"}
 
 
 def run_folder(output: Path) -> Path:
@@ -82,6 +84,7 @@ class RunFolder:
         self.page = self.path / "report.html"
         self.timeline = self.path / "timeline.json"
         self.card = self.path / "README.md"
+        self.heartbeat = self.path / "heartbeat.json"
         self.manifest = self.path / "manifest.json"
         self._run = self.path / "run.json"
         self.parts = self.path / "parts"
@@ -125,6 +128,29 @@ class RunFolder:
         """When the run began here, in seconds since 1970, also if it was resumed since."""
         return int(json.loads(self._run.read_text("utf-8"))["created"])
 
+    def take(self) -> None:
+        """Make the folder, and lock it until `close`. Raises `Interrupted` if another run is at work here."""
+        if self._lock is not None:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.path / "lock")
+        if self._lock is None:
+            raise Interrupted(f"another run is at work in {self.path}; nothing was done: try again when it has ended")
+
+    @contextmanager
+    def taken_before_open(self) -> Iterator[None]:
+        """Take the folder for work before `open`. If that fails, what was made is removed, but no earlier run's."""
+        self.take()
+        try:
+            yield
+        except BaseException:
+            if not self.begun:
+                for name in BEFORE_A_RUN:
+                    (self.path / name).unlink(missing_ok=True)
+                with suppress(OSError):  # somebody else has put a file there
+                    self.path.rmdir()
+            raise
+
     def open(
         self, run: dict[str, Any], fingerprints: dict[str, str], num_rows: int, overwrite: bool, retry_errors: bool
     ) -> Done:
@@ -133,10 +159,7 @@ class RunFolder:
         `run` has all resolved settings, for `run.json`. With `overwrite`, the files of an earlier run are removed
         first. Raises `Refused` if the earlier run was of another job, and `Interrupted` if another run is at work here.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self.path / "lock")
-        if self._lock is None:
-            raise Interrupted(f"another run is at work in {self.path}; nothing was done: try again when it has ended")
+        self.take()
         self._fingerprints = fingerprints
         if overwrite:
             self._remove_all()

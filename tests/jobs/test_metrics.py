@@ -11,7 +11,6 @@ from prometheus_client import parser
 from stub_jobs import ENGINES, STUB, make_model, prompts, recount, spec, write
 
 from batchinfer.errors import EngineFailed, Interrupted, Refused, exit_code
-from batchinfer.jobs.collector import Results
 from batchinfer.jobs.job import run
 from batchinfer.jobs.metrics import Metrics
 from batchinfer.jobs.results.run_folder import RunFolder
@@ -78,13 +77,13 @@ def test_a_job_at_work_has_no_exit_code_yet(
     tmp_path: Path, job: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    begin = Metrics.begin
+    write = Metrics.write
 
-    def looked_at(self: Metrics, results: Results, total: int) -> None:
-        begin(self, results, total)
+    def looked_at(self: Metrics) -> None:
+        write(self)
         seen.append(read(tmp_path / "job.prom")[0])
 
-    monkeypatch.setattr(Metrics, "begin", looked_at)
+    monkeypatch.setattr(Metrics, "write", looked_at)
     run(job(prompts(5)), STUB)
     assert (seen[0]["running"], seen[0]["rows"], seen[0]["rows_done"]) == (1, 5, 0)
     assert not {"exit_code", "last_success_time_seconds"} & seen[0].keys()

@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from stub_jobs import ENGINES, make_model, prompts, spec, write
 
+from batchinfer.engine.config import EngineStats
 from batchinfer.jobs import progress
 from batchinfer.jobs.collector import Results
+from batchinfer.jobs.heartbeat import Heartbeat
 from batchinfer.jobs.job import run
 from batchinfer.jobs.log import printable, say
 from batchinfer.jobs.metrics import Metrics
 from batchinfer.jobs.progress import Progress
 from batchinfer.jobs.results.done import Done
 from batchinfer.jobs.results.run_folder import RunFolder
+from batchinfer.jobs.run_state import RunState
 from batchinfer.text.tokenizer import Tokenizer
 
 TOTAL = 100
@@ -50,9 +53,11 @@ def results(tmp_path: Path, model: Path) -> Results:
 def watched(tmp_path: Path, results: Results) -> tuple[Progress, Clock]:
     clock = Clock()
     job = spec(tmp_path, tmp_path / "in.parquet", metrics_textfile=tmp_path / "job.prom")
-    metrics = Metrics(job, RunFolder(job.output))
-    metrics.begin(results, TOTAL)
-    return Progress(results, TOTAL, metrics, clock), clock
+    folder, state = RunFolder(job.output), RunState(clock)
+    state.results, state.rows = results, TOTAL
+    metrics = Metrics(job, folder, state)
+    metrics.write()
+    return Progress(state, metrics, Heartbeat(folder, state)), clock
 
 
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -70,14 +75,17 @@ def test_a_line_each_minute_whether_anything_moved_or_not(
     said = []
     for second in range(601):
         clock.seconds = 1000.0 + second
+        if second == 90:
+            seen.enter("loading")
         if second == 150:
             seen.generating()
         if second == 200:
             results.by_reason["stop"] += 30
-            seen.update(1000)
+            seen.update(EngineStats(prompt_tokens=300, completion_tokens=700))
         seen.tick()
         said += [(second, line) for line in lines(capsys)]
     assert [second for second, _ in said] == list(range(60, 601, 60))
+    assert said[0] == (60, "batchinfer: reading: 20 of 100 rows")
     assert said[1] == (120, "batchinfer: loading: 20 of 100 rows")
     assert said[2] == (180, "batchinfer: generating: 20 of 100 rows, 0 tok/s, ? left")
     # 30 rows and 1,000 tokens in 90 s: 50 rows more take 150 s.
@@ -152,12 +160,12 @@ class Late(Slow):
 def test_a_job_is_heard_of_while_it_loads_generates_and_merges(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress, "HEARTBEAT_SECONDS", 1e-9)  # at every chance
+    monkeypatch.setattr(progress, "LINE_SECONDS", 1e-9)  # at every chance
     (tmp_path / "engines_of_this_test.py").write_text(ENGINES + LATE)
     monkeypatch.syspath_prepend(tmp_path)
     run(spec(model, write(tmp_path / "in.parquet", prompt=prompts(20))), "engines_of_this_test:Late")
     said = lines(capsys)
     phases = [found[1] for line in said if (found := re.match(r"batchinfer: (\w+): \d+ of 20 rows", line))]
-    assert list(dict.fromkeys(phases)) == ["loading", "generating", "merging"]
+    assert list(dict.fromkeys(phases)) == ["reading", "loading", "generating", "merging"]
     assert phases.count("loading") > 2
     assert said[-1] == "batchinfer: merging: 20 of 20 rows"
