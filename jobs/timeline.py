@@ -15,6 +15,7 @@ from pathlib import Path
 from batchinfer.engine.config import EngineStats
 from batchinfer.errors import Refused
 from batchinfer.jobs.log import say
+from batchinfer.jobs.results.durable import replace_unsynced
 
 SCHEMA_VERSION = 1
 MOST = 480  # samples in the file, about 40 KB
@@ -98,10 +99,8 @@ class Timeline:
             return
         self._written = self._clock()
         columns = {field.name: [getattr(sample, field.name) for sample in self.samples] for field in fields(Sample)}
-        aside = self._path.with_name(self._path.name + ".tmp")
         try:  # not synced: after a loss of power the figures may be gone, which costs nobody an answer
-            aside.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **columns}) + "\n", "utf-8")
-            aside.rename(self._path)
+            replace_unsynced(self._path, (json.dumps({"schema_version": SCHEMA_VERSION, **columns}) + "\n").encode())
         except OSError as error:
             if not self._complained:
                 say(f"{self._path} cannot be written: {error.strerror or error}; the job continues")
