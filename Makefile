@@ -117,6 +117,8 @@ quantize-demo: demo/prompts.parquet
 # The page of all flags, from their declarations.
 reference: $(VENV)/product.stamp
 	$(BIN)/python -m batchinfer.jobs.cli.reference > docs/flags.md
+	$(BIN)/python -m batchinfer.jobs.row_errors > docs/errors.md
+	$(BIN)/python -m batchinfer.jobs.report_schema > docs/report.schema.json
 
 recipes: $(VENV)/product.stamp
 	$(BIN)/batchinfer recipes

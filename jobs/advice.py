@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from batchinfer.jobs.amounts import in_seconds
 from batchinfer.jobs.report import Report
+from batchinfer.jobs.row_errors import ROW_ERRORS
 from batchinfer.kernels.cpu_library import REFERENCE
 
 LOADING = 0.4  # share of the wall time above which loading is said to limit a job
@@ -14,18 +15,6 @@ PADDED = 0.1  # share of the tokens computed that are padding, likewise
 PREEMPTED = 0.02  # preemptions a row, likewise
 FASTER = 0.9  # predicted time with other products, as a share, below which these are named
 MERGING = 0.2  # share of the wall time
-ERRORS = {
-    "too_long": "they are longer than --max-model-len allows, {max_model_len} tokens: give more if the model can take "
-    "it, or shorten the prompts",
-    "empty_prompt": "their prompts are empty: leave them out with --where",
-    "null_prompt": "their prompts are null: leave them out with --where",
-    "engine_died": "the engine died over each of them alone, twice: see worker.log in the run folder",
-    "not_finite": "the model computed no finite numbers for them: try --dtype float32, or no --quantization",
-    "bad_schema": "their JSON schemas are not valid or not supported: correct them, then give --retry-errors",
-    "bad_sampling_params": "their sampling params are not valid: correct them, then give --retry-errors",
-    "bad_labels": "their labels are not valid: correct them, then give --retry-errors",
-}
-"""What to do about rows with an error code; the fields in braces are settings of the engine."""
 
 
 def advice(report: Report) -> list[str]:
@@ -36,9 +25,8 @@ def advice(report: Report) -> list[str]:
 
 def _failures(report: Report) -> Iterator[str]:
     for code, count in report.rows_by_error.items():
-        if (remedy := ERRORS.get(code)) is not None:
-            settings = {"max_model_len": report.settings.get("max_model_len", "?")}
-            yield f"{_rows(count)} failed with {code}: {remedy.format(**settings)}."
+        if (kind := ROW_ERRORS.get(code)) is not None:
+            yield f"{_rows(count)} failed with {code}, because {kind.meaning}: {kind.remedy}."
 
 
 def _cut(report: Report) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """Describing what this machine offers to jobs, what is missing, and how to get it."""
 
 import os
+import platform
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from batchinfer.jobs.report import versions
 
 Line = tuple[str, str]
 
+PATH = re.compile(r"(?<![\w.])~?(/[^\s,;:'\"]+)+")
 LARGEST_ERROR = 0.15  # largest error of the fitted step times to trust; an idle machine has far less
 
 
@@ -50,7 +53,19 @@ def examine(device: str, calibrate: bool, path: str = "auto") -> str:
         *([] if missing is None else [("missing", missing)]),
     ]
     width = max(len(name) for name, _ in lines)
-    return "\n".join(printable(f"{name:<{width}}  {value}") for name, value in lines)
+    shown = [printable(f"{name:<{width}}  {value}") for name, value in lines]
+    return "\n".join([*shown, "", *_for_a_bug_report(lines)])
+
+
+def _for_a_bug_report(lines: list[Line]) -> Iterator[str]:
+    """Yield the lines as a block to paste, with the system and without paths; none of them names a machine."""
+    yield "To paste into a bug report; it has no paths and names neither the machine nor a person:"
+    yield "```"
+    libc = " ".join(platform.libc_ver())
+    system = f"{platform.system()} {platform.release()}, {platform.machine()}, {libc}"
+    for name, value in [("system", system), *lines]:
+        yield printable(f"{name}: {PATH.sub('(path)', value)}")
+    yield "```"
 
 
 def _memory() -> str:

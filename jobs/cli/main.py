@@ -31,7 +31,7 @@ from batchinfer.jobs.process.safe_errors import told, traced
 # pyarrow chooses its allocator when it is loaded. The system's frees large cells at once; pyarrow's default keeps them.
 os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None)
+app = typer.Typer(rich_markup_mode=None)
 for part in (run, score, plan, models, outputs, cron, ray):
     app.add_typer(part.app)
 app.add_typer(slurm.app, name="slurm")

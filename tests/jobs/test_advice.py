@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from reports import REPORT
 
-from batchinfer.jobs.advice import ERRORS, advice, at_ceilings
+from batchinfer.jobs.advice import advice, at_ceilings
 from batchinfer.jobs.forecast import Forecast
 from batchinfer.jobs.report import Report
+from batchinfer.jobs.row_errors import ROW_ERRORS
 from batchinfer.kernels.cpu_library import REFERENCE
 
 QUIET = replace(
@@ -35,7 +36,7 @@ def test_a_job_of_which_nothing_stands_out_has_no_advice() -> None:
 @pytest.mark.parametrize(
     ("report", "said"),
     [
-        (changed(rows_by_error={"too_long": 1}), "1 row failed with too_long: they are longer than --max-model-len"),
+        (changed(rows_by_error={"too_long": 1}), "1 row failed with too_long, because with what"),
         (changed(rows_by_finish_reason={"length": 60, "stop": 1140}), "60 rows (5 % of the good ones) ended at --max"),
         (changed(phases={**BUSY, "load": 70.0}, wall_seconds=170.0), "Loading the model took 0:01:10, 41 % of the"),
         (changed(phases={**BUSY, "tokenize": 85.0}), "Tokenizing took 0:01:25 beside 0:01:40 of generating"),
@@ -85,5 +86,6 @@ def test_shares_of_the_ceilings_are_those_of_the_figures() -> None:
 
 
 def test_every_remedy_is_a_sentence() -> None:
-    for code in ERRORS:
-        assert "{" not in advice(changed(rows_by_error={code: 2}))[0]
+    for code in ROW_ERRORS:
+        (said,) = advice(changed(rows_by_error={code: 2}))
+        assert said.startswith(f"2 rows failed with {code}, because ") and said.endswith(".")

@@ -1,9 +1,11 @@
 """`batchinfer doctor`, and the file of what it measured."""
 
 import json
+import platform
 import re
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from command_line import call
 from batchinfer.cost import calibrate, memory_speed
 from batchinfer.cost.step_cost import PRODUCTS, DeviceCost, StepCost
 from batchinfer.host import device
+from batchinfer.jobs import doctor
 from batchinfer.jobs.cli.main import main
 from batchinfer.jobs.plan import device_file
 from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost, write_device_cost
@@ -42,6 +45,11 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     out = capsys.readouterr()
     assert not ended.value.code, out.err
     return out.out
+
+
+def figures(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """The lines above the block to paste."""
+    return printed(capsys, *arguments).partition("\n\nTo paste")[0].splitlines()
 
 
 def test_what_is_measured_reads_back() -> None:
@@ -109,11 +117,11 @@ def test_the_machine_and_what_is_missing(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_path_of_the_kernels_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = told(printed(capsys, "--device", "cpu"))
+    lines = told(figures(capsys, "--device", "cpu"))
     assert ("CPU path", cpu_path()) in lines
     if cpu_path() != "reference":
         assert "C compiler" not in str(lines) and "VNNI" not in str(lines)
-    lines = told(printed(capsys, "--device", "cpu", "--cpu-path", "reference"))
+    lines = told(figures(capsys, "--device", "cpu", "--cpu-path", "reference"))
     assert ("CPU path", "reference") in lines
 
 
@@ -122,14 +130,14 @@ def test_what_keeps_kernels_in_c_from_running_is_missing(
 ) -> None:
     monkeypatch.setattr(cpu_library, "FOLDER", tmp_path)
     monkeypatch.setattr(linear_w8a8, "saturates", lambda: True)
-    lines = told(printed(capsys, "--device", "cpu"))
+    lines = told(figures(capsys, "--device", "cpu"))
     assert ("CPU path", "reference") in lines and ("missing", why_reference()) in lines
     assert "not built: install a C compiler" in why_reference()
     assert [text for name, text in lines if name == "missing" and "VNNI" in text]
 
 
-def told(out: str) -> list[tuple[str, ...]]:
-    return [tuple(re.split(r"\s{2,}", line, maxsplit=1)) for line in out.splitlines()]
+def told(lines: list[str]) -> list[tuple[str, ...]]:
+    return [tuple(re.split(r"\s{2,}", line, maxsplit=1)) for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +162,7 @@ def test_figures_are_kept_from_commit_to_commit_and_measured_again_for_a_release
 def test_a_fit_that_is_far_off_is_doubted(capsys: pytest.CaptureFixture[str]) -> None:
     steps = COST.steps | {"bfloat16": StepCost({"step": 1e-3}, 0.4)}
     write_device_cost(DeviceKey.of("cpu"), replace(COST, steps=steps))
-    lines = printed(capsys, "--device", "cpu").splitlines()
+    lines = figures(capsys, "--device", "cpu")
     assert [line.split()[0] for line in lines if "measure again" in line] == ["bfloat16"]
 
 
@@ -193,3 +201,25 @@ def test_measuring_keeps_what_it_finds(capsys: pytest.CaptureFixture[str], monke
     assert sum(seconds.values()) > 0 and cost.start_seconds > 0
     assert "w8a8-int8 products" in out and str(key.path) in out
     assert json.loads(key.path.read_text())["measured_on"]["batchinfer"]
+
+
+def test_the_block_for_a_bug_report_names_neither_paths_nor_the_machine(
+    capsys: pytest.CaptureFixture[str], cache: Path
+) -> None:
+    write_device_cost(DeviceKey.of("cpu"), COST)
+    shown, _, block = printed(capsys, "--device", "cpu").partition("To paste into a bug report")
+    assert str(cache) in shown and str(cache) not in block and "measured: (path)" in block
+    assert all(line.split()[0] in block for line in shown.splitlines() if line)
+    assert f"torch: {version('torch')}" in block and str(Path.home()) not in block
+    assert platform.node() not in block.replace(platform.release(), "")
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("/home/a/b c", "(path) c"), ("~/x.json", "(path)"), ("15 GB/s", "15 GB/s"), ("x: /a, /b", "x: (path), (path)"),
+        ("w8a8/w4a8", "w8a8/w4a8"), ("in '/a/b'", "in '(path)'"),
+    ],
+)  # fmt: skip
+def test_paths_are_left_out(value: str, shown: str) -> None:
+    assert doctor.PATH.sub("(path)", value) == shown

@@ -31,7 +31,7 @@ FULL = replace(
 
 
 def test_the_published_schema_is_that_of_the_code() -> None:
-    """After a change: python -m batchinfer.jobs.report_schema > docs/report.schema.json"""
+    """After a change: make reference"""
     assert json.loads(PUBLISHED.read_text("utf-8")) == report_schema()
     jsonschema.Draft202012Validator.check_schema(report_schema())
 

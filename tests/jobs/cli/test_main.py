@@ -1,6 +1,7 @@
 """The command line as its users meet it: exit codes, one line an error, the job file, no torch in the parent."""
 
 import json
+import os
 import subprocess
 import sys
 from functools import partial
@@ -363,3 +364,15 @@ def test_bench_with_the_stub_and_without_torch(tmp_path: Path) -> None:
     assert (values["input_tokens"], values["output_tokens"]) == (1000, 400)
     assert values["requests_per_second"] > 0
     assert values["report"]["rows_ok"] == 50
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("batchinfer ru", "run"), ("batchinfer run --quant", "--quantization"), ("batchinfer sl", "slurm")],
+)
+def test_the_shell_completes_commands_and_flags(words: str, offered: str) -> None:
+    asked = {"_BATCHINFER_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    done = subprocess.run(
+        [sys.executable, "-m", "batchinfer"], env={**os.environ, **asked}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == [offered]
