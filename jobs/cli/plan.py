@@ -36,6 +36,29 @@ def plan(
 
 
 @app.command(cls=SectionedCommand)
+@takes()
+def init(
+    inputs: Annotated[
+        list[Path], typer.Argument(metavar="TABLE...", help="Files of the table, or folders of such files.")
+    ],
+    output: Annotated[Path, Flag("Write the job file here.", metavar="FILE.toml", short="-o")] = Path("job.toml"),
+    overwrite: Annotated[bool, Flag("Replace an earlier job file.")] = False,
+) -> None:
+    """Write a job file for a table, with comments, from what the table holds and which models are here."""
+    from batchinfer.errors import Refused, UsageError
+    from batchinfer.jobs import outlook as planning
+    from batchinfer.jobs.init import add_plan, write_job_file
+
+    if write_job_file(inputs, output, overwrite):
+        try:
+            add_plan(output, planning.plan(job_of(["--config", str(output)], output=planning.NOWHERE)))
+        except (Refused, UsageError) as error:
+            add_plan(output, str(error))
+    print(f"{output} is written. Read it and change what is wrong, then:")
+    print(f"  batchinfer plan --config {output}\n  batchinfer run --config {output}")
+
+
+@app.command(cls=SectionedCommand)
 @takes("device", "cpu_path")
 def doctor(
     device: str,
