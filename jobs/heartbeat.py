@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass
+from errno import ESTALE
 from pathlib import Path
 from time import time
 from types import TracebackType
@@ -17,6 +18,7 @@ from batchinfer.jobs.run_state import RunState, peaks
 
 SCHEMA_VERSION = 1
 BEAT_SECONDS = 2.0
+STALE_READS = 3
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def read_beat(path: Path) -> Beat | None:
     Raises `Refused` if the file is damaged or has another schema version, and `OSError` if it cannot be read.
     """
     try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
+        values: dict[str, Any] = json.loads(_read(path))
         version = values["schema_version"]
         if version != SCHEMA_VERSION:
             raise Refused(f"{path} has schema_version {version}; this batchinfer reads only {SCHEMA_VERSION}")
@@ -148,3 +150,14 @@ def read_beat(path: Path) -> Beat | None:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise Refused(f"{path} is damaged ({type(error).__name__})") from error
+
+
+def _read(path: Path) -> bytes:
+    """Read a file. Over NFS it is stale if it was replaced since it was opened: then it is opened again."""
+    for _ in range(STALE_READS):
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno != ESTALE:
+                raise
+    return path.read_bytes()

@@ -95,6 +95,7 @@ def _run(
         "versions": versions(),
         "created": int(time.time()),
     }
+    reuse = Reuse.of(spec.reuse, digests, fields_of(spec))
     state.rows = table.num_rows
     progress = Progress(state, metrics, heartbeat)
 
@@ -105,7 +106,6 @@ def _run(
             heartbeat.begin("canary")
             canary = run_canary(comparison, interruption, progress.tick)
 
-    reuse = Reuse.of(spec.reuse, digests, fields_of(spec))
     done = folder.open(resolved, digests, table.num_rows, spec.overwrite, spec.retry_errors)
     results = Results(spec, job.tokenizer, folder, done)
     state.results = results

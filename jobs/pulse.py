@@ -9,7 +9,6 @@ from batchinfer.jobs.heartbeat import Beat
 LATE_BEATS = 15  # a heartbeat that is older than so many beats is late
 PATIENCE_BEATS = 5  # so many are waited for where the clocks may differ
 LOOK_SECONDS = 0.5  # between two looks meanwhile
-GOES_ON, STANDS_STILL = "its heartbeat goes on", "its heartbeat stands still"
 
 
 @dataclass(frozen=True)
@@ -49,13 +48,13 @@ class Pulse:
             return beat, Life(runs, max(age, 0.0), f"{where} {'runs' if runs else 'is gone'}")
         limit = LATE_BEATS * beat.beat_seconds
         if self._last is None:
-            self._last, self._heard = _name(beat), self._clock() - age
+            self._last, self._heard = _name(beat), self._clock() - max(age, 0.0)
             if not 0 <= age <= limit:
                 return self._watched(read, beat, age)
         elif _name(beat) != self._last:
             self._last, self._heard = _name(beat), self._clock()
         silent = self._clock() - self._heard
-        return beat, Life(True, silent, GOES_ON) if silent <= limit else Life(False, silent, STANDS_STILL)
+        return beat, _by_beat(beat, silent <= limit, silent)
 
     def _watched(self, read: Callable[[], Beat], beat: Beat, age: float) -> tuple[Beat, Life]:
         """Look for another beat. `age` is that of this one by a clock that may differ from the job's."""
@@ -64,10 +63,13 @@ class Pulse:
             self._sleep(LOOK_SECONDS)
             newer = read()
             if _name(newer) != self._last:
-                self._last, self._heard = _name(newer), self._clock()
-                return newer, Life(True, 0.0, GOES_ON)
-        self._heard = self._clock() - max(age, watched, LATE_BEATS * beat.beat_seconds)
-        return beat, Life(False, max(age, watched), STANDS_STILL)
+                return newer, _by_beat(newer, True, 0.0)
+        return beat, _by_beat(beat, False, max(age, watched))
+
+
+def _by_beat(beat: Beat, alive: bool, silent: float) -> Life:
+    whose = f"the heartbeat of process {beat.process.pid} on {beat.process.host}"
+    return Life(alive, silent, f"{whose} {'goes on' if alive else 'stands still'}")
 
 
 def _name(beat: Beat) -> tuple[object, ...]:

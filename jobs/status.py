@@ -53,7 +53,7 @@ class Status:
     def text(self) -> str:
         """Return the status as aligned lines."""
         lines = [("output", self.output), ("state", f"{self.state}: {self.reason}")]
-        if self.state == "running" and self.phase is not None:
+        if self.state != "complete" and self.phase is not None:
             lines.append(("phase", self.phase))
         if self.rows_done is not None and self.rows is not None:
             share = f" ({100 * self.rows_done / self.rows:.1f} %)" if self.rows else ""
@@ -123,11 +123,11 @@ def read_status(output: Path, pulse: Pulse) -> Status:
     if beat.exit_code is not None:
         return _ended(file, beat)
     first = beat
-    beat, life = pulse.judge(lambda: read_beat(folder.heartbeat) or first)
+    beat, life = pulse.judge(lambda: _beat_or_none(folder) or first)
     if beat.exit_code is not None:  # meanwhile
         return _ended(file, beat)
     if not life.alive and beat.phase == "merging" and folder.report.exists() and is_there(file):
-        return _complete(file)  # killed between the last rename and the last beat
+        return _complete(file, None)  # killed between the last rename and the last beat
     return _at_work(file, beat, life)
 
 
@@ -160,25 +160,26 @@ def _refuse_unbegun(output: Path, folder: RunFolder) -> None:
 
 def _without_beat(file: Path, folder: RunFolder, reason: str) -> Status:
     if folder.report.exists() and is_there(file):
-        return _complete(file)
+        return _complete(file, None)
     return Status(str(file), "unknown", f"{reason}; if it does not run, {GOES_ON}")
 
 
 def _ended(file: Path, beat: Beat) -> Status:
-    if beat.phase == "done":
+    if beat.phase != "done":
+        earlier = f"; {file} is there, from an earlier run" if is_there(file) else ""
+        return _of_beat(file, beat, "stopped", f"{beat.error}; exit code {beat.exit_code}{earlier}", ended=beat.written)
+    if is_there(file):
         return _complete(file, beat)
-    reason = f"{beat.error}; exit code {beat.exit_code}"
-    return _of_beat(file, beat, "stopped", reason, ended=beat.written)
+    gone = f"it was complete, and {file} is there no more; the same command writes it again"
+    return _of_beat(file, beat, "stopped", gone, ended=beat.written)
 
 
 def _at_work(file: Path, beat: Beat, life: Life) -> Status:
     if life.alive:
         ago = f"; last beat {_time(life.silent)} ago" if life.silent >= 1.5 * beat.beat_seconds else ""
         return _of_beat(file, beat, "running", f"{life.reason}{ago}", silent=life.silent)
-    where = f"{life.reason}; it was {beat.phase} on {beat.process.host}"
-    return _of_beat(
-        file, beat, "dead", f"no sign of life for {_time(life.silent)}: {where}; {GOES_ON}", silent=life.silent
-    )
+    reason = f"no sign of life for {_time(life.silent)}: {life.reason}; {GOES_ON}"
+    return _of_beat(file, beat, "dead", reason, silent=life.silent)
 
 
 def _of_beat(
@@ -209,9 +210,13 @@ def _of_beat(
     )
 
 
-def _complete(file: Path, beat: Beat | None = None) -> Status:
-    """Return the status of a job that is complete, from its report."""
-    report: Report = read_report(file)
+def _complete(file: Path, beat: Beat | None) -> Status:
+    """Return the status of a job that is complete, from its report if that can be read."""
+    try:
+        report: Report = read_report(file)
+    except Refused as error:
+        known = Status(str(file), "complete", str(error))
+        return known if beat is None else _of_beat(file, beat, "complete", str(error), ended=beat.written)
     failed = "" if beat is None or beat.error is None else f"; {beat.error}, exit code {beat.exit_code}"
     return Status(
         output=str(file),

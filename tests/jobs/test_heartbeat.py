@@ -1,5 +1,6 @@
 """The heartbeat of a job: what it says in each phase, and what it leaves behind."""
 
+import errno
 import json
 import os
 import time
@@ -159,11 +160,11 @@ def test_every_row_failed_is_a_failure(tmp_path: Path, job: Callable[..., JobSpe
 
 
 def test_a_run_that_is_refused_or_has_nothing_to_do_writes_none(
-    tmp_path: Path, job: Callable[..., JobSpec], engine: Callable[[str], str]
+    tmp_path: Path, job: Callable[..., JobSpec], engine: Callable[[str], str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(Refused):
         run(job(["a"]), engine("refuse"))
-    assert not (tmp_path / "out.run").exists()
+    assert not (tmp_path / "out.run").exists() and "heartbeat" not in capsys.readouterr().err
     run(job(["a"]), STUB)
     before = (tmp_path / "out.run" / "heartbeat.json").read_bytes()
     run(job(["a"]), engine("refuse"))  # complete already
@@ -219,3 +220,23 @@ def test_a_damaged_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
         read_beat(path)
     path.unlink()
     assert read_beat(path) is None
+
+
+def test_a_file_that_was_replaced_while_it_was_opened_over_nfs_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "heartbeat.json"
+    path.write_text('{"schema_version": 2}')
+    read, fails = Path.read_bytes, [OSError(errno.ESTALE, "Stale file handle")] * 2
+
+    def stale(self: Path) -> bytes:
+        if fails:
+            raise fails.pop()
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    with pytest.raises(Refused, match="has schema_version 2"):
+        read_beat(path)
+    fails += [OSError(errno.ESTALE, "Stale file handle")] * 9
+    with pytest.raises(OSError, match="Stale"):
+        read_beat(path)
