@@ -130,6 +130,14 @@ class JobFlags:
     prompt_template: Annotated[
         str | None, Flag("Make each prompt from columns, as in 'Summarize: {title}'.", "Prompt", "TEMPLATE")
     ] = None
+    reorder_fields: Annotated[
+        bool,
+        Flag(
+            "Put the lines of --prompt-template that hold columns into the order in which prompts begin alike for "
+            "longest; the report says which. Lines change places with those next to them only.",
+            "Prompt",
+        ),
+    ] = False
     messages_column: Annotated[
         str | None,
         Flag("Take each chat from this column, as a list of messages {role, content}.", "Prompt", "COLUMN"),

@@ -114,6 +114,7 @@ def _run_of(spec: JobSpec, job: Preflight, part: Path, until: float | None) -> J
         where=None,
         limit=None,
         output=part,
+        prompt_template=job.spec.prompt_template,  # all runs have its fields in one order
         columns=tuple(job.kept),
         time_limit=left,
     )
@@ -121,11 +122,11 @@ def _run_of(spec: JobSpec, job: Preflight, part: Path, until: float | None) -> J
 
 def _refuse_another_job(output: Path, job: Preflight) -> None:
     folder = run_folder(output)
-    file = folder / "growth.json"
+    file = RunFolder(output).growth
     types = {name: str(job.table.schema.field(name).type) for name in _columns(job)}
     now = {"fingerprints": job.fingerprints, "types": types}
     if not incremental_files(output):
-        write_json(file, now)
+        write_json(file, {**now, "prompt_template": job.spec.prompt_template})
         return
     try:
         before = json.loads(file.read_text("utf-8"))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from batchinfer.cost.cost_model import CostModel, Requests
 from batchinfer.cost.step_cost import KV_CACHES, PRODUCTS, DeviceCost
 from batchinfer.engine.config import KV_CACHE_BYTES, EngineConfig
+from batchinfer.jobs.advised_order import AdvisedOrder, advised_order
 from batchinfer.jobs.amounts import in_bytes, in_seconds, most_frequent
 from batchinfer.jobs.job_columns import fields_of
 from batchinfer.jobs.log import printable
@@ -85,6 +86,7 @@ class Outlook:
     candidates: list[Candidate]  # fastest first
     # Rows side by side -> least useful acceptance rate of drafts; None: they never pay
     drafts_pay: dict[str, float | None]
+    field_order: AdvisedOrder | None  # of the prompt template, if another one shares notably more
     notes: list[str]
 
     def json(self) -> dict[str, Any]:
@@ -117,6 +119,7 @@ class Outlook:
             ("  tokens: steps", most_frequent(self.step_sizes)),
             ("operations", f"{self.operations:.3g} with all new tokens; KV read {in_bytes(self.kv_bytes_read)}"),
             *self._times(),
+            *([("field order", str(self.field_order))] if self.field_order is not None else []),
             *[("note", note) for note in self.notes],
         ]
         wide = max(len(name) for name, _ in lines)
@@ -180,6 +183,7 @@ def plan(spec: JobSpec) -> Outlook:
     if spec.incremental:
         notes.append("the plan is for all rows, including those that earlier runs have done")
     simulated = Job(shape, job.config) if windows.figures.rows else None
+    advised = None if done.any() or windows.rows_reused else advised_order(job, windows.figures)
     prediction, candidates, drafts_pay = None, [], {}
     if simulated is not None and cost is not None:
         candidates = _candidates(simulated, job.config, cost)
@@ -188,6 +192,10 @@ def plan(spec: JobSpec) -> Outlook:
             side_by_side = min(job.config.max_num_seqs, simulated.shape.rows)
             few = [rows for rows in (1, 4, 16, 64, 256) if rows < side_by_side]
             drafts_pay = {str(n): simulated.drafts_pay(n, cost, setting) for n in [*few, side_by_side]}
+            if advised is not None:
+                more = replace(shape, shared_tokens=shape.shared_tokens + advised.shared_tokens)
+                sooner = Job(more, job.config).predict(cost, setting)
+                advised = replace(advised, seconds=prediction.generate_seconds - sooner.generate_seconds)
         else:
             notes.append(
                 f"{setting.products} with keys and values in {setting.kv_cache} was not measured on this device, so "
@@ -208,6 +216,7 @@ def plan(spec: JobSpec) -> Outlook:
         prediction=prediction,
         candidates=candidates,
         drafts_pay=drafts_pay,
+        field_order=advised,
         notes=notes,
         **_lengths(windows.figures),
         **_demands(simulated, windows.figures, job.config, setting),

@@ -16,6 +16,7 @@ from batchinfer.engine.sampling_texts import in_token_ids, refuse_unknown_ids
 from batchinfer.errors import Refused, UsageError
 from batchinfer.host.device import MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, device_of, products_of, refuse_old_gpu
 from batchinfer.jobs.answer_parsers import with_parsers
+from batchinfer.jobs.field_reordering import with_field_order
 from batchinfer.jobs.fingerprints import fingerprints
 from batchinfer.jobs.given_in_vain import given_in_vain
 from batchinfer.jobs.job_columns import fields_of
@@ -110,9 +111,10 @@ def preflight(spec: JobSpec, prompts: PromptsFactory = PromptSource) -> Prefligh
     before = spec
     spec, parsers = with_parsers(spec, templates, tokenizer)
     _refuse_clash(spec, before, kept)
+    spec, ordered = with_field_order(spec, whole)
     source = _source(spec, tokenizer, config.max_model_len, table, whole, prompts)
     vain = given_in_vain(spec, templates, table)
-    notes = [*whole.notes, *selection.note(whole), *lines, *notes_about(spec, moment), *vain, *parsers]
+    notes = [*whole.notes, *selection.note(whole), *lines, *notes_about(spec, moment), *vain, *parsers, *ordered]
     for note in (*shape.notes, *notes):
         say(note)
     # An incremental job's input may change. Its runs read the new rows from a file in which they were set aside.

@@ -22,6 +22,7 @@ OF_TABLES = (
     *("id_column", "csv_delimiter", "csv_encoding", "where", "prompt_column", "prompt_template", "messages_column"),
     *("chat", "tools", "tools_column", "chat_template_kwargs_column", "choices", "choices_column", "columns"),
     *("choice_probabilities", "json_schema_column", "sampling_params_column", "output_columns", "incremental"),
+    "reorder_fields",
 )
 URL = re.compile("[A-Za-z][A-Za-z0-9+.-]*:/")
 
@@ -141,6 +142,10 @@ def _check_prompt_source(job: JobSpec) -> None:
     given = [flag for flag, value in sources.items() if value is not None]
     if len(given) != 1:
         raise UsageError(f"give one of {', '.join(sources)}; got {' and '.join(given) or 'none'}")
+    if job.reorder_fields and job.prompt_template is None:
+        raise UsageError(
+            f"--reorder-fields orders the lines of --prompt-template, and prompts come from {given[0]}; leave it out"
+        )
     if job.text_column is not None and job.completion_column is not None:
         raise UsageError("--completion-column has texts behind a prompt, and --text-column whole ones; leave one out")
     if job.text_column is not None and job.renders_chats:

@@ -87,6 +87,7 @@ class RunFolder:
         self.heartbeat = self.path / "heartbeat.json"
         self.manifest = self.path / "manifest.json"
         self._run = self.path / "run.json"
+        self.growth = self.path / "growth.json"  # what all runs of an incremental job have in common
         self.parts = self.path / "parts"
         self.temporary = self.path / "tmp"  # for files that are being written; emptied when a run begins
         self._listed: list[Part] = []
@@ -122,6 +123,19 @@ class RunFolder:
             return datetime.fromisoformat(json.loads(self._run.read_text("utf-8"))["fingerprints"]["template_date"])
         except (OSError, ValueError, TypeError, KeyError):  # `open` refuses a damaged file
             return None
+
+    @property
+    def prompt_template(self) -> str | None:
+        """The prompt template of the run that began here, as it was run, or of the runs of an incremental job; None if
+        there is none."""
+        for file in (self._run, self.growth):
+            try:
+                found = json.loads(file.read_text("utf-8"))
+                template = (found["spec"] if file == self._run else found)["prompt_template"]
+            except (OSError, ValueError, TypeError, KeyError):  # a damaged file is refused where it is needed
+                continue
+            return template if isinstance(template, str) else None
+        return None
 
     @property
     def created(self) -> int:

@@ -68,9 +68,7 @@ class PromptSource:
         file = spec.inputs[0]
         if spec.prompt_template is not None:
             self._template = parse_template(spec.prompt_template)
-            names = [name for _, name in self._template if name is not None]
-            check_types(file, schema, names, _is_scalar, "text, a number, a boolean or a date")
-            _check_zones(file, schema, names)
+            names = template_columns(spec.prompt_template, file, schema)
         elif spec.messages_column is not None:
             names = [spec.messages_column]
             check_messages_column(file, schema, spec.messages_column)
@@ -115,7 +113,8 @@ class PromptSource:
             }
             indices, token_ids, offsets = self._encode(chats, batch, errors)
         else:
-            column = self._templated(batch, errors) if self._spec.prompt_template else self._plain(batch, errors)
+            templated = self._spec.prompt_template is not None
+            column = rendered(self._template, batch, errors) if templated else self._plain(batch, errors)
             indices, texts = good_texts(column, errors)
             if self._spec.chat:
                 chats = {
@@ -152,14 +151,6 @@ class PromptSource:
         for index in indices_not_text(batch, name):
             errors[index] = RowError("wrong_type", f"column {name!r} holds a value that is not text")
         return text_column(batch, name, errors)
-
-    def _templated(self, batch: pa.RecordBatch, errors: Errors) -> pa.Array:
-        parts: list[Any] = []
-        for literal, name in self._template:
-            parts.append(pa.scalar(literal, pa.large_string()))
-            if name is not None:
-                parts.append(text_column(batch, name, errors))
-        return pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string()))
 
     def _encode(
         self, chats: dict[int, Conversation], batch: pa.RecordBatch, errors: Errors
@@ -208,6 +199,25 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
     if all(name is None for _, name, _, _ in parts):
         raise UsageError("--prompt-template names no column; write '{column}' where a row's text belongs")
     return [(literal, name) for literal, name, _, _ in parts]
+
+
+def template_columns(template: str, file: Path, schema: pa.Schema) -> list[str]:
+    """Return the names in a template's braces, in its order. Raises `Refused`, naming file and column, if a column is
+    missing or its type does not fit, and `UsageError` as `parse_template` does."""
+    names = [name for _, name in parse_template(template) if name is not None]
+    check_types(file, schema, names, _is_scalar, "text, a number, a boolean or a date")
+    _check_zones(file, schema, names)
+    return names
+
+
+def rendered(template: list[tuple[str, str | None]], batch: pa.RecordBatch, errors: Errors) -> pa.Array:
+    """Return the text that a parsed template makes of each row, null for rows with an error. Adds new errors."""
+    parts: list[Any] = []
+    for literal, name in template:
+        parts.append(pa.scalar(literal, pa.large_string()))
+        if name is not None:
+            parts.append(text_column(batch, name, errors))
+    return pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string()))
 
 
 def _check_zones(file: Path, schema: pa.Schema, names: list[str]) -> None:
