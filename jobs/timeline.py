@@ -64,13 +64,14 @@ class Timeline:
         except Refused as error:
             self.notes.append(f"{error}; the figures over time begin with this run")
         self._last: float | None = None  # when the last sample ended
-        self._written = float("-inf")
+        self._written = 0.0
         self._complained = False
 
     def begin(self, rows: int) -> None:
         """Note that generating begins, with `rows` done before. For an engine that replaces the first, do nothing."""
         if self._last is None:
-            self._last, self._rows, self._stats = self._clock(), rows, EngineStats()
+            self._last = self._written = self._clock()
+            self._rows, self._stats = rows, EngineStats()
 
     def add(self, rows: int, stats: EngineStats) -> None:
         """Take a sample: the number of rows that have ended, and the statistics of the engine, since the beginning."""

@@ -178,7 +178,7 @@ def test_the_report_has_what_was_to_be_expected(model: Path, table: Path, tmp_pa
     write_device_cost(DeviceKey.of("cpu", "reference"), cost_of(model))
     report = run(replace(job, overwrite=True))
     seconds = pytest.approx(1e-3 * (64 + 19 * 8))
-    assert report.predicted == Forecast(seconds, seconds, seconds, seconds)  # type: ignore[arg-type]
+    assert report.predicted == Forecast(seconds, seconds, seconds, seconds, seconds)  # type: ignore[arg-type]
     assert read_report(job.output) == report
 
 
