@@ -178,7 +178,9 @@ def test_the_report_has_what_was_to_be_expected(model: Path, table: Path, tmp_pa
     write_device_cost(DeviceKey.of("cpu", "reference"), cost_of(model))
     report = run(replace(job, overwrite=True))
     seconds = pytest.approx(1e-3 * (64 + 19 * 8))
-    assert report.predicted == Forecast(seconds, seconds, seconds, seconds, seconds)  # type: ignore[arg-type]
+    half = pytest.approx(5e-4 * (64 + 19 * 8))
+    others = {"w8a8-int8": half, "w4a8": half}
+    assert report.predicted == Forecast(*[seconds] * 5, others)  # type: ignore[arg-type]
     assert read_report(job.output) == report
 
 
