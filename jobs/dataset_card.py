@@ -8,8 +8,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub import DatasetCardData
-
 from batchinfer import __version__
 from batchinfer.jobs.report import Report
 from batchinfer.jobs.spec import JobSpec
@@ -20,6 +18,8 @@ SAMPLED = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "n")
 
 def dataset_card(spec: JobSpec, report: Report, model: Path) -> str:
     """Return the card of a job's output; `model` is the folder or file of the checkpoint that ran."""
+    from huggingface_hub import DatasetCardData  # loads PyYAML, which other jobs have no use for
+
     data = DatasetCardData(
         pretty_name=spec.output.name,
         size_categories=[_size(report.rows)],

@@ -50,6 +50,7 @@ WRITTEN: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "canary_reference": ("other", "other", {"canary": 1}),
     "template_date": ("2026-11-28T09:30", datetime(2026, 11, 28, 9, 30), {}),
     "incremental": (True, True, {"id_column": "id"}),
+    "reorder_fields": (True, True, {"prompt_template": "{a}"}),
     "resume": (False, False, {}),
     "inputs": ("other.parquet", (Path("other.parquet"),), {}),
     "reuse": ("other.parquet", (Path("other.parquet"),), {}),

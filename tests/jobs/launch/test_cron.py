@@ -348,11 +348,15 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int, bytes]]:
-    """All in it, but the log that both write."""
+    """All in it, but the log that both write, and the heartbeat of the job at work, which its folder's time shows."""
     return {
-        path: (path.stat().st_ino, path.stat().st_mtime_ns, b"" if path.is_dir() else path.read_bytes())
+        path: (
+            path.stat().st_ino,
+            0 if path.is_dir() else path.stat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else b"",
+        )
         for path in folder.rglob("*")
-        if path.name != "out.log"
+        if path.name not in ("out.log", "heartbeat.json", "heartbeat.json.tmp")
     }
 
 
