@@ -25,7 +25,7 @@ Piece = tuple[int, int | None]
 """Bytes of a text that all rows have, and the index of the field behind it; None if there is none."""
 
 EXACT_LINES = 6  # of more lines only some sets are looked at: each further line would double them
-WIDTH = 6
+SPLITS = 400  # of more lines: width times lines squared, twice the groups that are split
 BITS = MOST_ROWS.bit_length() - 1
 
 
@@ -95,14 +95,15 @@ class _Start:
 
 
 def best_order(
-    lines: Sequence[Sequence[Piece]], values: FieldValues, before: Sequence[int] = (), width: int = WIDTH
+    lines: Sequence[Sequence[Piece]], values: FieldValues, before: Sequence[int] = (), width: int | None = None
 ) -> list[int]:
     """Return the order of lines, as indices, in which rows share most behind the fields `before` them.
 
     Orders grow line by line. Of those with the same lines the best one is kept: so the result is exact for up to
     `EXACT_LINES`, and of equally good orders it is the first one, which leaves lines where they are. Of more lines, the
-    `width` sets are kept that would share most if no further line parted any rows.
+    `width` sets are kept that would share most if no further line parted any rows, fewer the more lines there are.
     """
+    width = width or max(1, SPLITS // max(len(lines), 1) ** 2)
     shares = _Shares(values)
     starts = [_Start((), 0, *shares.follow(0, Groups.whole(values.rows), before))]
     sizes = [shares.size(line) for line in lines]
@@ -176,9 +177,3 @@ class _Shares:
 def _new(line: Sequence[Piece], fields: int) -> list[int]:
     """Return the line's fields that are not among these, in its order."""
     return list(dict.fromkeys(index for _, index in line if index is not None and not fields >> index & 1))
-
-
-def _with(fields: int, line: Sequence[Piece]) -> int:
-    for _, index in line:
-        fields |= 0 if index is None else 1 << index
-    return fields
