@@ -42,7 +42,7 @@ def _limit(report: Report) -> Iterator[str]:
     """Say what took the time: loading, tokenizing, or a ceiling of the device."""
     if not report.steps:
         return
-    load, busy = report.phases["load"], report.phases["prefill"] + report.phases["decode"]
+    load = report.phases["load"]
     if load > LOADING * report.wall_seconds:
         yield (
             f"Loading the model took {in_seconds(load)}, {_percent(load / report.wall_seconds)} of the wall time: one "
@@ -65,7 +65,7 @@ def _limit(report: Report) -> Iterator[str]:
             f"The memory limited this job: reading the weights once in each step took {_percent(nbytes)} of the rate "
             f"that copying reached. Weights in fewer bits would help{_more_rows(report)}."
         )
-    elif busy > 0 and report.peak_bytes_per_second:
+    elif report.engine_seconds > 0 and report.peak_bytes_per_second:
         yield (
             f"Neither the arithmetic of the device ({_percent(operations)} of it) nor its memory "
             f"({_percent(nbytes)}) limited this job: the rest of a step's time goes to attention, sampling and the "
@@ -126,14 +126,9 @@ def _kernels(report: Report) -> Iterator[str]:
 
 
 def at_ceilings(report: Report) -> tuple[float, float]:
-    """Return the shares of the device's operations and bytes a second that the steps reached; 0 if not measured.
-
-    The bytes are those of the weights, which each step reads once, and of keys and values where they were counted.
-    """
-    busy = report.phases["prefill"] + report.phases["decode"]
-    nbytes = report.steps * report.weight_bytes + report.kv_bytes_read
-    ceiling = report.peak_bytes_per_second * busy
-    return (report.percent_of_peak or 0.0) / 100, nbytes / ceiling if ceiling > 0 else 0.0
+    """Return the shares of the device's operations and bytes a second that the steps reached; 0 if not measured."""
+    ceiling = report.peak_bytes_per_second * report.engine_seconds
+    return (report.percent_of_peak or 0.0) / 100, report.bytes_read / ceiling if ceiling > 0 else 0.0
 
 
 def _more_rows(report: Report) -> str:

@@ -46,33 +46,21 @@ def lines_over_time(title: str, seconds: Sequence[float], curves: Sequence[Curve
     return svg(WIDTH, HEIGHT, parts(), title)
 
 
-def bars_beside_names(title: str, values: Mapping[str, float], shown: Mapping[str, str]) -> str:
-    """Draw a bar for each value beside its name, with the text that `shown` has of it behind the bar."""
-    most, gap = max([*values.values(), 1e-12]), 24
+def bars_beside_names(title: str, values: Mapping[str, Sequence[float]], shown: Callable[[float], str]) -> str:
+    """Draw a bar for each of one or two values beside their name, one above the other, with their texts."""
+    most = max([*(value for some in values.values() for value in some), 1e-12])
+    bars = max([len(some) for some in values.values()], default=1)
+    thick, gap = (16, 24) if bars == 1 else (12, 36)
     names_end, bars_end = 108, 270
 
     def parts() -> Iterator[str]:
-        for i, (name, value) in enumerate(values.items()):
-            y, width = 6 + gap * i, max(1.0, value / most * (bars_end - names_end))
-            yield text(names_end - 8, y + 12, name, INK, anchor="end")
-            yield f'<rect x="{names_end}" y="{y}" width="{width:.1f}" height="16" fill="{FIRST}"/>'
-            yield text(names_end + width + 6, y + 12, shown[name], FAINT)
-
-    return svg(WIDTH, 8 + gap * len(values), parts(), title)
-
-
-def bars_in_pairs(title: str, values: Mapping[str, tuple[float, float]], shown: Callable[[float], str]) -> str:
-    """Draw two bars for each pair of values beside its name, the first above the second, with their texts."""
-    most, gap = max([*(each for pair in values.values() for each in pair), 1e-12]), 36
-    names_end, bars_end = 108, 270
-
-    def parts() -> Iterator[str]:
-        for i, (name, pair) in enumerate(values.items()):
-            yield text(names_end - 8, 6 + gap * i + 17, name, INK, anchor="end")
-            for j, (value, colour) in enumerate(zip(pair, (FIRST, SECOND), strict=True)):
-                y, width = 6 + gap * i + 14 * j, max(1.0, value / most * (bars_end - names_end))
-                yield f'<rect x="{names_end}" y="{y}" width="{width:.1f}" height="12" fill="{colour}"/>'
-                yield text(names_end + width + 6, y + 10, shown(value), FAINT)
+        for i, (name, some) in enumerate(values.items()):
+            top = 6 + gap * i
+            yield text(names_end - 8, top + (gap - 8) / 2 + 4, name, INK, anchor="end")
+            for j, (value, colour) in enumerate(zip(some, (FIRST, SECOND), strict=False)):
+                y, width = top + (thick + 2) * j, max(1.0, value / most * (bars_end - names_end))
+                yield f'<rect x="{names_end}" y="{y}" width="{width:.1f}" height="{thick}" fill="{colour}"/>'
+                yield text(names_end + width + 6, y + thick / 2 + 4, shown(value), FAINT)
 
     return svg(WIDTH, 8 + gap * len(values), parts(), title)
 

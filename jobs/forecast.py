@@ -44,24 +44,20 @@ def forecast(
     cost, _ = read_device_cost(DeviceKey.of(config.device, config.cpu_path))
     if cost is None:
         return None
-    setting, shape = (
-        Setting.of(config),
-        JobShape.of(figures, spec.sampling, config.max_model_len, spec.sampled_by_row),
-    )
+    setting = Setting.of(config)
+    shape = JobShape.of(figures, spec.sampling, config.max_model_len, spec.sampled_by_row)
     job = Job(shape, config)
     if not job.measured(cost, setting):
         return None
-    before = job.predict(cost, setting)
-    others = [replace(setting, products=name) for name in PRODUCTS if name not in FLOATS]
+    before, steps = job.predict(cost, setting), job.steps_for(new_tokens)
+    unshared = Job(replace(shape, shared_tokens=0), config)
+    quantized = [replace(setting, products=name) for name in PRODUCTS if name not in FLOATS]
+    others = [other for other in quantized if setting.products in FLOATS and job.measured(cost, other)]
     return Forecast(
         before.generate_seconds,
         before.low,
         before.high,
-        job.seconds_for(new_tokens, cost, setting),
-        Job(replace(shape, shared_tokens=0), config).seconds_for(new_tokens, cost, setting),
-        {
-            other.products: job.seconds_for(new_tokens, cost, other)
-            for other in others
-            if setting.products in FLOATS and job.measured(cost, other)
-        },
+        job.seconds(steps, cost, setting),
+        unshared.seconds(unshared.steps_for(new_tokens), cost, setting),
+        {other.products: job.seconds(steps, cost, other) for other in others},
     )

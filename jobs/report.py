@@ -88,6 +88,16 @@ class Report:
     peak_bytes_per_second: float = 0.0  # of copying in memory; 0 if it was not measured
     ended: int = 0  # Unix time at which the job was complete
 
+    @property
+    def engine_seconds(self) -> float:
+        """Seconds in which the engine computed steps."""
+        return self.phases["prefill"] + self.phases["decode"]
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the weights, which each step reads once, and of keys and values where they were counted."""
+        return self.steps * self.weight_bytes + self.kv_bytes_read
+
     def table(self) -> str:
         """Return the report as aligned lines, without colour."""
         rate, memory = self.tokens_per_second, self.peak_memory_bytes

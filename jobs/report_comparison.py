@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.jobs.amounts import in_bytes, in_seconds
-from batchinfer.jobs.charts import bars_in_pairs
+from batchinfer.jobs.charts import bars_beside_names
 from batchinfer.jobs.report import Report
-from batchinfer.jobs.web_page import figure, figures, page, paragraph, points, preformatted, section, table
+from batchinfer.jobs.web_page import figure, figures, heading, page, paragraph, points, preformatted, section, table
 
 Shown = tuple[str, str, str, str]
 """(name, first value, second value, how the second differs)."""
@@ -44,12 +44,12 @@ class Comparison:
         phases = {
             name: (self._first.phases.get(name, 0.0), self._second.phases.get(name, 0.0)) for name in self._first.phases
         }
-        chart = bars_in_pairs("Seconds of each phase", phases, in_seconds)
+        chart = bars_beside_names("Seconds of each phase", phases, in_seconds)
         said = f"{heads[1]} above, {heads[2]} below"
         return page(
             f"{heads[1]} and {heads[2]}: reports",
             (
-                f"<h1>{paragraph(f'{heads[1]} and {heads[2]}')[3:-4]}</h1>",
+                heading(f"{heads[1]} and {heads[2]}"),
                 paragraph("What changed from the first job to the second.", "lead"),
                 section("Figures", table((*heads, "second by first"), list(self._figures()), 3)),
                 section("Where the time went", figures([figure("Phases", chart, said)])),
@@ -85,12 +85,7 @@ def _ratio(first: float, second: float) -> str:
     return f"{second / first:.2f}" if first else "new"
 
 
-def _count(value: float) -> str:
-    return f"{value:,.0f}"
-
-
-def _rate(value: float) -> str:
-    return f"{value:,.2f}"
+_count, _rate = "{:,.0f}".format, "{:,.2f}".format
 
 
 def _phase(name: str) -> Callable[[Report], float]:

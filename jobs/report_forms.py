@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.errors import Refused
+from batchinfer.jobs.log import say
 from batchinfer.jobs.report import read_report, report_folder
 from batchinfer.jobs.report_comparison import Comparison
 from batchinfer.jobs.report_page import report_page
@@ -29,10 +30,11 @@ def printed_comparison(first: Path, second: Path, written_as: str) -> str:
 
 
 def _samples(output: Path) -> list[Sample]:
-    """Return the job's timeline; none if it is damaged, because the page is of use without."""
+    """Return the job's timeline; none, which is said, if it is damaged, because the page is of use without."""
     try:
         return read_timeline(report_folder(output).timeline)
-    except Refused:
+    except Refused as error:
+        say(f"{error}; the page has no figures over time")
         return []
 
 

@@ -14,6 +14,7 @@ from batchinfer.jobs.web_page import (
     facts,
     figure,
     figures,
+    heading,
     page,
     paragraph,
     points,
@@ -33,7 +34,7 @@ def report_page(report: Report, samples: Sequence[Sample]) -> str:
     return page(
         f"{name}: report",
         (
-            f"<h1>{paragraph(name)[3:-4]}</h1>",
+            heading(name),
             paragraph(_lead(report), "lead"),
             tiles(_tiles(report)),
             section("What limited this job", points(advice(report))),
@@ -96,19 +97,18 @@ def thinned(samples: Sequence[Sample], most: int) -> list[Sample]:
 def _phases(report: Report) -> list[str]:
     if not any(report.phases.values()):
         return []
-    shown = {name: in_seconds(seconds) for name, seconds in report.phases.items()}
-    chart = bars_beside_names("Seconds of each phase", report.phases, shown)
+    phases = {name: (seconds,) for name, seconds in report.phases.items()}
+    chart = bars_beside_names("Seconds of each phase", phases, in_seconds)
     return [figure("Phases", chart, "they overlap: the job tokenizes and commits while the engine computes")]
 
 
 def _roofline(report: Report) -> list[str]:
-    busy = report.phases["prefill"] + report.phases["decode"]
-    nbytes = report.steps * report.weight_bytes + report.kv_bytes_read
+    seconds, nbytes = report.engine_seconds, report.bytes_read
     ceilings = report.peak_operations_per_second, report.peak_bytes_per_second
-    if not (busy > 0 and nbytes and report.operations and all(ceilings)):
+    if not (seconds > 0 and nbytes and report.operations and all(ceilings)):
         return []
     operations, of_memory = at_ceilings(report)
-    chart = roofline("Roofline", *ceilings, report.operations / nbytes, report.operations / busy)
+    chart = roofline("Roofline", *ceilings, report.operations / nbytes, report.operations / seconds)
     said = f"{100 * operations:.0f} % of the arithmetic and {100 * of_memory:.0f} % of the memory rate, as measured"
     return [figure("Against the device's ceilings", chart, said)]
 

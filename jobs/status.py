@@ -4,11 +4,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from glob import escape
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from batchinfer.errors import Refused
 from batchinfer.jobs.amounts import in_bytes, in_seconds
@@ -185,28 +186,16 @@ def _at_work(file: Path, beat: Beat, life: Life) -> Status:
 def _of_beat(
     file: Path, beat: Beat, state: str, reason: str, silent: float | None = None, ended: float | None = None
 ) -> Status:
+    known: dict[str, Any] = {each.name: getattr(beat, each.name) for each in fields(Status) if hasattr(beat, each.name)}
     return Status(
-        output=str(file),
-        state=state,
-        reason=reason,
-        phase=beat.phase,
+        str(file),
+        state,
+        reason,
         host=beat.process.host,
         pid=beat.process.pid,
         silent_seconds=silent,
-        started=beat.started,
-        seconds=beat.seconds,
-        rows=beat.rows,
-        rows_done=beat.rows_done,
-        rows_failed=beat.rows_failed,
-        rows_by_error=beat.rows_by_error,
-        rows_per_second=beat.rows_per_second,
-        tokens_per_second=beat.tokens_per_second,
-        time_left=beat.time_left,
-        peak_memory_bytes=beat.peak_memory_bytes,
-        last_commit=beat.last_commit,
         ended=ended,
-        exit_code=beat.exit_code,
-        error_class=beat.error_class,
+        **known,
     )
 
 

@@ -102,9 +102,14 @@ def points(sentences: Iterable[str]) -> str:
     return f"<ul>{shown}</ul>" if shown else ""
 
 
+def heading(text: str) -> str:
+    """Return the page's own title."""
+    return f"<h1>{escape(text)}</h1>"
+
+
 def paragraph(text: str, kind: str = "") -> str:
     """Return a paragraph, of a `kind` in the style."""
-    return f"<p{f' class={kind!r}' if kind else ''}>{escape(text)}</p>".replace("'", '"')
+    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
 def preformatted(text: str) -> str:

@@ -41,7 +41,7 @@ class MemorySpeed:
 
 
 def measure_memory(device: str, path: str = "auto") -> MemorySpeed:
-    """Measure the memory of `device`, "cpu" or "cuda"; takes about 40 seconds on two cores.
+    """Measure the memory of `device`, "cpu" or "cuda"; takes some tens of seconds on two cores.
 
     On a CPU, products are those of the kernels of this `path`.
 

@@ -8,6 +8,7 @@ assumes that weights in 4 bits are expanded, and that the job's other process ta
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import NormalDist
 
 import numpy as np
@@ -135,19 +136,38 @@ class Prediction:
 
 
 class Job:
-    """The simulated steps of a job, for three estimates of its output lengths. Any setting's time follows from them."""
+    """The simulated steps of a job, for three estimates of its output lengths. Any setting's time follows from them.
+
+    Steps are simulated when they are first asked for.
+    """
 
     def __init__(self, shape: JobShape, config: EngineConfig) -> None:
         """Raises `Refused` for a model that cannot run."""
         self.shape, self.config, self.model = shape, config, read_shape(config.model)
         self.grains = _grains(config)
-        prompts = shape.sample(config)
-        most = shape.most_tokens(prompts)
-        self.high = self._steps(prompts, most)
-        self.central = self.low = self.high
-        if not shape.sampling.ignore_eos:
-            self.central = self._steps(prompts, np.clip(_usual_lengths(len(prompts)), 1, most))
-            self.low = self._steps(prompts, np.ceil(LEAST_SHARE * most).astype(np.int64))
+        self._prompts = shape.sample(config)
+        self._most = shape.most_tokens(self._prompts)
+
+    @cached_property
+    def high(self) -> Steps:
+        """The steps if each row has all tokens that it may have."""
+        return self._steps(self._most)
+
+    @cached_property
+    def central(self) -> Steps:
+        """The steps if answers have their usual lengths."""
+        if self.shape.sampling.ignore_eos:
+            return self.high
+        return self._steps(np.clip(_usual_lengths(len(self._prompts)), 1, self._most))
+
+    @cached_property
+    def low(self) -> Steps:
+        """The steps if each row has a small share of the tokens that it may have."""
+        return (
+            self.high
+            if self.shape.sampling.ignore_eos
+            else self._steps(np.ceil(LEAST_SHARE * self._most).astype(np.int64))
+        )
 
     def measured(self, cost: DeviceCost, setting: Setting) -> bool:
         """Return whether the device's costs have all quantities of which the job's steps consist."""
@@ -161,18 +181,19 @@ class Job:
     def predict(self, cost: DeviceCost, setting: Setting) -> Prediction:
         """Predict the job's times for a setting that was measured."""
         prefill, decode = self._seconds(self.central, cost, setting)
-        low, high = (sum(self._seconds(steps, cost, setting)) for steps in (self.low, self.high))
+        low, high = (self.seconds(steps, cost, setting) for steps in (self.low, self.high))
         load = cost.load_seconds[setting.products] * layer_weights(self.model)
         return Prediction(cost.start_seconds, load, prefill, decode, prefill + decode, low, high)
 
-    def seconds_for(self, outputs: Mapping[int, int], cost: DeviceCost, setting: Setting) -> float:
-        """Return the seconds of generating for known output lengths; `outputs` maps new tokens -> number of rows."""
-        prompts = self.shape.sample(self.config)
+    def steps_for(self, outputs: Mapping[int, int]) -> Steps:
+        """Return the steps for known output lengths; `outputs` maps new tokens -> number of rows."""
         histogram = np.zeros(max(outputs) + 1, np.int64)
         for length, count in outputs.items():
             histogram[length] = count
-        tokens = _quantiles(histogram, _spread(len(prompts)))
-        steps = self._steps(prompts, np.clip(tokens, 1, self.shape.most_tokens(prompts)))
+        return self._steps(np.clip(_quantiles(histogram, _spread(len(self._prompts))), 1, self._most))
+
+    def seconds(self, steps: Steps, cost: DeviceCost, setting: Setting) -> float:
+        """Return the seconds of generating in these steps."""
         return sum(self._seconds(steps, cost, setting))
 
     def drafts_pay(self, rows: int, cost: DeviceCost, setting: Setting) -> float | None:
@@ -199,9 +220,9 @@ class Job:
         counts = np.bincount(index, self._repeats(self.central))
         return {int(size): round(count) for size, count in zip(sizes, counts, strict=True)}
 
-    def _steps(self, prompts: Ints, outputs: Ints) -> Steps:
+    def _steps(self, outputs: Ints) -> Steps:
         shared = self.shape.shared_tokens // max(self.shape.rows, 1)
-        return simulate(prompts, outputs, self.config, shared, *self.grains)
+        return simulate(self._prompts, outputs, self.config, shared, *self.grains)
 
     def _seconds(self, steps: Steps, cost: DeviceCost, setting: Setting) -> tuple[float, float]:
         """Return (prefill, decode) seconds. A step with both is split by its tokens, as in the engine's statistics."""
@@ -213,7 +234,7 @@ class Job:
     def _repeats(self, steps: Steps) -> Floats:
         """Return how often the whole job has each step of the sample [n]. Steps at the end, when no row waits, count
         once."""
-        sampled = len(self.shape.sample(self.config))
+        sampled = len(self._prompts)
         side_by_side = min(self.config.max_num_seqs, sampled)
         if sampled == self.shape.rows:
             return np.ones(len(steps.waiting))

@@ -1,4 +1,4 @@
-"""Which rows of a table have equal values in a template's fields, and how long these are."""
+"""Reading which rows of a table have equal values in a template's fields, and how long these are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +21,8 @@ MOST_ROWS = 1 << 21  # of which values are kept: 8 bytes for each field; and thr
 class FieldValues:
     """The values of some fields in at most `MOST_ROWS` rows."""
 
-    codes: list[
-        Numbers
-    ]  # of each field, [rows]: equal numbers from 0 on for equal values, less than the number of rows
+    # Of each field, [rows]: equal numbers for equal values, from 0 to less than the number of rows
+    codes: list[Numbers]
     lengths: list[Numbers]  # of each field, [rows]: bytes of the value's text
     step: int = 1  # of how many rows one was looked at
 

@@ -1,4 +1,4 @@
-"""The lines of a prompt template, and which of them may change places."""
+"""`TemplateLines`: a prompt template line by line, and which of its lines may change places."""
 
 import re
 from collections.abc import Sequence

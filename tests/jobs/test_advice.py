@@ -21,7 +21,7 @@ QUIET = replace(
     wall_seconds=105.0,
     settings={"max_num_seqs": 1024, "max_model_len": 2048, "device": "cpu", "cpu_path": "avx2"},
 )
-"""Of this nothing stands out: no ceiling of memory was measured, and its products reached 43 % of the arithmetic."""
+"""A report in which nothing stands out: no rate of memory was measured, and products reached 43 % of the arithmetic."""
 BUSY = {**REPORT.phases, "prefill": 60.0, "decode": 40.0}
 
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import pytest
@@ -55,10 +56,17 @@ def test_times_have_the_unit_that_suits(last: float, shown: str) -> None:
 
 
 def test_bars_are_as_long_as_their_values() -> None:
-    values = {"load": 1.0, "decode": 4.0, "merge": 0.0}
-    chart = bars_beside_names("T", values, dict.fromkeys(values, "x"))
+    chart = bars_beside_names("T", {"load": [1.0], "decode": [4.0], "merge": [0.0]}, str)
     bars = [float(bar.attrib["width"]) for bar in drawn(chart).iter(f"{SVG}rect")]
     assert bars[1] == pytest.approx(4 * bars[0], rel=1e-3) and bars[2] == 1.0
+    assert texts(chart) == ["load", "1.0", "decode", "4.0", "merge", "0.0"]
+
+
+def test_two_values_of_a_name_have_bars_of_two_colours_that_do_not_touch() -> None:
+    bars = list(drawn(bars_beside_names("T", {"load": [1.0, 2.0], "decode": [4.0, 3.0]}, str)).iter(f"{SVG}rect"))
+    assert [bar.attrib["fill"] for bar in bars] == [FIRST, SECOND] * 2
+    edges = [(float(bar.attrib["y"]), float(bar.attrib["y"]) + float(bar.attrib["height"])) for bar in bars]
+    assert all(end < begin for (_, end), (begin, _) in pairwise(edges))
 
 
 def test_buckets_are_as_high_as_their_counts_and_say_them() -> None:

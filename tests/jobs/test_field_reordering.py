@@ -96,7 +96,7 @@ def test_it_resumes_as_the_job_of_the_same_template(tmp_path: Path, model: Path)
 
 
 def test_all_shards_take_the_order_of_the_whole_table(tmp_path: Path, model: Path) -> None:
-    """By itself the first shard would keep the template: all of its texts are equal."""
+    """Take a first shard that alone would keep the template, because all of its texts are equal."""
     columns = {**COLUMNS, "text": ["same"] * 6 + COLUMNS["text"][6:], "kind": ["tool", "toy"] * 3 + ["toy"] * 6}
     path = table(tmp_path, columns)
     alone = run(job(model, table(tmp_path, {k: v[:6] for k, v in columns.items()}, "first.parquet")), STUB)

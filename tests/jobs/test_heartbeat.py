@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stub_jobs import ENGINES, STUB, make_model, prompts, spec, write
+from stub_jobs import STUB, prompts, spec, write
 
 from batchinfer.errors import EngineFailed, Interrupted, Refused
 from batchinfer.host.process_name import ProcessName
@@ -21,19 +21,6 @@ from batchinfer.jobs.job import run
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.run_state import RunState
 from batchinfer.jobs.spec import JobSpec
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """The name of an engine of `ENGINES`."""
-    (tmp_path / "engines_of_the_test.py").write_text(ENGINES)
-    monkeypatch.syspath_prepend(tmp_path)
-    return "engines_of_the_test:{}".format
 
 
 @pytest.fixture

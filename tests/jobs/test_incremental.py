@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stub_jobs import STUB, expected, make_model, spec
+from stub_jobs import STUB, expected, spec
 
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Interrupted, Refused, UsageError
@@ -20,11 +20,6 @@ from batchinfer.jobs.job import run
 from batchinfer.jobs.report import Report, read_report
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.verify import verify
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stub_jobs import CONTEXT, ENGINES, SCRIPT, STUB, counts, expected, limit, make_model, prompts, recount, spec, write
+from stub_jobs import CONTEXT, SCRIPT, STUB, counts, expected, limit, make_model, prompts, recount, spec, write
 
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.sampling_params import SamplingParams
@@ -31,14 +31,6 @@ from batchinfer.jobs.tables.table import Table
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """The name of an engine of `ENGINES`."""
-    (tmp_path / "engines_of_the_test.py").write_text(ENGINES)
-    monkeypatch.syspath_prepend(tmp_path)
-    return "engines_of_the_test:{}".format
 
 
 @pytest.mark.parametrize("window_rows", [1, 64, 100_000])

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stub_jobs import ENGINES, SCRIPT, STUB, counts, expected, limit, make_model, prompts, recount, spec, write
+from stub_jobs import SCRIPT, STUB, counts, expected, limit, make_model, prompts, recount, spec, write
 
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Interrupted, Refused, UsageError
@@ -26,19 +26,6 @@ from batchinfer.jobs.timeline import read_timeline
 from batchinfer.jobs.verify import verify
 
 N = 400
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """The name of an engine of `ENGINES`."""
-    (tmp_path / "engines_of_the_test.py").write_text(ENGINES)
-    monkeypatch.syspath_prepend(tmp_path)
-    return "engines_of_the_test:{}".format
 
 
 def stop_after(folder: Path, command: list[str], parts: int, number: signal.Signals) -> int:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command_line import call
-from stub_jobs import ENGINES, SCRIPT, STUB, counts, expected, make_model, prompts, recount, spec, write
+from stub_jobs import ENGINES, SCRIPT, STUB, counts, expected, prompts, recount, spec, write
 
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
@@ -31,11 +31,6 @@ from batchinfer.jobs.verify import verify
 
 N = 600
 LANGUAGES = ["de", None, "en"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

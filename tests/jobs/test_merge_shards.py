@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stub_jobs import STUB, expected, make_model, prompts, spec, write
+from stub_jobs import STUB, expected, prompts, spec, write
 
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.flag_values import shard_of
@@ -21,11 +21,6 @@ from batchinfer.jobs.tables.table import Table
 from batchinfer.jobs.verify import verify
 
 N = 100
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 def run_shards(folder: Path, model: Path, count: int, only: list[int] | None = None, **fields: Any) -> list[Path]:

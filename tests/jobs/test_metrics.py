@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import parser
-from stub_jobs import ENGINES, STUB, make_model, prompts, recount, spec, write
+from stub_jobs import STUB, prompts, recount, spec, write
 
 from batchinfer.errors import EngineFailed, Interrupted, Refused, exit_code
 from batchinfer.jobs.job import run
@@ -17,19 +17,6 @@ from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.spec import JobSpec
 
 OF_ROWS = {"rows", "rows_done", "rows_failed", "prompt_tokens_total", "completion_tokens_total"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """The name of an engine of `ENGINES`."""
-    (tmp_path / "engines_of_the_test.py").write_text(ENGINES)
-    monkeypatch.syspath_prepend(tmp_path)
-    return "engines_of_the_test:{}".format
 
 
 @pytest.fixture

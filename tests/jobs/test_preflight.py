@@ -26,11 +26,6 @@ few_examples = settings(
 )
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
 @few_examples
 @given(
     rows=st.integers(0, 40),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from stub_jobs import ENGINES, make_model, prompts, spec, write
+from stub_jobs import ENGINES, prompts, spec, write
 
 from batchinfer.engine.config import EngineStats
 from batchinfer.jobs import progress
@@ -34,11 +34,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.seconds
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

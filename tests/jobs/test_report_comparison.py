@@ -51,7 +51,7 @@ def test_the_page_has_both_outputs_and_every_ratio() -> None:
     assert "<script" not in page and page.count("batchinfer run") == 2
 
 
-def test_reports_of_jobs_are_read_and_printed_in_all_forms(tmp_path: Path) -> None:
+def test_reports_of_jobs_are_read_and_printed_in_all_forms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_model(tmp_path)
     outputs = []
     for name, rows in (("a", 9), ("b", 20)):
@@ -67,6 +67,8 @@ def test_reports_of_jobs_are_read_and_printed_in_all_forms(tmp_path: Path) -> No
     assert printed_comparison(*outputs, "html").startswith("<!DOCTYPE html>")
     assert "2.22" in printed_comparison(*outputs, "text")
     (tmp_path / "a" / "out.run" / "timeline.json").write_text("{")
+    capsys.readouterr()
     assert "Over time" not in printed_report(outputs[0], "html"), "the page is of use without"
+    assert "timeline.json is damaged" in capsys.readouterr().err
     with pytest.raises(Refused, match="a report is written when its job is complete"):
         printed_report(tmp_path / "none.parquet", "text")

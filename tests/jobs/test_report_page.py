@@ -14,6 +14,7 @@ from stub_jobs import STUB, make_model, spec, write
 
 from batchinfer.jobs.forecast import Forecast
 from batchinfer.jobs.job import run
+from batchinfer.jobs.report import Report
 from batchinfer.jobs.report_page import PLOTTED, report_page, thinned
 from batchinfer.jobs.results.glance import Answer
 from batchinfer.jobs.results.run_folder import RunFolder
@@ -97,8 +98,8 @@ def count_values(column: pa.ChunkedArray) -> dict[str, int]:
         replace(REPORT, rows_ok=0, rows_failed=1200, rows_by_error={"too_long": 1200}, generate_seconds=0.0),
     ],
 )  # fmt: skip
-def test_a_page_is_whole_and_alone_whatever_ran(report: object, samples: list[Sample]) -> None:
-    page = report_page(report, samples)  # type: ignore[arg-type]
+def test_a_page_is_whole_and_alone_whatever_ran(report: Report, samples: list[Sample]) -> None:
+    page = report_page(report, samples)
     read = Reader(page)
     assert not {"script", "link", "img", "iframe", "object"} & read.tags
     assert not {"href", "src", "onload", "onclick", "action"} & read.attributes.keys()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tokenizers
 from command_line import call
-from stub_jobs import CONTEXT, ENGINES, STUB, make_model, prompts, spec, write
+from stub_jobs import CONTEXT, ENGINES, STUB, prompts, spec, write
 from tokenizers.models import WordLevel
 
 from batchinfer.engine.config import EngineStats, Speculation
@@ -23,11 +23,6 @@ from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.speculation import speculation_of
 
 NEEDED = ("in.parquet", "-o", "o.parquet", "--model", "m")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from command_line import call
 from killed_jobs import Job, make_job
-from stub_jobs import ENGINES, STUB, make_model, prompts, spec, write
+from stub_jobs import ENGINES, STUB, prompts, spec, write
 
 from batchinfer.errors import EngineFailed, Refused
 from batchinfer.host.process_name import ProcessName
@@ -41,11 +41,6 @@ BEAT = replace(
     peak_memory_bytes={"parent": 300_000_000, "engine": 1_500_000_000},
 )
 ELSEWHERE = replace(ProcessName.own(), host="node7")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

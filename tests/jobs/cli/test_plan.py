@@ -112,7 +112,8 @@ def test_unknown_lengths_give_a_range(model: Path) -> None:
     exact = replace(shape, sampling=SamplingParams(max_tokens=1000, ignore_eos=True))
     same = Job(exact, config).predict(cost_of(model), Setting("bfloat16", "bfloat16"))
     assert same.low == same.generate_seconds == same.high == found.high
-    known = Job(shape, config).seconds_for({40: 100}, cost_of(model), Setting("bfloat16", "bfloat16"))
+    job = Job(shape, config)
+    known = job.seconds(job.steps_for({40: 100}), cost_of(model), Setting("bfloat16", "bfloat16"))
     assert known == pytest.approx(cut.high)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from stub_jobs import ENGINES, SCRIPT, expected, make_model, prompts, write
+from stub_jobs import ENGINES, SCRIPT, expected, prompts, write
 
 from batchinfer.errors import UsageError
 from batchinfer.jobs.cli.main import main
@@ -40,11 +40,6 @@ ODD = [
     ";",
     "-",
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 def recurring(folder: Path, *command: str, schedule: str = "0 2 * * *") -> RecurringJob:

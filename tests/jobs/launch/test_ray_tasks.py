@@ -15,7 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import typer
-from stub_jobs import ENGINES, SCRIPT, expected, make_model, prompts, write
+from stub_jobs import ENGINES, SCRIPT, expected, prompts, write
 
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.cli.main import app
@@ -33,11 +33,6 @@ WITHOUT_RAY = importlib.util.find_spec("ray") is None
 def needs_ray(test: Callable[..., None]) -> Callable[..., None]:
     skip = pytest.mark.skipif(WITHOUT_RAY, reason="Ray is not installed: run pip install '.[ray]'")
     return pytest.mark.long(pytest.mark.ray(skip(test)))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 def call(*arguments: object) -> int | None:

@@ -133,7 +133,7 @@ def test_a_field_with_few_values_comes_first_and_one_that_follows_from_it_costs_
     country, city, street = ["aa", "bb"] * 8, ["c", "d", "e", "f"] * 4, [chr(0x4000 + i) for i in range(16)]
     values = values_of([street, city, country])
     assert best_order(pieces(alone(3)), values) == [2, 1, 0]
-    # Where the city was before, it and the country part no rows: both cost nothing and stay in their order.
+    # Behind the city, neither the city nor the country parts any rows: both cost nothing and keep their order.
     assert best_order(pieces(alone(3)), values, before=[1]) == [1, 2, 0]
 
 
@@ -146,7 +146,7 @@ def test_a_long_field_may_be_worth_more_than_one_with_fewer_values() -> None:
 @pytest.mark.parametrize("rows", [0, 1, 2])
 @pytest.mark.parametrize("fields", [1, 3, 9])
 def test_lines_that_are_equally_good_stay_where_they_are(rows: int, fields: int) -> None:
-    """With no rows, one, or two that differ everywhere there is nothing to share; nor do constant fields differ."""
+    """Nothing is shared by no rows, by one, or by two that differ everywhere; and constant fields cost nothing."""
     different = values_of([[f"{i}" for i in range(rows)]] * fields)
     constant = values_of([["same"] * 20] * fields)
     for values in (different, constant):

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from engines import engine_of, tokens
 from repository import TARGET
-from stub_jobs import ENGINES, SCRIPT, STUB, expected, limit, make_model, prompts, spec, write
+from stub_jobs import ENGINES, SCRIPT, STUB, expected, limit, prompts, spec, write
 
 from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.request import Completions, Requests
@@ -79,11 +79,6 @@ class Poisoned16(Draws):
             os.kill(os.getpid(), signal.SIGBUS)
         return super().step()
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

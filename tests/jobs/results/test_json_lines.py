@@ -16,7 +16,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 import pytest
 from killed_jobs import make_job
-from stub_jobs import STUB, expected, make_model, prompts, spec, write
+from stub_jobs import STUB, expected, prompts, spec, write
 
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.job import run
@@ -41,11 +41,6 @@ ODD = [
     "{}",
     "</script>",
 ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

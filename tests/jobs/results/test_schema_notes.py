@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from stub_jobs import STUB, make_model, spec
+from stub_jobs import STUB, spec
 
 from batchinfer.jobs.incremental import run_new_rows
 from batchinfer.jobs.job import run
@@ -19,11 +19,6 @@ from batchinfer.jobs.spec import sharded
 
 WORDS = ["a", "b", "c", "d"]
 RESULTS = ["generated_text", "finish_reason", "prompt_tokens", "completion_tokens", "error_code", "error_message"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 def outputs(model: Path, folder: Path, **fields: Any) -> dict[str, Path]:

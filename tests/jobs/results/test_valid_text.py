@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from stub_jobs import STUB, make_model, spec
+from stub_jobs import STUB, spec
 
 from batchinfer.jobs.incremental import run_new_rows
 from batchinfer.jobs.job import run
@@ -117,11 +117,6 @@ def test_valid_columns_are_not_copied() -> None:
     replaced: Counter[str] = Counter()
     ((_, batch),) = with_valid_text([(0, pa.record_batch({"x": array}))], replaced)
     assert not replaced and batch["x"].buffers()[1].address == array.buffers()[1].address
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 def readings(path: Path) -> list[list[dict[str, Any]]]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command_line import call
-from stub_jobs import ENGINES, STUB, counts, limit, make_model, prompts, recount, spec, write
+from stub_jobs import ENGINES, STUB, counts, limit, prompts, recount, spec, write
 
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused, UsageError
@@ -43,11 +43,6 @@ class Draws(Slow):
         offsets = np.append(0, np.cumsum([len(answer) for answer in letters]))
         return Completions(done.rows, np.array(sum(letters, []), np.int32), offsets, done.finish_reasons)
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

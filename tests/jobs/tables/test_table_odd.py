@@ -10,17 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command_line import STUB
-from stub_jobs import expected, make_model, spec, write, write_json_lines
+from stub_jobs import expected, spec, write, write_json_lines
 
 from batchinfer.jobs.job import run
 from batchinfer.jobs.tables.table import Table
 
 P = ["a", "b", "c"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
 
 
 NOON = datetime.datetime(2024, 2, 29, 12)
