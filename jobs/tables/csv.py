@@ -70,19 +70,21 @@ class Csv:
         are large."""
         done = 0
         try:
-            with self._open(path, names, CSV_BLOCK_BYTES) as reader:
-                for block in reader:
-                    done += block.num_rows
-                    yield block
-                return
+            for block in self._blocks_of(path, names, CSV_BLOCK_BYTES):
+                done += block.num_rows
+                yield block
+            return
         except pa.ArrowInvalid as error:
             if "straddling" not in str(error):
                 raise
-        with self._open(path, names, MAX_ROW_BYTES) as reader:
-            for block in reader:
-                if done < block.num_rows:
-                    yield block.slice(done)
-                done = max(0, done - block.num_rows)
+        for block in self._blocks_of(path, names, MAX_ROW_BYTES):
+            if done < block.num_rows:
+                yield block.slice(done)
+            done = max(0, done - block.num_rows)
+
+    def _blocks_of(self, path: Path, names: Sequence[str], block_bytes: int) -> Iterator[pa.RecordBatch]:
+        with self._open(path, names, block_bytes) as reader:  # gone before another begins: it holds several blocks
+            yield from reader
 
     def _open(self, path: Path, text_columns: Sequence[str], block_bytes: int) -> pa_csv.CSVStreamingReader:
         return pa_csv.open_csv(

@@ -16,6 +16,10 @@ from stub_jobs import ENGINES, SCRIPT, STUB, expected, make_model, prompts, writ
 STANDS_STILL = """
 class StandsStill(Slow):
     SECONDS = 100
+
+    def step(self):
+        open("in_its_step", "w").close()
+        return super().step()
 """
 
 
@@ -119,7 +123,7 @@ def test_the_time_is_up(start: Callable[..., subprocess.Popen[str]], tmp_path: P
 
 def test_another_run_is_at_work(start: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
     first = start("StandsStill")
-    wait_for(first, tmp_path / "out.run" / "parts")
+    wait_for(first, tmp_path / "in_its_step")
     code, said = ended(start("StandsStill"))
     first.kill()
     first.communicate()
@@ -131,14 +135,13 @@ def test_grace_is_kept_and_a_second_signal_ends_at_once(
 ) -> None:
     """A step of the engine that takes 100 seconds is not waited for."""
     process = start("StandsStill", "--grace", "3")
-    wait_for(process, tmp_path / "out.run" / "parts")
-    time.sleep(2)  # in its step by then
+    wait_for(process, tmp_path / "in_its_step")
     process.send_signal(signal.SIGTERM)
     code, said = ended(process)
     assert code == 75 and "stopped after 0 of 400 rows" in said
+    (tmp_path / "in_its_step").unlink()
     process = start("StandsStill", "--grace", "60")
-    wait_for(process, tmp_path / "out.run" / "parts")
-    time.sleep(2)
+    wait_for(process, tmp_path / "in_its_step")
     for _ in range(2):
         process.send_signal(signal.SIGTERM)
         time.sleep(1.5)

@@ -17,7 +17,6 @@ from repository import ROOT
 from stub_jobs import make_model
 
 BOUND = 600_000_000
-CSV_BOUND = 640_000_000  # missed there: pyarrow holds a cell in a block, parsed and converted, some of it twice
 CELL = 100 << 20
 CODE = """
 import sys
@@ -98,17 +97,14 @@ def as_parquet(path: Path, cells: list[str]) -> None:
     pq.write_table(pa.table({"prompt": cells}), path, compression="zstd")
 
 
-@pytest.mark.parametrize(
-    ("name", "write", "bound"),
-    [("in.jsonl", as_json, BOUND), ("in.csv", as_csv, CSV_BOUND), ("in.parquet", as_parquet, BOUND)],
-)
+@pytest.mark.parametrize(("name", "write"), [("in.jsonl", as_json), ("in.csv", as_csv), ("in.parquet", as_parquet)])
 @pytest.mark.parametrize("cell", ["x" * CELL, base64.b64encode(os.urandom(CELL * 3 // 4)).decode()], ids=["x", "noise"])
 def test_a_cell_of_100_megabytes_is_one_bad_row(
-    tmp_path: Path, name: str, write: Callable[[Path, list[str]], None], bound: int, cell: str
+    tmp_path: Path, name: str, write: Callable[[Path, list[str]], None], cell: str
 ) -> None:
     cells = ["good", cell, "good"]
     write(tmp_path / name, cells)
-    assert peak_of_job(tmp_path, tmp_path / name) < bound
+    assert peak_of_job(tmp_path, tmp_path / name) < BOUND
     assert codes(tmp_path / "out.parquet") == [None, "too_large", None]
     assert pq.read_table(tmp_path / "out.parquet")["prompt"].to_pylist() == cells
 

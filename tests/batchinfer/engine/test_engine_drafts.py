@@ -179,7 +179,7 @@ def test_oracles_save_the_steps_that_they_should(make_model: Callable[..., Path]
     assert engine.stats().accepted == 32
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("method", ["auto", "ngram", "suffix", "draft_model"])
 def test_every_drafter_gives_the_same_rows(
