@@ -23,7 +23,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from batchinfer.engine.engine import Engine
-from batchinfer.jobs.evaluate import engine_for_windows, windows_of
+from batchinfer.engine.own_engine import own_engine
+from batchinfer.jobs.evaluate import config_for_windows, windows_of
 from batchinfer.jobs.quantize import CalibrationRows, quantize
 from batchinfer.jobs.tables.table import Table
 from batchinfer.quality.evaluator import Scores, all_logits
@@ -66,14 +67,16 @@ def main() -> None:
             pq.write_table(pa.table({"text": [m.text for m in modules() if m.held_out == which]}), path)
         tokenizer = Tokenizer.load(MODEL)
         engines = {
-            "bfloat16, the reference": engine_for_windows(MODEL, "none", CONTEXT, tokenizer),
-            "w8a8-int8 while loading": engine_for_windows(MODEL, "w8a8-int8", CONTEXT, tokenizer),
+            "bfloat16, the reference": own_engine(config_for_windows(MODEL, "none", "auto", CONTEXT), tokenizer),
+            "w8a8-int8 while loading": own_engine(config_for_windows(MODEL, "w8a8-int8", "auto", CONTEXT), tokenizer),
         }
         for scheme, group_size, method, rotate in tqdm(checkpoints(), unit=" checkpoints"):
             output = folder / f"{scheme}-{group_size}-{method}-{rotate}"
             made = quantize(str(MODEL), None, output, scheme, method, group_size, CalibrationRows(trained_on), rotate)
             size = f"groups of {made.group_size}" if made.group_size else "whole channels"
-            engines[f"{scheme}, {size}, {made.method}"] = engine_for_windows(output, "auto", CONTEXT, tokenizer)
+            engines[f"{scheme}, {size}, {made.method}"] = own_engine(
+                config_for_windows(output, "auto", "auto", CONTEXT), tokenizer
+            )
         table = Table.open([held_out])
         windows = list(windows_of(table, "text", tokenizer, CONTEXT, table.num_rows, []))
         scores = _scores(engines, windows)

@@ -18,6 +18,7 @@ from batchinfer.engine.request import Requests, params_of_all
 from batchinfer.errors import Interrupted, Refused, UsageError
 from batchinfer.formats.gguf_parts import GGUFParts
 from batchinfer.jobs.log import printable, say
+from batchinfer.jobs.plan.quality_file import Quality, write_quality
 from batchinfer.jobs.process.interruption import Interruption
 from batchinfer.jobs.process.messages import Fault, Found
 from batchinfer.jobs.process.worker import Worker
@@ -70,6 +71,14 @@ class Comparison:
     reference: EngineConfig
     tokenizer: Path | None  # folder of the tokenizer; None: the model's own
     requests: Requests
+
+
+def kept_for_plans(canary: Canary, spec: JobSpec, config: EngineConfig, model: str) -> list[str]:
+    """Keep what the canary found of a model, named by its digest, for later plans. Returns notes."""
+    if spec.random_weights or not canary.tokens:
+        return []
+    found = Quality(canary.divergence, canary.top1_agreement, canary.tokens, canary.reference, "canary")
+    return write_quality(model, config, found)
 
 
 def reference_config(spec: JobSpec, config: EngineConfig) -> EngineConfig:

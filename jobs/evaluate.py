@@ -12,14 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from batchinfer.engine.config import EngineConfig
 from batchinfer.errors import Refused, UsageError
+from batchinfer.jobs.fingerprints import model_digest
+from batchinfer.jobs.plan.quality_file import Quality, write_quality
 from batchinfer.jobs.tables.table import Table
 from batchinfer.models.gguf_folder import weight_files
 from batchinfer.models.hub import resolve_model
 from batchinfer.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from batchinfer.engine.engine import Engine
     from batchinfer.models.config import ModelConfig
 
 CONTEXT = 512
@@ -46,6 +48,7 @@ class Evaluation:
     model: str
     reference: str | None
     quantization: str
+    kv_cache_dtype: str
     scheme: str  # the quantization, and how the checkpoint is stored
     data: str
     column: str
@@ -91,11 +94,19 @@ class Evaluation:
 
 
 def evaluate(
-    model: str, reference: str | None, data: Path, column: str, quantization: str, asked: int | None, rows: int | None
+    model: str,
+    reference: str | None,
+    data: Path,
+    column: str,
+    quantization: str,
+    kv_cache_dtype: str,
+    asked: int | None,
+    rows: int | None,
 ) -> Evaluation:
     """Measure `model`, and its distance from `reference`, in windows of `asked` tokens.
 
-    For None, windows have 512 tokens, or the model's context if that is shorter. Raises `UsageError` and `Refused`.
+    For None, windows have 512 tokens, or the model's context if that is shorter. The distance is kept for
+    `batchinfer plan`. Raises `UsageError` and `Refused`.
     """
     if rows is not None and rows < 1:
         raise UsageError(f"--rows is {rows}; it must be 1 or more")
@@ -103,16 +114,18 @@ def evaluate(
     table.check([column])
     folder = resolve_model(model, None)
     reference_folder = None if reference is None else resolve_model(reference, None)
+    from batchinfer.engine.own_engine import own_engine
     from batchinfer.quality.evaluator import Evaluator
 
     started = time.monotonic()
     context = _context(folder, asked)
     try:
         tokenizer = Tokenizer.load(folder)
-        evaluated = engine_for_windows(folder, quantization, context, tokenizer)
+        config = config_for_windows(folder, quantization, kv_cache_dtype, context)
+        evaluated = own_engine(config, tokenizer)
         other = None
         if reference_folder is not None:
-            other = engine_for_windows(reference_folder, "auto", context, tokenizer)
+            other = own_engine(config_for_windows(reference_folder, "auto", "auto", context), tokenizer)
         evaluator = Evaluator(evaluated, other)
     except ValueError as error:
         raise Refused(str(error)) from error
@@ -125,10 +138,17 @@ def evaluate(
             f"{data}: column {column!r} has no text of two tokens or more in {count} rows; give another column or table"
         )
     layers = None if evaluator.layers is None else enumerate(evaluator.layers.figures())
+    notes = evaluated.stats().notes + evaluator.notes + _left_out(left_out)
+    if reference is not None:
+        found = Quality(
+            scores.divergence / scores.tokens, scores.agreed / scores.tokens, scores.tokens, reference, "evaluate"
+        )
+        notes += write_quality(model_digest(folder), config, found)
     return Evaluation(
         model=model,
         reference=reference,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         scheme=_scheme(quantization, evaluated.runner.decoder.config, folder),
         data=str(data),
         column=column,
@@ -142,7 +162,7 @@ def evaluate(
         top1_agreement=None if other is None else scores.agreed / scores.tokens,
         layers=None if layers is None else [LayerError(i, own, stream) for i, (own, stream) in layers],
         seconds=time.monotonic() - started,
-        notes=evaluated.stats().notes + evaluator.notes + _left_out(left_out),
+        notes=notes,
     )
 
 
@@ -165,24 +185,18 @@ def _context(model: Path, asked: int | None) -> int:
     return context
 
 
-def engine_for_windows(model: Path, quantization: str, context: int, tokenizer: Tokenizer) -> "Engine":
-    """Return an engine that computes a window of `context` tokens in one step.
-
-    Raises `ValueError`, naming what does not fit.
-    """
-    from batchinfer.engine.config import EngineConfig
-    from batchinfer.engine.own_engine import own_engine
-
-    config = EngineConfig(
+def config_for_windows(model: Path, quantization: str, kv_cache_dtype: str, context: int) -> EngineConfig:
+    """Return the config of an engine that computes a window of `context` tokens in one step."""
+    return EngineConfig(
         model,
         quantization=quantization,
+        kv_cache_dtype=kv_cache_dtype,
         max_model_len=context + 1,
         max_num_seqs=1,
         max_num_batched_tokens=max(context, 64),
         kv_cache_tokens=context + 1,
         expected_batch=context,
     )
-    return own_engine(config, tokenizer)
 
 
 def windows_of(

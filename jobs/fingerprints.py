@@ -44,11 +44,8 @@ def fingerprints(
     path of a CPU's kernels, if they are not torch's operations.
 
     `chosen` is a digest of the selected rows. `tool_template` is the source of the chat template for conversations with
-    tools. Input files are read completely, and columns that their folders give count too. Of weights, which are large
-    and differ everywhere if they differ at all, 64 samples of each file are read.
+    tools. Input files are read completely, and columns that their folders give count too.
     """
-    weights = sorted([*model.glob("*.safetensors"), *model.glob("*.gguf")])
-    configs = sorted(model.glob("*config.json"))
     template = {
         "prompt_column": spec.prompt_column,
         "prompt_template": spec.prompt_template,
@@ -81,7 +78,7 @@ def fingerprints(
         "columns": _digest(columns),
         "shard": "" if spec.shard is None else "{} of {}".format(*spec.shard),
         "input": _digest([_of_input(file) for file in inputs]),
-        "model": _digest([[path.name, sha256(path)] for path in configs] + [[p.name, _sampled(p)] for p in weights]),
+        "model": model_digest(model),
         "tokenizer": tokenizer,
         "template": _digest(template),
         "sampling": _digest(
@@ -99,6 +96,14 @@ def fingerprints(
         ),
         "engine": _digest([__version__, config.device, config.deterministic]),
     }
+
+
+def model_digest(model: Path) -> str:
+    """Return the sha256 of a model's configs and of 64 samples of each file of weights, which are large and differ
+    everywhere if they differ at all."""
+    weights = sorted([*model.glob("*.safetensors"), *model.glob("*.gguf")])
+    configs = sorted(model.glob("*config.json"))
+    return _digest([[path.name, sha256(path)] for path in configs] + [[p.name, _sampled(p)] for p in weights])
 
 
 def _of_chats(spec: JobSpec, tool_template: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 from batchinfer.engine.config import EngineStats
 from batchinfer.errors import EngineFailed, Refused, UsageError
 from batchinfer.host import allocator
-from batchinfer.jobs.canary import Canary, Comparison, canary_rows, reference_config, run_canary
+from batchinfer.jobs.canary import Canary, Comparison, canary_rows, kept_for_plans, reference_config, run_canary
 from batchinfer.jobs.collector import Results
 from batchinfer.jobs.dataset_card import dataset_card
 from batchinfer.jobs.feed import Loop
@@ -105,6 +105,7 @@ def _run(
         with Interruption() as interruption, folder.taken_before_open():
             heartbeat.begin("canary")
             canary = run_canary(comparison, interruption, progress.tick)
+        job.notes.extend(kept_for_plans(canary, spec, config, digests["model"]))
 
     done = folder.open(resolved, digests, table.num_rows, spec.overwrite, spec.retry_errors)
     results = Results(spec, job.tokenizer, folder, done)

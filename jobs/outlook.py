@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchinfer.cost.cost_model import CostModel, Requests
-from batchinfer.cost.step_cost import KV_CACHES, PRODUCTS, DeviceCost
-from batchinfer.engine.config import KV_CACHE_BYTES, EngineConfig
+from batchinfer.cost.cost_model import Requests
+from batchinfer.engine.config import EngineConfig
 from batchinfer.jobs.advised_order import AdvisedOrder, advised_order
 from batchinfer.jobs.amounts import in_bytes, in_seconds, most_frequent
 from batchinfer.jobs.job_columns import fields_of
 from batchinfer.jobs.log import printable
+from batchinfer.jobs.plan.comparison import Candidate, Comparison, compare, cost_model, room_for_keys
 from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost
 from batchinfer.jobs.plan.histogram import bars
 from batchinfer.jobs.plan.prediction import Job, JobShape, Prediction, Setting
+from batchinfer.jobs.plan.quality_file import read_qualities
 from batchinfer.jobs.preflight import Preflight, preflight
 from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.rows.duplicates import told_alike
@@ -33,7 +34,6 @@ from batchinfer.jobs.spec import JobSpec
 SCHEMA_VERSION = 1
 # stands for the output, which a plan does not have; it is in no input folder
 NOWHERE = Path(os.devnull) / "plan.parquet"
-UNKNOWN_KV_BYTES = 2  # of a key's or value's element, if its type is known only once the engine runs
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,6 @@ class Failing:
 
     rows: int
     first: int  # ordinal of the first of them
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A way to run the job, and its predicted seconds of generating."""
-
-    products: str
-    kv_cache: str
-    generate_seconds: float
 
 
 @dataclass(frozen=True)
@@ -75,6 +66,8 @@ class Outlook:
     median_prompt: int
     prompt_lengths: dict[str, int]  # longest prompt of a bucket -> number of rows
     most_new_tokens: int
+    short_of_context: int  # rows that may have fewer than max_tokens new tokens, because their prompts are long
+    share_cut: float | None  # of answers of usual lengths, that would be cut; None if all rows take what they may
     kv_cache: str  # type of keys and values
     kv_cache_bytes: int  # most that are in use at the same time
     state_bytes: int  # of the rows side by side, in layers that keep a state; snapshots may take as much again
@@ -83,7 +76,8 @@ class Outlook:
     kv_bytes_read: float
     products: str
     prediction: Prediction | None
-    candidates: list[Candidate]  # fastest first
+    comparison: Comparison | None
+    places: int  # rows side by side
     # Rows side by side -> least useful acceptance rate of drafts; None: they never pay
     drafts_pay: dict[str, float | None]
     field_order: AdvisedOrder | None  # of the prompt template, if another one shares notably more
@@ -113,6 +107,7 @@ class Outlook:
                 f"{self.shared_tokens:,} tokens; {self.grouped_rows:,} rows in {self.groups:,} groups begin alike",
             ),
             ("new tokens", f"{self.most_new_tokens:,} at most"),
+            *self._cut(),
             ("KV cache", f"{in_bytes(self.kv_cache_bytes)} in {self.kv_cache} at its fullest"),
             *([("  states", self._states())] if self.state_bytes else []),
             ("steps", f"{sum(self.step_sizes.values()):,}"),
@@ -136,15 +131,23 @@ class Outlook:
                 ("  start, load", f"{in_seconds(p.start_seconds)}, {in_seconds(p.load_seconds)}"),
                 ("  prefill, decode", f"{in_seconds(p.prefill_seconds)}, {in_seconds(p.decode_seconds)}"),
             ]
-        for c in self.candidates:
-            mark = " <- this job" if (c.products, c.kv_cache) == (self.products, self.kv_cache) else ""
-            lines.append((f"  {c.products}, KV {c.kv_cache}", f"{in_seconds(c.generate_seconds)} of generating{mark}"))
+        if self.comparison is not None:
+            lines += self.comparison.lines(Setting(self.products, self.kv_cache), self.places)
         if self.drafts_pay:
             shares = [
                 f"{rows} rows: {'never' if right is None else f'if {right:.0%} or more are right'}"
                 for rows, right in self.drafts_pay.items()
             ]
             lines.append(("drafts pay", "; ".join(shares)))
+        return lines
+
+    def _cut(self) -> list[tuple[str, str]]:
+        """Say which answers may be cut short."""
+        lines = []
+        if self.short_of_context:
+            lines.append(("  cut by context", f"{self.short_of_context:,} rows have no room for as many"))
+        if self.share_cut:
+            lines.append(("  cut at the end", f"{self.share_cut:.0%} of answers, if they are as long as usual"))
         return lines
 
     def _states(self) -> str:
@@ -184,9 +187,10 @@ def plan(spec: JobSpec) -> Outlook:
         notes.append("the plan is for all rows, including those that earlier runs have done")
     simulated = Job(shape, job.config) if windows.figures.rows else None
     advised = None if done.any() or windows.rows_reused else advised_order(job, windows.figures)
-    prediction, candidates, drafts_pay = None, [], {}
+    prediction, comparison, drafts_pay = None, None, {}
     if simulated is not None and cost is not None:
-        candidates = _candidates(simulated, job.config, cost)
+        digest = job.fingerprints["model"]
+        comparison = compare(simulated, windows.figures, cost, read_qualities(digest), room_for_keys(simulated))
         if simulated.measured(cost, setting):
             prediction = simulated.predict(cost, setting)
             side_by_side = min(job.config.max_num_seqs, simulated.shape.rows)
@@ -201,6 +205,8 @@ def plan(spec: JobSpec) -> Outlook:
                 f"{setting.products} with keys and values in {setting.kv_cache} was not measured on this device, so "
                 "that no time is predicted"
             )
+        if (unknown := comparison.unknown(setting)) is not None:
+            notes.append(_how_to_know(spec, unknown))
     return Outlook(
         schema_version=SCHEMA_VERSION,
         model=spec.model,
@@ -214,7 +220,10 @@ def plan(spec: JobSpec) -> Outlook:
         step_sizes={} if simulated is None else {str(s): count for s, count in simulated.step_sizes().items()},
         products=setting.products,
         prediction=prediction,
-        candidates=candidates,
+        comparison=comparison,
+        places=min(job.config.max_num_seqs, max(shape.rows, 1)),
+        short_of_context=0 if simulated is None else shape.short_of_context,
+        share_cut=None if simulated is None or shape.sampling.ignore_eos or spec.chooses else shape.share_cut,
         drafts_pay=drafts_pay,
         field_order=advised,
         notes=notes,
@@ -266,8 +275,7 @@ def _demands(job: Job | None, figures: LengthFigures, config: EngineConfig, sett
         return dict.fromkeys(names, 0)
     lengths = np.arange(len(job.shape.lengths))
     most = np.maximum(job.shape.most_tokens(lengths), 0)
-    kv_bytes = KV_CACHE_BYTES.get(setting.kv_cache, UNKNOWN_KV_BYTES)
-    model = CostModel.of(job.model, kv_bytes, setting.stream_bytes)
+    model = cost_model(job.model, setting)
     total = int(most @ job.shape.lengths)
     tokens = figures.kv_cache_tokens(config.max_num_seqs)
     each = [
@@ -283,22 +291,14 @@ def _demands(job: Job | None, figures: LengthFigures, config: EngineConfig, sett
     }
 
 
-def _candidates(job: Job, config: EngineConfig, cost: DeviceCost) -> list[Candidate]:
-    """Predict the ways to run the job: products as the checkpoint has them or in 8 bits, with each type of keys and
-    values. The fastest is first."""
-    plain = Setting.of(replace(config, quantization="none")).products
-    settings = [
-        Setting(products, kv_cache)
-        for products in dict.fromkeys((plain, "w8a8-int8"))
-        for kv_cache in KV_CACHES
-        if products in PRODUCTS
-    ]
-    found = [
-        Candidate(s.products, s.kv_cache, job.predict(cost, s).generate_seconds)
-        for s in settings
-        if job.measured(cost, s)
-    ]
-    return sorted(found, key=lambda candidate: candidate.generate_seconds)
+def _how_to_know(spec: JobSpec, candidate: Candidate) -> str:
+    """Say how to find out what a faster way costs in quality."""
+    data, column = (spec.inputs[0], spec.prompt_column) if spec.prompt_column else ("FILE", "COLUMN")
+    return (
+        f"{candidate} would take {in_seconds(candidate.generate_seconds)} of generating, and what it costs in quality "
+        f"is not known; batchinfer evaluate {spec.model} --reference {spec.model} --quantization {candidate.products} "
+        f"--kv-cache-dtype {candidate.kv_cache} --data {data} --column {column} measures it"
+    )
 
 
 def _labelled(buckets: Mapping[str, int]) -> dict[str, int]:

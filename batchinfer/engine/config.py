@@ -22,6 +22,7 @@ BLOCK_SIZE_IN_C = 16  # with which more of what prompts have in common is shared
 LEAST_GPU_SHARE = 0.05  # least share of a GPU's memory
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_CACHE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}  # bytes of a number in the KV cache
+CPU_SHARE = 0.9  # share of the system's available memory that keys and values may take on a CPU
 KV_CACHE_DTYPES = ("auto", *KV_CACHE_BYTES)
 METHODS = ("off", "auto", "ngram", "suffix", "draft_model")
 MOST_DRAFTS = 32  # tokens

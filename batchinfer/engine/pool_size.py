@@ -4,12 +4,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from batchinfer.engine.config import EngineConfig
+from batchinfer.engine.config import CPU_SHARE, EngineConfig
 from batchinfer.host.memory import available_bytes
 from batchinfer.kernels.kv_cache import MOST
 from batchinfer.models.config import ModelConfig
 
-CPU_SHARE = 0.9  # share of the system's available memory that the KV cache may take
 STATES_SHARE = 1 / 2  # most of the room that the states of rows which run side by side may take
 SPARE_SHARE = 1 / 8  # most of the room that states for snapshots and drafts may take beside them
 RECORDINGS_SHARE = 1 / 8  # most of what weights and a step leave of a device that recorded steps may take

@@ -133,7 +133,7 @@ def recipes() -> None:
 
 
 @app.command(cls=SectionedCommand)
-@takes("quantization")
+@takes("quantization", "kv_cache_dtype")
 def evaluate(
     model: Annotated[
         str,
@@ -142,6 +142,7 @@ def evaluate(
     data: Annotated[Path, Flag("Read the text from this Parquet, JSON Lines or CSV file.")],
     column: Annotated[str, Flag("Take the text from this column.", metavar="COLUMN")],
     quantization: str,
+    kv_cache_dtype: str,
     reference: Annotated[
         str | None, Flag("Measure how far the model is from this other one.", names_model=True)
     ] = None,
@@ -167,7 +168,7 @@ def evaluate(
     from batchinfer.jobs.plot import layer_plot
     from batchinfer.jobs.results.durable import write_json
 
-    done = job.evaluate(model, reference, data, column, quantization, context, rows)
+    done = job.evaluate(model, reference, data, column, quantization, kv_cache_dtype, context, rows)
     print(done.table())
     if json_file is not None:
         write_json(json_file, asdict(done))

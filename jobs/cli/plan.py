@@ -1,5 +1,6 @@
 """The commands before a job: plan and doctor. Each imports large modules only when it runs."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,9 @@ def plan(
 
     outlook = planning.plan(job_of(arguments, output=planning.NOWHERE))
     print(outlook.text(terminal_width()))
+    if outlook.comparison is not None and (better := outlook.comparison.better) is not None:
+        command = shlex.join(["batchinfer", "run", *arguments, *better.flags])
+        print(f"\nThe fastest way of known quality:\n  {command}")
     if json_file is not None:
         write_json(json_file, outlook.json())
 

@@ -13,6 +13,7 @@ from typing import Any
 from batchinfer import __version__
 from batchinfer.cost.step_cost import DeviceCost, StepCost
 from batchinfer.host.device import device_name
+from batchinfer.host.user_cache import user_cache
 from batchinfer.jobs.results.durable import write_json
 from batchinfer.kernels.cpu_library import cpu_path
 
@@ -43,9 +44,8 @@ class DeviceKey:
     def path(self) -> Path:
         """Path of the file with the device's figures, if it was measured. Raises `RuntimeError` without a home
         folder."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
-        return cache / "batchinfer" / "devices" / f"{digest}.json"
+        return user_cache() / "devices" / f"{digest}.json"
 
 
 def release(version: str) -> str:

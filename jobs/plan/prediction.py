@@ -74,6 +74,20 @@ class JobShape:
         """Return the most new tokens that rows with these prompt lengths may have."""
         return np.minimum(self.sampling.max_tokens, self.max_model_len - prompts)
 
+    @property
+    def short_of_context(self) -> int:
+        """Number of rows that may have fewer tokens than `max_tokens`, because prompt and answer fill the context."""
+        return int(self.lengths[max(self.max_model_len - self.sampling.max_tokens + 1, 0) :].sum())
+
+    @property
+    def share_cut(self) -> float:
+        """Share of the rows whose answers would be cut at the most tokens that they may have, if answers had their
+        usual lengths."""
+        lengths = np.flatnonzero(self.lengths)
+        usual = _usual_logarithms()
+        cut = [1 - usual.cdf(float(np.log(most))) for most in np.maximum(self.most_tokens(lengths), 1)]
+        return float(np.average(cut, weights=self.lengths[lengths])) if len(lengths) else 0.0
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -180,7 +194,7 @@ class Job:
 
     def predict(self, cost: DeviceCost, setting: Setting) -> Prediction:
         """Predict the job's times for a setting that was measured."""
-        prefill, decode = self._seconds(self.central, cost, setting)
+        prefill, decode = self.seconds_by_phase(self.central, cost, setting)
         low, high = (self.seconds(steps, cost, setting) for steps in (self.low, self.high))
         load = cost.load_seconds[setting.products] * layer_weights(self.model)
         return Prediction(cost.start_seconds, load, prefill, decode, prefill + decode, low, high)
@@ -194,12 +208,13 @@ class Job:
 
     def seconds(self, steps: Steps, cost: DeviceCost, setting: Setting) -> float:
         """Return the seconds of generating in these steps."""
-        return sum(self._seconds(steps, cost, setting))
+        return sum(self.seconds_by_phase(steps, cost, setting))
 
-    def drafts_pay(self, rows: int, cost: DeviceCost, setting: Setting) -> float | None:
-        """Return the least acceptance rate at which drafts pay, or None if they never pay.
+    def draft_gains(self, rows: int, cost: DeviceCost, setting: Setting) -> Floats:
+        """Return how many times as many tokens a second steps with drafts give as steps without, by the share of drafts
+        that are right: [101], for 0 to 100 %.
 
-        Drafts pay if a step with `DRAFTS` drafts for each of `rows` rows gives more tokens a second than one without.
+        A step has `DRAFTS` drafts for each of `rows` rows.
         """
         lengths = self.shape.lengths
         context = float(lengths @ np.arange(len(lengths))) / max(int(lengths.sum()), 1)
@@ -209,10 +224,14 @@ class Job:
         none = np.zeros(2)
         work = Work(tokens, queries, queries, queries * context, none, none, none)
         plain, drafted = cost.seconds(setting.products, work, self.model, setting.kv_cache, self._sampling).tolist()
-        right = np.arange(0, 1.01, 0.01)
-        gain = (right[:, None] ** np.arange(1 + DRAFTS)).sum(1) * plain / drafted
-        pays = np.flatnonzero(gain > 1)
-        return float(right[pays[0]]) if len(pays) else None
+        right = np.arange(101)[:, None] / 100
+        gains: Floats = (right ** np.arange(1 + DRAFTS)).sum(1) * plain / drafted
+        return gains
+
+    def drafts_pay(self, rows: int, cost: DeviceCost, setting: Setting) -> float | None:
+        """Return the least share of right drafts at which steps with drafts are faster, or None if they never are."""
+        pays = np.flatnonzero(self.draft_gains(rows, cost, setting) > 1)
+        return float(pays[0]) / 100 if len(pays) else None
 
     def step_sizes(self) -> dict[int, int]:
         """Return tokens of a step, with padding -> number of steps, by the central estimate."""
@@ -224,7 +243,7 @@ class Job:
         shared = self.shape.shared_tokens // max(self.shape.rows, 1)
         return simulate(self._prompts, outputs, self.config, shared, *self.grains)
 
-    def _seconds(self, steps: Steps, cost: DeviceCost, setting: Setting) -> tuple[float, float]:
+    def seconds_by_phase(self, steps: Steps, cost: DeviceCost, setting: Setting) -> tuple[float, float]:
         """Return (prefill, decode) seconds. A step with both is split by its tokens, as in the engine's statistics."""
         taken = cost.seconds(setting.products, steps.work, self.model, setting.kv_cache, self._sampling)
         taken *= self._repeats(steps)
@@ -268,10 +287,15 @@ def _spread(n: int) -> Floats:
     return np.asarray((np.arange(1, n + 1) * GOLDEN) % 1.0, np.float64)
 
 
+def _usual_logarithms() -> NormalDist:
+    """Return the distribution of the logarithms of usual numbers of new tokens."""
+    variance = float(np.log(1 + (DEVIATION / USUAL) ** 2))
+    return NormalDist(float(np.log(USUAL)) - variance / 2, variance**0.5)
+
+
 def _usual_lengths(n: int) -> Ints:
     """Return usual numbers of new tokens, in an order in which neighbours differ much [n]."""
-    variance = float(np.log(1 + (DEVIATION / USUAL) ** 2))
-    drawn = NormalDist(np.log(USUAL) - variance / 2, variance**0.5)
+    drawn = _usual_logarithms()
     return np.exp([drawn.inv_cdf(share) for share in np.clip(_spread(n), 1e-4, 1 - 1e-4).tolist()]).astype(np.int64)
 
 

@@ -22,7 +22,9 @@ from batchinfer.engine.request import Requests, RowError
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.canary import canary_rows, reference_config, same_beginning
+from batchinfer.jobs.fingerprints import model_digest
 from batchinfer.jobs.job import run
+from batchinfer.jobs.plan.quality_file import Quality, read_qualities
 from batchinfer.jobs.report import read_report
 from batchinfer.jobs.spec import JobSpec
 from batchinfer.jobs.tables.table import Table
@@ -66,8 +68,9 @@ def job(folder: Path, model: Path, **fields: object) -> JobSpec:
 
 
 def test_the_figures_are_those_of_transformers(
-    tmp_path: Path, spoiled: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, spoiled: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     spec = job(tmp_path, spoiled, canary=4, canary_reference=str(TARGET))
     report = run(spec)
     canary = report.canary
@@ -102,6 +105,8 @@ def test_the_figures_are_those_of_transformers(
     assert canary.top1_agreement == pytest.approx(agreed / tokens)
     assert canary.divergence == pytest.approx(divergence / tokens, rel=1e-3)
 
+    (known,) = read_qualities(model_digest(spoiled)).values()
+    assert known == Quality(canary.divergence, canary.top1_agreement, tokens, canary.reference, "canary")
     printed = capsys.readouterr().err
     assert printed.index(f"rows with {TARGET}") < printed.index("KL divergence") < printed.index("batchinfer: loading")
     assert read_report(spec.output) == report

@@ -22,6 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from batchinfer.jobs import quantize
+from batchinfer.jobs.fingerprints import model_digest
+from batchinfer.jobs.plan.quality_file import Quality, read_qualities
 from batchinfer.quality.distances import divergences, log_likelihoods
 from batchinfer.quality.evaluator import Evaluator
 
@@ -170,7 +172,8 @@ def test_metrics_are_their_definitions() -> None:
     torch.testing.assert_close(-log_likelihoods(found, targets), nll)
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     model = TARGET
     texts = ["import os\n\n\ndef path(x):\n    return os.path.join(x, 'a')\n" * 10, None, "", "x"]
     pq.write_table(pa.table({"text": texts, "n": [1, 2, 3, 4]}), tmp_path / "t.parquet")
@@ -190,6 +193,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert f"largest error    layer {worst['layer']}" in done.stdout
     assert f"layer {worst['layer']}: adds the most" in (tmp_path / "out.svg").read_text("utf-8")
     assert figures["scheme"] == "w8a8-int8 from bfloat16" and figures["quantization"] == "w8a8-int8"
+    (known,) = read_qualities(model_digest(model)).items()
+    assert known == (
+        "w8a8-int8, KV float32",
+        Quality(figures["divergence"], figures["top1_agreement"], figures["tokens"], str(model), "evaluate"),
+    )
     assert figures["perplexity"] < 10 and 0 < figures["divergence"] < 0.1 and figures["top1_agreement"] > 0.9
     for wrong, code, message in (
         (("--column", "n"), 65, "column 'n' has no text of two tokens or more"),

@@ -151,8 +151,9 @@ def test_duplicates_make_the_prediction_shorter(model: Path) -> None:
     assert (same.duplicates, same.duplicate_tokens) == (7, 7 * 40)
     assert same.step_sizes == {"224": 1, "8": 4}
     assert prediction_of(same).generate_seconds == pytest.approx(1e-3 * (224 + 4 * 8))
-    before = [candidate.generate_seconds for candidate in different.candidates]
-    assert all(b.generate_seconds < a for a, b in zip(before, same.candidates, strict=True))
+    assert different.comparison is not None and same.comparison is not None
+    before = [candidate.generate_seconds for candidate in different.comparison.candidates]
+    assert all(b.generate_seconds < a for a, b in zip(before, same.comparison.candidates, strict=True))
 
 
 def prediction_of(found: Outlook) -> Prediction:

@@ -77,7 +77,7 @@ def test_rows_lengths_and_what_cannot_run(
     assert written["most_new_tokens"] == 60
     # Three rows in blocks of 32 tokens: keys and values, of 2 layers and 2 heads with 16 numbers of 2 bytes each.
     assert written["kv_cache_bytes"] == (1 + 2 + 2) * 32 * 2 * 2 * 2 * 16 * 2
-    assert written["prediction"] is None and written["candidates"] == []
+    assert written["prediction"] is None and written["comparison"] is None
     assert "doctor --calibrate" in out and "too_long" in out and "first row 4" in out
     assert out.splitlines()[-1].startswith("1-32  3  ####")
     assert not (tmp_path / "out.parquet").exists() and not list(tmp_path.glob("*.run"))
@@ -95,7 +95,7 @@ def test_a_measured_device_has_times_and_candidates(
     assert prediction["generate_seconds"] == pytest.approx(1e-3 * (64 + 19 * 8))
     assert prediction["low"] == prediction["high"] == prediction["generate_seconds"]
     assert (prediction["start_seconds"], written["products"], written["kv_cache"]) == (2.0, "bfloat16", "bfloat16")
-    best, worst = written["candidates"][0], written["candidates"][-1]
+    best, worst = written["comparison"]["candidates"][0], written["comparison"]["candidates"][-1]
     assert best["products"] == "w8a8-int8" and best["generate_seconds"] == pytest.approx(5e-4 * (64 + 19 * 8))
     assert (worst["products"], worst["kv_cache"]) == ("bfloat16", "int8")
     assert "predicted" in out and "<- this job" in out and "calibrate" not in out
