@@ -5,23 +5,27 @@ README.md. Format of the YAML: huggingface_hub's `DatasetCardData`.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from batchinfer import __version__
 from batchinfer.jobs.report import Report
-from batchinfer.jobs.spec import JobSpec
 
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")  # between which the Hub sorts numbers of rows
 SAMPLED = ("temperature", "top_p", "top_k", "min_p", "max_tokens", "seed", "n")
 
 
-def dataset_card(spec: JobSpec, report: Report, model: Path) -> str:
-    """Return the card of a job's output; `model` is the folder or file of the checkpoint that ran."""
+def dataset_card(spec: Mapping[str, Any], report: Report, model: Path) -> str:
+    """Return the card of a job's output.
+
+    `spec` has the fields of its `JobSpec` as a dictionary, as `run.json` has them, and `model` is the folder or file of
+    the checkpoint that ran.
+    """
     from huggingface_hub import DatasetCardData  # loads PyYAML, which other jobs have no use for
 
     data = DatasetCardData(
-        pretty_name=spec.output.name,
+        pretty_name=Path(report.output).name,
         size_categories=[_size(report.rows)],
         tags=["synthetic", "batchinfer"],
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "part-*.parquet"}]}],
@@ -39,15 +43,15 @@ def licence_of(model: Path) -> str | None:
     return None if found is None else found[1].strip()
 
 
-def _body(spec: JobSpec, report: Report, licence: str | None) -> Iterator[str]:
-    yield f"\n# {spec.output.name}\n"
+def _body(spec: Mapping[str, Any], report: Report, licence: str | None) -> Iterator[str]:
+    yield f"\n# {Path(report.output).name}\n"
     yield f"{report.rows:,} rows, answered by a language model with batchinfer {__version__}.\n"
     yield "| | |\n|---|---|"
     named = "not named by its checkpoint" if licence is None else licence
     facts = {
-        "model": spec.model,
+        "model": spec["model"],
         "licence of the model": f"{named}; see what it says of generated text",
-        "quantization": spec.quantization,
+        "quantization": spec["quantization"],
         "rows with an answer": f"{report.rows_ok:,}",
         "rows that failed": f"{report.rows_failed:,}, with `error_code` and `error_message`",
         "tokens": f"{report.prompt_tokens:,} of prompts, {report.completion_tokens:,} generated",
@@ -55,22 +59,21 @@ def _body(spec: JobSpec, report: Report, licence: str | None) -> Iterator[str]:
     }
     yield from (f"| {name} | {_cell(str(value))} |" for name, value in facts.items())
     yield "\n## Prompts\n"
-    if spec.system_prompt is not None:
-        yield f"System message:\n\n{_block(spec.system_prompt)}\n"
-    if spec.prompt_template is not None:
-        yield f"Made of columns by this template:\n\n{_block(spec.prompt_template)}"
-    elif spec.messages_column is not None:
-        yield f"The chats in column `{spec.messages_column}`."
+    if spec["system_prompt"] is not None:
+        yield f"System message:\n\n{_block(spec['system_prompt'])}\n"
+    if spec["prompt_template"] is not None:
+        yield f"Made of columns by this template:\n\n{_block(spec['prompt_template'])}"
+    elif spec["messages_column"] is not None:
+        yield f"The chats in column `{spec['messages_column']}`."
     else:
-        yield f"The texts in column `{spec.prompt_column or spec.text_column or 'prompt'}`."
-    if spec.renders_chats:
+        yield f"The texts in column `{spec['prompt_column'] or spec['text_column'] or 'prompt'}`."
+    if spec["chat"] or spec["messages_column"] is not None:
         yield "\nThey were rendered with the model's chat template."
 
 
-def _sampling(spec: JobSpec) -> Iterator[tuple[str, object]]:
+def _sampling(spec: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     for name in SAMPLED:
-        source = spec.sampling if hasattr(spec.sampling, name) else spec
-        yield name, getattr(source, name)
+        yield name, spec["sampling"].get(name, spec.get(name))
 
 
 def _size(rows: int) -> str:

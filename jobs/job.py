@@ -29,9 +29,9 @@ from batchinfer.jobs.process.messages import TORCH_ENGINE, Load
 from batchinfer.jobs.process.worker import Worker, run_engine
 from batchinfer.jobs.progress import Progress
 from batchinfer.jobs.report import SCHEMA_VERSION, Report, rates, read_report, versions
-from batchinfer.jobs.report_page import report_page
+from batchinfer.jobs.report_forms import write_report
 from batchinfer.jobs.results.done import Done
-from batchinfer.jobs.results.durable import write_json, write_whole
+from batchinfer.jobs.results.durable import write_whole
 from batchinfer.jobs.results.formats import is_folder
 from batchinfer.jobs.results.glance import Glance
 from batchinfer.jobs.results.output_writer import digest_of
@@ -182,10 +182,9 @@ def _run(
     )
     if engine == TORCH_ENGINE and results.new_tokens:
         report = replace(report, predicted=forecast(spec, config, windows.figures, results.new_tokens))
-    write_json(folder.report, asdict(report))
-    write_whole(folder.page, report_page(report, timeline.samples).encode())
+    write_report(folder, report, timeline.samples)
     if is_folder(spec.output) and not (spec.scores_texts or spec.completion_column):
-        write_whole(folder.card, dataset_card(spec, report, config.model).encode())
+        write_whole(folder.card, dataset_card(asdict(spec), report, config.model).encode())
     folder.publish(merged)
     state.phase = "done"
     return report

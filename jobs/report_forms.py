@@ -1,16 +1,25 @@
-"""The forms in which `batchinfer report` prints a report, or the comparison of two: text, JSON, a web page."""
+"""The forms of a report: the files in its run folder, and what `batchinfer report` prints of one report or of two."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from batchinfer.errors import Refused
 from batchinfer.jobs.log import say
-from batchinfer.jobs.report import read_report, report_folder
+from batchinfer.jobs.report import Report, read_report, report_folder
 from batchinfer.jobs.report_comparison import Comparison
 from batchinfer.jobs.report_page import report_page
+from batchinfer.jobs.results.durable import write_json, write_whole
+from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.timeline import Sample, read_timeline
+
+
+def write_report(folder: RunFolder, report: Report, samples: Sequence[Sample]) -> None:
+    """Write `report.json` and `report.html`; `samples` are those of the job's timeline. Raises `OSError`."""
+    write_json(folder.report, asdict(report))
+    write_whole(folder.page, report_page(report, samples).encode())
 
 
 def printed_report(output: Path, written_as: str) -> str:

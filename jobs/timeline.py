@@ -7,7 +7,7 @@ whole one. A job that goes on adds to it; the time between its runs is left out.
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -99,13 +99,21 @@ class Timeline:
         if not self.samples:
             return
         self._written = self._clock()
-        columns = {field.name: [getattr(sample, field.name) for sample in self.samples] for field in fields(Sample)}
-        try:  # not synced: after a loss of power the figures may be gone, which costs nobody an answer
-            replace_unsynced(self._path, (json.dumps({"schema_version": SCHEMA_VERSION, **columns}) + "\n").encode())
+        try:
+            write_timeline(self._path, self.samples)
         except OSError as error:
             if not self._complained:
                 say(f"{self._path} cannot be written: {error.strerror or error}; the job continues")
             self._complained = True
+
+
+def write_timeline(path: Path, samples: Sequence[Sample]) -> None:
+    """Write samples, in the order of time, by rename. Raises `OSError`.
+
+    The file is not synced: after a loss of power the figures may be gone, which costs nobody an answer.
+    """
+    columns = {field.name: [getattr(sample, field.name) for sample in samples] for field in fields(Sample)}
+    replace_unsynced(path, (json.dumps({"schema_version": SCHEMA_VERSION, **columns}) + "\n").encode())
 
 
 def join_shortest(samples: list[Sample]) -> None:

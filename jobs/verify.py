@@ -14,7 +14,7 @@ from batchinfer.errors import Refused
 from batchinfer.host.files import sha256
 from batchinfer.jobs.fingerprints import OPENAI_BATCH
 from batchinfer.jobs.openai_batch.responses import counted
-from batchinfer.jobs.report import read_report
+from batchinfer.jobs.report import Report, read_report
 from batchinfer.jobs.results.done import Part, completion_tokens, counts, read_part
 from batchinfer.jobs.results.formats import format_of
 from batchinfer.jobs.results.output_writer import digest_of, files_of, is_there
@@ -35,6 +35,17 @@ class Totals:
     @classmethod
     def empty(cls) -> "Totals":
         return cls(Counter(), Counter())
+
+    @classmethod
+    def of(cls, report: Report) -> "Totals":
+        """Return what a report says."""
+        return cls(
+            Counter(report.rows_by_finish_reason),
+            Counter(report.rows_by_error),
+            report.rows,
+            report.prompt_tokens,
+            report.completion_tokens,
+        )
 
     def add(self, table: pa.Table) -> None:
         """Count a table's rows."""
@@ -62,32 +73,36 @@ def verify(output: Path) -> list[str]:
         if others := set(files_of(output)) - set(files):
             raise Refused(f"{min(others)} was written by no run; move it away")
         return [line for file in files for line in verify(file)]
+    totals, parts = recount(output)
+    return [f"{output}: {totals.text()}", f"{parts:,} parts, report and output agree; all hashes are right"]
+
+
+def recount(output: Path, has_report: bool = True) -> tuple[Totals, int]:
+    """Check an output that is no incremental one. Returns its counts, and its number of parts.
+
+    Without a report, which has the output's sha256, the output's counts are all that is compared with the parts. Raises
+    `Refused` with the first difference that is found.
+    """
     folder = RunFolder(output)
     manifest = _manifest(folder)
     in_parts = _verify_parts(folder, manifest)
-    report = read_report(output)
+    report = read_report(output) if has_report else None
     if not is_there(output):
         raise Refused(
             f"{output} does not exist, though {folder.manifest} says that all rows are done; run the job again"
         )
-    if digest_of(output) != report.output_sha256:
+    if report is not None and digest_of(output) != report.output_sha256:
         another = "" if Path(report.output).name == output.name else f", which is about {report.output}"
         raise Refused(f"{output} was changed: its sha256 is not the one in {folder.report}{another}; run the job again")
-    in_output = _count_output(output, manifest["fingerprints"].get("format") == OPENAI_BATCH)
-    in_report = Totals(
-        Counter(report.rows_by_finish_reason),
-        Counter(report.rows_by_error),
-        report.rows,
-        report.prompt_tokens,
-        report.completion_tokens,
-    )
-    for name, found in ((str(output), in_output), (str(folder.report), in_report)):
+    found_in = {output: _count_output(output, manifest["fingerprints"].get("format") == OPENAI_BATCH)}
+    if report is not None:
+        found_in[folder.report] = Totals.of(report)
+    for name, found in found_in.items():
         if found != in_parts:
             raise Refused(
                 f"{name} counts {found.text()}, but the parts hold {in_parts.text()}; run the job anew with --overwrite"
             )
-    listed = len(manifest["parts"])
-    return [f"{output}: {in_output.text()}", f"{listed:,} parts, report and output agree; all hashes are right"]
+    return in_parts, len(manifest["parts"])
 
 
 def _manifest(folder: RunFolder) -> dict[str, Any]:

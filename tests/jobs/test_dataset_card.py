@@ -1,6 +1,7 @@
 """The data-set card of a folder output, read by the Hub's own library and by datasets."""
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
@@ -51,7 +52,7 @@ def test_a_file_has_no_card(tmp_path: Path) -> None:
 
 def test_chats_and_system_messages_are_said(tmp_path: Path) -> None:
     job = spec(tmp_path, tmp_path / "in.parquet", prompt_column=None, messages_column="chat", system_prompt="Be brief.")
-    text = dataset_card(job, REPORT, tmp_path)
+    text = dataset_card(asdict(job), REPORT, tmp_path)
     assert "The chats in column `chat`." in text and "```text\nBe brief.\n```" in text
     assert "rendered with the model's chat template" in text and "not named by its checkpoint" in text
 
