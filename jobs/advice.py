@@ -43,10 +43,10 @@ def _limit(report: Report) -> Iterator[str]:
     if not report.steps:
         return
     load = report.phases["load"]
-    if load > LOADING * report.wall_seconds:
+    if load > LOADING * report.machine_seconds:
         yield (
-            f"Loading the model took {in_seconds(load)}, {_percent(load / report.wall_seconds)} of the wall time: one "
-            "job over more rows, or over several inputs, loads it once."
+            f"Loading the model took {in_seconds(load)}, {_percent(load / report.machine_seconds)} of {_time(report)}: "
+            "one job over more rows, or over several inputs, loads it once."
         )
     elif report.phases["tokenize"] > WAITING * report.generate_seconds:
         yield (
@@ -110,9 +110,9 @@ def _preempted(report: Report) -> Iterator[str]:
 
 def _merging(report: Report) -> Iterator[str]:
     merging = report.phases["merge"] + report.phases["commit"]
-    if merging > MERGING * report.wall_seconds:
+    if merging > MERGING * report.machine_seconds:
         yield (
-            f"Writing took {in_seconds(merging)}, {_percent(merging / report.wall_seconds)} of the wall time: a "
+            f"Writing took {in_seconds(merging)}, {_percent(merging / report.machine_seconds)} of {_time(report)}: a "
             "faster disk, fewer --columns, or larger --commit-rows would help."
         )
 
@@ -137,6 +137,10 @@ def _more_rows(report: Report) -> str:
     if isinstance(most, int) and report.rows_computed > 2 * most and not report.preemptions:
         return f"; more rows side by side than --max-num-seqs {most} may help"
     return ""
+
+
+def _time(report: Report) -> str:
+    return "the time of all shards" if report.shards else "the wall time"
 
 
 def _rows(count: int) -> str:

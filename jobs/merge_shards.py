@@ -1,49 +1,60 @@
-"""Merging the outputs of all shards of a job into the output that the job would have made without shards."""
+"""Merging the outputs of all shards of a job into the output that the job would have made without shards.
+
+Beside it lies `OUT.run/` with the report of the whole job, but no parts: these stay with the shards.
+"""
 
 import json
-import os
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from batchinfer.errors import Interrupted, Refused
-from batchinfer.jobs.report import read_report
+from batchinfer.jobs.dataset_card import dataset_card
+from batchinfer.jobs.log import say
+from batchinfer.jobs.merged_report import merged_report
+from batchinfer.jobs.merged_timeline import side_by_side
+from batchinfer.jobs.report import Report, read_report
+from batchinfer.jobs.report_forms import write_report
 from batchinfer.jobs.results.done import differences
-from batchinfer.jobs.results.durable import lock
+from batchinfer.jobs.results.durable import write_whole
 from batchinfer.jobs.results.formats import OutputFormat, format_of
-from batchinfer.jobs.results.output_writer import OutputWriter, files_of, is_there, publish, refuse_foreign, remove_left
+from batchinfer.jobs.results.output_writer import OutputWriter, digest_of, files_of, publish, remove_left
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.verify import verify
+from batchinfer.jobs.timeline import Sample, read_timeline, write_timeline
+from batchinfer.jobs.verify import recount
 
 
 def merge_shards(shards: Sequence[Path], output: Path, overwrite: bool) -> int:
     """Write `output` from the outputs of all shards, which may be in any order. Returns its number of rows.
 
-    Raises `Refused` if a shard is missing, given twice, unfinished, damaged or of another job, and `Interrupted` if a
-    shard or another merge is at work.
+    Beside it the report of the whole job is written, or one line is printed that says why there is none. With
+    `overwrite`, an earlier output and its run folder are replaced. Raises `Refused` if a shard is missing, given twice,
+    unfinished, damaged or of another job, and `Interrupted` if a shard or another merge is at work.
     """
     written_as = format_of(output)
-    refuse_foreign(output)
-    if is_there(output) and not overwrite:
+    folder = RunFolder(output)
+    folder.refuse_foreign()
+    if folder.unfinished:
+        raise Refused(f"{folder.path} holds rows of a run that is not complete; choose another output, or move it away")
+    if folder.begun and not overwrite:
         raise Refused(f"output {output} exists; choose another one, or give --overwrite to replace it")
     ordered = _in_order([(path, _fingerprints(path)) for path in shards])
     if others := [path for path in ordered if format_of(path) is not written_as]:
         raise Refused(
             f"shard {others[0]} has another format than output {output}; name an output with the shards' suffix"
         )
-    # A merge removes what a dead merge has left aside. The first shard's lock keeps it from doing so to a living one.
-    held = lock(RunFolder(ordered[0]).path / "lock")
-    if held is None:
-        raise Interrupted(f"a run or a merge of {ordered[0]} is at work; nothing was done: try again when it has ended")
-    try:
-        return _merge(ordered, output, written_as)
-    finally:
-        os.close(held)
+    if busy := [path for path in ordered if RunFolder(path).taken]:
+        raise Interrupted(f"a run of {busy[0]} is at work; nothing was done: try again when it has ended")
+    with closing(folder), folder.taken_before_open():  # a merge removes what a dead one has left aside, and no other
+        return _merge(ordered, folder, written_as)
 
 
-def _merge(shards: list[Path], output: Path, written_as: OutputFormat) -> int:
-    for path in shards:
-        verify(path)
+def _merge(shards: list[Path], folder: RunFolder, written_as: OutputFormat) -> int:
+    output = folder.output
+    reports = [_report_of(path) for path in shards]
+    counted = [recount(path, isinstance(report, Report))[0] for path, report in zip(shards, reports, strict=True)]
     files = [file for path in shards for file in files_of(path)]
     aside = output.with_name(f".{output.name}.merging")
     remove_left(path for path in (aside, aside.with_name(f"{aside.name}-earlier")) if path.exists())
@@ -51,8 +62,49 @@ def _merge(shards: list[Path], output: Path, written_as: OutputFormat) -> int:
         for path in files:
             for rows in written_as.slices(path):
                 writer.write(rows)
+    folder.clear()
+    try:
+        _write_reports(shards, [_known(report) for report in reports], folder, digest_of(aside))
+    except Refused as error:
+        say(f"the rows of {output} are whole, but no report of them is written: {error}")
     publish(aside, output)
-    return sum(read_report(path).rows for path in shards)  # every shard was verified
+    return sum(totals.rows for totals in counted)
+
+
+def _report_of(shard: Path) -> Report | Refused:
+    """Return the report of a shard, or why it cannot be read: its rows can be counted without."""
+    try:
+        return read_report(shard)
+    except Refused as error:
+        return error
+
+
+def _known(report: Report | Refused) -> Report:
+    if isinstance(report, Refused):
+        raise report
+    return report
+
+
+def _write_reports(shards: Sequence[Path], reports: Sequence[Report], folder: RunFolder, digest: str) -> None:
+    """Write the report of the whole job, its timeline, and the card of a folder. Raises `Refused` if that cannot be."""
+    timelines: list[list[Sample]] = []
+    notes: list[str] = []
+    for path in shards:
+        try:
+            timelines.append(read_timeline(RunFolder(path).timeline))
+        except Refused as error:
+            notes.append(f"{error}; the figures over time are without {path.name}")
+    try:
+        merged = merged_report(reports, folder.output, digest)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Refused(f"the report of a shard is damaged ({type(error).__name__})") from error
+    merged = replace(merged, notes=[*merged.notes, *notes])
+    samples = side_by_side(timelines)
+    write_report(folder, merged, samples)
+    write_timeline(folder.timeline, samples)
+    if RunFolder(shards[0]).card.exists():
+        run = json.loads((RunFolder(shards[0]).path / "run.json").read_text("utf-8"))
+        write_whole(folder.card, dataset_card(run["spec"], merged, Path(run["engine"]["model"])).encode())
 
 
 def _fingerprints(path: Path) -> dict[str, str]:

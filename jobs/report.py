@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ class Report:
     The job tokenizes and commits while the engine computes. So phases overlap, and do not add up to `wall_seconds`.
     `generate_seconds` is the time from when the engine is ready to its last row. In `tokens_per_second`, `prefill` and
     `decode` are over their own phases, and `input`, `output` and `total` are over `generate_seconds`.
+
+    Of merged shards, `wall_seconds` is the time from the first one's start to the last one's end, and rates of rows and
+    of `input`, `output` and `total` are over it. All other seconds are those of the shards, added up.
     """
 
     schema_version: int
@@ -87,11 +91,18 @@ class Report:
     settings: dict[str, Any] = field(default_factory=dict)  # of the engine, as they were resolved
     peak_bytes_per_second: float = 0.0  # of copying in memory; 0 if it was not measured
     ended: int = 0  # Unix time at which the job was complete
+    shards: int = 0  # of which the output was merged; 0 for the output of a run
+    shard_seconds: float = 0.0  # wall time of all shards, added up
 
     @property
     def engine_seconds(self) -> float:
         """Seconds in which the engine computed steps."""
         return self.phases["prefill"] + self.phases["decode"]
+
+    @property
+    def machine_seconds(self) -> float:
+        """Wall time of the run, or of all shards, added up."""
+        return self.shard_seconds if self.shards else self.wall_seconds
 
     @property
     def bytes_read(self) -> int:
@@ -106,6 +117,7 @@ class Report:
         right = f"{self.accepted:,} accepted ({_percent(self.accepted, self.drafted)})"
         lines = [
             ("output", self.output),
+            *([("shards", f"{self.shards:,}, merged")] if self.shards else []),
             ("model", self.model),
             ("device", self.device or "none, since no model was loaded"),
             ("rows", f"{self.rows:,} ({self.rows_ok:,} ok, {self.rows_failed:,} failed)"),
@@ -118,10 +130,7 @@ class Report:
             *([("unparsed calls", self._unparsed())] if self.unparsed_tool_calls else []),
             *([("drafts", f"{self.drafted:,} drafted, {right}")] if self.drafted else []),
             *([("forced tokens", f"{self.forced:,} taken without the model")] if self.forced else []),
-            (
-                "wall time",
-                f"{in_seconds(self.wall_seconds)}, of which generating {in_seconds(self.generate_seconds)}",
-            ),
+            *self._times(),
             *[(f"  {name}", in_seconds(seconds)) for name, seconds in self.phases.items()],
             *([] if self.predicted is None else self.predicted.lines()),
             ("rows/s", f"{self.rows_per_second:,.2f}"),
@@ -147,6 +156,13 @@ class Report:
         ]
         width = max(len(name) for name, _ in lines)
         return "\n".join(printable(f"{name:<{width}}  {value}".rstrip()) for name, value in lines)
+
+    def _times(self) -> list[tuple[str, str]]:
+        wall, generating = in_seconds(self.wall_seconds), f"of which generating {in_seconds(self.generate_seconds)}"
+        if not self.shards:
+            return [("wall time", f"{wall}, {generating}")]
+        span = f"{wall}, from the first shard's start to the last one's end"
+        return [("wall time", span), ("time of shards", f"{in_seconds(self.shard_seconds)}, {generating}")]
 
     def _unparsed(self) -> str:
         one = self.unparsed_tool_calls == 1
@@ -192,7 +208,7 @@ def report_folder(output: Path) -> RunFolder:
     return RunFolder([output, *incremental_files(output)][-1])
 
 
-def rates(tokens: dict[str, int], seconds: dict[str, float]) -> dict[str, float]:
+def rates(tokens: Mapping[str, float], seconds: dict[str, float]) -> dict[str, float]:
     """Return tokens a second by kind; 0 if no time passed."""
     return {kind: tokens[kind] / seconds[kind] if seconds[kind] > 0 else 0.0 for kind in tokens}
 

@@ -104,6 +104,7 @@ FIGURES: tuple[tuple[str, Callable[[Report], float], Callable[[float], str]], ..
     ("  drafted", lambda report: report.drafted, _count),
     ("  accepted", lambda report: report.accepted, _count),
     ("wall time", lambda report: report.wall_seconds, in_seconds),
+    ("time of shards", lambda report: report.shard_seconds, in_seconds),
     ("generating", lambda report: report.generate_seconds, in_seconds),
     *((f"  {name}", _phase(name), in_seconds) for name in ("load", "tokenize", "prefill", "decode", "commit", "merge")),
     ("rows/s", lambda report: report.rows_per_second, _rate),

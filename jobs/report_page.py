@@ -59,11 +59,18 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     return [
         (f"{report.rows_ok:,}", f"of {report.rows:,} rows have an answer"),
         (f"{report.rows_failed:,}", "rows failed"),
-        (in_seconds(report.wall_seconds), f"in all, {in_seconds(report.generate_seconds)} of it generating"),
+        (in_seconds(report.wall_seconds), _of_it(report)),
         (f"{report.rows_per_second:,.2f}", "rows a second"),
         (f"{report.tokens_per_second['total']:,.0f}", "tokens a second, in and out"),
         (f"{report.completion_tokens:,}", f"tokens generated from {report.prompt_tokens:,} of prompts"),
     ]
+
+
+def _of_it(report: Report) -> str:
+    generating = f"{in_seconds(report.generate_seconds)} of it generating"
+    if not report.shards:
+        return f"in all, {generating}"
+    return f"for {report.shards:,} shards, which took {in_seconds(report.shard_seconds)} together, {generating}"
 
 
 def _over_time(samples: Sequence[Sample]) -> list[str]:

@@ -53,11 +53,12 @@ def ray(
     from batchinfer.jobs.launch import ray_tasks
     from batchinfer.jobs.launch.shard_arguments import for_all_shards
     from batchinfer.jobs.merge_shards import merge_shards
+    from batchinfer.jobs.results.run_folder import RunFolder
 
     cluster = ray_tasks.Cluster(address, gpus_per_shard, cpus_per_shard, max_retries)
     spec = job_of(arguments)
     _refuse_what_shards_cannot_have(spec)
-    if spec.output.exists():
+    if RunFolder(spec.output).begun:
         raise Refused(f"output {spec.output} exists; choose another one, or remove it to merge the shards again")
     failed = ray_tasks.run_shards(spec, for_all_shards(spec, arguments, shards), shards, cluster)
     if failed:

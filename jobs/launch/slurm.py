@@ -14,6 +14,7 @@ from pathlib import Path
 
 from batchinfer.errors import Refused, UsageError
 from batchinfer.jobs.flag_values import seconds_of
+from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.spec import JobSpec
 
 SIGNAL_SECONDS = 120  # time before its limit at which a task is told to stop
@@ -139,7 +140,7 @@ def submit(submission: Submission) -> tuple[str, str]:
     Raises `UsageError` for more shards than the site allows, and `Refused` if Slurm is missing or refuses, or if an
     output exists that no submission made.
     """
-    if submission.output.exists() and not submission.merge_script.exists():
+    if RunFolder(submission.output).begun and not submission.merge_script.exists():
         raise Refused(
             f"output {submission.output} exists and no submission made it; choose another one or move it away"
         )

@@ -41,6 +41,7 @@ ROW_GROUP_BYTES = 1 << 18  # size of a part's row groups; the merge holds one of
 FORMAT_VERSION = 2
 # A run that was killed before it began may leave these.
 BEFORE_A_RUN = {"run.json.tmp", "lock", "heartbeat.json", "heartbeat.json.tmp"}
+OF_A_MERGE = {"report.json", "report.html", "timeline.json", "README.md"}  # beside an output that was merged of shards
 
 
 def run_folder(output: Path) -> Path:
@@ -108,13 +109,18 @@ class RunFolder:
         if any(self.path.glob("*.rows.parquet")):
             raise Refused(f"{self.path} was begun with --incremental; give that flag again, or choose another output")
         unknown = self.path.is_dir() and not self._run.exists()
-        if unknown and {entry.name for entry in self.path.iterdir()} - BEFORE_A_RUN:
+        if unknown and {entry.name for entry in self.path.iterdir()} - BEFORE_A_RUN - OF_A_MERGE:
             raise Refused(f"{self.path} holds files that no run wrote; choose another output or move them away")
 
     @property
     def begun(self) -> bool:
         """True if an earlier run has left a run folder or an output."""
         return self._run.exists() or is_there(self.output)
+
+    @property
+    def unfinished(self) -> bool:
+        """True if an earlier run has left rows and no output."""
+        return self._run.exists() and not is_there(self.output)
 
     @property
     def template_date(self) -> datetime | None:
@@ -176,8 +182,9 @@ class RunFolder:
         self.take()
         self._fingerprints = fingerprints
         if overwrite:
-            self._remove_all()
-        if not self.begun:
+            remove(self.output)
+        if overwrite or not self.begun:
+            self.clear()
             write_json(self._run, {**run, "fingerprints": fingerprints})
         self._refuse_another_job(fingerprints)
         for folder in (self.parts, self.temporary):
@@ -226,9 +233,8 @@ class RunFolder:
                 "choose another output, or give --overwrite to start anew"
             )
 
-    def _remove_all(self) -> None:
-        """Remove the output and all files of the run, `run.json` last: it marks the folder as a run's."""
-        remove(self.output)
+    def clear(self) -> None:
+        """Remove the files of an earlier run or merge, `run.json` last: it marks the folder as a run's."""
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry)
