@@ -3,13 +3,11 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
-from glob import escape
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from batchinfer.errors import Refused
 from batchinfer.jobs.amounts import in_bytes, in_seconds
@@ -23,6 +21,23 @@ from batchinfer.jobs.results.run_folder import RunFolder, incremental_files
 
 WATCH_SECONDS = 2.0
 GOES_ON = "the same command goes on where it was"
+
+
+class Told(Protocol):
+    """A status that is printed."""
+
+    @property
+    def over(self) -> bool:
+        """True if it will not change any more."""
+
+    def text(self) -> str:
+        """Return aligned lines."""
+
+    def json(self) -> str:
+        """Return a JSON object on one line."""
+
+
+Read = TypeVar("Read", bound=Told)
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,10 @@ class Status:
     exit_code: int | None = None
     error_class: str | None = None
 
+    @property
+    def over(self) -> bool:
+        return self.state != "running"
+
     def text(self) -> str:
         """Return the status as aligned lines."""
         lines = [("output", self.output), ("state", f"{self.state}: {self.reason}")]
@@ -64,7 +83,7 @@ class Status:
         if self.rows_per_second is not None and self.tokens_per_second is not None:
             lines += [("rows/s", f"{self.rows_per_second:,.2f}"), ("tokens/s", f"{self.tokens_per_second:,.1f}")]
         if self.state == "running" and self.phase == "generating":
-            lines.append(("time left", _range(self.time_left)))
+            lines.append(("time left", in_range(self.time_left)))
         memory = [f"{name} {in_bytes(size)}" for name, size in self.peak_memory_bytes.items() if size]
         if memory:
             lines.append(("peak memory", ", ".join(memory)))
@@ -89,8 +108,13 @@ def print_status(output: Path, watch: bool, as_json: bool) -> None:
 
     Raises `Refused` if no job has begun there.
     """
+    print_each(statuses(output) if watch else [read_status(output, Pulse())], watch, as_json)
+
+
+def print_each(statuses: Iterable[Told], watch: bool, as_json: bool) -> None:
+    """Print one status after the other; with `watch`, a terminal shows each in the place of the one before."""
     redraws = sys.stdout.isatty() and not as_json
-    for number, status in enumerate(statuses(output) if watch else [read_status(output, Pulse())]):
+    for number, status in enumerate(statuses):
         if redraws and watch:
             print("\x1b[H\x1b[J", end="")  # to the upper left corner; clear from there
         elif number and not as_json:
@@ -101,13 +125,17 @@ def print_status(output: Path, watch: bool, as_json: bool) -> None:
 def statuses(output: Path, sleep: Callable[[float], None] = time.sleep) -> Iterator[Status]:
     """Yield the status every `WATCH_SECONDS` until the job is over, the last one included."""
     pulse = Pulse()
-    for number in count():
-        if number:
-            sleep(WATCH_SECONDS)
-        status = read_status(output, pulse)
+    return watched(lambda: read_status(output, pulse), sleep)
+
+
+def watched(read: Callable[[], Read], sleep: Callable[[float], None] = time.sleep) -> Iterator[Read]:
+    """Yield what `read` returns every `WATCH_SECONDS` until that is over."""
+    while True:
+        status = read()
         yield status
-        if status.state != "running":
+        if status.over:
             return
+        sleep(WATCH_SECONDS)
 
 
 def read_status(output: Path, pulse: Pulse) -> Status:
@@ -154,9 +182,7 @@ def _beat_or_none(folder: RunFolder) -> Beat | None:
 def _refuse_unbegun(output: Path, folder: RunFolder) -> None:
     if folder.begun and folder.path.exists():
         return
-    shards = sorted(output.parent.glob(f"{escape(output.stem)}-*-of-*.run"))
-    hint = f"; there are shards: ask for {shards[0].with_suffix(output.suffix)}" if shards else ""
-    raise Refused(f"no job has begun at {output}: there is no {folder.path}; give the output of a job as its -o{hint}")
+    raise Refused(f"no job has begun at {output}: there is no {folder.path}; give the output of a job as its -o")
 
 
 def _without_beat(file: Path, folder: RunFolder, reason: str) -> Status:
@@ -227,7 +253,8 @@ def _complete(file: Path, beat: Beat | None) -> Status:
     )
 
 
-def _range(left: TimeLeft | None) -> str:
+def in_range(left: TimeLeft | None) -> str:
+    """Return a time left as its estimate and range."""
     if left is None:
         return "unknown until a row has ended"
     upper = "or more" if left.high is None else f"to {_time(left.high)}"

@@ -15,15 +15,32 @@ app = typer.Typer()
 @app.command(cls=SectionedCommand)
 @takes()
 def status(
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="The output of the job, as its -o names it.")],
+    outputs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="OUT",
+            help="The output of the job, as its -o names it; of a job of shards also their outputs, or a pattern in "
+            "quotes, as 'OUT-*-of-4.parquet'.",
+        ),
+    ],
     watch: Annotated[bool, Flag("Print it again every two seconds until the job is over.")] = False,
     as_json: Annotated[bool, Flag("Print a JSON object on one line.", name="json")] = False,
 ) -> None:
-    """Tell how a job goes, from another shell or another machine: rows, rate, time left, and whether it is alive."""
+    """Tell how a job goes, from another shell or another machine: rows, rate, time left, and whether it is alive.
+
+    Of a job of shards, tell how all go together, and each of them in a line.
+    """
+    from batchinfer.jobs.launch.slurm import submitted
+    from batchinfer.jobs.shard_outputs import outputs_of
+    from batchinfer.jobs.shard_status import print_shards
     from batchinfer.jobs.status import print_status
 
+    found = outputs_of(outputs, submitted)
     with suppress(KeyboardInterrupt):  # the way to leave --watch
-        print_status(output, watch, as_json)
+        if found == outputs[:1]:
+            print_status(outputs[0], watch, as_json)
+        else:
+            print_shards(found, watch, as_json)
 
 
 @app.command(cls=SectionedCommand)

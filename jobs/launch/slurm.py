@@ -158,6 +158,16 @@ def submit(submission: Submission) -> tuple[str, str]:
         ) from error
 
 
+def submitted(output: Path) -> int | None:
+    """Return the number of shards that were submitted last for an output; None if none were, or nobody can tell."""
+    try:
+        script = output.with_suffix(".slurm").joinpath("shards.sh").read_text("utf-8")
+    except (OSError, ValueError):
+        return None
+    found = re.search(r'--shard "\$SLURM_ARRAY_TASK_ID/(\d+)"', script)
+    return None if found is None else int(found[1])
+
+
 def dry_run(submission: Submission) -> str:
     """Return the scripts and commands that `submit` would write and run, as text."""
     files = [f"# {path}\n{text}" for path, text in submission.scripts().items()]

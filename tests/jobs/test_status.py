@@ -204,9 +204,6 @@ def test_where_no_job_has_begun_it_is_refused(tmp_path: Path) -> None:
     output.touch()  # somebody's, or what `merge` has written
     with pytest.raises(Refused, match="no job has begun"):
         read_status(output, Pulse())
-    (tmp_path / "out-0-of-2.run").mkdir()
-    with pytest.raises(Refused, match=r"there are shards: ask for .*out-0-of-2\.parquet"):
-        read_status(output, Pulse())
 
 
 def test_watching_ends_with_the_job(begun: Callable[[Beat], Path]) -> None:
