@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from batchinfer.engine.config import EngineConfig, Speculation
 from batchinfer.engine.request import Requests, params_of_all
 from batchinfer.errors import Interrupted, Refused, UsageError
 from batchinfer.formats.gguf_parts import GGUFParts
-from batchinfer.jobs.log import printable, say
+from batchinfer.jobs.log import printable, say, writes_json
 from batchinfer.jobs.plan.quality_file import Quality, write_quality
 from batchinfer.jobs.process.interruption import Interruption
 from batchinfer.jobs.process.messages import Fault, Found
@@ -162,7 +162,7 @@ def run_canary(comparison: Comparison, interruption: Interruption, tick: Callabl
     with tempfile.NamedTemporaryFile(prefix="batchinfer-canary-", suffix=".log", delete=False) as file:
         log = Path(file.name)
     rows = len(comparison.requests)
-    say(f"canary: comparing {rows} rows with {_reference_name(comparison.spec)}")
+    say(f"canary: comparing {rows} rows with {_reference_name(comparison.spec)}", "canary", rows_total=rows)
     with closing(Worker(log, compare, comparison)) as worker:
         while (message := worker.receive(POLL_SECONDS)) is None:
             tick()
@@ -171,7 +171,10 @@ def run_canary(comparison: Comparison, interruption: Interruption, tick: Callabl
     assert isinstance(message, Found)
     canary: Canary = message.value
     log.unlink()
-    print("\n".join(printable(f"{name:<20}{value}") for name, value in canary.lines()), file=sys.stderr, flush=True)
+    if writes_json():
+        say("canary: the rows are compared", "canary", **asdict(canary))
+    else:
+        print("\n".join(printable(f"{name:<20}{value}") for name, value in canary.lines()), file=sys.stderr, flush=True)
     return canary
 
 

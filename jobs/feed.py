@@ -87,7 +87,7 @@ class Loop:
             return replace(self._engine.stats, notes=["no row had to be computed, so that no model was loaded"])
         for note in told_alike(self._spec, self._windows.figures):  # at once: the job may run for days
             say(note)
-        say(f"loading {self._spec.model}")
+        say(f"loading {self._spec.model}", "loading", model=self._spec.model)
         self._progress.enter("loading")
         self._engine.load(replace(load, config=replace(load.config, kv_cache_tokens=self._cache_tokens(load.config))))
         while not self._engine.finished:

@@ -24,6 +24,7 @@ from batchinfer.host.device import DEVICES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS
 from batchinfer.jobs.chat_flags import ChatFlags
 from batchinfer.jobs.flag_values import DELIMITER, ENCODING, MOMENT, NAMES, NUMBER_OR_AUTO, SHARD, TIME
 from batchinfer.jobs.label_flags import LabelFlags
+from batchinfer.jobs.log import FORMATS
 from batchinfer.jobs.openai_batch_flags import OpenAIBatchFlags
 from batchinfer.jobs.sampling_flags import SamplingFlags
 from batchinfer.jobs.score_flags import ScoreFlags
@@ -364,6 +365,15 @@ class JobFlags:
             "FILE.prom",
         ),
     ] = None
+    log_format: Annotated[
+        str,
+        Flag(
+            "Write each line of the log, the report and an error as text, or as a JSON object with time, level, event "
+            "and figures, and no bar on a terminal.",
+            "Job",
+            choices=FORMATS,
+        ),
+    ] = "text"
     report_samples: Annotated[
         int, Flag("Show the answers of N rows in the report; by default it has no text of any row.", "Job", at_least=0)
     ] = 0

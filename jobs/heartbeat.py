@@ -126,7 +126,7 @@ class Heartbeat:
             replace_unsynced(path, (json.dumps(asdict(beat), ensure_ascii=False) + "\n").encode("utf-8", "replace"))
         except OSError as error:
             if not self._complained:
-                say(f"{path} cannot be written: {error.strerror or error}; the job continues")
+                say(f"{path} cannot be written: {error.strerror or error}; the job continues", level="warning")
             self._complained = True
 
 

@@ -112,7 +112,7 @@ def _run(
     state.results = results
     metrics.write()
     if folder.published and done.complete:
-        say(f"{spec.output} is complete already; nothing is run")
+        say(f"{spec.output} is complete already; nothing is run", "complete")
         return read_report(spec.output)
     heartbeat.begin("reading")
     notes = [*job.notes, *_resumed(done, digests), *_sampled(spec)]

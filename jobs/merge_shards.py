@@ -66,7 +66,7 @@ def _merge(shards: list[Path], folder: RunFolder, written_as: OutputFormat) -> i
     try:
         _write_reports(shards, [_known(report) for report in reports], folder, digest_of(aside))
     except Refused as error:
-        say(f"the rows of {output} are whole, but no report of them is written: {error}")
+        say(f"the rows of {output} are whole, but no report of them is written: {error}", level="warning")
         folder.remove_if_empty()
     publish(aside, output)
     return sum(totals.rows for totals in counted)

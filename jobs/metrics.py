@@ -65,7 +65,10 @@ class Metrics:
             write_whole(self._path, self._text().encode())
         except OSError as error:
             if not self._complained:
-                say(f"--metrics-textfile {self._path} cannot be written: {error.strerror or error}; the job continues")
+                say(
+                    f"--metrics-textfile {self._path} cannot be written: {error.strerror or error}; the job continues",
+                    level="warning",
+                )
             self._complained = True
 
     def _text(self) -> str:

@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from batchinfer.engine.config import EngineStats
 from batchinfer.jobs.heartbeat import Heartbeat
-from batchinfer.jobs.log import say
+from batchinfer.jobs.log import say, writes_json
 from batchinfer.jobs.metrics import Metrics
 from batchinfer.jobs.run_state import RunState
 
@@ -39,7 +39,7 @@ class Progress:
         if not self._state.generating():
             return
         self._heartbeat.write()
-        if sys.stderr.isatty():
+        if self._draws:
             self._bar = tqdm(
                 total=self._state.rows,
                 initial=self._state.rows_done,
@@ -71,8 +71,8 @@ class Progress:
         if late < 0:
             return
         self._due += LINE_SECONDS * (1 + late // LINE_SECONDS)
-        if not sys.stderr.isatty():
-            say(self._line())
+        if not self._draws:
+            self._say_line()
         self._metrics.write()
 
     def close(self) -> None:
@@ -80,12 +80,21 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _line(self) -> str:
+    @property
+    def _draws(self) -> bool:
+        """True if a bar is drawn in place of lines."""
+        return sys.stderr.isatty() and not writes_json()
+
+    def _say_line(self) -> None:
         state = self._state
         rows, total = state.rows_done, state.rows or 0
-        line = f"{state.phase}: {rows:,} of {total:,} rows"
-        if state.pace is None or state.phase != "generating":
-            return line
-        left = state.pace.left(total - rows)
-        interval = "?" if left is None else tqdm.format_interval(left.estimate)
-        return f"{line}, {state.pace.tokens_per_second:,.0f} tok/s, {interval} left"
+        line, figures = (
+            f"{state.phase}: {rows:,} of {total:,} rows",
+            dict[str, Any](rows_done=rows, rows_total=state.rows),
+        )
+        if state.pace is not None and state.phase == "generating":
+            rate, left = state.pace.tokens_per_second, state.pace.left(total - rows)
+            interval = "?" if left is None else tqdm.format_interval(left.estimate)
+            line = f"{line}, {rate:,.0f} tok/s, {interval} left"
+            figures |= {"tokens_per_second": rate, "seconds_left": None if left is None else left.estimate}
+        say(line, state.phase, **figures)

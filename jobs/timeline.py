@@ -103,7 +103,7 @@ class Timeline:
             write_timeline(self._path, self.samples)
         except OSError as error:
             if not self._complained:
-                say(f"{self._path} cannot be written: {error.strerror or error}; the job continues")
+                say(f"{self._path} cannot be written: {error.strerror or error}; the job continues", level="warning")
             self._complained = True
 
 

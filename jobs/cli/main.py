@@ -25,7 +25,7 @@ if platform.system() != "Linux":
     sys.exit(EXIT_CODES[Refused])
 
 from batchinfer.jobs.cli import cron, models, outputs, plan, ray, run, score, slurm
-from batchinfer.jobs.log import printable
+from batchinfer.jobs.log import asked_for, say_error, write_as
 from batchinfer.jobs.process.safe_errors import told, traced
 
 # pyarrow chooses its allocator when it is loaded. The system's frees large cells at once; pyarrow's default keeps them.
@@ -39,6 +39,7 @@ app.add_typer(slurm.app, name="slurm")
 
 def main() -> NoReturn:
     """Run a command and exit with its code. This is the program's entry point."""
+    write_as(asked_for(sys.argv))  # errors of a command line that cannot be read included
     try:
         sys.exit(app(prog_name="batchinfer", standalone_mode=False))
     except typer.TyperException as error:
@@ -52,7 +53,7 @@ def main() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"batchinfer: error: {printable(message)}", file=sys.stderr)
+    say_error(message, code)
     sys.exit(code)
 
 

@@ -1,6 +1,7 @@
 """The command that runs a job, and making a job from its arguments."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from batchinfer.flag import flags_of
 from batchinfer.jobs.cli.flags import SectionedCommand, takes
 from batchinfer.jobs.flag_values import read_job_file
 from batchinfer.jobs.flags import FLAGS
+from batchinfer.jobs.log import say, write_as, writes_json
 from batchinfer.jobs.spec import JobSpec, sharded
 from batchinfer.jobs.speculation import speculation_of
 
@@ -21,6 +23,8 @@ app = typer.Typer()
 def _use_job_file(context: typer.Context, path: Path | None) -> Path | None:
     if path is not None:
         context.default_map = read_job_file(path, {flag.name: flag for flag in FLAGS.values()})
+        if context.default_map.get("log_format") == "json":  # also for errors in the other flags
+            write_as("json")
     return path
 
 
@@ -55,6 +59,7 @@ def run(
     **values: Any,
 ) -> None:
     """Answer every row of a table, and write the table with its answers, in the order of the input."""
+    write_as(values["log_format"])
     spec = _spec(values, tuple(name for name in flags_of(SamplingParams) if _is_given(context, name)))
     if context.obj is not None:  # `job_of` wants the job, and does not run it
         context.obj(spec)
@@ -68,7 +73,10 @@ def carry_out(spec: JobSpec, output: Path) -> None:
     from batchinfer.jobs.incremental import run_new_rows
 
     done = run_new_rows(spec, job.run) if spec.incremental else job.run(spec)
-    print(done.table())
+    if writes_json():
+        say("the job is complete", "report", report={**asdict(done), "answers": []})  # these are text of rows
+    else:
+        print(done.table())
     if done.rows and not done.rows_ok:
         what = "error" if spec.openai_batch else "error_code and error_message"
         raise Refused(f"every row failed; {output} has the {what} of each")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.errors import Interrupted, Refused, UsageError
+from batchinfer.jobs.log import message_of, say, writes_json
 from batchinfer.jobs.process.interruption import Interruption
 from batchinfer.jobs.report import read_report
 from batchinfer.jobs.spec import JobSpec, sharded
@@ -168,7 +169,7 @@ def _last_line(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_LINE_BYTES))
         lines = file.read().decode("utf-8", "replace").strip().splitlines()
-    return lines[-1].removeprefix("batchinfer: error: ") if lines else "its log is empty"
+    return message_of(lines[-1]) if lines else "its log is empty"
 
 
 def _connect(address: str | None) -> Any:
@@ -246,4 +247,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _say(line: str) -> None:
-    print(f"batchinfer: {line}", file=sys.stderr, flush=True)
+    if writes_json():
+        say(line, "shards")
+    else:
+        print(f"batchinfer: {line}", file=sys.stderr, flush=True)

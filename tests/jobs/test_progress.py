@@ -1,5 +1,6 @@
 """What a job says while it runs: a line a minute in a log file, a bar on a terminal."""
 
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from batchinfer.jobs import progress
 from batchinfer.jobs.collector import Results
 from batchinfer.jobs.heartbeat import Heartbeat
 from batchinfer.jobs.job import run
-from batchinfer.jobs.log import printable, say
+from batchinfer.jobs.log import printable, say, write_as
 from batchinfer.jobs.metrics import Metrics
 from batchinfer.jobs.progress import Progress
 from batchinfer.jobs.results.done import Done
@@ -164,3 +165,21 @@ def test_a_job_is_heard_of_while_it_loads_generates_and_merges(
     assert list(dict.fromkeys(phases)) == ["reading", "loading", "generating", "merging"]
     assert phases.count("loading") > 2
     assert said[-1] == "batchinfer: merging: 20 of 20 rows"
+
+
+def test_a_line_as_json_has_its_figures(
+    watched: tuple[Progress, Clock], results: Results, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown, clock = watched
+    write_as("json")
+    try:
+        shown.generating()
+        results.by_reason["stop"] += 40
+        clock.seconds += 80
+        shown.update(EngineStats(prompt_tokens=700, completion_tokens=100))
+        shown.tick()
+    finally:
+        write_as("text")
+    line = json.loads(capsys.readouterr().err)
+    assert (line["event"], line["level"], line["rows_done"], line["rows_total"]) == ("generating", "info", 60, 100)
+    assert (line["tokens_per_second"], line["seconds_left"]) == (10.0, 80.0)
