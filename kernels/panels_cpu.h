@@ -6,8 +6,8 @@
 #define PANEL 16   /* rows of the weight in a panel */
 #define PANELS 8   /* panels of an item */
 #define BLOCK 48   /* rows of an item */
-#define DEPTH 512  /* columns that are multiplied before the next ones, so that they stay in the first cache */
-#define AHEAD 2048 /* bytes: weights are called from memory so long before they are multiplied */
+#define DEPTH 2048 /* columns that are multiplied before the next ones: long runs of weights, rows that stay in a near cache */
+#define AHEAD 4096 /* bytes: weights are called from memory so long before they are multiplied */
 
 /* Four neighbouring bytes. */
 INLINE int32_t load_four(const void *p) {
