@@ -13,6 +13,7 @@
 
 #if defined(__AVX512VNNI__)
 #define TILE 12 /* rows whose sums are in registers together */
+#define ABREAST 2 /* panels that are multiplied together */
 #define TOGETHER 4 /* neighbouring columns of a row of the weight, which one instruction adds */
 typedef uint8_t operand;
 enum { SHIFT = 0 };
@@ -22,11 +23,13 @@ enum { SHIFT = 0 };
 #else
 #define TILE 6
 #endif
+#define ABREAST 1
 #define TOGETHER 2
 typedef int16_t operand;
 enum { SHIFT = 128 };
 #else
 #define TILE 6
+#define ABREAST 1
 #define TOGETHER 4
 typedef int8_t operand;
 enum { SHIFT = 128 };
@@ -63,23 +66,34 @@ void pack_w8(const int8_t *weight, int64_t outputs, int64_t columns, int8_t *pac
     }
 }
 
-/* Add to sums [rows, PANEL] the products of `rows` rows, `depth` operands apart, with a panel's `depth` columns. */
-INLINE void multiply_tile(const int rows, const operand *x, const int8_t *panel, int64_t depth, int32_t *sums,
-                          int64_t stride) {
+/* Add to sums [rows, panels * PANEL] the products of `rows` rows with the `depth` columns of `panels` panels, which lie
+ * `apart` bytes from each other. Only VNNI takes two panels: it then reads each operand of the rows once for both. */
+INLINE void multiply_tile(const int rows, const int panels, const operand *x, const int8_t *panel, int64_t apart,
+                          int64_t depth, int32_t *sums, int64_t stride) {
 #if defined(__AVX512VNNI__)
-    __m512i sum[TILE];
+    __m512i sum[TILE][ABREAST], w[ABREAST];
     UNROLL
-    for (int i = 0; i < rows; i++) sum[i] = _mm512_loadu_si512(sums + i * stride);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < panels; j++) sum[i][j] = _mm512_loadu_si512(sums + i * stride + j * PANEL);
     for (int64_t k = 0; k < depth; k += 4) {
-        __m512i w = _mm512_loadu_si512(panel + k * PANEL);
-        __builtin_prefetch(panel + k * PANEL + AHEAD);
+        UNROLL
+        for (int j = 0; j < panels; j++) {
+            w[j] = _mm512_loadu_si512(panel + j * apart + k * PANEL);
+            __builtin_prefetch(panel + j * apart + k * PANEL + AHEAD);
+        }
         UNROLL
         for (int i = 0; i < rows; i++) {
-            sum[i] = _mm512_dpbusd_epi32(sum[i], _mm512_set1_epi32(load_four(x + i * STRIDE + k)), w);
+            __m512i four = _mm512_set1_epi32(load_four(x + i * STRIDE + k));
+            for (int j = 0; j < panels; j++) {
+                sum[i][j] = _mm512_dpbusd_epi32(sum[i][j], four, w[j]);
+                /* Compilers would load all rows first, and have no registers left for the sums. */
+                __asm__ volatile("" : "+v"(sum[i][j])::"memory");
+            }
         }
     }
     UNROLL
-    for (int i = 0; i < rows; i++) _mm512_storeu_si512(sums + i * stride, sum[i]);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < panels; j++) _mm512_storeu_si512(sums + i * stride + j * PANEL, sum[i][j]);
 #elif defined(__AVX512BW__)
     __m512i sum[TILE];
     UNROLL
@@ -140,10 +154,15 @@ INLINE void multiply_tile(const int rows, const operand *x, const int8_t *panel,
 #endif
 }
 
-static void multiply_rows(int64_t rows, const operand *x, const int8_t *panel, int64_t depth, int32_t *sums,
-                          int64_t stride) {
-#define CASE(n) \
-    case n: multiply_tile(n, x, panel, depth, sums, stride); break
+static void multiply_rows(int64_t rows, int panels, const operand *x, const int8_t *panel, int64_t apart, int64_t depth,
+                          int32_t *sums, int64_t stride) {
+#define CASE(n)                                                                  \
+    case n:                                                                      \
+        if (panels == ABREAST)                                                   \
+            multiply_tile(n, ABREAST, x, panel, apart, depth, sums, stride);     \
+        else                                                                     \
+            multiply_tile(n, 1, x, panel, apart, depth, sums, stride);           \
+        break
     switch (rows) {
         CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6);
 #if TILE > 6
@@ -173,11 +192,13 @@ static void multiply_item(const struct product *p, int64_t first, int64_t first_
     for (int64_t from = 0; from < padded(p->columns); from += DEPTH) {
         int64_t depth = padded(p->columns) - from < DEPTH ? padded(p->columns) - from : DEPTH;
         copy_operands(p, first, rows, from, depth, x);
-        for (int64_t j = 0; j < some; j++) {
+        int abreast;
+        for (int64_t j = 0; j < some; j += abreast) {
             const int8_t *panel = p->weight + ((first_panel + j) * padded(p->columns) + from) * PANEL;
+            abreast = some - j < ABREAST ? 1 : ABREAST;
             for (int64_t i = 0; i < rows; i += TILE)
-                multiply_rows(rows - i < TILE ? rows - i : TILE, x + i * STRIDE, panel, depth,
-                              sums + i * stride + j * PANEL, stride);
+                multiply_rows(rows - i < TILE ? rows - i : TILE, abreast, x + i * STRIDE, panel,
+                              padded(p->columns) * PANEL, depth, sums + i * stride + j * PANEL, stride);
         }
     }
     for (int64_t j = 0; j < some; j++) {
