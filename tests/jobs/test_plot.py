@@ -13,6 +13,7 @@ DONE = Evaluation(
     model="org/a<b>&c",
     reference="org/name",
     quantization="auto",
+    kv_cache_dtype="auto",
     scheme="GPTQ, 4 bits",
     data="t.parquet",
     column="text",
