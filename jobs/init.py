@@ -14,7 +14,6 @@ from batchinfer.jobs.table_guess import Guess, guess, is_batch_file
 from batchinfer.jobs.tables.table import Table
 
 MOST_LISTED = 5  # models that the file names
-OUTPUT = "answers.parquet"
 EXAMPLE = "ORG/NAME"
 
 
@@ -80,7 +79,9 @@ def _head(path: Path, table: Table, found: Guess) -> Iterator[str]:
 def _table(inputs: Sequence[Path], folder: Path, found: Guess) -> Iterator[str]:
     names = [_text(os.path.relpath(each, folder)) for each in inputs]
     yield f"input = {names[0]}" if len(names) == 1 else f"input = [{', '.join(names)}]"
-    yield f"output = {_text('responses.jsonl' if found.kind == 'batch' else OUTPUT)}"
+    first = inputs[0].resolve()
+    name = first.name if first.is_dir() else first.stem
+    yield f"output = {_text(f'{name}-responses.jsonl' if found.kind == 'batch' else f'{name}-answers.parquet')}"
     yield ""
     match found.kind:
         case "batch":

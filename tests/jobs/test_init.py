@@ -44,7 +44,7 @@ def test_a_table_of_reviews(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     (here / "reviews.csv").write_text(REVIEWS)
     spec, text = job(capsys, "reviews.csv")
     assert (spec.prompt_template, spec.id_column, spec.chat) == ("{review}", "id", True)
-    assert Path(spec.model).resolve() == here / "model" and spec.output.resolve() == here / "answers.parquet"
+    assert Path(spec.model).resolve() == here / "model" and spec.output.resolve() == here / "reviews-answers.parquet"
     assert "30 rows in 1 file." in text and "There are also {label}." in text
     assert "# 30 rows can run; their prompts have " in text
 
@@ -70,12 +70,13 @@ def test_a_folder_of_shards(here: Path, capsys: pytest.CaptureFixture[str]) -> N
         pq.write_table(pa.table({"prompt": [f"prompt {i} {j}" for j in range(4)]}), here / "shards" / f"{i}.parquet")
     spec, text = job(capsys, "shards")
     assert spec.prompt_column == "prompt" and "12 rows in 3 files." in text
+    assert spec.output.resolve() == here / "shards-answers.parquet", "a job file for each table, an output for each"
 
 
 def test_a_batch_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "batch.jsonl").write_text("".join(json.dumps(request) + "\n" for request in REQUESTS))
     spec, text = job(capsys, "batch.jsonl")
-    assert spec.openai_batch and spec.any_model and spec.output.resolve() == here / "responses.jsonl"
+    assert spec.openai_batch and spec.any_model and spec.output.resolve() == here / "batch-responses.jsonl"
     assert "# 3 rows can run" in text
 
 
