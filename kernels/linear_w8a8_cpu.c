@@ -70,6 +70,7 @@ void pack_w8(const int8_t *weight, int64_t outputs, int64_t columns, int8_t *pac
  * `apart` bytes from each other. Only VNNI takes two panels: it then reads each operand of the rows once for both. */
 INLINE void multiply_tile(const int rows, const int panels, const operand *x, const int8_t *panel, int64_t apart,
                           int64_t depth, int32_t *sums, int64_t stride) {
+    (void)panels, (void)apart; /* used with VNNI alone */
 #if defined(__AVX512VNNI__)
     __m512i sum[TILE][ABREAST], w[ABREAST];
     UNROLL

@@ -143,6 +143,7 @@ def test_shards_and_their_whole_may_be_folders(job: JobSpec, tmp_path: Path, mod
     assert {path.name for path in tmp_path.iterdir() if "answers" not in path.name} == {
         "all",
         "all.parquet",
+        "all.run",
         "in.parquet",
     }
 
