@@ -132,9 +132,9 @@ def at_ceilings(report: Report) -> tuple[float, float]:
 
 
 def _more_rows(report: Report) -> str:
-    """Name --max-num-seqs if more rows waited than ran side by side."""
+    """Name --max-num-seqs if more rows waited, in each shard, than ran side by side."""
     most = report.settings.get("max_num_seqs")
-    if isinstance(most, int) and report.rows_computed > 2 * most and not report.preemptions:
+    if isinstance(most, int) and report.rows_computed > 2 * most * max(report.shards, 1) and not report.preemptions:
         return f"; more rows side by side than --max-num-seqs {most} may help"
     return ""
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from batchinfer.cost.step_cost import PRODUCTS
 from batchinfer.engine.config import EngineConfig
 from batchinfer.jobs.amounts import in_seconds
+from batchinfer.jobs.plan.comparison import ways
 from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost
 from batchinfer.jobs.plan.prediction import Job, JobShape, Setting
 from batchinfer.jobs.rows.length_figures import LengthFigures
@@ -51,8 +51,12 @@ def forecast(
         return None
     before, steps = job.predict(cost, setting), job.steps_for(new_tokens)
     unshared = Job(replace(shape, shared_tokens=0), config)
-    quantized = [replace(setting, products=name) for name in PRODUCTS if name not in FLOATS]
-    others = [other for other in quantized if setting.products in FLOATS and job.measured(cost, other)]
+    quantized = [other for way in ways(config) if (other := Setting.of(way)).products not in FLOATS]
+    others = [
+        other
+        for other in quantized
+        if setting.products in FLOATS and other.kv_cache == setting.kv_cache and job.measured(cost, other)
+    ]
     return Forecast(
         before.generate_seconds,
         before.low,

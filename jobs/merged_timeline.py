@@ -26,7 +26,7 @@ def side_by_side(timelines: Sequence[Sequence[Sample]]) -> list[Sample]:
     clock = np.concatenate([[0.0], np.cumsum(np.diff(times) * at_work)])  # seconds at work until each time
     usual = sum(sums.seconds for sums in own) / sum(map(len, timelines))
     count = min(MOST, max(1, round(clock[-1] / usual))) if usual > 0 else 1
-    # Where the clock stands still, `interp` takes the later time, at which somebody is at work again.
+    # `interp` takes the later of two times between which the clock stands still: somebody is at work again there.
     edges = np.interp(np.linspace(0, clock[-1], count + 1), clock, times)
 
     def between(name: str) -> Floats:

@@ -294,10 +294,11 @@ def _demands(job: Job | None, figures: LengthFigures, config: EngineConfig, sett
 def _how_to_know(spec: JobSpec, candidate: Candidate) -> str:
     """Say how to find out what a faster way costs in quality."""
     data, column = (spec.inputs[0], spec.prompt_column) if spec.prompt_column else ("FILE", "COLUMN")
+    flags = f"--quantization {candidate.quantization} --kv-cache-dtype {candidate.kv_cache}"
     return (
         f"{candidate} would take {in_seconds(candidate.generate_seconds)} of generating, and what it costs in quality "
-        f"is not known; batchinfer evaluate {spec.model} --reference {spec.model} --quantization {candidate.products} "
-        f"--kv-cache-dtype {candidate.kv_cache} --data {data} --column {column} measures it"
+        f"is not known; batchinfer evaluate {spec.model} --reference {spec.model} {flags} --data {data} --column "
+        f"{column} measures it"
     )
 
 

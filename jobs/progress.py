@@ -88,10 +88,8 @@ class Progress:
     def _say_line(self) -> None:
         state = self._state
         rows, total = state.rows_done, state.rows or 0
-        line, figures = (
-            f"{state.phase}: {rows:,} of {total:,} rows",
-            dict[str, Any](rows_done=rows, rows_total=state.rows),
-        )
+        line = f"{state.phase}: {rows:,} of {total:,} rows"
+        figures: dict[str, Any] = {"rows_done": rows, "rows_total": state.rows}
         if state.pace is not None and state.phase == "generating":
             rate, left = state.pace.tokens_per_second, state.pace.left(total - rows)
             interval = "?" if left is None else tqdm.format_interval(left.estimate)

@@ -30,10 +30,12 @@ def plan(
     from batchinfer.jobs.plan.histogram import terminal_width
     from batchinfer.jobs.results.durable import write_json
 
-    outlook = planning.plan(job_of(arguments, output=planning.NOWHERE))
+    job = job_of(arguments, output=planning.NOWHERE)
+    outlook = planning.plan(job)
     print(outlook.text(terminal_width()))
     if outlook.comparison is not None and (better := outlook.comparison.better) is not None:
-        command = shlex.join(["batchinfer", "run", *arguments, *better.flags])
+        output = ["-o", "OUT.parquet"] if job.output == planning.NOWHERE else []
+        command = shlex.join(["batchinfer", "run", *arguments, *output, *better.flags])
         print(f"\nThe fastest way of known quality:\n  {command}")
     if json_file is not None:
         write_json(json_file, outlook.json())

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.errors import Interrupted, Refused, UsageError
-from batchinfer.jobs.log import message_of, say, writes_json
+from batchinfer.jobs.log import message_of, say
 from batchinfer.jobs.process.interruption import Interruption
 from batchinfer.jobs.report import read_report
 from batchinfer.jobs.spec import JobSpec, sharded
@@ -131,7 +131,7 @@ def run_shards(
         ray = _connect(cluster.address)
         try:
             share = cluster.share(spec.device, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-            _say(f"{_counted(count, 'shard')}, each with {share}")
+            say(f"{_counted(count, 'shard')}, each with {share}", "shards")
             # `_watch` runs shards again, not Ray, which would print a traceback for each shard that was stopped.
             task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=0)(run_shard)
 
@@ -208,13 +208,13 @@ def _watch(ray: Any, start: Callable[[int], Any], count: int, max_retries: int, 
                 name = f"shard {shard} of {count}"
                 if end.unfinished and retries[shard] < max_retries:
                     retries[shard] += 1
-                    _say(f"{name} runs again (retry {retries[shard]} of at most {max_retries}): {end}")
+                    say(f"{name} runs again (retry {retries[shard]} of at most {max_retries}): {end}", "shards")
                     tasks[start(shard)] = shard
                 elif end.code:
                     failed[shard] = end
-                    _say(f"{name} failed: {end}")
+                    say(f"{name} failed: {end}", "shards")
                 else:
-                    _say(f"{name} is done: {end.said}")
+                    say(f"{name} is done: {end.said}", "shards")
     return failed
 
 
@@ -244,10 +244,3 @@ def _rows(output: Path) -> str:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _say(line: str) -> None:
-    if writes_json():
-        say(line, "shards")
-    else:
-        print(f"batchinfer: {line}", file=sys.stderr, flush=True)

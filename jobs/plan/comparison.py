@@ -13,7 +13,7 @@ from batchinfer.cost.step_cost import KV_CACHES, PRODUCTS, DeviceCost, layer_wei
 from batchinfer.engine.config import CPU_SHARE, KV_CACHE_BYTES, EngineConfig
 from batchinfer.host.memory import available_bytes
 from batchinfer.jobs.amounts import in_bytes, in_seconds
-from batchinfer.jobs.plan.prediction import Job, Setting
+from batchinfer.jobs.plan.prediction import Job, Setting, weight_bits
 from batchinfer.jobs.plan.quality_file import Quality, quality_key
 from batchinfer.jobs.rows.length_figures import LengthFigures
 from batchinfer.models.config import ModelConfig
@@ -31,6 +31,7 @@ AS_THE_CHECKPOINT = "as the checkpoint is"
 class Candidate:
     """A way to run the job, its predicted seconds of generating, and its quality; None: not known."""
 
+    quantization: str  # the flag that chooses it
     products: str
     kv_cache: str
     generate_seconds: float
@@ -46,7 +47,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """So many rows side by side: predicted seconds of generating, and bytes of keys and values at their fullest."""
+    """What a number of rows side by side takes: predicted seconds of generating, and bytes of keys and values at their
+    fullest."""
 
     generate_seconds: float
     kv_cache_bytes: int
@@ -108,21 +110,20 @@ def compare(
 
     `qualities` is what is known of the model, by `quality_key`; keys and values may take `room` bytes (None: any).
     """
-    now = Setting.of(job.config)
     candidates = [
-        Candidate(s.products, s.kv_cache, job.seconds(job.central, cost, s), _known(job.config, s, qualities))
-        for s in _settings(job.config)
-        if job.measured(cost, s)
+        Candidate(way.quantization, s.products, s.kv_cache, job.seconds(job.central, cost, s), _known(way, qualities))
+        for way in ways(job.config)
+        if job.measured(cost, s := Setting.of(way))
     ]
     candidates.sort(key=lambda candidate: candidate.generate_seconds)
+    now = Setting.of(job.config)
     if not job.measured(cost, now):
         return Comparison(candidates, None, {}, {}, None)
-    held = _held(job, figures, now, room)
-    side_by_side = _side_by_side(job, figures, cost, now, held)
+    places = _Places(job, figures, cost, room)
     prefill, decode = job.seconds_by_phase(job.central, cost, now)
-    gains = job.draft_gains(min(job.config.max_num_seqs, job.shape.rows), cost, now)
+    gains = job.draft_gains(places.asked, cost, now)
     drafts = {f"{share:.0%}": prefill + decode / float(gains[round(100 * share)]) for share in RIGHT}
-    return Comparison(candidates, held, side_by_side, drafts, _better(job, figures, cost, candidates, room))
+    return Comparison(candidates, places.held(now), places.compared(now), drafts, _better(candidates, places, now))
 
 
 def cost_model(model: ModelConfig, setting: Setting) -> CostModel:
@@ -140,87 +141,84 @@ def room_for_keys(job: Job) -> int | None:
     return max(0, int(CPU_SHARE * (available_bytes() - weights)))
 
 
-def _settings(config: EngineConfig) -> list[Setting]:
-    """Return the ways to run this checkpoint: as it is, expanded, or in 8 or 4 bits, with each type of keys and
-    values."""
-    names = dict.fromkeys(
-        [Setting.of(config).products, *(Setting.of(replace(config, quantization=q)).products for q in _schemes(config))]
-    )
-    return [Setting(name, kv_cache) for name in names if name in PRODUCTS for kv_cache in KV_CACHES]
+def ways(config: EngineConfig) -> list[EngineConfig]:
+    """Return the configs that run this checkpoint in different settings: as asked first, then as it is, expanded, or in
+    8 or 4 bits, each with every type of keys and values that is measured."""
+    in_four_bits = weight_bits(read_config(config.model).get("quantization_config")) == 4
+    schemes = (config.quantization, "auto", "none", "w8a8-int8", *(["w4a8"] if in_four_bits else []))
+    found: dict[str, EngineConfig] = {}
+    for quantization in dict.fromkeys(schemes):
+        for kv_cache in KV_CACHES:
+            way = replace(config, quantization=quantization, kv_cache_dtype=kv_cache)
+            if Setting.of(way).products in PRODUCTS:
+                found.setdefault(quality_key(way), way)
+    return list(found.values())
 
 
-def _schemes(config: EngineConfig) -> list[str]:
-    """Return the values of --quantization that suit the checkpoint."""
-    stored = str(read_config(config.model).get("quantization_config", ""))
-    return ["auto", "none", "w8a8-int8", *(["w4a8"] if "'num_bits': 4" in stored else [])]
-
-
-def _known(config: EngineConfig, setting: Setting, qualities: Mapping[str, Quality]) -> str | None:
-    """Return what is known of the quality of a setting."""
-    own = Setting.of(replace(config, quantization="auto", kv_cache_dtype="auto"))
-    if setting == own and "+head" not in config.quantization:
+def _known(way: EngineConfig, qualities: Mapping[str, Quality]) -> str | None:
+    """Return what is known of the quality of a way to run the model."""
+    key = quality_key(way)
+    if key == quality_key(replace(way, quantization="auto", kv_cache_dtype="auto")):
         return AS_THE_CHECKPOINT
-    found = qualities.get(quality_key(setting, config.quantization))
-    return None if found is None else str(found)
+    return str(qualities[key]) if key in qualities else None
 
 
-def _held(job: Job, figures: LengthFigures, setting: Setting, room: int | None) -> int:
-    """Return how many rows side by side `room` bytes hold, each with all tokens that it may have; at least 1."""
-    places = min(job.config.max_num_seqs, job.shape.rows)
-    if room is None:
-        return places
-    tokens = room // max(cost_model(job.model, setting).kv_bytes_per_token, 1)
-    return max(bisect_right(range(1, places + 1), tokens, key=figures.kv_cache_tokens), 1)
+class _Places:
+    """The job with different numbers of rows side by side, each simulated once for all settings."""
+
+    def __init__(self, job: Job, figures: LengthFigures, cost: DeviceCost, room: int | None) -> None:
+        self.job, self._figures, self._cost, self._room = job, figures, cost, room
+        self.asked = min(job.config.max_num_seqs, job.shape.rows)
+        self._jobs = {self.asked: job}
+
+    def held(self, setting: Setting) -> int:
+        """Return how many of the rows side by side memory holds, each with all tokens that it may have; at least 1."""
+        if self._room is None:
+            return self.asked
+        tokens = self._room // max(cost_model(self.job.model, setting).kv_bytes_per_token, 1)
+        return max(bisect_right(range(1, self.asked + 1), tokens, key=self._figures.kv_cache_tokens), 1)
+
+    def compared(self, setting: Setting) -> dict[int, SideBySide]:
+        """Predict the job with as many rows side by side as it has, as memory holds, and with fewer and more."""
+        asked = self.job.config.max_num_seqs
+        several = {max(1, min(round(factor * asked), self.job.shape.rows)) for factor in FACTORS}
+        return {places: self._of(places, setting) for places in sorted({self.held(setting), *several})}
+
+    def best(self, setting: Setting) -> tuple[int, float]:
+        """Return (rows side by side, seconds) of the fastest that memory holds, or of fewer rows that are about as
+        fast."""
+        held = self.held(setting)
+        fitting = {
+            places: found.generate_seconds
+            for places, found in self.compared(setting).items()
+            if self._room is None or found.kv_cache_bytes <= self._room or places == held
+        }
+        least = min(fitting.values())
+        return next((places, seconds) for places, seconds in fitting.items() if seconds <= NEARLY * least)
+
+    def _of(self, places: int, setting: Setting) -> SideBySide:
+        if places not in self._jobs:
+            self._jobs[places] = Job(self.job.shape, replace(self.job.config, max_num_seqs=places))
+        job = self._jobs[places]
+        nbytes = self._figures.kv_cache_tokens(places) * cost_model(job.model, setting).kv_bytes_per_token
+        return SideBySide(job.seconds(job.central, self._cost, setting), nbytes)
 
 
-def _side_by_side(
-    job: Job, figures: LengthFigures, cost: DeviceCost, setting: Setting, held: int
-) -> dict[int, SideBySide]:
-    """Predict the job with as many rows side by side as it has, as memory holds, and with fewer and more."""
-    asked = job.config.max_num_seqs
-    found = {}
-    for places in sorted({held, *(max(1, min(round(factor * asked), job.shape.rows)) for factor in FACTORS)}):
-        same = places == min(asked, job.shape.rows)
-        other = job if same else Job(job.shape, replace(job.config, max_num_seqs=places))
-        nbytes = figures.kv_cache_tokens(places) * cost_model(job.model, setting).kv_bytes_per_token
-        found[places] = SideBySide(other.seconds(other.central, cost, setting), nbytes)
-    return found
-
-
-def _better(
-    job: Job, figures: LengthFigures, cost: DeviceCost, candidates: list[Candidate], room: int | None
-) -> Better | None:
+def _better(candidates: list[Candidate], places: _Places, now: Setting) -> Better | None:
     """Return the fastest way of known quality, if it is notably faster than the job as it is."""
     known = next((c for c in candidates if c.quality is not None), None)
     if known is None or known.quality is None:
         return None
-    held = _held(job, figures, known.setting, room)
-    side_by_side = {
-        places: found
-        for places, found in _side_by_side(job, figures, cost, known.setting, held).items()
-        if room is None or found.kv_cache_bytes <= room or places == held
-    }
-    least = min(found.generate_seconds for found in side_by_side.values())
-    places = next(places for places, found in side_by_side.items() if found.generate_seconds <= NEARLY * least)
-    seconds = side_by_side[places].generate_seconds
-    if seconds > WORTHWHILE * job.seconds(job.central, cost, Setting.of(job.config)):
+    rows, seconds = places.best(known.setting)
+    if seconds > WORTHWHILE * places.compared(now)[places.asked].generate_seconds:
         return None
-    flags = _flags(job.config, known.setting)
-    if places != min(job.config.max_num_seqs, job.shape.rows):
-        flags += ["--max-num-seqs", str(places)]
+    config = places.job.config
+    flags = [] if known.quantization == config.quantization else ["--quantization", known.quantization]
+    if known.kv_cache != Setting.of(replace(config, quantization=known.quantization)).kv_cache:
+        flags += ["--kv-cache-dtype", known.kv_cache]
+    if rows != places.asked:
+        flags += ["--max-num-seqs", str(rows)]
     return Better(flags, seconds, known.quality)
-
-
-def _flags(config: EngineConfig, setting: Setting) -> list[str]:
-    """Return the flags by which a job with this config gets another setting."""
-    now, flags = Setting.of(config), []
-    if setting.products != now.products:
-        made = {Setting.of(replace(config, quantization=q)).products: q for q in reversed(_schemes(config))}
-        flags += ["--quantization", made[setting.products]]
-        now = Setting.of(replace(config, quantization=made[setting.products]))
-    if setting.kv_cache != now.kv_cache:
-        flags += ["--kv-cache-dtype", setting.kv_cache]
-    return flags
 
 
 def _quality(candidate: Candidate) -> str:

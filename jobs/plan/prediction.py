@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -108,27 +109,37 @@ class Setting:
         raw = read_config(config.model)
         dtype = config.computed_in(stored_dtype(raw), has_float16=config.device != "cpu")
         scheme = config.quantization.removesuffix("+head")
-        if scheme == "auto" and (bits := _bits_beside_8_bit_inputs(raw.get("quantization_config"))):
-            products = "w4a8" if bits == 4 else "w8a8-int8"
+        quantized = raw.get("quantization_config")
+        if scheme == "auto" and _made_for_8_bit_inputs(quantized):
+            products = "w4a8" if weight_bits(quantized) == 4 else "w8a8-int8"
         else:
             products = dtype if scheme in ("auto", "none") else scheme
         computed = PRODUCTS[products].kv_cache(config.device) if products in PRODUCTS else "auto"
         return cls(products, config.cached_in(computed))
 
 
-def _bits_beside_8_bit_inputs(quantization: object) -> int:
-    """Return the bits of the weights of a checkpoint that was made for 8-bit integer products, according to its config.
-
-    Returns 0 if it was made for others.
-    """
+def _groups(quantization: object) -> list[Mapping[str, Any]]:
+    """Return the groups of a checkpoint's `quantization_config` in the format of compressed-tensors, if it is in it."""
     groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
-    found = [group for group in (groups.values() if isinstance(groups, Mapping) else ()) if isinstance(group, Mapping)]
-    inputs, weights = ([group.get(name) for group in found] for name in ("input_activations", "weights"))
-    eight = all(isinstance(i, Mapping) and (i.get("num_bits"), i.get("type")) == (8, "int") for i in inputs)
-    bits = [w.get("num_bits") for w in weights if isinstance(w, Mapping)]
-    if not found or not eight:
-        return 0
-    return 4 if bits == [4] * len(found) else 8
+    return [group for group in (groups.values() if isinstance(groups, Mapping) else ()) if isinstance(group, Mapping)]
+
+
+def weight_bits(quantization: object) -> int:
+    """Return the bits of a checkpoint's weights, according to its `quantization_config`: 0 if they are in floating
+    point, differ, or are not told."""
+    weights = [group.get("weights") for group in _groups(quantization)]
+    bits = {w.get("num_bits") for w in weights if isinstance(w, Mapping)}
+    if isinstance(quantization, Mapping) and not bits:
+        bits = {quantization.get("bits")}  # as GPTQ, AWQ and AutoRound write it
+    (found,) = bits if len(bits) == 1 else (0,)
+    return found if isinstance(found, int) else 0
+
+
+def _made_for_8_bit_inputs(quantization: object) -> bool:
+    """Return whether a checkpoint was made for 8-bit integer products, according to its config."""
+    inputs = [group.get("input_activations") for group in _groups(quantization)]
+    eight = [isinstance(i, Mapping) and (i.get("num_bits"), i.get("type")) == (8, "int") for i in inputs]
+    return bool(eight) and all(eight)
 
 
 @dataclass(frozen=True)

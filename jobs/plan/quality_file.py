@@ -34,10 +34,9 @@ class Quality:
         )
 
 
-def quality_key(setting: Setting, quantization: str) -> str:
-    """Return the name under which the quality of a setting is stored; `quantization` tells whether the head is
-    quantized too."""
-    head = "+head" if quantization.endswith("+head") else ""
+def quality_key(config: EngineConfig) -> str:
+    """Return the name under which the quality of a model is stored as this config runs it."""
+    setting, head = Setting.of(config), "+head" if config.quantization.endswith("+head") else ""
     return f"{setting.products}{head}, KV {setting.kv_cache}"
 
 
@@ -57,7 +56,7 @@ def read_qualities(model: str) -> dict[str, Quality]:
 
 def write_quality(model: str, config: EngineConfig, quality: Quality) -> list[str]:
     """Add the quality of a model as this config runs it. Returns notes: why it could not be stored, if it could not."""
-    settings = read_qualities(model) | {quality_key(Setting.of(config), config.quantization): quality}
+    settings = read_qualities(model) | {quality_key(config): quality}
     values = {"schema_version": SCHEMA_VERSION, "model": model}
     try:
         path = _path(model)

@@ -78,6 +78,8 @@ def test_more_rows_side_by_side_are_named_only_where_rows_waited_for_a_place() -
     assert "than --max-num-seqs 64 may help" in advice(changed(**limited, settings=few))[0]
     assert "--max-num-seqs" not in advice(changed(**limited))[0]
     assert "--max-num-seqs" not in advice(changed(**limited, settings=few, preemptions=1))[0]
+    merged = {"shards": QUIET.rows_computed // 100, "shard_seconds": QUIET.wall_seconds}
+    assert "--max-num-seqs" not in advice(changed(**limited, **merged, settings=few))[0], "100 rows in each"
 
 
 def test_shares_of_the_ceilings_are_those_of_the_figures() -> None:

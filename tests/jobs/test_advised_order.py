@@ -1,6 +1,5 @@
 """The order that `plan` advises, against what it tells of the template in that order: those figures are exact."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,8 @@ COLUMNS = {
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A shape and a tokenizer of bytes, no weights; and a cache of measured devices that is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "model"
-    folder.mkdir()
-    size = json.loads((make_model(folder) / "config.json").read_text())["vocab_size"]
-    (folder / "config.json").write_text(json.dumps({**SHAPE, "vocab_size": size, "max_position_embeddings": 1024}))
+    (folder := tmp_path / "model").mkdir()
+    make_model(folder, **SHAPE | {"max_position_embeddings": 1024})
     (folder / "chat_template.jinja").write_text("<<{{ 'system' * 10 }}>>{{ messages[0].content }}<<answer>>")
     return folder
 

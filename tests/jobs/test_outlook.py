@@ -31,11 +31,8 @@ KV_TOKEN = 2 * 2 * 2 * 16  # numbers: keys and values of 2 layers and 2 heads wi
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A shape and a tokenizer, no weights; and a cache of measured devices that is empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "model"
-    folder.mkdir()
-    size = json.loads((make_model(folder) / "config.json").read_text())["vocab_size"]
-    (folder / "config.json").write_text(json.dumps({**SHAPE, "vocab_size": size, "max_position_embeddings": 512}))
-    return folder
+    (folder := tmp_path / "model").mkdir()
+    return make_model(folder, **SHAPE | {"max_position_embeddings": 512})
 
 
 def planned(model: Path, texts: list[str], max_tokens: int = 5, temperature: float = 0.0, **fields: Any) -> Outlook:

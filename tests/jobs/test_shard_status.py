@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from beats import BEAT
 from command_line import call
 from stub_jobs import STUB, make_model, prompts, spec, write
 
@@ -19,22 +20,11 @@ from batchinfer.jobs.pace import TimeLeft
 from batchinfer.jobs.pulse import Pulse
 from batchinfer.jobs.report import read_report
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.run_state import RunState
 from batchinfer.jobs.shard_status import ShardsStatus, Total, read_shards
 from batchinfer.jobs.spec import sharded
 from batchinfer.jobs.status import Status, print_status
 
-RUNNING = replace(
-    Beat.of(RunState(), ProcessName.own(), 7),
-    phase="generating",
-    rows=1000,
-    rows_done=250,
-    rows_failed=3,
-    rows_by_error={"too_long": 2, "null_prompt": 1},
-    rows_per_second=2.5,
-    tokens_per_second=1000.0,
-    time_left=TimeLeft(300.0, 250.0, 400.0),
-)
+RUNNING = replace(BEAT, tokens_per_second=1000.0, time_left=TimeLeft(300.0, 250.0, 400.0))
 SLOW = replace(RUNNING, rows_per_second=0.5, time_left=TimeLeft(1500.0, 200.0, None), rows_by_error={"too_long": 3})
 DEAD = replace(RUNNING, process=replace(ProcessName.own(), started=1))
 STOPPED = replace(RUNNING, exit_code=75, error="stopped after 250 of 1,000 rows")

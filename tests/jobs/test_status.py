@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from beats import BEAT
 from command_line import call
 from killed_jobs import Job, make_job
 from stub_jobs import ENGINES, STUB, prompts, spec, write
@@ -25,21 +26,8 @@ from batchinfer.jobs.job import run
 from batchinfer.jobs.pace import TimeLeft
 from batchinfer.jobs.pulse import LATE_BEATS, Pulse
 from batchinfer.jobs.results.run_folder import RunFolder
-from batchinfer.jobs.run_state import RunState
 from batchinfer.jobs.status import Status, print_status, read_status, statuses
 
-BEAT = replace(
-    Beat.of(RunState(), ProcessName.own(), 7),
-    phase="generating",
-    rows=1000,
-    rows_done=250,
-    rows_failed=3,
-    rows_by_error={"too_long": 2, "null_prompt": 1},
-    rows_per_second=2.5,
-    tokens_per_second=1234.5,
-    time_left=TimeLeft(300.0, 250.0, 4000.0),
-    peak_memory_bytes={"parent": 300_000_000, "engine": 1_500_000_000},
-)
 ELSEWHERE = replace(ProcessName.own(), host="node7")
 
 

@@ -15,7 +15,7 @@ from batchinfer.engine.config import EngineConfig
 from batchinfer.engine.sampling_params import SamplingParams
 from batchinfer.jobs.fingerprints import model_digest
 from batchinfer.jobs.outlook import Outlook, plan
-from batchinfer.jobs.plan.comparison import Better, Comparison, SideBySide
+from batchinfer.jobs.plan.comparison import Better, Comparison, SideBySide, ways
 from batchinfer.jobs.plan.device_file import DeviceKey, write_device_cost
 from batchinfer.jobs.plan.prediction import JobShape
 from batchinfer.jobs.plan.quality_file import Quality, write_quality
@@ -30,10 +30,8 @@ FOUND = Quality(0.0012, 0.987, 12_000, "ORG/NAME", "evaluate")
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A shape and a tokenizer, no weights; on a device where each step takes a second, and half of that in 8 bits."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "model"
-    folder.mkdir()
-    size = json.loads((make_model(folder) / "config.json").read_text())["vocab_size"]
-    (folder / "config.json").write_text(json.dumps({**SHAPE, "vocab_size": size}))
+    (folder := tmp_path / "model").mkdir()
+    make_model(folder, **SHAPE)
     measured(folder, 0.5)
     return folder
 
@@ -85,7 +83,7 @@ def test_the_fastest_is_among_those_of_known_quality(model: Path) -> None:
     expected = ["--quantization", "w8a8-int8", "--max-num-seqs", "64"]
     better = compared(model).better
     assert better == Better(expected, 2.5, str(FOUND)) and "KL 0.0012 nats a token, top-1 98.7 %" in better.quality
-    # As the flags say, nothing is faster.
+    # Nothing is faster than the job that these flags make.
     assert compared(model, quantization="w8a8-int8", max_num_seqs=64).better is None
 
 
@@ -102,6 +100,37 @@ def test_a_way_back_to_the_checkpoint_is_named(model: Path) -> None:
     measured(model, 9.0)
     better = compared(model, quantization="w8a8-int8", kv_cache_dtype="int8", max_num_seqs=64).better
     assert better is not None and better.flags == ["--quantization", "auto", "--kv-cache-dtype", "bfloat16"]
+
+
+def test_a_head_that_is_rounded_too_has_a_quality_of_its_own(model: Path) -> None:
+    evaluated(model)
+    found = compared(model, quantization="w8a8-int8+head", max_num_seqs=64).candidates
+    assert {c.quality for c in found if c.quantization == "w8a8-int8+head"} == {None}
+    known = {(c.quantization, c.kv_cache): c.quality for c in found if c.quality is not None}
+    assert known == {("auto", "bfloat16"): "as the checkpoint is", ("w8a8-int8", "float32"): str(FOUND)}
+
+
+def groups(*bits: int) -> dict[str, Any]:
+    weights = {str(n): {"weights": {"num_bits": n}} for n in bits}
+    return {"quant_method": "compressed-tensors", "config_groups": weights}
+
+
+@pytest.mark.parametrize(
+    ("stored", "in_four_bits"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, True),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 128}, False),
+        (groups(4), True),
+        (groups(4, 8), False),
+    ],
+)
+def test_four_bits_are_offered_where_the_checkpoint_has_them(
+    model: Path, stored: dict[str, Any], in_four_bits: bool
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": stored}))
+    found = {way.quantization for way in ways(EngineConfig(model))}
+    assert found == {"auto", "w8a8-int8", *(["w4a8"] if in_four_bits else [])}, "expanded it is as it is without a flag"
 
 
 def test_no_more_rows_than_memory_holds(model: Path) -> None:
@@ -135,7 +164,7 @@ def test_what_a_faster_way_costs_can_be_found_out(model: Path) -> None:
 
 
 def test_answers_that_are_cut() -> None:
-    """Of lognormal lengths with the mean and deviation of usual ones, drawn by NumPy."""
+    """NumPy draws lognormal lengths with the mean and deviation of usual ones."""
     variance = np.log(1 + (244 / 322) ** 2)
     drawn = np.random.default_rng(0).lognormal(np.log(322) - variance / 2, variance**0.5, 200_000)
     lengths = np.bincount([10] * 3 + [900])

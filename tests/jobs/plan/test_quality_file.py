@@ -8,7 +8,6 @@ import pytest
 from measured_devices import SHAPE
 
 from batchinfer.engine.config import EngineConfig
-from batchinfer.jobs.plan.prediction import Setting
 from batchinfer.jobs.plan.quality_file import Quality, quality_key, read_qualities, write_quality
 
 FOUND = Quality(0.0012, 0.987, 12_000, "ORG/NAME", "evaluate")
@@ -27,7 +26,7 @@ def test_each_setting_keeps_what_was_found_of_it(config: EngineConfig) -> None:
     write_quality("a" * 64, replace(config, quantization="w8a8-int8+head", kv_cache_dtype="int8"), head)
     assert read_qualities("a" * 64) == {"w8a8-int8, KV float32": FOUND, "w8a8-int8+head, KV int8": head}
     write_quality("a" * 64, config, head)
-    assert read_qualities("a" * 64)[quality_key(Setting("w8a8-int8", "float32"), "auto")] == head
+    assert read_qualities("a" * 64)[quality_key(config)] == head
     assert read_qualities("b" * 64) == {}
     assert read_qualities("a" * 63 + "b") == {}, "the file's name has the beginning of the digest only"
 
