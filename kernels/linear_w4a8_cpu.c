@@ -15,13 +15,16 @@
 #define MIDDLE 8 /* what is added to numbers from -8 to 7, so that they have no sign */
 
 #if defined(__AVX512VNNI__)
-#define TILE 12 /* rows whose sums are in registers together */
+#define TILE 8 /* rows whose sums are in registers together */
+#define ABREAST 2 /* panels that are multiplied together */
 #define QUADS 2 /* fours of columns in a vector of the weight */
 #elif defined(__AVX512BW__)
 #define TILE 8
+#define ABREAST 1
 #define QUADS 2
 #else
 #define TILE 4
+#define ABREAST 1
 #define QUADS 1
 #endif
 
@@ -41,11 +44,11 @@ struct block {
     float out[BLOCK * PANELS * PANEL];
 };
 
-/* Some groups of a panel. */
+/* Some groups of a panel, and of those behind it. */
 struct panel {
     const uint8_t *weight; /* [groups, group / 4 / QUADS, PANEL, 4] with two numbers in a byte */
     const float *scale, *shift; /* [groups, PANEL]; shift may be NULL */
-    int64_t group;
+    int64_t group, all; /* all groups of a panel: so far away is the next one */
 };
 
 /* Pack int8 numbers from -8 to 7, [outputs, columns] with a multiple of 16 and of 32, into half as many bytes. */
@@ -64,43 +67,61 @@ void pack_w4(const int8_t *weight, int64_t outputs, int64_t columns, uint8_t *pa
     }
 }
 
-/* Set sums [rows] to the products of `rows` rows with a panel's group of columns. */
-INLINE void multiply_group(const int rows, const int8_t *x, const uint8_t *panel, int64_t group, ints *sums) {
-    UNROLL
-    for (int i = 0; i < rows; i++) sums[i] = ints_set(0);
-#if defined(__AVX512BW__)
+/* Add to sums [rows, ABREAST] the products of `rows` rows with a group of columns of `panels` panels, which lie `apart`
+ * bytes from each other, and call from memory what lies `ahead` bytes behind. Only VNNI takes two panels: it then reads
+ * each four of a row's columns once for both. */
+INLINE void multiply_group(const int rows, const int panels, const int8_t *x, const uint8_t *panel, int64_t apart,
+                           int64_t group, int64_t ahead, ints sums[][ABREAST]) {
+    (void)panels, (void)apart, (void)ahead; /* not used by all instruction sets */
+#if defined(__AVX512VNNI__)
+    const __m512i low_bits = _mm512_set1_epi8(15);
+    for (int64_t k = 0; k < group; k += 8) {
+        __m512i first[ABREAST], second[ABREAST];
+        UNROLL
+        for (int j = 0; j < panels; j++) {
+            const uint8_t *at = panel + j * apart + k * PANEL / 2;
+            __m512i both = _mm512_loadu_si512(at);
+            __builtin_prefetch(at + ahead);
+            first[j] = _mm512_and_si512(both, low_bits);
+            second[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_bits);
+        }
+        UNROLL
+        for (int i = 0; i < rows; i++) {
+            __m512i one = _mm512_set1_epi32(load_four(x + i * STRIDE + k));
+            __m512i other = _mm512_set1_epi32(load_four(x + i * STRIDE + k + 4));
+            /* Compilers would load these again for each panel, and all rows' first: no registers would be left for sums. */
+            if (panels > 1) __asm__ volatile("" : "+v"(one), "+v"(other)::"memory");
+            for (int j = 0; j < panels; j++) {
+                sums[i][j] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sums[i][j], first[j], one), second[j], other);
+                __asm__ volatile("" : "+v"(sums[i][j]));
+            }
+        }
+    }
+#elif defined(__AVX512BW__)
     const __m512i low_bits = _mm512_set1_epi8(15);
     for (int64_t k = 0; k < group; k += LEAST_GROUP) {
-#if !defined(__AVX512VNNI__)
         __m512i pairs[TILE];
         UNROLL
         for (int i = 0; i < rows; i++) pairs[i] = _mm512_setzero_si512();
-#endif
         UNROLL
         for (int j = 0; j < LEAST_GROUP; j += 8) {
             __m512i both = _mm512_loadu_si512(panel + (k + j) * PANEL / 2);
-            __builtin_prefetch(panel + (k + j) * PANEL / 2 + AHEAD);
+            __builtin_prefetch(panel + (k + j) * PANEL / 2 + ahead);
             __m512i first = _mm512_and_si512(both, low_bits);
             __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_bits);
             UNROLL
             for (int i = 0; i < rows; i++) {
                 __m512i one = _mm512_set1_epi32(load_four(x + i * STRIDE + k + j));
                 __m512i other = _mm512_set1_epi32(load_four(x + i * STRIDE + k + j + 4));
-#if defined(__AVX512VNNI__)
-                sums[i] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sums[i], first, one), second, other);
-#else
                 pairs[i] = _mm512_add_epi16(pairs[i], _mm512_maddubs_epi16(first, one));
                 pairs[i] = _mm512_add_epi16(pairs[i], _mm512_maddubs_epi16(second, other));
                 /* Compilers would load all rows first, and have no registers left for the sums. */
                 __asm__ volatile("" : "+v"(pairs[i])::"memory");
-#endif
             }
         }
-#if !defined(__AVX512VNNI__)
         UNROLL
         for (int i = 0; i < rows; i++)
-            sums[i] = _mm512_add_epi32(sums[i], _mm512_madd_epi16(pairs[i], _mm512_set1_epi16(1)));
-#endif
+            sums[i][0] = _mm512_add_epi32(sums[i][0], _mm512_madd_epi16(pairs[i], _mm512_set1_epi16(1)));
     }
 #elif defined(__AVX2__)
     const __m256i low_bits = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
@@ -111,7 +132,7 @@ INLINE void multiply_group(const int rows, const int8_t *x, const uint8_t *panel
         UNROLL
         for (int j = 0; j < LEAST_GROUP; j += 4) {
             __m256i both = _mm256_loadu_si256((const void *)(panel + (k + j) * PANEL / 2));
-            if (j % 8 == 0) __builtin_prefetch(panel + (k + j) * PANEL / 2 + AHEAD);
+            if (j % 8 == 0) __builtin_prefetch(panel + (k + j) * PANEL / 2 + ahead);
             __m256i first = _mm256_and_si256(both, low_bits);
             __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_bits);
             UNROLL
@@ -124,8 +145,8 @@ INLINE void multiply_group(const int rows, const int8_t *x, const uint8_t *panel
         }
         UNROLL
         for (int i = 0; i < rows; i++) {
-            sums[i].low = _mm256_add_epi32(sums[i].low, _mm256_madd_epi16(low[i], ones));
-            sums[i].high = _mm256_add_epi32(sums[i].high, _mm256_madd_epi16(high[i], ones));
+            sums[i][0].low = _mm256_add_epi32(sums[i][0].low, _mm256_madd_epi16(low[i], ones));
+            sums[i][0].high = _mm256_add_epi32(sums[i][0].high, _mm256_madd_epi16(high[i], ones));
         }
     }
 #else
@@ -138,47 +159,77 @@ INLINE void multiply_group(const int rows, const int8_t *x, const uint8_t *panel
             for (int j = 0; j < 2; j++) {
                 int8x16_t first = vreinterpretq_s8_u8(vandq_u8(both[j], vdupq_n_u8(15)));
                 int8x16_t second = vreinterpretq_s8_u8(vshrq_n_u8(both[j], 4));
-                sums[i].at[j] = vdotq_s32(sums[i].at[j], first, four);
-                sums[i].at[j + 2] = vdotq_s32(sums[i].at[j + 2], second, four);
+                sums[i][0].at[j] = vdotq_s32(sums[i][0].at[j], first, four);
+                sums[i][0].at[j + 2] = vdotq_s32(sums[i][0].at[j + 2], second, four);
             }
         }
     }
 #endif
 }
 
-/* Add the products of `rows` rows of a block, from row `first` on, with `groups` groups of a panel's columns. */
-INLINE void multiply_tile(const int rows, const struct panel *w, const struct block *b, int64_t first, int64_t groups,
-                          float *out) {
+/* Add the products of `rows` rows of a block, from row `first` on, with `groups` groups of columns of `panels` panels. */
+INLINE void multiply_tile(const int rows, const int panels, const struct panel *w, const struct block *b, int64_t first,
+                          int64_t groups, float *out) {
     const int8_t *x = b->x + first * STRIDE;
     const int32_t *of_rows = b->sums + first * MOST_GROUPS;
+    const int64_t bytes = w->group * PANEL / 2; /* of a panel's group */
     for (int64_t g = 0; g < groups; g++) {
-        ints sums[TILE];
-        multiply_group(rows, x + g * w->group, w->weight + g * w->group * PANEL / 2, w->group, sums);
-        vec scale = vec_load(w->scale + g * PANEL), shift = vec_load((w->shift ? w->shift : w->scale) + g * PANEL);
+        ints sums[TILE][ABREAST];
         UNROLL
-        for (int i = 0; i < rows; i++) {
-            int32_t of_row = of_rows[i * MOST_GROUPS + g];
-            vec exact = ints_to_vec(ints_add(sums[i], ints_set(-MIDDLE * of_row)));
-            vec result = vec_fma(exact, scale, vec_load(out + i * PANELS * PANEL));
-            if (w->shift) result = vec_fma(vec_set(-(float)of_row), shift, result);
-            vec_store(out + i * PANELS * PANEL, result);
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < panels; j++) sums[i][j] = ints_set(-MIDDLE * of_rows[i * MOST_GROUPS + g]);
+        multiply_group(rows, panels, x + g * w->group, w->weight + g * bytes, w->all * bytes, w->group,
+                       ahead(g * bytes, groups * bytes, panels, w->all * bytes), sums);
+        UNROLL
+        for (int j = 0; j < panels; j++) {
+            int64_t at = (g + j * w->all) * PANEL;
+            vec scale = vec_load(w->scale + at);
+            UNROLL
+            for (int i = 0; i < rows; i++) {
+                float *to = out + i * PANELS * PANEL + j * PANEL;
+                vec_store(to, vec_fma(ints_to_vec(sums[i][j]), scale, vec_load(to)));
+            }
+            if (!w->shift) continue;
+            vec shift = vec_load(w->shift + at);
+            UNROLL
+            for (int i = 0; i < rows; i++) {
+                float *to = out + i * PANELS * PANEL + j * PANEL;
+                vec_store(to, vec_fma(vec_set(-(float)of_rows[i * MOST_GROUPS + g]), shift, vec_load(to)));
+            }
         }
     }
 }
 
-static void multiply_rows(int64_t rows, const struct panel *w, const struct block *b, int64_t first, int64_t groups,
-                          float *out) {
-#define CASE(n) \
-    case n: multiply_tile(n, w, b, first, groups, out); break
+static void multiply_rows(int64_t rows, int panels, const struct panel *w, const struct block *b, int64_t first,
+                          int64_t groups, float *out) {
+#define CASE(n)                                                    \
+    case n:                                                        \
+        if (panels == ABREAST)                                     \
+            multiply_tile(n, ABREAST, w, b, first, groups, out);   \
+        else                                                       \
+            multiply_tile(n, 1, w, b, first, groups, out);         \
+        break
     switch (rows) {
         CASE(1); CASE(2); CASE(3); CASE(4);
 #if TILE > 4
         CASE(5); CASE(6); CASE(7); CASE(8);
 #endif
-#if TILE > 8
-        CASE(9); CASE(10); CASE(11); CASE(12);
-#endif
     }
+}
+
+/* The sum of bytes, a multiple of 32. */
+INLINE int32_t add_up(const uint8_t *x, int64_t count) {
+#if defined(__AVX2__)
+    __m256i sums = _mm256_setzero_si256();
+    for (int64_t k = 0; k < count; k += 32)
+        sums = _mm256_add_epi64(sums, _mm256_sad_epu8(_mm256_loadu_si256((const void *)(x + k)), _mm256_setzero_si256()));
+    __m128i half = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    return _mm_cvtsi128_si32(half) + _mm_extract_epi32(half, 2);
+#else
+    uint32x4_t sums = vdupq_n_u32(0);
+    for (int64_t k = 0; k < count; k += 16) sums = vpadalq_u16(sums, vpaddlq_u8(vld1q_u8(x + k)));
+    return (int32_t)vaddvq_u32(sums);
+#endif
 }
 
 /* Copy groups of columns of rows with their signs, and add up each. */
@@ -186,12 +237,9 @@ static void copy_rows(const struct product *p, int64_t first, int64_t rows, int6
                       struct block *b) {
     for (int64_t i = 0; i < rows; i++) {
         const uint8_t *x = p->x + (first + i) * p->columns + from * p->group;
-        int8_t *to = b->x + i * STRIDE;
-        for (int64_t g = 0; g < groups; g++) {
-            int32_t sum = 0;
-            for (int64_t k = 0; k < p->group; k++) sum += *to++ = (int8_t)(*x++ - 128);
-            b->sums[i * MOST_GROUPS + g] = sum;
-        }
+        for (int64_t k = 0; k < groups * p->group; k++) b->x[i * STRIDE + k] = (int8_t)(x[k] - 128);
+        for (int64_t g = 0; g < groups; g++)
+            b->sums[i * MOST_GROUPS + g] = add_up(x + g * p->group, p->group) - 128 * (int32_t)p->group;
     }
 }
 
@@ -203,12 +251,16 @@ static void multiply_item(const struct product *p, int64_t first, int64_t first_
     for (int64_t from = 0; from < all; from += at_a_time) {
         int64_t groups = all - from < at_a_time ? all - from : at_a_time;
         copy_rows(p, first, rows, from, groups, b);
-        for (int64_t j = 0; j < panels; j++) {
+        int abreast;
+        for (int64_t j = 0; j < panels; j += abreast) {
             int64_t group = (first_panel + j) * all + from;
             struct panel w = {p->weight + group * p->group * PANEL / 2, p->scale + group * PANEL,
-                              p->shift ? p->shift + group * PANEL : NULL, p->group};
+                              p->shift ? p->shift + group * PANEL : NULL, p->group, all};
+            /* Few rows wait for memory, which one long run reads fastest. */
+            abreast = rows <= TILE || panels - j < ABREAST ? 1 : ABREAST;
             for (int64_t i = 0; i < rows; i += TILE)
-                multiply_rows(rows - i < TILE ? rows - i : TILE, &w, b, i, groups, b->out + (i * PANELS + j) * PANEL);
+                multiply_rows(rows - i < TILE ? rows - i : TILE, abreast, &w, b, i, groups,
+                              b->out + (i * PANELS + j) * PANEL);
         }
     }
     for (int64_t i = 0; i < rows; i++)

@@ -77,10 +77,11 @@ INLINE void multiply_tile(const int rows, const int panels, const operand *x, co
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < panels; j++) sum[i][j] = _mm512_loadu_si512(sums + i * stride + j * PANEL);
     for (int64_t k = 0; k < depth; k += 4) {
+        int64_t next = k * PANEL + ahead(k * PANEL, depth * PANEL, panels, apart);
         UNROLL
         for (int j = 0; j < panels; j++) {
             w[j] = _mm512_loadu_si512(panel + j * apart + k * PANEL);
-            __builtin_prefetch(panel + j * apart + k * PANEL + AHEAD);
+            __builtin_prefetch(panel + j * apart + next);
         }
         UNROLL
         for (int i = 0; i < rows; i++) {
@@ -196,7 +197,8 @@ static void multiply_item(const struct product *p, int64_t first, int64_t first_
         int abreast;
         for (int64_t j = 0; j < some; j += abreast) {
             const int8_t *panel = p->weight + ((first_panel + j) * padded(p->columns) + from) * PANEL;
-            abreast = some - j < ABREAST ? 1 : ABREAST;
+            /* Few rows wait for memory, which one long run reads fastest. */
+            abreast = rows <= TILE || some - j < ABREAST ? 1 : ABREAST;
             for (int64_t i = 0; i < rows; i += TILE)
                 multiply_rows(rows - i < TILE ? rows - i : TILE, abreast, x + i * STRIDE, panel,
                               padded(p->columns) * PANEL, depth, sums + i * stride + j * PANEL, stride);
