@@ -63,21 +63,25 @@ struct rows {
 };
 
 struct chunk {
-    const void *key[CHUNK / LANES], *value[CHUNK / LANES]; /* of 16 keys each */
+    const char *key[CHUNK / LANES], *value[CHUNK / LANES]; /* of 16 keys each */
     const float *key_scale[CHUNK / LANES], *value_scale[CHUNK / LANES];
     int64_t key_stride; /* numbers between two of a head's columns */
     int64_t keys;       /* those that the last row sees */
+    int64_t key_line, value_line; /* bytes in the cache from a column of keys to the next, and of 16 numbers of values */
+    const struct chunk *next;     /* what is read behind it; itself if nothing is */
 };
 
-/* Scores of 16 keys for `count` rows. */
-INLINE void score_tile(const int count, const int type, const struct rows *r, int64_t row, int64_t head_dim,
-                       const void *key, int64_t stride, float *score) {
+/* Scores of 16 keys for `count` rows. The first rows call the keys' values from memory. */
+INLINE void score_tile(const int count, const int type, struct rows *r, int64_t row, int64_t head_dim,
+                       const struct chunk *c, int64_t v) {
     vec sum[TILE];
     const float *query = r->query + row * r->stride;
+    float *score = r->score + row * CHUNK + v * LANES;
     UNROLL
     for (int i = 0; i < count; i++) sum[i] = vec_set(0.0f);
     for (int64_t d = 0; d < head_dim; d++) {
-        vec keys = numbers_load(type, key, d * stride);
+        vec keys = numbers_load(type, c->key[v], d * c->key_stride);
+        if (row == 0) __builtin_prefetch(c->value[v] + d * c->value_line);
         UNROLL
         for (int i = 0; i < count; i++) sum[i] = vec_fma(vec_set(query[i * r->stride + d]), keys, sum[i]);
     }
@@ -85,7 +89,8 @@ INLINE void score_tile(const int count, const int type, const struct rows *r, in
     for (int i = 0; i < count; i++) vec_store(score + i * CHUNK, sum[i]);
 }
 
-/* Add 16 columns of the weighted values of a chunk's keys to `count` rows' sums; fewer than 16 if `part` says so. */
+/* Add 16 columns of the weighted values of a chunk's keys to `count` rows' sums; fewer than 16 if `part` says so. The
+ * first rows call the next chunk's keys from memory. */
 INLINE void value_tile(const int count, const int type, const int part, struct rows *r, int64_t row, int64_t column,
                        int64_t head_dim, const struct chunk *c) {
     vec sum[TILE];
@@ -98,6 +103,7 @@ INLINE void value_tile(const int count, const int type, const int part, struct r
         for (int64_t t = 0; t < keys; t++, from += head_dim, weight++) {
             vec values = part ? numbers_load_upto(type, c->value[v], from, head_dim - column)
                               : numbers_load(type, c->value[v], from);
+            if (row == 0) __builtin_prefetch(c->next->key[v] + (column + t) * c->next->key_line);
             UNROLL
             for (int i = 0; i < count; i++) sum[i] = vec_fma(vec_set(weight[i * CHUNK]), values, sum[i]);
         }
@@ -122,8 +128,7 @@ INLINE void products(const int type, struct rows *r, int64_t head_dim, const str
         int64_t count = r->count - row;
         if (!values) {
             for (int64_t v = 0; v * LANES < c->keys; v++)
-                FOR_COUNT(count, score_tile, type, r, row, head_dim, c->key[v], c->key_stride,
-                          r->score + row * CHUNK + v * LANES)
+                FOR_COUNT(count, score_tile, type, r, row, head_dim, c, v)
             continue;
         }
         int64_t whole = head_dim / LANES * LANES;
@@ -179,11 +184,12 @@ static void weigh(const struct attention *a, struct rows *r, int64_t row, const 
     }
 }
 
-/* Find the blocks of a chunk's keys [start, start + keys). */
-static void find(const struct attention *a, const struct item *it, int64_t start, struct chunk *c) {
+/* Find the blocks of the keys [start, end), a chunk at most. Behind the last of them the first ones are named again. */
+static void find(const struct attention *a, const struct item *it, int64_t start, int64_t end, struct chunk *c) {
     int64_t size = bytes_of((int)a->kv_type);
-    for (int64_t v = 0; v * LANES < c->keys; v++) {
-        int64_t position = start + v * LANES, offset = position % a->block_size;
+    c->keys = end - start < CHUNK ? end - start : CHUNK;
+    for (int64_t v = 0; v < CHUNK / LANES; v++) {
+        int64_t position = v * LANES < c->keys ? start + v * LANES : start, offset = position % a->block_size;
         int64_t block = it->span.blocks[position / a->block_size] * a->kv_heads + it->head;
         int64_t numbers = block * a->block_size * a->head_dim;
         c->key[v] = (const char *)a->key + (numbers + offset) * size;
@@ -192,6 +198,8 @@ static void find(const struct attention *a, const struct item *it, int64_t start
         c->value_scale[v] = a->value_scale ? a->value_scale + block * a->block_size + offset : NULL;
     }
     c->key_stride = a->block_size;
+    c->key_line = a->block_size * size;
+    c->value_line = LANES * size;
 }
 
 /* Convert a chunk's keys or values to float32, in place of what `c` names; the numbers stay the same. */
@@ -199,13 +207,13 @@ static void convert(const struct attention *a, struct chunk *c, int values, floa
     int64_t lines = values ? LANES : a->head_dim, width = values ? a->head_dim : LANES;
     int64_t from_stride = values ? a->head_dim : a->block_size;
     for (int64_t v = 0; v * LANES < c->keys; v++, to += LANES * a->head_dim) {
-        const void **at = values ? &c->value[v] : &c->key[v];
+        const char **at = values ? &c->value[v] : &c->key[v];
         for (int64_t line = 0; line < lines; line++)
             for (int64_t i = 0; i < width; i += LANES) {
                 vec numbers = numbers_load_upto((int)a->kv_type, *at, line * from_stride + i, width - i);
                 numbers_store_upto(FLOAT32, to, line * width + i, width - i, numbers);
             }
-        *at = to;
+        *at = (const char *)to;
     }
     if (!values) c->key_stride = LANES;
 }
@@ -215,14 +223,18 @@ static void attend(const struct attention *a, const struct item *it, struct rows
     int64_t last = r->position[r->count - 1], end = last + 1 < s->end ? last + 1 : s->end;
     int64_t seen = a->window ? r->position[0] - a->window + 1 : 0; /* the first key that a row sees */
     int converted = r->count > FEW && a->kv_type != FLOAT32;
-    for (int64_t start = (seen > s->begin ? seen : s->begin) / CHUNK * CHUNK; start < end; start += CHUNK) {
-        struct chunk c = {.keys = end - start < CHUNK ? end - start : CHUNK};
-        find(a, it, start, &c);
-        if (converted) convert(a, &c, 0, wide);
-        multiply(converted ? FLOAT32 : a->kv_type, r, a->head_dim, &c, 0);
-        for (int64_t row = 0; row < r->count; row++) weigh(a, r, row, &c, start);
-        if (converted) convert(a, &c, 1, wide);
-        multiply(converted ? FLOAT32 : a->kv_type, r, a->head_dim, &c, 1);
+    int64_t start = (seen > s->begin ? seen : s->begin) / CHUNK * CHUNK;
+    struct chunk chunks[2];
+    if (start < end) find(a, it, start, end, &chunks[0]);
+    for (int i = 0; start < end; start += CHUNK, i = !i) {
+        struct chunk *c = &chunks[i], *next = &chunks[!i];
+        if (start + CHUNK < end) find(a, it, start + CHUNK, end, next);
+        c->next = start + CHUNK < end ? next : c;
+        if (converted) convert(a, c, 0, wide);
+        multiply(converted ? FLOAT32 : a->kv_type, r, a->head_dim, c, 0);
+        for (int64_t row = 0; row < r->count; row++) weigh(a, r, row, c, start);
+        if (converted) convert(a, c, 1, wide);
+        multiply(converted ? FLOAT32 : a->kv_type, r, a->head_dim, c, 1);
     }
 }
 
