@@ -35,6 +35,15 @@ class WindowedBatch:
         columns = ((p.first, p.count, p.keys) for p in self.sequences.prefixes)
         return np.array(list(columns), np.int64).reshape(-1, 3)
 
+    @cached_property
+    def fields(self) -> tuple[int | None, ...]:
+        """The kernel's fields from `sequences` to `window`: the same for all layers."""
+        ragged = self.sequences
+        return (
+            *(len(ragged.contexts), ragged.offsets.ctypes.data, ragged.contexts.ctypes.data, address(ragged.table)),
+            *(ragged.table.shape[1], len(self.prefixes), self.prefixes.ctypes.data, self.window or 0),
+        )
+
 
 class _Attention(Arguments):
     _fields_ = (
@@ -65,26 +74,25 @@ def attention(
     The cache must have its keys by column. A token's bits depend on its own query and on what it sees alone. Raises
     `ValueError` for heads larger than `MOST_HEAD_DIM`, and `MemoryError` where the list of work does not fit in memory.
     """
-    query, ragged = query_THd.contiguous(), batch.sequences
-    heads, head_dim = query.shape[1:]
-    assert ragged.offsets[-1] <= len(query) and cache.key.stride(-2) == 1
+    query, filled = query_THd.contiguous(), int(batch.sequences.offsets[-1])
+    tokens, heads, head_dim = query.shape
+    assert filled <= tokens and cache.key.stride(-2) == 1
     assert sinks_H is None or (sinks_H.dtype == torch.float32 and sinks_H.is_contiguous())
     if head_dim > MOST_HEAD_DIM:
         raise ValueError(
             f"heads have {head_dim} numbers; the kernel takes at most {MOST_HEAD_DIM}: take --cpu-path reference"
         )
     out = torch.empty_like(query)
-    out[int(ragged.offsets[-1]) :] = 0
-    states = torch.empty(len(query) * heads * (head_dim + 2)) if len(batch.prefixes) else None
+    if filled < tokens:
+        out[filled:] = 0
+    states = torch.empty(tokens * heads * (head_dim + 2)) if len(batch.prefixes) else None
     arguments = _Attention(
         *(address(query), address(out)),
         *(type_number(query.dtype), heads, cache.kv_heads, head_dim),
         *map(address, (cache.key, cache.value, cache.key_scale, cache.value_scale)),
-        *(type_number(cache.key.dtype), cache.block_size, len(ragged.contexts)),
-        *(ragged.offsets.ctypes.data, ragged.contexts.ctypes.data, address(ragged.table)),
-        *(ragged.table.shape[1], len(batch.prefixes), batch.prefixes.ctypes.data, batch.window or 0),
+        *(type_number(cache.key.dtype), cache.block_size, *batch.fields),
         *(scale, softcap or 0.0, address(sinks_H), address(states)),
     )
     if library.attention(ctypes.byref(arguments)):
-        raise MemoryError(f"there is no memory for the list of attention's work over {len(query)} tokens")
+        raise MemoryError(f"there is no memory for the list of attention's work over {tokens} tokens")
     return out

@@ -133,6 +133,7 @@ def floats(names: str) -> list[tuple[str, type]]:
     return [(name, ctypes.c_float) for name in names.split()]
 
 
+@cache
 def type_number(dtype: "torch.dtype") -> int:
     """Return the number of a type in `vector_cpu.h`."""
     import torch

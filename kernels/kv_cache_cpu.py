@@ -44,15 +44,16 @@ def rotate_and_store(
     Without a cache, only queries are there.
     """
     qkv, cos, sin = qkv_TX.contiguous(), cos_Td.contiguous(), sin_Td.contiguous()
-    assert len(qkv) == len(cos) == len(sin) == (len(qkv) if slots_T is None else len(slots_T))
+    tokens, width = qkv.shape
+    assert tokens == cos.shape[0] == sin.shape[0] and (slots_T is None or slots_T.shape[0] == tokens)
     kv_heads = 0 if cache is None else cache.kv_heads
-    head_dim = qkv.shape[1] // (heads + 2 * kv_heads)
-    query = torch.empty(len(qkv), heads, head_dim, dtype=qkv.dtype)
+    head_dim = width // (heads + 2 * kv_heads)
+    query = torch.empty(tokens, heads, head_dim, dtype=qkv.dtype)
     strides = (0 if norm is None or norm.dim() == 1 else head_dim for norm in norms)
     pools = (None,) * 4 if cache is None else (cache.key, cache.value, cache.key_scale, cache.value_scale)
     layout = (0, 1) if cache is None else (type_number(cache.key.dtype), cache.block_size)
     arguments = _Rotation(
-        *(address(qkv), address(query), type_number(qkv.dtype), len(qkv), heads, kv_heads, head_dim),
+        *(address(qkv), address(query), type_number(qkv.dtype), tokens, heads, kv_heads, head_dim),
         *map(address, (cos, sin, *norms)),
         *(*strides, norms_last, norm_values),
         *map(address, pools),

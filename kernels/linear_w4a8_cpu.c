@@ -81,7 +81,7 @@ INLINE void multiply_group(const int rows, const int panels, const int8_t *x, co
         for (int j = 0; j < panels; j++) {
             const uint8_t *at = panel + j * apart + k * PANEL / 2;
             __m512i both = _mm512_loadu_si512(at);
-            __builtin_prefetch(at + ahead);
+            __builtin_prefetch(at + ahead, 0, 0);
             first[j] = _mm512_and_si512(both, low_bits);
             second[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_bits);
         }

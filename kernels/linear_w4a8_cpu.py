@@ -50,7 +50,7 @@ class PackedW4A8(PackedProduct):
 
     def _multiply(self, x_MK: Tensor, out_MN: Tensor) -> None:
         operands = map(address, (x_MK, self.weight, self._scale, self._shift, out_MN))
-        self._library.linear_w4a8(ctypes.byref(_Product(*operands, len(x_MK), *self.shape, self.group)))
+        self._library.linear_w4a8(ctypes.byref(_Product(*operands, x_MK.shape[0], *self.shape, self.group)))
 
 
 def _by_panel(of_NG: Tensor) -> Tensor:

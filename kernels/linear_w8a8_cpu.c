@@ -81,7 +81,7 @@ INLINE void multiply_tile(const int rows, const int panels, const operand *x, co
         UNROLL
         for (int j = 0; j < panels; j++) {
             w[j] = _mm512_loadu_si512(panel + j * apart + k * PANEL);
-            __builtin_prefetch(panel + j * apart + next);
+            __builtin_prefetch(panel + j * apart + next, 0, 0);
         }
         UNROLL
         for (int i = 0; i < rows; i++) {

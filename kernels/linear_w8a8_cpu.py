@@ -39,4 +39,4 @@ class PackedW8A8(PackedProduct):
 
     def _multiply(self, x_MK: Tensor, out_MN: Tensor) -> None:
         operands = map(address, (x_MK, self.weight, self._sums, self.scale, out_MN))
-        self._library.linear_w8a8(ctypes.byref(_Product(*operands, len(x_MK), *self.shape)))
+        self._library.linear_w8a8(ctypes.byref(_Product(*operands, x_MK.shape[0], *self.shape)))

@@ -31,7 +31,7 @@ class PackedProduct:
         """
         values = x.values.contiguous()
         assert values.dtype == torch.uint8 and values.shape[1] == self.shape[1]
-        out = torch.empty(len(values), self.shape[0])
+        out = torch.empty(values.shape[0], self.shape[0])
         self._multiply(values, out)
         return with_bias(Rows(out, x.scale), self.bias)
 

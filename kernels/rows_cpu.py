@@ -75,7 +75,7 @@ def activate(library: ctypes.CDLL, x: Rows, activation: str, gated: bool, takes:
     `takes` is uint8.
     """
     values = x.values.contiguous()
-    rows, columns = len(values), values.shape[1] // (2 if gated else 1)
+    rows, columns = values.shape[0], values.shape[1] // (2 if gated else 1)
     out, scale = _empty((rows, columns), values.dtype, takes)
     given = None if x.scale is None else x.scale.contiguous()
     operands = map(address, (values, given, out, scale))

@@ -231,7 +231,7 @@ class Decoder:
         if i + 1 == len(self.layers):  # from here on only the sampled tokens are needed
             x, mixed, rows = x[batch.sampled], mixed[batch.sampled], batch.logits_rows
         y = self._normed(layer.output(self.backend.rows(mixed, layer.output.takes)), layer.attention_norm)
-        rows, takes = rows if self.backend.spares_padding else len(x), layer.feed_forward.takes
+        rows, takes = rows if self.backend.spares_padding else x.shape[0], layer.feed_forward.takes
         if layer.shape.parallel:
             inner = self._into(x, None, layer.mlp_norm, takes)
             add_rows(x, y)
