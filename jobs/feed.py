@@ -183,7 +183,9 @@ class Loop:
             case Heartbeat() | Finished():
                 stats = self._engine.stats
                 self._progress.update(stats)
-                self._timeline.add(self._results.rows, stats)
+                # Once no row is left the engine measures the device, which is no generating.
+                last_row = self._engine.ready + self.generate_seconds
+                self._timeline.add(self._results.rows, stats, None if self._in_flight else last_row)
 
     def _complete(self, completions: Completions) -> None:
         firsts = completions.firsts

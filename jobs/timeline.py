@@ -73,13 +73,17 @@ class Timeline:
             self._last = self._written = self._clock()
             self._rows, self._stats = rows, EngineStats()
 
-    def add(self, rows: int, stats: EngineStats) -> None:
-        """Take a sample: the number of rows that have ended, and the statistics of the engine, since the beginning."""
+    def add(self, rows: int, stats: EngineStats, ended: float | None = None) -> None:
+        """Take a sample: the number of rows that have ended, and the statistics of the engine, since the beginning.
+
+        It is of the time until now, or until `ended` by the clock.
+        """
         assert self._last is not None, "a sample before generating began"
-        now = self._clock()
+        clock = self._clock()
+        now = clock if ended is None else max(ended, self._last)
         before, self._stats = self._stats, stats
         sample = Sample(
-            time.time() - (now - self._last),
+            time.time() - (clock - self._last),
             now - self._last,
             rows - self._rows,
             stats.prompt_tokens - before.prompt_tokens,

@@ -1,12 +1,17 @@
 """The figures over time: bounded, exact in their sums. tests/jobs/test_job_resume.py kills jobs that write them."""
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from stub_jobs import make_model, prompts, spec, write
 
 from batchinfer.engine.config import EngineStats
 from batchinfer.errors import Refused
+from batchinfer.jobs.job import run
+from batchinfer.jobs.results.run_folder import RunFolder
 from batchinfer.jobs.timeline import MOST, Sample, Timeline, join_shortest, read_timeline
 
 
@@ -35,6 +40,27 @@ def test_of_a_long_job_no_figure_is_lost_and_few_samples_are_kept(count: int) ->
     assert sum(sample.seconds for sample in kept.samples) == pytest.approx(sum(seconds))
     assert sum(sample.rows for sample in kept.samples) == len(seconds)
     assert sum(sample.completion_tokens for sample in kept.samples) == 20 * len(seconds)
+
+
+def test_the_last_sample_ends_with_its_last_row() -> None:
+    clock = Clock()
+    kept = Timeline(Path("/nowhere/timeline.json"), clock)
+    kept._written = float("inf")  # this test writes nothing
+    kept.begin(rows=0)
+    clock.seconds += 5
+    now = time.time()
+    kept.add(9, stats(30), ended=clock.seconds - 2)
+    assert kept.samples[0].seconds == 3 and kept.samples[0].began == pytest.approx(now - 5, abs=1)
+    kept.add(9, stats(30), ended=clock.seconds - 2.5)
+    assert kept.samples[1].seconds == 0, "no time runs backwards"
+
+
+def test_measuring_the_device_is_no_time_of_generating(tmp_path: Path, engine: Callable[[str], str]) -> None:
+    job = spec(make_model(tmp_path), write(tmp_path / "in.parquet", prompt=prompts(9)))
+    report = run(job, engine("Measures"))
+    samples = read_timeline(RunFolder(job.output).timeline)
+    assert sum(sample.rows for sample in samples) == 9
+    assert sum(sample.seconds for sample in samples) == pytest.approx(report.generate_seconds, abs=0.1)
 
 
 def test_samples_of_a_long_job_span_about_the_same_time() -> None:
