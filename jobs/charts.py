@@ -41,9 +41,10 @@ def lines_over_time(title: str, seconds: Sequence[float], curves: Sequence[Curve
                 points += [f"{_x(began, last):.1f} {y:.1f}", f"{_x(ended, last):.1f} {y:.1f}"]
                 began = ended
             yield f'<path d="M{"L".join(points)}" fill="none" stroke="{colour}" stroke-width="1.8"/>' if points else ""
-        yield from legend([(name, colour) for name, colour, _ in curves] if len(curves) > 1 else [], HEIGHT - 8)
+        if len(curves) > 1:
+            yield from legend([(name, colour) for name, colour, _ in curves], HEIGHT - 8)
 
-    return svg(WIDTH, HEIGHT, parts(), title)
+    return svg(WIDTH, HEIGHT if len(curves) > 1 else BOTTOM + 22, parts(), title)
 
 
 def bars_beside_names(title: str, values: Mapping[str, Sequence[float]], shown: Callable[[float], str]) -> str:
@@ -83,7 +84,7 @@ def bars_over_lengths(title: str, counts: Mapping[str, int]) -> str:
             if i % every == 0:
                 shown = f"{int(longest) // 1024}k" if int(longest) >= 1024 else longest
                 yield text(middle, BOTTOM + 15, shown, FAINT, anchor="middle")
-        yield text(RIGHT, BOTTOM + 31, "tokens, at most", FAINT, anchor="end")
+        yield text(RIGHT, HEIGHT - 8, "tokens, at most", FAINT, anchor="end")
 
     return svg(WIDTH, HEIGHT, parts(), title)
 
@@ -103,20 +104,23 @@ def roofline(title: str, operations: float, nbytes: float, intensity: float, rea
         return right, BOTTOM - (BOTTOM - TOP) * math.log(max(y, low_y) / low_y) / math.log(high_y / low_y)
 
     def parts() -> Iterator[str]:
-        for power in _powers(low_y, high_y):
-            y = at(low_x, power)[1]
+        yield f'<path d="M{LEFT} {BOTTOM}H{RIGHT}" stroke="{GRID}"/>'
+        for mark in _marks(low_y, high_y):
+            y = at(low_x, mark)[1]
             yield f'<path d="M{LEFT} {y:.1f}H{RIGHT}" stroke="{GRID}"/>'
-            yield text(LEFT - 5, y + 4, short(power), FAINT, anchor="end")
-        for power in _powers(low_x, high_x):
-            x = at(power, low_y)[0]
-            yield text(x, BOTTOM + 15, short(power), FAINT, anchor="middle")
+            yield text(LEFT - 5, y + 4, short(mark), FAINT, anchor="end")
+        for mark in _marks(low_x, high_x):
+            x = at(mark, low_y)[0]
+            yield f'<path d="M{x:.1f} {BOTTOM}v4" stroke="{GRID}"/>'
+            yield text(x, BOTTOM + 15, short(mark), FAINT, anchor="middle")
         begins = max(low_x, low_y / nbytes)
         roof = [at(begins, begins * nbytes), at(ridge, operations), at(high_x, operations)]
         path = "L".join(f"{x:.1f} {y:.1f}" for x, y in roof)
         yield f'<path d="M{path}" fill="none" stroke="{FAINT}" stroke-width="1.8"/>'
         x, y = at(intensity, reached)
         yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{SECOND}"><title>this job</title></circle>'
-        yield text(LEFT, HEIGHT - 8, "operations/s over operations a byte", FAINT)
+        yield from legend([("this job", SECOND), ("ceilings", FAINT)], HEIGHT - 8)
+        yield text(RIGHT, HEIGHT - 8, "operations a byte", FAINT, anchor="end")
 
     return svg(WIDTH, HEIGHT, parts(), title)
 
@@ -146,7 +150,7 @@ def steps_to(most: float) -> tuple[float, float]:
 
 def short(value: float) -> str:
     """Format a number in at most five characters: 0.25, 12, 3.4k, 120M, 2.5T."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= 0.9995 * size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
@@ -161,17 +165,24 @@ def _level_lines(step: float, top: float, unit: str) -> Iterator[str]:
 
 
 def _time_axis(last: float) -> Iterator[str]:
-    """Write three times below the area, in the unit that suits the last one."""
+    """Write round times below the area, in the unit that suits the last one."""
     size, unit = next((each for each in ((3600.0, "h"), (60.0, "min")) if last >= 2 * each[0]), (1.0, "s"))
-    for share, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end")):
-        shown = f"{share * last / size:.3g}" if share else "0"
-        yield text(LEFT + share * (RIGHT - LEFT), BOTTOM + 15, f"{shown} {unit}", FAINT, anchor=anchor)
+    step, _ = steps_to(last / size)
+    count = math.floor(last / size / step * (1 + 1e-9))
+    for i in range(0, count + 1, math.ceil(count / 5) or 1):
+        x = _x(i * step * size, last)
+        yield f'<path d="M{x:.1f} {BOTTOM}v4" stroke="{FAINT}"/>'
+        anchor = "end" if x > RIGHT - 12 else "middle"  # a middle label would leave the picture there
+        yield text(x, BOTTOM + 15, f"{i * step:g} {unit}", FAINT, anchor=anchor)
 
 
-def _powers(low: float, high: float) -> list[float]:
-    """Return the powers of ten from `low` to `high`, or every second, third and so on of many."""
-    powers = [10.0**i for i in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
-    return powers[:: math.ceil(len(powers) / 4) or 1]
+def _marks(low: float, high: float) -> list[float]:
+    """Return a few round numbers from `low` to `high`: powers of ten, or also 2 and 5 times these if one lies there."""
+    powers = [10.0**i for i in range(math.floor(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    marks = [power for power in powers if low <= power <= high]
+    if len(marks) < 2:
+        marks = [factor * power for power in powers for factor in (1, 2, 5) if low <= factor * power <= high]
+    return marks[:: math.ceil(len(marks) / 4) or 1]
 
 
 def _x(seconds: float, last: float) -> float:

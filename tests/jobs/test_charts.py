@@ -50,9 +50,26 @@ def test_a_sample_is_a_level_line_over_its_own_time() -> None:
     assert {"a", "b", "0 s", "2 s", "4 s", "10"} <= set(texts(chart))
 
 
-@pytest.mark.parametrize(("last", "shown"), [(90.0, "90 s"), (600.0, "10 min"), (86400.0, "24 h")])
-def test_times_have_the_unit_that_suits(last: float, shown: str) -> None:
-    assert shown in texts(lines_over_time("T", [last], [("a", FIRST, [1.0])]))
+@pytest.mark.parametrize(("last", "shown"), [
+    (0.5, ["0 s", "0.1 s", "0.2 s", "0.3 s", "0.4 s", "0.5 s"]),
+    (12.7, ["0 s", "4 s", "8 s", "12 s"]),
+    (119.0, ["0 s", "20 s", "40 s", "60 s", "80 s", "100 s"]),
+    (600.0, ["0 min", "2 min", "4 min", "6 min", "8 min", "10 min"]),
+    (86400.0, ["0 h", "5 h", "10 h", "15 h", "20 h"]),
+    (0.0, ["0 s"]),
+])  # fmt: skip
+def test_times_are_round_and_have_the_unit_that_suits(last: float, shown: list[str]) -> None:
+    unit = shown[0][1:]
+    assert [said for said in texts(lines_over_time("T", [last], [("a", FIRST, [1.0])])) if said.endswith(unit)] == shown
+
+
+@pytest.mark.parametrize("peak", [9e10, 1.7e12, 9.1e14])
+@pytest.mark.parametrize("intensity", [0.5, 20.0, 300.0, 1e5])
+def test_a_roofline_has_marks_on_both_axes(peak: float, intensity: float) -> None:
+    chart = roofline("T", peak, peak / 200, intensity, min(peak, intensity * peak / 200) / 3)
+    marks = [text.attrib["text-anchor"] for text in drawn(chart).iter(f"{SVG}text")]
+    assert 2 <= marks.count("middle") <= 4 and 2 <= marks.count("end") - 1 <= 4, "one names the lower axis"
+    assert {"this job", "ceilings", "operations a byte"} <= set(texts(chart))
 
 
 def test_bars_are_as_long_as_their_values() -> None:
@@ -101,7 +118,16 @@ def test_axes_have_round_steps(most: float, step: float, top: float) -> None:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0, "0"), (0.25, "0.25"), (999.4, "999"), (999.6, "1k"), (1024, "1.02k"), (1.2e8, "120M"), (2.5e12, "2.5T")],
+    [
+        (0, "0"),
+        (0.25, "0.25"),
+        (999.4, "999"),
+        (999.6, "1k"),
+        (1024, "1.02k"),
+        (1.2e8, "120M"),
+        (2.5e12, "2.5T"),
+        (1e15, "1P"),
+    ],
 )
 def test_numbers_are_short(value: float, shown: str) -> None:
     assert short(value) == shown and len(shown) <= 5
