@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 
 from batchinfer.jobs.charts import FONT, steps_to, text
@@ -20,7 +21,7 @@ def layer_plot(done: Evaluation, layers: list[LayerError]) -> str:
     step, top = steps_to(100 * max(max(layer.own, layer.stream) for layer in layers))
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        f'{FONT} font-size="13">',
+        f'role="img" {FONT} font-size="13"><title>Errors by layer of {escape(_name(done.model))}</title>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
         *_head(done, worst),
         *_axes(len(layers), step, top),
@@ -42,9 +43,9 @@ def _head(done: Evaluation, worst: LayerError) -> Iterator[str]:
     yield _text(43, 110, "error that the layer adds", INK)
     yield f'<rect x="240" y="99" width="13" height="13" fill="{WORST}"/>'
     yield _text(259, 110, f"layer {worst.layer}: adds the most", INK)
-    yield f'<path d="M406 105.5h26" stroke="{LINE}" stroke-width="2.5"/>'
-    yield f'<circle cx="419" cy="105.5" r="4" fill="{LINE}"/>'
-    yield _text(440, 110, "accumulated error of the stream after it", INK)
+    yield f'<path d="M434 105.5h26" stroke="{LINE}" stroke-width="2.5"/>'
+    yield f'<circle cx="447" cy="105.5" r="4" fill="{LINE}"/>'
+    yield _text(468, 110, "accumulated error of the stream after it", INK)
 
 
 def _axes(layers: int, step: float, top: float) -> Iterator[str]:
