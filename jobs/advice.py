@@ -8,6 +8,7 @@ from batchinfer.jobs.row_errors import ROW_ERRORS
 from batchinfer.kernels.cpu_library import REFERENCE
 
 LOADING = 0.4  # share of the wall time above which loading is said to limit a job
+GENERATING = 0.5  # share of the wall time below which starting is said to limit a job
 WAITING = 0.8  # tokenizing as a share of generating, from which on the engine is likely to have waited for prompts
 AT_A_CEILING = 0.5  # share of a ceiling above which it is said to limit a job
 CUT = 0.05  # share of the answers that end at their length, from which on it is worth a sentence
@@ -33,8 +34,8 @@ def _cut(report: Report) -> Iterator[str]:
     cut = report.rows_by_finish_reason.get("length", 0)
     if report.rows_ok and cut >= CUT * report.rows_ok:
         yield (
-            f"{_rows(cut)} ({_percent(cut / report.rows_ok)} of the good ones) ended at --max-tokens and may be cut "
-            "short: give more if answers should be whole."
+            f"{_rows(cut)} ({_percent(cut / report.rows_ok)} of those with an answer) ended at --max-tokens or "
+            "--max-model-len and may be cut short: raise it if answers should be whole."
         )
 
 
@@ -42,12 +43,18 @@ def _limit(report: Report) -> Iterator[str]:
     """Say what took the time: loading, tokenizing, or a ceiling of the device."""
     if not report.steps:
         return
-    load = report.phases["load"]
+    load, generating = report.phases["load"], report.generate_seconds
     if load > LOADING * report.machine_seconds:
         yield (
             f"Loading the model took {in_seconds(load)}, {_percent(load / report.machine_seconds)} of {_time(report)}: "
             "one job over more rows, or over several inputs, loads it once."
         )
+    elif report.canary is None and generating < GENERATING * report.machine_seconds:
+        yield (
+            f"Generating took only {in_seconds(generating)}, {_percent(generating / report.machine_seconds)} of "
+            f"{_time(report)}: one job over more rows, or over several inputs, starts once for all of them."
+        )
+        return
     elif report.phases["tokenize"] > WAITING * report.generate_seconds:
         yield (
             f"Tokenizing took {in_seconds(report.phases['tokenize'])} beside {in_seconds(report.generate_seconds)} of "

@@ -84,7 +84,7 @@ class Loop:
             self._read(interruption)
         if self._windows.over:  # without the engine: no row is left that can run
             self._results.commit()
-            return replace(self._engine.stats, notes=["no row had to be computed, so that no model was loaded"])
+            return replace(self._engine.stats, notes=["no row was left to compute, so no model was loaded"])
         for note in told_alike(self._spec, self._windows.figures):  # at once: the job may run for days
             say(note)
         say(f"loading {self._spec.model}", "loading", model=self._spec.model)

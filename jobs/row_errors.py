@@ -24,8 +24,8 @@ ROW_ERRORS = {
     "null_prompt": RowErrorKind("their prompts are null", "leave them out with --where, or fill the column"),
     "empty_prompt": RowErrorKind("their prompts have no tokens", "leave them out with --where"),
     "too_long": RowErrorKind(
-        "with what they ask for they have more tokens than --max-model-len allows",
-        "give more if the model can take it, or shorten the prompts",
+        "their prompts, or prompts and texts to score together, have more tokens than --max-model-len has room for",
+        "raise it if the model can take it, or shorten the prompts",
     ),
     "too_large": RowErrorKind("their prompts are larger than any model takes", "shorten them, or leave them out"),
     "wrong_type": RowErrorKind("their prompts are no text", "convert the column to text"),

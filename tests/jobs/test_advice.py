@@ -7,6 +7,7 @@ import pytest
 from reports import REPORT
 
 from batchinfer.jobs.advice import advice, at_ceilings
+from batchinfer.jobs.canary import Canary
 from batchinfer.jobs.forecast import Forecast
 from batchinfer.jobs.report import Report
 from batchinfer.jobs.row_errors import ROW_ERRORS
@@ -36,9 +37,10 @@ def test_a_job_of_which_nothing_stands_out_has_no_advice() -> None:
 @pytest.mark.parametrize(
     ("report", "said"),
     [
-        (changed(rows_by_error={"too_long": 1}), "1 row failed with too_long, because with what"),
-        (changed(rows_by_finish_reason={"length": 60, "stop": 1140}), "60 rows (5 % of the good ones) ended at --max"),
+        (changed(rows_by_error={"too_long": 1}), "1 row failed with too_long, because their prompts"),
+        (changed(rows_by_finish_reason={"length": 60, "stop": 1140}), "60 rows (5 % of those with an answer) ended"),
         (changed(phases={**BUSY, "load": 70.0}, wall_seconds=170.0), "Loading the model took 0:01:10, 41 % of the"),
+        (changed(peak_bytes_per_second=5e10, wall_seconds=250.0), "Generating took only 0:01:40, 40 % of the wall"),
         (changed(phases={**BUSY, "tokenize": 85.0}), "Tokenizing took 0:01:25 beside 0:01:40 of generating"),
         (changed(percent_of_peak=62.0), "The arithmetic of the device limited this job: matrix products ran at 62 %"),
         (changed(phases=BUSY, peak_bytes_per_second=5e9), "reading the weights once in each step took 68 % of"),
@@ -61,6 +63,8 @@ def test_a_figure_that_stands_out_has_its_sentence(report: Report, said: str) ->
     [
         changed(rows_by_finish_reason={"length": 59, "stop": 1141}),
         changed(phases={**BUSY, "load": 65.0}, wall_seconds=170.0),
+        changed(wall_seconds=199.0),
+        changed(wall_seconds=201.0, canary=Canary(8, "org/name", 8, 1.0, 99, 1.0, 0.0, 95.0)),
         changed(predicted=Forecast(90, 80, 99, 100, others={"w8a8-int8": 95})),
         changed(drafted=1000, accepted=110),
         changed(preemptions=20),

@@ -96,7 +96,7 @@ def test_where_all_answers_are_known_no_model_is_loaded_and_the_output_can_be_re
     first = spec(model, path, reuse=(old,))
     report = run(first, engine("refuse"))
     assert (report.rows_reused, report.rows_computed) == (N, 1)
-    assert "no row had to be computed, so that no model was loaded" in report.notes
+    assert "no row was left to compute, so no model was loaded" in report.notes
     again = run(spec(model, path, output=tmp_path / "again.parquet", reuse=(first.output, old)), engine("refuse"))
     assert again.rows_reused == N
     assert pq.read_table(first.output).equals(pq.read_table(tmp_path / "again.parquet"))
