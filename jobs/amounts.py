@@ -5,7 +5,9 @@ from collections.abc import Mapping
 
 
 def in_seconds(seconds: float) -> str:
-    """Format a time, as 12.34 s below a minute and as 1:02:03 otherwise."""
+    """Format a time, as 12 ms below a tenth of a second, as 12.34 s below a minute, and as 1:02:03 otherwise."""
+    if seconds < 0.1:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 60:
         return f"{seconds:.2f} s"
     minutes, rest = divmod(round(seconds), 60)

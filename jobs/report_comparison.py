@@ -7,7 +7,18 @@ from typing import Any
 from batchinfer.jobs.amounts import in_bytes, in_seconds
 from batchinfer.jobs.charts import bars_beside_names
 from batchinfer.jobs.report import Report
-from batchinfer.jobs.web_page import figure, figures, heading, page, paragraph, points, preformatted, section, table
+from batchinfer.jobs.web_page import (
+    facts,
+    figure,
+    figures,
+    heading,
+    page,
+    paragraph,
+    points,
+    preformatted,
+    section,
+    table,
+)
 
 Shown = tuple[str, str, str, str]
 """(name, first value, second value, how the second differs)."""
@@ -40,22 +51,24 @@ class Comparison:
 
     def page(self) -> str:
         """Return a web page."""
-        heads = "", Path(self._first.output).name, Path(self._second.output).name
+        outputs = self._first.output, self._second.output
+        title = " and ".join(Path(output).name for output in outputs)
+        heads = "", "first", "second"
         phases = {
             name: (self._first.phases.get(name, 0.0), self._second.phases.get(name, 0.0)) for name in self._first.phases
         }
         chart = bars_beside_names("Seconds of each phase", phases, in_seconds)
-        said = f"{heads[1]} above, {heads[2]} below"
         return page(
-            f"{heads[1]} and {heads[2]}: reports",
+            f"{title}: reports",
             (
-                heading(f"{heads[1]} and {heads[2]}"),
-                paragraph("What changed from the first job to the second.", "lead"),
-                section("Figures", table((*heads, "second by first"), list(self._figures()), 3)),
-                section("Where the time went", figures([figure("Phases", chart, said)])),
-                section("Settings", table((*heads, ""), list(self._texts()))),
-                section("Only the first notes", points(self._only(self._first, self._second))),
-                section("Only the second notes", points(self._only(self._second, self._first))),
+                heading(title),
+                paragraph("What changed from the first job to the second. A ratio is the second by the first.", "lead"),
+                facts(zip(heads[1:], outputs, strict=True)),
+                section("Figures", table((*heads, "ratio"), list(self._figures()), 3)),
+                section("Where the time went", figures([figure("Phases", chart, "first above, second below")])),
+                section("Settings", table(heads, [line[:3] for line in self._texts()])),
+                section("Notes of the first only", points(self._only(self._first, self._second))),
+                section("Notes of the second only", points(self._only(self._second, self._first))),
                 section("Commands", preformatted(self._first.command), preformatted(self._second.command)),
             ),
         )
@@ -105,7 +118,7 @@ FIGURES: tuple[tuple[str, Callable[[Report], float], Callable[[float], str]], ..
     ("  accepted", lambda report: report.accepted, _count),
     ("wall time", lambda report: report.wall_seconds, in_seconds),
     ("time of shards", lambda report: report.shard_seconds, in_seconds),
-    ("generating", lambda report: report.generate_seconds, in_seconds),
+    ("  generating", lambda report: report.generate_seconds, in_seconds),
     *((f"  {name}", _phase(name), in_seconds) for name in ("load", "tokenize", "prefill", "decode", "commit", "merge")),
     ("rows/s", lambda report: report.rows_per_second, _rate),
     ("tokens/s", lambda report: report.tokens_per_second["total"], _rate),

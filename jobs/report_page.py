@@ -51,26 +51,31 @@ def report_page(report: Report, samples: Sequence[Sample]) -> str:
 
 
 def _lead(report: Report) -> str:
-    ended = f"complete since {datetime.fromtimestamp(report.ended, UTC):%Y-%m-%d %H:%M} UTC" if report.ended else ""
+    ended = f"completed {datetime.fromtimestamp(report.ended, UTC):%Y-%m-%d %H:%M} UTC" if report.ended else ""
     return ", ".join(filter(None, [report.model, report.device or "no model was loaded", ended]))
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
-    return [
+    counts = [
         (f"{report.rows_ok:,}", f"of {report.rows:,} rows have an answer"),
         (f"{report.rows_failed:,}", "rows failed"),
         (in_seconds(report.wall_seconds), _of_it(report)),
-        (f"{report.rows_per_second:,.2f}", "rows a second"),
+    ]
+    if not report.generate_seconds:
+        return counts
+    return [
+        *counts,
+        (f"{report.rows_per_second:,.2f}", f"rows a second{'' if report.shards else ' of generating'}"),
         (f"{report.tokens_per_second['total']:,.0f}", "tokens a second, in and out"),
-        (f"{report.completion_tokens:,}", f"tokens generated from {report.prompt_tokens:,} of prompts"),
+        (f"{report.completion_tokens:,}", f"tokens generated, {report.prompt_tokens:,} in prompts"),
     ]
 
 
 def _of_it(report: Report) -> str:
-    generating = f"{in_seconds(report.generate_seconds)} of it generating"
+    generating = f", {in_seconds(report.generate_seconds)} of it generating" if report.generate_seconds else ""
     if not report.shards:
-        return f"in all, {generating}"
-    return f"for {report.shards:,} shards, which took {in_seconds(report.shard_seconds)} together, {generating}"
+        return f"in {'this run' if report.rows_resumed else 'all'}{generating}"
+    return f"for {report.shards:,} shards, which took {in_seconds(report.shard_seconds)} together{generating}"
 
 
 def _over_time(samples: Sequence[Sample]) -> list[str]:
@@ -87,10 +92,14 @@ def _over_time(samples: Sequence[Sample]) -> list[str]:
     running = [("running", FIRST, [sample.running for sample in shown])]
     cache = [("KV cache", FIRST, [100 * sample.kv_cache_used for sample in shown])]
     return [
-        figure("Tokens a second", rates, "computed, by seconds of generating"),
-        figure("Rows a second", lines_over_time("Rows that ended a second", seconds, rows)),
-        figure("Rows side by side", lines_over_time("Rows side by side", seconds, running)),
-        figure("KV cache in use", lines_over_time("Share of the KV cache in use", seconds, cache, " %")),
+        figure("Tokens a second", rates, "computed, over the time of generating"),
+        figure("Rows a second", lines_over_time("Rows that ended a second", seconds, rows), "that ended"),
+        figure("Rows side by side", lines_over_time("Rows side by side", seconds, running), "that the engine works on"),
+        figure(
+            "KV cache in use",
+            lines_over_time("Share of the KV cache in use", seconds, cache, " %"),
+            "of the room for keys and values",
+        ),
     ]
 
 
@@ -102,9 +111,9 @@ def thinned(samples: Sequence[Sample], most: int) -> list[Sample]:
 
 
 def _phases(report: Report) -> list[str]:
-    if not any(report.phases.values()):
+    phases = {name: (seconds,) for name, seconds in report.phases.items() if seconds}
+    if not phases:
         return []
-    phases = {name: (seconds,) for name, seconds in report.phases.items()}
     chart = bars_beside_names("Seconds of each phase", phases, in_seconds)
     return [figure("Phases", chart, "they overlap: the job tokenizes and commits while the engine computes")]
 
@@ -116,14 +125,20 @@ def _roofline(report: Report) -> list[str]:
         return []
     operations, of_memory = at_ceilings(report)
     chart = roofline("Roofline", *ceilings, report.operations / nbytes, report.operations / seconds)
-    said = f"{100 * operations:.0f} % of the arithmetic and {100 * of_memory:.0f} % of the memory rate, as measured"
+    said = (
+        f"operations a second: {100 * operations:.0f} % of the arithmetic, {100 * of_memory:.0f} % of the memory rate"
+    )
     return [figure("Against the device's ceilings", chart, said)]
 
 
 def _prediction(report: Report) -> str:
     predicted = report.predicted
+    if not report.device:
+        return ""
     if predicted is None:
-        return paragraph("No time was predicted, because this device was not measured: batchinfer doctor --calibrate.")
+        return paragraph(
+            "No time was predicted, because this device was not measured: batchinfer doctor --calibrate measures it."
+        )
     return facts(
         [
             *predicted.lines(),
@@ -151,7 +166,7 @@ def _outcomes(report: Report) -> str:
         if count
     ]
     shown = [row for row in [*reasons, *errors] if row[2] != "0"]
-    outcomes = table(("rows that ended by", "first rows, counted from 0", "rows"), shown, 1)
+    outcomes = table(("ended by", "first of them, counted from 0" if errors else "", "rows"), shown, 1)
     return outcomes + table(("of them", "", "rows"), before, 1)
 
 
@@ -163,20 +178,25 @@ def _first_rows(rows: Sequence[int], count: int) -> str:
 
 
 def _answers(report: Report) -> str:
-    rows = [(f"{answer.row:,}", answer.text or "", answer.ended) for answer in report.answers]
+    rows = [(f"{answer.row:,}", (answer.text or "").strip("\n"), answer.ended) for answer in report.answers]
     return table(("row", "answer", "ended by"), rows)
 
 
 def _lengths(report: Report) -> Iterator[str]:
-    for title, counts in (("Prompt lengths", report.buckets), ("Answer lengths", report.completion_lengths)):
+    for title, counts, counted in (
+        ("Prompt lengths", report.buckets, "rows computed"),
+        ("Answer lengths", report.completion_lengths, "answers computed"),
+    ):
         if counts:
-            yield figure(title, bars_over_lengths(title, counts))
+            yield figure(title, bars_over_lengths(title, counts), f"number of {counted}")
 
 
 def _saved(report: Report) -> Iterator[tuple[str, str]]:
     """Yield what was not computed, with the seconds that it would have taken where the device was measured."""
     computed = report.prompt_tokens_computed
-    yield "prompt tokens", f"{report.prompt_tokens:,}, of which {computed:,} computed in this run"
+    if report.prompt_tokens:
+        these = "all" if computed == report.prompt_tokens else f"of which {computed:,}"
+        yield "prompt tokens", f"{report.prompt_tokens:,}, {these} computed in this run"
     predicted = report.predicted
     known = predicted.seconds_for_lengths if predicted is not None else 0.0
     if report.prompt_tokens_shared:
@@ -207,9 +227,11 @@ def _worth(seconds: float) -> str:
 
 def _memory(report: Report) -> Iterator[tuple[str, str]]:
     for process, size in report.peak_memory_bytes.items():
-        yield PROCESSES[process], f"{in_bytes(size)} at its peak"
-    yield "weights", in_bytes(report.weight_bytes)
-    yield "keys and values", in_bytes(report.kv_cache_bytes)
+        if size:
+            yield PROCESSES[process], f"{in_bytes(size)} at its peak"
+    if report.device:
+        yield "weights", in_bytes(report.weight_bytes)
+        yield "keys and values", in_bytes(report.kv_cache_bytes)
 
 
 def _what_ran(report: Report) -> Iterator[tuple[str, str]]:

@@ -23,6 +23,7 @@ FASTER = replace(
     settings={"max_num_seqs": 128},
     notes=["another path"],
 )
+OUTPUTS = ("first", "out.parquet"), ("second", "other.parquet")
 
 
 def test_the_same_job_has_changed_nothing() -> None:
@@ -48,6 +49,8 @@ def test_json_has_the_figures_as_they_are() -> None:
 def test_the_page_has_both_outputs_and_every_ratio() -> None:
     page = Comparison(REPORT, FASTER).page()
     assert "out.parquet and other.parquet" in page and '<td class="number">0.50</td>' in page
+    named = [page.index(f'<th scope="row">{name}</th><td>{output}</td>') for name, output in OUTPUTS]
+    assert named == sorted(named) and "<td>max_num_seqs</td><td></td><td>128</td></tr>" in page
     assert "<script" not in page and page.count("batchinfer run") == 2
 
 

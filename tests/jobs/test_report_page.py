@@ -79,7 +79,7 @@ def test_the_counts_are_those_of_the_output(tmp_path: Path) -> None:
     good = output.filter(pc.is_null(output["error_code"])).num_rows
     assert f"{good} of {len(texts)} rows have an answer" in said
     tokens = [pc.sum(output[name]).as_py() for name in ("completion_tokens", "prompt_tokens")]
-    assert f"{tokens[0]:,} tokens generated from {tokens[1]:,} of prompts" in said
+    assert f"{tokens[0]:,} tokens generated, {tokens[1]:,} in prompts" in said
     assert ["duplicates", "got the answer of an equal row", "4"] in page.rows
 
 
@@ -125,6 +125,42 @@ def test_savings_are_given_in_seconds_only_where_the_device_was_measured() -> No
     assert "9,000 were computed for another row; that saved about 20.00 s" in said
     assert "200 rows; that saved about 22.00 s" in said, "1,000 rows took 110 s"
     assert "100, of which 60 accepted (60.0 %); that saved about 10.00 s" in said
+
+
+def test_a_job_without_a_model_says_nothing_of_what_was_not_done() -> None:
+    report = replace(
+        REPORT, rows_ok=0, rows_failed=1200, rows_by_finish_reason={"error": 1200}, rows_by_error={"too_long": 1200},
+        first_errors={"too_long": [0, 1]}, device="", steps=0, operations=0, generate_seconds=0.0, wall_seconds=0.06,
+        phases={**dict.fromkeys(REPORT.phases, 0.0), "tokenize": 0.013}, prompt_tokens=0, prompt_tokens_computed=0,
+        completion_tokens=0, padded_tokens=0, weight_bytes=0, kv_cache_bytes=0, buckets={},
+        peak_memory_bytes={"parent": 163_000_000, "engine": 0},
+    )  # fmt: skip
+    read = Reader(report_page(report, []))
+    said = " ".join(read.text)
+    assert "60 ms in all" in said and "13 ms" in said
+    assert not [word for word in ("a second", "predicted", "Tokens", "decode", " 0 MB", "weights") if word in said]
+    assert [row[0] for row in read.rows if "MB" in row[-1]] == ["the job's process"]
+    assert ["ended by", "first of them, counted from 0", "rows"] in read.rows
+
+
+def test_the_time_of_a_job_that_went_on_is_that_of_its_last_run() -> None:
+    said = [" ".join(Reader(report_page(replace(REPORT, rows_resumed=rows), [])).text) for rows in (0, 9)]
+    assert "1:02:05 in all, 0:01:40 of it" in said[0] and "1:02:05 in this run, 0:01:40 of it" in said[1]
+
+
+def test_an_answer_keeps_its_lines() -> None:
+    page = report_page(replace(REPORT, answers=[Answer(7, "\n  if x:\n    y\n", "stop")]), [])
+    assert "<td>  if x:\n    y</td>" in page and "pre-wrap" in page
+
+
+def test_first_rows_have_a_column_only_if_rows_failed() -> None:
+    read = Reader(report_page(replace(REPORT, rows_by_error={}), []))
+    assert ["ended by", "rows"] in read.rows and "counted from 0" not in " ".join(read.text)
+
+
+def test_no_flag_is_broken_at_its_hyphens() -> None:
+    page = report_page(replace(REPORT, command="batchinfer run -o a--b --max-tokens 5 '--x<y'"), [])
+    assert '-o a--b <span class="flag">--max-tokens</span> 5 &#x27;<span class="flag">--x</span>&lt;y' in page
 
 
 @pytest.mark.parametrize("count", [1, PLOTTED, PLOTTED + 1, 480])
