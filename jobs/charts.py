@@ -172,7 +172,8 @@ def _time_axis(last: float) -> Iterator[str]:
     for i in range(0, count + 1, math.ceil(count / 5) or 1):
         x = _x(i * step * size, last)
         yield f'<path d="M{x:.1f} {BOTTOM}v4" stroke="{FAINT}"/>'
-        anchor = "end" if x > RIGHT - 12 else "middle"  # a middle label would leave the picture there
+        # At the edges a label in the middle would touch that of the other axis, or leave the picture.
+        anchor = "start" if i == 0 else "end" if x > RIGHT - 12 else "middle"
         yield text(x, BOTTOM + 15, f"{i * step:g} {unit}", FAINT, anchor=anchor)
 
 

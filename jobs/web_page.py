@@ -35,7 +35,7 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--grid);
   white-space: pre-wrap; }
 th:last-child, td:last-child { padding-right: 0; } thead th:last-child { white-space: nowrap; }
-th + td, td + td { overflow-wrap: anywhere; } td + td:last-child { overflow-wrap: break-word; }
+th + td, td + td { overflow-wrap: anywhere; } td + td:last-child:not(.number) { min-width: 6rem; }
 th { font-weight: 600; } tbody th { font-weight: 400; color: var(--faint); width: 13rem; min-width: 7rem; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 code, pre { font: .87em/1.45 ui-monospace, "DejaVu Sans Mono", monospace; }
