@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from batchinfer.jobs.amounts import in_seconds
+from batchinfer.jobs.amounts import count_of, in_seconds
 from batchinfer.jobs.report import Report
 from batchinfer.jobs.row_errors import ROW_ERRORS
 from batchinfer.kernels.cpu_library import REFERENCE
@@ -27,14 +27,14 @@ def advice(report: Report) -> list[str]:
 def _failures(report: Report) -> Iterator[str]:
     for code, count in report.rows_by_error.items():
         if (kind := ROW_ERRORS.get(code)) is not None:
-            yield f"{_rows(count)} failed with {code}, because {kind.meaning}: {kind.remedy}."
+            yield f"{count_of(count, 'row')} failed with {code}, because {kind.meaning}: {kind.remedy}."
 
 
 def _cut(report: Report) -> Iterator[str]:
     cut = report.rows_by_finish_reason.get("length", 0)
     if report.rows_ok and cut >= CUT * report.rows_ok:
         yield (
-            f"{_rows(cut)} ({_percent(cut / report.rows_ok)} of those with an answer) ended at --max-tokens or "
+            f"{count_of(cut, 'row')} ({_percent(cut / report.rows_ok)} of those with an answer) ended at --max-tokens or "
             "--max-model-len and may be cut short: raise it if answers should be whole."
         )
 
@@ -109,9 +109,9 @@ def _padding(report: Report) -> Iterator[str]:
 def _preempted(report: Report) -> Iterator[str]:
     if report.rows_computed and report.preemptions > PREEMPTED * report.rows_computed:
         yield (
-            f"{report.preemptions:,} times a row was taken back because the KV cache was full, and computed again: "
-            "give more memory with --kv-cache-memory-bytes, store it in fewer bits with --kv-cache-dtype int8, or run "
-            "fewer rows side by side with --max-num-seqs."
+            f"{count_of(report.preemptions, 'time')} a row was taken back because the KV cache was full, and computed "
+            "again: give more memory with --kv-cache-memory-bytes, store it in fewer bits with --kv-cache-dtype int8, "
+            "or run fewer rows side by side with --max-num-seqs."
         )
 
 
@@ -148,10 +148,6 @@ def _more_rows(report: Report) -> str:
 
 def _time(report: Report) -> str:
     return "the time of all shards" if report.shards else "the wall time"
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row" + ("" if count == 1 else "s")
 
 
 def _percent(share: float) -> str:

@@ -21,8 +21,13 @@ def in_bytes(size: float) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
 
 
+def count_of(number: int, thing: str) -> str:
+    """Name a number of things, as 1 row and 2,000 rows; the plural of `thing` must end in s."""
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
 def most_frequent(counts: Mapping[str, int], most: int = 6) -> str:
     """List the most frequent sizes and their counts, sorted by size."""
     frequent = sorted(Counter(counts).most_common(most), key=lambda item: int(item[0]))
     shown = ", ".join(f"{size}: {count:,}" for size, count in frequent)
-    return (shown or "-") + (f", {len(counts) - most} more sizes" if len(counts) > most else "")
+    return (shown or "-") + (f", {count_of(len(counts) - most, 'more size')}" if len(counts) > most else "")

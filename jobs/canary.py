@@ -17,6 +17,7 @@ from batchinfer.engine.config import EngineConfig, Speculation
 from batchinfer.engine.request import Requests, params_of_all
 from batchinfer.errors import Interrupted, Refused, UsageError
 from batchinfer.formats.gguf_parts import GGUFParts
+from batchinfer.jobs.amounts import count_of
 from batchinfer.jobs.log import printable, say, writes_json
 from batchinfer.jobs.plan.quality_file import Quality, write_quality
 from batchinfer.jobs.process.interruption import Interruption
@@ -54,7 +55,7 @@ class Canary:
     def lines(self) -> list[tuple[str, str]]:
         """Return lines for the report's table."""
         return [
-            ("canary", f"{self.rows:,} rows compared with {self.reference} in {self.seconds:.1f} s"),
+            ("canary", f"{count_of(self.rows, 'row')} compared with {self.reference} in {self.seconds:.1f} s"),
             ("  same text", f"{self.identical:,} of {self.rows:,} rows"),
             ("  same beginning", f"{100 * self.prefix:.1f} % of the reference's answer"),
             ("  top-1 agreement", f"{100 * self.top1_agreement:.2f} % of the answer's tokens"),
@@ -162,7 +163,7 @@ def run_canary(comparison: Comparison, interruption: Interruption, tick: Callabl
     with tempfile.NamedTemporaryFile(prefix="batchinfer-canary-", suffix=".log", delete=False) as file:
         log = Path(file.name)
     rows = len(comparison.requests)
-    say(f"canary: comparing {rows} rows with {_reference_name(comparison.spec)}", "canary", rows_total=rows)
+    say(f"canary: comparing {count_of(rows, 'row')} with {_reference_name(comparison.spec)}", "canary", rows_total=rows)
     with closing(Worker(log, compare, comparison)) as worker:
         while (message := worker.receive(POLL_SECONDS)) is None:
             tick()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer import __version__
+from batchinfer.jobs.amounts import count_of
 from batchinfer.jobs.report import Report
 
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B")  # between which the Hub sorts numbers of rows
@@ -45,7 +46,7 @@ def licence_of(model: Path) -> str | None:
 
 def _body(spec: Mapping[str, Any], report: Report, licence: str | None) -> Iterator[str]:
     yield f"\n# {Path(report.output).name}\n"
-    yield f"{report.rows:,} rows, answered by a language model with batchinfer {__version__}.\n"
+    yield f"{count_of(report.rows, 'row')}, answered by a language model with batchinfer {__version__}.\n"
     yield "| | |\n|---|---|"
     named = "not named by its checkpoint" if licence is None else licence
     facts = {

@@ -11,6 +11,7 @@ from batchinfer.errors import Refused
 from batchinfer.host import allocator
 from batchinfer.host.device import device_of, has_gpu
 from batchinfer.host.own_process import own_process
+from batchinfer.jobs.amounts import count_of
 from batchinfer.jobs.log import printable, say
 from batchinfer.jobs.plan.device_file import DeviceKey, read_device_cost, write_device_cost
 from batchinfer.jobs.report import versions
@@ -45,7 +46,7 @@ def examine(device: str, calibrate: bool, path: str = "auto") -> str:
             raise Refused(f"{key.device} cannot be measured: {error}") from error
     cost, missing = read_device_cost(key)
     lines = [
-        ("device", f"{key.device}, {key.cores} cores" if found == "cpu" else key.device),
+        ("device", f"{key.device}, {count_of(key.cores, 'core')}" if found == "cpu" else key.device),
         ("memory", _memory()),
         *[(name, number) for name, number in versions().items()],
         *kernels,

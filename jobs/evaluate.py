@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from batchinfer.engine.config import EngineConfig
 from batchinfer.errors import Refused, UsageError
+from batchinfer.jobs.amounts import count_of
 from batchinfer.jobs.fingerprints import model_digest
 from batchinfer.jobs.plan.quality_file import Quality, write_quality
 from batchinfer.jobs.tables.table import Table
@@ -71,11 +72,12 @@ class Evaluation:
 
     def table(self) -> str:
         """Return the figures as aligned lines."""
+        amount = f"{count_of(self.rows, 'row')}, {count_of(self.tokens, 'token')} predicted"
         lines = {
             "model": self.model,
             "quantization": self.scheme,
-            "data": f"{self.data}, column {self.column}: {self.rows:,} rows, {self.tokens:,} tokens predicted",
-            "protocol": f"{self.windows:,} windows of {self.context} tokens without overlap",
+            "data": f"{self.data}, column {self.column}: {amount}",
+            "protocol": f"{count_of(self.windows, 'window')} of {self.context} tokens without overlap",
             "perplexity": f"{self.perplexity:.4f} a token",
             "bits per byte": f"{self.bits_per_byte:.4f}",
         }
@@ -219,4 +221,4 @@ def windows_of(
 def _left_out(rows: list[int]) -> list[str]:
     if not rows:
         return []
-    return [f"{len(rows)} rows with less than two tokens of text were left out, the first of them row {rows[0]}"]
+    return [f"left out: {count_of(len(rows), 'row')} with less than two tokens of text, first row {rows[0]}"]

@@ -10,6 +10,7 @@ import numpy as np
 from batchinfer.engine.config import EngineConfig, EngineStats
 from batchinfer.engine.request import Completions
 from batchinfer.errors import EngineFailed, Interrupted, Refused
+from batchinfer.jobs.amounts import count_of
 from batchinfer.jobs.collector import Results
 from batchinfer.jobs.log import say
 from batchinfer.jobs.process.in_flight import InFlight
@@ -66,7 +67,7 @@ class Loop:
         except EngineFailed as error:
             self._results.commit()
             begun = self._in_flight.begun
-            some = f"; {len(begun)} rows were in flight, the first of them row {begun[0]}" if begun else ""
+            some = f"; in flight: {count_of(len(begun), 'row')}, first row {begun[0]}" if begun else ""
             raise EngineFailed(f"{error}{some}") from error
         except (Refused, Interrupted):
             self._results.commit()

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from batchinfer.errors import Refused, UsageError
-from batchinfer.jobs.amounts import in_bytes, in_seconds
+from batchinfer.jobs.amounts import count_of, in_bytes, in_seconds
 from batchinfer.jobs.local_models import LocalModel, has_chat_template, local_models
 from batchinfer.jobs.outlook import Outlook
 from batchinfer.jobs.results.durable import write_whole
@@ -51,12 +51,14 @@ def add_plan(path: Path, plan: Outlook | str) -> None:
 
 def _planned(plan: Outlook) -> Iterator[str]:
     yield "What `batchinfer plan` says of it:"
-    lengths = f"{plan.median_prompt:,} tokens in the median, {plan.longest_prompt:,} at most"
-    yield f"{plan.rows_to_run:,} rows can run; their prompts have {lengths}."
+    lengths = f"{count_of(plan.median_prompt, 'token')} in the median, {plan.longest_prompt:,} at most"
+    yield f"{count_of(plan.rows_to_run, 'row')} can run" + (f"; prompts have {lengths}." if plan.rows_to_run else ".")
     for code, failing in plan.rows_failing.items():
-        yield f"{failing.rows:,} rows fail with {code}, row {failing.first} first: docs/errors.md says why."
+        rows = count_of(failing.rows, "row")
+        yield f"{rows} will fail with {code}, first row {failing.first}: docs/errors.md says why."
     if plan.duplicates or plan.shared_tokens:
-        yield f"{plan.duplicates:,} rows are duplicates, and {plan.shared_tokens:,} prompt tokens are shared."
+        duplicates = count_of(plan.duplicates, "duplicate row")
+        yield f"Computed only once: {duplicates}, and {count_of(plan.shared_tokens, 'shared prompt token')}."
     if plan.prediction is None:
         yield "How long it takes is known once `batchinfer doctor --calibrate` has measured this machine."
     else:
@@ -67,7 +69,7 @@ def _planned(plan: Outlook) -> Iterator[str]:
 def _head(path: Path, table: Table, found: Guess) -> Iterator[str]:
     yield f"# batchinfer run --config {path.name}"
     yield "# Keys are the flags of `batchinfer run`; paths are relative to this file. docs/flags.md lists all."
-    yield f"# The table has {table.num_rows:,} rows in {len(table.files)} file{'s' if len(table.files) > 1 else ''}."
+    yield f"# The table has {count_of(table.num_rows, 'row')} in {count_of(len(table.files), 'file')}."
     if found.kind == "none":
         yield "# No column of text was found in it: name one below."
     elif found.nulls:

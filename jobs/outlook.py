@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from batchinfer.cost.cost_model import Requests
 from batchinfer.engine.config import EngineConfig
 from batchinfer.jobs.advised_order import AdvisedOrder, advised_order
-from batchinfer.jobs.amounts import in_bytes, in_seconds, most_frequent
+from batchinfer.jobs.amounts import count_of, in_bytes, in_seconds, most_frequent
 from batchinfer.jobs.job_columns import fields_of
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.plan.comparison import Candidate, Comparison, compare, cost_model, room_for_keys
@@ -42,6 +42,9 @@ class Failing:
 
     rows: int
     first: int  # ordinal of the first of them
+
+    def __str__(self) -> str:
+        return f"{count_of(self.rows, 'row')}, first row {self.first}"
 
 
 @dataclass(frozen=True)
@@ -90,22 +93,22 @@ class Outlook:
     def text(self, width: int | None) -> str:
         """Return aligned lines and a histogram of `width` columns; for None, the histogram has ASCII characters
         only."""
+        reused = count_of(self.rows_reused, "row")
+        duplicates = count_of(self.duplicate_tokens, "token")
+        alike = f"{count_of(self.grouped_rows, 'row')} in {count_of(self.groups, 'group')}"
         lines = [
             ("model", self.model),
             ("device", self.device),
             ("rows", f"{self.rows:,}; {self.rows_to_run:,} of them can run"),
             *([("  done before", f"{self.rows_done:,}")] if self.rows_done else []),
-            *([("  reused", f"{self.rows_reused:,} have answers in earlier outputs")] if self.rows_reused else []),
-            *[(f"  {code}", f"{f.rows:,} rows, first row {f.first}") for code, f in self.rows_failing.items()],
+            *([("  reused", f"{reused} with answers in earlier outputs")] if self.rows_reused else []),
+            *[(f"  {code}", str(failing)) for code, failing in self.rows_failing.items()],
             (
                 "prompt tokens",
                 f"{self.prompt_tokens:,}; median {self.median_prompt:,}, longest {self.longest_prompt:,}",
             ),
-            ("  duplicates", f"{self.duplicates:,} rows with {self.duplicate_tokens:,} tokens are not computed again"),
-            (
-                "  shared",
-                f"{self.shared_tokens:,} tokens; {self.grouped_rows:,} rows in {self.groups:,} groups begin alike",
-            ),
+            ("  duplicates", f"{count_of(self.duplicates, 'row')} with {duplicates}, not computed again"),
+            ("  shared", f"{count_of(self.shared_tokens, 'token')}; {alike} begin alike"),
             ("new tokens", f"{self.most_new_tokens:,} at most"),
             *self._cut(),
             ("KV cache", f"{in_bytes(self.kv_cache_bytes)} in {self.kv_cache} at its fullest"),
@@ -134,20 +137,16 @@ class Outlook:
         if self.comparison is not None:
             lines += self.comparison.lines(Setting(self.products, self.kv_cache), self.places)
         if self.drafts_pay:
-            shares = [
-                f"{rows} rows: {'never' if right is None else f'if {right:.0%} or more are right'}"
-                for rows, right in self.drafts_pay.items()
-            ]
-            lines.append(("drafts pay", "; ".join(shares)))
+            lines.append(("drafts pay", "; ".join(_pays(*item) for item in self.drafts_pay.items())))
         return lines
 
     def _cut(self) -> list[tuple[str, str]]:
         """Say which answers may be cut short."""
         lines = []
         if self.short_of_context:
-            lines.append(("  cut by context", f"{self.short_of_context:,} rows have no room for as many"))
+            lines.append(("  cut by context", f"{count_of(self.short_of_context, 'row')} without room for as many"))
         if self.share_cut:
-            lines.append(("  cut at the end", f"{self.share_cut:.0%} of answers, if they are as long as usual"))
+            lines.append(("  cut at the end", f"{100 * self.share_cut:.0f} % of answers, if they are as long as usual"))
         return lines
 
     def _states(self) -> str:
@@ -210,7 +209,7 @@ def plan(spec: JobSpec) -> Outlook:
     return Outlook(
         schema_version=SCHEMA_VERSION,
         model=spec.model,
-        device=f"{key.device}, {key.cores} cores" if job.config.device == "cpu" else key.device,
+        device=f"{key.device}, {count_of(key.cores, 'core')}" if job.config.device == "cpu" else key.device,
         rows=job.table.num_rows,
         rows_done=int(done.sum()),
         rows_reused=windows.rows_reused,
@@ -300,6 +299,12 @@ def _how_to_know(spec: JobSpec, candidate: Candidate) -> str:
         f"is not known; batchinfer evaluate {spec.model} --reference {spec.model} {flags} --data {data} --column "
         f"{column} measures it"
     )
+
+
+def _pays(rows: str, right: float | None) -> str:
+    """Say from which share of right drafts on they pay, with so many rows side by side."""
+    when = "never" if right is None else f"if {100 * right:.0f} % or more are right"
+    return f"{count_of(int(rows), 'row')}: {when}"
 
 
 def _labelled(buckets: Mapping[str, int]) -> dict[str, int]:

@@ -13,6 +13,7 @@ import batchinfer.quantize
 from batchinfer.errors import Interrupted, Refused, UsageError
 from batchinfer.host.memory import peak_memory_bytes
 from batchinfer.host.own_process import own_process
+from batchinfer.jobs.amounts import count_of
 from batchinfer.jobs.calibration_rows import TokenIds, calibration_sequences
 from batchinfer.jobs.flag_values import read_job_file
 from batchinfer.jobs.process.interruption import Interruption
@@ -68,7 +69,7 @@ class Quantized:
             "calibration": self.calibration or "none: this method reads the weights only",
             "size": f"{self.bytes_before / 1e6:,.0f} MB to {self.bytes_after / 1e6:,.0f} MB",
             "time": f"{self.seconds:.1f} s"
-            + (f"; {self.layers_resumed} files were made before" if self.layers_resumed else ""),
+            + (f"; {count_of(self.layers_resumed, 'file')} made before" if self.layers_resumed else ""),
             "peak memory": f"{self.peak_memory_bytes / 1e6:,.0f} MB",
         }
         lines["error of"] = self.measured

@@ -10,7 +10,7 @@ from typing import Any
 
 from batchinfer import __version__
 from batchinfer.errors import Refused
-from batchinfer.jobs.amounts import in_bytes, in_seconds, most_frequent
+from batchinfer.jobs.amounts import count_of, in_bytes, in_seconds, most_frequent
 from batchinfer.jobs.canary import Canary
 from batchinfer.jobs.forecast import Forecast
 from batchinfer.jobs.log import printable
@@ -122,9 +122,9 @@ class Report:
             ("device", self.device or "none, since no model was loaded"),
             ("rows", f"{self.rows:,} ({self.rows_ok:,} ok, {self.rows_failed:,} failed)"),
             *([("  done before", f"{self.rows_resumed:,}")] if self.rows_resumed else []),
-            *([("  reused", f"{self.rows_reused:,} rows")] if self.rows_reused else []),
-            *([("  duplicates", f"{self.rows_duplicate:,} rows")] if self.rows_duplicate else []),
-            *[(f"  {code}", f"{count:,} rows") for code, count in self.rows_by_error.items()],
+            *([("  reused", count_of(self.rows_reused, "row"))] if self.rows_reused else []),
+            *([("  duplicates", count_of(self.rows_duplicate, "row"))] if self.rows_duplicate else []),
+            *[(f"  {code}", count_of(count, "row")) for code, count in self.rows_by_error.items()],
             ("prompt tokens", f"{self.prompt_tokens:,} ({sources})"),
             ("completion tokens", f"{self.completion_tokens:,}"),
             *([("unparsed calls", self._unparsed())] if self.unparsed_tool_calls else []),

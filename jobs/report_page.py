@@ -6,7 +6,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from batchinfer.jobs.advice import advice, at_ceilings
-from batchinfer.jobs.amounts import in_bytes, in_seconds
+from batchinfer.jobs.amounts import count_of, in_bytes, in_seconds
 from batchinfer.jobs.charts import FIRST, SECOND, bars_beside_names, bars_over_lengths, lines_over_time, roofline
 from batchinfer.jobs.report import Report
 from batchinfer.jobs.timeline import Sample
@@ -204,21 +204,21 @@ def _saved(report: Report) -> Iterator[tuple[str, str]]:
         yield "shared", f"{report.prompt_tokens_shared:,} were computed for another row{_worth(seconds)}"
     if report.rows_duplicate:
         each = known / max(report.rows_computed - report.rows_duplicate, 1)
-        yield "duplicates", f"{report.rows_duplicate:,} rows{_worth(each * report.rows_duplicate)}"
+        yield "duplicates", f"{count_of(report.rows_duplicate, 'row')}{_worth(each * report.rows_duplicate)}"
     if report.drafted:
         share = 100 * report.accepted / report.drafted
         seconds = max(0.0, known - report.generate_seconds)
         yield "drafts", f"{report.drafted:,}, of which {report.accepted:,} accepted ({share:.1f} %){_worth(seconds)}"
     if report.forced:
-        yield "forced", f"{report.forced:,} tokens that grammars left no choice for, taken without the model"
+        yield "forced", f"{count_of(report.forced, 'token')} that grammars left no choice for, taken without the model"
     if report.padded_tokens:
         whole = computed + report.completion_tokens + report.padded_tokens
         yield (
             "padding",
-            f"{report.padded_tokens:,} tokens, {100 * report.padded_tokens / whole:.1f} % of those computed",
+            f"{count_of(report.padded_tokens, 'token')}, {100 * report.padded_tokens / whole:.1f} % of those computed",
         )
     if report.preemptions:
-        yield "preemptions", f"{report.preemptions:,} times a row was computed again"
+        yield "preemptions", f"{count_of(report.preemptions, 'time')} a row was computed again"
 
 
 def _worth(seconds: float) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.errors import Refused
+from batchinfer.jobs.amounts import count_of
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.pace import TimeLeft
 from batchinfer.jobs.pulse import Pulse
@@ -76,7 +77,7 @@ class ShardsStatus:
             failed = f", {total.rows_failed:,} failed" if total.rows_failed else ""
             more = f", and those of shards whose input is not read yet ({unread:,})" if unread else ""
             lines.append(("rows", f"{total.rows_done:,} of {total.rows:,}{share}{more}{failed}"))
-        lines += [(f"  {code}", f"{rows:,} rows") for code, rows in total.rows_by_error.items()]
+        lines += [(f"  {code}", count_of(rows, "row")) for code, rows in total.rows_by_error.items()]
         if total.rows_per_second is not None and total.tokens_per_second is not None:
             lines += [("rows/s", f"{total.rows_per_second:,.2f}"), ("tokens/s", f"{total.tokens_per_second:,.1f}")]
         if total.rows_per_second is not None:

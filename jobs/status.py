@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from batchinfer.errors import Refused
-from batchinfer.jobs.amounts import in_bytes, in_seconds
+from batchinfer.jobs.amounts import count_of, in_bytes, in_seconds
 from batchinfer.jobs.heartbeat import Beat, read_beat
 from batchinfer.jobs.log import printable
 from batchinfer.jobs.pace import TimeLeft
@@ -79,7 +79,7 @@ class Status:
             share = f" ({100 * self.rows_done / self.rows:.1f} %)" if self.rows else ""
             failed = f", {self.rows_failed:,} failed" if self.rows_failed else ""
             lines.append(("rows", f"{self.rows_done:,} of {self.rows:,}{share}{failed}"))
-        lines += [(f"  {code}", f"{rows:,} rows") for code, rows in self.rows_by_error.items()]
+        lines += [(f"  {code}", count_of(rows, "row")) for code, rows in self.rows_by_error.items()]
         if self.rows_per_second is not None and self.tokens_per_second is not None:
             lines += [("rows/s", f"{self.rows_per_second:,.2f}"), ("tokens/s", f"{self.tokens_per_second:,.1f}")]
         if self.state == "running" and self.phase == "generating":

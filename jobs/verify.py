@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from batchinfer.errors import Refused
 from batchinfer.host.files import sha256
+from batchinfer.jobs.amounts import count_of
 from batchinfer.jobs.fingerprints import OPENAI_BATCH
 from batchinfer.jobs.openai_batch.responses import counted
 from batchinfer.jobs.report import Report, read_report
@@ -59,8 +60,8 @@ class Totals:
         """Return the counts on one line."""
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.reasons.items()))
         return (
-            f"{self.rows:,} rows ({reasons or 'none'}), {self.prompt_tokens:,} prompt tokens, "
-            f"{self.completion_tokens:,} completion tokens"
+            f"{count_of(self.rows, 'row')} ({reasons or 'none'}), {count_of(self.prompt_tokens, 'prompt token')}, "
+            f"{count_of(self.completion_tokens, 'completion token')}"
         )
 
 
@@ -74,7 +75,7 @@ def verify(output: Path) -> list[str]:
             raise Refused(f"{min(others)} was written by no run; move it away")
         return [line for file in files for line in verify(file)]
     totals, parts = recount(output)
-    return [f"{output}: {totals.text()}", f"{parts:,} parts, report and output agree; all hashes are right"]
+    return [f"{output}: {totals.text()}", f"{count_of(parts, 'part')}, report and output agree; all hashes are right"]
 
 
 def recount(output: Path, has_report: bool = True) -> tuple[Totals, int]:

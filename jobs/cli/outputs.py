@@ -77,9 +77,11 @@ def merge(
     overwrite: Annotated[bool, Flag("Replace an earlier output.")] = False,
 ) -> None:
     """Merge the outputs of all shards of a job into one."""
+    from batchinfer.jobs.amounts import count_of
     from batchinfer.jobs.merge_shards import merge_shards
 
-    print(f"{output}: {merge_shards(shards, output, overwrite):,} rows of {len(shards)} shards")
+    rows = merge_shards(shards, output, overwrite)
+    print(f"{output}: {count_of(rows, 'row')} of {count_of(len(shards), 'shard')}")
 
 
 @app.command(cls=SectionedCommand)

@@ -50,6 +50,7 @@ def ray(
     Every node needs the same batchinfer, and must see the same files under the same paths. A shard whose worker dies
     runs again, on any node, and continues where it was. What a shard prints is in OUT-I-of-N.log.
     """
+    from batchinfer.jobs.amounts import count_of
     from batchinfer.jobs.launch import ray_tasks
     from batchinfer.jobs.launch.shard_arguments import for_all_shards
     from batchinfer.jobs.merge_shards import merge_shards
@@ -69,7 +70,8 @@ def ray(
             "command to continue"
         )
     outputs = [sharded(spec.output, shard, shards) for shard in range(shards)]
-    print(f"{spec.output}: {merge_shards(outputs, spec.output, overwrite=False):,} rows of {shards} shards")
+    rows = merge_shards(outputs, spec.output, overwrite=False)
+    print(f"{spec.output}: {count_of(rows, 'row')} of {count_of(shards, 'shard')}")
 
 
 def _refuse_what_shards_cannot_have(spec: JobSpec) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from batchinfer.errors import Interrupted, Refused, UsageError
+from batchinfer.jobs.amounts import count_of
 from batchinfer.jobs.log import message_of, say
 from batchinfer.jobs.process.interruption import Interruption
 from batchinfer.jobs.report import read_report
@@ -239,7 +240,7 @@ def _stop(ray: Any, tasks: list[Any], grace: float) -> None:
 
 def _rows(output: Path) -> str:
     report = read_report(output)
-    return f"{report.rows:,} rows" + (f" ({report.rows_resumed:,} done before)" if report.rows_resumed else "")
+    return count_of(report.rows, "row") + (f" ({report.rows_resumed:,} done before)" if report.rows_resumed else "")
 
 
 def _counted(number: int, noun: str) -> str:

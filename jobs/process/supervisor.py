@@ -8,6 +8,7 @@ from dataclasses import replace
 from batchinfer.engine.config import EngineStats, added
 from batchinfer.engine.request import Requests, RowError
 from batchinfer.errors import EngineFailed, EngineKilled
+from batchinfer.jobs.amounts import count_of
 from batchinfer.jobs.process.in_flight import InFlight
 from batchinfer.jobs.process.messages import Drain, Finished, Heartbeat, Load, Message, Ready, Rows, Stop
 from batchinfer.jobs.process.suspects import Suspects
@@ -38,7 +39,9 @@ class Supervisor:
     @property
     def stats(self) -> EngineStats:
         """Statistics summed over all engines, with notes on those that died."""
-        died = [f"the engine died and was started again {n} times: {said}" for said, n in self._deaths.items()]
+        died = [
+            f"the engine died and was started again {count_of(n, 'time')}: {said}" for said, n in self._deaths.items()
+        ]
         return replace(added(self._before, self._stats), notes=died + self._notes + self._stats.notes)
 
     @property

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from batchinfer.errors import Refused
+from batchinfer.jobs.amounts import count_of
 from batchinfer.jobs.tables.json_lines import indices_not_text
 from batchinfer.jobs.tables.table import Table
 
@@ -94,5 +95,5 @@ def _with_hash(table: Table, column: str, wanted: NDArray[np.uint64]) -> Iterato
 
 
 def _where(table: Table, column: str) -> str:
-    more = f" and {len(table.paths) - 1} more files" if len(table.paths) > 1 else ""
+    more = f" and {count_of(len(table.paths) - 1, 'more file')}" if len(table.paths) > 1 else ""
     return f"{table.paths[0]}{more}: column {column!r}"

@@ -8,6 +8,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from batchinfer.errors import Refused
+from batchinfer.jobs.amounts import count_of
 from batchinfer.jobs.tables.table import Table
 from batchinfer.jobs.tables.where import Condition
 
@@ -36,7 +37,8 @@ class Selection:
         given = {"--where": self.where, "--sample": self.sample, "--limit": self.limit}
         flags = ", ".join(flag for flag, value in given.items() if value is not None)
         none = "" if table.num_rows else ": the output has no rows"
-        return [f"{table.num_rows:,} of {len(table.chosen):,} rows are selected ({flags}){none}"]
+        are = "is" if table.num_rows == 1 else "are"
+        return [f"{table.num_rows:,} of {count_of(len(table.chosen), 'row')} {are} selected ({flags}){none}"]
 
     def of(self, table: Table) -> Table:
         """Return the table with the selected rows only; `table` has all rows of its files.

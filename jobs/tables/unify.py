@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Sequence
 import pyarrow as pa
 
 from batchinfer.errors import Refused
+from batchinfer.jobs.amounts import count_of
 from batchinfer.jobs.results.schema_notes import common_notes
 from batchinfer.jobs.tables.input_file import InputFile
 
@@ -77,4 +78,4 @@ def _common(
 
 
 def _listed(files: list[InputFile]) -> str:
-    return f"{files[0].path}" + (f" and {len(files) - 1:,} more files" if len(files) > 1 else "")
+    return f"{files[0].path}" + (f" and {count_of(len(files) - 1, 'more file')}" if len(files) > 1 else "")

@@ -187,7 +187,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = run(*flags, "--json", str(tmp_path / "out.json"), "--plot", str(tmp_path / "out.svg"))
     assert "perplexity" in done.stdout and "top-1 agreement" in done.stdout, done.stderr
     figures = json.loads((tmp_path / "out.json").read_text())
-    assert figures["notes"] == ["2 rows with less than two tokens of text were left out, the first of them row 1"]
+    assert figures["notes"] == ["left out: 2 rows with less than two tokens of text, first row 1"]
     assert [layer["layer"] for layer in figures["layers"]] == [*range(6)]
     worst = max(figures["layers"], key=lambda layer: layer["own"])
     assert f"largest error    layer {worst['layer']}" in done.stdout

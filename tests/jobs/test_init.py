@@ -46,7 +46,7 @@ def test_a_table_of_reviews(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (spec.prompt_template, spec.id_column, spec.chat) == ("{review}", "id", True)
     assert Path(spec.model).resolve() == here / "model" and spec.output.resolve() == here / "reviews-answers.parquet"
     assert "30 rows in 1 file." in text and "There are also {label}." in text
-    assert "# 30 rows can run; their prompts have " in text
+    assert "# 30 rows can run; prompts have " in text
 
 
 def test_chats(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,7 +59,10 @@ def test_documents_with_nulls(here: Path, capsys: pytest.CaptureFixture[str]) ->
     pq.write_table(pa.table({"title": ["a", "b", "c"], "document": ["one two", None, "three"]}), here / "d.parquet")
     spec, text = job(capsys, "d.parquet")
     assert spec.prompt_template == "{document}"
-    assert "document is null in 1 of the first 3 rows" in text and "# 1 rows fail with null_prompt, row 1 first" in text
+    assert (
+        "document is null in 1 of the first 3 rows" in text
+        and "# 1 row will fail with null_prompt, first row 1:" in text
+    )
     where = next(line.partition("where = ")[2] for line in text.splitlines() if "where = " in line)
     assert job_of(["--config", "job.toml", "--where", json.loads(where)]).where == "document is not None"
 

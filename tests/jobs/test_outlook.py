@@ -110,7 +110,7 @@ def test_duplicates_are_no_part_of_groups_and_steps(model: Path) -> None:
     # 7 rows that decode are padded to 8; the last of them do it 4 times after the last prompt.
     assert found.step_sizes["8"] == 4
     assert own - found.shared_tokens < tokens < own, "tokens of the 7 that are computed, less some that are shared"
-    assert "5 rows with 850 tokens are not computed again" in found.text(None)
+    assert "5 rows with 850 tokens, not computed again" in found.text(None)
 
 
 def test_duplicates_do_not_dilute_what_is_shared(model: Path) -> None:
@@ -184,7 +184,7 @@ def test_drafts_never_pay_where_time_is_in_proportion(model: Path) -> None:
     assert (by_token["16"], by_token["64"]) == (None, None)
     assert by_token["1"] == 0.01
     text = planned(model, [f"{i:010}" for i in range(64)]).text(None)
-    assert "1 rows: if 1% or more are right" in text and "16 rows: never; 64 rows: never" in text
+    assert "1 row: if 1 % or more are right" in text and "16 rows: never; 64 rows: never" in text
 
 
 def expected_tokens(right: float) -> float:

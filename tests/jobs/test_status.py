@@ -53,7 +53,7 @@ def test_a_job_that_runs(begun: Callable[[Beat], Path]) -> None:
     assert set(status.text().splitlines()) > {
         "phase          generating",
         "rows           250 of 1,000 (25.0 %), 3 failed",
-        "  null_prompt  1 rows",
+        "  null_prompt  1 row",
         "rows/s         2.50",
         "tokens/s       1,234.5",
         "time left      0:05:00 (0:04:10 to 1:06:40)",

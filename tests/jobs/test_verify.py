@@ -66,7 +66,7 @@ def edit(path: Path, change: Callable[[Any], None]) -> None:
     ("name", "change", "message"),
     [
         ("report.json", lambda r: r.update(rows=99), r"report\.json counts 99 rows"),
-        ("report.json", lambda r: r.update(completion_tokens=1), r"report\.json counts .* 1 completion tokens"),
+        ("report.json", lambda r: r.update(completion_tokens=1), r"report\.json counts .* 1 completion token,"),
         ("report.json", lambda r: r.update(rows_by_error={}), r"report\.json counts"),
         ("manifest.json", lambda m: m.update(rows=101), "row 100 is in no part"),
         ("manifest.json", lambda m: m.update(rows=99), "or a row that is not in the input"),

@@ -202,7 +202,7 @@ def test_equal_ids_are_found_across_files_and_batches(tmp_path: Path, monkeypatc
     names = [f"id {i}" for i in range(100)]
     files = [write(tmp_path / f"{i}.parquet", id=part) for i, part in enumerate((names, [*names[90:91], "new"]))]
     ids.check_ids(Table.open(files[:1]), "id")
-    with pytest.raises(Refused, match=r"0\.parquet and 1 more files: column 'id' holds the same id in rows 90 and 100"):
+    with pytest.raises(Refused, match=r"0\.parquet and 1 more file: column 'id' holds the same id in rows 90 and 100"):
         ids.check_ids(Table.open(files), "id")
 
 

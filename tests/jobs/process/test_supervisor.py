@@ -42,6 +42,6 @@ def test_an_engine_that_dies_while_it_has_no_rows_is_replaced_once() -> None:
     supervisor.replace(InFlight(), EngineFailed("killed by SIGKILL"))
     assert (workers[0].sent, workers[1].sent) == ([load, "closed"], [load])
     assert supervisor.stats.steps == 3
-    assert supervisor.stats.notes == ["the engine died and was started again 1 times: killed by SIGKILL"]
+    assert supervisor.stats.notes == ["the engine died and was started again 1 time: killed by SIGKILL"]
     with pytest.raises(EngineFailed, match="SIGKILL"):
         supervisor.replace(InFlight(), EngineFailed("killed by SIGKILL"))

@@ -79,7 +79,7 @@ def test_columns_that_are_absent_are_null(tmp_path: Path) -> None:
     assert pa.concat_tables(shards).equals(theirs)
     columns = [pa.Table.from_batches([b for _, b in ours.batches([name], 4)]) for name in ours.schema.names]
     assert all(column.equals(theirs.select(column.column_names)) for column in columns)
-    assert ours.notes[1] == f"column 'x' is absent in {paths[1]} and 1 more files, whose rows have null in it"
+    assert ours.notes[1] == f"column 'x' is absent in {paths[1]} and 1 more file, whose rows have null in it"
 
 
 def test_a_column_may_be_null_only_where_a_file_says_so(tmp_path: Path) -> None:
