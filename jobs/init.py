@@ -31,7 +31,10 @@ def write_job_file(inputs: Sequence[Path], path: Path, overwrite: bool) -> bool:
     table = Table.open(inputs, lines=batch)
     found = Guess("batch") if batch else guess(table)
     models = local_models(Path())
+    if found.kind in ("batch", "messages"):
+        models = _for_chats(models)
     folder = path.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
     chats = bool(models) and found.kind in ("prompt", "text") and has_chat_template(models[0].name)
     lines = [
         *_head(path, table, found),
@@ -41,6 +44,12 @@ def write_job_file(inputs: Sequence[Path], path: Path, overwrite: bool) -> bool:
     ]
     write_whole(path, ("\n".join(lines) + "\n").encode())
     return bool(models) and found.kind != "none"
+
+
+def _for_chats(models: list[LocalModel]) -> list[LocalModel]:
+    """Put the smallest model with a chat template first, if there is one."""
+    first = next((model for model in models if has_chat_template(model.name)), None)
+    return models if first is None else [first, *(model for model in models if model != first)]
 
 
 def add_plan(path: Path, plan: Outlook | str) -> None:
@@ -74,7 +83,8 @@ def _head(path: Path, table: Table, found: Guess) -> Iterator[str]:
         yield "# No column of text was found in it: name one below."
     elif found.nulls:
         yield f"# Column {found.column} is null in {found.nulls:,} of the first {found.rows:,} rows, which then fail."
-        yield f"# To leave them out: where = {_text(f'{found.column} is not None')}"
+        if found.column.isidentifier():  # others cannot stand in a condition
+            yield f"# To leave them out: where = {_text(f'{found.column} is not None')}"
     yield ""
 
 
@@ -99,7 +109,7 @@ def _table(inputs: Sequence[Path], folder: Path, found: Guess) -> Iterator[str]:
         case "text":
             yield "# Say what to do with each row, before or after its text; {name} is the value of a column."
             others = ", ".join("{" + name + "}" for name in found.others[:MOST_LISTED])
-            yield from [f"# There are also {others}."] if others else []
+            yield from [f"# Further columns of text: {others}."] if others else []
             yield f"prompt-template = {_text('{' + found.column + '}')}"
         case _:
             yield '# prompt-column = "NAME"'
@@ -114,17 +124,17 @@ def _model(models: Sequence[LocalModel], folder: Path) -> Iterator[str]:
         yield "# No model was found here. Name a folder, a GGUF file, or a model on the Hub."
         yield f'# model = "{EXAMPLE}"'
     else:
-        yield "# The smallest model that was found here. Larger ones mostly answer better, and take longer."
+        yield "# The smallest model found here that fits the table. Larger ones mostly answer better, and take longer."
         yield f"model = {_text(_from(models[0].name, folder))}"
         for model in models[1:MOST_LISTED]:
             yield f"# model = {_text(_from(model.name, folder))}  # {in_bytes(model.nbytes)}"
     yield '# quantization = "w8a8-int8"  # faster on a CPU; `batchinfer run --canary 16` tells what it changes'
-    yield ""
 
 
 def _answers(found: Guess, chats: bool) -> Iterator[str]:
     if found.kind == "batch":
         return
+    yield ""
     if found.kind in ("prompt", "text"):
         yield "# Wrap each prompt in the model's chat template; models that only continue text have none."
         yield f"chat = {str(chats).lower()}"

@@ -7,8 +7,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchinfer.jobs.rows.prompts import fits_template
 from batchinfer.jobs.rows.text_columns import is_text
-from batchinfer.jobs.tables.json_lines import parse
+from batchinfer.jobs.tables.json_lines import indices_not_text, parse
 from batchinfer.jobs.tables.table import Table
 
 FIRST_ROWS = 1000  # rows that are looked at
@@ -28,7 +29,7 @@ class Guess:
     kind: str
     column: str = ""
     id_column: str | None = None
-    others: tuple[str, ...] = ()  # further columns of text
+    others: tuple[str, ...] = ()  # further columns of text that a template can name, in the table's order
     nulls: int = 0  # of the column, in the rows that were looked at
     rows: int = 0  # that were looked at
 
@@ -41,15 +42,16 @@ def guess(table: Table) -> Guess:
     columns = {name: batch.column(name) for name in batch.schema.names}
     if columns.keys() >= BATCH_FIELDS:
         return Guess("batch", rows=len(batch))
-    id_column = next((name for name in columns if _is_id(name, columns[name])), None)
+    id_column = next((name for name in columns if _is_id(name, batch)), None)
     if (chats := next((name for name in columns if _holds_chats(name, columns[name])), None)) is not None:
         return Guess("messages", chats, id_column, (), columns[chats].null_count, len(batch))
     texts = {name: column for name, column in columns.items() if name != id_column and is_text(column.type)}
     if not texts:
         return Guess("none", id_column=id_column, rows=len(batch))
     chosen = _likeliest(texts)
-    kind = "prompt" if chosen.lower() in PROMPTS else "text"
-    return Guess(kind, chosen, id_column, tuple(texts.keys() - {chosen}), columns[chosen].null_count, len(batch))
+    kind = "prompt" if chosen.lower() in PROMPTS or not fits_template(chosen) else "text"
+    others = tuple(name for name in texts if name != chosen and fits_template(name) and _has_values(texts[name]))
+    return Guess(kind, chosen, id_column, others, columns[chosen].null_count, len(batch))
 
 
 def is_batch_file(inputs: tuple[Path, ...]) -> bool:
@@ -87,14 +89,17 @@ def _holds_chats(name: str, column: pa.Array) -> bool:
     return first.lstrip().startswith("[")
 
 
-def _is_id(name: str, column: pa.Array) -> bool:
-    """Return whether a column is called an id, and its first rows have one each."""
+def _is_id(name: str, batch: pa.RecordBatch) -> bool:
+    """Return whether a column is called an id, and its first rows have one each, all of one kind."""
     low = name.lower()
-    named = low in ("id", "uuid", "key") or low.endswith(("_id", "-id"))
-    kind = column.type
-    return bool(
-        named and (pa.types.is_integer(kind) or is_text(kind)) and not column.null_count and _different(column) == 1
-    )
+    named = low in ("id", "uuid", "key") or low.endswith(("_id", "-id", " id")) or name.endswith(("Id", "ID"))
+    column = batch.column(name)
+    of_one_kind = pa.types.is_integer(column.type) or (is_text(column.type) and not indices_not_text(batch, name))
+    return named and of_one_kind and not column.null_count and _different(column) == 1
+
+
+def _has_values(column: pa.Array) -> bool:
+    return bool(column.null_count < len(column))
 
 
 def _different(column: pa.Array) -> float:

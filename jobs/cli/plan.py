@@ -55,12 +55,14 @@ def init(
     from batchinfer.jobs import outlook as planning
     from batchinfer.jobs.init import add_plan, write_job_file
 
+    planned = ""
     if write_job_file(inputs, output, overwrite):
         try:
             add_plan(output, planning.plan(job_of(["--config", str(output)], output=planning.NOWHERE)))
         except (Refused, UsageError) as error:
             add_plan(output, str(error))
-    print(f"{output} is written. Read it and change what is wrong, then:")
+            planned = f" No plan can be made yet: {error}."
+    print(f"{output} is written.{planned} Read it and change what is wrong, then:")
     print(f"  batchinfer plan --config {output}\n  batchinfer run --config {output}")
 
 

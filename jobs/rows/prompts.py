@@ -194,11 +194,20 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
     for _, name, form, conversion in parts:
         if name is not None and (not name or form or conversion or any(sign in name for sign in ".[]")):
             raise UsageError(
-                f"--prompt-template has {name!r} in braces; write a column's name alone, as in '{{column}}'"
+                f"--prompt-template has {name!r} in braces; write a column's name alone, as in '{{column}}'; rename a "
+                "column that has one of . : ! [ ] in its name"
             )
     if all(name is None for _, name, _, _ in parts):
         raise UsageError("--prompt-template names no column; write '{column}' where a row's text belongs")
     return [(literal, name) for literal, name, _, _ in parts]
+
+
+def fits_template(column: str) -> bool:
+    """Return whether a prompt template can name this column."""
+    try:
+        return parse_template(f"{{{column}}}") == [("", column)]
+    except UsageError:
+        return False
 
 
 def template_columns(template: str, file: Path, schema: pa.Schema) -> list[str]:

@@ -11,6 +11,7 @@ from command_line import call
 from stub_jobs import make_model
 
 from batchinfer.jobs import local_models
+from batchinfer.jobs.cli.main import main
 from batchinfer.jobs.cli.run import job_of
 from batchinfer.jobs.spec import JobSpec
 
@@ -45,7 +46,7 @@ def test_a_table_of_reviews(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     spec, text = job(capsys, "reviews.csv")
     assert (spec.prompt_template, spec.id_column, spec.chat) == ("{review}", "id", True)
     assert Path(spec.model).resolve() == here / "model" and spec.output.resolve() == here / "reviews-answers.parquet"
-    assert "30 rows in 1 file." in text and "There are also {label}." in text
+    assert "30 rows in 1 file." in text and "Further columns of text: {label}." in text
     assert "# 30 rows can run; prompts have " in text
 
 
@@ -59,10 +60,8 @@ def test_documents_with_nulls(here: Path, capsys: pytest.CaptureFixture[str]) ->
     pq.write_table(pa.table({"title": ["a", "b", "c"], "document": ["one two", None, "three"]}), here / "d.parquet")
     spec, text = job(capsys, "d.parquet")
     assert spec.prompt_template == "{document}"
-    assert (
-        "document is null in 1 of the first 3 rows" in text
-        and "# 1 row will fail with null_prompt, first row 1:" in text
-    )
+    assert "document is null in 1 of the first 3 rows" in text
+    assert "# 1 row will fail with null_prompt, first row 1:" in text
     where = next(line.partition("where = ")[2] for line in text.splitlines() if "where = " in line)
     assert job_of(["--config", "job.toml", "--where", json.loads(where)]).where == "document is not None"
 
@@ -81,6 +80,31 @@ def test_a_batch_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec, text = job(capsys, "batch.jsonl")
     assert spec.openai_batch and spec.any_model and spec.output.resolve() == here / "batch-responses.jsonl"
     assert "# 3 rows can run" in text
+
+
+def test_chats_get_a_model_with_a_chat_template(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "small").mkdir()
+    (make_model(here / "small") / "model.safetensors").write_bytes(b"few")
+    (here / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    spec, text = job(capsys, "chats.jsonl")
+    assert Path(spec.model).resolve() == here / "model" and '# model = "small"' in text
+
+
+def test_a_job_file_that_cannot_be_planned_says_so_at_once(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "model" / "chat_template.jinja").unlink()
+    (here / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
+    monkeypatch.setattr("sys.argv", ["batchinfer", "init", "chats.jsonl"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "job.toml is written. No plan can be made yet: model has no chat template" in capsys.readouterr().out
+
+
+def test_a_condition_names_no_column_that_it_cannot(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pq.write_table(pa.table({"my document": ["one two", None, "three"]}), here / "d.parquet")
+    spec, text = job(capsys, "d.parquet")
+    assert spec.prompt_template == "{my document}" and "is null in 1" in text and "where" not in text
 
 
 def test_a_model_that_only_continues_text(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

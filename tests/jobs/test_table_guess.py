@@ -32,6 +32,9 @@ def table(tmp_path: Path, **columns: Any) -> Table:
         ({"conversation": [json.dumps(chat) for chat in CHAT]}, "messages", "conversation", None),
         ({"user_id": [1, 1, 2], "text": LONG}, "text", "text", None),
         ({"id": [1, 2, None], "text": LONG}, "text", "text", None),
+        ({"doc id": [1, 2, 3], "text": LONG}, "text", "text", "doc id"),
+        ({"orderId": [1, 2, 3], "text": LONG}, "text", "text", "orderId"),
+        ({"review.text": LONG}, "prompt", "review.text", None),
         ({"number": [1, 2, 3], "share": [0.1, 0.2, 0.3]}, "none", "", None),
     ],
 )
@@ -45,6 +48,16 @@ def test_the_likely_column_is_named(
 def test_nulls_and_other_columns_are_told(tmp_path: Path) -> None:
     found = guess(table(tmp_path, text=["a", None, "b"], title=LONG, n=[1, 2, 3]))
     assert (found.nulls, found.rows, found.others) == (1, 3, ("title",))
+
+
+def test_other_columns_are_those_that_a_template_can_name(tmp_path: Path) -> None:
+    others = {"b": LONG, "": LONG, "No.": LONG, "a:b": LONG, "none": pa.nulls(3), "a": LONG}
+    assert guess(table(tmp_path, text=["a b c"] * 3, **others)).others == ("b", "a")
+
+
+def test_ids_of_two_kinds_are_no_ids(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": "one", "text": "b"}\n')
+    assert guess(Table.open([tmp_path / "t.jsonl"])).id_column is None
 
 
 def test_an_empty_table_has_no_prompts(tmp_path: Path) -> None:
