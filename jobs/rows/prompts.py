@@ -74,7 +74,7 @@ class PromptSource:
             check_messages_column(file, schema, spec.messages_column)
         else:
             names = [spec.text_column or spec.prompt_column or "prompt"]
-            check_types(file, schema, names, is_text, "text")
+            _check_text_column(file, schema, names[0])
         if spec.tools_column is not None:
             check_tools_column(file, schema, spec.tools_column)
             names.append(spec.tools_column)
@@ -200,6 +200,17 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
     if all(name is None for _, name, _, _ in parts):
         raise UsageError("--prompt-template names no column; write '{column}' where a row's text belongs")
     return [(literal, name) for literal, name, _, _ in parts]
+
+
+def _check_text_column(file: Path, schema: pa.Schema, name: str) -> None:
+    """Raise `Refused` as `check_types` does, and say which flags name prompts if the table lacks the usual column."""
+    try:
+        check_types(file, schema, [name], is_text, "text")
+    except Refused as error:
+        if name != "prompt" or name in schema.names:
+            raise
+        flags = "--prompt-column, --prompt-template or --messages-column"
+        raise Refused(f"{error}; say with {flags} where prompts come from") from error
 
 
 def fits_template(column: str) -> bool:

@@ -1,5 +1,6 @@
 """Reading input files of any format as one table, in record batches and bounded memory."""
 
+import difflib
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -142,8 +143,17 @@ def find_field(schema: pa.Schema, name: str, path: Path) -> pa.Field:
     """Return the field of this name. Raises `Refused`, naming the file, the missing column and the columns it has."""
     if name not in schema.names:
         columns = ", ".join(map(repr, schema.names))
-        raise Refused(f"{path} has no column {name!r}; its columns are {columns}{another_delimiter(schema.names)}")
+        near = nearest(name, schema.names)
+        hint = another_delimiter(schema.names) or (f"; did you mean {near!r}?" if near else "")
+        raise Refused(f"{path} has no column {name!r}; its columns are {columns}{hint}")
     return schema.field(name)
+
+
+def nearest(name: str, columns: Sequence[str]) -> str | None:
+    """Return the column that is spelled most like a name, whatever its capitals; None if none is much like it."""
+    by_small_letters = {column.lower(): column for column in columns}
+    near = difflib.get_close_matches(name.lower(), by_small_letters, n=1)
+    return by_small_letters[near[0]] if near else None
 
 
 def _formats(

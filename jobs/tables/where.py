@@ -6,7 +6,6 @@ greater than a number.
 """
 
 import ast
-import difflib
 import keyword
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from batchinfer.jobs.tables.comparable import (
     scalar_of,
     whole_digits,
 )
+from batchinfer.jobs.tables.table import nearest
 
 ALLOWED = (
     "allowed are comparisons (==, !=, <, <=, >, >=), in with a list, is None, and, or, not, names of columns, "
@@ -236,10 +236,13 @@ class _Reader:
     def _column(self, node: ast.Name) -> tuple[pa.Field, str]:
         name = self._source(node)  # Python would change letters of some names, as in a ligature
         if name not in self._schema.names:
-            near = difflib.get_close_matches(name, self._schema.names, n=1)
-            known = (
-                f"did you mean {near[0]!r}?" if near else f"its columns are {', '.join(map(repr, self._schema.names))}"
-            )
+            near = nearest(name, self._schema.names)
+            if near is None:
+                known = f"its columns are {', '.join(map(repr, self._schema.names))}"
+            elif near.isidentifier():
+                known = f"did you mean {near!r}?"
+            else:
+                known = f"rename {near!r} to letters, digits and _ if you mean it"
             raise Refused(f"--where names {name!r}{self._at(node)}, but {self._file} has no such column; {known}")
         self.columns[name] = None
         return self._schema.field(name), f"column {name!r}, which is {self._schema.field(name).type}"

@@ -365,6 +365,7 @@ TIMED = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string()), ("a
         ({"messages_column": "prompt"}, TIMED, "expected a list of .role, content. without times in nanoseconds"),
         ({"messages_column": "prompt"}, pa.list_(pa.struct([("role", pa.string())])), "expected a list of"),
         ({"prompt_column": "gone"}, pa.string(), "in.parquet has no column 'gone'; its columns are 'prompt', 'id'"),
+        ({"prompt_column": "Promt"}, pa.string(), "its columns are 'prompt', 'id'; did you mean 'prompt'?"),
         ({"prompt_template": "{prompt}{gone}"}, pa.string(), "in.parquet has no column 'gone'"),
         ({"id_column": "gone"}, pa.string(), "in.parquet has no column 'gone'"),
         ({"id_column": "id"}, pa.string(), "column 'id' is double; expected text or an integer"),
@@ -375,6 +376,11 @@ def test_columns_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(Refused, match=said):
         PromptSource(spec(**fields), ours, 64, pa.schema([("prompt", kind), ("id", pa.float64())]))
+
+
+def test_a_table_without_the_usual_column_is_told_the_flags(ours: Tokenizer) -> None:
+    with pytest.raises(Refused, match="no column 'prompt'; its columns are 'body'; say with --prompt-column, "):
+        PromptSource(spec(), ours, 64, pa.schema([("body", pa.string())]))
 
 
 @pytest.mark.parametrize("fields", [{"chat": True}, {"messages_column": "prompt"}])

@@ -265,6 +265,7 @@ def test_what_is_no_condition_is_refused_with_its_place(expression: str, said: s
     ("expression", "said"),
     [
         ("star > 3", "names 'star' at character 1, but in.parquet has no such column; did you mean 'stars'?"),
+        ("my_column > 3", "no such column; rename 'my column' to letters, digits and _ if you mean it"),
         ("zzz is None", "its columns are 'stars', 'review'"),
         ("stars == '3'", "column 'stars', which is int64, with '3' at character 10; write a number without quotes"),
         (
