@@ -59,8 +59,8 @@ class Loop:
     def run(self, load: Load, interruption: Interruption) -> EngineStats:
         """Feed rows and take results until the last row is done.
 
-        Raises `EngineFailed`, `Refused` and `Interrupted`, after all finished rows are committed, and `OSError` if a
-        part cannot be written.
+        Raises `EngineFailed`, `Refused` and `Interrupted`, after all finished rows are committed, or `Refused` before
+        the engine is ready, and `OSError` if a part cannot be written.
         """
         try:
             return self._run(load, interruption)
@@ -69,8 +69,12 @@ class Loop:
             begun = self._in_flight.begun
             some = f"; in flight: {count_of(len(begun), 'row')}, first row {begun[0]}" if begun else ""
             raise EngineFailed(f"{error}{some}") from error
-        except (Refused, Interrupted):
+        except Interrupted:
             self._results.commit()
+            raise
+        except Refused:
+            if self._engine.ready:  # else nothing is computed, and the command may be given anew with other settings
+                self._results.commit()
             raise
         finally:
             self._engine.close()
@@ -145,7 +149,9 @@ class Loop:
             self._stop()
             rows = self._results.rows
             kept = f"; they are committed in {self._results.folder.path}" if rows else ""
-            raise Interrupted(f"stopped after {rows:,} of {self._total:,} rows{kept}")
+            raise Interrupted(
+                f"stopped after {rows:,} of {self._total:,} rows{kept}; give the same command to continue"
+            )
         self._results.refuse_too_many_errors(self._total)
 
     def _stop(self) -> None:

@@ -141,10 +141,8 @@ def _in_order(shards: list[tuple[Path, dict[str, str]]]) -> list[Path]:
             raise Refused(f"shard {index} of {count} is given twice, as {by_index[index]} and {path}; leave one out")
         by_index[index] = path
     if missing := [str(i) for i in range(count) if i not in by_index]:
-        raise Refused(
-            f"of {count} shards, {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; give the "
-            "outputs of all"
-        )
+        which = f"shard {missing[0]}" if len(missing) == 1 else f"shards {', '.join(missing)}"
+        raise Refused(f"without {which} of {count}, counted from 0, there is no whole table; give the outputs of all")
     return [by_index[i] for i in range(count)]
 
 

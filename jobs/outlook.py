@@ -93,13 +93,14 @@ class Outlook:
     def text(self, width: int | None) -> str:
         """Return aligned lines and a histogram of `width` columns; for None, the histogram has ASCII characters
         only."""
+        can = "left to run" if self.rows_done else "can run"
         reused = count_of(self.rows_reused, "row")
         duplicates = count_of(self.duplicate_tokens, "token")
         alike = f"{count_of(self.grouped_rows, 'row')} in {count_of(self.groups, 'group')}"
         lines = [
             ("model", self.model),
             ("device", self.device),
-            ("rows", f"{self.rows:,}; {self.rows_to_run:,} of them can run"),
+            ("rows", f"{self.rows:,}; {self.rows_to_run:,} of them {can}"),
             *([("  done before", f"{self.rows_done:,}")] if self.rows_done else []),
             *([("  reused", f"{reused} with answers in earlier outputs")] if self.rows_reused else []),
             *[(f"  {code}", str(failing)) for code, failing in self.rows_failing.items()],
@@ -122,7 +123,8 @@ class Outlook:
         ]
         wide = max(len(name) for name, _ in lines)
         table = [printable(f"{name:<{wide}}  {value}".rstrip()) for name, value in lines]
-        return "\n".join([*table, "", "prompt lengths", *bars(_labelled(self.prompt_lengths), width)])
+        lengths = ["", "prompt lengths", *bars(_labelled(self.prompt_lengths), width)] if self.rows_to_run else []
+        return "\n".join([*table, *lengths])
 
     def _times(self) -> list[tuple[str, str]]:
         lines = []
@@ -175,10 +177,10 @@ def plan(spec: JobSpec) -> Outlook:
     notes += told_alike(spec, windows.figures)
     if windows.figures.label_tokens:
         notes.append(
-            f"the prediction leaves out the labels: {windows.figures.label_tokens:,} tokens behind "
-            f"{windows.figures.prompt_tokens:,} of the prompts"
+            f"steps and times leave out the labels, which have {count_of(windows.figures.label_tokens, 'token')} "
+            f"beside {windows.figures.prompt_tokens:,} of prompts"
         )
-    if by_row:
+    if by_row and windows.figures.rows:
         notes.append(
             "the prediction takes the mean of the rows' max_tokens for each row, and other params from the flags"
         )

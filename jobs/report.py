@@ -180,9 +180,10 @@ class Report:
 def read_report(output: Path) -> Report:
     """Return the report of the job that wrote `output`; for an incremental output, the report of its last file.
 
-    Raises `Refused` if there is no report, or if it has another schema version.
+    Raises `Refused` if there is no job, no report, or if it has another schema version.
     """
-    path = report_folder(output).report
+    folder = report_folder(output)
+    path = folder.report
     try:
         values = json.loads(path.read_text("utf-8"))
         version = values["schema_version"]
@@ -196,7 +197,10 @@ def read_report(output: Path) -> Report:
         }
         return Report(**{**values, **parts})
     except OSError as error:
-        raise Refused(f"report {path}: {error.strerror}; a report is written when its job is complete") from error
+        folder.refuse_unbegun()
+        raise Refused(
+            f"report {path} cannot be read: {error.strerror}; it is written when its job is complete"
+        ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise Refused(
             f"report {path} is not a report of batchinfer: {error}; run the job anew with --overwrite"

@@ -57,7 +57,9 @@ ROW_ERRORS = {
     "invalid_json_line": RowErrorKind("the line of the batch file is not JSON", IN_THE_FILE),
     "duplicate_custom_id": RowErrorKind("an earlier line of the batch file has the same custom_id", IN_THE_FILE),
     "unsupported_url": RowErrorKind("the line asks for something other than completions", IN_THE_FILE),
-    "model_mismatch": RowErrorKind("the line names another model than --model", "give --any-model to answer it anyway"),
+    "model_mismatch": RowErrorKind(
+        "the line names another model than --model", "give --any-model and --overwrite to answer it anyway"
+    ),
     "unknown_field": RowErrorKind("the request has a field that no version of the API has", IN_THE_FILE),
     "unsupported_field": RowErrorKind("the request asks for what is not supported", IN_THE_FILE),
     "bad_value": RowErrorKind("a field of the request has a value of the wrong kind or size", IN_THE_FILE),

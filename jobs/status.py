@@ -72,7 +72,8 @@ class Status:
 
     def text(self) -> str:
         """Return the status as aligned lines."""
-        lines = [("output", self.output), ("state", f"{self.state}: {self.reason}")]
+        said = self.reason if self.reason.startswith(self.state) else f"{self.state}: {self.reason}"
+        lines = [("output", self.output), ("state", said)]
         if self.state != "complete" and self.phase is not None:
             lines.append(("phase", self.phase))
         if self.rows_done is not None and self.rows is not None:
@@ -147,7 +148,7 @@ def read_status(output: Path, pulse: Pulse) -> Status:
     except Refused as error:
         return _without_beat(file, folder, str(error))
     if beat is None:
-        _refuse_unbegun(output, folder)
+        folder.refuse_unbegun()
         return _without_beat(file, folder, "it left no heartbeat, as jobs of earlier versions do")
     if beat.exit_code is not None:
         return _ended(file, beat)
@@ -177,12 +178,6 @@ def _beat_or_none(folder: RunFolder) -> Beat | None:
         return read_beat(folder.heartbeat)
     except Refused:
         return None
-
-
-def _refuse_unbegun(output: Path, folder: RunFolder) -> None:
-    if folder.begun and folder.path.exists():
-        return
-    raise Refused(f"no job has begun at {output}: there is no {folder.path}; give the output of a job as its -o")
 
 
 def _without_beat(file: Path, folder: RunFolder, reason: str) -> Status:

@@ -66,7 +66,8 @@ class Totals:
 
 
 def verify(output: Path) -> list[str]:
-    """Check an output. Returns lines with the counts; an incremental output is checked and described file by file.
+    """Check an output. Returns lines with the counts; an incremental output is checked and described file by file. Of
+    merged shards, which `merge` has verified, the hash alone is compared.
 
     Raises `Refused` with the first difference that is found.
     """
@@ -74,6 +75,11 @@ def verify(output: Path) -> list[str]:
         if others := set(files_of(output)) - set(files):
             raise Refused(f"{min(others)} was written by no run; move it away")
         return [line for file in files for line in verify(file)]
+    folder = RunFolder(output)
+    if folder.report.exists() and not folder.manifest.exists() and (report := read_report(output)).shards:
+        _check_digest(output, report, folder)
+        shards = count_of(report.shards, "shard")
+        return [f"{output}: {Totals.of(report).text()}", f"merged of {shards}, each verified then; its hash is right"]
     totals, parts = recount(output)
     return [f"{output}: {totals.text()}", f"{count_of(parts, 'part')}, report and output agree; all hashes are right"]
 
@@ -92,9 +98,8 @@ def recount(output: Path, has_report: bool = True) -> tuple[Totals, int]:
         raise Refused(
             f"{output} does not exist, though {folder.manifest} says that all rows are done; run the job again"
         )
-    if report is not None and digest_of(output) != report.output_sha256:
-        another = "" if Path(report.output).name == output.name else f", which is about {report.output}"
-        raise Refused(f"{output} was changed: its sha256 is not the one in {folder.report}{another}; run the job again")
+    if report is not None:
+        _check_digest(output, report, folder)
     found_in = {output: _count_output(output, manifest["fingerprints"].get("format") == OPENAI_BATCH)}
     if report is not None:
         found_in[folder.report] = Totals.of(report)
@@ -106,6 +111,13 @@ def recount(output: Path, has_report: bool = True) -> tuple[Totals, int]:
     return in_parts, len(manifest["parts"])
 
 
+def _check_digest(output: Path, report: Report, folder: RunFolder) -> None:
+    if digest_of(output) != report.output_sha256:
+        another = "" if Path(report.output).name == output.name else f", which is about {report.output}"
+        again = "merge the shards" if report.shards else "run the job"
+        raise Refused(f"{output} was changed: its sha256 is not the one in {folder.report}{another}; {again} again")
+
+
 def _manifest(folder: RunFolder) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(folder.manifest.read_text("utf-8"))
@@ -114,9 +126,10 @@ def _manifest(folder: RunFolder) -> dict[str, Any]:
         manifest["parts"] = [Part(**part) for part in manifest["parts"]]
         return manifest
     except FileNotFoundError as error:
+        folder.refuse_unbegun()
         raise Refused(
-            f"{folder.manifest} does not exist: the job is not complete; give its command again; of merged shards, "
-            "verify the shards"
+            f"{folder.manifest} does not exist: the job is not complete; give its command again; of shards that were "
+            "merged without a report, verify each"
         ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise Refused(f"{folder.manifest} is damaged: {error}; run the job anew with --overwrite") from error

@@ -14,6 +14,7 @@ from batchinfer.jobs.cli.flags import SectionedCommand, takes
 from batchinfer.jobs.flag_values import read_job_file
 from batchinfer.jobs.flags import FLAGS
 from batchinfer.jobs.log import say, write_as, writes_json
+from batchinfer.jobs.row_errors import ROW_ERRORS
 from batchinfer.jobs.spec import JobSpec, sharded
 from batchinfer.jobs.speculation import speculation_of
 
@@ -79,7 +80,15 @@ def carry_out(spec: JobSpec, output: Path) -> None:
         print(done.table())
     if done.rows and not done.rows_ok:
         what = "error" if spec.openai_batch else "error_code and error_message"
-        raise Refused(f"every row failed; {output} has the {what} of each")
+        raise Refused(f"every row failed, {_commonest(done.rows_by_error)}; {output} has the {what} of each")
+
+
+def _commonest(rows_by_error: dict[str, int]) -> str:
+    """Say which error most of the rows have, and what to do about it."""
+    code, count = max(rows_by_error.items(), key=lambda item: item[1])
+    which = "all" if len(rows_by_error) == 1 else f"{count:,} of {sum(rows_by_error.values()):,}"
+    remedy = f" ({ROW_ERRORS[code].remedy})" if code in ROW_ERRORS else ""
+    return f"{which} with {code}{remedy}"
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -72,7 +72,7 @@ def read_device_cost(key: DeviceKey) -> tuple[DeviceCost | None, str | None]:
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return None, f"this device was not measured yet; {REMEDY}"
+        return None, f"no times can be predicted yet; {REMEDY}"
     except (OSError, ValueError, RecursionError) as error:
         return None, f"{path} cannot be read ({error}); {REMEDY}"
     try:

@@ -112,6 +112,13 @@ class RunFolder:
         if unknown and {entry.name for entry in self.path.iterdir()} - BEFORE_A_RUN - OF_A_MERGE:
             raise Refused(f"{self.path} holds files that no run wrote; choose another output or move them away")
 
+    def refuse_unbegun(self) -> None:
+        """Raise `Refused` if no run has left a run folder here."""
+        if not (self.begun and self.path.exists()):
+            raise Refused(
+                f"no job has begun at {self.output}: there is no {self.path}; give the output of a job as its -o"
+            )
+
     @property
     def begun(self) -> bool:
         """True if an earlier run has left a run folder or an output."""

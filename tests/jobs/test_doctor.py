@@ -54,7 +54,7 @@ def figures(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 
 def test_what_is_measured_reads_back() -> None:
     key = DeviceKey.of("cpu")
-    assert read_device_cost(key) == (None, "this device was not measured yet; " + _remedy())
+    assert read_device_cost(key) == (None, "no times can be predicted yet; " + _remedy())
     path = write_device_cost(key, COST)
     assert path.parent.name == "devices"
     assert read_device_cost(key) == (COST, None)

@@ -183,10 +183,10 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, model: Path) -> None:
 
 
 def test_a_model_that_does_not_load_is_refused(tmp_path: Path, model: Path, engine: Callable[[str], str]) -> None:
-    path = write(tmp_path / "in.parquet", prompt=["p"])
+    path = write(tmp_path / "in.parquet", prompt=["p", None])
     with pytest.raises(Refused, match=r"tensor x is missing"):
         run(spec(model, path), engine("refuse"))
-    assert not (tmp_path / "out.run").exists()
+    assert not (tmp_path / "out.run").exists(), "the row that failed before holds no other settings back"
 
 
 def test_jobs_that_may_take_different_products_carry_different_fingerprints(tmp_path: Path, model: Path) -> None:
@@ -310,6 +310,7 @@ def test_a_signal_commits_and_exits_75(tmp_path: Path, slow_job: subprocess.Pope
     rows = committed_rows(tmp_path)
     last = errors.splitlines()[-1]
     assert last.startswith(f"batchinfer: error: stopped after {len(rows):,} of 2,000 rows; they are committed in ")
+    assert last.endswith("; give the same command to continue")
     assert 40 <= len(rows) < 2000
     assert len(set(rows)) == len(rows)
     assert not (tmp_path / "out.parquet").exists()

@@ -246,6 +246,17 @@ def test_plan_tells_what_is_wrong_before_a_weight_is_loaded(tmp_path: Path, mode
     assert any("mean of the rows' max_tokens" in note for note in outlook.notes)
 
 
+def test_lines_for_another_model_that_all_fail_are_told_the_flag(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"model": "gpt", "prompt": "hi"}}
+    path = write_batch(tmp_path / "in.jsonl", json.dumps(line).encode())
+    arguments = "run", path, "-o", tmp_path / "out.jsonl", "--model", model, "--openai-batch"
+    code, said = call(capsys, *arguments)
+    assert code == 65 and "all with model_mismatch (give --any-model and --overwrite to answer it anyway)" in said
+    assert call(capsys, *arguments, "--any-model", "--overwrite") == (0, "")
+
+
 def test_lines_that_all_fail_are_an_output_too(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_batch(tmp_path / "in.jsonl", b"\xff", b"{}")
     out = tmp_path / "out.jsonl"

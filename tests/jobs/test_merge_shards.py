@@ -80,8 +80,8 @@ def test_holes_overlaps_and_strangers_are_named(tmp_path: Path, model: Path) -> 
     write(tmp_path / "in.parquet", prompt=prompts(N))
     outputs = run_shards(tmp_path, model, 4)
     for shards, message in (
-        (outputs[1:3], "of 4 shards, 0, 3 are missing"),
-        (outputs[:3], "of 4 shards, 3 is missing"),
+        (outputs[1:3], "without shards 0, 3 of 4, counted from 0"),
+        (outputs[:3], "without shard 3 of 4, counted from 0"),
         ([*outputs, outputs[2]], "shard 2 of 4 is given twice"),
         ([*outputs[:3], tmp_path / "no.parquet"], r"no\.parquet is not the output of a run"),
     ):
@@ -93,11 +93,17 @@ def test_holes_overlaps_and_strangers_are_named(tmp_path: Path, model: Path) -> 
     assert not (tmp_path / "all.parquet").exists()
 
 
-def test_verify_says_that_merged_shards_are_verified_one_by_one(tmp_path: Path, model: Path) -> None:
+def test_merged_shards_are_verified_by_their_hash(tmp_path: Path, model: Path) -> None:
     write(tmp_path / "in.parquet", prompt=prompts(N))
     outputs = run_shards(tmp_path, model, 2)
     merge_shards(outputs, tmp_path / "all.parquet", overwrite=False)
-    with pytest.raises(Refused, match="of merged shards, verify the shards"):
+    counts, verified = verify(tmp_path / "all.parquet")
+    assert counts.startswith(f"{tmp_path / 'all.parquet'}: {N:,} rows (") and "merged of 2 shards" in verified
+    pq.write_table(pq.read_table(tmp_path / "all.parquet").slice(1), tmp_path / "all.parquet")
+    with pytest.raises(Refused, match=r"was changed: its sha256 is not the one in .*; merge the shards again"):
+        verify(tmp_path / "all.parquet")
+    (tmp_path / "all.run" / "report.json").unlink()
+    with pytest.raises(Refused, match="of shards that were merged without a report, verify each"):
         verify(tmp_path / "all.parquet")
     assert all(verify(output) for output in outputs)
 

@@ -108,6 +108,13 @@ def test_one_that_ends_while_it_is_watched_has_ended(begun: Callable[[Beat], Pat
     assert (status.state, status.reason) == ("stopped", "stopped after 260 of 1,000 rows; exit code 75")
 
 
+def test_a_state_is_named_once(begun: Callable[[Beat], Path]) -> None:
+    stopped = replace(BEAT, exit_code=75, error_class="Interrupted", error="stopped after 260 of 1,000 rows")
+    failed = replace(BEAT, exit_code=74, error_class="OSError", error="the disk is full")
+    said = [read_status(begun(beat), Pulse()).text().splitlines()[1].split(maxsplit=1)[1] for beat in (stopped, failed)]
+    assert said == ["stopped after 260 of 1,000 rows; exit code 75", "stopped: the disk is full; exit code 74"]
+
+
 def test_a_damaged_heartbeat_is_named_and_no_error(begun: Callable[[Beat], Path]) -> None:
     output = begun(BEAT)
     RunFolder(output).heartbeat.write_text('{"schema_version": 1, "beat"')

@@ -83,6 +83,11 @@ def test_counts_that_do_not_agree_are_named(
         verify(finished / "out.parquet")
 
 
+def test_an_output_of_no_job_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"no job has begun at .*none\.parquet: there is no .*none\.run"):
+        verify(tmp_path / "none.parquet")
+
+
 @pytest.mark.parametrize("name", [*FILES, "out.run/manifest.json", "out.run/report.json"])
 def test_a_missing_file_is_named(finished: Path, name: str) -> None:
     (finished / name).unlink()

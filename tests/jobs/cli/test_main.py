@@ -245,7 +245,7 @@ def test_every_row_failed_exits_65_with_an_output(
     pq.write_table(pa.table({"prompt": ["", None]}), tmp_path / "in.parquet")
     code, _, err = call(capsys, "run", tmp_path / "in.parquet", "-o", tmp_path / "o.parquet", "--model", model)
     assert code == 65
-    assert "every row failed" in err
+    assert "every row failed, 1 of 2 with empty_prompt (leave them out with --where); " in err
     assert pq.read_table(tmp_path / "o.parquet")["error_code"].to_pylist() == ["empty_prompt", "null_prompt"]
 
 

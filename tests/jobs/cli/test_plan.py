@@ -193,6 +193,7 @@ def test_what_an_earlier_run_has_done_is_left_out(model: Path, table: Path) -> N
     found = plan(job)
     assert (found.rows_done, found.rows_to_run) == (7 - rows, rows)
     assert re.search(rf"done before +{7 - rows}\n", found.text(None))
+    assert f"7; {rows} of them left to run" in found.text(None)
     assert plan(replace(job, overwrite=True)).rows_done == 0
     with pytest.raises(Refused, match="was begun with another sampling"):
         plan(replace(job, sampling=SamplingParams(max_tokens=5)))
@@ -215,7 +216,7 @@ def test_a_table_without_rows_that_run(model: Path, tmp_path: Path, capsys: pyte
     path = tmp_path / "empty.parquet"
     pq.write_table(pa.table({"prompt": pa.array([None, None], pa.string())}), path)
     out = planned(capsys, path, "--model", model)
-    assert "2; 0 of them can run" in out
+    assert "2; 0 of them can run" in out and "prompt lengths" not in out
 
 
 def test_no_torch_is_loaded(model: Path, table: Path) -> None:
