@@ -24,7 +24,7 @@ from batchinfer.jobs.log import say
 from batchinfer.jobs.metrics import Metrics
 from batchinfer.jobs.preflight import Preflight, preflight
 from batchinfer.jobs.report import Report, read_report
-from batchinfer.jobs.results.done import differences
+from batchinfer.jobs.results.done import differences, in_words
 from batchinfer.jobs.results.durable import lock, sync_folder, write_json
 from batchinfer.jobs.results.output_writer import OutputWriter, refuse_foreign
 from batchinfer.jobs.results.run_folder import RunFolder, incremental_files, rows_of, run_folder
@@ -136,7 +136,7 @@ def _refuse_another_job(output: Path, job: Preflight) -> None:
         raise Refused(f"{file} is damaged; give another output to start anew") from error
     if differing:
         raise Refused(
-            f"{folder} was begun with another {' and '.join(differing)}; give the same command to continue it, or "
+            f"{folder} was begun with another {in_words(differing)}; give the same command to continue it, or "
             "another output"
         )
     if drifted:

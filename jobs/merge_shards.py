@@ -17,7 +17,7 @@ from batchinfer.jobs.merged_report import merged_report
 from batchinfer.jobs.merged_timeline import side_by_side
 from batchinfer.jobs.report import Report, read_report
 from batchinfer.jobs.report_forms import write_report
-from batchinfer.jobs.results.done import differences
+from batchinfer.jobs.results.done import differences, in_words
 from batchinfer.jobs.results.durable import write_whole
 from batchinfer.jobs.results.formats import OutputFormat, format_of
 from batchinfer.jobs.results.output_writer import OutputWriter, digest_of, files_of, publish, remove_left
@@ -136,7 +136,7 @@ def _in_order(shards: list[tuple[Path, dict[str, str]]]) -> list[Path]:
         if of != count:
             raise Refused(f"{path} is one of {of} shards, {first} one of {count}; give the shards of one job")
         if differing:
-            raise Refused(f"{path} belongs to another job than {first}: it has another {' and '.join(differing)}")
+            raise Refused(f"{path} belongs to another job than {first}: it has another {in_words(differing)}")
         if index in by_index:
             raise Refused(f"shard {index} of {count} is given twice, as {by_index[index]} and {path}; leave one out")
         by_index[index] = path

@@ -95,7 +95,9 @@ class Comparison:
 
 
 def _ratio(first: float, second: float) -> str:
-    return f"{second / first:.2f}" if first else "new"
+    if not first:
+        return "new"
+    return f"{second / first:.2f}" if second else "gone"
 
 
 _count, _rate = "{:,.0f}".format, "{:,.2f}".format

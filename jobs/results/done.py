@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,12 @@ def completion_tokens(results: pa.Table | pa.RecordBatch) -> int:
 def counts(column: pa.ChunkedArray) -> Counter[str]:
     """Count how often each value occurs; nulls are not counted."""
     return Counter({pair["values"].as_py(): pair["counts"].as_py() for pair in pc.value_counts(column.drop_null())})
+
+
+def in_words(differing: Sequence[str]) -> str:
+    """Name what differs between two jobs; the template's fingerprint has all that prompts are made of."""
+    words = {"template": "template, column or flag for prompts or ids"}
+    return " and ".join(words.get(name, name) for name in differing)
 
 
 def differences(a: dict[str, str], b: dict[str, str]) -> list[str]:

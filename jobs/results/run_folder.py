@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchinfer.errors import Interrupted, Refused
-from batchinfer.jobs.results.done import Done, Part, differences, read_done
+from batchinfer.jobs.results.done import Done, Part, differences, in_words, read_done
 from batchinfer.jobs.results.durable import link_new, lock, sync_folder, write_json, writing
 from batchinfer.jobs.results.glance import Glance
 from batchinfer.jobs.results.output_writer import (
@@ -236,7 +236,7 @@ class RunFolder:
             if "cpu_path" in differing:  # chosen by the machine, unless a flag says which
                 differing[differing.index("cpu_path")] = f"cpu_path (--cpu-path {before.get('cpu_path', REFERENCE)})"
             raise Refused(
-                f"{self.path} was begun with another {' and '.join(differing)}; give the same command to continue it, "
+                f"{self.path} was begun with another {in_words(differing)}; give the same command to continue it, "
                 "choose another output, or give --overwrite to start anew"
             )
 

@@ -210,7 +210,8 @@ def _check_text_column(file: Path, schema: pa.Schema, name: str) -> None:
         if name != "prompt" or name in schema.names:
             raise
         flags = "--prompt-column, --prompt-template or --messages-column"
-        raise Refused(f"{error}; say with {flags} where prompts come from") from error
+        batch = ", or give --openai-batch for a batch file of OpenAI" if "custom_id" in schema.names else ""
+        raise Refused(f"{error}; say with {flags} where prompts come from{batch}") from error
 
 
 def fits_template(column: str) -> bool:

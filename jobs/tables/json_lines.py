@@ -87,7 +87,7 @@ def _json_blocks(path: Path, rows: int) -> Iterator[list[dict[str, Any]]]:
             if line.isspace() or not line:
                 continue
             try:
-                value = parse(line)
+                value = parse(line.rstrip(b"\r\n"))
             except (ValueError, RecursionError) as error:
                 where = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
                 told = f": {error}" if isinstance(error, KeyTwice | _NestedTooDeep) else ""

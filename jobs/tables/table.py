@@ -190,7 +190,9 @@ def _format_of(path: Path, formats: Mapping[str, TableFormat]) -> TableFormat:
         kind = next((name for test, name in kinds.items() if test(status.st_mode)), "a device")
         raise Refused(f"{path} is {kind}; expected a regular file, which can be read more than once")
     if status.st_size == 0:
-        raise Refused(f"{path} has no bytes; a table without rows still has its column names")
+        raise Refused(
+            f"{path} has no bytes, so that its columns are unknown; leave it out, or give a CSV file a header"
+        )
     if path.suffix.lower() not in formats:
         raise Refused(f"{path} has the suffix {path.suffix!r}; expected one of {', '.join(formats)}")
     return formats[path.suffix.lower()]

@@ -95,9 +95,9 @@ def test_where_only_the_merge_is_left_no_model_is_loaded(
         ({"sampling": SamplingParams(max_tokens=9)}, "sampling"),
         ({"seed": 7}, "sampling"),
         ({"quantization": "w8a8-int8"}, "quantization"),
-        ({"prompt_column": None, "prompt_template": "{prompt}"}, "template"),
+        ({"prompt_column": None, "prompt_template": "{prompt}"}, "template, column or flag for prompts or ids"),
         ({"columns": ("prompt",)}, "columns"),
-        ({"prompt_column": "id"}, "template"),
+        ({"prompt_column": "id"}, "template, column or flag for prompts or ids"),
     ],
 )
 def test_another_command_is_refused_by_what_differs(

@@ -381,6 +381,8 @@ def test_columns_that_do_not_fit_are_refused(
 def test_a_table_without_the_usual_column_is_told_the_flags(ours: Tokenizer) -> None:
     with pytest.raises(Refused, match="no column 'prompt'; its columns are 'body'; say with --prompt-column, "):
         PromptSource(spec(), ours, 64, pa.schema([("body", pa.string())]))
+    with pytest.raises(Refused, match="come from, or give --openai-batch for a batch file of OpenAI"):
+        PromptSource(spec(), ours, 64, pa.schema([("custom_id", pa.string()), ("body", pa.string())]))
 
 
 @pytest.mark.parametrize("fields", [{"chat": True}, {"messages_column": "prompt"}])

@@ -262,6 +262,7 @@ BAD: list[tuple[str, Callable[[Path], Any], str]] = [
     ("in.csv", lambda path: path.write_text("a,b\n1,2\nsecret\n"), "Row #3: Expected 2 columns, got 1$"),
     ("in.csv", lambda path: path.write_bytes(b"a\xff,b\n1,2\n"), "cannot be read as CSV: .*utf-8"),
     ("in.jsonl", lambda path: path.write_text('{"a": 1}\n{"a": secret}\n'), "line 2 is not JSON at column 7"),
+    ("cut.jsonl", lambda path: path.write_text('{"a": 1}\n{"a": \n'), "line 2 is not JSON at column 7"),
     ("in.jsonl", lambda path: path.write_text('{"a": 1}\n[1]\n'), "line 2 holds a list; expected an object"),
     ("in.jsonl", lambda path: path.write_text('{"a": ' + "[" * 200_000), "line 1 is not JSON"),
     ("in.jsonl", lambda path: path.write_text('{"a": "' + "x" * 5000), "line 1 is longer than 4096 bytes"),
