@@ -216,6 +216,10 @@ class Results:
         if self._uncommitted >= self._spec.commit_rows or waited >= self._spec.commit_seconds:
             self.commit()
 
+    def drop(self) -> None:
+        """Drop the finished rows that are not committed yet."""
+        self._finished = []
+
     def commit(self) -> None:
         """Commit the finished rows as a part. Raises `OSError` if the part cannot be written."""
         started = time.monotonic()

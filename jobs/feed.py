@@ -59,8 +59,8 @@ class Loop:
     def run(self, load: Load, interruption: Interruption) -> EngineStats:
         """Feed rows and take results until the last row is done.
 
-        Raises `EngineFailed`, `Refused` and `Interrupted`, after all finished rows are committed, or `Refused` before
-        the engine is ready, and `OSError` if a part cannot be written.
+        Raises `EngineFailed`, `Refused` and `Interrupted`, after all finished rows are committed, and `OSError` if a
+        part cannot be written.
         """
         try:
             return self._run(load, interruption)
@@ -69,12 +69,8 @@ class Loop:
             begun = self._in_flight.begun
             some = f"; in flight: {count_of(len(begun), 'row')}, first row {begun[0]}" if begun else ""
             raise EngineFailed(f"{error}{some}") from error
-        except Interrupted:
+        except (Refused, Interrupted):
             self._results.commit()
-            raise
-        except Refused:
-            if self._engine.ready:  # else nothing is computed, and the command may be given anew with other settings
-                self._results.commit()
             raise
         finally:
             self._engine.close()
@@ -105,6 +101,10 @@ class Loop:
             except EngineFailed as error:
                 self._results.commit()
                 self._engine.replace(self._in_flight, error)
+            except Refused:
+                if not self._engine.ready:  # rows that cannot run would hold the command back with other settings
+                    self._results.drop()
+                raise
             self._results.commit_if_due()
         self._check(interruption)
         if len(self._in_flight):
