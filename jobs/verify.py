@@ -58,7 +58,7 @@ class Totals:
 
     def text(self) -> str:
         """Return the counts on one line."""
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.reasons.items()))
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.reasons.items()) if count)
         return (
             f"{count_of(self.rows, 'row')} ({reasons or 'none'}), {count_of(self.prompt_tokens, 'prompt token')}, "
             f"{count_of(self.completion_tokens, 'completion token')}"

@@ -98,7 +98,11 @@ def test_merged_shards_are_verified_by_their_hash(tmp_path: Path, model: Path) -
     outputs = run_shards(tmp_path, model, 2)
     merge_shards(outputs, tmp_path / "all.parquet", overwrite=False)
     counts, verified = verify(tmp_path / "all.parquet")
-    assert counts.startswith(f"{tmp_path / 'all.parquet'}: {N:,} rows (") and "merged of 2 shards" in verified
+    assert (
+        counts.startswith(f"{tmp_path / 'all.parquet'}: {N:,} rows (")
+        and " 0 " not in counts
+        and "merged of 2 shards" in verified
+    )
     pq.write_table(pq.read_table(tmp_path / "all.parquet").slice(1), tmp_path / "all.parquet")
     with pytest.raises(Refused, match=r"was changed: its sha256 is not the one in .*; merge the shards again"):
         verify(tmp_path / "all.parquet")

@@ -148,7 +148,7 @@ def test_a_bad_flag_exits_2(
         (["run", "IN", "-o", "o.parquet", "--model", "/no/model"], "model /no/model: no such directory"),
         (["run", "IN", "-o", "o.parquet", "--model", "IN"], "is a file; expected a directory"),
         (["run", "IN", "-o", "o.parquet", "--model", "m", "--revision", "main"], "--revision main is for Hub ids"),
-        (["report", "nowhere.parquet"], "No such file"),
+        (["report", "nowhere.parquet"], "no job has begun at nowhere.parquet"),
         (["fetch", "not a/name"], "neither a directory nor the name of a Hub model"),
     ],
 )
