@@ -34,8 +34,8 @@ def _cut(report: Report) -> Iterator[str]:
     cut = report.rows_by_finish_reason.get("length", 0)
     if report.rows_ok and cut >= CUT * report.rows_ok:
         yield (
-            f"{count_of(cut, 'row')} ({_percent(cut / report.rows_ok)} of those with an answer) ended at --max-tokens or "
-            "--max-model-len and may be cut short: raise it if answers should be whole."
+            f"{count_of(cut, 'row')} ({_percent(cut / report.rows_ok)} of those with an answer) ended at --max-tokens "
+            "or --max-model-len and may be cut short: raise it if answers should be whole."
         )
 
 

@@ -66,7 +66,7 @@ def _check_kinds(table: Table, column: str, first: int, batch: pa.RecordBatch) -
         raise Refused(f"{_where(table, column)} is null in row {row}; every row needs an id")
     if no_text := indices_not_text(batch, column):
         raise Refused(
-            f"{_where(table, column)} holds a value that is not text in row {first + no_text[0]}; ids must be all "
+            f"{_where(table, column)} holds text and other values, as in row {first + no_text[0]}; ids must be all "
             "text, or all integers of 64 bits"
         )
 

@@ -122,7 +122,7 @@ BAD: dict[str, tuple[str, Callable[[Path], Any], list[str], str]] = {
         "in.jsonl",
         json_lines({"prompt": "a", "id": "1"}, {"prompt": "b", "id": 2}),
         ["--id-column", "id"],
-        "holds a value that is not text in row 1",
+        "holds text and other values, as in row 1",
     ),
     "ids that are no ids": ("in.parquet", table(prompt=P, id=[0.5, 1, 2]), ["--id-column", "id"], "expected text or"),
     "no bytes": ("in.parquet", Path.touch, [], "has no bytes"),
