@@ -114,6 +114,8 @@ class Report:
         rate, memory = self.tokens_per_second, self.peak_memory_bytes
         computed = self.prompt_tokens_computed + self.completion_tokens
         sources = f"{self.prompt_tokens_computed:,} computed, {self.prompt_tokens_shared:,} shared"
+        if (others := self.prompt_tokens - self.prompt_tokens_computed - self.prompt_tokens_shared) > 0:
+            sources += f", {others:,} of rows answered before or like others"
         right = f"{self.accepted:,} accepted ({_percent(self.accepted, self.drafted)})"
         lines = [
             ("output", self.output),

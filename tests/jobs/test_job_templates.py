@@ -51,7 +51,7 @@ def test_a_file_takes_the_place_of_the_checkpoints_template(tmp_path: Path, mode
     run(job(model, path, chat_template=own), STUB)
     assert texts(tmp_path / "out.parquet") == ["mine a", "mine b"]
     own.write_text("yours {{ messages[0].content }}")
-    with pytest.raises(Refused, match="begun with another template;"):
+    with pytest.raises(Refused, match="begun with another template,"):
         run(job(model, path, chat_template=own), STUB)
     (tmp_path / "moved.jinja").write_text("mine {{ messages[0].content }}")
     run(job(model, path, chat_template=tmp_path / "moved.jinja"), STUB)  # what counts is what it holds
@@ -156,7 +156,7 @@ def test_arguments_are_part_of_the_job(tmp_path: Path, model: Path, capsys: pyte
     assert run(first, STUB).notes == [said] and said in capsys.readouterr().err
     assert said in plan(first).notes
     for other in ({"mood": "sad", "moot": 1}, None):
-        with pytest.raises(Refused, match="begun with another template;"):
+        with pytest.raises(Refused, match="begun with another template,"):
             run(replace(first, chat_template_kwargs=other), STUB)
 
 
@@ -170,7 +170,7 @@ def test_a_file_of_tools_is_offered_to_every_chat(tmp_path: Path, model: Path) -
     assert note == "tool calls stay in generated_text: the chat template shows no format that is known"
     assert texts(tmp_path / "out.parquet") == [f"{p}:none:{json.dumps(TOOLS)}" for p in "ab"]
     tools.write_text('[{"name": "g"}]')
-    with pytest.raises(Refused, match="begun with another template;"):
+    with pytest.raises(Refused, match="begun with another template,"):
         run(job(model, path, tools=tools), STUB)
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (note,) = run(job(model, path, tools=tools, output=tmp_path / "o.parquet"), STUB).notes

@@ -164,7 +164,7 @@ def test_a_plan_counts_the_tokens_of_labels(model: Path, tmp_path: Path) -> None
     labels = (" a", " the end")
     expected = 2 * sum(len(tokenizer(label, add_special_tokens=False).input_ids) for label in labels)
     notes = plan(job(model, tmp_path, choices=labels)).notes
-    assert [note for note in notes if f"leaves out the labels: {expected} tokens" in note]
+    assert [note for note in notes if f"leave out the labels, which have {expected} tokens" in note]
 
 
 def test_usage_errors_name_the_flags() -> None:

@@ -105,7 +105,7 @@ def test_where_all_answers_are_known_no_model_is_loaded_and_the_output_can_be_re
 def test_a_plan_counts_the_rows_with_answers(tmp_path: Path, model: Path, old: Path) -> None:
     found = plan(spec(model, new_table(tmp_path), reuse=(old,), device="cpu"))
     assert (found.rows, found.rows_reused, found.rows_to_run) == (N // 2 + 25, N // 2 + 3, 20)
-    assert f"{N // 2 + 3} have answers in earlier outputs" in found.text(None)
+    assert f"{N // 2 + 3} rows with answers in earlier outputs" in found.text(None)
 
 
 @pytest.mark.parametrize("n", [1, 3])
