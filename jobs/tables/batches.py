@@ -18,17 +18,19 @@ def grouped(slices: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBa
     held: list[pa.RecordBatch] = []
     count = size = 0
     for table_slice in slices:
-        full = size + table_slice.nbytes > BATCH_BYTES  # a large cell stays alone, since joining it copies it
+        slice_bytes = table_slice.nbytes  # computed once, since it takes longer than joining the slice
+        full = size + slice_bytes > BATCH_BYTES  # a large cell stays alone, since joining it copies it
         if held and (full or count + table_slice.num_rows > rows):
             fits = 0 if full else rows - count
             if fits:
                 held.append(table_slice.slice(0, fits))
             yield _taken(held)
             table_slice = table_slice.slice(fits)
+            slice_bytes = table_slice.nbytes
             count = size = 0
         held.append(table_slice)
         count += table_slice.num_rows
-        size += table_slice.nbytes
+        size += slice_bytes
         del table_slice  # frees a large cell while the caller works on the batch
     if held:
         yield _taken(held)
