@@ -34,17 +34,12 @@ class Parquet:
         footer = Footer.read(path)
         in_ns = any("timestamp[ns" in str(schema.field(name).type) for name in footer.int96)
         unit = "ns" if in_ns else "us"
-        slice_rows = min(rows, SLICE_ROWS, max(1, batches.BATCH_BYTES // footer.largest_row(columns)))
         with refusing(path, "Parquet"):
             # Row groups are read one by one: a batch from two groups could have two dictionaries in a nested column.
             slices = (
                 table_slice.select(columns)
-                for number, group in enumerate(footer.groups)
-                for table_slice in (
-                    _rows_alone(path, number, group.rows, columns, unit)
-                    if slice_rows == 1 and group.rows <= FEW_ROWS
-                    else _slices(path, number, columns, slice_rows, unit)
-                )
+                for number in range(len(footer.groups))
+                for table_slice in _bounded_slices(footer, number, columns, rows, unit)
             )
             count = 0
             for batch in grouped(slices, rows):
@@ -54,6 +49,16 @@ class Parquet:
                 raise Refused(
                     f"{path}: the footer counts {footer.rows} rows, its pages hold {count}; write the file anew"
                 )
+
+
+def _bounded_slices(footer: Footer, number: int, columns: list[str], rows: int, unit: str) -> Iterator[pa.RecordBatch]:
+    """Return slices of a row group, each of so few of its largest rows that they fit in a batch."""
+    largest = footer.largest_row(number, columns, batches.BATCH_BYTES // SLICE_ROWS)
+    slice_rows = min(rows, SLICE_ROWS, max(1, batches.BATCH_BYTES // largest))
+    group_rows = footer.groups[number].rows
+    if slice_rows == 1 and group_rows <= FEW_ROWS:
+        return _rows_alone(footer.path, number, group_rows, columns, unit)
+    return _slices(footer.path, number, columns, slice_rows, unit)
 
 
 def _slices(path: Path, group: int, columns: list[str], rows: int, unit: str) -> Generator[pa.RecordBatch]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow as pa
+
 from batchinfer.errors import Refused
 
 MAX_FOOTER_BYTES = 1 << 28
@@ -19,6 +21,9 @@ DEEPEST = 32  # most levels of structs within structs; a valid footer has 6
 HEADER_BYTES = 64  # read of a page's header, which begins with its kind and sizes
 INT96, BYTE_ARRAY, FIXED_LEN_BYTE_ARRAY = 3, 6, 7  # physical types
 DICTIONARY_PAGE = 2
+MEASURED_BYTES = 1 << 26  # a larger dictionary is not decompressed to be measured
+CODECS = {1: "snappy", 2: "gzip", 4: "brotli", 6: "zstd", 7: "lz4_raw"}
+LENGTH = struct.Struct("<I")  # before each value of a dictionary
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Chunk:
     column: str  # the table's column that has it; it may be nested in that column
     values: int  # nulls included; one for each row if the column is not nested
     of_bytes: bool  # whether values have no fixed size
+    codec: int  # by which its pages are compressed; 0: they are not
     start: int  # offset of its first page in the file
     end: int  # offset of its end
 
@@ -88,20 +94,26 @@ class Footer:
     def rows(self) -> int:
         return sum(group.rows for group in self.groups)
 
-    def largest_row(self, columns: Collection[str]) -> int:
-        """Return an estimate of the bytes of the largest row in these columns.
+    def largest_row(self, number: int, columns: Collection[str], small: int) -> int:
+        """Return an estimate of the bytes of the largest row that a row group has in these columns.
 
-        It is no less than the average row, nor than a row that holds a chunk's whole dictionary. The dictionary has the
-        values that are repeated, and is the first page of its chunk.
+        It is no less than the average row, nor than a row with the largest value of each chunk's dictionary. The
+        dictionary has the values that are repeated, and is the first page of its chunk. Dictionaries of at most `small`
+        bytes together are not measured: each counts as one value. So does that of a column of lists, since some lists
+        may have many more values than the average one.
         """
-        largest = 1
+        group = self.groups[number]
+        if not group.rows:
+            return 1
+        chunks = [chunk for chunk in group.chunks if chunk.of_bytes and chunk.column in columns]
         with self.path.open("rb") as file:
-            for group in self.groups:
-                if group.rows:
-                    chunks = [chunk for chunk in group.chunks if chunk.of_bytes and chunk.column in columns]
-                    repeated = sum(_dictionary_bytes(file, chunk) * -(-chunk.values // group.rows) for chunk in chunks)
-                    largest = max(largest, repeated, group.bytes // group.rows)
-        return largest
+            sizes = [_dictionary_bytes(file, chunk) * -(-chunk.values // group.rows) for chunk in chunks]
+            if sum(sizes) > small:
+                sizes = [
+                    _largest_value(file, chunk) if chunk.values == group.rows else size
+                    for chunk, size in zip(chunks, sizes, strict=True)
+                ]
+        return max(1, sum(sizes), group.bytes // group.rows)
 
 
 def _metadata(path: Path, file: BinaryIO, size: int) -> dict[int, Any]:
@@ -146,9 +158,9 @@ def _row_group(group: dict[int, Any]) -> RowGroup:
 
 
 def _chunk(metadata: dict[int, Any]) -> Chunk:
-    values, size, start, dictionary = (int(metadata.get(field, 0)) for field in (5, 7, 9, 11))
+    codec, values, size, start, dictionary = (int(metadata.get(field, 0)) for field in (4, 5, 7, 9, 11))
     first = dictionary if 0 < dictionary < start else start
-    return Chunk(metadata[3][0].decode(), values, metadata[1] == BYTE_ARRAY, first, first + size)
+    return Chunk(metadata[3][0].decode(), values, metadata[1] == BYTE_ARRAY, codec, first, first + size)
 
 
 def _dictionary_bytes(file: BinaryIO, chunk: Chunk) -> int:
@@ -161,6 +173,40 @@ def _dictionary_bytes(file: BinaryIO, chunk: Chunk) -> int:
     return size if kind == DICTIONARY_PAGE and isinstance(size, int) else 0
 
 
+def _largest_value(file: BinaryIO, chunk: Chunk) -> int:
+    """Return the bytes of the largest value of a chunk's dictionary; of the whole dictionary if it is not measured."""
+    size = _dictionary_bytes(file, chunk)
+    if not 0 < size <= MEASURED_BYTES:
+        return size
+    try:
+        return max(_lengths(_dictionary(file, chunk, size)), default=0)
+    except (LookupError, TypeError, ValueError, struct.error, OSError, pa.ArrowException):
+        return size  # damaged, which pyarrow will refuse, or compressed as only pyarrow's reader knows
+
+
+def _dictionary(file: BinaryIO, chunk: Chunk, size: int) -> bytes:
+    """Return the values of a chunk's dictionary, of `size` bytes, as they are written."""
+    file.seek(chunk.start)
+    header = _Compact(file.read(HEADER_BYTES))
+    compressed = dict(header.fields())[3]
+    if not 0 <= compressed <= 2 * MEASURED_BYTES:
+        raise ValueError("the page is too large")
+    file.seek(chunk.start + header.at)
+    data = file.read(compressed)
+    return data if chunk.codec == 0 else bytes(pa.Codec(CODECS[chunk.codec]).decompress(data, size, asbytes=True))
+
+
+def _lengths(values: bytes) -> Iterator[int]:
+    """Yield the length of each value of a dictionary."""
+    at = 0
+    while at < len(values):
+        (length,) = LENGTH.unpack_from(values, at)
+        yield length
+        at += LENGTH.size + length
+    if at > len(values):
+        raise ValueError("the last value is cut off")
+
+
 def _damaged(path: Path, what: str) -> Refused:
     return Refused(f"{path} cannot be read as Parquet: {what}")
 
@@ -170,7 +216,7 @@ class _Compact:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self._at = 0
+        self.at = 0  # bytes that are read
 
     def fields(self, depth: int = 0) -> Iterator[tuple[int, Any]]:
         """Yield (number, value) of each field of the struct that begins at the current position."""
@@ -218,12 +264,12 @@ class _Compact:
         return number | byte << shift
 
     def _byte(self) -> int:
-        self._at += 1
-        return self._data[self._at - 1]
+        self.at += 1
+        return self._data[self.at - 1]
 
     def _take(self, count: int) -> bytes:
-        taken = self._data[self._at : self._at + count]
+        taken = self._data[self.at : self.at + count]
         if len(taken) < count:
             raise LookupError("the bytes end")
-        self._at += count
+        self.at += count
         return taken

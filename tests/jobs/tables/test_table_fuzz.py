@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from repository import ROOT, SUPPORT
 
 from batchinfer.errors import Refused
-from batchinfer.jobs.tables import json_lines
+from batchinfer.jobs.tables import batches, json_lines
 from batchinfer.jobs.tables.table import Table
 
 ROWS = 40
@@ -81,6 +81,7 @@ def fuzz_parquet(examples: int) -> None:
     """Many damaged Parquet files; runs in a child process."""
     folder = Path(tempfile.mkdtemp())
     path, table = folder / "in.parquet", pa.table(COLUMNS)
+    batches.BATCH_BYTES = 1 << 12  # so that dictionaries are measured, which else are too small
     originals = []
     for options in WRITTEN:
         pq.write_table(table, path, write_page_checksum=True, **options)
