@@ -81,7 +81,7 @@ INLINE void multiply_group(const int rows, const int panels, const int8_t *x, co
         for (int j = 0; j < panels; j++) {
             const uint8_t *at = panel + j * apart + k * PANEL / 2;
             __m512i both = _mm512_loadu_si512(at);
-            call(at + ahead);
+            __builtin_prefetch(at + ahead);
             first[j] = _mm512_and_si512(both, low_bits);
             second[j] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_bits);
         }
@@ -106,7 +106,7 @@ INLINE void multiply_group(const int rows, const int panels, const int8_t *x, co
         UNROLL
         for (int j = 0; j < LEAST_GROUP; j += 8) {
             __m512i both = _mm512_loadu_si512(panel + (k + j) * PANEL / 2);
-            call(panel + (k + j) * PANEL / 2 + ahead);
+            __builtin_prefetch(panel + (k + j) * PANEL / 2 + ahead);
             __m512i first = _mm512_and_si512(both, low_bits);
             __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_bits);
             UNROLL
@@ -132,7 +132,7 @@ INLINE void multiply_group(const int rows, const int panels, const int8_t *x, co
         UNROLL
         for (int j = 0; j < LEAST_GROUP; j += 4) {
             __m256i both = _mm256_loadu_si256((const void *)(panel + (k + j) * PANEL / 2));
-            if (j % 8 == 0) call(panel + (k + j) * PANEL / 2 + ahead);
+            if (j % 8 == 0) __builtin_prefetch(panel + (k + j) * PANEL / 2 + ahead);
             __m256i first = _mm256_and_si256(both, low_bits);
             __m256i second = _mm256_and_si256(_mm256_srli_epi16(both, 4), low_bits);
             UNROLL

@@ -81,7 +81,7 @@ INLINE void multiply_tile(const int rows, const int panels, const operand *x, co
         UNROLL
         for (int j = 0; j < panels; j++) {
             w[j] = _mm512_loadu_si512(panel + j * apart + k * PANEL);
-            call(panel + j * apart + next);
+            __builtin_prefetch(panel + j * apart + next);
         }
         UNROLL
         for (int i = 0; i < rows; i++) {
@@ -101,7 +101,7 @@ INLINE void multiply_tile(const int rows, const int panels, const operand *x, co
     UNROLL
     for (int i = 0; i < rows; i++) sum[i] = _mm512_loadu_si512(sums + i * stride);
     for (int64_t k = 0; k < depth; k += 2) {
-        call(panel + k * PANEL + AHEAD);
+        __builtin_prefetch(panel + k * PANEL + AHEAD);
         __m512i w = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const void *)(panel + k * PANEL)));
         UNROLL
         for (int i = 0; i < rows; i++) {
@@ -119,7 +119,7 @@ INLINE void multiply_tile(const int rows, const int panels, const operand *x, co
         high[i] = _mm256_loadu_si256((const void *)(sums + i * stride + 8));
     }
     for (int64_t k = 0; k < depth; k += 2) {
-        call(panel + k * PANEL + AHEAD);
+        __builtin_prefetch(panel + k * PANEL + AHEAD);
         __m256i first = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(panel + k * PANEL)));
         __m256i second = _mm256_cvtepi8_epi16(_mm_loadu_si128((const void *)(panel + k * PANEL + 16)));
         UNROLL

@@ -16,9 +16,6 @@ INLINE int32_t load_four(const void *p) {
     return four;
 }
 
-/* Call weights from memory. A step reads all of them once: what it reads again shall keep its place in the caches. */
-INLINE void call(const void *p) { __builtin_prefetch(p, 0, 0); }
-
 /* How far behind byte `at` of a run of `run` bytes the weights lie that are multiplied AHEAD bytes later. Panels that are
  * multiplied together, `apart` bytes from each other, run beside each other, and then the next ones do. */
 INLINE int64_t ahead(int64_t at, int64_t run, int panels, int64_t apart) {
