@@ -82,7 +82,7 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes the file from `begin` on: at each `write`, at each `tick` that is due or follows a commit, and at the end.
+    """Writes the file from `begin` on: at each `write`, at each `tick` that is due, and when the run ends.
 
     If the file cannot be written, the job prints one line and continues.
     """
@@ -93,7 +93,6 @@ class Heartbeat:
         self._begun = False
         self._number = 0
         self._due = 0.0
-        self._told: float | None = None  # the last commit that a beat has
         self._complained = False
 
     def __enter__(self) -> "Heartbeat":
@@ -111,10 +110,8 @@ class Heartbeat:
         self.write()
 
     def tick(self) -> None:
-        """Write a beat if it is due, or if rows were committed since the last one: a job that is killed has them."""
-        results = self._state.results
-        committed = None if results is None else results.committed
-        if self._state.clock() >= self._due or committed != self._told:
+        """Write a beat if it is due."""
+        if self._state.clock() >= self._due:
             self.write()
 
     def write(self) -> None:
@@ -124,7 +121,6 @@ class Heartbeat:
         self._number += 1
         self._due = self._state.clock() + BEAT_SECONDS
         beat = Beat.of(self._state, self._process, self._number)
-        self._told = beat.last_commit
         path = self._folder.heartbeat
         try:  # not synced: after a loss of power nobody asks whether the process still runs
             replace_unsynced(path, (json.dumps(asdict(beat), ensure_ascii=False) + "\n").encode("utf-8", "replace"))

@@ -6,8 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from stub_jobs import STUB, prompts, spec, write
@@ -17,7 +16,6 @@ from batchinfer.host.process_name import ProcessName
 from batchinfer.jobs import heartbeat as heartbeat_module
 from batchinfer.jobs import job as job_module
 from batchinfer.jobs.canary import Canary
-from batchinfer.jobs.collector import Results
 from batchinfer.jobs.heartbeat import Beat, Heartbeat, read_beat
 from batchinfer.jobs.job import run
 from batchinfer.jobs.results.run_folder import RunFolder
@@ -177,20 +175,6 @@ def test_a_heartbeat_that_cannot_be_written_is_said_once_and_the_job_goes_on(
     assert run(job(prompts(3)), STUB).rows_ok == 3
     said = [line for line in capsys.readouterr().err.splitlines() if "heartbeat.json" in line]
     assert len(said) == 1 and said[0].endswith("cannot be written: No space left on device; the job continues")
-
-
-def test_a_commit_is_told_at_the_next_tick(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "out.parquet")
-    folder.path.mkdir()
-    state = RunState(lambda: 1000.0)
-    heartbeat = Heartbeat(folder, state)
-    heartbeat.begin("generating")
-    counts = {"rows": 11, "failed": 0, "by_error": {}, "prompt_tokens": 5, "completion_tokens": 2}
-    state.results = cast(Results, SimpleNamespace(**counts, committed=1700.0))
-    for _ in range(2):
-        heartbeat.tick()
-        beat = last(tmp_path)
-        assert (beat.beat, beat.rows_done, beat.last_commit) == (2, 11, 1700.0)
 
 
 def test_a_beat_is_due_every_two_seconds(tmp_path: Path) -> None:
