@@ -60,7 +60,7 @@ class Share:
     gpus: int = 0
 
     def __str__(self) -> str:
-        return _counted(self.gpus, "GPU") if self.gpus else _counted(self.cpus, "CPU")
+        return count_of(self.gpus, "GPU") if self.gpus else count_of(self.cpus, "CPU")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Cluster:
         for noun, wanted in (("GPU", share.gpus), ("CPU", share.cpus)):
             if wanted > _most(noun, nodes):
                 raise Refused(
-                    f"a shard takes {_counted(wanted, noun)}, and no node of the cluster has more than "
+                    f"a shard takes {count_of(wanted, noun)}, and no node of the cluster has more than "
                     f"{_most(noun, nodes)}: add a larger node, or ask for less"
                 )
         return share
@@ -132,7 +132,7 @@ def run_shards(
         ray = _connect(cluster.address)
         try:
             share = cluster.share(spec.device, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-            say(f"{_counted(count, 'shard')}, each with {share}", "shards")
+            say(f"{count_of(count, 'shard')}, each with {share}", "shards")
             # `_watch` runs shards again, not Ray, which would print a traceback for each shard that was stopped.
             task = ray.remote(num_cpus=share.cpus, num_gpus=share.gpus, max_retries=0)(run_shard)
 
@@ -241,7 +241,3 @@ def _stop(ray: Any, tasks: list[Any], grace: float) -> None:
 def _rows(output: Path) -> str:
     report = read_report(output)
     return count_of(report.rows, "row") + (f" ({report.rows_resumed:,} done before)" if report.rows_resumed else "")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
